@@ -1,0 +1,123 @@
+"""The hooks that a streaming cache puts on the one model it was made for.
+
+They look at ``past_key_values`` of each call and act only on their own cache. The cache is held weakly: when it is
+closed or collected the hooks are gone and the model is as it was.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkstream.cache.observe import observe_attention, release_attention
+
+
+def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable[[], None]:
+    """Put the hooks of `cache` on `model`.
+
+    Parameters
+    ----------
+    attention : bool
+        Whether queries must be observed.
+
+    Returns
+    -------
+    callable
+        Takes the hooks off; safe to call more than once.
+
+    Raises
+    ------
+    ValueError
+        If logits or queries are needed and this model cannot show them.
+    """
+    if attention and cache.spec.attention != "sdpa":
+        raise ValueError(f"attention scorers need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}")
+    decoder = cache.spec.decoder
+    if cache.needs_logits and model is decoder:
+        raise ValueError(
+            f"this policy reads the logits; {type(model).__name__} has none, give the causal language model"
+        )
+    mine = weakref.ref(cache)
+    handles = [
+        decoder.register_forward_pre_hook(_before_decoder(mine), with_kwargs=True),
+        decoder.register_forward_hook(_after_decoder(mine), with_kwargs=True, always_call=True),
+    ]
+    if cache.needs_logits:
+        handles += [
+            model.register_forward_pre_hook(_keep_logits(mine), with_kwargs=True),
+            model.register_forward_hook(_after_model(mine), with_kwargs=True),
+        ]
+    if attention:
+        observe_attention(model)
+    close = weakref.finalize(cache, _remove, handles, model if attention else None)
+    close.atexit = False
+    return close
+
+
+def _remove(handles: list, observed: PreTrainedModel | None) -> None:
+    for handle in handles:
+        handle.remove()
+    if observed is not None:
+        release_attention(observed)
+
+
+def _before_decoder(mine: weakref.ref):
+    def hook(module, args, kwargs):
+        cache = mine()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return None
+        ids = args[0] if args else kwargs.get("input_ids")
+        given = ids if ids is not None else kwargs["inputs_embeds"]
+        batch, tokens = given.shape[:2]
+        _check_mask_and_positions(kwargs, cache.seen_tokens, tokens)
+        positions, mask = cache._begin(batch, tokens, ids, given.device)
+        return args, kwargs | {"position_ids": positions, "attention_mask": mask}
+
+    return hook
+
+
+def _after_decoder(mine: weakref.ref):
+    def hook(module, args, kwargs, output):
+        cache = mine()
+        if cache is not None and cache._pending is not None and kwargs.get("past_key_values") is cache:
+            cache._abort() if output is None else cache._commit()
+
+    return hook
+
+
+def _keep_logits(mine: weakref.ref):
+    def hook(module, args, kwargs):
+        if mine() is not None and kwargs.get("past_key_values") is mine():
+            return args, kwargs | {"logits_to_keep": 0}
+        return None
+
+    return hook
+
+
+def _after_model(mine: weakref.ref):
+    def hook(module, args, kwargs, output):
+        if mine() is not None and kwargs.get("past_key_values") is mine():
+            mine()._observe(output.logits if hasattr(output, "logits") else output[0])
+
+    return hook
+
+
+def _check_mask_and_positions(kwargs: dict, seen: int, tokens: int) -> None:
+    """Refuse padding, custom masks and positions of the caller's own: the cache owns both."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or all ones (2-D)"
+        )
+    checks = []
+    if mask is not None:
+        checks.append((mask != 0).all())
+    if positions is not None:
+        expected = torch.arange(seen, seen + tokens, device=positions.device)
+        checks.append((positions == expected).all() if positions.shape[-1] == tokens else torch.tensor(False))
+    if checks and not bool(torch.stack([c.to(checks[0].device) for c in checks]).all()):
+        raise ValueError(
+            "padded batches and positions of the caller's own are not supported: pads would become sinks;"
+            " give rows of equal length without padding, and no position_ids"
+        )

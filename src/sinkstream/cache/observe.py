@@ -1,0 +1,116 @@
+"""What scorers need from attention: the latest queries, and attention accumulated per cached token.
+
+Queries are seen through transformers' public attention interface: for the life of a cache that needs them the model's
+implementation is switched from ``sdpa`` to a function that looks and then calls ``sdpa``. Nothing happens on import.
+"""
+
+from contextvars import ContextVar
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sinkstream.cache.ring import SoftRing
+
+OBSERVED_SDPA = "sinkstream_observed_sdpa"
+
+running: ContextVar = ContextVar("sinkstream_running_observer", default=None)
+_users: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _observed_sdpa(module, query, key, value, attention_mask, **kwargs):
+    observer = running.get()
+    if observer is not None:
+        observer.see(module.layer_idx, query, key, kwargs["scaling"])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def observe_attention(model: PreTrainedModel) -> None:
+    """Switch a model's attention to the observed implementation; counted, so that several caches can ask for it."""
+    if _users.get(model, 0) == 0:
+        AttentionInterface.register(OBSERVED_SDPA, _observed_sdpa)
+        AttentionMaskInterface.register(OBSERVED_SDPA, sdpa_mask)
+        model.set_attn_implementation(OBSERVED_SDPA)
+    _users[model] = _users.get(model, 0) + 1
+
+
+def release_attention(model: PreTrainedModel) -> None:
+    """Undo one `observe_attention`; the last one switches the model back to sdpa."""
+    _users[model] -= 1
+    if _users[model] == 0:
+        model.set_attn_implementation("sdpa")
+
+
+class AttentionObserver:
+    """Collects queries and accumulated attention during the forwards of one cache.
+
+    Parameters
+    ----------
+    ring : SoftRing
+    queries : int
+        Latest queries to keep (0: none).
+    accumulate : bool
+        Whether to add every query's attention into the ring's ``accumulated`` channel.
+    """
+
+    def __init__(self, ring: SoftRing, queries: int, accumulate: bool):
+        self.ring, self.keep, self.accumulate = ring, queries, accumulate
+        self.queries: dict[int, torch.Tensor] = {}
+        self.scaling = 1.0
+
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Called by the attention function of every layer.
+
+        Parameters
+        ----------
+        query : Tensor, (batch, query_heads, new, head_dim)
+        key : Tensor, (batch, kv_heads, visible, head_dim)
+            The visible cache, the new entries included.
+        """
+        self.scaling = scaling
+        if self.keep:
+            older = self.queries.get(layer)
+            joined = query if older is None else torch.cat([older, query], dim=2)
+            self.queries[layer] = joined[:, :, -self.keep :].clone()
+        if self.accumulate:
+            visible = key.shape[2]
+            index = torch.arange(visible, device=key.device)
+            weights = self._weights(query, key, index, index[visible - query.shape[2] :])
+            self.ring.channels["accumulated"][layer, :, :, self.ring.start : self.ring.start + visible] += weights
+
+    def forget_slots(self, tokens: int) -> None:
+        """Zero the accumulated attention of the entries about to be written."""
+        if self.accumulate:
+            self.ring.channels["accumulated"][..., self.ring.tail : self.ring.tail + tokens] = 0
+
+    def rebase(self, delta: int) -> None:
+        """Move the kept queries with a rebase of the window."""
+        cos, sin = self.ring.rope.angles(torch.tensor(delta, device=self.ring.keys.device))
+        self.queries = {i: self.ring.rope.unrotate(q, cos, sin).to(q.dtype) for i, q in self.queries.items()}
+
+    def candidate_attention(self, leaving: int) -> torch.Tensor:
+        """Attention that the kept queries give to the candidates, at their present cache positions.
+
+        Returns
+        -------
+        Tensor, (layers, batch, kv_heads, candidates), float32
+        """
+        ring = self.ring
+        slots = torch.arange(ring.live, device=ring.keys.device)
+        index = torch.where(slots < ring.pinned, -1, ring.first_window + slots - ring.pinned)
+        rows = []
+        for layer, query in sorted(self.queries.items()):
+            asked = ring.seen - query.shape[2] + torch.arange(query.shape[2], device=query.device)
+            rows.append(self._weights(query, ring.keys[layer, :, :, ring.start : ring.tail], index, asked))
+        return torch.stack(rows)[..., ring.sink : ring.pinned + leaving]
+
+    def _weights(self, query, key, key_index, query_index) -> torch.Tensor:
+        """Attention summed over queries, averaged over the heads of a group: ``(batch, kv_heads, visible)``, float32."""
+        batch, heads, new, dim = query.shape
+        groups = heads // key.shape[1]
+        grouped = query.float().view(batch, key.shape[1], groups, new, dim)
+        logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key.float()) * self.scaling
+        logits = logits.masked_fill(key_index > query_index[:, None], float("-inf"))
+        return logits.softmax(-1).sum(3).mean(2)

@@ -1,0 +1,251 @@
+"""The soft ring: one preallocated buffer for the whole model, moved by a pointer.
+
+New tokens are written at the tail. A prune moves the start pointer and rewrites only the pinned entries just before the
+new start, so that the visible cache stays one contiguous view ``[pinned | window]`` and attention is untouched. Only
+when the tail meets the end is the live part copied back once (wrap-only copy), and only then are positions rebased.
+
+Two frames (design: window keys keep the rotation they were written with): pinned keys are rotated forward, at every
+prune, from an unrotated float32 copy, so that their error never accumulates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sinkstream.cache.rope import Rope
+
+SLOT_AXIS = 3
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A quantity kept for every cached token besides its key and value.
+
+    Attributes
+    ----------
+    name : str
+    dtype : torch.dtype
+    per_head : bool
+        Shape ``(layers, batch, kv_heads, slots)`` if true, ``(1, batch, 1, slots)`` otherwise.
+    """
+
+    name: str
+    dtype: torch.dtype
+    per_head: bool
+
+
+class SoftRing:
+    """Keys, values and channels of all layers, each in one stacked tensor.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(layers, batch, kv_heads, capacity, head_dim)``.
+    dtype, device
+        Of keys and values.
+    rope : Rope
+    sink : int
+        Tokens that the first prune moves into the pinned frame.
+    original_positions : bool
+        Pinned tokens keep their index in the stream instead of moving along with the window.
+    rebase_at : int
+        Relative position past which a wrap rebases the window.
+    channels : list of Channel
+    """
+
+    def __init__(
+        self, shape, dtype, device, *, rope: Rope, sink: int, original_positions: bool, rebase_at: int, channels
+    ):
+        layers, batch, heads, self.capacity, dim = shape
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.channels = {
+            c.name: torch.zeros(
+                (layers if c.per_head else 1, batch, heads if c.per_head else 1, self.capacity),
+                dtype=c.dtype,
+                device=device,
+            )
+            for c in channels
+        }
+        self.rope, self.sink, self.rebase_at = rope, sink, rebase_at
+        self.original_positions = original_positions
+        self.pinned_keys = torch.zeros((layers, batch, heads, 0, dim), dtype=torch.float32, device=device)
+        self.pinned_values = torch.zeros((layers, batch, heads, 0, dim), dtype=dtype, device=device)
+        self.pinned_channels = {n: c[..., :0].clone() for n, c in self.channels.items()}
+        self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
+        self.start = self.tail = self.base = self.first_window = 0
+        self.rebases = 0
+
+    @property
+    def pinned(self) -> int:
+        """Entries in the pinned frame now (0 until the first prune)."""
+        return self.pinned_keys.shape[SLOT_AXIS]
+
+    @property
+    def live(self) -> int:
+        """Entries cached now."""
+        return self.tail - self.start
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended since the beginning of the stream."""
+        return self.first_window + self.live - self.pinned
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes: buffers, channels and pinned copies."""
+        held = [self.keys, self.values, self.pinned_keys, self.pinned_values]
+        held += [*self.channels.values(), *self.pinned_channels.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new entries at the tail of one layer, without moving it, and return everything visible.
+
+        Parameters
+        ----------
+        keys, values : Tensor, (batch, kv_heads, new, head_dim)
+
+        Returns
+        -------
+        keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
+            Views of the buffers.
+        """
+        end = self.tail + keys.shape[-2]
+        self.keys[layer, :, :, self.tail : end].copy_(keys)
+        self.values[layer, :, :, self.tail : end].copy_(values)
+        return self.keys[layer, :, :, self.start : end], self.values[layer, :, :, self.start : end]
+
+    def advance(self, tokens: int) -> None:
+        """Count the entries that were written at the tail."""
+        self.tail += tokens
+
+    def make_room(self, tokens: int) -> int | None:
+        """Ensure that `tokens` entries fit behind the tail; copy the live part back to the front if they do not.
+
+        Returns
+        -------
+        int or None
+            By how many positions the window was rebased, if it was.
+        """
+        if self.tail + tokens <= self.capacity:
+            return None
+        assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
+        live = self.live
+        for buffer in (self.keys, self.values, *self.channels.values()):
+            self._to_front(buffer, live)
+        self.start, self.tail = 0, live
+        return self._rebase() if self.seen - self.base > self.rebase_at else None
+
+    def _to_front(self, buffer: torch.Tensor, live: int) -> None:
+        if self.start >= live:
+            buffer.narrow(SLOT_AXIS, 0, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
+            return
+        for row in buffer:  # source and target overlap: one layer at a time bounds the extra memory
+            row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
+
+    def _rebase(self) -> int:
+        base = self.first_window - (0 if self.original_positions else self.pinned)
+        delta = base - self.base
+        cos, sin = self.rope.angles(torch.tensor(delta, device=self.keys.device))
+        for layer in self.keys:
+            window = layer[:, :, self.start + self.pinned : self.tail]
+            window.copy_(self.rope.unrotate(window, cos, sin))
+        self.base = base
+        self.rebases += 1
+        self._write_pinned()
+        return delta
+
+    def prune(self, drop: int, refresh: int = 0, choose: Callable[[int], torch.Tensor] | None = None) -> None:
+        """Drop entries: the sinks stay, the best older tokens stay pinned, the oldest of the rest go.
+
+        Parameters
+        ----------
+        drop : int
+            By how many entries the cache shrinks.
+        refresh : int
+            Older tokens to keep pinned after this prune.
+        choose : callable or None
+            Called with the number of tokens that leave the window; returns which candidates stay, as a Tensor
+            ``(layers or 1, batch or 1, kv_heads or 1, refresh)`` of ascending indices into pinned-then-leaving tokens.
+        """
+        first = self.pinned == 0 and self.first_window == 0
+        window = self.live - drop - self.sink - refresh
+        if first:
+            self._pin_sinks()
+        leaving = self.live - self.pinned - window
+        if refresh:
+            self._pin(choose(leaving), leaving)
+        self.first_window += leaving
+        self.start = self.tail - window - self.pinned
+        self._write_pinned()
+
+    def candidates(self, leaving: int) -> dict[str, torch.Tensor]:
+        """Channels of the pinned tokens (sinks left out) and of the `leaving` oldest window tokens, in stream order."""
+        return {n: self._join(self.pinned_channels[n], c, leaving) for n, c in self.channels.items()}
+
+    def candidate_keys(self, leaving: int) -> torch.Tensor:
+        """Unrotated float32 keys of the candidates, ``(layers, batch, kv_heads, candidates, head_dim)``."""
+        slots = self._leaving(self.keys, leaving)
+        positions = torch.arange(leaving, device=slots.device) + (self.first_window - self.base)
+        return torch.cat(
+            [self.pinned_keys[..., self.sink :, :], self.rope.unrotate(slots, *self.rope.angles(positions))],
+            dim=SLOT_AXIS,
+        )
+
+    def pinned_angles(self, shift: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles of the pinned frame, relative to the base.
+
+        Parameters
+        ----------
+        shift : int, Tensor or None
+            By how much the frame lies forward of the base; default: where it lies now. Ignored with original positions.
+        """
+        if self.original_positions:
+            return self.rope.angles(self.pinned_positions - self.base)
+        shift = self.first_window - self.pinned - self.base if shift is None else shift
+        return self.rope.angles(torch.arange(self.pinned, device=self.keys.device) + shift)
+
+    def _leaving(self, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
+        return buffer.narrow(SLOT_AXIS, self.start + self.pinned, leaving)
+
+    def _join(self, pinned: torch.Tensor, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
+        older = pinned.narrow(SLOT_AXIS, self.sink, self.pinned - self.sink)
+        return torch.cat([older, self._leaving(buffer, leaving)], dim=SLOT_AXIS)
+
+    def _pin_sinks(self) -> None:
+        sink = self.sink
+        positions = torch.arange(sink, device=self.keys.device)
+        slots = self.keys[..., self.start : self.start + sink, :]
+        self.pinned_keys = self.rope.unrotate(slots, *self.rope.angles(positions - self.base))
+        self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
+        self.pinned_channels = {n: c[..., self.start : self.start + sink].clone() for n, c in self.channels.items()}
+        self.pinned_positions = positions.view(1, 1, 1, sink)
+        self.first_window = sink
+
+    def _pin(self, index: torch.Tensor, leaving: int) -> None:
+        kept = index.shape[-1]
+        keys, channels = self.candidate_keys(leaving), self.candidates(leaving)
+        values = self._join(self.pinned_values, self.values, leaving)
+        lead = keys.shape[:SLOT_AXIS]
+        wide = index.expand(*lead, kept)[..., None].expand(*lead, kept, keys.shape[-1])
+        self.pinned_keys = torch.cat([self.pinned_keys[..., : self.sink, :], keys.gather(SLOT_AXIS, wide)], SLOT_AXIS)
+        self.pinned_values = torch.cat(
+            [self.pinned_values[..., : self.sink, :], values.gather(SLOT_AXIS, wide)], SLOT_AXIS
+        )
+        for name, channel in channels.items():
+            kept_channel = channel.gather(SLOT_AXIS, index.expand(*channel.shape[:SLOT_AXIS], kept))
+            self.pinned_channels[name] = torch.cat(
+                [self.pinned_channels[name][..., : self.sink], kept_channel], SLOT_AXIS
+            )
+        self.pinned_positions = self.pinned_channels["position"]
+
+    def _write_pinned(self) -> None:
+        """Rotate the pinned keys to where the frame lies now and write all pinned entries before the window."""
+        if self.pinned == 0:
+            return
+        end = self.start + self.pinned
+        self.keys[..., self.start : end, :].copy_(self.rope.rotate(self.pinned_keys, *self.pinned_angles()))
+        self.values[..., self.start : end, :].copy_(self.pinned_values)
+        for name, channel in self.channels.items():
+            channel[..., self.start : end].copy_(self.pinned_channels[name])

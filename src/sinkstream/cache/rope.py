@@ -1,0 +1,60 @@
+"""Rotary positions: exact angles in float64, rotation and its inverse in float32."""
+
+import torch
+
+
+class Rope:
+    """The rotation of one model, with its own copy of the frequencies.
+
+    Pairs are (i, i + rotary_dim / 2), as in GPT-NeoX and every Llama-like model of transformers. Dimensions past
+    ``rotary_dim`` are left alone (partial rotary). No attention scaling is applied: keys arrive with it already.
+
+    Parameters
+    ----------
+    inv_freq : Tensor, (rotary_dim / 2,)
+        Frequencies of the model's rotary module, radians per position.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor):
+        self.inv_freq = inv_freq.detach().to("cpu", torch.float64)
+        self.rotary_dim = 2 * len(self.inv_freq)
+        self._on: dict[torch.device, torch.Tensor] = {}
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every angle.
+
+        Parameters
+        ----------
+        positions : Tensor, (...,), any integer or float dtype
+            May be negative. Angles are computed in float64 on the device of `positions`.
+
+        Returns
+        -------
+        cos, sin : Tensor, (..., rotary_dim / 2), float32
+        """
+        device = positions.device
+        if device not in self._on:
+            self._on[device] = self.inv_freq.to(device)
+        angle = positions.to(torch.float64)[..., None] * self._on[device]
+        return angle.cos().float(), angle.sin().float()
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate forward by the given angles.
+
+        Parameters
+        ----------
+        x : Tensor, (..., head_dim)
+            Any float dtype; the work is done in float32.
+        cos, sin : Tensor, broadcastable to (..., rotary_dim / 2)
+
+        Returns
+        -------
+        Tensor, (..., head_dim), float32
+        """
+        half, x = self.rotary_dim // 2, x.float()
+        a, b = x[..., :half], x[..., half : self.rotary_dim]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., self.rotary_dim :]], dim=-1)
+
+    def unrotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate back by the given angles. Axes as in `rotate`."""
+        return self.rotate(x, cos, -sin)

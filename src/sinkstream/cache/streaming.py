@@ -1,0 +1,405 @@
+"""`StreamingCache`: a transformers cache that never grows past its cap.
+
+    cache = StreamingCache.for_model(model, sink=4, window=2044)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=100_000)
+
+The cache is a subclass of transformers' public `Cache`. Two module hooks on the model it was made for tell it which
+tokens are coming and put positions and masks right; they act on calls with this very cache only, and go with it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from sinkstream.cache.chunks import CrossingChunk, Segments
+from sinkstream.cache.families import ModelSpec, describe
+from sinkstream.cache.hooks import install_hooks
+from sinkstream.cache.observe import AttentionObserver, running
+from sinkstream.cache.ring import Channel, SoftRing
+from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
+
+POSITIONS = ("cache", "original")
+REBASE_AT = 16_384
+
+
+class StreamingLayer(CacheLayerMixin):
+    """One layer's window onto the cache: transformers writes through it, the cache keeps the books."""
+
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: "StreamingCache", index: int):
+        super().__init__()
+        self._cache, self._index = weakref.proxy(cache), index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the cache allocates all layers at once."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write new entries ``(batch, kv_heads, new, head_dim)``; returns everything the queries may see."""
+        return self._cache._write(self._index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length with the new entries, and the stream index that its first column stands for."""
+        return self._cache.kept_tokens + query_length, self._cache.seen_tokens - self._cache.kept_tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens seen since the beginning of the stream, evicted ones included."""
+        return self._cache.seen_tokens
+
+    def get_max_length(self) -> int:
+        """No limit: the stream may be endless."""
+        return -1
+
+
+@dataclass
+class _Pending:
+    """A forward that has begun: committed when the decoder returns, forgotten if it raises."""
+
+    tokens: int
+    steps: list[Step]
+    input_ids: torch.Tensor | None
+    crossing: CrossingChunk | None
+
+
+class StreamingCache(Cache):
+    """Attention sinks, pinned tokens and a window of KV entries, under an eviction policy.
+
+    Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, batch rows of
+    equal length, and prompts in chunks of any size; each token sees exactly what it would see token by token.
+
+    Attributes
+    ----------
+    policy : EvictionPolicy
+    spec : ModelSpec
+    last_steps : list of Step
+        What the policy did at each token of the latest forward.
+    """
+
+    def __init__(self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure):
+        super().__init__(layers=[StreamingLayer(self, i) for i in range(spec.layers)])
+        self.spec, self.policy, self.positions = spec, policy, positions
+        self._rebase_at, self._structure = rebase_at, structure
+        self._close: Callable[[], None] = lambda: None
+        self._clear()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        *,
+        policy: EvictionPolicy | None = None,
+        positions: str = "cache",
+        tokenizer: Any = None,
+        allow_untrained_positions: bool = False,
+        rebase_at: int = REBASE_AT,
+        **options: Any,
+    ) -> "StreamingCache":
+        """Make a cache for one model.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            A supported family: gpt_neox, llama, mistral, qwen2, qwen3.
+        policy : EvictionPolicy or None
+            Or give its options: ``sink``, ``window`` or ``cap``, ``compress_every``, ``max_drop``, ``refresh`` …
+            (see `EvictionPolicy.build`).
+        positions : {"cache", "original"}
+            Positions inside the cache (StreamingLLM), or every token keeps its index in the stream.
+        tokenizer : tokenizer or None
+            Needed by ``scorer="structural"`` only.
+        allow_untrained_positions : bool
+            Accept a cache that grows past the positions the model was trained on.
+        rebase_at : int
+            Position past which the window's rotation is rebased, so that float32 angles stay exact.
+
+        Raises
+        ------
+        ValueError
+            If the model, an option or their combination is not supported.
+        """
+        spec = describe(model)
+        policy = _policy_of(policy, options)
+        if positions not in POSITIONS:
+            raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
+        _check_trained(spec, policy, allow_untrained_positions)
+        structure = None
+        if "structure" in policy.needs:
+            if tokenizer is None:
+                raise ValueError("scorer='structural' reads the text of tokens; give tokenizer=TOKENIZER")
+            structure = structural_weights(tokenizer)
+        cache = cls(spec, policy, positions=positions, rebase_at=rebase_at, structure=structure)
+        cache._close = install_hooks(cache, model, attention=bool({"attention", "accumulated"} & policy.needs))
+        return cache
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens appended since the beginning of the stream."""
+        return self.ring.seen if self.ring else 0
+
+    @property
+    def kept_tokens(self) -> int:
+        """Entries cached now."""
+        return self.ring.live if self.ring else 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the policy must see the logits of every token."""
+        return bool({"risk", "nll", "entropy"} & self.policy.needs)
+
+    def stats(self) -> dict[str, int]:
+        """Counts of this stream: seen, kept, evicted tokens, prune events, rebases, and the bytes held."""
+        return {
+            "seen": self.seen_tokens,
+            "kept": self.kept_tokens,
+            "evicted": self.seen_tokens - self.kept_tokens,
+            "events": self._events,
+            "rebases": self.ring.rebases if self.ring else 0,
+            "bytes": self.ring.bytes if self.ring else 0,
+        }
+
+    def reset(self) -> None:
+        """Forget the stream; memory is given back and the cache can be used for another one."""
+        self._clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model. Happens by itself when the cache is collected."""
+        self._close()
+
+    def chunks(self, tokens: int, chunk_tokens: int = 256) -> Iterator[int]:
+        """Sizes of the forwards that feed `tokens` tokens: at most `chunk_tokens`, cut where the policy must decide.
+
+        The next size is worked out when it is asked for, so feed each chunk before asking again.
+        """
+        while tokens > 0:
+            size = min(tokens, chunk_tokens, self.max_chunk_tokens())
+            yield size
+            tokens -= size
+
+    def max_chunk_tokens(self) -> int:
+        """The most tokens that the next forward may append."""
+        room = self._capacity() - self.kept_tokens
+        if self.policy.plan_known:
+            return room
+        ahead = self._schedule.copy()
+        ahead.step()
+        return min(room, 1 + ahead.sure_steps())
+
+    @torch.no_grad()
+    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, chunk_tokens: int = 256) -> torch.Tensor:
+        """Feed a prompt of any length in bounded memory, evicting on the way.
+
+        Parameters
+        ----------
+        input_ids : Tensor, (batch, tokens), int64
+            New tokens only.
+
+        Returns
+        -------
+        Tensor, (batch, vocab)
+            Logits after the last token.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}; accepted: (batch, tokens) with tokens > 0")
+        fed = 0
+        for size in self.chunks(input_ids.shape[1], chunk_tokens):
+            out = model(input_ids[:, fed : fed + size], past_key_values=self, logits_to_keep=1)
+            fed += size
+        return out.logits[:, -1]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Refused: rows of a streaming cache share one schedule."""
+        raise ValueError("beam search is not supported by StreamingCache; accepted: greedy decoding and sampling")
+
+    def crop(self, *args: Any) -> None:
+        """Refused: evicted entries cannot come back."""
+        raise ValueError("StreamingCache cannot be rolled back; assisted decoding and crop() are not supported")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused, as `reorder_cache`."""
+        raise ValueError("StreamingCache cannot change its batch; accepted: the batch size of the first call")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refused, as `reorder_cache`."""
+        raise ValueError("StreamingCache cannot change its batch; accepted: the batch size of the first call")
+
+    # ---- the life of one forward, driven by the hooks ----
+
+    def _clear(self) -> None:
+        self.ring: SoftRing | None = None
+        self.observer: AttentionObserver | None = None
+        self.last_steps: list[Step] = []
+        self._schedule = PruneSchedule(self.policy)
+        self._pending: _Pending | None = None
+        self._events = 0
+        self._log_probs: torch.Tensor | None = None
+        self._unobserved = 0
+
+    def _begin(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
+        """Prune if it is time, make room, and return (position_ids, mask or None) for the coming tokens."""
+        if self.ring is None:
+            self._allocate(batch, device)
+        self._check_call(batch, tokens, input_ids)
+        steps = self._schedule.plan(tokens)
+        drop = steps[0].drop - (self._schedule.cached - self.ring.live)  # a failed forward may have dropped already
+        if drop > 0:
+            self.ring.prune(drop, self.policy.refresh, self._choose)
+        delta = self.ring.make_room(tokens)
+        if self.observer:
+            self.observer.forget_slots(tokens)
+            if delta is not None:
+                self.observer.rebase(delta)
+        segments = Segments.of(steps, device)
+        crossing = CrossingChunk(self.ring, segments) if segments else None
+        self._pending = _Pending(tokens, steps, input_ids, crossing)
+        running.set(self.observer)
+        first = self.seen_tokens - self.ring.base
+        positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
+        return positions, None if crossing is None else self._attention_mask(crossing.mask())
+
+    def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
+        if self._pending is None:
+            raise ValueError(
+                "this cache is not attached to the model that is using it; make one with StreamingCache.for_model(model, …)"
+            )
+        visible = self.ring.write(layer, keys, values)
+        return self._pending.crossing.extend(layer, *visible) if self._pending.crossing else visible
+
+    def _commit(self) -> None:
+        """The decoder has returned: count the tokens and do the prunes that fell inside the chunk."""
+        pending, ring = self._pending, self.ring
+        self._pending = None
+        running.set(None)
+        self._fill_channels(pending)
+        ring.advance(pending.tokens)
+        for _ in range(pending.tokens):
+            self._schedule.step()
+        if pending.crossing:
+            ring.prune(sum(s.drop for s in pending.steps[1:]))
+        self._events += sum(s.event for s in pending.steps)
+        self.last_steps = pending.steps
+        self._unobserved = pending.tokens if self.needs_logits else 0
+        self._last_ids = pending.input_ids
+
+    def _abort(self) -> None:
+        """The forward raised: the tokens never came."""
+        self._pending = None
+        running.set(None)
+
+    @torch.no_grad()
+    def _observe(self, logits: torch.Tensor) -> None:
+        """Take in the logits ``(batch, tokens, vocab)`` of the forward just committed."""
+        tokens, ids = self._unobserved, self._last_ids
+        if not tokens:
+            return
+        if logits.shape[1] != tokens:
+            raise ValueError(f"logits for {logits.shape[1]} of {tokens} tokens; this policy needs logits_to_keep=0")
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        self._unobserved = 0
+        if (signal := self._schedule.signal()) is not None:
+            for risk in SIGNALS[signal](log_probs).mean(0).tolist():
+                self._schedule.observe(risk)
+        if "nll" in self.ring.channels:
+            self._fill_uncertainty(log_probs, ids)
+        self._log_probs = log_probs[:, -1:].clone()
+
+    def _fill_uncertainty(self, log_probs: torch.Tensor, ids: torch.Tensor) -> None:
+        """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
+        nll, entropy = (self.ring.channels[n][0, :, 0] for n in ("nll", "entropy"))
+        known = log_probs[:, :-1] if self._log_probs is None else torch.cat([self._log_probs, log_probs[:, :-1]], 1)
+        new, count = slice(self.ring.tail - known.shape[1], self.ring.tail), known.shape[1]
+        if self._log_probs is None:
+            nll[:, self.ring.tail - ids.shape[1]] = entropy[:, self.ring.tail - ids.shape[1]] = 0
+        if count:
+            nll[:, new] = -known.gather(-1, ids[:, -count:, None])[..., 0]
+            entropy[:, new] = SIGNALS["entropy"](known)
+
+    def _fill_channels(self, pending: _Pending) -> None:
+        ring = self.ring
+        new = slice(ring.tail, ring.tail + pending.tokens)
+        if "position" in ring.channels:
+            ring.channels["position"][..., new] = torch.arange(
+                ring.seen, ring.seen + pending.tokens, device=ring.keys.device
+            )
+        if "structure" in ring.channels:
+            weights = self._structure.to(ring.keys.device)[pending.input_ids]
+            ring.channels["structure"][..., new] = weights[None, :, None, :]
+
+    def _choose(self, leaving: int) -> torch.Tensor:
+        known = self.ring.candidates(leaving)
+        if "attention" in self.policy.needs:
+            known["attention"] = self.observer.candidate_attention(leaving)
+        if "key_norm" in self.policy.needs:
+            known["key_norm"] = self.ring.candidate_keys(leaving).norm(dim=-1)
+        return select(self.policy.scorer.score(Candidates(**known)), self.policy.refresh)
+
+    def _allocate(self, batch: int, device: torch.device) -> None:
+        spec, policy = self.spec, self.policy
+        names = {"position", "structure", "nll", "entropy", "accumulated"} & (policy.needs | {"position"})
+        channels = [
+            Channel(n, torch.int64 if n == "position" else torch.float32, policy.scorer.per_head)
+            for n in sorted(names)
+            if policy.scorer is not None
+        ]
+        self.ring = SoftRing(
+            (spec.layers, batch, spec.kv_heads, self._capacity(), spec.head_dim),
+            spec.dtype,
+            device,
+            rope=spec.rope,
+            sink=policy.sink,
+            original_positions=self.positions == "original",
+            rebase_at=self._rebase_at,
+            channels=channels,
+        )
+        queries = policy.scorer.observed_queries if policy.scorer else 0
+        if queries or "accumulated" in policy.needs:
+            self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
+
+    def _capacity(self) -> int:
+        return 2 * max(self.policy.peak, 256)
+
+    def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        if self.spec.attention == "sdpa":
+            return visible
+        lowest = torch.finfo(self.spec.dtype).min
+        return torch.zeros_like(visible, dtype=self.spec.dtype).masked_fill_(~visible, lowest)
+
+    def _check_call(self, batch: int, tokens: int, input_ids: torch.Tensor | None) -> None:
+        if batch != self.ring.keys.shape[1]:
+            raise ValueError(
+                f"batch of {batch}, but this cache holds {self.ring.keys.shape[1]} streams; use reset() or another cache"
+            )
+        if input_ids is None and {"structure", "nll"} & self.policy.needs:
+            raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
+        if self._unobserved:
+            raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
+        if tokens > self.max_chunk_tokens():
+            raise ValueError(
+                f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now; feed the prompt"
+                " with cache.prefill(model, input_ids[:, :-1]) first, or pass prefill_chunk_size to generate()"
+            )
+
+
+def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> EvictionPolicy:
+    if policy is None:
+        return EvictionPolicy.build(**options)
+    if options:
+        raise ValueError(f"policy and {next(iter(options))} exclude each other; give one of them")
+    if not isinstance(policy, EvictionPolicy):
+        raise ValueError(f"policy={policy!r} is not accepted; accepted: an EvictionPolicy")
+    return policy
+
+
+def _check_trained(spec: ModelSpec, policy: EvictionPolicy, allowed: bool) -> None:
+    if policy.peak > spec.trained_positions and not allowed:
+        raise ValueError(
+            f"the cache would hold up to {policy.peak} entries (growth {policy.growth} included), but the model was trained on"
+            f" {spec.trained_positions} positions, past which quality collapses; accepted: a cap of at most"
+            f" {spec.trained_positions} (window of at most {policy.window - policy.peak + spec.trained_positions}),"
+            " or allow_untrained_positions=True"
+        )

@@ -1,0 +1,25 @@
+"""Eviction policies: which cached tokens stay. Pure and model-free: integers in, integers out."""
+
+from sinkstream.policies.eviction import CAP_ACCOUNTING, EvictionPolicy, option_names
+from sinkstream.policies.presets import PRESETS, preset_options
+from sinkstream.policies.schedule import PruneSchedule, Step
+from sinkstream.policies.scorers import SCORERS, Candidates, Scorer, select, structural_weights
+from sinkstream.policies.triggers import SIGNALS, TRIGGERS, Trigger
+
+__all__ = [
+    "CAP_ACCOUNTING",
+    "PRESETS",
+    "SCORERS",
+    "SIGNALS",
+    "TRIGGERS",
+    "Candidates",
+    "EvictionPolicy",
+    "PruneSchedule",
+    "Scorer",
+    "Step",
+    "Trigger",
+    "option_names",
+    "preset_options",
+    "select",
+    "structural_weights",
+]

@@ -1,0 +1,175 @@
+"""The eviction policy: a geometry (sinks, pinned, window, overlap), a trigger and a scorer, composed."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sinkstream.policies.options import check_options, option, option_fields
+from sinkstream.policies.scorers import SCORERS, Scorer
+from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger
+from sinkstream.registry import Registry
+
+CAP_ACCOUNTING: Registry = Registry("cap accounting")
+
+
+@CAP_ACCOUNTING.register("peak")
+def _peak(growth: int) -> int:
+    """Growth counts: the cache never holds more than cap entries (the only fair budget)."""
+    return growth
+
+
+@CAP_ACCOUNTING.register("published")
+def _published(growth: int) -> int:
+    """Growth is left out, as in the published tables: the cache holds up to cap + growth entries."""
+    return 0
+
+
+@dataclass(frozen=True)
+class EvictionPolicy:
+    """Which cached tokens stay, and when that is decided.
+
+    Build one with `EvictionPolicy.build`, which takes the flat options of the command line.
+
+    Raises
+    ------
+    ValueError
+        If an option, or a combination of them, is not accepted.
+    """
+
+    window: int = option(None, "recent tokens kept by every prune", minimum=1)
+    sink: int = option(4, "first tokens, never evicted", minimum=0)
+    refresh: int = option(0, "older tokens kept pinned between sinks and window", minimum=0)
+    overlap: int = option(0, "extra recent tokens kept by a prune", minimum=0)
+    max_drop: int | None = option(None, "most tokens that one step drops; the rest follows step by step", minimum=2)
+    triggers: tuple[Trigger, ...] = (Lazy(1),)
+    scorer: Scorer | None = None
+
+    def __post_init__(self):
+        if self.window is None:
+            raise ValueError("window is missing; give window=TOKENS or cap=SLOTS")
+        check_options(self)
+        if (self.refresh > 0) != (self.scorer is not None):
+            raise ValueError(
+                f"refresh={self.refresh} goes with a scorer and a scorer with refresh > 0; "
+                f"accepted scorers: {', '.join(SCORERS)}"
+            )
+
+    @classmethod
+    def build(cls, *, cap: int | None = None, cap_accounting: str = "peak", **options: Any) -> "EvictionPolicy":
+        """Compose a policy from flat options.
+
+        Parameters
+        ----------
+        cap : int or None
+            KV slots. The window is what sinks, pinned tokens, overlap and (with ``cap_accounting="peak"``) growth leave
+            of it. Give either `cap` or ``window``.
+        cap_accounting : {"peak", "published"}
+            Whether growth counts against the cap.
+        **options
+            ``sink``, ``window``, ``refresh``, ``scorer`` (a name), ``overlap``, ``max_drop`` and the options of every
+            registered trigger and scorer (``compress_every``, ``slack``, ``adaptive`` …). None means "not given".
+
+        Raises
+        ------
+        ValueError
+            Naming the option, the value and what is accepted; also when the cap leaves no window.
+        """
+        given = {k: v for k, v in options.items() if v is not None}
+        own = {f.name for f in option_fields(cls)}
+        triggers = tuple(t for t in (_take_trigger(name, given) for name in TRIGGERS) if t is not None) or (Lazy(1),)
+        scorer = _take_scorer(given)
+        unknown = sorted(set(given) - own)
+        if unknown:
+            raise ValueError(f"unknown policy option {unknown[0]!r}; accepted: {', '.join(sorted(option_names()))}")
+        parts = {"triggers": triggers, "scorer": scorer, **given}
+        if cap is None:
+            return cls(**parts)
+        if "window" in given:
+            raise ValueError(f"cap={cap} and window={given['window']} exclude each other; give one of them")
+        return cls._for_cap(cap, cap_accounting, parts)
+
+    @classmethod
+    def _for_cap(cls, cap: int, cap_accounting: str, parts: dict[str, Any]) -> "EvictionPolicy":
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+            raise ValueError(f"cap={cap!r} is not accepted; accepted: a whole number of at least 1")
+        smallest = cls(window=1, **parts)
+        growth = CAP_ACCOUNTING[cap_accounting](smallest.growth)
+        window = cap - (smallest.sink + smallest.refresh + smallest.overlap + growth)
+        if window < 1:
+            raise ValueError(
+                f"cap={cap} is too small: sink {smallest.sink} + refresh {smallest.refresh} + overlap {smallest.overlap}"
+                f" + growth {growth} leave no window; accepted: cap of at least {cap - window + 1}"
+            )
+        return replace(smallest, window=window)
+
+    @property
+    def base(self) -> int:
+        """C₀ = sinks + pinned + window."""
+        return self.sink + self.refresh + self.window
+
+    @property
+    def target(self) -> int:
+        """Entries that a finished prune leaves, the newest token included: C₀ + overlap."""
+        return self.base + self.overlap
+
+    @property
+    def growth(self) -> int:
+        """The most entries past the target before the next prune."""
+        return min(t.growth for t in self.triggers)
+
+    @property
+    def sure_growth(self) -> int:
+        """Entries past the target that surely gather before a prune, whatever is observed."""
+        return min(t.sure_growth for t in self.triggers)
+
+    @property
+    def peak(self) -> int:
+        """The most KV entries that any token's attention sees."""
+        return self.target + self.growth
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Everything that must be observed during the run for triggers and scorer."""
+        return frozenset().union(*(t.needs for t in self.triggers), self.scorer.needs if self.scorer else ())
+
+    @property
+    def plan_known(self) -> bool:
+        """Whether every prune is known in advance from the token count alone."""
+        return self.scorer is None and all(t.sure_growth == t.growth for t in self.triggers)
+
+    def record(self) -> dict[str, Any]:
+        """All options, JSON-able, for run records."""
+        flat = {f.name: getattr(self, f.name) for f in option_fields(type(self))}
+        for trigger in self.triggers:
+            flat |= asdict(trigger)
+        if self.scorer is not None:
+            flat |= {"scorer": next(n for n, c in SCORERS.items() if c is type(self.scorer)), **asdict(self.scorer)}
+        return flat | {"growth": self.growth, "peak": self.peak}
+
+
+def option_names() -> set[str]:
+    """Every flat option that `EvictionPolicy.build` takes, besides cap and cap_accounting."""
+    names = {f.name for f in option_fields(EvictionPolicy)} | {"scorer"}
+    for registry in (TRIGGERS, SCORERS):
+        names |= {f.name for _, cls in registry.items() for f in option_fields(cls)}
+    return names
+
+
+def _take_trigger(name: str, given: dict[str, Any]) -> Trigger | None:
+    cls = TRIGGERS[name]
+    switch, *_ = names = [f.name for f in option_fields(cls)]
+    mine = {n: given.pop(n) for n in names if n in given}
+    if mine and switch not in mine:
+        raise ValueError(f"{next(iter(mine))} goes with {switch}, which is not given")
+    return cls(**mine) if mine else None
+
+
+def _take_scorer(given: dict[str, Any]) -> Scorer | None:
+    name = given.pop("scorer", None)
+    mine = {f.name for f in option_fields(SCORERS[name])} if name is not None else set()
+    for other, cls in SCORERS.items():
+        for f in option_fields(cls):
+            if f.name in given and f.name not in mine:
+                raise ValueError(f"{f.name}={given[f.name]!r} goes with scorer={other!r}, not with {name!r}")
+    if name is None:
+        return None
+    return SCORERS[name](**{n: given.pop(n) for n in mine if n in given})

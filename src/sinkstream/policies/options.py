@@ -1,0 +1,80 @@
+"""Declared options: one dataclass field carries a policy option's default, help text and accepted values.
+
+The command line, the error messages and the doc tables are made from these fields, so an option is written down once.
+"""
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, choices=None):
+    """A dataclass field that documents and bounds one option.
+
+    Parameters
+    ----------
+    default : Any
+        The default; None means "not set".
+    help : str
+        One line for ``--help`` and the docs.
+    minimum, maximum : float or None
+        Inclusive bounds.
+    choices : callable or None
+        Returns the accepted names; a callable, so that a registry can be filled later.
+    """
+    meta = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """What the command line needs to know of one option."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    choices: list[str] | None
+
+    @classmethod
+    def of(cls, f: Field) -> "OptionSpec":
+        kind = next((t for t in (bool, int, float, str) if t.__name__ in str(f.type)), str)
+        choices = f.metadata["choices"]() if f.metadata.get("choices") else None
+        return cls(f.name, kind, None if f.default is MISSING else f.default, f.metadata["help"], choices)
+
+
+def option_fields(cls: type) -> list[Field]:
+    """The fields of a dataclass that were declared with `option`."""
+    return [f for f in fields(cls) if "help" in f.metadata]
+
+
+def check_options(instance: Any) -> None:
+    """Check every declared option of a dataclass instance against its type, bounds and choices.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, the value and what is accepted.
+    """
+    for f in option_fields(type(instance)):
+        value, spec = getattr(instance, f.name), OptionSpec.of(f)
+        if value is None:
+            if f.default is not None:
+                raise ValueError(f"{f.name} must be given; accepted: {_accepted(f, spec)}")
+            continue
+        right_type = isinstance(value, spec.type) or (spec.type is float and isinstance(value, int))
+        if not right_type or (isinstance(value, bool) and spec.type is not bool):
+            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+        low, high = f.metadata["minimum"], f.metadata["maximum"]
+        outside = (low is not None and value < low) or (high is not None and value > high)
+        if outside or (spec.choices is not None and value not in spec.choices):
+            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+
+
+def _accepted(f: Field, spec: OptionSpec) -> str:
+    if spec.choices is not None:
+        return ", ".join(spec.choices)
+    low, high = f.metadata["minimum"], f.metadata["maximum"]
+    words = {"int": "a whole number", "float": "a number", "str": "a name", "bool": "true or false"}[spec.type.__name__]
+    if low is not None and high is not None:
+        return f"{words} from {low} to {high}"
+    return f"{words} of at least {low}" if low is not None else words
