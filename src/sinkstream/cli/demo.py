@@ -1,0 +1,45 @@
+"""``sinkstream demo``."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sinkstream.cli import COMMANDS
+from sinkstream.cli.eval import exit_code
+from sinkstream.cli.options import all_arguments
+from sinkstream.cli.show import draw_nll, show_records
+from sinkstream.data import load_text, tokenize
+from sinkstream.experiments.batch import Batch
+from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
+from sinkstream.models import load_model
+
+
+@COMMANDS.register("demo")
+class Demo:
+    """Compare all kinds of policy on a small real model, offline, in minutes."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the built-in text")
+        parser.add_argument("--cap", type=int, default=CAP, help="KV slots of every method")
+        parser.add_argument("--sample-every", type=int, default=SAMPLE_EVERY, help="recompute scores every k-th token")
+        parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the records and the picture")
+        parser.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run the demo on the CPU in float32, so that it gives the same figures everywhere."""
+        console = Console()
+        settings = demo_settings(args.cap, args.sample_every)
+        loaded = load_model("builtin", dtype=torch.float32, device="cpu")
+        stream = tokenize(load_text("builtin"), loaded.tokenizer, args.tokens)
+        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, 0, args.resume)
+        records = batch.run(settings, console)
+        title = f"{TITLE}, {args.tokens} tokens, cap {args.cap}"
+        show_records(records, console, title)
+        picture = draw_nll(records, args.out / "nll.png", title)
+        console.print(f"records: {args.out}, picture: {picture}")
+        return exit_code(records)

@@ -1,0 +1,96 @@
+"""``sinkstream eval``."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
+from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
+from sinkstream.cli.show import draw_nll, show_records
+from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.record import set_tf32
+from sinkstream.evaluation.sessions import BACKENDS
+from sinkstream.evaluation.settings import EVALUATE, RunSettings
+from sinkstream.experiments.batch import Batch
+from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
+
+RANDOM_TEXT = "random"
+
+
+@COMMANDS.register("eval")
+class Eval:
+    """Stream a text through a model under one or several policies and record quality and speed."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        add_model_options(parser)
+        add_policy_options(parser)
+        group = parser.add_argument_group("protocol")
+        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, random, or a .txt or .json file")
+        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
+        group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help="what runs the model")
+        described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
+        group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
+        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
+        group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
+        group.add_argument("--out", type=Path, default=Path("out"), help="folder of the records and the picture")
+        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run all policies, print the table, write records and picture."""
+        settings = [_settings(args, method) for method in args.policy]
+        console = Console()
+        device = resolve_device(args.device)
+        set_tf32(args.tf32)
+        stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
+        loaded = load_model(
+            args.model,
+            dtype=resolve_dtype(args.dtype, device),
+            device=device,
+            attn_implementation=args.attention,
+            seed=args.seed,
+        )
+        stream = _tokens(args, loaded, stream_first)
+        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
+        records = batch.run(settings, console)
+        title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
+        show_records(records, console, title)
+        picture = draw_nll(records, args.out / "nll.png", title)
+        console.print(f"records: {args.out}" + (f", picture: {picture}" if picture else ""))
+        return exit_code(records)
+
+
+def exit_code(records: list) -> int:
+    """0 if every run is complete, 130 after an interrupt, 1 after a failure."""
+    codes = {"complete": 0, "partial": EXIT_INTERRUPTED, "failed": EXIT_FAILED}
+    return codes[records[-1].status]
+
+
+def _settings(args: argparse.Namespace, method: str) -> RunSettings:
+    return RunSettings(
+        method,
+        cap=args.cap,
+        options=policy_options(args),
+        cap_accounting=args.cap_accounting,
+        positions=args.positions,
+        allow_untrained_positions=args.allow_untrained_positions,
+        backend=args.backend,
+        prefill=args.prefill,
+        evaluate=args.evaluate,
+        block_tokens=args.block_tokens,
+        sample_every=args.sample_every if method == "recompute" or len(args.policy) == 1 else 1,
+        repeats=args.repeats,
+    )
+
+
+def _tokens(args: argparse.Namespace, loaded: LoadedModel, text) -> TokenStream:
+    if text is not None:
+        return tokenize(text, loaded.tokenizer, args.tokens)
+    if args.tokens is None:
+        raise ValueError("--text random has no length of its own; give --tokens N")
+    return random_tokens(loaded.model.config.vocab_size, args.tokens, args.seed)

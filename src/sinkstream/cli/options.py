@@ -1,0 +1,63 @@
+"""Command-line options that several commands share; policy options come from the registries."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from sinkstream.cache import POSITIONS
+from sinkstream.evaluation.settings import method_names, method_summary
+from sinkstream.models.placement import DTYPES
+from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
+from sinkstream.policies.options import OptionSpec, option_fields
+
+
+def policy_option_specs() -> Iterator[OptionSpec]:
+    """Every policy option once: geometry, then triggers, then scorers."""
+    for cls in (EvictionPolicy, *(c for _, c in TRIGGERS.items()), *(c for _, c in SCORERS.items())):
+        yield from (OptionSpec.of(f) for f in option_fields(cls))
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--policy``, ``--cap`` and one flag for every registered policy option."""
+    group = parser.add_argument_group("policy")
+    listed = "; ".join(f"{name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
+    group.add_argument(
+        "--policy", type=_names, default=["strict"], metavar="NAME[,NAME…]", help=f"one or several of: {listed}"
+    )
+    group.add_argument("--cap", type=int, help="KV slots, growth included; the window is what the rest leaves of it")
+    group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
+    group.add_argument("--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept")
+    group.add_argument("--scorer", choices=SCORERS.names(), help="what chooses the pinned tokens; goes with --refresh")
+    group.add_argument(
+        "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
+    )
+    for spec in policy_option_specs():
+        flag = "--" + spec.name.replace("_", "-")
+        group.add_argument(flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help)
+
+
+def policy_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The policy options that were given."""
+    names = [spec.name for spec in policy_option_specs()]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return given | ({"scorer": args.scorer} if args.scorer else {})
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and where and how it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="builtin", help="hub id, directory, .gguf file, builtin, or random:SHAPE")
+    group.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on the CPU")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="transformers' implementation")
+    group.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
+    group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
+
+
+def all_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Every argument of a command, JSON-able, for its records."""
+    return {k: v for k, v in vars(args).items() if k not in ("run", "argv")}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,6 @@
+"""Where texts come from, and how they become token ids."""
+
+from .text import TEXTS, Text, load_text
+from .tokens import TokenStream, random_tokens, tokenize
+
+__all__ = ["TEXTS", "Text", "TokenStream", "load_text", "random_tokens", "tokenize"]

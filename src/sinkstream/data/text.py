@@ -1,0 +1,74 @@
+"""Texts by name or from a file: `load_text` is what stands behind `--text`."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkstream.registry import Registry
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from.
+
+    Attributes
+    ----------
+    name : str
+        For people and tables; never a path of this machine.
+    text : str
+    sha256 : str
+        Hex, over the text in UTF-8.
+    source : str
+        Where it came from, in words.
+    default_tokens : int or None
+        Tokens of it that a run takes unless told otherwise; None takes all.
+    """
+
+    name: str
+    text: str
+    sha256: str
+    source: str
+    default_tokens: int | None
+
+    @classmethod
+    def of(cls, text: str, *, name: str, source: str, default_tokens: int | None = None) -> "Text":
+        """Check and hash `text`. Raises ValueError, naming the source, if it is empty or not text."""
+        if not text.strip():
+            raise ValueError(f"text {name!r} ({source}) is empty")
+        if "\0" in text:
+            raise ValueError(f"text {name!r} ({source}) holds NUL characters: it is binary, not text")
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {name!r} ({source}) holds half of a character pair at {error.start}") from error
+        return cls(name, text, hashlib.sha256(raw).hexdigest(), source, default_tokens)
+
+
+TEXTS: Registry[Callable[[], Text]] = Registry("text")
+
+
+def load_text(spec: str) -> Text:
+    """Return the text that `spec` names.
+
+    Parameters
+    ----------
+    spec : str
+        A name in `TEXTS`, or a file: `.txt` (UTF-8), or `.json` (an object with a "text", or a list of such objects
+        or of strings, which are joined by empty lines).
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or suffix, a file that is missing, empty, binary or of another form, and for a text that
+        cannot be had from the hub.
+    """
+    from . import builtin, files, hub  # noqa: F401  (they register their texts)
+
+    if spec in TEXTS:
+        return TEXTS[spec]()
+    if not Path(spec).suffix and not Path(spec).exists():
+        raise ValueError(
+            f"unknown text {spec!r}; accepted: {', '.join(TEXTS)}, or a file {' or '.join(files.SUFFIXES)}"
+        )
+    return files.read_text(Path(spec).expanduser())

@@ -1,0 +1,112 @@
+"""Token ids of a text, exactly as the whole text would give them, without tokenizing more of it than needed."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .text import Text
+
+FIRST_CHARACTERS_PER_TOKEN = 6
+SPARE_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """Token ids and where they came from.
+
+    Attributes
+    ----------
+    ids : torch.Tensor
+        (tokens,), int64, on the CPU.
+    sha256 : str
+        Hex, over the ids as little-endian int64.
+    name, source : str
+        Those of the text; of random ids: "random" and how they were drawn.
+    text_sha256 : str or None
+        Hash of the text; None for random ids.
+    """
+
+    ids: torch.Tensor
+    sha256: str
+    name: str
+    source: str
+    text_sha256: str | None
+
+    @classmethod
+    def of(cls, ids: list[int] | torch.Tensor, *, name: str, source: str, text_sha256: str | None) -> "TokenStream":
+        """Hash and keep `ids`."""
+        tensor = torch.as_tensor(ids, dtype=torch.int64)
+        digest = hashlib.sha256(tensor.numpy().astype("<i8").tobytes()).hexdigest()
+        return cls(tensor, digest, name, source, text_sha256)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def record(self) -> dict:
+        """JSON-able description for run records."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "tokens": len(self),
+            "sha256": self.sha256,
+            "text_sha256": self.text_sha256,
+        }
+
+
+def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int | None = None) -> TokenStream:
+    """Return the first token ids of `text`, special tokens as the tokenizer itself adds them.
+
+    Parameters
+    ----------
+    text : Text
+    tokenizer : PreTrainedTokenizerBase
+    tokens : int, optional
+        How many; without it the text's `default_tokens`, and all if that is None.
+
+    Raises
+    ------
+    ValueError
+        If the text has fewer tokens, if `tokens` is below 1, and without a tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError(f"text {text.name!r} cannot be tokenized: this model has no tokenizer (use random tokens)")
+    wanted = text.default_tokens if tokens is None else tokens
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"tokens {wanted} is too small; accepted: 1 and above")
+    ids = _ids(tokenizer, text.text) if wanted is None else _first_ids(tokenizer, text.text, wanted)
+    if not ids or (wanted is not None and len(ids) < wanted):
+        raise ValueError(f"text {text.name!r} is too short: it has {len(ids)} tokens, {wanted or 1} were asked for")
+    return TokenStream.of(ids[:wanted], name=text.name, source=text.source, text_sha256=text.sha256)
+
+
+def random_tokens(vocab_size: int, tokens: int, seed: int = 0) -> TokenStream:
+    """Return uniformly random ids in [0, vocab_size), for models without a tokenizer. Raises ValueError below 1."""
+    for option, value in (("vocab_size", vocab_size), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{option} {value} is too small; accepted: 1 and above")
+    ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return TokenStream.of(ids, name="random", source=f"uniform below {vocab_size}, seed {seed}", text_sha256=None)
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int) -> list[int]:
+    """Tokenize growing prefixes until one and its double agree on the first `wanted` ids, or the text ends.
+
+    A cut can change the ids near it, and only there; agreement of two cuts that far apart shows that neither reached
+    the wanted ids. At least SPARE_TOKENS lie between them and a cut.
+    """
+    previous: list[int] = []
+    length = FIRST_CHARACTERS_PER_TOKEN * (wanted + SPARE_TOKENS)
+    while length < len(text):
+        ids = _ids(tokenizer, text[:length])
+        enough = len(previous) >= wanted + SPARE_TOKENS
+        if enough and ids[:wanted] == previous[:wanted]:
+            return ids
+        previous, length = ids, 2 * length
+    return _ids(tokenizer, text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text of any length; `verbose=False` silences the warning about the model's own maximum."""
+    return tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]

@@ -1,0 +1,101 @@
+"""From a run to a run record: everything that a figure needs to be trusted, in one place."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.run import RunResult
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.environment import environment, tf32_switches, utc_now
+from sinkstream.measure.records import Record, load_records, new_record_id, write_record
+from sinkstream.models import LoadedModel
+
+
+def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings) -> dict[str, Any]:
+    """What makes two runs the same run: model, precision, device, text and settings."""
+    return {
+        "model_hash": loaded.hash,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device.type),
+        "attention": loaded.model.config._attn_implementation,
+        "data_sha256": stream.sha256,
+        "settings": settings.record(),
+        "tf32": tf32_switches()["matmul"],
+    }
+
+
+def build_record(
+    result: RunResult,
+    loaded: LoadedModel,
+    stream: TokenStream,
+    settings: RunSettings,
+    *,
+    arguments: dict[str, Any],
+    command: list[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Assemble the record of a run.
+
+    Parameters
+    ----------
+    arguments : dict
+        Every argument of the command, given or default.
+    command : list of str
+        As typed.
+    """
+    policy = settings.policy()
+    device = loaded.model.device
+    identity = run_identity(loaded, stream, settings)
+    return {
+        "id": new_record_id(loaded.name, stream.name, settings.label(), settings.evaluate),
+        "status": result.status,
+        "status_reason": result.reason,
+        "created": utc_now(),
+        "command": command,
+        "arguments": {**arguments, "identity": identity},
+        "environment": environment(device),
+        "model": loaded.record(),
+        "data": stream.record(),
+        "policy": {
+            "name": settings.method,
+            "label": settings.label(),
+            "options": {} if policy is None else {**policy.record(), "positions": settings.positions},
+        },
+        "protocol": {
+            "backend": settings.backend,
+            "evaluate": settings.evaluate,
+            "dtype": identity["dtype"],
+            "device": str(device),
+            "tf32": identity["tf32"],
+            "seed": seed,
+            "cap": settings.cap,
+            "cap_accounting": settings.cap_accounting,
+            "prefill_tokens": result.prefill_tokens,
+            "decode_tokens": result.summary["decode_tokens"],
+            "warmup_tokens": settings.warmup_tokens,
+            "sample_every": settings.sample_every,
+            "repeats": settings.repeats,
+        },
+        "summary": result.summary,
+    }
+
+
+def find_complete(directory: Path, identity: dict[str, Any]) -> Record | None:
+    """The newest complete record in `directory` of the very same run, for resuming."""
+    if not directory.is_dir():
+        return None
+    same = [r for r in load_records(directory) if r.status == "complete" and r.arguments.get("identity") == identity]
+    return same[-1] if same else None
+
+
+def save_record(record: dict[str, Any], result: RunResult, directory: Path) -> Path:
+    """Write the record and its per-token arrays, both or neither. Raises as `measure.records.write_record`."""
+    return write_record(record, result.arrays, directory)
+
+
+def set_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in float32 matrix products and convolutions."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"

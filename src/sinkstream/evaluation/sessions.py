@@ -1,0 +1,185 @@
+"""Sessions: one stream through one model by one method, behind one interface.
+
+Every method, the baselines included, is driven by the same decode loop (`evaluation.run`), so that a difference between
+two figures is a difference between two methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkstream.cache import StreamingCache
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.models import LoadedModel
+from sinkstream.policies import Step
+from sinkstream.registry import Registry
+
+BACKENDS: Registry = Registry("backend")
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target, in nats, computed in float32.
+
+    Parameters
+    ----------
+    logits : Tensor, (tokens, vocab)
+    targets : Tensor, (tokens,), int64
+
+    Returns
+    -------
+    Tensor, (tokens,), float32
+    """
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class Session(ABC):
+    """One stream. All ids are ``(tokens,)`` int64 on the device of the model."""
+
+    def __init__(self, model: PreTrainedModel, settings: RunSettings):
+        self.model, self.settings = model, settings
+
+    @abstractmethod
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        """Forward new tokens; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
+
+    @abstractmethod
+    def steps(self) -> list[Step]:
+        """What happened to the cache at each token of the latest `feed`."""
+
+    def chunk_sizes(self, tokens: int) -> Iterator[int]:
+        """Sizes of the forwards that feed `tokens` tokens; ask for the next one after feeding the last."""
+        size = self.settings.block_tokens
+        while tokens > 0:
+            yield min(size, tokens)
+            tokens -= size
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed a prompt of any length; logits ``(1, vocab)`` after its last token."""
+        fed = 0
+        for size in self.chunk_sizes(len(ids)):
+            logits = self.feed(ids[fed : fed + size], last_only=True)
+            fed += size
+        return logits
+
+    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored."""
+        return token_nll(self.feed(ids, last_only=False), targets)
+
+    def close(self) -> None:
+        """Free what the session put on the model."""
+
+
+class StreamingSession(Session):
+    """A `StreamingCache` under the settings' policy."""
+
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer):
+        super().__init__(model, settings)
+        self.cache = StreamingCache.for_model(
+            model,
+            policy=settings.policy(),
+            positions=settings.positions,
+            allow_untrained_positions=settings.allow_untrained_positions,
+            tokenizer=tokenizer,
+        )
+
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        out = self.model(ids[None], past_key_values=self.cache, logits_to_keep=1 if last_only else 0)
+        return out.logits[0, -1:] if last_only else out.logits[0]
+
+    def steps(self) -> list[Step]:
+        return self.cache.last_steps
+
+    def chunk_sizes(self, tokens: int) -> Iterator[int]:
+        return self.cache.chunks(tokens, self.settings.block_tokens)
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+class FullSession(Session):
+    """The full cache: transformers' own `DynamicCache`, which grows for ever."""
+
+    def __init__(self, model: PreTrainedModel, settings: RunSettings):
+        super().__init__(model, settings)
+        self.cache = DynamicCache(config=model.config)
+        self.fed = 0
+
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        seen = self.cache.get_seq_length()
+        self._steps = [Step(0, False, seen + i + 1) for i in range(len(ids))]
+        return self.model(ids[None], past_key_values=self.cache, logits_to_keep=1 if last_only else 0).logits[0]
+
+    def steps(self) -> list[Step]:
+        return self._steps
+
+
+class RecomputeSession(Session):
+    """Sliding-window recompute: the last cap tokens are forwarded anew, at positions 0 to cap − 1, for every token."""
+
+    batch = 8
+
+    def __init__(self, model: PreTrainedModel, settings: RunSettings):
+        super().__init__(model, settings)
+        self.history = torch.empty(0, dtype=torch.int64, device=model.device)
+        self.decoded = 0
+
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        assert last_only, "recompute gives the logits of one token at a time"
+        self._remember(ids)
+        return self._forward(self.history[None])
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.feed(ids, last_only=True)
+
+    def steps(self) -> list[Step]:
+        return self._steps
+
+    def skip(self, ids: torch.Tensor) -> None:
+        """Take in tokens without computing anything."""
+        self._remember(ids)
+
+    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        stream = torch.cat([self.history, ids])
+        first, cap = len(self.history), self.settings.cap
+        wanted = [i for i in range(len(ids)) if (self.decoded + i) % self.settings.sample_every == 0]
+        nll = torch.full((len(ids),), float("nan"), device=ids.device)
+        full = [i for i in wanted if first + i + 1 >= cap]
+        for group in [full[i : i + self.batch] for i in range(0, len(full), self.batch)]:
+            windows = torch.stack([stream[first + i + 1 - cap : first + i + 1] for i in group])
+            nll[group] = token_nll(self._forward(windows), targets[group])
+        for i in sorted(set(wanted) - set(full)):
+            nll[i] = token_nll(self._forward(stream[None, : first + i + 1]), targets[i : i + 1])[0]
+        self._remember(ids)
+        self.decoded += len(ids)
+        return nll
+
+    def _forward(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model(windows, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+    def _remember(self, ids: torch.Tensor) -> None:
+        lengths = [min(len(self.history) + i + 1, self.settings.cap) for i in range(len(ids))]
+        self._steps = [Step(0, False, n) for n in lengths]
+        self.history = torch.cat([self.history, ids])[-self.settings.cap :]
+
+
+@BACKENDS.register("hf")
+def hf_session(loaded: LoadedModel, settings: RunSettings) -> Session:
+    """The transformers module itself, with the soft-ring cache (or no cache, or the full one, for the baselines)."""
+    _check_positions(loaded, settings)
+    if settings.method == "full":
+        return FullSession(loaded.model, settings)
+    if settings.method == "recompute":
+        return RecomputeSession(loaded.model, settings)
+    return StreamingSession(loaded.model, settings, loaded.tokenizer)
+
+
+def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:
+    trained = loaded.trained_positions
+    beyond = settings.method == "recompute" and trained is not None and settings.cap > trained
+    if beyond and not settings.allow_untrained_positions:
+        raise ValueError(
+            f"cap={settings.cap} is above the {trained} positions that {loaded.name} was trained on;"
+            f" accepted: at most {trained}, or --allow-untrained-positions"
+        )

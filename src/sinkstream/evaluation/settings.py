@@ -1,0 +1,145 @@
+"""What one run is: model, text, method and the fixed protocol, as one checked dataclass."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sinkstream.cache import POSITIONS
+from sinkstream.measure.timing import WARMUP_TOKENS
+from sinkstream.policies import CAP_ACCOUNTING, PRESETS, EvictionPolicy, preset_options
+
+BASELINES = {
+    "full": "Full cache: nothing is evicted (the reference where it fits)",
+    "recompute": "Sliding-window recompute: the last cap tokens are forwarded anew for every token",
+}
+EVALUATE = {
+    "steps": "token by token: quality, TPOT and latency",
+    "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
+}
+
+
+def method_names() -> list[str]:
+    """Every ``--policy`` choice: the baselines, then the registered policies."""
+    return [*BASELINES, *PRESETS]
+
+
+def method_summary(name: str) -> str:
+    """One line on a method."""
+    return BASELINES[name] if name in BASELINES else PRESETS.summary(name)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run of the protocol.
+
+    Attributes
+    ----------
+    method : str
+        One of `method_names`.
+    cap : int or None
+        KV slots; the window of recompute. Needed by every method but full.
+    options : dict
+        Policy options that override those of the named policy.
+    prefill : int or None
+        Tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache.
+    evaluate : {"steps", "blocks"}
+    block_tokens : int
+        Most tokens of one forward in prefill and blocks.
+    sample_every : int
+        Recompute only: every k-th token is recomputed and scored.
+    repeats : int
+        Runs of the step-by-step path; each token's time is the median over them.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, the value and what is accepted.
+    """
+
+    method: str
+    cap: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    cap_accounting: str = "peak"
+    positions: str = "cache"
+    allow_untrained_positions: bool = False
+    backend: str = "hf"
+    prefill: int | None = None
+    evaluate: str = "steps"
+    block_tokens: int = 256
+    sample_every: int = 1
+    repeats: int = 1
+    warmup_tokens: int = WARMUP_TOKENS
+
+    def __post_init__(self):
+        if self.method not in method_names():
+            raise ValueError(f"policy {self.method!r} is not known; accepted: {', '.join(method_names())}")
+        choices = {"positions": POSITIONS, "evaluate": EVALUATE, "cap_accounting": CAP_ACCOUNTING}
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; accepted: {', '.join(accepted)}")
+        for name in ("cap", "prefill", "block_tokens", "sample_every", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not accepted; accepted: a whole number of at least 1")
+        if self.cap is None and self.method != "full" and "window" not in self.options:
+            raise ValueError(f"policy {self.method!r} needs a cap; give --cap SLOTS")
+        if self.sample_every > 1 and self.method != "recompute":
+            raise ValueError(f"sample_every={self.sample_every} is for recompute only, not for {self.method!r}")
+        if self.repeats > 1 and self.evaluate != "steps":
+            raise ValueError(f"repeats={self.repeats} repeats timings, and evaluate={self.evaluate!r} takes none")
+        self.policy()
+
+    def policy(self) -> EvictionPolicy | None:
+        """The eviction policy, or None for the baselines.
+
+        Raises
+        ------
+        ValueError
+            If the options do not fit together or a baseline is given policy options.
+        """
+        given = {k: v for k, v in self.options.items() if v is not None}
+        if self.method in BASELINES:
+            if given:
+                raise ValueError(f"policy {self.method!r} takes no policy options, but {next(iter(given))} is given")
+            return None
+        merged = preset_options(self.method, **given)
+        if "window" in given:
+            return EvictionPolicy.build(cap_accounting=self.cap_accounting, **merged)
+        return EvictionPolicy.build(cap=self.cap, cap_accounting=self.cap_accounting, **merged)
+
+    def label(self) -> str:
+        """Short name for tables: the method and the options that tell it from its namesakes."""
+        policy = self.policy()
+        if policy is None:
+            return self.method
+        record, words = policy.record(), [self.method]
+        names = {"compress_every": "R", "max_drop": "max_drop", "slack": "slack", "overlap": "O", "refresh": "B"}
+        shown = {short: record.get(name) for name, short in names.items()}
+        if self.method in ("strict", "window-only"):
+            shown.pop("R")
+        words += [f"{short}={value}" for short, value in shown.items() if value]
+        if self.options.get("sink") is not None:
+            words.append(f"S={policy.sink}")
+        words += [f"positions={self.positions}"] if self.positions != "cache" else []
+        words += ["growth outside cap"] if self.cap_accounting != "peak" else []
+        return " ".join(words)
+
+    def prefill_tokens(self, tokens: int) -> int:
+        """Tokens fed before decoding, for a text of that many tokens.
+
+        Raises
+        ------
+        ValueError
+            If nothing would be left to decode.
+        """
+        default = self.cap if self.cap is not None else (self.policy().peak if self.policy() else tokens // 4)
+        wanted = default if self.prefill is None else self.prefill
+        if wanted + 2 > tokens:
+            raise ValueError(
+                f"the text has {tokens} tokens and {wanted} of them are prefill (default: the cap), which leaves nothing to"
+                f" decode; accepted: at least {wanted + 2} tokens, or a smaller --cap or --prefill"
+            )
+        return wanted
+
+    def record(self) -> dict[str, Any]:
+        """All settings, JSON-able."""
+        return asdict(self)

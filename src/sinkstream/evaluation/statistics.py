@@ -1,0 +1,191 @@
+"""Intervals for perplexity and for paired differences of perplexity, by a block bootstrap built on scipy.
+
+Per-token NLLs of a text are correlated, so tokens can not be resampled one by one. Contiguous blocks of tokens are
+resampled instead, each carrying its sum and its number of scored tokens; a ratio of sums handles blocks of unequal
+size. The interval is the percentile one: on correlated noise its coverage was as near nominal as BCa's, and it has no
+degenerate cases.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+BLOCK_TOKENS = 64
+MIN_BLOCKS = 8
+_RESAMPLES_PER_BATCH = 500
+
+
+@dataclass(frozen=True)
+class PplInterval:
+    """Perplexity with its interval; `low` and `high` are None with a `reason` when there are too few blocks."""
+
+    ppl: float | None
+    low: float | None
+    high: float | None
+    n_tokens: int
+    n_blocks: int
+    confidence: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PairedDelta:
+    """Change of perplexity against a control on the same tokens, in percent, with its interval.
+
+    `low` and `high` are None with a `reason` when there are too few blocks; `delta_percent` is None without any
+    common token.
+    """
+
+    delta_percent: float | None
+    low: float | None
+    high: float | None
+    n_tokens: int
+    n_blocks: int
+    confidence: float
+    reason: str | None = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval says that there is a difference."""
+        return self.low is not None and not self.low <= 0 <= self.high
+
+
+def suitable_block_tokens(n_tokens: int) -> int:
+    """64 tokens a block; for short texts fewer, so that 20 blocks remain, but never under 8 tokens."""
+    return max(8, min(BLOCK_TOKENS, n_tokens // 20))
+
+
+def paired_delta_ppl(
+    nll: np.ndarray,
+    control_nll: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> PairedDelta:
+    """Relative difference of perplexity, 100 (exp(mean(nll - control)) - 1), on the tokens that both have scored.
+
+    Parameters
+    ----------
+    nll, control_nll : (tokens,) float
+        NLL in nats of the same tokens in the same order; NaN = not scored.
+    positions : (tokens,) int, optional
+        Position of each token in the text, increasing, if the arrays have gaps; blocks are contiguous in the text.
+    block_tokens : int, default=64
+        Length of a block in the text; should exceed the range of the correlation.
+    resamples : int, default=2000
+        Bootstrap resamples.
+    confidence : float, default=0.95
+        Nominal coverage of the interval.
+    seed : int, default=0
+        Seed of the resampling.
+
+    Raises
+    ------
+    ValueError
+        Arrays of different shape, or an option out of range.
+    """
+    nll, control_nll = (np.asarray(array, dtype=np.float64) for array in (nll, control_nll))
+    if nll.shape != control_nll.shape:
+        raise ValueError(
+            f"nll has shape {nll.shape} and control_nll {control_nll.shape}: they must pair token by token"
+        )
+    with np.errstate(invalid="ignore"):
+        difference = nll - control_nll
+    figures = _block_bootstrap(difference, positions, block_tokens, resamples, confidence, seed)
+    with np.errstate(over="ignore"):
+        delta, low, high = (None if x is None else _finite(100 * np.expm1(x)) for x in figures.pop("interval"))
+    return PairedDelta(delta, low, high, **figures)
+
+
+def ppl_interval(
+    nll: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> PplInterval:
+    """Perplexity exp(mean nll) of the scored tokens, with its interval; parameters as in `paired_delta_ppl`."""
+    figures = _block_bootstrap(nll, positions, block_tokens, resamples, confidence, seed)
+    with np.errstate(over="ignore"):
+        ppl, low, high = (None if x is None else _finite(np.exp(x)) for x in figures.pop("interval"))
+    return PplInterval(ppl, low, high, **figures)
+
+
+def block_sums(
+    values: np.ndarray, positions: np.ndarray | None = None, block_tokens: int = BLOCK_TOKENS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum and number of the finite values in each block of `block_tokens` positions that has any.
+
+    Parameters
+    ----------
+    values : (tokens,) float
+        NaN and infinite entries are left out.
+    positions : (tokens,) int, optional
+        Position of each value, increasing; default 0, 1, 2, ...
+    block_tokens : int, default=64
+        Positions a block, counted from the first position.
+
+    Returns
+    -------
+    (starts, sums, counts) : (blocks,) int, float, int
+        First position of each block, and what it holds.
+    """
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens = {block_tokens}: must be 1 or more")
+    values = np.asarray(values, dtype=np.float64)
+    positions = np.arange(values.size) if positions is None else np.asarray(positions, dtype=np.int64)
+    if values.ndim != 1 or positions.shape != values.shape:
+        raise ValueError(f"values have shape {values.shape} and positions {positions.shape}: expected one each a token")
+    origin = positions[0] if positions.size else 0
+    finite = np.isfinite(values)
+    blocks, inverse = np.unique((positions[finite] - origin) // block_tokens, return_inverse=True)
+    sums = np.bincount(inverse, weights=values[finite], minlength=blocks.size)
+    return origin + blocks * block_tokens, sums, np.bincount(inverse, minlength=blocks.size)
+
+
+def _block_bootstrap(
+    values: np.ndarray,
+    positions: np.ndarray | None,
+    block_tokens: int,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Mean of the finite values with a percentile interval over blocks, and the fields that both results share."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}: must lie between 0 and 1")
+    if resamples < 1:
+        raise ValueError(f"resamples = {resamples}: must be 1 or more")
+    _, sums, counts = block_sums(values, positions, block_tokens)
+    n_tokens, n_blocks = int(counts.sum()), int(counts.size)
+    mean = float(sums.sum() / n_tokens) if n_tokens else None
+    shared = {"n_tokens": n_tokens, "n_blocks": n_blocks, "confidence": confidence}
+    if n_blocks < MIN_BLOCKS:
+        reason = f"{n_blocks} blocks of {block_tokens} tokens; an interval needs at least {MIN_BLOCKS}"
+        return {"interval": (mean, None, None), "reason": reason, **shared}
+    if np.ptp(sums / counts) == 0:
+        return {"interval": (mean, mean, mean), **shared}
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda block_sum, block_count, axis=-1: block_sum.sum(axis=axis) / block_count.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_RESAMPLES_PER_BATCH,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return {"interval": (mean, float(found.low), float(found.high)), **shared}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Experiments: lists of runs that belong together."""

@@ -1,0 +1,97 @@
+"""Running several settings over one model and one text, with progress, resuming and records."""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
+from sinkstream.evaluation.run import RunResult, run
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.files import WriteError
+from sinkstream.measure.records import Record, load_record
+from sinkstream.models import LoadedModel
+
+
+@dataclass
+class Batch:
+    """Several runs over one model and one text.
+
+    Attributes
+    ----------
+    arguments, command, seed
+        For the records.
+    out : Path
+        Folder of the records.
+    resume : bool
+        Take a complete record of the very same run from `out` instead of running it again.
+    """
+
+    loaded: LoadedModel
+    stream: TokenStream
+    out: Path
+    arguments: dict[str, Any]
+    command: list[str]
+    seed: int
+    resume: bool = False
+
+    def run(self, settings: list[RunSettings], console: Console) -> list[Record]:
+        """Run all settings in order; an interrupted or failed run is recorded and ends the batch."""
+        self._check_writable()
+        records = []
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            for one in settings:
+                records.append(self._run_one(one, progress))
+                if records[-1].status != "complete":
+                    break
+        return records
+
+    def _run_one(self, settings: RunSettings, progress: Progress) -> Record:
+        if self.resume:
+            found = find_complete(self.out, run_identity(self.loaded, self.stream, settings))
+            if found:
+                progress.console.print(f"{settings.label()}: taken from {found.id}")
+                return found
+        task = progress.add_task(settings.label(), total=None)
+        result = run(
+            self.loaded,
+            self.stream.ids,
+            settings,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        return load_record(self._save(settings, result))
+
+    def _save(self, settings: RunSettings, result: RunResult) -> Path:
+        record = build_record(
+            result,
+            self.loaded,
+            self.stream,
+            settings,
+            arguments=self.arguments,
+            command=self.command,
+            seed=self.seed,
+        )
+        try:
+            return save_record(record, result, self.out)
+        except WriteError as error:
+            rescue = Path(tempfile.mkdtemp(prefix="sinkstream-rescued-"))
+            print(f"{error}; the record goes to {rescue}", file=sys.stderr)
+            save_record(record, result, rescue)
+            raise
+
+    def _check_writable(self) -> None:
+        """Fail before hours of work, not after them."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out) as probe:
+                probe.write(os.urandom(1 << 16))
+                probe.flush()
+        except OSError as error:
+            raise ValueError(f"--out {self.out}: cannot be written: {error.strerror}") from error

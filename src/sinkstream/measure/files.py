@@ -1,0 +1,52 @@
+"""Writing files so that a reader sees the old file or the new one, never half of one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+class WriteError(OSError):
+    """A file could not be written; the message says where, and how many bytes were wanted."""
+
+
+def write_atomically(path: Path | str, content: bytes | str) -> Path:
+    """Write `content` to `path` through a temporary file in the same folder, fsync and rename.
+
+    Parameters
+    ----------
+    path : path
+        The file to create or replace; its folder is created if need be.
+    content : bytes or str
+        Text is encoded as UTF-8.
+
+    Raises
+    ------
+    WriteError
+        Disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays as it was.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        message = f"could not write {path} ({len(data):,} bytes): {error.strerror or error}; nothing was left behind"
+        raise WriteError(error.errno, message) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+    return path
+
+
+def _umask() -> int:
+    """The process's umask; mkstemp ignores it, and a record must be as readable as any other file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

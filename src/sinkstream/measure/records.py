@@ -1,0 +1,240 @@
+"""Run records on disk: `<id>.json` with everything about a run, and `<id>.npz` with its per-token arrays.
+
+Records are the only source of tables, plots, verdicts and headline figures, so a record that lacks any required field
+(see `schema.py`) is refused, on writing as on reading. Both files are written atomically, the JSON file last: an
+`.npz` without its JSON file is no record.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+import secrets
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from sinkstream.measure.files import WriteError, write_atomically
+from sinkstream.measure.schema import SCHEMA, check_arrays, check_record
+
+#: JSON files beside records that are no records.
+SUMMARY_FILE = "summary.json"
+
+_EMBEDDED_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?(?:/[^\s/,;:'\"()=]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"()=]+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: the fields of its JSON file (see `schema.REQUIRED`), and its per-token arrays, read when first used."""
+
+    path: Path
+    schema: str
+    id: str
+    status: str
+    status_reason: str | None
+    created: str
+    command: list[str]
+    arguments: dict[str, Any]
+    environment: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    policy: dict[str, Any]
+    protocol: dict[str, Any]
+    summary: dict[str, Any]
+    tokens_file: dict[str, Any]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them."""
+        where = self.path.parent / self.tokens_file["name"]
+        try:
+            with np.load(io.BytesIO(_verified_bytes(where, self.tokens_file["sha256"])), allow_pickle=False) as stored:
+                return check_arrays(dict(stored), str(where))
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{where}: not a readable .npz file: {error}") from error
+
+
+def new_record_id(*parts: object) -> str:
+    """A readable name that is safe as a file name on every system: the parts, the UTC time, and four random digits.
+
+    >>> new_record_id("SmolLM2-135M", "pg19", "lazy R=32")  # doctest: +SKIP
+    'smollm2-135m-pg19-lazy-r-32-20260105-101500-9f3a'
+    """
+    slug = "-".join(filter(None, (re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts)))
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{slug[:100] or 'run'}-{stamp}-{secrets.token_hex(2)}"
+
+
+def scrub_paths(value: Any) -> Any:
+    """Replace absolute paths by their last component, in strings, `Path` objects, lists and dicts, at any depth.
+
+    Also inside longer strings (`--out=/a/b/c`, an error message). Relative paths, URLs and hub ids stay.
+    """
+    if isinstance(value, Mapping):
+        return {key: scrub_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub_paths(entry) for entry in value]
+    if isinstance(value, PurePath):
+        return scrub_paths(str(value))
+    if not isinstance(value, str):
+        return value
+    option, equals, rest = value.partition("=")
+    if equals and option.startswith("-"):
+        return f"{option}={scrub_paths(rest)}"
+    if "\n" not in value and PurePosixPath(value).is_absolute():
+        return PurePosixPath(value).name or value
+    if "\n" not in value and PureWindowsPath(value).drive and PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name or value
+    return _EMBEDDED_PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], value)
+
+
+def plain_json(value: Any) -> Any:
+    """The value as plain JSON types: numpy scalars unpacked, arrays and tuples as lists, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain_json(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_json(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return plain_json(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return str(value)
+
+
+def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory: Path | str) -> Path:
+    """Write a record and its arrays, both or neither.
+
+    Parameters
+    ----------
+    record : mapping
+        Every field of `schema.REQUIRED`; `schema` and `tokens_file` are filled in here. Absolute paths are reduced
+        to their last component and NaN becomes null.
+    arrays : mapping
+        Per-token arrays, cast to the types of `schema.ARRAYS`.
+    directory : path
+        Created if need be.
+
+    Returns
+    -------
+    Path
+        The JSON file.
+
+    Raises
+    ------
+    ValueError
+        A required field or array is missing or malformed, or a record of that id is there already.
+    WriteError
+        The files could not be written (an OSError: full disk, permission); neither is left behind.
+    """
+    directory = Path(directory)
+    where = f"record {record.get('id')!r}"
+    tokens = _npz_bytes(check_arrays(arrays, where))
+    content = {"schema": SCHEMA, **scrub_paths(plain_json(record))}
+    name = str(content.get("id"))
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
+    content["tokens_file"] = {"name": f"{name}.npz", "sha256": hashlib.sha256(tokens).hexdigest()}
+    check_record(content, where)
+    path, tokens_path = directory / f"{name}.json", directory / f"{name}.npz"
+    if path.exists():
+        raise ValueError(f"{where}: {path} exists already; records are never overwritten")
+    write_atomically(tokens_path, tokens)
+    try:
+        return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    except BaseException:
+        tokens_path.unlink(missing_ok=True)
+        raise
+
+
+def load_record(path: Path | str) -> Record:
+    """Read and check one record.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
+        file missing or with another content than the record states.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such record") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    check_record(content, str(path))
+    name = content["tokens_file"]["name"]
+    if Path(name).name != name:
+        raise ValueError(f"{path}: field 'tokens_file.name' is {name!r}; expected a file name without folders")
+    _verified_bytes(path.parent / name, content["tokens_file"]["sha256"])
+    fields = {field: content[field] for field in Record.__dataclass_fields__ if field != "path"}
+    return Record(path=path, **fields)
+
+
+def load_records(source: Path | str | Iterable[Path | str]) -> list[Record]:
+    """Read all records below a folder, or those at the given paths, ordered by creation time and id.
+
+    In a folder every `*.json` at any depth must be a record, except `summary.json` and files whose `schema` field
+    names another kind of sinkstream file. Paths that are given one by one may be folders as well.
+    """
+    if isinstance(source, str | Path):
+        source = [source]
+    records = {}
+    for entry in map(Path, source):
+        if not entry.exists():
+            raise ValueError(f"{entry}: there is no such record or folder")
+        for path in sorted(filter(_may_be_record, entry.rglob("*.json"))) if entry.is_dir() else [entry]:
+            records[path.resolve()] = load_record(path)
+    return sorted(records.values(), key=lambda record: (record.created, record.id))
+
+
+def _may_be_record(path: Path) -> bool:
+    """False for files that say themselves that they are no run record; broken files are left to the loader."""
+    if path.name == SUMMARY_FILE or path.name.startswith("."):
+        return False
+    try:
+        schema = str(json.loads(path.read_text(encoding="utf-8"))["schema"])
+    except (ValueError, KeyError, TypeError):
+        return True
+    return not schema.startswith("sinkstream.") or schema.startswith("sinkstream.run/")
+
+
+def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _verified_bytes(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: field 'tokens_file.name': can not be read: {error.strerror}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path}: field 'tokens_file.sha256' is {sha256}, but the file's is {found}")
+    return data
+
+
+__all__ = [
+    "SCHEMA",
+    "Record",
+    "WriteError",
+    "load_record",
+    "load_records",
+    "new_record_id",
+    "plain_json",
+    "scrub_paths",
+    "write_record",
+]

@@ -1,0 +1,87 @@
+"""The one timing function of the project, and the latency figures derived from per-token seconds."""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+Result = TypeVar("Result")
+
+WARMUP_TOKENS = 64
+PERCENTILES = (50, 90, 99)
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until all work queued on `device` has finished; a no-op on the CPU, which never queues."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(fn: Callable[..., Result], *args: Any, device: torch.device | str, **kwargs: Any) -> tuple[Result, float]:
+    """Call `fn(*args, **kwargs)` and measure it between two synchronised clock reads.
+
+    Parameters
+    ----------
+    fn : callable
+        What is measured; it gets `args` and `kwargs` unchanged.
+    device : torch.device or str
+        The device that `fn` works on. It is synchronised before both clock reads, so that work queued earlier is not
+        charged to `fn` and work queued by `fn` is.
+
+    Returns
+    -------
+    (result, seconds) : tuple
+        What `fn` returned, and wall-clock seconds of `time.perf_counter`.
+    """
+    synchronise(device)
+    start = time.perf_counter()
+    result = fn(*args, **kwargs)
+    synchronise(device)
+    return result, time.perf_counter() - start
+
+
+def distribution(values: np.ndarray, *, with_max: bool = False) -> dict[str, float | None]:
+    """Mean, P50, P90 and P99 (and the maximum) of the finite values; every figure is None when there is none.
+
+    Percentiles are numpy's, with linear interpolation.
+    """
+    values = np.asarray(values, dtype=np.float64).ravel()
+    values = values[np.isfinite(values)]
+    names = ["mean", *(f"p{p}" for p in PERCENTILES), *(["max"] if with_max else [])]
+    if values.size == 0:
+        return dict.fromkeys(names)
+    figures = [values.mean(), *np.percentile(values, PERCENTILES), *([values.max()] if with_max else [])]
+    return {name: float(figure) for name, figure in zip(names, figures)}
+
+
+def latency_summary(seconds: np.ndarray, warmup_tokens: int = WARMUP_TOKENS) -> dict[str, Any]:
+    """TPOT over all tokens, and the distribution of the steady part.
+
+    Parameters
+    ----------
+    seconds : (tokens,) float
+        Decode seconds of each token, in order; NaN where a token was not timed (sampled runs).
+    warmup_tokens : int, default=64
+        The steady figures leave out that many tokens at the start, timed or not.
+
+    Returns
+    -------
+    dict
+        `tpot_ms`: decode milliseconds per timed token, or None. `steady_tpot_ms`: `mean`, `p50`, `p90`, `p99` in
+        milliseconds, each None if no timed token remains after the warm-up.
+
+    Raises
+    ------
+    ValueError
+        If `warmup_tokens` is negative.
+    """
+    if warmup_tokens < 0:
+        raise ValueError(f"warmup_tokens = {warmup_tokens}: must be 0 or more")
+    milliseconds = 1e3 * np.asarray(seconds, dtype=np.float64).ravel()
+    return {
+        "tpot_ms": distribution(milliseconds)["mean"],
+        "steady_tpot_ms": distribution(milliseconds[warmup_tokens:]),
+    }

@@ -1,0 +1,17 @@
+"""Where models come from: one `load_model` for published checkpoints, GGUF files, random shapes and a built-in one."""
+
+from .load import load_model, source_name
+from .loaded import MODEL_SOURCES, LoadedModel
+from .placement import resolve_device, resolve_dtype
+from .shapes import SHAPES, shape_config
+
+__all__ = [
+    "MODEL_SOURCES",
+    "SHAPES",
+    "LoadedModel",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+    "shape_config",
+    "source_name",
+]

@@ -1,0 +1,107 @@
+"""Pictures from records, drawn without a display: colour-blind-safe, units on the axes, legend outside the data."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinkstream.evaluation.statistics import BLOCK_TOKENS, block_sums
+from sinkstream.measure.files import write_atomically
+from sinkstream.measure.records import Record
+from sinkstream.report.tables import common_tokens, display_name, find_control
+
+#: Okabe and Ito's palette without its yellow, which is too faint on white.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+LINE_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1.5, 1.5, 1.5, 1.5)))
+DIFFERENCE_TICKS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+def line_formats() -> Iterator[dict[str, Any]]:
+    """Colour and line style of the first, second, ... line; colours and styles advance together, so 35 differ."""
+    number = 0
+    while True:
+        yield {"color": COLOURS[number % len(COLOURS)], "linestyle": LINE_STYLES[number % len(LINE_STYLES)]}
+        number += 1
+
+
+def nll_over_tokens(
+    records: Sequence[Record],
+    path: Path | str,
+    block_tokens: int = BLOCK_TOKENS,
+    *,
+    control_id: str | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw block-averaged NLL over the token index, one line a record, and below it the difference from a control.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        All of one text and one model.
+    path : path
+        PNG file to write, atomically.
+    block_tokens : int, default=64
+        Tokens that one point averages over.
+    control_id : str, optional
+        Record that the lower panel subtracts token by token; default the first one. With one record there is no lower
+        panel. Its axis is linear up to 0.2 nats and logarithmic beyond, so that a collapse does not hide the rest.
+
+    Raises
+    ------
+    ValueError
+        No records, an unknown control, or records that can not be paired with it.
+    ImportError
+        matplotlib is not installed.
+    """
+    control = find_control(records, control_id)
+    figure, axes = _figure(n_panels=2 if len(records) > 1 else 1)
+    for record, style in zip(records, line_formats()):
+        starts, sums, counts = block_sums(record.arrays["nll"], record.arrays["index"], block_tokens)
+        axes[0].plot(starts + block_tokens / 2, sums / counts, label=display_name(record), linewidth=1.6, **style)
+        if len(axes) > 1 and record is not control:
+            index, nll, control_nll = common_tokens(record, control)
+            starts, sums, counts = block_sums(nll.astype(np.float64) - control_nll, index, block_tokens)
+            axes[1].plot(starts + block_tokens / 2, sums / counts, linewidth=1.6, **style)
+    axes[0].set_ylabel("NLL (nats per token)")
+    if len(axes) > 1:
+        axes[1].axhline(0, color=COLOURS[0], linewidth=1)
+        axes[1].set_yscale("symlog", linthresh=0.2, linscale=1.5)
+        axes[1].set_yticks(DIFFERENCE_TICKS, [f"{tick:+g}" if tick else "0" for tick in DIFFERENCE_TICKS])
+        axes[1].set_ylim(*_limits(axes[1]))
+        axes[1].set_ylabel("NLL difference (nats per token)")
+        axes[1].set_title(f"difference from {display_name(control)} on the same tokens", fontsize="medium")
+    axes[-1].set_xlabel(f"token index in the text (points average {block_tokens} tokens)")
+    axes[0].set_title(title or f"{control.model['name']} on {control.data['name']}")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path | str) -> Path:
+    """Write a figure as PNG, 150 dots per inch, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return write_atomically(path, buffer.getvalue())
+
+
+def _limits(axis: Any) -> tuple[float, float]:
+    """Limits just outside the drawn lines, at least ±0.1, for an axis whose automatic margins are too wide."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.get_lines()])
+    return min(-0.1, 1.2 * np.nanmin(drawn)), max(0.1, 1.2 * np.nanmax(drawn))
+
+
+def _figure(n_panels: int) -> tuple[Any, np.ndarray]:
+    """A figure on matplotlib's Agg canvas with panels that share the token axis."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; install it with: pip install 'sinkstream[demo]'") from error
+    figure = Figure(figsize=(11, 3.6 * n_panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

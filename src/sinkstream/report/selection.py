@@ -1,0 +1,89 @@
+"""Finding records by what they contain: model, text, policy, backend. Never by file name."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from sinkstream.measure.records import Record
+
+#: Names that mean the same policy in a selection.
+POLICY_ALIASES = {
+    "full-cache": "full",
+    "sliding-window-recompute": "recompute",
+    "window": "window-only",
+    "no-sink": "window-only",
+}
+
+#: Options that make a policy a variant of itself, with the value that switches each off.
+VARIANT_OPTIONS = {"overlap": 0, "max_drop": None, "slack": None, "refresh": 0, "positions": "cache"}
+
+
+def normalised(name: str) -> str:
+    """Lower case, and runs of anything but letters, digits and dots as one hyphen."""
+    return re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")
+
+
+def policy_name(record: Record) -> str:
+    """The record's policy in normal form, aliases resolved ("window_only" and "window" are "window-only")."""
+    name = normalised(record.policy["name"])
+    return POLICY_ALIASES.get(name, name)
+
+
+def is_plain(record: Record) -> bool:
+    """Whether no option turns the policy into a variant: no overlap, max_drop, slack or refresh, cache positions."""
+    options = record.policy["options"]
+    return all(options.get(name) in (off, None, 0, False) for name, off in VARIANT_OPTIONS.items())
+
+
+def has_model(record: Record, name: str) -> bool:
+    """Whether the record's model name or source contains `name`, both in normal form."""
+    return any(normalised(name) in normalised(record.model[field]) for field in ("name", "source"))
+
+
+def has_text(record: Record, name: str) -> bool:
+    """Whether the name of the record's text contains `name`, both in normal form without hyphens ("PG-19", "pg19")."""
+    return normalised(name).replace("-", "") in normalised(record.data["name"]).replace("-", "")
+
+
+def select(
+    records: Iterable[Record],
+    *,
+    model: str | None = None,
+    text: str | None = None,
+    policy: str | None = None,
+    plain: bool = False,
+    backend: str | None = None,
+    device: str | None = None,
+    status: str | None = "complete",
+) -> list[Record]:
+    """The records that match everything given, in their order.
+
+    `model` and `text` match as `has_model` and `has_text` do, `policy` by its exact normal form, `backend` exactly,
+    `device` by its type ("cuda" matches "cuda:0"). `plain` leaves out variants of a policy. `status=None` takes all.
+    """
+    return [
+        record
+        for record in records
+        if (status is None or record.status == status)
+        and (model is None or has_model(record, model))
+        and (text is None or has_text(record, text))
+        and (policy is None or policy_name(record) == policy)
+        and (not plain or is_plain(record))
+        and (backend is None or record.protocol["backend"] == backend)
+        and (device is None or str(record.protocol["device"]).partition(":")[0] == device)
+    ]
+
+
+def same_text_and_model(record: Record, control: Record) -> bool:
+    """Whether two records can be compared token by token."""
+    return (record.data["sha256"], record.model["hash"]) == (control.data["sha256"], control.model["hash"])
+
+
+def same_conditions(record: Record, control: Record) -> bool:
+    """Whether two latencies can be compared: text, model, backend, precision, device and hardware are the same."""
+
+    def conditions(one: Record) -> tuple[Any, ...]:
+        hardware = one.environment["gpu"]["name"] or one.environment["cpu"]["model"]
+        return (hardware, *(one.protocol[key] for key in ("backend", "dtype", "device", "tf32", "decode_tokens")))
+
+    return same_text_and_model(record, control) and conditions(record) == conditions(control)

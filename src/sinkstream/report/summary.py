@@ -1,0 +1,116 @@
+"""`results/summary.json`: the headline figures, each computed from records and carrying the id of its record."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkstream.measure.files import write_atomically
+from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
+from sinkstream.registry import Registry
+from sinkstream.report.selection import policy_name, same_conditions, select
+
+#: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
+HEADLINES = Registry("headline")
+SIGNIFICANT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: the file, its headline figures, and what each missing key would need."""
+
+    path: Path
+    headlines: dict[str, dict[str, float | str]]
+    missing: dict[str, str]
+
+
+def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+    """All headline figures that the records allow, and for every other key what it is computed from."""
+    headlines, missing = {}, {}
+    for key, compute in HEADLINES.items():
+        found = compute(records)
+        if found is None:
+            missing[key] = f"no record for: {HEADLINES.summary(key)}"
+        else:
+            value, record_id = found
+            headlines[key] = {"value": float(f"{value:.{SIGNIFICANT_DIGITS}g}"), "record": record_id}
+    return headlines, missing
+
+
+def write_summary(results_dir: Path | str) -> Summary:
+    """Compute the headline figures from all records below `results_dir` and write its summary.json.
+
+    Nothing of an older file is kept: a key whose records are gone disappears.
+
+    Raises
+    ------
+    ValueError
+        The folder does not exist, or it holds a broken record.
+    """
+    directory = Path(results_dir)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: not a folder with records")
+    headlines, missing = compute_headlines(load_records(directory))
+    path = write_atomically(directory / SUMMARY_FILE, json.dumps(headlines, indent=1, ensure_ascii=False) + "\n")
+    return Summary(path, headlines, missing)
+
+
+@HEADLINES.register("foundation.hf_strict_over_full_tpot")
+def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Steady TPOT of strict over that of the full cache, newest pair, Pythia-2.8B shape, hf backend, GPU."""
+    wanted = {"model": "pythia-2.8b", "backend": "hf", "device": "cuda"}
+    strict = select(records, policy="strict", plain=True, **wanted)
+    full = select(records, policy="full", **wanted)
+    for run in reversed(strict):
+        for baseline in reversed(full):
+            tpots = [one.summary["steady_tpot_ms"]["mean"] for one in (run, baseline)]
+            if same_conditions(run, baseline) and None not in tpots:
+                return tpots[0] / tpots[1], run.id
+    return None
+
+
+@HEADLINES.register("foundation.demo_seconds")
+def demo_seconds(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Age of the process at the last record of the newest demo, which must be complete."""
+    demos = [record for record in records if "demo" in record.command[:3]]
+    if not demos or demos[-1].status != "complete":
+        return None
+    return demos[-1].summary["process_sec"], demos[-1].id
+
+
+def _pg19_ppl(records: Sequence[Record], policy: str) -> tuple[float, str] | None:
+    """PPL of SmolLM2-135M on PG19 under `policy`, from the group of comparable runs with most policies and tokens."""
+    runs = [
+        record
+        for name in ("recompute", "window-only", "strict")
+        for record in select(records, model="smollm2-135m", text="pg19", policy=name, plain=True)
+        if record.summary["ppl"] is not None
+    ]
+    groups: dict[tuple, dict[str, Record]] = {}
+    for run in sorted(runs, key=lambda record: record.created):
+        key = (run.data["sha256"], run.model["hash"], run.protocol["dtype"], run.protocol["cap"])
+        groups.setdefault((*key, run.protocol["decode_tokens"]), {})[policy_name(run)] = run
+    if not groups:
+        return None
+    best = max(
+        groups.values(), key=lambda group: (len(group), max(run.summary["decode_tokens"] for run in group.values()))
+    )
+    return (best[policy].summary["ppl"], best[policy].id) if policy in best else None
+
+
+@HEADLINES.register("foundation.ppl_recompute")
+def ppl_recompute(records: Sequence[Record]) -> tuple[float, str] | None:
+    """PPL of sliding-window recompute, SmolLM2-135M on PG19."""
+    return _pg19_ppl(records, "recompute")
+
+
+@HEADLINES.register("foundation.ppl_window_only")
+def ppl_window_only(records: Sequence[Record]) -> tuple[float, str] | None:
+    """PPL of the window without sinks, SmolLM2-135M on PG19."""
+    return _pg19_ppl(records, "window-only")
+
+
+@HEADLINES.register("foundation.ppl_strict")
+def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
+    """PPL of strict streaming, SmolLM2-135M on PG19."""
+    return _pg19_ppl(records, "strict")

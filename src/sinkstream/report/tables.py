@@ -1,0 +1,172 @@
+"""Comparison tables: one row a record, each paired against one control record on the same tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from sinkstream.evaluation.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
+from sinkstream.measure.records import Record
+from sinkstream.report.selection import same_text_and_model
+
+Row = dict[str, Any]
+EMPTY = "–"
+
+
+def display_name(record: Record) -> str:
+    """The policy's label, or its name and options, with what limits the run: "lazy R=32 (every 8th token)"."""
+    options = record.policy["options"]
+    described = ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
+    name = record.policy.get("label") or " ".join(filter(None, (record.policy["name"], described)))
+    every = record.protocol["sample_every"] or 1
+    notes = [f"1 in {every} tokens"] if every > 1 else []
+    notes += [record.status] if record.status != "complete" else []
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
+
+    Raises
+    ------
+    ValueError
+        If the records are of another text or another model, or share no token.
+    """
+    if not same_text_and_model(record, control):
+        raise ValueError(
+            f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with control "
+            f"{control.id!r} ({control.model['name']} on {control.data['name']}): another text or another model"
+        )
+    index, here, there = np.intersect1d(
+        record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
+    )
+    if index.size == 0:
+        raise ValueError(f"record {record.id!r} and control {control.id!r} have no token in common")
+    return index, record.arrays["nll"][here], control.arrays["nll"][there]
+
+
+def delta_against(record: Record, control: Record, *, block_tokens: int | None = None) -> PairedDelta:
+    """ΔPPL of `record` against `control` on their common tokens; default block length: `suitable_block_tokens`."""
+    index, nll, control_nll = common_tokens(record, control)
+    if block_tokens is None:
+        block_tokens = suitable_block_tokens(int(index[-1] - index[0]) + 1)
+    return paired_delta_ppl(nll, control_nll, positions=index, block_tokens=block_tokens)
+
+
+def find_control(records: Sequence[Record], control_id: str | None = None) -> Record:
+    """The record with that id, or the first one. ValueError if there is none."""
+    if not records:
+        raise ValueError("no records to compare")
+    if control_id is None:
+        return records[0]
+    for record in records:
+        if record.id == control_id:
+            return record
+    raise ValueError(f"control {control_id!r} is not among the records: {', '.join(record.id for record in records)}")
+
+
+def comparison_rows(
+    records: Sequence[Record], control_id: str | None = None, *, block_tokens: int | None = None
+) -> list[Row]:
+    """One plain dict a record, in the order given.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        All of one text and one model.
+    control_id : str, optional
+        Record that ΔPPL is paired against; default the first one.
+    block_tokens : int, optional
+        Block length of the bootstrap.
+
+    Returns
+    -------
+    list of dict
+        Keys `id`, `name`, `is_control`, `ppl`, `delta_percent`, `delta_low`, `delta_high`, `delta_tokens`,
+        `delta_reason`, `steady_mean_ms`, `steady_p50_ms`, `steady_p90_ms`, `ttft_ms`, `kv_min`, `kv_mean`, `kv_max`,
+        `events`, `drop_mean`, `drop_max`, `peak_memory_mb`, `peak_memory_kind`. Missing figures are None.
+    """
+    control = find_control(records, control_id)
+    return [_row(record, control, block_tokens) for record in records]
+
+
+def _row(record: Record, control: Record, block_tokens: int | None) -> Row:
+    summary = record.summary
+    row: Row = {"id": record.id, "name": display_name(record), "is_control": record is control, "ppl": summary["ppl"]}
+    if record is control:
+        delta = PairedDelta(None, None, None, 0, 0, 0.95, "is the control")
+    else:
+        delta = delta_against(record, control, block_tokens=block_tokens)
+    row |= {"delta_percent": delta.delta_percent, "delta_low": delta.low, "delta_high": delta.high}
+    row |= {"delta_tokens": delta.n_tokens, "delta_reason": delta.reason}
+    row |= {f"steady_{name}_ms": summary["steady_tpot_ms"][name] for name in ("mean", "p50", "p90")}
+    row |= {"ttft_ms": summary["ttft_ms"]}
+    row |= {f"kv_{name}": summary["kv_length"][name] for name in ("min", "mean", "max")}
+    row |= {"events": summary["events"]}
+    row |= {f"drop_{name}": summary["drop_size"][name] for name in ("mean", "max")}
+    return row | {name: summary[name] for name in ("peak_memory_mb", "peak_memory_kind")}
+
+
+def _number(digits: int, *keys: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        return " / ".join(EMPTY if row[key] is None else f"{row[key]:,.{digits}f}" for key in keys)
+
+    return show
+
+
+def _delta(row: Row) -> str:
+    if row["is_control"]:
+        return "control"
+    if row["delta_percent"] is None:
+        return EMPTY
+    if row["delta_low"] is None:
+        return f"{row['delta_percent']:+.2f} [no interval]"
+    return f"{row['delta_percent']:+.2f} [{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"
+
+
+#: Header, and the cell of a row; headers carry the units.
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("Policy", lambda row: row["name"]),
+    ("PPL", _number(2, "ppl")),
+    ("ΔPPL % [95 %]", _delta),
+    ("Steady TPOT mean / P50 / P90 (ms)", _number(2, "steady_mean_ms", "steady_p50_ms", "steady_p90_ms")),
+    ("TTFT (ms)", _number(1, "ttft_ms")),
+    ("KV min / mean / max", _number(0, "kv_min", "kv_mean", "kv_max")),
+    ("Drop mean / max", _number(1, "drop_mean", "drop_max")),
+    ("Peak memory (MB)", _number(0, "peak_memory_mb")),
+]
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows as text, one cell a column; figures that no row has shrink to one dash."""
+    shown = [[cell(row) for _, cell in COLUMNS] for row in rows]
+    return [[EMPTY if set(text) <= set(f"{EMPTY} /") else text for text in line] for line in shown]
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to read the table: the control, the pairing, the kind of memory figure."""
+    control = next((row["name"] for row in rows if row["is_control"]), None)
+    notes = [f"ΔPPL is paired with {control} on the tokens that both scored; 95 % block-bootstrap intervals."]
+    missing = sorted({row["delta_reason"] for row in rows if row["delta_reason"] and not row["is_control"]})
+    notes += [f"No interval: {reason}." for reason in missing]
+    kinds = sorted({row["peak_memory_kind"] for row in rows if row["peak_memory_kind"]})
+    return notes + ([f"Peak memory: {', '.join(kinds).replace('_', ' ')}."] if kinds else [])
+
+
+def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """The rows as a table for the terminal."""
+    table = Table(title=title, caption="\n".join(footnotes(rows)), caption_justify="left", header_style="bold")
+    for number, (header, _) in enumerate(COLUMNS):
+        table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
+    for row, line in zip(rows, cells(rows)):
+        table.add_row(*(text.replace("[", r"\[") for text in line), style="bold" if row["is_control"] else None)
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, footnotes below."""
+    lines = [[header for header, _ in COLUMNS], ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    lines += [[text.replace("|", r"\|") for text in line] for line in cells(rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n" + "\n".join(footnotes(rows))

@@ -1,0 +1,203 @@
+"""The folders are a true picture: imports point one way, functions stay short, importing changes nothing."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "sinkstream"
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# A unit is a top-level module or folder of the package. It may import itself and every unit of a lower layer.
+LAYERS = {
+    "__init__": 7,  # the public names, gathered from below
+    "__main__": 7,
+    "cli": 6,
+    "experiments": 5,
+    "serve": 5,
+    "evaluation": 4,
+    "diagnosis": 4,
+    "report": 4,
+    "engine": 3,
+    "cache": 2,
+    "policies": 1,
+    "measure": 0,
+    "data": 0,
+    "models": 0,
+    "registry": -1,
+}
+EXTRA_ALLOWED = {("report", "sinkstream.evaluation.statistics")}
+ABOUT_ITSELF = ("__version__", "__file__", "__path__")  # of the package; whoever likes may read these
+MAX_FUNCTION_LINES = 90
+FORBIDDEN_WORDS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
+
+
+def imported_names(tree: ast.Module, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """(line, absolute dotted name) of every import of `tree`, wherever it stands; `module` is the importer's name.
+
+    After a bare `import sinkstream`, what counts is the attribute that is used.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names if alias.name != "sinkstream" or alias.asname]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sinkstream":
+            found.append((node.lineno, f"sinkstream.{node.attr}"))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: None if is_package and node.level == 1 else is_package - node.level]
+                base = ".".join(parents + ([base] if base else []))
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def wrong_imports(relative_path: str, source: str) -> list[str]:
+    """Imports of a package file that point upwards or sideways, as messages; `relative_path` is inside the package."""
+    path = Path(relative_path)
+    is_package = path.name == "__init__.py"
+    parts = path.parent.parts if is_package else (*path.parent.parts, path.stem)
+    unit = parts[0] if parts else "__init__"
+    if unit not in LAYERS:
+        return [f"{relative_path}: give {unit!r} a layer in {Path(__file__).name}"]
+    wrong = []
+    for line, name in imported_names(ast.parse(source), ".".join(("sinkstream", *parts)), is_package):
+        package, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if package != "sinkstream" or target in (unit, *ABOUT_ITSELF):
+            continue
+        allowed = any(unit == who and (name + ".").startswith(what + ".") for who, what in EXTRA_ALLOWED)
+        if not allowed and LAYERS.get(target, LAYERS["__init__"]) >= LAYERS[unit]:
+            wrong.append(f"{relative_path}:{line}: {unit} may not import {name}")
+    return wrong
+
+
+def long_functions(relative_path: str, source: str) -> list[str]:
+    """Functions above `MAX_FUNCTION_LINES`, signature and docstring included; kernels may be longer."""
+    if "kernels" in Path(relative_path).with_suffix("").parts:
+        return []
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = ((f, f.end_lineno - f.lineno + 1) for f in functions)
+    return [
+        f"{relative_path}:{f.lineno}: {f.name} has {lines} lines" for f, lines in lengths if lines > MAX_FUNCTION_LINES
+    ]
+
+
+def over_modules(check) -> list[str]:
+    """Messages of `check(relative_path, source)` over every module of the package."""
+    return [m for p in MODULES for m in check(str(p.relative_to(SOURCE)), p.read_text(encoding="utf-8"))]
+
+
+def test_imports_point_one_way():
+    assert len(MODULES) > 1, f"no modules under {SOURCE}"
+    assert not over_modules(wrong_imports)
+
+
+@pytest.mark.parametrize(
+    ("path", "statement"),
+    [
+        ("policies/strict.py", "from sinkstream.cache import StreamingCache"),
+        ("policies/strict.py", "from ..cache import ring"),
+        ("policies/triggers/lazy.py", "from ... import engine"),
+        ("policies/__init__.py", "from ..engine import step"),
+        ("cache/ring.py", "def f():\n    import sinkstream.engine.step"),
+        ("models/gguf.py", "from sinkstream.data import texts"),
+        ("data/texts.py", "import sinkstream.models"),
+        ("measure/clock.py", "from sinkstream import StreamingCache"),
+        ("measure/clock.py", "import sinkstream\nsinkstream.StreamingCache"),
+        ("measure/clock.py", "import sinkstream as s"),
+        ("registry.py", "from sinkstream.measure import clock"),
+        ("report/table.py", "from sinkstream.evaluation import protocol"),
+        ("report/table.py", "from sinkstream.evaluation.statistics_extra import x"),
+        ("serve/app.py", "from sinkstream.experiments import matrix"),
+        ("novelty/x.py", "import os"),
+    ],
+)
+def test_wrong_imports_are_seen(path, statement):
+    assert wrong_imports(path, statement)
+
+
+@pytest.mark.parametrize(
+    ("path", "statement"),
+    [
+        ("policies/strict.py", "from sinkstream.registry import Registry"),
+        ("policies/triggers/lazy.py", "from ..base import Trigger"),
+        ("policies/__init__.py", "from .base import Trigger"),
+        ("cache/ring.py", "from ..policies.base import Trigger"),
+        ("cli/run.py", "from sinkstream.evaluation import protocol"),
+        ("report/table.py", "from sinkstream.evaluation.statistics import interval"),
+        ("report/table.py", "from sinkstream.evaluation import statistics"),
+        ("measure/clock.py", "from sinkstream import __version__"),
+        ("measure/clock.py", "import sinkstream\nsinkstream.__version__, sinkstream.__file__"),
+        ("__init__.py", "from sinkstream.cache import StreamingCache"),
+        ("data/texts.py", "import sinkstreamlike, datasets"),
+    ],
+)
+def test_right_imports_are_let_through(path, statement):
+    assert not wrong_imports(path, statement)
+
+
+def test_functions_stay_short():
+    assert not over_modules(long_functions)
+    too_long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+    assert long_functions("cache/ring.py", too_long)
+    assert not long_functions("engine/kernels/step.py", too_long)
+
+
+@pytest.mark.parametrize("kind", ["triggers", "scorers"])
+def test_every_policy_file_is_imported_and_registers_something(kind):
+    policies = importlib.import_module(f"sinkstream.policies.{kind}")
+    registered = {cls.__module__ for _, cls in getattr(policies, kind.upper()).items()}
+    files = {p.stem for p in (SOURCE / "policies" / kind).glob("*.py")} - {"__init__", "base"}
+    assert files and {f"sinkstream.policies.{kind}.{name}" for name in files} == registered
+
+
+def test_every_module_says_what_it_is_for():
+    assert not over_modules(lambda path, source: [] if ast.get_docstring(ast.parse(source)) else [path])
+
+
+def test_nothing_is_left_for_later():
+    folders = ("src", "tests", "docs", "examples")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md"}]
+    files += [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    lines = ((p, n, line) for p in files for n, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1))
+    assert not [f"{p.relative_to(ROOT)}:{n}: {line.strip()}" for p, n, line in lines if FORBIDDEN_WORDS.search(line)]
+    assert FORBIDDEN_WORDS.search("# TO" + "DO: later"), "the control is not seen"
+
+
+PATCH_PROBE = """
+import importlib, pkgutil, sys
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+
+def snapshot():
+    registries = [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+    tables = [{name: registry[name] for name in registry.keys()} for registry in registries]
+    owners = [Cache, DynamicCache, modeling_gpt_neox, modeling_gpt_neox.GPTNeoXAttention]
+    owners += [modeling_llama, modeling_llama.LlamaAttention]
+    return [{name: id(value) for name, value in table.items()} for table in tables + [dict(vars(o)) for o in owners]]
+
+before = snapshot()
+import sinkstream
+units = [m.name for m in pkgutil.iter_modules(sinkstream.__path__) if m.name != "__main__"]
+for unit in units:
+    importlib.import_module("sinkstream." + unit)
+if "patch" in sys.argv:
+    ALL_ATTENTION_FUNCTIONS.register("control", lambda: None)
+assert "registry" in units
+sys.exit(0 if snapshot() == before else 3)
+"""
+
+
+@pytest.mark.parametrize(("argument", "expected"), [("plain", 0), ("patch", 3)])
+def test_importing_patches_nothing(argument, expected):
+    run = subprocess.run([sys.executable, "-c", PATCH_PROBE, argument], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == expected, run.stderr

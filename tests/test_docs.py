@@ -1,0 +1,67 @@
+"""The documents hold: links lead somewhere, `make` targets exist, nothing names a path of the author's machine."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+MACHINE_PATH = re.compile(r"(?<![\w.~/:-])/(?:work|home|root|Users|mnt|opt|scratch)/|\b[A-Z]:\\Users\\")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)")
+MAKE_TARGET = re.compile(r"(?:`|^\s*)make ([a-z][a-z-]*)", re.MULTILINE)
+
+
+def machine_paths(text: str) -> list[str]:
+    """Lines of `text` that name an absolute path of somebody's machine."""
+    return [line.strip() for line in text.splitlines() if MACHINE_PATH.search(line)]
+
+
+def dead_links(document: Path, text: str) -> list[str]:
+    """Relative link targets of `text` that do not exist beside `document`; web addresses and anchors are left out."""
+    targets = (t.partition("#")[0] for t in LINK.findall(text) if not re.match(r"[a-z]+:", t))
+    return [t for t in targets if t and not (document.parent / t).exists()]
+
+
+def unknown_targets(text: str) -> set[str]:
+    """Names after `make` in commands of `text` that the Makefile does not have."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(MAKE_TARGET.findall(text)) - set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_document_holds(document):
+    text = document.read_text(encoding="utf-8")
+    assert not machine_paths(text)
+    assert not dead_links(document, text)
+    assert not unknown_targets(text)
+
+
+def test_no_source_names_a_machine_path():
+    sources = [p for folder in ("src", "examples", ".ci") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    sources = [p for p in sources if p.suffix in {".py", ".sh", ""}]
+    texts = ((p, p.read_text(encoding="utf-8")) for p in [*sources, ROOT / "Makefile", ROOT / "pyproject.toml"])
+    assert not {str(p.relative_to(ROOT)): machine_paths(text) for p, text in texts if machine_paths(text)}
+
+
+def test_faults_are_seen():
+    assert machine_paths("run `/home/ann/sinkstream/x`") and machine_paths("cd /work/main")
+    assert not machine_paths("see https://example.org/home/page and ./work/notes")
+    assert dead_links(ROOT / "README.md", "[a](docs/no_such_page.md#x)") and not dead_links(ROOT / "x", "[a](LICENSE)")
+    assert unknown_targets("`make coffee`") == {"coffee"} and not unknown_targets("make test\nthey make sense")
+
+
+def test_the_policy_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    check = """
+from sinkstream.policies.scorers import select
+candidates = Candidates(position=torch.arange(40).view(1, 1, 1, 40))
+scores = SCORERS["stride"](stride=16).score(candidates)
+assert select(scores, 3).flatten().tolist() == [0, 16, 32], scores
+"""
+    program = textwrap.dedent(blocks[0]) + check
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,201 @@
+"""Timing, memory, environment and summaries: exact figures from known input, and nothing personal in a bug report."""
+
+import getpass
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
+from sinkstream.measure.files import WriteError, write_atomically
+from sinkstream.measure.memory import PeakMemory
+from sinkstream.measure.metrics import summarise
+from sinkstream.measure.schema import check_environment
+from sinkstream.measure.timing import distribution, latency_summary, timed
+
+
+def test_timed_returns_result_and_covers_the_call():
+    result, seconds = timed(lambda a, b: (time.sleep(0.02), a - b)[1], 5, b=3, device="cpu")
+    assert result == 2
+    assert seconds >= 0.02
+
+
+def test_timed_synchronises_before_both_clock_reads(monkeypatch):
+    calls = []
+    monkeypatch.setattr("sinkstream.measure.timing.synchronise", lambda device: calls.append("sync"))
+    monkeypatch.setattr("sinkstream.measure.timing.time.perf_counter", lambda: calls.append("clock") or 0.0)
+    timed(lambda: calls.append("work"), device="cpu")
+    assert calls == ["sync", "clock", "work", "sync", "clock"]
+
+
+def test_latency_summary_leaves_the_warm_up_out():
+    seconds = np.concatenate([np.full(64, 1.0), np.full(36, 0.010)])
+    summary = latency_summary(seconds)
+    assert summary["tpot_ms"] == pytest.approx(1e3 * (64 + 0.36) / 100)
+    assert summary["steady_tpot_ms"] == pytest.approx({"mean": 10, "p50": 10, "p90": 10, "p99": 10})
+
+
+def test_latency_percentiles_are_numpys():
+    seconds = np.random.default_rng(0).exponential(0.02, 500)
+    seconds[:100] *= 10
+    steady = latency_summary(seconds, warmup_tokens=100)["steady_tpot_ms"]
+    assert steady["p90"] == pytest.approx(1e3 * np.percentile(seconds[100:], 90))
+    assert steady["p50"] != pytest.approx(1e3 * np.percentile(seconds, 50)), "control: the warm-up must matter here"
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 64])
+def test_latency_without_steady_tokens_is_null(n_tokens):
+    summary = latency_summary(np.full(n_tokens, 0.01))
+    assert summary["steady_tpot_ms"] == {"mean": None, "p50": None, "p90": None, "p99": None}
+    assert (summary["tpot_ms"] is None) == (n_tokens == 0)
+
+
+def test_latency_skips_untimed_tokens_but_counts_them_as_warm_up():
+    seconds = np.full(128, np.nan)
+    seconds[::8] = np.where(np.arange(0, 128, 8) < 64, 1.0, 0.5)
+    assert latency_summary(seconds)["steady_tpot_ms"]["mean"] == pytest.approx(500)
+
+
+def test_negative_warm_up_is_refused():
+    with pytest.raises(ValueError, match="warmup_tokens = -1"):
+        latency_summary(np.ones(3), warmup_tokens=-1)
+
+
+def test_distribution_of_nothing():
+    assert distribution(np.array([np.nan]), with_max=True) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
+
+
+def test_peak_memory_on_cpu_sees_what_was_freed_again():
+    """A reading before and after would miss a buffer that lives only inside the run."""
+    with PeakMemory("cpu") as idle:
+        time.sleep(0.15)
+    with PeakMemory("cpu") as busy:
+        buffer = np.ones(200 * 2**20 // 8)
+        time.sleep(0.15)
+        del buffer
+    assert busy.kind == "process_rss_sampled"
+    assert 150 < busy.peak_mb - idle.peak_mb < 300
+
+
+def test_environment_is_complete_and_serialisable():
+    info = environment("cpu")
+    assert json.loads(json.dumps(info)) == info
+    assert info["timestamp"].endswith("+00:00")
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["cpu"]["model"] and info["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert info["git"]["commit"] or info["git"]["reason"]
+
+
+def test_environment_tells_nothing_personal():
+    text = format_environment(environment("cpu"))
+    words = text.replace(":", " ").split()
+    assert platform.node() not in words
+    assert getpass.getuser() not in words
+    assert str(Path.home()) not in text and str(Path(__file__).parents[1]) not in text
+    assert "versions torch" in text
+
+
+def _git(directory, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], cwd=directory, check=True, capture_output=True)
+
+
+def test_git_revision_of_a_checkout(tmp_path, monkeypatch):
+    """Only the package's own folder makes a run dirty: records written beside it do not."""
+    monkeypatch.delenv("SINKSTREAM_GIT_COMMIT", raising=False)
+    package = tmp_path / "src" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    assert git_revision(package)["commit"] is None, "no checkout yet"
+    _git(tmp_path, "init")
+    assert git_revision(package)["commit"] is None, "an untracked package is not of this checkout"
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-m", "first")
+    (tmp_path / "record.json").write_text("{}")
+    clean = git_revision(package)
+    assert len(clean["commit"]) == 40 and clean["dirty"] is False and clean["reason"] is None
+    (package / "new.py").write_text("x = 1\n")
+    assert git_revision(package) == {**clean, "dirty": True}
+
+
+def test_commit_may_be_stated_where_there_is_no_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKSTREAM_GIT_COMMIT", "a" * 40 + "-dirty")
+    found = git_revision(tmp_path)
+    assert (found["commit"], found["dirty"]) == ("a" * 40, True)
+    assert "SINKSTREAM_GIT_COMMIT" in found["reason"]
+    monkeypatch.setenv("SINKSTREAM_GIT_COMMIT", "main")
+    with pytest.raises(ValueError, match="40 hex digits"):
+        git_revision(tmp_path)
+
+
+def test_tf32_switch_is_read_after_the_newer_setting():
+    """Reading `allow_tf32` raises once `fp32_precision` has been set; a record must be possible all the same."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, expected in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = precision
+            assert tf32_switches()["matmul"] is expected
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_summary_of_known_arrays():
+    arrays = {
+        "nll": np.array([1.0, np.nan, 3.0]),
+        "seconds": np.array([0.1, np.nan, 0.3]),
+        "kv_length": np.array([5, 0, 7]),
+        "event": np.array([False, False, True]),
+        "drop_size": np.array([0, 0, 4]),
+    }
+    summary = summarise(arrays, 0.5, 0.6, 2.0, None, warmup_tokens=2)
+    assert (summary["decode_tokens"], summary["scored_tokens"], summary["timed_tokens"]) == (3, 2, 2)
+    assert summary["ppl"] == pytest.approx(np.exp(2))
+    assert summary["tpot_ms"] == pytest.approx(200) and summary["steady_tpot_ms"]["mean"] == pytest.approx(300)
+    assert summary["decode_sec"] == pytest.approx(0.4) and summary["ttft_ms"] == pytest.approx(600)
+    assert summary["kv_length"] == {"min": 5, "mean": 6.0, "max": 7}
+    assert summary["events"] == 1
+    assert summary["drop_size"] == {"mean": 4, "p50": 4, "p90": 4, "p99": 4, "max": 4}
+
+
+def test_summary_of_nothing_is_null_and_valid_json():
+    empty = {name: np.array([]) for name in ("nll", "seconds", "kv_length", "event", "drop_size")}
+    summary = summarise(empty, None, float("nan"), None, None)
+    json.dumps(summary, allow_nan=False)
+    assert summary["ppl"] is None and summary["ttft_ms"] is None and summary["drop_size"]["max"] is None
+
+
+def test_a_perplexity_too_large_for_a_float_is_null():
+    arrays = {name: np.array([1.0]) for name in ("seconds", "kv_length", "event", "drop_size")}
+    assert summarise({"nll": np.array([1e4]), **arrays}, None, None, None, None)["ppl"] is None
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    target = write_atomically(tmp_path / "a.txt", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sinkstream.measure.files.os.fsync", full)
+    with pytest.raises(WriteError, match=r"a\.txt \(1,000 bytes\): No space left"):
+        write_atomically(target, "x" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert target.read_text() == "old"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_time_memory_and_environment():
+    """A launch returns at once; without synchronisation the product would seem to take microseconds."""
+    check_environment(environment("cuda"), "cuda", "this machine")
+    with PeakMemory("cuda") as memory:
+        matrix = torch.ones(8192, 8192, device="cuda")
+        timed(torch.mm, matrix, matrix, device="cuda")
+        _, seconds = timed(lambda: [torch.mm(matrix, matrix) for _ in range(10)], device="cuda")
+    assert memory.kind == "cuda_allocated" and memory.peak_mb >= 3 * 256
+    assert seconds > 10 * 2 * 8192**3 / 5e15, "faster than any device of today: the work was not waited for"

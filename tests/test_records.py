@@ -1,0 +1,229 @@
+"""Run records: what is written comes back, what is incomplete is refused, and no machine path gets in."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from record_factory import make_arrays, make_record
+
+from sinkstream.measure.records import (
+    WriteError,
+    load_record,
+    load_records,
+    new_record_id,
+    plain_json,
+    scrub_paths,
+    write_record,
+)
+from sinkstream.measure.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
+
+
+def dotted(required, prefix=""):
+    """Every required field, nested ones as "a.b"."""
+    for key, nested in required.items():
+        yield prefix + key
+        if nested:
+            yield from dotted(nested, f"{prefix}{key}.")
+
+
+@pytest.fixture
+def written(tmp_path):
+    return write_record(make_record("one"), make_arrays(), tmp_path)
+
+
+def test_round_trip(tmp_path):
+    record, arrays = make_record("one", options={"sink": 4}), make_arrays(200)
+    arrays["nll"][7] = np.nan
+    loaded = load_record(write_record(record, {**arrays, "entropy": np.ones(200)}, tmp_path))
+    for field, value in record.items():
+        assert getattr(loaded, field) == value
+    for name, dtype in ARRAYS.items():
+        assert loaded.arrays[name].dtype == dtype
+        np.testing.assert_array_equal(loaded.arrays[name], arrays[name].astype(dtype))
+    assert loaded.arrays["entropy"].dtype == np.float32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.npz"]
+
+
+def test_record_is_frozen(written):
+    with pytest.raises(AttributeError):
+        load_record(written).id = "other"
+
+
+@pytest.mark.parametrize("field", list(dotted(REQUIRED)))
+def test_loader_refuses_a_record_that_lacks_any_field(written, field):
+    content = json.loads(written.read_text())
+    parent, _, key = field.rpartition(".")
+    del (field_value(content, parent) if parent else content)[key]
+    written.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"one\.json: .*'{field}'"):
+        load_record(written)
+
+
+@pytest.mark.parametrize("field", NOT_NULL)
+def test_loader_refuses_null_where_the_origin_would_be_lost(written, field):
+    content = json.loads(written.read_text())
+    parent, _, key = field.rpartition(".")
+    (field_value(content, parent) if parent else content)[key] = None
+    written.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"one\.json: .*'{field}'"):
+        load_record(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "sinkstream.run/2"}, "'schema' is 'sinkstream.run/2'"),
+        ({"status": "done"}, "'status' is 'done'"),
+        ({"status": "partial"}, "'status_reason'"),
+        ({"status_reason": "stopped"}, "'status_reason'"),
+        ({"tokens_file": {"name": "../one.npz", "sha256": "0"}}, "without folders"),
+        ({"tokens_file": {"name": "two.npz", "sha256": "0"}}, "can not be read"),
+        ({"tokens_file": {"name": "one.npz", "sha256": "0"}}, "'tokens_file.sha256' is 0"),
+        ({"summary": []}, "'summary' must be an object"),
+    ],
+)
+def test_loader_names_what_is_wrong(written, change, message):
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_record(written)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\x01"])
+def test_loader_refuses_other_files(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.json"):
+        load_record(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="no such record"):
+        load_record(tmp_path / "none.json")
+
+
+def test_gpu_run_must_name_its_gpu_and_driver(tmp_path):
+    record = make_record("gpu", device="cuda")
+    write_record(record, make_arrays(), tmp_path)
+    record["environment"]["gpu"]["driver"] = None
+    with pytest.raises(ValueError, match=r"environment\.gpu\.driver"):
+        write_record(record | {"id": "gpu-2"}, make_arrays(), tmp_path)
+
+
+def test_unknown_commit_needs_a_reason(tmp_path):
+    record = make_record("one")
+    record["environment"]["git"] = {"commit": None, "dirty": None, "reason": "not a checkout"}
+    write_record(record, make_arrays(), tmp_path)
+    record["environment"]["git"]["reason"] = None
+    with pytest.raises(ValueError, match=r"environment\.git\.commit"):
+        write_record(record | {"id": "two"}, make_arrays(), tmp_path)
+
+
+def test_writer_refuses_what_the_loader_would(tmp_path):
+    record = make_record("one")
+    del record["data"]["sha256"]
+    with pytest.raises(ValueError, match=r"data\.sha256"):
+        write_record(record, make_arrays(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nll": np.zeros(3)}, r"'nll' has shape \(3,\)"),
+        ({"index": np.zeros(1280)}, "increase strictly"),
+        ({"surprise": np.zeros(1280)}, "unknown per-token array 'surprise'"),
+    ],
+)
+def test_writer_refuses_odd_arrays(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        write_record(make_record("one"), make_arrays() | change, tmp_path)
+
+
+def test_writer_never_overwrites(tmp_path, written):
+    before = written.read_bytes()
+    with pytest.raises(ValueError, match="never overwritten"):
+        write_record(make_record("one"), make_arrays(seed=1), tmp_path)
+    assert written.read_bytes() == before
+    load_record(written)
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_full_disk_leaves_no_half_record(tmp_path, monkeypatch, failing_call):
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == failing_call:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sinkstream.measure.files.os.fsync", fsync)
+    with pytest.raises(WriteError, match=r"bytes\): No space left on device"):
+        write_record(make_record("one"), make_arrays(), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_empty_partial_run_is_kept(tmp_path):
+    arrays = {name: value[:0] for name, value in make_arrays().items()}
+    record = make_record("stopped", arrays=arrays) | {"status": "partial", "status_reason": "interrupted"}
+    loaded = load_record(write_record(record, arrays, tmp_path))
+    assert loaded.summary["ppl"] is None and loaded.arrays["nll"].size == 0
+
+
+def test_load_records_from_folders_and_paths(tmp_path):
+    late = write_record(make_record("a", created="2026-01-02T00:00:00+00:00"), make_arrays(), tmp_path / "deep" / "er")
+    early = write_record(make_record("b"), make_arrays(), tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "ledger.json").write_text('{"schema": "sinkstream.ledger/1"}')
+    assert [record.id for record in load_records(tmp_path)] == ["b", "a"]
+    assert [record.id for record in load_records([late, early, tmp_path])] == ["b", "a"]
+    (tmp_path / "stray.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"stray\.json"):
+        load_records(tmp_path)
+    with pytest.raises(ValueError, match="no such record or folder"):
+        load_records(tmp_path / "nowhere")
+
+
+def test_record_ids_are_readable_safe_and_distinct():
+    ids = {new_record_id("SmolLM2-135M", "a/b c", "lazy R=32") for _ in range(20)}
+    assert len(ids) == 20
+    assert all(name.startswith("smollm2-135m-a-b-c-lazy-r-32-") for name in ids)
+    assert new_record_id("..", "/").startswith("run-")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/someone/texts/book.txt", "book.txt"),
+        ("/home/someone/my texts/", "my texts"),
+        (Path("/home/someone/model"), "model"),
+        ("--out=/home/someone/runs", "--out=runs"),
+        ("C:\\Users\\someone\\book.txt", "book.txt"),
+        ("could not read /home/someone/book.txt: denied", "could not read book.txt: denied"),
+        (["--text", ("/a/b",), {"dir": "/c/d"}], ["--text", ["b"], {"dir": "d"}]),
+        ("results/run", "results/run"),
+        ("../shared/book.txt", "../shared/book.txt"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("random:pythia-2.8b", "random:pythia-2.8b"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("tokens/s and 3/4", "tokens/s and 3/4"),
+        (7, 7),
+        (None, None),
+    ],
+)
+def test_scrub_paths(value, expected):
+    assert scrub_paths(value) == expected
+
+
+def test_no_absolute_path_enters_a_record(tmp_path):
+    record = make_record("one", command=("/usr/local/bin/sinkstream", "eval", "--text", "/home/someone/book.txt"))
+    record["arguments"] |= {"out": tmp_path, "model": Path("/home/someone/models/small")}
+    record["model"]["source"] = "/home/someone/models/small"
+    untouched = copy.deepcopy(record)
+    path = write_record(record, make_arrays(), tmp_path)
+    text = path.read_text()
+    assert "/home" not in text and "/usr" not in text and str(tmp_path) not in text
+    assert load_record(path).command == ["sinkstream", "eval", "--text", "book.txt"]
+    assert record == untouched, "the caller's record must not change"
+
+
+def test_plain_json_has_no_nan():
+    value = {"a": np.float32("nan"), 2: [np.int64(3), float("inf")], "c": np.arange(2), "d": True}
+    assert plain_json(value) == {"a": None, "2": [3, None], "c": [0, 1], "d": True}

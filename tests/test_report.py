@@ -1,0 +1,202 @@
+"""Tables, plots, headline figures and generated document parts, from synthetic records with known content."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from record_factory import make_arrays, make_record
+from rich.console import Console
+
+from sinkstream.measure.records import load_record, write_record
+from sinkstream.report.docs import generated_names, update_document
+from sinkstream.report.plots import COLOURS, line_formats, nll_over_tokens
+from sinkstream.report.selection import is_plain, policy_name, select
+from sinkstream.report.summary import HEADLINES, write_summary
+from sinkstream.report.tables import comparison_rows, markdown_table, rich_table
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Write a record and load it again."""
+
+    def write(name, policy="strict", arrays=None, **keywords):
+        arrays = make_arrays() if arrays is None else arrays
+        return load_record(write_record(make_record(name, policy, arrays=arrays, **keywords), arrays, tmp_path))
+
+    return write
+
+
+def sampled(arrays, every):
+    return {name: values[::every] for name, values in arrays.items()}
+
+
+def test_rows_carry_paired_differences(store):
+    control = store("control", "recompute")
+    worse = store("worse", "window-only", make_arrays(seed=1, shift=0.1))
+    same = store("same", "strict", make_arrays(seed=2))
+    rows = comparison_rows([control, worse, same])
+    assert [row["is_control"] for row in rows] == [True, False, False]
+    assert rows[1]["delta_low"] < 100 * np.expm1(0.1) < rows[1]["delta_high"]
+    assert rows[2]["delta_low"] < 0 < rows[2]["delta_high"]
+    assert (rows[1]["kv_min"], rows[1]["kv_max"], rows[1]["drop_max"], rows[1]["events"]) == (225, 256, 32, 40)
+    assert rows[0]["steady_mean_ms"] == pytest.approx(25, rel=0.05)
+
+
+def test_control_is_chosen_by_id(store):
+    records = [store("a"), store("b", arrays=make_arrays(shift=0.1))]
+    assert comparison_rows(records, "b")[0]["delta_percent"] == pytest.approx(100 * np.expm1(-0.1), abs=1e-3)
+    with pytest.raises(ValueError, match=r"control 'c' .*: a, b"):
+        comparison_rows(records, "c")
+    with pytest.raises(ValueError, match="no records"):
+        comparison_rows([])
+
+
+def test_sampled_runs_pair_on_the_token_index(store):
+    """Pairing by place in the array instead of by token index would compare different tokens."""
+    control = store("control", "recompute", sampled(make_arrays(), 8), sample_every=8)
+    row = comparison_rows([control, store("strict", arrays=make_arrays(seed=1, shift=0.1, noise=0.01))])[1]
+    assert row["delta_tokens"] == 160
+    assert row["delta_percent"] == pytest.approx(100 * np.expm1(0.1), abs=1)
+    assert "1 in 8 tokens" in comparison_rows([control])[0]["name"]
+
+
+@pytest.mark.parametrize("other", [{"model": "pythia-70m"}, {"text": "wikitext"}])
+def test_another_text_or_model_is_no_control(store, other):
+    with pytest.raises(ValueError, match="another text or another model"):
+        comparison_rows([store("a"), store("b", **other)])
+
+
+def test_records_without_common_tokens_are_refused(store):
+    shifted = make_arrays()
+    shifted["index"] = shifted["index"] + 100_000
+    with pytest.raises(ValueError, match="no token in common"):
+        comparison_rows([store("a"), store("b", arrays=shifted)])
+
+
+def test_tables_show_every_row_and_the_control(store):
+    short = make_arrays(40)
+    records = [store("a", "full"), store("b", "lazy", options={"R": 32}), store("c", "strict", short)]
+    rows = comparison_rows(records)
+    markdown = markdown_table(rows)
+    lines = markdown.splitlines()
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert lines[2].startswith("| full | ") and "| control |" in lines[2]
+    assert lines[3].startswith("| lazy R=32 | ")
+    assert "[no interval]" in lines[4] and "No interval: 5 blocks of 8 tokens" in markdown
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rich_table(rows, "Comparison"))
+    text = console.export_text()
+    assert "lazy R=32" in text and "[no interval]" in text and "Comparison" in text
+
+
+def test_plot_is_a_png_with_a_line_a_record(store, tmp_path):
+    records = [store(f"r{i}", "lazy", make_arrays(seed=i), options={"R": i}) for i in range(1, 10)]
+    path = nll_over_tokens(records, tmp_path / "nll.png")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    assert width > 1000 and height > 500
+    alone = nll_over_tokens(records[:1], tmp_path / "one.png")
+    assert int.from_bytes(alone.read_bytes()[20:24], "big") < height, "one record needs no difference panel"
+    with pytest.raises(ValueError, match="no records"):
+        nll_over_tokens([], tmp_path / "none.png")
+
+
+def test_many_lines_stay_distinct():
+    formats = [tuple(line.items()) for line, _ in zip(line_formats(), range(35))]
+    assert len(set(formats)) == 35
+    assert len(set(COLOURS)) == 7
+
+
+def test_selection_is_by_content(store):
+    strict = store("x1", "strict", model="HuggingFaceTB/SmolLM2-135M", text="PG-19")
+    window = store("x2", "window_only")
+    refresh = store("x3", "strict", options={"refresh": 16})
+    records = [strict, window, refresh]
+    assert select(records, model="smollm2-135m", text="pg19", policy="strict", plain=True) == [strict]
+    assert select(records, backend="engine") == []
+    assert policy_name(window) == "window-only"
+    assert is_plain(strict) and not is_plain(refresh)
+
+
+def test_summary_holds_each_headline_with_its_record(store, tmp_path):
+    shape = {"model": "random:pythia-2.8b", "device": "cuda", "dtype": "float16"}
+    slow, fast = make_arrays(), make_arrays()
+    slow["seconds"], fast["seconds"] = np.full(1280, 0.0204), np.full(1280, 0.02)
+    store("gpu-strict", "strict", slow, **shape)
+    store("gpu-full", "full", fast, **shape)
+    store("other-dtype", "full", slow, **shape | {"dtype": "float32"}, created="2026-01-09T00:00:00+00:00")
+    store("ppl-strict", "strict", make_arrays(shift=0.1), command=("sinkstream", "demo"))
+    store("ppl-recompute", "recompute")
+    store("ppl-window", "window-only", make_arrays(shift=2))
+    store("elsewhere", "strict", text="wikitext", created="2026-01-09T00:00:00+00:00")
+    summary = write_summary(tmp_path)
+    assert not summary.missing
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert list(written) == HEADLINES.names()
+    assert written["foundation.hf_strict_over_full_tpot"] == {"value": pytest.approx(1.02), "record": "gpu-strict"}
+    assert written["foundation.ppl_strict"]["record"] == "ppl-strict"
+    assert written["foundation.ppl_window_only"]["value"] > written["foundation.ppl_recompute"]["value"]
+    assert written["foundation.demo_seconds"]["record"] == "ppl-strict"
+    assert write_summary(tmp_path).headlines == written, "summary.json itself is no record"
+
+
+def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
+    store("ppl-strict", "strict")
+    store("cpu", "full", model="random:pythia-2.8b")
+    summary = write_summary(tmp_path)
+    assert list(summary.headlines) == ["foundation.ppl_strict"]
+    assert set(summary.missing) == set(HEADLINES.names()) - {"foundation.ppl_strict"}
+    assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
+    with pytest.raises(ValueError, match="not a folder"):
+        write_summary(tmp_path / "none")
+
+
+def test_ppl_headlines_are_of_comparable_runs(store, tmp_path):
+    """The newest strict run alone must not stand beside a recompute of another cap."""
+    store("strict-256", "strict")
+    store("recompute-256", "recompute")
+    store("strict-512", "strict", cap=512, created="2026-01-09T00:00:00+00:00")
+    assert write_summary(tmp_path).headlines["foundation.ppl_strict"]["record"] == "strict-256"
+
+
+DOCUMENT = """# Title
+<!-- generated:one -->
+old
+<!-- /generated -->
+between
+<!-- generated:two -->
+<!-- /generated -->
+end
+"""
+
+
+def test_document_sections_are_replaced_and_checked(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(DOCUMENT)
+    assert generated_names(path) == ["one", "two"]
+    assert update_document(path, {"one": "| a |"}, check=True) == ["one"]
+    assert path.read_text() == DOCUMENT, "check writes nothing"
+    assert update_document(path, {"one": "| a |"}) == ["one"]
+    assert update_document(path, {"one": "| a |\n"}, check=True) == []
+    expected = DOCUMENT.replace("old\n", "\n| a |\n\n")
+    assert path.read_text() == expected
+    assert update_document(path, {"one": r"\1 stays"}) == ["one"]
+    assert r"\1 stays" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DOCUMENT, "no section 'three'; it has: one, two"),
+        (DOCUMENT.replace("old\n<!-- /generated -->\n", ""), "section 'one' has no closing"),
+        (DOCUMENT.replace("generated:two", "generated:one"), "section 'one' occurs twice"),
+    ],
+)
+def test_malformed_documents_are_refused(tmp_path, text, message):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        update_document(path, {"three": "x"})
+    assert path.read_text() == text
