@@ -8,8 +8,10 @@ import pydoc_data.topics
 import random
 import string
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -127,12 +129,13 @@ def test_missing_file_directory_and_unknown_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pg19", "wikitext"])
-def test_hub_text_without_hub_or_package_names_the_file_option(name, monkeypatch):
+def test_hub_text_without_hub_or_package_names_the_file_option(tmp_path, name, monkeypatch):
     def refuse(*args, **kwargs):
-        raise OSError("offline")
+        raise HTTPError("offline")
 
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match=rf"text '{name}' is out of reach.*offline.*--text FILE"):
+    monkeypatch.setattr(hub, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"text '{name}': the hub is out of reach.*offline.*--text FILE"):
         load_text(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match=rf"text '{name}' needs the package datasets.*--text FILE"):
@@ -140,35 +143,38 @@ def test_hub_text_without_hub_or_package_names_the_file_option(name, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "folder", "text", "default_tokens"),
+    ("name", "text", "default_tokens"),
     [
-        ("pg19", "data", " = One = \n\n\n\ntwo\n\n\n\n = Three = \n", 20_000),
-        ("wikitext", "wikitext-103-v1", "= One =\n\ntwo\n\n= Three =", 4096),
+        ("pg19", " = One = \n\n\n\n\n  two\n\n\n = Three = \n", 20_000),
+        ("wikitext", "= One =\n\ntwo\n\n= Three =", 4096),
     ],
 )
-def test_hub_text_is_read_from_its_pinned_test_split(tmp_path, monkeypatch, name, folder, text, default_tokens):
+def test_hub_text_is_read_from_its_pinned_test_split(tmp_path, monkeypatch, name, text, default_tokens):
     pytest.importorskip("datasets")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pytest.importorskip("pyarrow").table
+    table = pytest.importorskip("pyarrow").table({"text": [" = One = \n", "", "  two\n", " = Three = \n"]})
     asked = {}
-    (tmp_path / folder).mkdir()
-    parquet.write_table(
-        table({"text": [" = One = \n", "", "two\n"]}), tmp_path / folder / "test-00000-of-00002.parquet"
-    )
-    parquet.write_table(table({"text": [" = Three = \n"]}), tmp_path / folder / "test-00001-of-00002.parquet")
-    parquet.write_table(table({"text": ["no"]}), tmp_path / folder / "train-00000-of-00001.parquet")
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **options: asked.update(options) or str(tmp_path))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def give(repo, file, **options):
+        asked.update(options, file=file)
+        parquet.write_table(table, tmp_path / "test.parquet")
+        return str(tmp_path / "test.parquet")
+
+    monkeypatch.setattr(hub, "hf_hub_download", give)
     loaded = load_text(name)
-    if name == "pg19":
-        text = "\n\n".join([" = One = \n", "", "two\n", " = Three = \n"])
     assert (loaded.name, loaded.text, loaded.default_tokens) == (name, text, default_tokens)
-    assert len(asked["revision"]) == 40
+    assert "/test-00000-of-00001" in asked["file"]
     assert asked["repo_type"] == "dataset"
+    assert len(asked["revision"]) == 40
+
+
+def test_hub_file_that_is_kept_needs_no_network(monkeypatch):
+    monkeypatch.setattr(hub, "dataset_info", None)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *place, local_files_only, **more: f"kept {place[1]}")
+    assert hub._fetch("some/repo", "abc", "test.parquet") == "kept test.parquet"
 
 
 def test_every_registered_text_has_a_summary():
-    load_text("builtin")
     assert TEXTS.names() == ["builtin", "pg19", "wikitext"]
     assert all(TEXTS.summary(name) for name in TEXTS)
 

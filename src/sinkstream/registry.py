@@ -4,7 +4,9 @@ A registry never holds instances, so that no run can change the next one. Insert
 every table that is generated from it.
 """
 
-from collections.abc import Callable, Iterator
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Callable)
@@ -61,3 +63,9 @@ class Registry(Generic[T]):
         """First line of the entry's docstring, for help texts and tables."""
         doc = (self[name].__doc__ or "").strip()
         return doc.splitlines()[0].rstrip(".") if doc else ""
+
+
+def import_folder(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, in alphabetical order, so that each registers what it defines."""
+    for module in sorted(pkgutil.iter_modules(path), key=lambda m: m.name):
+        importlib.import_module(f"{package}.{module.name}")

@@ -100,8 +100,8 @@ def _check_config(config) -> None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds != {"full_attention"} or window is not None:
         raise ValueError(
-            f"model type {name!r} with layer types {', '.join(sorted(kinds))} and sliding_window={window} is not supported;"
-            " accepted: full attention in every layer (sliding_window=None)"
+            f"model type {name!r} with layer types {', '.join(sorted(kinds))} and sliding_window={window} is not"
+            " supported; accepted: full attention in every layer (sliding_window=None)"
         )
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:

@@ -107,7 +107,7 @@ class AttentionObserver:
         return torch.stack(rows)[..., ring.sink : ring.pinned + leaving]
 
     def _weights(self, query, key, key_index, query_index) -> torch.Tensor:
-        """Attention summed over queries, averaged over the heads of a group: ``(batch, kv_heads, visible)``, float32."""
+        """Attention summed over queries, mean over the heads of a group: ``(batch, kv_heads, visible)``, float32."""
         batch, heads, new, dim = query.shape
         groups = heads // key.shape[1]
         grouped = query.float().view(batch, key.shape[1], groups, new, dim)

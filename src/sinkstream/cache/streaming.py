@@ -265,7 +265,8 @@ class StreamingCache(Cache):
     def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
         if self._pending is None:
             raise ValueError(
-                "this cache is not attached to the model that is using it; make one with StreamingCache.for_model(model, …)"
+                "this cache is not attached to the model that is using it;"
+                " make one with StreamingCache.for_model(model, …)"
             )
         visible = self.ring.write(layer, keys, values)
         return self._pending.crossing.extend(layer, *visible) if self._pending.crossing else visible
@@ -372,7 +373,8 @@ class StreamingCache(Cache):
     def _check_call(self, batch: int, tokens: int, input_ids: torch.Tensor | None) -> None:
         if batch != self.ring.keys.shape[1]:
             raise ValueError(
-                f"batch of {batch}, but this cache holds {self.ring.keys.shape[1]} streams; use reset() or another cache"
+                f"batch of {batch}, but this cache holds {self.ring.keys.shape[1]} streams;"
+                " use reset() or another cache"
             )
         if input_ids is None and {"structure", "nll"} & self.policy.needs:
             raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
@@ -380,8 +382,8 @@ class StreamingCache(Cache):
             raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
         if tokens > self.max_chunk_tokens():
             raise ValueError(
-                f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now; feed the prompt"
-                " with cache.prefill(model, input_ids[:, :-1]) first, or pass prefill_chunk_size to generate()"
+                f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now; feed"
+                " the prompt with cache.prefill(model, input_ids[:, :-1]) first, or give generate() a prefill_chunk_size"
             )
 
 
@@ -398,8 +400,8 @@ def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> Evicti
 def _check_trained(spec: ModelSpec, policy: EvictionPolicy, allowed: bool) -> None:
     if policy.peak > spec.trained_positions and not allowed:
         raise ValueError(
-            f"the cache would hold up to {policy.peak} entries (growth {policy.growth} included), but the model was trained on"
-            f" {spec.trained_positions} positions, past which quality collapses; accepted: a cap of at most"
+            f"the cache would hold up to {policy.peak} entries (growth {policy.growth} included), but the model was"
+            f" trained on {spec.trained_positions} positions, past which quality collapses; accepted: a cap of at most"
             f" {spec.trained_positions} (window of at most {policy.window - policy.peak + spec.trained_positions}),"
             " or allow_untrained_positions=True"
         )

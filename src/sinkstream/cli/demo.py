@@ -4,12 +4,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import all_arguments
-from sinkstream.cli.show import draw_nll, show_records
+from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
@@ -32,7 +31,7 @@ class Demo:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Run the demo on the CPU in float32, so that it gives the same figures everywhere."""
-        console = Console()
+        console = wide_console()
         settings = demo_settings(args.cap, args.sample_every)
         loaded = load_model("builtin", dtype=torch.float32, device="cpu")
         stream = tokenize(load_text("builtin"), loaded.tokenizer, args.tokens)

@@ -3,15 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
-from sinkstream.cli.show import draw_nll, show_records
+from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.record import set_tf32
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import EVALUATE, RunSettings
+from sinkstream.evaluation.settings import BASELINES, EVALUATE, RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 
@@ -34,6 +32,9 @@ class Eval:
         group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help="what runs the model")
         described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
         group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
+        group.add_argument(
+            "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: all)"
+        )
         group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
         group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
         group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
@@ -43,8 +44,8 @@ class Eval:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Run all policies, print the table, write records and picture."""
-        settings = [_settings(args, method) for method in args.policy]
-        console = Console()
+        settings = [_settings(args, method, options) for method, options in args.policy]
+        console = wide_console()
         device = resolve_device(args.device)
         set_tf32(args.tf32)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
@@ -71,17 +72,18 @@ def exit_code(records: list) -> int:
     return codes[records[-1].status]
 
 
-def _settings(args: argparse.Namespace, method: str) -> RunSettings:
+def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
     return RunSettings(
         method,
         cap=args.cap,
-        options=policy_options(args),
+        options=({} if method in BASELINES and len(args.policy) > 1 else policy_options(args)) | options,
         cap_accounting=args.cap_accounting,
         positions=args.positions,
         allow_untrained_positions=args.allow_untrained_positions,
         backend=args.backend,
         prefill=args.prefill,
         evaluate=args.evaluate,
+        timed_tokens=args.timed_tokens,
         block_tokens=args.block_tokens,
         sample_every=args.sample_every if method == "recompute" or len(args.policy) == 1 else 1,
         repeats=args.repeats,

@@ -22,11 +22,17 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
     listed = "; ".join(f"{name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
     group.add_argument(
-        "--policy", type=_names, default=["strict"], metavar="NAME[,NAME…]", help=f"one or several of: {listed}"
+        "--policy",
+        type=_policies,
+        default="strict",
+        metavar="NAME[:OPTION=VALUE…][,NAME…]",
+        help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8); {listed}",
     )
     group.add_argument("--cap", type=int, help="KV slots, growth included; the window is what the rest leaves of it")
     group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
-    group.add_argument("--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept")
+    group.add_argument(
+        "--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept"
+    )
     group.add_argument("--scorer", choices=SCORERS.names(), help="what chooses the pinned tokens; goes with --refresh")
     group.add_argument(
         "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
@@ -59,5 +65,29 @@ def all_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in ("run", "argv")}
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse ``NAME:OPTION=VALUE…,NAME…`` into (name, options) pairs."""
+    parsed = [_one_policy(part.strip()) for part in text.split(",") if part.strip()]
+    if not parsed:
+        raise argparse.ArgumentTypeError(f"{text!r} names no policy; accepted: {', '.join(method_names())}")
+    return parsed
+
+
+def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
+    types = {spec.name: spec.type for spec in policy_option_specs()} | {"scorer": str}
+    name, *given = text.split(":")
+    if name not in method_names():
+        raise argparse.ArgumentTypeError(f"policy {name!r} is not known; accepted: {', '.join(method_names())}")
+    options = {}
+    for part in given:
+        option, equals, value = part.partition("=")
+        option = option.replace("-", "_")
+        if not equals or option not in types:
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r}; accepted: OPTION=VALUE with {', '.join(types)}")
+        try:
+            options[option] = types[option](value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} in {text!r}: {value!r} is not a {types[option].__name__}"
+            ) from None
+    return name, options

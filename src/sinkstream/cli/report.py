@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED
-from sinkstream.report.documents import DOCUMENT_TABLES, render_tables
 from sinkstream.report.docs import update_document
+from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import write_summary
 
 
@@ -19,7 +19,7 @@ class Report:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options of this command."""
         parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
-        parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files whose tables are generated")
+        parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files with generated tables")
         parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
 
     @staticmethod
@@ -31,12 +31,10 @@ class Report:
             console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
             for key, why in summary.missing.items():
                 console.print(f"  {key} is missing: {why}")
-        stale = []
+        stale, tables = [], render_tables(args.results)
         for path in args.docs:
-            stale += [f"{path}: {name}" for name in update_document(path, render_tables(args.results), check=args.check)]
+            mine = {name: tables[name] for name in generated_names(path)}
+            stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]
         for name in stale:
             console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
         return EXIT_FAILED if args.check and stale else 0
-
-
-__all__ = ["DOCUMENT_TABLES", "Report"]

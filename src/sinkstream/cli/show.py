@@ -8,6 +8,14 @@ from sinkstream.measure.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
 
+PIPE_WIDTH = 150
+
+
+def wide_console() -> Console:
+    """The terminal as it is; a file or pipe, which has no width, gets one that the table fits."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
 
 def show_records(records: list[Record], console: Console, title: str) -> None:
     """Print the comparison table of all records that scored something; the first one is the control."""

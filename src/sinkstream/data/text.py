@@ -1,9 +1,8 @@
-"""Texts by name or from a file: `load_text` is what stands behind `--text`."""
+"""A text with its origin and hash, and the registry of texts that have a name."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sinkstream.registry import Registry
 
@@ -46,29 +45,3 @@ class Text:
 
 
 TEXTS: Registry[Callable[[], Text]] = Registry("text")
-
-
-def load_text(spec: str) -> Text:
-    """Return the text that `spec` names.
-
-    Parameters
-    ----------
-    spec : str
-        A name in `TEXTS`, or a file: `.txt` (UTF-8), or `.json` (an object with a "text", or a list of such objects
-        or of strings, which are joined by empty lines).
-
-    Raises
-    ------
-    ValueError
-        For an unknown name or suffix, a file that is missing, empty, binary or of another form, and for a text that
-        cannot be had from the hub.
-    """
-    from . import builtin, files, hub  # noqa: F401  (they register their texts)
-
-    if spec in TEXTS:
-        return TEXTS[spec]()
-    if not Path(spec).suffix and not Path(spec).exists():
-        raise ValueError(
-            f"unknown text {spec!r}; accepted: {', '.join(TEXTS)}, or a file {' or '.join(files.SUFFIXES)}"
-        )
-    return files.read_text(Path(spec).expanduser())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sinkstream.evaluation.sessions import BACKENDS, RecomputeSession, Session, token_nll
+from sinkstream.evaluation.sessions import BACKENDS, Session, token_nll
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise
@@ -99,7 +99,6 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     ids = ids.to(device)
     rows, times, status, reason = TokenRows(), {}, "complete", None
     all_seconds: list[list[float]] = []
-    decode = _decode_steps if settings.evaluate == "steps" else _decode_blocks
     total = (len(ids) - prefill_tokens - 1) * settings.repeats
     with PeakMemory(device) as memory:
         try:
@@ -107,7 +106,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
                 attempt = TokenRows()
                 rows = attempt if repeat == 0 else rows
                 report = _shifted(progress, repeat * total // settings.repeats, total)
-                seconds = timed(_attempt, decode, loaded, ids, settings, attempt, report, times, device=device)[1]
+                seconds = timed(_attempt, loaded, ids, settings, attempt, report, times, device=device)[1]
                 times.setdefault("total", seconds)
                 all_seconds.append(attempt.seconds)
         except KeyboardInterrupt:
@@ -129,7 +128,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
 
 
 @torch.inference_mode()
-def _attempt(decode, loaded, ids, settings, rows, progress, times: dict[str, float]) -> None:
+def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> None:
     session = BACKENDS[settings.backend](loaded, settings)
     try:
         prefill = settings.prefill_tokens(len(ids))
@@ -139,17 +138,19 @@ def _attempt(decode, loaded, ids, settings, rows, progress, times: dict[str, flo
         times.setdefault("ttft", seconds + pick_seconds)
         if not torch.isfinite(logits).all():
             raise NonFiniteLogits(f"the logits after the prefill of {prefill} tokens are not finite")
-        decode(session, ids, prefill, rows, settings, progress)
+        to_decode = len(ids) - 1 - prefill
+        one_by_one = min(to_decode, settings.timed_tokens or to_decode) if settings.evaluate == "steps" else 0
+        _decode_steps(session, ids, prefill, prefill + one_by_one, rows, settings, progress)
+        _decode_blocks(session, ids, prefill, prefill + one_by_one, rows, settings, progress)
     finally:
         session.close()
 
 
-def _decode_steps(session: Session, ids: torch.Tensor, first: int, rows: TokenRows, settings, progress) -> None:
-    """Token by token, each step timed by itself; scoring is left out of the time."""
-    last = len(ids) - 1
+def _decode_steps(session: Session, ids, first: int, last: int, rows: TokenRows, settings, progress) -> None:
+    """Tokens `first` to `last` one by one, each step timed by itself; scoring is left out of the time."""
     for t in range(first, last):
         token = ids[t : t + 1]
-        if settings.sample_every > 1 and (t - first) % settings.sample_every and isinstance(session, RecomputeSession):
+        if settings.sample_every > 1 and (t - first) % settings.sample_every:
             session.skip(token)
             rows.add(t + 1, float("nan"), float("nan"), session.steps()[-1])
         else:
@@ -161,10 +162,10 @@ def _decode_steps(session: Session, ids: torch.Tensor, first: int, rows: TokenRo
         progress(t + 1 - first)
 
 
-def _decode_blocks(session: Session, ids: torch.Tensor, first: int, rows: TokenRows, settings, progress) -> None:
-    """All tokens up to where the policy must decide in one forward; no times are taken."""
-    last, t = len(ids) - 1, first
-    for size in session.chunk_sizes(last - first):
+def _decode_blocks(session: Session, ids, first: int, start: int, rows: TokenRows, settings, progress) -> None:
+    """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken."""
+    last, t = len(ids) - 1, start
+    for size in session.chunk_sizes(last - start):
         nll = session.score(ids[t : t + size], ids[t + 1 : t + size + 1]).tolist()
         for i, (value, step) in enumerate(zip(nll, session.steps(), strict=True)):
             if not np.isfinite(value) and settings.sample_every == 1:
@@ -180,7 +181,12 @@ def _shifted(progress: Progress | None, offset: int, total: int) -> Callable[[in
 
 def _check_full_fits(loaded: LoadedModel, settings: RunSettings, tokens: int) -> None:
     trained = loaded.trained_positions
-    if settings.method == "full" and trained is not None and tokens > trained and not settings.allow_untrained_positions:
+    if (
+        settings.method == "full"
+        and trained is not None
+        and tokens > trained
+        and not settings.allow_untrained_positions
+    ):
         raise ValueError(
             f"the full cache of {tokens} tokens goes past the {trained} positions that {loaded.name} was trained on;"
             f" accepted: --tokens of at most {trained}, or --allow-untrained-positions"

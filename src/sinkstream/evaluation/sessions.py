@@ -67,7 +67,7 @@ class Session(ABC):
         """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored."""
         return token_nll(self.feed(ids, last_only=False), targets)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most sessions put nothing on the model)
         """Free what the session put on the model."""
 
 
@@ -104,7 +104,6 @@ class FullSession(Session):
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         super().__init__(model, settings)
         self.cache = DynamicCache(config=model.config)
-        self.fed = 0
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         seen = self.cache.get_seq_length()
@@ -123,7 +122,7 @@ class RecomputeSession(Session):
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         super().__init__(model, settings)
         self.history = torch.empty(0, dtype=torch.int64, device=model.device)
-        self.decoded = 0
+        self.fed = self.prefilled = 0
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         assert last_only, "recompute gives the logits of one token at a time"
@@ -131,6 +130,7 @@ class RecomputeSession(Session):
         return self._forward(self.history[None])
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.prefilled = len(ids)
         return self.feed(ids, last_only=True)
 
     def steps(self) -> list[Step]:
@@ -143,7 +143,8 @@ class RecomputeSession(Session):
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         stream = torch.cat([self.history, ids])
         first, cap = len(self.history), self.settings.cap
-        wanted = [i for i in range(len(ids)) if (self.decoded + i) % self.settings.sample_every == 0]
+        offset = self.fed - self.prefilled
+        wanted = [i for i in range(len(ids)) if (offset + i) % self.settings.sample_every == 0]
         nll = torch.full((len(ids),), float("nan"), device=ids.device)
         full = [i for i in wanted if first + i + 1 >= cap]
         for group in [full[i : i + self.batch] for i in range(0, len(full), self.batch)]:
@@ -152,7 +153,6 @@ class RecomputeSession(Session):
         for i in sorted(set(wanted) - set(full)):
             nll[i] = token_nll(self._forward(stream[None, : first + i + 1]), targets[i : i + 1])[0]
         self._remember(ids)
-        self.decoded += len(ids)
         return nll
 
     def _forward(self, windows: torch.Tensor) -> torch.Tensor:
@@ -161,6 +161,7 @@ class RecomputeSession(Session):
     def _remember(self, ids: torch.Tensor) -> None:
         lengths = [min(len(self.history) + i + 1, self.settings.cap) for i in range(len(ids))]
         self._steps = [Step(0, False, n) for n in lengths]
+        self.fed += len(ids)
         self.history = torch.cat([self.history, ids])[-self.settings.cap :]
 
 

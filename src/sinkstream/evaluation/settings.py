@@ -12,7 +12,7 @@ BASELINES = {
     "recompute": "Sliding-window recompute: the last cap tokens are forwarded anew for every token",
 }
 EVALUATE = {
-    "steps": "token by token: quality, TPOT and latency",
+    "steps": "token by token, each timed (the first --timed-tokens of them; the rest in blocks)",
     "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
 }
 
@@ -42,6 +42,10 @@ class RunSettings:
     prefill : int or None
         Tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache.
     evaluate : {"steps", "blocks"}
+        Token by token, or all tokens between two prunes in one forward (quality only; the NLL is the same).
+    timed_tokens : int or None
+        With ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
+        default: all.
     block_tokens : int
         Most tokens of one forward in prefill and blocks.
     sample_every : int
@@ -64,6 +68,7 @@ class RunSettings:
     backend: str = "hf"
     prefill: int | None = None
     evaluate: str = "steps"
+    timed_tokens: int | None = None
     block_tokens: int = 256
     sample_every: int = 1
     repeats: int = 1
@@ -76,7 +81,7 @@ class RunSettings:
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; accepted: {', '.join(accepted)}")
-        for name in ("cap", "prefill", "block_tokens", "sample_every", "repeats"):
+        for name in ("cap", "prefill", "timed_tokens", "block_tokens", "sample_every", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not accepted; accepted: a whole number of at least 1")
@@ -84,8 +89,11 @@ class RunSettings:
             raise ValueError(f"policy {self.method!r} needs a cap; give --cap SLOTS")
         if self.sample_every > 1 and self.method != "recompute":
             raise ValueError(f"sample_every={self.sample_every} is for recompute only, not for {self.method!r}")
-        if self.repeats > 1 and self.evaluate != "steps":
-            raise ValueError(f"repeats={self.repeats} repeats timings, and evaluate={self.evaluate!r} takes none")
+        for name in ("repeats", "timed_tokens"):
+            if (getattr(self, name) or 1) > 1 and self.evaluate != "steps":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is about timings; evaluate={self.evaluate!r} takes none"
+                )
         self.policy()
 
     def policy(self) -> EvictionPolicy | None:
@@ -135,8 +143,8 @@ class RunSettings:
         wanted = default if self.prefill is None else self.prefill
         if wanted + 2 > tokens:
             raise ValueError(
-                f"the text has {tokens} tokens and {wanted} of them are prefill (default: the cap), which leaves nothing to"
-                f" decode; accepted: at least {wanted + 2} tokens, or a smaller --cap or --prefill"
+                f"the text has {tokens} tokens and {wanted} of them are prefill (default: the cap), which leaves"
+                f" nothing to decode; accepted: at least {wanted + 2} tokens, or a smaller --cap or --prefill"
             )
         return wanted
 

@@ -3,8 +3,9 @@
 from sinkstream.evaluation.settings import RunSettings
 
 CAP = 256
-TOKENS = 512
-SAMPLE_EVERY = 8
+TOKENS = 2048
+TIMED_TOKENS = 128
+SAMPLE_EVERY = 16
 TITLE = "SmolLM2-135M over the built-in text"
 
 
@@ -18,9 +19,10 @@ def demo_settings(cap: int = CAP, sample_every: int = SAMPLE_EVERY) -> list[RunS
     sample_every : int
         Recompute scores every k-th token only: it forwards the whole window for each.
     """
-    shared = {"cap": cap}
+    shared = {"cap": cap, "timed_tokens": TIMED_TOKENS}
     lazy = {"compress_every": 32}
     return [
+        RunSettings("full", **shared),
         RunSettings("recompute", **shared, sample_every=sample_every),
         RunSettings("window-only", **shared),
         RunSettings("strict", **shared),

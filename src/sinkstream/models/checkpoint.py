@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -43,7 +44,7 @@ def load_hub(spec: str, request: LoadRequest) -> LoadedModel:
         path = Path(snapshot_download(spec, allow_patterns=[*HUB_TEXT_PATTERNS, HUB_WEIGHT_PATTERNS[0]]))
         if not any((path / file).exists() for file in WEIGHT_FILES[:2]):
             path = Path(snapshot_download(spec, allow_patterns=[*HUB_TEXT_PATTERNS, HUB_WEIGHT_PATTERNS[1]]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise ValueError(
             f"model {spec!r} is neither here nor to be had from the hub ({first_line(error)}); accepted: 'builtin', "
             "'random:SHAPE' (as in random:pythia-2.8b), a directory with config.json, a .gguf file, "
@@ -78,9 +79,14 @@ def read_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_tokenizer(path) else None
     except LOAD_ERRORS as error:
         raise ValueError(f"model {label!r} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"model {label!r} is incomplete: its files lack {len(missing)} weights, first {missing[0]!r}")
+    refuse_missing(info, label)
     return model.to(request.device), tokenizer
+
+
+def refuse_missing(info: dict, label: str) -> None:
+    """Raise ValueError if transformers' loading info names weights that the files lack (it fills them at random)."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"model {label!r} is incomplete: it lacks {len(missing)} weights, first {missing[0]!r}")
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -7,6 +7,7 @@ place and moved there in one step, so that an interrupted or doubled conversion 
 import importlib.util
 import os
 import shutil
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import LOAD_ERRORS, first_line, read_checkpoint
+from .checkpoint import LOAD_ERRORS, first_line, read_checkpoint, refuse_missing
 from .hashing import sha256_of_files
 from .loaded import MODEL_SOURCES, LoadedModel, LoadRequest
 
@@ -56,9 +57,13 @@ def cache_dir() -> Path:
 
 
 def _load(path: Path, request: LoadRequest, *, label: str, source: str) -> LoadedModel:
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError(f"model {label!r} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise ValueError(f"model {label!r} cannot be read: {error.strerror}") from error
+    if start != MAGIC:
+        raise ValueError(f"model {label!r} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
     digest = sha256_of_files([path])
     model, tokenizer = read_checkpoint(converted(path, digest, label), request, label)
     return LoadedModel.of(model, tokenizer, name=path.stem, source=source, hash=digest)
@@ -72,7 +77,7 @@ def converted(path: Path, digest: str, label: str) -> Path:
     """
     version = ".".join(transformers.__version__.split(".")[:2])
     target = cache_dir() / "gguf" / f"{digest}-transformers{version}"
-    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
+    if is_complete(target):
         return target
     if absent := [package for package in CONVERTER_PACKAGES if importlib.util.find_spec(package) is None]:
         raise ValueError(f"model {label!r} is a GGUF file; to read it: pip install {' '.join(absent)}")
@@ -82,9 +87,8 @@ def converted(path: Path, digest: str, label: str) -> Path:
         file=sys.stderr,
         flush=True,
     )
-    model, tokenizer = _dequantise(path, label)
     try:
-        _publish(model, tokenizer, target)
+        _publish(path, label, target)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"the converted copy of model {label!r} cannot be written to {target.parent} ({first_line(error)}); it "
@@ -94,28 +98,39 @@ def converted(path: Path, digest: str, label: str) -> Path:
     return target
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a cached copy has all that loading needs (somebody may have deleted a part of it)."""
+    return all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
 def _dequantise(path: Path, label: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, file = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=file,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (*LOAD_ERRORS, IndexError, ArithmeticError) as error:
+    except (*LOAD_ERRORS, IndexError, ArithmeticError, struct.error) as error:
         raise ValueError(f"model {label!r} is broken or of an unsupported kind: {first_line(error)}") from error
+    refuse_missing(info, label)
     return model, tokenizer
 
 
-def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _publish(path: Path, label: str, target: Path) -> None:
     """Write the copy beside `target` and move it there in one step; if another process was faster, keep its copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
-        _write(model, tokenizer, partial)
+        _write(*_dequantise(path, label), partial)
         try:
             os.replace(partial, target)
         except OSError:
-            if not (target / "config.json").is_file() or not (target / "model.safetensors").is_file():
+            if not is_complete(target):
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(partial, target)
     finally:
@@ -124,7 +139,8 @@ def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target:
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if fits_float16(model):
-        model = model.half()
+        for parameter in model.parameters():  # `model.half()` is refused for models that were read from GGUF
+            parameter.data = parameter.data.half()
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

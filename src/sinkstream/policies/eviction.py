@@ -96,8 +96,8 @@ class EvictionPolicy:
         window = cap - (smallest.sink + smallest.refresh + smallest.overlap + growth)
         if window < 1:
             raise ValueError(
-                f"cap={cap} is too small: sink {smallest.sink} + refresh {smallest.refresh} + overlap {smallest.overlap}"
-                f" + growth {growth} leave no window; accepted: cap of at least {cap - window + 1}"
+                f"cap={cap} is too small: sink {smallest.sink} + refresh {smallest.refresh} + overlap"
+                f" {smallest.overlap} + growth {growth} leave no window; accepted: cap of at least {cap - window + 1}"
             )
         return replace(smallest, window=window)
 

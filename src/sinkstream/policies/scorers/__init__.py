@@ -1,27 +1,10 @@
-"""Scorers decide *which* older tokens stay pinned between sinks and window: one file and one registered class each."""
+"""Scorers decide *which* older tokens stay pinned: one file and one registered class each, registering itself."""
 
-# Registration order is table order: from the cheapest knowledge to the dearest.
 from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, select
+from sinkstream.registry import import_folder
 
-from sinkstream.policies.scorers.uniform import Uniform  # isort: skip
-from sinkstream.policies.scorers.structural import Structural, structural_weights  # isort: skip
-from sinkstream.policies.scorers.uncertainty import Uncertainty  # isort: skip
-from sinkstream.policies.scorers.window_attention import WindowAttention  # isort: skip
-from sinkstream.policies.scorers.accumulated_attention import AccumulatedAttention  # isort: skip
-from sinkstream.policies.scorers.last_query import LastQuery  # isort: skip
-from sinkstream.policies.scorers.key_norm import KeyNorm  # isort: skip
+import_folder(__name__, __path__)
 
-__all__ = [
-    "SCORERS",
-    "AccumulatedAttention",
-    "Candidates",
-    "KeyNorm",
-    "LastQuery",
-    "Scorer",
-    "Structural",
-    "Uncertainty",
-    "Uniform",
-    "WindowAttention",
-    "select",
-    "structural_weights",
-]
+from sinkstream.policies.scorers.structural import structural_weights  # noqa: E402
+
+__all__ = ["SCORERS", "Candidates", "Scorer", "select", "structural_weights"]

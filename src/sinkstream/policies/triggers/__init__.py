@@ -1,9 +1,11 @@
-"""Triggers decide *when* to prune: one file and one registered class each."""
+"""Triggers decide *when* to prune: one file and one registered class each. A file in this folder registers itself."""
 
 from sinkstream.policies.triggers.base import TRIGGERS, Trigger
-from sinkstream.policies.triggers.lazy import Lazy
-from sinkstream.policies.triggers.slack import Slack
+from sinkstream.registry import import_folder
 
-from sinkstream.policies.triggers.adaptive import SIGNALS, Adaptive  # isort: skip  (registration order is table order)
+import_folder(__name__, __path__)
 
-__all__ = ["SIGNALS", "TRIGGERS", "Adaptive", "Lazy", "Slack", "Trigger"]
+from sinkstream.policies.triggers.adaptive import SIGNALS, Adaptive  # noqa: E402
+from sinkstream.policies.triggers.lazy import Lazy  # noqa: E402
+
+__all__ = ["SIGNALS", "TRIGGERS", "Adaptive", "Lazy", "Trigger"]

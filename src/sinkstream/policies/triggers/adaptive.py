@@ -93,8 +93,8 @@ class Adaptive(Trigger):
         super().__post_init__()
         if not self.adaptive_min <= self.adaptive_every <= self.adaptive_max:
             raise ValueError(
-                f"adaptive_min={self.adaptive_min}, adaptive_every={self.adaptive_every}, adaptive_max={self.adaptive_max}"
-                " are not accepted; accepted: adaptive_min <= adaptive_every <= adaptive_max"
+                f"adaptive_min={self.adaptive_min}, adaptive_every={self.adaptive_every}, adaptive_max="
+                f"{self.adaptive_max} are not accepted; accepted: adaptive_min <= adaptive_every <= adaptive_max"
             )
 
     @property

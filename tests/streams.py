@@ -1,0 +1,217 @@
+"""Helpers of the cache tests: feed a cache in several ways, and the same policy told to the oracle."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+
+import torch
+from oracle.forward import Past, keep_best, run
+from oracle.models import VOCAB
+from oracle.network import Network
+from oracle.rules import Rule
+from transformers import LogitsProcessor
+
+from sinkstream.cache import StreamingCache
+from sinkstream.policies import PRESETS, SCORERS
+
+TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle
+SMALL = {  # preset options, shrunk so that 300 tokens bring many prunes
+    "compress_every": 12,
+    "refresh": 6,
+    "overlap": 5,
+    "max_drop": 4,
+    "slack": 9,
+    "adaptive_min": 3,
+    "adaptive_every": 6,
+    "adaptive_max": 14,
+    "observation": 8,
+}
+STRICT = ("strict", "window-only")
+
+
+def small_policy(name: str, **more) -> dict:
+    """Options of a preset at test size."""
+    options = {"sink": 4, "window": 20} | PRESETS[name]()
+    shrunk = {k: SMALL[k] for k in SMALL if k in options and name not in STRICT}
+    if "adaptive" in options:
+        shrunk |= {k: v for k, v in SMALL.items() if k.startswith("adaptive_")}
+    if options.get("scorer") == "window-attention":
+        shrunk["observation"] = SMALL["observation"]
+    return options | shrunk | more
+
+
+# ---- feeding a cache ----
+
+
+def nll_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """NLL of tokens 1 .. T - 1, (batch, T - 1) float64, from logits (batch, T, vocab)."""
+    return -logits.double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+
+
+@torch.no_grad()
+def feed(model, cache: StreamingCache, ids: torch.Tensor, sizes: Iterable[int] = (), seen=None) -> torch.Tensor:
+    """Logits (batch, T, vocab) of ids (batch, T), fed in forwards of the given sizes, then one token at a time.
+
+    `seen`, if given, is called with the cache after each forward.
+    """
+    logits, fed = [], 0
+    for size in chain(sizes, repeat(1)):
+        logits.append(model(ids[:, fed : fed + size], past_key_values=cache).logits)
+        fed += logits[-1].shape[1]
+        if seen:
+            seen(cache)
+        if fed >= ids.shape[1]:
+            return torch.cat(logits, 1)
+
+
+def odd_sizes() -> Iterator[int]:
+    """Forwards of awkward sizes that cross prunes anywhere."""
+    while True:
+        yield from (1, 7, 64, 33, 2, 50, 13)
+
+
+def chunk_sizes(cache: StreamingCache, tokens: int) -> Iterable[int]:
+    """Odd sizes where every prune is known in advance, what the cache allows otherwise."""
+    return odd_sizes() if cache.policy.plan_known else cache.chunks(tokens, 29)
+
+
+class Follow(LogitsProcessor):
+    """Makes generate() write a given text."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        return forced.scatter_(1, self.ids[:, input_ids.shape[1], None], 0.0)
+
+
+def generate_text(model, cache: StreamingCache, ids: torch.Tensor, prompt: int = 1) -> torch.Tensor:
+    """Logits (batch, T - prompt, vocab) of tokens prompt - 1 .. T - 2, through generate() that follows the text."""
+    out = model.generate(
+        ids[:, :prompt],
+        past_key_values=cache,
+        max_new_tokens=ids.shape[1] - prompt,
+        do_sample=False,
+        logits_processor=[Follow(ids)],
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+    )
+    assert torch.equal(out.sequences, ids)
+    return torch.stack(out.logits, 1)
+
+
+# ---- the same policy for the oracle ----
+
+
+class FakeTokenizer:
+    """Decodes every id to a piece of text whose structural weight is known."""
+
+    pieces = ("word", " and", "\n", "the.", ' said"', "x", "ing")
+
+    def __len__(self) -> int:
+        return VOCAB
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        """One piece a row of one id."""
+        return [self.pieces[token % len(self.pieces)] for (token,) in rows]
+
+    @staticmethod
+    def weight(token: int) -> int:
+        """3 newline, 2 sentence end, 1 quotation mark, 0 otherwise."""
+        return (0, 0, 3, 2, 1, 0, 0)[token % 7]
+
+
+def _structure(past: Past, tokens, group):
+    return torch.tensor([FakeTokenizer.weight(int(past.ids[0, token])) for token in tokens])
+
+
+def _bit_reversal(past: Past, tokens, group):
+    return torch.tensor([-int(f"{token:040b}"[::-1], 2) for token in tokens])
+
+
+def _key_norm(past: Past, tokens, group):
+    """The cache sees keys with the factor of yarn in them."""
+    return -(1000 * (past.key_norm(tokens, group) * past.network.rope_factor).log()).round()
+
+
+# scorer name -> (options -> score(past, tokens, group), who chooses)
+CHOOSERS = {
+    "uniform": (lambda o: _bit_reversal, "shared"),
+    "structural": (lambda o: _structure, "shared"),
+    "uncertainty": (lambda o: lambda p, t, g: getattr(p, o.get("uncertainty", "nll"))(t), "shared"),
+    "window-attention": (lambda o: lambda p, t, g: p.recent(t, o["observation"], g), "head"),
+    "accumulated-attention": (lambda o: lambda p, t, g: p.accumulated(t, g), "head"),
+    "last-query": (lambda o: lambda p, t, g: p.last_query(t, g), "head"),
+    "key-norm": (lambda o: _key_norm, "head"),
+}
+
+
+class Risk:
+    """The adaptive trigger, written again from its description, for the oracle to ask."""
+
+    def __init__(self, signal: str, low: int, every: int, quantile: float = 0.75, smoothing: float = 0.8):
+        self.signal, self.low, self.every, self.smoothing = signal, low, every, smoothing
+        self.quantiles, self.estimates, self.scales = (1 - quantile, quantile), [None, None], [0.0, 0.0]
+        self.risk, self.steps = None, 0
+
+    def __call__(self, past: Past, t: int, gathered: int) -> bool:
+        read = past.output_entropy if self.signal == "entropy" else past.output_doubt
+        for value in read(list(range(self.steps, t))).tolist():
+            self._learn(value)
+        self.steps = t
+        lower, upper = self.estimates
+        if t < 64:
+            return gathered >= self.every
+        if self.risk > upper:
+            return gathered >= self.low
+        return self.risk >= lower and gathered >= self.every
+
+    def _learn(self, value: float) -> None:
+        self.risk = value if self.risk is None else self.smoothing * self.risk + (1 - self.smoothing) * value
+        for i, q in enumerate(self.quantiles):
+            if self.estimates[i] is None:
+                self.estimates[i] = self.risk
+            self.scales[i] = 0.95 * self.scales[i] + 0.05 * abs(self.risk - self.estimates[i])
+            below = 1.0 if self.risk <= self.estimates[i] else 0.0
+            self.estimates[i] += 4 * 0.05 * self.scales[i] * (q - below)
+
+
+class Replay:
+    """For a scorer that the oracle does not know: what the cache chose, so that at least the rest is checked."""
+
+    def __init__(self):
+        self.chosen: list[tuple[int, torch.Tensor]] = []
+
+    def watch(self, cache: StreamingCache) -> None:
+        """After a forward of one token: note what is pinned now."""
+        if cache.last_steps[0].drop:
+            self.chosen.append((cache.seen_tokens - 1, cache.ring.pinned_positions[..., cache.ring.sink :].clone()))
+
+    def __call__(self, past: Past, candidates: list[int], keep: int, t: int, group) -> list[int]:
+        positions = next(chosen for when, chosen in self.chosen if when == t)
+        layers, _, heads, _ = positions.shape
+        return positions[min(group[0], layers - 1), 0, min(group[1], heads - 1)].tolist()
+
+
+def oracle_nll(model, ids: torch.Tensor, options: dict, positions: str = "cache", replay: Replay | None = None):
+    """The oracle's run of the same policy over ids (T,)."""
+    rule = {k: v for k, v in options.items() if k in Rule.__dataclass_fields__ and k != "adaptive"}
+    more = {}
+    if "adaptive" in options:
+        more["want_prune"] = Risk(options["adaptive"], options["adaptive_min"], options["adaptive_every"])
+        rule |= {"adaptive": True, "compress_every": options["adaptive_max"]}
+    scorer = options.get("scorer")
+    if scorer in CHOOSERS:
+        make, per = CHOOSERS[scorer]
+        more |= {"choose": keep_best(make(options)), "per": per}
+    elif scorer:
+        more |= {"choose": replay, "per": "head"}
+    return run(Network(model), ids, Rule(**rule), positions=positions, **more)
+
+
+def make_cache(model, options: dict, **more) -> StreamingCache:
+    """A cache under the options; with the fake tokenizer where structure is asked for."""
+    needs = SCORERS[options["scorer"]].needs if "scorer" in options else ()
+    tokenizer = {"tokenizer": FakeTokenizer()} if "structure" in needs else {}
+    return StreamingCache.for_model(model, **options, **tokenizer, **more)
