@@ -382,8 +382,9 @@ class StreamingCache(Cache):
             raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
         if tokens > self.max_chunk_tokens():
             raise ValueError(
-                f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now; feed"
-                " the prompt with cache.prefill(model, input_ids[:, :-1]) first, or give generate() a prefill_chunk_size"
+                f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now;"
+                " feed the prompt with cache.prefill(model, input_ids[:, :-1]) first,"
+                " or give generate() a prefill_chunk_size"
             )
 
 
