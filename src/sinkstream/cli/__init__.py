@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import sinkstream
+from sinkstream import __doc__ as description
+from sinkstream import __version__
 from sinkstream.registry import Registry
 
 COMMANDS: Registry = Registry("command")
@@ -19,8 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options."""
     from sinkstream.cli import demo, env, eval, report  # noqa: F401  (they register their commands)
 
-    parser = argparse.ArgumentParser(prog="sinkstream", description=sinkstream.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"sinkstream {sinkstream.__version__}")
+    parser = argparse.ArgumentParser(prog="sinkstream", description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=COMMANDS.summary(name),
             description=command.__doc__,
             allow_abbrev=False,
+            usage=f"sinkstream {name} [options]",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.add_arguments(sub)

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED
-from sinkstream.report.docs import update_document
+from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import write_summary
 
