@@ -125,8 +125,9 @@ class RunSettings:
         if self.method in ("strict", "window-only"):
             shown.pop("R")
         words += [f"{short}={value}" for short, value in shown.items() if value]
-        if self.options.get("sink") is not None:
-            words.append(f"S={policy.sink}")
+        words += [
+            f"{s}={getattr(policy, n)}" for n, s in (("sink", "S"), ("window", "W")) if self.options.get(n) is not None
+        ]
         words += [f"positions={self.positions}"] if self.positions != "cache" else []
         words += ["growth outside cap"] if self.cap_accounting != "peak" else []
         return " ".join(words)

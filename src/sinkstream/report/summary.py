@@ -61,7 +61,8 @@ def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | N
     wanted = {"model": "pythia-2.8b", "backend": "hf", "device": "cuda"}
     strict = select(records, policy="strict", plain=True, **wanted)
     full = select(records, policy="full", **wanted)
-    for run in reversed(strict):
+    pruned = [record for record in strict if record.summary["events"]]
+    for run in reversed(pruned):
         for baseline in reversed(full):
             tpots = [one.summary["steady_tpot_ms"]["mean"] for one in (run, baseline)]
             if same_conditions(run, baseline) and None not in tpots:
