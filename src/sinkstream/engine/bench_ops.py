@@ -1,0 +1,575 @@
+"""Measure and tune the ops of the decode step: every kernel against its own byte floor, then whole steps.
+
+    python -m sinkstream.engine.bench_ops --seconds 230 --out ops.json
+
+The ceiling comes first: the bandwidth of a large device-to-device copy. Every op is checked against its twin (with
+poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
+event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
+configurations on: each knob is tried in turn and kept if the step gets faster. Kernels are compiled by several processes.
+"""
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+
+import torch
+
+from sinkstream.engine.ops import (
+    NO_PREFETCH,
+    AttentionConfig,
+    LinearConfig,
+    Prefetch,
+    Workspace,
+    attention_decode,
+    begin_step,
+    linear_residual,
+    norm_linear,
+)
+from sinkstream.engine.ops.runtime import set_compile_only
+
+SINK = 4
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; `rotary` is the number of rotated dimensions of a head."""
+
+    name: str
+    neox: bool
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    rotary: int
+    dtype: torch.dtype
+    cap: int = 2052
+
+    @property
+    def ops(self) -> list[str]:
+        """Kernels of a layer, in order."""
+        return ["in", "attention", "out"] if self.neox else ["qkv", "attention", "o", "gate_up", "down"]
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of every weight."""
+        h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.neox:
+            sizes = {"in": (q + 2 * kv + self.intermediate, h), "out": (h, q + self.intermediate)}
+        else:
+            sizes = {"qkv": (q + 2 * kv, h), "o": (h, q), "gate_up": (2 * self.intermediate, h)}
+            sizes["down"] = (h, self.intermediate)
+        return sizes | {"head": (self.vocab, h)}
+
+    def bytes_of(self, op: str) -> int:
+        """Bytes that one call must read: weights, or keys and values."""
+        if op == "attention":
+            return 2 * self.kv_heads * self.cap * self.head_dim * 2
+        return self.widths[op][0] * self.widths[op][1] * 2
+
+    @property
+    def step_bytes(self) -> int:
+        return self.layers * sum(map(self.bytes_of, self.ops)) + self.bytes_of("head")
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
+        Shape("llama-3.2-1b", False, 16, 2048, 32, 8, 64, 8192, 128256, 64, torch.bfloat16),
+        Shape("llama-3.1-8b", False, 32, 4096, 32, 8, 128, 14336, 128256, 128, torch.bfloat16),
+        Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
+        Shape("smoke-llama", False, 2, 128, 4, 2, 64, 256, 200, 64, torch.bfloat16, 45),
+    )
+}
+SHARES = {"pythia-2.8b": 0.55, "llama-3.2-1b": 0.5, "llama-3.1-8b": 1.0}  # of the time left when its turn comes
+
+
+class Model:
+    """Random weights, keys and values in a model's shape, and its ops as calls on one layer.
+
+    On the CPU (where workers compile) there is one layer of uninitialised memory.
+    """
+
+    def __init__(self, shape: Shape, device: str):
+        self.shape, self.device = shape, torch.device(device)
+        self.compiling = device == "cpu" and not shape.name.startswith("smoke")
+        s, layers = shape, 1 if self.compiling else shape.layers
+        widths = {name: size for name, size in s.widths.items() if name != "head"}
+        self.weights = [
+            {n: self._make(*size, scale=size[1] ** -0.5) for n, size in widths.items()} for _ in range(layers)
+        ]
+        self.head = self._make(*s.widths["head"], scale=s.hidden**-0.5)
+        self.embedding = self._make(1000, s.hidden)
+        self.gamma = 1 + self._make(2, s.hidden, scale=0.1)
+        self.beta = self._make(2, s.hidden, scale=0.1)
+        self.biases = {name: self._make(size[0], scale=0.02) for name, size in widths.items()}
+        kv = (1, s.kv_heads, s.cap, s.head_dim)
+        self.keys, self.values = ([self._make(*kv) for _ in range(layers)] for _ in "kv")
+        at, ring = s.cap - 1, s.cap - SINK
+        row = [SINK + 7, at - SINK, at, SINK, 8 % ring, ring, 3, 0]
+        self.scalars = torch.tensor([row], dtype=torch.int32, device=self.device)
+        self.tokens = torch.tensor([3], device=self.device)
+        self.inv_freq = (1e4 ** (-torch.arange(s.rotary // 2).double() / (s.rotary // 2))).to(self.device)
+        self.qkv_rows = (s.heads + 2 * s.kv_heads) * s.head_dim
+        self.first = self._make(1, s.widths[s.ops[0]][0])
+        self.hidden = [self._make(1, s.hidden) for _ in range(2)]
+        self.context = self._make(1, s.heads * s.head_dim)
+        self.middle = self._make(1, s.intermediate)
+        self.logits = self._make(1, s.vocab)
+        self.rope = torch.zeros(1, 2, 2, s.rotary // 2, device=self.device)
+        self.rope[:, :, 0] = 1.0
+        self.workspace = Workspace(1, s.heads, s.kv_heads, s.head_dim, self.device)
+
+    def _make(self, *size: int, scale: float = 1.0) -> torch.Tensor:
+        empty = torch.empty(*size, dtype=self.shape.dtype, device=self.device)
+        return empty if self.compiling else empty.normal_().mul_(scale)
+
+    def output(self, op: str) -> torch.Tensor:
+        """Where a call of `op` leaves its result when it is measured alone."""
+        return {"in": self.first, "qkv": self.first, "attention": self.context, "gate_up": self.middle,
+                "head": self.logits}.get(op, self.hidden[1])  # fmt: skip
+
+    def call(
+        self, op: str, layer: int, config, *, flip: bool = False, prefetch=NO_PREFETCH, pdl=False, backend="triton"
+    ):
+        """One op of one layer. The residual goes from one hidden buffer to the other, back again with `flip`."""
+        s = self.shape
+        x, y = self.hidden[::-1] if flip else self.hidden
+        how = {"config": config, "prefetch": prefetch, "pdl": pdl, "backend": backend}
+        norm = {"norm": "layer", "norm_bias": self.beta} if s.neox else {"norm": "rms"}
+        if op == "attention":
+            order = "per-head" if s.neox else "blocks"
+            arguments = self.first[:, : self.qkv_rows], self.keys[layer], self.values[layer], self.scalars, self.rope
+            return attention_decode(
+                *arguments, query_heads=s.heads, pinned_slots=SINK, order=order, out=self.context,
+                workspace=self.workspace, **how,
+            )  # fmt: skip
+        if op == "head":
+            norm = {n: v[:1] if n == "norm_bias" else v for n, v in norm.items()}
+            return norm_linear(x, self.head, norm_weight=self.gamma[:1], **norm, out=self.logits, **how)
+        weight, bias = self.weights[layer][op], self.biases[op]
+        if op == "in":
+            return norm_linear(
+                x, weight, norm_weight=self.gamma, **norm, bias=bias, boundary=self.qkv_rows, activation="gelu",
+                out=self.first, **how,
+            )  # fmt: skip
+        if op in ("qkv", "gate_up"):
+            gated = op == "gate_up"
+            return norm_linear(
+                x, weight, norm_weight=self.gamma[gated : gated + 1], **norm, activation="swiglu" if gated else "none",
+                out=self.middle if gated else self.first, **how,
+            )  # fmt: skip
+        a, f = (self.middle if op == "down" else self.context), None
+        if op == "out":
+            f = self.first[:, self.qkv_rows :]
+        return linear_residual(a, weight, f=f, bias=bias if s.neox else None, residual=x, out=y, **how)
+
+    def next_buffers(self, op: str, layer: int, size: int) -> Prefetch:
+        """What the kernel after `op` reads first, `size` bytes in all."""
+        s = self.shape
+        if not size:
+            return NO_PREFETCH
+        order = [*s.ops, s.ops[0]]
+        after = order[order.index(op) + 1]
+        if after == "attention":
+            return Prefetch((self.keys[layer], size // 2), (self.values[layer], size // 2))
+        layer += after == s.ops[0]
+        if layer >= len(self.weights):
+            return Prefetch((self.head, size))
+        weight = self.weights[layer][after]
+        middle = {"in": self.qkv_rows, "gate_up": s.intermediate}.get(after)
+        if middle is None:
+            return Prefetch((weight, size))
+        share = size * middle // len(weight)
+        return Prefetch((weight, share), (weight[middle:], size - share))
+
+    def step(self, plan: dict, *, leave_out: str = "", backend: str = "triton") -> None:
+        """A whole step. `plan`: configurations by op, "pdl", and "next": bytes prefetched for the next kernel, by op."""
+        begin_step(
+            self.tokens, self.scalars, self.embedding, self.inv_freq, hidden=self.hidden[0], rope=self.rope,
+            backend=backend,
+        )  # fmt: skip
+        flip, started = False, False
+        for layer in range(len(self.weights)):
+            for op in self.shape.ops:
+                if op == leave_out:
+                    continue
+                prefetch = self.next_buffers(op, layer, plan["next"].get(op, 0))
+                pdl = plan["pdl"] and started
+                self.call(op, layer, plan[op], flip=flip, prefetch=prefetch, pdl=pdl, backend=backend)
+                flip ^= op in ("out", "o", "down")
+                started = True
+        if leave_out != "head":
+            self.call("head", 0, plan["head"], flip=flip, pdl=plan["pdl"], backend=backend)
+
+
+def linear_grid(rows, columns, warps, stages, per_sm, width: int, widest: int) -> list[LinearConfig]:
+    """Combinations that fit shared memory and registers; `width`: columns of the weight, `widest`: registers a thread."""
+    found = []
+    for r, c, w, s, p in product(rows, columns, warps, stages, per_sm):
+        chunks = -(-width // c)
+        along = min(w, max(1, c // 256))  # warps side by side along a row; each thread keeps c / (32 * along) inputs
+        registers = chunks * c // (32 * along) + 2 * r * c // (32 * w)
+        shared = s * r * chunks * c * 2 if s > 1 else 0
+        if c < 256 * along or r * along < w or r * along > 8 * w or registers > widest:
+            continue
+        if shared * p > 220_000 or w * p > 32 or (s == 1 and w * p < 8) or (s > 1 and shared * p < 40_000):
+            continue
+        found.append(LinearConfig(r, c, w, s, p))
+    return found
+
+
+def candidates(shape: Shape, op: str) -> list:
+    """Configurations to try, the most promising first."""
+    if op == "attention":
+        return attention_grid(shape)
+    width = shape.widths[op][1] * (2 if op == "gate_up" else 1)
+    if shape.widths[op][1] > 5000 or op == "out":
+        grid = linear_grid((1, 2, 4), (1024, 2048, 4096), (4, 8, 16), (4, 3, 6, 2, 1), (1, 2), width, 130)
+    else:
+        grid = linear_grid((4, 2, 8, 1), (256, 512, 1024), (4, 8), (4, 3, 6, 1), (1, 2, 3), width, 130)
+    pipelined = [c for c in grid if c.stages > 1]
+    plain = [c for c in grid if c.stages == 1]
+    most = {"in": 44, "out": 30}.get(op, 16)
+    return spread(pipelined, most) + spread(plain, most // 4)
+
+
+def spread(items: list, most: int) -> list:
+    """At most `most` items, evenly spread over the list."""
+    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def attention_grid(shape: Shape) -> list[AttentionConfig]:
+    """Configurations of the attention kernel: (splits, tile, warps, stages)."""
+    if shape.heads == shape.kv_heads:
+        plain = [
+            (8, 64, 4, 0), (4, 64, 4, 0), (8, 128, 8, 0), (4, 128, 8, 0), (8, 256, 8, 0), (16, 64, 4, 0), (16, 128, 8, 0),
+            (16, 128, 4, 0), (12, 64, 4, 0), (6, 64, 4, 0), (8, 32, 2, 0), (16, 32, 2, 0), (16, 64, 2, 0), (8, 64, 4, 3),
+            (8, 64, 4, 4), (4, 64, 4, 4), (4, 128, 8, 3), (16, 64, 4, 2), (8, 128, 8, 2), (4, 256, 8, 0), (12, 32, 2, 0),
+            (4, 64, 4, 6), (12, 128, 8, 0), (32, 64, 4, 0),
+        ]  # fmt: skip
+        dots = [(8, 64, 4, 3), (8, 128, 8, 3), (4, 64, 4, 4), (8, 64, 4, 0), (16, 64, 4, 2), (16, 128, 8, 0)]
+        return [AttentionConfig(*c) for c in plain] + [AttentionConfig(*c, dot=True) for c in dots]
+    dots = [
+        (16, 64, 4, 0), (16, 128, 4, 0), (32, 64, 4, 0), (16, 64, 4, 3), (16, 128, 4, 2), (32, 64, 2, 0), (8, 128, 8, 0),
+        (8, 64, 4, 4), (16, 128, 8, 0), (24, 64, 4, 0), (16, 64, 2, 0), (32, 32, 2, 0), (16, 64, 8, 0), (8, 64, 4, 0),
+        (32, 64, 4, 2), (16, 32, 4, 4),
+    ]  # fmt: skip
+    widths = (64, 32) if shape.head_dim == 64 else (128, 64)
+    return [AttentionConfig(*c, dot=True, columns=w) for w in widths for c in (dots if w == widths[0] else dots[:4])]
+
+
+def compile_one(name: str, op: str, config, pdl: bool, ahead_next: bool) -> None:
+    """Compile one kernel into Triton's cache on disk; runs in a worker process."""
+    set_compile_only(True)
+    model = _models.setdefault(name, None) or Model(SHAPES[name], "cpu")
+    _models[name] = model
+    prefetch = model.next_buffers(op, 0, 1 << 20) if ahead_next and op != "head" else NO_PREFETCH
+    model.call(op, 0, config, prefetch=prefetch, pdl=pdl)
+
+
+_models: dict = {}
+
+
+class Bench:
+    """One shape: checks, timings, tuning. `pool` is None on a CPU, where everything runs once, in the interpreter."""
+
+    def __init__(self, shape: Shape, device: str, pool, deadline: float, copy_gbs: float):
+        self.shape, self.pool, self.deadline, self.copy = shape, pool, deadline, copy_gbs
+        self.model = Model(shape, device)
+        self.cuda = self.model.device.type == "cuda"
+        self.expected: dict = {}
+        self.rows: list[dict] = []
+        self.steps: list[dict] = []
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def time_us(self, fn, repeats: int = 9) -> float:
+        """Median microseconds of `fn` under a CUDA graph."""
+        if not self.cuda:
+            start = time.perf_counter()
+            fn()
+            return 1e6 * (time.perf_counter() - start)
+        fn()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            fn()
+        for _ in range(2):
+            graph.replay()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in "ab"]
+        for a, b in zip(*events):
+            a.record()
+            graph.replay()
+            b.record()
+        torch.cuda.synchronize()
+        times = sorted(1e3 * a.elapsed_time(b) for a, b in zip(*events))
+        del graph
+        return times[repeats // 2]
+
+    def check(self, op: str, config, **how) -> float:
+        """Relative error of one call against the twin, output poisoned. Raises if it is too large."""
+        if op not in self.expected:
+            self.model.call(op, 0, None, backend="torch")
+            self.expected[op] = self.model.output(op).double().clone()
+        output, reference = self.model.output(op), self.expected[op]
+        for _ in range(2):  # twice: counters must be left as they were found
+            output.fill_(float("nan"))
+            self.model.call(op, 0, config, **how)
+        error = float((output.double() - reference).norm() / reference.norm())
+        output.copy_(reference)  # it is another op's input
+        if not error < TOLERANCE[self.shape.dtype]:
+            raise ArithmeticError(f"relative error {error:.2g}")
+        return error
+
+    def measure(self, op: str, config, pdl: bool = False) -> dict:
+        """Check and time one configuration over all layers; an error is kept and reported, not raised."""
+        row = {"shape": self.shape.name, "op": op, "config": asdict(config), "pdl": pdl}
+        try:
+            row["error"] = self.check(op, config, pdl=pdl)
+            calls = 1 if op == "head" else self.shape.layers
+            us = self.time_us(lambda: [self.model.call(op, i, config, pdl=pdl) for i in range(calls)]) / calls
+            row |= {"us": us, "gbs": self.shape.bytes_of(op) / us / 1e3}
+            row["share"] = row["gbs"] / self.copy
+        except Exception as problem:
+            row["failed"] = f"{type(problem).__name__}: {str(problem).strip()[:160]}"
+            if "CUDA error" in str(problem) or "illegal" in str(problem):
+                raise
+        self.rows.append(row)
+        return row
+
+    def compiled(self, jobs: list[tuple], limit_s: float):
+        """Yield (op, config, pdl, next) as their kernels become available."""
+        if self.pool is None:
+            yield from jobs
+            return
+        futures = {self.pool.submit(compile_one, self.shape.name, *job): job for job in jobs}
+        try:
+            for future in as_completed(futures, timeout=max(1.0, limit_s)):
+                job = futures[future]
+                if future.exception() is None:
+                    yield job
+                else:
+                    self.rows.append({"op": job[0], "config": asdict(job[1]), "failed": str(future.exception())[-160:]})
+        except TimeoutError:
+            print(f"  time is up with {sum(not f.done() for f in futures)} kernels not compiled")
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def best(self, op: str, pdl: bool, count: int = 1) -> list:
+        """The fastest configurations so far."""
+        rows = [r for r in self.rows if r["op"] == op and r.get("pdl") == pdl and "us" in r]
+        kind = AttentionConfig if op == "attention" else LinearConfig
+        return [kind(**r["config"]) for r in sorted(rows, key=lambda r: r["us"])[:count]]
+
+    def sweep(self, limit_s: float) -> None:
+        """Every op alone, without PDL; the best again with it."""
+        ops, stop = [*self.shape.ops, "head"], time.monotonic() + limit_s
+        grids = {op: candidates(self.shape, op)[: 2 if self.pool is None else None] for op in ops if op != "head"}
+        longest = max(map(len, grids.values()))
+        jobs = [(op, g[i], False, False) for i in range(longest) for op, g in grids.items() if i < len(g)]
+        for op, config, *_ in self.compiled(jobs, limit_s):
+            self.measure(op, config)
+            if time.monotonic() > stop:
+                break
+        source = self.shape.ops[0]
+        jobs = [("head", c, False, False) for c in self.best(source, False, 4)]
+        jobs += [(op, c, True, False) for op in ops if op != "head" for c in self.best(op, False, 5)]
+        jobs += [("head", c, True, False) for c in self.best(source, False, 4)]
+        for op, config, pdl, _ in self.compiled(jobs, 40):
+            self.measure(op, config, pdl)
+
+    def time_step(self, plan: dict, label: str, **how) -> float:
+        """Milliseconds of a whole step, recorded."""
+        row = {"shape": self.shape.name, "label": label, "plan": self.describe(plan), **how}
+        try:
+            row["ms"] = self.time_us(lambda: self.model.step(plan, **how), repeats=15) / 1e3
+            row["over_floor"] = row["ms"] / (self.shape.step_bytes / self.copy / 1e6)
+        except Exception as problem:
+            row["failed"] = f"{type(problem).__name__}: {str(problem).strip()[:160]}"
+            if "CUDA error" in str(problem) or "illegal" in str(problem):
+                raise
+        self.steps.append(row)
+        return row.get("ms", float("inf"))
+
+    @staticmethod
+    def describe(plan: dict) -> dict:
+        return {k: asdict(v) if isinstance(v, LinearConfig | AttentionConfig) else v for k, v in plan.items()}
+
+    def check_step(self, plan: dict) -> float:
+        """Relative error of the logits of a whole step against the same step through the twins."""
+        self.model.logits.fill_(float("nan"))
+        self.model.step(plan)
+        found = self.model.logits.double().clone()
+        self.model.step(plan, backend="torch")
+        return float((found - self.model.logits.double()).norm() / self.model.logits.double().norm())
+
+    def tune_step(self) -> dict:
+        """Whole steps: first the best of each op, then one knob after the other."""
+        ops = [*self.shape.ops, "head"]
+        plan = {op: (self.best(op, True) or self.best(op, False))[0] for op in ops} | {"pdl": False, "next": {}}
+        plain = {op: (self.best(op, False) or self.best(op, True))[0] for op in ops} | {"pdl": False, "next": {}}
+        best = self.time_step(plain, "best of each op")
+        print(f"  no PDL {best:.3f} ms, error of the logits {self.check_step(plain):.2g}", flush=True)
+        plan["pdl"] = True
+        best = self.time_step(plan, "PDL")
+        for label, trial in self.trials(plan, ops):
+            if self.left() < 8:
+                break
+            ms = self.time_step(trial, label)
+            if ms < best * 0.998:
+                best, plan_new = ms, trial
+                plan.clear()
+                plan.update(plan_new)
+                print(f"  {label}: {ms:.3f} ms", flush=True)
+        error = self.check_step(plan)
+        print(f"  PDL, tuned {best:.3f} ms, error of the logits {error:.2g}", flush=True)
+        self.steps.append(
+            {"shape": self.shape.name, "label": "tuned", "ms": best, "error": error, "plan": self.describe(plan)}
+        )
+        for op in ops:
+            ms = self.time_step(plan, f"without {op}", leave_out=op)
+            calls = 1 if op == "head" else self.shape.layers
+            print(
+                f"    {op} costs {1e3 * (best - ms) / calls:.2f} us in the step, floor {self.floor_us(op):.2f}",
+                flush=True,
+            )
+        return plan
+
+    def floor_us(self, op: str) -> float:
+        return self.shape.bytes_of(op) / self.copy / 1e3
+
+    def trials(self, plan: dict, ops: list[str]):
+        """Changes to try, made from `plan` as it stands when each is asked for."""
+        linear = [op for op in ops if op != "attention"]
+        for ahead in (0, 1, 4, 8):
+            yield f"ahead {ahead}", plan | {op: replace(plan[op], ahead=ahead) for op in linear}
+        late = [(op, replace(plan[op], late=True), True, False) for op in ops]
+        more = [(op, plan[op], True, True) for op in self.shape.ops]
+        others = [(op, c, True, False) for op in ops for c in self.best(op, True, 5)[1:]]
+        others += [(op, c, True, False) for op in ops for c in self.best(op, False, 12)[5:]]
+        ready = list(self.compiled([*late, *more, *others], self.left() / 3))
+        for op, config, _, _ in [j for j in ready if j in late]:
+            yield f"{op} late", plan | {op: replace(plan[op], late=config.late)}
+        for op, config, _, _ in [j for j in ready if j in others]:
+            change = {"late": plan[op].late} | ({} if op == "attention" else {"ahead": plan[op].ahead})
+            if not plan[op].late:
+                yield f"{op} {short(config)}", plan | {op: replace(config, **change)}
+        for size, (op, *_) in product((2 << 20, 6 << 20, 16 << 20), [j for j in ready if j in more]):
+            yield f"{op} prefetches {size >> 20} MB", plan | {"next": plan["next"] | {op: size}}
+        for ahead, op in product((0, 1, 2, 3, 6), linear):
+            yield f"{op} ahead {ahead}", plan | {op: replace(plan[op], ahead=ahead)}
+        for op in linear:
+            yield f"{op} keeps L2", plan | {op: replace(plan[op], evict=False)}
+
+    def table(self, count: int = 3) -> None:
+        """The best configurations of every op, and what failed."""
+        print(f"  {'op':10} {'us':>8} {'floor':>7} {'GB/s':>6} {'share':>6}  config")
+        for op, pdl in product([*self.shape.ops, "head"], (False, True)):
+            rows = sorted(
+                (r for r in self.rows if r["op"] == op and r.get("pdl") == pdl and "us" in r), key=lambda r: r["us"]
+            )
+            for r in rows[:count]:
+                config = short((AttentionConfig if op == "attention" else LinearConfig)(**r["config"]))
+                figures = f"{r['us']:8.2f} {self.floor_us(op):7.2f} {r['gbs']:6.0f} {r['share']:6.3f}"
+                print(f"  {op:10} {figures}  {config}{' pdl' if pdl else ''}")
+        failed = [r for r in self.rows if "failed" in r]
+        print(f"  {len(self.rows)} configurations, {len(failed)} failed")
+        for r in failed[:6]:
+            print(f"    {r['op']} {r['config']}: {r['failed']}", flush=True)
+
+
+def short(config) -> str:
+    """A configuration in a few characters: what differs from false or zero."""
+    return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))
+
+
+def copy_bandwidth(repeats: int = 11) -> dict[str, float]:
+    """GB/s of a 2 GB device-to-device copy (read and written bytes), and of reading 4 GB in a sum."""
+    a = torch.empty(1 << 30, dtype=torch.float16, device="cuda").normal_()
+    b = torch.empty_like(a)
+    found = {}
+    for name, fn, size in (
+        ("copy", lambda: b.copy_(a), 4 << 30),
+        ("read", lambda: a.view(torch.int32).amax(), 2 << 30),
+    ):
+        times = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+            start.record()
+            fn()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        found[name] = size / sorted(times)[repeats // 2] / 1e6
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
+    parser.add_argument("--out", required=True, help="JSON file for all numbers")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    cuda = torch.cuda.is_available()
+    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) if cuda else None
+    report = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "ops": [],
+        "steps": [],
+    }
+    bandwidth = copy_bandwidth() if cuda else {"copy": 10.0, "read": 10.0}
+    report["bandwidth_gbs"] = bandwidth
+    print(f"{report['device']}: copy {bandwidth['copy']:.0f} GB/s, read {bandwidth['read']:.0f} GB/s", flush=True)
+    for name in options.shapes:
+        left = options.seconds - (time.monotonic() - start)
+        if left < 15:
+            print(f"{name}: no time left")
+            break
+        budget = left * (SHARES.get(name, 1.0) if name != options.shapes[-1] else 1.0)
+        bench = Bench(SHAPES[name], "cuda" if cuda else "cpu", pool, time.monotonic() + budget, bandwidth["copy"])
+        shape = bench.shape
+        floor_ms = shape.step_bytes / bandwidth["copy"] / 1e6
+        print(f"{name}: {shape.step_bytes / 1e9:.3f} GB a step, floor {floor_ms:.3f} ms, {budget:.0f} s", flush=True)
+        try:
+            bench.sweep(budget * 0.5)
+            bench.table()
+            bench.tune_step()
+            for row in bench.steps:
+                if row["label"] in ("best of each op", "PDL", "tuned") and "ms" in row:
+                    print(
+                        f"  STEP {name} {row['label']}: {row['ms']:.3f} ms = {row['ms'] / floor_ms:.3f} x floor",
+                        flush=True,
+                    )
+        except Exception as problem:
+            print(f"  {name} stopped: {type(problem).__name__}: {str(problem)[:500]}", flush=True)
+            report.setdefault("stopped", {})[name] = repr(problem)[:2000]
+        report["ops"] += bench.rows
+        report["steps"] += bench.steps
+        with open(options.out, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+        del bench
+        if cuda:
+            torch.cuda.empty_cache()
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"done in {time.monotonic() - start:.0f} s, numbers in {options.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

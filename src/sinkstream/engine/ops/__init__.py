@@ -1,0 +1,23 @@
+"""The kernels of the decode step, each with a plain PyTorch twin of the same meaning.
+
+Importing this package imports Triton if it is there; without it (or on a CPU) every op runs its twin.
+"""
+
+from sinkstream.engine.ops.attention_decode import AttentionConfig, Workspace, attention_decode
+from sinkstream.engine.ops.begin_step import begin_step
+from sinkstream.engine.ops.linear_residual import linear_residual
+from sinkstream.engine.ops.norm_linear import LinearConfig, norm_linear
+from sinkstream.engine.ops.runtime import NO_PREFETCH, Prefetch, set_backend
+
+__all__ = [
+    "NO_PREFETCH",
+    "AttentionConfig",
+    "LinearConfig",
+    "Prefetch",
+    "Workspace",
+    "attention_decode",
+    "begin_step",
+    "linear_residual",
+    "norm_linear",
+    "set_backend",
+]

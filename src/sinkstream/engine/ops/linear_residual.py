@@ -1,0 +1,165 @@
+"""Linear layer and residual in one kernel: out = W_a · a + W_f · f + bias + residual, both products in one pass.
+
+GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
+concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. One program a multiprocessor: the input
+stays in registers, weight rows stream through a ring of shared-memory stages.
+"""
+
+import torch
+
+from sinkstream.engine.ops.norm_linear import LinearConfig, check_tile, load_chunks, row_products
+from sinkstream.engine.ops.runtime import (
+    FLOAT_DTYPES,
+    NO_PREFETCH,
+    Prefetch,
+    check_tensor,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch,
+    multiprocessors,
+    prefetch_l2,
+    tl,
+    use_triton,
+)
+
+
+@jit
+def as_float(chunks):
+    """The chunks in float32."""
+    out = ()
+    for c in tl.static_range(len(chunks)):
+        out = out + (chunks[c].to(tl.float32),)
+    return out
+
+
+@jit
+def _linear_residual_kernel(
+    a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, rows, w_stride, ahead,
+    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
+    NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: tiles pid, pid + programs, ... of the output rows."""
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if PDL:
+        if not LATE:
+            gdc_launch_dependents()
+        tile_bytes = BN * w_stride * 2
+        for i in range(ahead):
+            first = (pid + i * programs).to(tl.int64) * tile_bytes
+            prefetch_l2(w_ptr, first, rows.to(tl.int64) * w_stride * 2, tile_bytes)
+        gdc_wait()
+    xa = as_float(load_chunks(a_ptr, KA, BK))
+    if KF > 0:
+        xf = as_float(load_chunks(f_ptr, KF, BK))
+    for tile in tl.range(pid, tl.cdiv(rows, BN), programs, num_stages=STAGES):
+        r = tile * BN + tl.arange(0, BN)
+        y = tl.zeros((BN,), tl.float32)
+        if HAS_BIAS:
+            y += tl.load(b_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y += tl.load(r_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+        acc = row_products(w_ptr, r, rows, w_stride, xa, KA, BK, EVEN, EVICT)
+        if KF > 0:
+            acc += row_products(w_ptr + KA, r, rows, w_stride, xf, KF, BK, EVEN, EVICT)
+        y += tl.sum(acc, 1)
+        tl.store(y_ptr + r, y, mask=r < rows)
+    if PDL and LATE:
+        gdc_launch_dependents()
+    if NEXT:
+        prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
+        prefetch_l2(next_b, pid.to(tl.int64) * next_b_share, next_b_end, next_b_share)
+
+
+def linear_residual(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    f: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    config: LinearConfig | None = None,
+    prefetch: Prefetch = NO_PREFETCH,
+    pdl: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """out = weight · [a, f] + bias + residual.
+
+    Parameters
+    ----------
+    a : Tensor, (streams, n)
+        Rows may be strided (a view into a larger output).
+    weight : Tensor, (hidden, n + m)
+        Model dtype, packed along the input axis; rows may be strided.
+    f : Tensor, (streams, m), optional
+        The second input; without it m is 0.
+    bias : Tensor, (hidden,), optional
+    residual : Tensor, (streams, hidden), optional
+        May be float32.
+    out : Tensor, (streams, hidden), optional
+        May be `residual` itself. Its dtype is that of the result (default: the residual's, else the weight's).
+    config, prefetch, pdl, backend
+        As in `norm_linear`.
+
+    Returns
+    -------
+    Tensor, (streams, hidden)
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that the op cannot serve and what is accepted.
+    """
+    streams, n = a.shape
+    m = 0 if f is None else f.shape[1]
+    hidden = weight.shape[0]
+    check_tensor("a", a, (None, None), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
+    if f is not None:
+        check_tensor("f", f, (streams, None), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
+    check_tensor("weight", weight, (None, n + m), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
+    if bias is not None:
+        check_tensor("bias", bias, (hidden,), dtypes=FLOAT_DTYPES, device=a.device)
+    if residual is not None:
+        check_tensor("residual", residual, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
+    if out is None:
+        out = torch.empty(streams, hidden, dtype=(weight if residual is None else residual).dtype, device=a.device)
+    check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
+    if not use_triton(backend, a):
+        return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
+    _launch(a, weight, f, bias, residual, out, config or LinearConfig(rows=1, columns=1024), prefetch, pdl)
+    return out
+
+
+def linear_residual_twin(a, weight, f, bias, residual) -> torch.Tensor:
+    """The same in plain PyTorch, float32 (float64 for float64 weights) with the result left in that precision."""
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    x = a if f is None else torch.cat([a.to(work), f.to(work)], dim=-1)
+    y = x.to(work) @ weight.to(work).T
+    for term in (bias, residual):
+        if term is not None:
+            y = y + term.to(work)
+    return y
+
+
+def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
+    n, m, rows = a.shape[1], 0 if f is None else f.shape[1], weight.shape[0]
+    for size in (n, m):
+        check_tile(config, size, weight)
+    programs = min(multiprocessors(a.device) * config.per_sm, -(-rows // config.rows))
+    tiles = -(-(-(-rows // config.rows)) // programs)
+    programs = -(-(-(-rows // config.rows)) // tiles)
+    for stream in range(len(a)):
+        launch(
+            _linear_residual_kernel, (programs,),
+            a[stream], (a if f is None else f)[stream], weight, weight if bias is None else bias,
+            (a if residual is None else residual)[stream], out[stream], rows, weight.stride(0), config.ahead,
+            *prefetch.arguments(weight, programs),
+            KA=n, KF=m, BN=config.rows, BK=config.columns, HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None, EVEN=rows % config.rows == 0,
+            EVICT="evict_first" if config.evict else "", STAGES=config.stages, NEXT=bool(prefetch),
+            LATE=config.late, num_warps=config.warps, pdl=pdl,
+        )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Where kernels meet the machine: optional Triton, the choice of backend, launching, prefetching, shape checks.
+
+Triton is optional. Without it (or on tensors that live on a CPU) every op runs its plain PyTorch twin. With the variable
+TRITON_INTERPRET=1 set before Triton is imported, ``backend="triton"`` runs the kernels themselves on a CPU; that is for
+tests, and slow.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    triton = gdc_launch_dependents = gdc_wait = None
+    tl = SimpleNamespace(constexpr=object)
+
+    def jit(function):
+        """Leave the function alone: it is never called without Triton."""
+        return function
+
+
+INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFunction"
+
+
+def _let_interpreter_count() -> None:
+    """Let interpreted loops have bounds computed in the kernel: numpy 2.4 turns no one-element array into an int."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED:
+    _let_interpreter_count()
+
+_settings = {"backend": "auto", "compile_only": False}
+
+
+def set_backend(name: str) -> None:
+    """Override the choice between kernels and twins for the whole process: "auto" (default), "triton" or "torch"."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    _settings["backend"] = name
+
+
+def set_compile_only(on: bool) -> None:
+    """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the benchmark)."""
+    _settings["compile_only"] = on
+
+
+def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` runs its kernel.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown, or "triton" is asked for where it cannot run.
+    """
+    name = backend or _settings["backend"]
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    if name == "torch":
+        return False
+    if triton is None:
+        if name == "triton":
+            raise ValueError("backend='triton' needs the triton package, which cannot be imported; accepted: torch")
+        return False
+    runnable = tensor.is_cuda or INTERPRETED or _settings["compile_only"]
+    if name == "triton" and not runnable:
+        raise ValueError("backend='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
+    return runnable if name == "triton" else tensor.is_cuda and runnable
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None:
+    """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch)."""
+    if INTERPRETED:
+        kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
+        return
+    if _settings["compile_only"]:
+        kernel.warmup(*arguments, PDL=pdl, grid=grid, launch_pdl=pdl, **meta)
+        return
+    kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 3 elsewhere, so that interpreted tests see several programs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if _settings["compile_only"] else 3
+
+
+@jit
+def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
+    """Ask for at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to be brought to L2; all multiples of 16.
+
+    One thread issues one bulk request and nobody waits for it: it costs no register and no shared memory.
+    """
+    size = tl.minimum(end_byte - first_byte, most_bytes).to(tl.int32)
+    address = pointer.to(tl.int64) + first_byte
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 t;
+        mov.b32 $0, 0;
+        mov.u32 t, %tid.x;
+        setp.ne.u32 p, t, 0;
+        @p bra DONE;
+        setp.le.s32 p, $2, 0;
+        @p bra DONE;
+        cp.async.bulk.prefetch.L2.global [$1], $2;
+        DONE:
+        }""",
+        "=&r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Check one argument of an op; None in `shape` accepts any size, and the last axis is always contiguous.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what it is and what is accepted.
+    """
+    wanted = tuple("any" if n is None else n for n in shape)
+    if tensor.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, tensor.shape)):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {wanted}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: {', '.join(map(str, dtypes))}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; accepted: {device}, where the first input is")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; accepted: a last axis of stride 1")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; accepted: contiguous")
+
+
+class Prefetch(tuple):
+    """Buffers that the *next* kernel will read first, brought to L2 by the present one: (tensor, bytes) twice at most."""
+
+    def __new__(cls, *parts: tuple[torch.Tensor, int]):
+        if len(parts) > 2:
+            raise ValueError(f"{len(parts)} buffers to prefetch; accepted: at most 2")
+        return super().__new__(cls, parts)
+
+    def arguments(self, fallback: torch.Tensor, programs: int) -> tuple:
+        """(pointer, end byte, bytes a program) of both buffers as kernel arguments; `programs` share each of them."""
+        out: list = []
+        for tensor, wanted in (*self, (fallback, 0), (fallback, 0))[:2]:
+            end = min(int(wanted), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize)
+            end -= end % 16
+            out += [tensor, end, -(-end // (programs * 16)) * 16]
+        return tuple(out)
+
+
+NO_PREFETCH = Prefetch()

@@ -1,0 +1,287 @@
+"""Packed weights: the rows that one kernel reads, in one piece.
+
+Packing goes layer by layer. The module's parameters become views of the packed storage, so that the transformers
+forward (which prefills) and the decode step share one copy, and at most one layer is ever held twice. A packed model
+computes what it computed before; to write it to disk, save it first or copy its state dict.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+NEOX = "gpt_neox"
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = {NEOX: "gelu"} | dict.fromkeys(LLAMA_LIKE, "silu")
+
+_packed: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm (with bias) or an RMSNorm (without): weight and bias ``(width,)``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class NeoxLayer:
+    """A GPT-NeoX layer with parallel residual: two products.
+
+    Attributes
+    ----------
+    attention_norm, mlp_norm : Norm
+        For the first ``3 * heads * head_dim`` rows of `weight_in`, and for the others; views of the next two.
+    norm_weight, norm_bias : Tensor, (2, hidden)
+    weight_in : Tensor, (3 * heads * head_dim + intermediate, hidden)
+        Queries, keys and values (per head q, k, v), then the up-projection.
+    bias_in : Tensor, (rows of weight_in,)
+    weight_out : Tensor, (hidden, heads * head_dim + intermediate)
+        Attention output and down-projection side by side.
+    bias_out : Tensor, (hidden,)
+        Sum of both biases.
+    """
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    weight_in: torch.Tensor
+    bias_in: torch.Tensor
+    weight_out: torch.Tensor
+    bias_out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LlamaLayer:
+    """A Llama-like layer: four products.
+
+    Attributes
+    ----------
+    weight_qkv : Tensor, ((query_heads + 2 * kv_heads) * head_dim, hidden)
+        All queries, all keys, all values.
+    weight_o : Tensor, (hidden, query_heads * head_dim)
+    weight_gate_up : Tensor, (2 * intermediate, hidden)
+        All gate rows, then all up rows.
+    weight_down : Tensor, (hidden, intermediate)
+    bias_qkv, bias_o, bias_gate_up, bias_down : Tensor or None
+    q_norm, k_norm : Norm or None
+        Over head_dim, before the rotation (Qwen3).
+    """
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    weight_qkv: torch.Tensor
+    weight_o: torch.Tensor
+    weight_gate_up: torch.Tensor
+    weight_down: torch.Tensor
+    bias_qkv: torch.Tensor | None
+    bias_o: torch.Tensor | None
+    bias_gate_up: torch.Tensor | None
+    bias_down: torch.Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """All weights that a decode step reads.
+
+    Attributes
+    ----------
+    family : str
+        ``config.model_type``.
+    layers : tuple of NeoxLayer or LlamaLayer
+    embedding : Tensor, (vocab, hidden)
+    final_norm : Norm
+    head : Tensor, (vocab, hidden)
+        The same tensor as `embedding` where these are tied.
+    rope_factor : float
+        What rotated dimensions of queries and keys are multiplied by (yarn; 1 otherwise).
+    step_bytes : int
+        Bytes of weights that one step reads, the input embedding left out.
+    """
+
+    family: str
+    layers: tuple
+    embedding: torch.Tensor
+    final_norm: Norm
+    head: torch.Tensor
+    rope_factor: float
+
+    @property
+    def step_bytes(self) -> int:
+        held = [t for part in (*self.layers, self.final_norm) for t in _tensors(part)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held, self.head)}
+        return sum(storages.values())
+
+
+@torch.no_grad()
+def pack(model: PreTrainedModel) -> PackedWeights:
+    """Pack the weights of a causal language model in place, or find them packed already.
+
+    Raises
+    ------
+    ValueError
+        If the engine does not serve this model; nothing has been touched then.
+    """
+    check_packable(model)
+    known = _packed.get(model)
+    if known is not None and known[1] == _addresses(model):
+        return known[0]
+    decoder = model.get_decoder()
+    neox = model.config.model_type == NEOX
+    with torch.inference_mode(False):
+        layers = tuple((_pack_neox if neox else _pack_llama)(layer) for layer in decoder.layers)
+    packed = PackedWeights(
+        family=model.config.model_type,
+        layers=layers,
+        embedding=model.get_input_embeddings().weight.detach(),
+        final_norm=_norm(decoder.final_layer_norm if neox else decoder.norm),
+        head=model.get_output_embeddings().weight.detach(),
+        rope_factor=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
+    )
+    _packed[model] = packed, _addresses(model)
+    return packed
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse, by name, what the decode step does not serve. Raises ValueError."""
+    config, name = model.config, model.config.model_type
+    if name not in ACTIVATIONS:
+        raise ValueError(f"model type {name!r} is not served by the engine; accepted: {', '.join(ACTIVATIONS)}")
+    if name == NEOX and not config.use_parallel_residual:
+        raise ValueError(
+            "gpt_neox with use_parallel_residual=False (sequential residual) is not served by the engine;"
+            " accepted: use_parallel_residual=True, or the StreamingCache with this model (backend hf)"
+        )
+    if config.hidden_act != ACTIVATIONS[name]:
+        raise ValueError(
+            f"{name} with hidden_act={config.hidden_act!r} is not served by the engine; accepted: {ACTIVATIONS[name]}"
+        )
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head; give the causal language model")
+    if head.bias is not None:
+        raise ValueError(f"{type(model).__name__} has a head with a bias; accepted: a head without bias")
+    linears = [m for m in model.get_decoder().layers.modules() if list(m.parameters(recurse=False))]
+    odd = next((m for m in linears if not isinstance(m, nn.Linear | nn.LayerNorm) and not _is_rms_norm(m)), None)
+    if odd is not None:
+        raise ValueError(
+            f"layers with {type(odd).__name__} modules are not served by the engine;"
+            " accepted: plain Linear layers (no quantisation, no adapters)"
+        )
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1 or any(d.type == "meta" for d in devices):
+        raise ValueError(
+            f"a model spread over {', '.join(sorted(map(str, devices)))} is not served by the engine;"
+            " accepted: all weights on one device"
+        )
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1 or dtypes - {torch.float16, torch.bfloat16, torch.float32}:
+        raise ValueError(
+            f"weights of dtype {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))} are not served by the"
+            " engine; accepted: all of one dtype, float16, bfloat16 or float32"
+        )
+
+
+def _pack_neox(layer: nn.Module) -> NeoxLayer:
+    attention, mlp = layer.attention, layer.mlp
+    weight_in, bias_in = _stack_rows(attention.query_key_value, mlp.dense_h_to_4h, want_bias=True)
+    weight_out = _stack_columns(attention.dense, mlp.dense_4h_to_h)
+    biases = [m.bias for m in (attention.dense, mlp.dense_4h_to_h) if m.bias is not None]
+    bias_out = torch.stack([b.float() for b in biases]).sum(0).to(weight_out.dtype)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norm_weight, norm_bias = (torch.stack([getattr(n, part) for n in norms]) for part in ("weight", "bias"))
+    for i, module in enumerate(norms):
+        _move(module.weight, norm_weight[i])
+        _move(module.bias, norm_bias[i])
+    return NeoxLayer(
+        attention_norm=_norm(layer.input_layernorm),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        weight_in=weight_in,
+        bias_in=bias_in,
+        weight_out=weight_out,
+        bias_out=bias_out,
+    )
+
+
+def _pack_llama(layer: nn.Module) -> LlamaLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    weight_qkv, bias_qkv = _stack_rows(attention.q_proj, attention.k_proj, attention.v_proj)
+    weight_gate_up, bias_gate_up = _stack_rows(mlp.gate_proj, mlp.up_proj)
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return LlamaLayer(
+        attention_norm=_norm(layer.input_layernorm),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        weight_qkv=weight_qkv,
+        weight_o=attention.o_proj.weight.detach(),
+        weight_gate_up=weight_gate_up,
+        weight_down=mlp.down_proj.weight.detach(),
+        bias_qkv=bias_qkv,
+        bias_o=_detached(attention.o_proj.bias),
+        bias_gate_up=bias_gate_up,
+        bias_down=_detached(mlp.down_proj.bias),
+        q_norm=_norm(q_norm) if q_norm is not None else None,
+        k_norm=_norm(k_norm) if k_norm is not None else None,
+    )
+
+
+def _stack_rows(*modules: nn.Linear, want_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight whose rows are those of the modules in turn, and one bias (0 where a module has none)."""
+    first = modules[0].weight
+    sizes = [m.weight.shape[0] for m in modules]
+    weight = first.new_empty((sum(sizes), first.shape[1]))
+    has_bias = want_bias or any(m.bias is not None for m in modules)
+    bias = first.new_zeros(sum(sizes)) if has_bias else None
+    for i, module in enumerate(modules):
+        rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+        _move(module.weight, weight[rows])
+        if module.bias is not None:
+            _move(module.bias, bias[rows])
+    return weight, bias
+
+
+def _stack_columns(*modules: nn.Linear) -> torch.Tensor:
+    """One weight whose columns are those of the modules in turn."""
+    first = modules[0].weight
+    sizes = [m.weight.shape[1] for m in modules]
+    weight = first.new_empty((first.shape[0], sum(sizes)))
+    for i, module in enumerate(modules):
+        _move(module.weight, weight[:, sum(sizes[:i]) : sum(sizes[: i + 1])])
+    return weight
+
+
+def _move(parameter: nn.Parameter, place: torch.Tensor) -> None:
+    """Copy a parameter to its place and make it a view of it; its own storage is freed."""
+    place.copy_(parameter)
+    parameter.data = place
+
+
+def _norm(module: nn.Module) -> Norm:
+    eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
+    return Norm(module.weight.detach(), _detached(getattr(module, "bias", None)), eps)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    return hasattr(module, "variance_epsilon") and module.weight.ndim == 1
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _tensors(part) -> list[torch.Tensor]:
+    values = vars(part).values()
+    return [t for v in values for t in (_tensors(v) if isinstance(v, Norm) else [v]) if isinstance(t, torch.Tensor)]
+
+
+def _addresses(model: PreTrainedModel) -> tuple:
+    """Where every parameter lies; it changes if the model is moved or its weights are replaced."""
+    return tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters())

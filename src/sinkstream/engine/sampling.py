@@ -1,0 +1,115 @@
+"""Choosing the next token on the device: repetition penalty, temperature, top-k, top-p, min-p, in this order.
+
+The order and the meaning of each option are those of transformers' logits processors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+GREEDY_TEMPERATURE = 0.0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn.
+
+    Attributes
+    ----------
+    temperature : float, default=0.0
+        0 takes the likeliest token.
+    top_k : int or None
+        Keep the k likeliest tokens.
+    top_p : float or None
+        Keep the smallest set of likeliest tokens that holds this much probability.
+    min_p : float or None
+        Keep tokens at least this likely relative to the likeliest.
+    repetition_penalty : float, default=1.0
+        Logits of tokens seen before are divided by it where positive and multiplied where negative
+        (Keskar et al., arXiv:1909.05858).
+
+    Raises
+    ------
+    ValueError
+        Naming the option, the value and what is accepted.
+    """
+
+    temperature: float = GREEDY_TEMPERATURE
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0 (0 is greedy)")
+        whole = self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)
+        _check("top_k", self.top_k, whole, "a whole number of at least 1")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
+        if self.greedy and any(o is not None for o in (self.top_k, self.top_p, self.min_p)):
+            raise ValueError("top_k, top_p and min_p change nothing at temperature=0; give a temperature above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == GREEDY_TEMPERATURE
+
+    @property
+    def remembers(self) -> bool:
+        """Whether tokens seen before matter."""
+        return self.repetition_penalty != 1.0
+
+    def process(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the distribution that is drawn from; -inf for what cannot be drawn.
+
+        Parameters
+        ----------
+        logits : Tensor, (streams, vocab)
+        seen : Tensor or None, (streams, vocab), bool
+            Tokens that appeared before; needed with a repetition penalty.
+
+        Returns
+        -------
+        Tensor, (streams, vocab), float32
+        """
+        logits = logits.float()
+        if self.remembers:
+            punished = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+            logits = torch.where(seen, punished, logits)
+        if self.greedy:
+            return logits
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            lowest = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < lowest, float("-inf"))
+        if self.top_p is not None:
+            logits = _keep_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            probabilities = logits.softmax(-1)
+            unlikely = probabilities < self.min_p * probabilities.amax(-1, keepdim=True)
+            logits = logits.masked_fill(unlikely, float("-inf"))
+        return logits
+
+    def draw(
+        self, logits: torch.Tensor, seen: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`."""
+        logits = self.process(logits, seen)
+        if self.greedy:
+            return logits.argmax(-1)
+        probabilities = logits.softmax(-1)
+        races = torch.empty_like(probabilities).exponential_(generator=generator)
+        return (probabilities / races).argmax(-1)  # the first of exponential races, one a token
+
+
+def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    ascending, order = logits.sort(dim=-1)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[..., -1:] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+
+
+def _check(option: str, value, right: bool, accepted: str) -> None:
+    if not right:
+        raise ValueError(f"{option}={value!r} is not accepted; accepted: {accepted}")

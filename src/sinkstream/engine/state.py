@@ -1,0 +1,274 @@
+"""`StreamState`: everything that streams keep between two steps, in buffers whose addresses never change.
+
+The host counts (`Counters`, `PruneSchedule`) and writes the scalars of many coming steps into a small plan table on the
+device; each step reads its own row and moves the cursor, so that a CUDA graph can run many tokens without the host.
+What needs a decision (a refresh, an adaptive trigger) ends the plan: the host decides, between two steps, and goes on.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+
+from sinkstream.cache import ModelSpec
+from sinkstream.engine.layout import FIELDS, TOKEN, Counters, Geometry
+from sinkstream.engine.refresh import rebase_stream, refresh_stream
+from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
+
+PLAN_TOKENS = 256
+REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
+
+
+class StreamState:
+    """Static ring buffers, scalars and counts of several independent streams.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    policy : EvictionPolicy
+    positions : {"cache", "original"}
+    streams : int
+    vocab : int
+        Width of the logits.
+    device : torch.device
+    rebase_at : int
+        Window position past which positions are rebased; at least twice the policy's peak is used, so that a rebase
+        stays rare.
+    structure : Tensor or None, (vocab,), float32
+        Structural weight of every token id, where the scorer needs it.
+
+    Attributes
+    ----------
+    keys, values : Tensor, (layers, streams, kv_heads, slots, head_dim), dtype of the model
+    pinned_keys : Tensor, (layers, streams, kv_heads, pinned_slots, head_dim), float32
+        Unrotated copies, from which pinned keys are rotated anew. Those of the sinks are filled at the first rebase.
+    pinned_positions : Tensor, (layers or 1, streams, kv_heads or 1, refresh), int64
+        Token index of every refreshed token.
+    channels : dict of Tensor, (layers or 1, streams, kv_heads or 1, slots), float32
+        Quantities that the scorer reads: structure, nll, entropy, accumulated.
+    queries : Tensor or None, (layers, streams, query_heads, kept, head_dim), dtype of the model
+        Latest queries, at their window positions; the query of token t in place ``t % kept``.
+    logits : Tensor, (streams, vocab), float32
+    tokens : Tensor, (streams,), int64
+        Token ids that the next step appends.
+    scalars : Tensor, (streams, 8), int32
+        See `layout`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        *,
+        positions: str,
+        streams: int,
+        vocab: int,
+        device: torch.device,
+        rebase_at: int,
+        structure: torch.Tensor | None = None,
+    ):
+        self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
+        self.geometry = Geometry.of(policy, positions)
+        self.rebase_at = max(rebase_at, 2 * policy.peak)
+        self.structure = None if structure is None else structure.to(device)
+        self.signals = sorted(PruneSchedule(policy).signals())
+        self.last_steps: list[Step | None] = []
+        with torch.inference_mode(False):
+            for name, (shape, dtype) in self._shapes(vocab).items():
+                setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
+            self.channels = {
+                name: torch.zeros(shape, dtype=torch.float32, device=device)
+                for name, shape in self._channel_shapes().items()
+            }
+        if not self.observed_queries:
+            self.queries = None
+        self.clear()
+
+    @property
+    def observed_queries(self) -> int:
+        """How many of the latest queries are kept."""
+        return self.policy.scorer.observed_queries if self.policy.scorer else 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the buffers, in bytes."""
+        return sum(t.numel() * t.element_size() for t in self._buffers().values())
+
+    @classmethod
+    def bytes_needed(cls, spec: ModelSpec, policy: EvictionPolicy, streams: int) -> int:
+        """Bytes of the keys and values that the streams will take."""
+        slots = Geometry.of(policy, "cache").slots
+        return 2 * spec.layers * streams * spec.kv_heads * slots * spec.head_dim * spec.dtype.itemsize
+
+    def clear(self, stream: int | None = None) -> None:
+        """Forget one stream, or all of them; addresses stay."""
+        which = range(self.streams) if stream is None else [stream]
+        if stream is None:
+            self.schedules = [PruneSchedule(self.policy) for _ in which]
+            self.counters = [Counters(self.geometry) for _ in which]
+            self._discard_plan()
+            for buffer in self._buffers().values():
+                buffer.zero_()
+            return
+        self.settle()
+        self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
+        for buffer in self.stream_buffers(stream).values():
+            buffer.zero_()
+
+    def stream_buffers(self, stream: int) -> dict[str, torch.Tensor]:
+        """Views of everything that belongs to one stream, by name; they keep their stream axis, of size 1."""
+        parts = {
+            name: getattr(self, name)[:, stream : stream + 1]
+            for name in ("keys", "values", "pinned_keys", "pinned_positions")
+        }
+        if self.queries is not None:
+            parts["queries"] = self.queries[:, stream : stream + 1]
+        parts |= {f"channel_{name}": c[:, stream : stream + 1] for name, c in self.channels.items()}
+        return parts | {"logits": self.logits[stream : stream + 1]}
+
+    # ---- the life of one step ----
+
+    @contextmanager
+    def step(self, active: Sequence[int]):
+        """Plan if it is time, keep idle streams as they are, and count the step once it has run.
+
+        Parameters
+        ----------
+        active : sequence of int
+            Streams that append the token in `tokens`.
+        """
+        active = tuple(active)
+        if self._row == self._planned or active != self._active:
+            self._plan(active)
+        idle = [self._touched(s) for s in range(self.streams) if s not in active]
+        kept = [[part.clone() for part in parts] for parts in idle]
+        try:
+            yield
+        except BaseException:
+            self.settle()
+            raise
+        for parts, copies in zip(idle, kept):
+            for part, saved in zip(parts, copies):
+                part.copy_(saved)
+        self._row += 1
+        self.last_steps = [None] * self.streams
+        for s in active:
+            done = self.last_steps[s] = self.schedules[s].step()
+            self.counters[s].append(done.drop)
+            self.counters[s].events += done.event
+
+    def settle(self) -> None:
+        """Take in what the steps so far have shown, and drop the rest of the plan."""
+        if self.signals and self._row:
+            for row in self.risks[: self._row].tolist():
+                for s in self._active:
+                    for signal, risk in zip(self.signals, row[s]):
+                        self.schedules[s].observe(signal, risk)
+        self._discard_plan()
+
+    def begin_row(self) -> torch.Tensor:
+        """First thing in a step, on the device: the scalars of this step. Returns them as int64."""
+        self.scalars.copy_(self.plan.index_select(0, self.cursor)[0])
+        self.scalars[:, TOKEN] = self.tokens
+        return self.scalars.long()
+
+    def end_row(self) -> None:
+        """Last thing in a step, on the device: note what adaptive triggers read in the logits, go to the next row."""
+        if self.signals:
+            log_probs = self.logits.log_softmax(-1)
+            risks = torch.stack([SIGNALS[signal](log_probs) for signal in self.signals], -1)
+            self.risks.index_copy_(0, self.cursor, risks[None])
+        self.cursor.add_(1)
+
+    # ---- planning ----
+
+    def _plan(self, active: tuple[int, ...]) -> None:
+        """Do what is due before the next token of each active stream and write the rows up to the next decision."""
+        self.settle()
+        for s in active:
+            self._refresh_if_due(s)
+            if self.counters[s].seen - self.counters[s].base > self.rebase_at:
+                rebase_stream(self, s)
+        count = min([PLAN_TOKENS, *(self._sure_tokens(s) for s in active)])
+        rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
+        for s in active:
+            ahead = Counters(**vars(self.counters[s]))
+            rows[s] = []
+            for step in self.schedules[s].plan(count):
+                ahead.append(step.drop)
+                rows[s].append(ahead.row(self.observed_queries))
+        table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        self.plan[:count].copy_(table, non_blocking=True)
+        self._planned, self._active = count, active
+
+    def _discard_plan(self) -> None:
+        self._row = self._planned = 0
+        self._active: tuple[int, ...] = ()
+        self.cursor.zero_()
+
+    def _refresh_if_due(self, stream: int) -> None:
+        counters = self.counters[stream]
+        if self.policy.scorer is None or counters.refreshed_at == counters.seen:
+            return
+        drop = self.schedules[stream].plan(1)[0].drop
+        if drop:
+            refresh_stream(self, stream, counters.leaving(drop))
+            counters.refreshed_at = counters.seen
+
+    def _sure_tokens(self, stream: int) -> int:
+        """How many tokens, at least 1, come before the next decision that is not known now."""
+        if self.policy.plan_known:
+            return PLAN_TOKENS
+        ahead = self.schedules[stream].copy()
+        ahead.step()
+        return 1 + ahead.sure_steps()
+
+    def _touched(self, stream: int) -> list[torch.Tensor]:
+        """Views of what a step changes in a stream that has an idle row."""
+        parts = [self.keys[:, stream, :, 0], self.values[:, stream, :, 0], self.logits[stream]]
+        parts += [c[:, stream, :, 0] for c in self.channels.values()]
+        return parts if self.queries is None else [*parts, self.queries[:, stream, :, 0]]
+
+    # ---- buffers ----
+
+    def _shapes(self, vocab: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        spec, g, streams = self.spec, self.geometry, self.streams
+        cached = (spec.layers, streams, spec.kv_heads, g.slots, spec.head_dim)
+        pinned = (spec.layers, streams, spec.kv_heads, g.pinned_slots, spec.head_dim)
+        layers, heads = self._choosers()
+        return {
+            "keys": (cached, spec.dtype),
+            "values": (cached, spec.dtype),
+            "pinned_keys": (pinned, torch.float32),
+            "pinned_positions": ((layers, streams, heads, g.refresh), torch.int64),
+            "queries": (
+                (spec.layers, streams, spec.query_heads, self.observed_queries, spec.head_dim),
+                spec.dtype,
+            ),
+            "plan": ((PLAN_TOKENS, streams, FIELDS), torch.int32),
+            "risks": ((PLAN_TOKENS, streams, len(self.signals)), torch.float32),
+            "cursor": ((1,), torch.int64),
+            "scalars": ((streams, FIELDS), torch.int32),
+            "tokens": ((streams,), torch.int64),
+            "logits": ((streams, vocab), torch.float32),
+        }
+
+    def _channel_shapes(self) -> dict[str, tuple[int, ...]]:
+        layers, heads = self._choosers()
+        wide = (self.spec.layers, self.spec.kv_heads)
+        needed = sorted({"structure", "nll", "entropy", "accumulated"} & self.policy.needs)
+        sizes = {name: wide if name == "accumulated" else (layers, heads) for name in needed}
+        return {name: (n, self.streams, h, self.geometry.slots) for name, (n, h) in sizes.items()}
+
+    def _choosers(self) -> tuple[int, int]:
+        """Layers and kv heads that choose their pinned tokens for themselves."""
+        per_head = self.policy.scorer is not None and self.policy.scorer.per_head
+        return (self.spec.layers, self.spec.kv_heads) if per_head else (1, 1)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        names = ("keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor")
+        held = {n: getattr(self, n) for n in (*names, "scalars", "tokens", "logits")}
+        held |= {f"channel_{n}": c for n, c in self.channels.items()}
+        return {n: t for n, t in held.items() if t is not None}

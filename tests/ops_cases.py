@@ -1,0 +1,26 @@
+"""Shared by the tests of the ops: random inputs, a relative error, and how a test says that Triton cannot run."""
+
+import pytest
+import torch
+
+from sinkstream.engine.ops import runtime
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNNABLE = runtime.triton is not None and (DEVICE.type == "cuda" or runtime.INTERPRETED)
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not RUNNABLE, reason="triton is not installed or cannot run here")),
+]
+HALF = [torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
+
+
+def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal random numbers on the test's device."""
+    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+def error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference, in float64; NaN counts as infinite."""
+    difference = (result.double() - reference.double()).norm() / reference.double().norm()
+    return float(torch.nan_to_num(difference, nan=float("inf")))

@@ -1,0 +1,218 @@
+"""The engine against the brute-force oracle: every policy, family and position frame, stepped and prefilled.
+
+Also: streams that share the weights and nothing else, positions that are rebased, and inputs that are refused.
+"""
+
+import pytest
+import torch
+from oracle.models import FAMILIES, VOCAB, build, token_ids
+from streams import TOLERANCE, FakeTokenizer, oracle_run, small_policy
+
+from sinkstream.cache import POSITIONS
+from sinkstream.engine import STEPS, Engine
+from sinkstream.policies import PRESETS
+
+TOKENS = 304
+SERVED = [f for f in FAMILIES if f != "gpt_neox_sequential"]
+THOROUGH = ("gpt_neox", "llama", "qwen2", "qwen3")  # the others differ from llama by frequencies or name only
+POLICIES = {name: small_policy(name) for name in PRESETS} | {
+    "max-drop+overlap+slack": {"sink": 3, "window": 17, "compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8},
+    "refresh-uniform+max-drop": small_policy("refresh-uniform", max_drop=3, overlap=3),
+    "refresh-window-attention+adaptive": small_policy("adaptive-top1")
+    | {"refresh": 6, "scorer": "window-attention", "observation": 5},
+    "refresh-uncertainty+entropy": small_policy("refresh-uncertainty", uncertainty="entropy"),
+    "refresh-key-norm+no-sink": small_policy("refresh-key-norm", sink=0),
+}
+
+
+def small(family: str):
+    """The tiny model of a family, with two layers in two families and one in the others."""
+    return build(family, layers=2 if family in ("gpt_neox", "llama") else 1)
+
+
+def engine(family: str = "gpt_neox", policy: str | dict = "lazy", **more) -> Engine:
+    options = POLICIES[policy] if isinstance(policy, str) else policy
+    model = small(family) if isinstance(family, str) else family
+    return Engine(model, tokenizer=FakeTokenizer(), **options, **more)
+
+
+def jobs() -> list:
+    """Every policy on every family; what is llama again takes turns with the frames, composed ones with families."""
+    found = []
+    for i, policy in enumerate(POLICIES):
+        families = SERVED if policy in PRESETS else SERVED[i % 2 : 2 + i % 2]
+        for j, family in enumerate(families):
+            frames = POSITIONS if family in THOROUGH else (POSITIONS[(i + j) % 2],)
+            found += [(policy, family, positions) for positions in frames]
+    return found
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def fed_by_parts(e: Engine, ids: torch.Tensor, parts: tuple[int, ...]) -> torch.Tensor:
+    """NLL of all but the first token, (T - 1,); parts are prefilled and stepped in turn, NaN inside a prefill."""
+    nll, fed = torch.full((len(ids),), float("nan")), 0
+    for i, size in enumerate((*parts, len(ids) - sum(parts))):
+        piece = ids[fed : fed + size]
+        if i % 2:
+            nll[fed : fed + size] = e.score(piece)
+        else:
+            e.prefill(piece)
+        fed += size
+    return nll[1:].double()
+
+
+PARTS = (None, (1, 40, 129, 20), None, (25, 1, 25, 1, 100, 20), None, (300, 1, 1))  # prefilled, stepped, prefilled …
+
+
+@pytest.mark.parametrize(("i", "policy", "family", "positions"), [(i, *job) for i, job in enumerate(jobs())])
+def test_steps_and_prefills_agree_with_the_oracle(i, policy, family, positions):
+    ids, e = token_ids(TOKENS), engine(family, policy, positions=positions, rebase_at=60)
+    expected = oracle_run(small(family), ids, POLICIES[policy], positions)
+    nll = torch.cat([e.score(ids[:100]), e.score(ids[100:])])[1:].double()
+    assert worst(nll, expected.nll) < TOLERANCE
+    stats, visible = e.stats(), expected.steps[-1].visible.shape[-1]
+    assert stats["events"] == sum(step.event for step in expected.steps) >= 6
+    assert stats["kept"] == e.last_steps[0].visible == visible <= e.policy.peak
+    assert stats["seen"] == TOKENS == stats["kept"] + stats["evicted"]
+    assert stats["rebases"] >= 1
+    if (parts := PARTS[i % len(PARTS)]) is None:
+        return
+    e.reset()
+    nll = fed_by_parts(e, ids, parts)
+    known = ~nll.isnan()
+    assert known.any() and worst(nll[known], expected.nll[known]) < TOLERANCE
+    assert {**e.stats(), "rebases": 0} == {**stats, "rebases": 0}
+
+
+def test_the_prompt_is_held_in_little_more_than_the_policy_keeps():
+    e = engine(policy="strict")
+    held = []
+    hook = e.model.register_forward_hook(lambda *_: held.append(e._cache.ring.capacity))
+    e.prefill(token_ids(900))
+    hook.remove()
+    assert max(held) == e.policy.peak + e._cache.chunk_tokens
+    assert e._cache.ring is None
+
+
+@pytest.mark.parametrize("policy", ["strict", "refresh-window-attention", "refresh-uncertainty", "adaptive-entropy"])
+def test_streams_are_independent(policy):
+    """Streams of different lengths, stepped in changing company, say what each says alone."""
+    texts = [token_ids(160, seed=s) for s in range(3)]
+    alone = []
+    for text in texts:
+        e = engine("llama", policy)
+        alone.append(torch.stack([e.step(text[i : i + 1])[0] for i in range(len(text))]))
+    e = engine("llama", policy, streams=3)
+    e.prefill(texts[1][:50], stream=1)
+    fed, seen = [0, 50, 0], [[], [], []]
+    groups = [(0,), (0, 1, 2), (2, 0), (1, 2), (0, 1, 2), (0, 1, 2), (1,), (2,)]
+    turn = 0
+    while any(n < 160 for n in fed):
+        who = [s for s in groups[turn % len(groups)] if fed[s] < 160]
+        turn += 1
+        if not who:
+            continue
+        logits = e.step([int(texts[s][fed[s]]) for s in who], streams=who)
+        for s, row in zip(who, logits):
+            seen[s].append(row)
+            fed[s] += 1
+    for s, first in enumerate((0, 50, 0)):
+        assert worst(torch.stack(seen[s]), alone[s][first:]) < 1e-4
+        assert e.stats(stream=s)["events"] >= 3
+    assert worst(alone[0], alone[1]) > 1.0, "control: the streams differ"
+
+
+def test_one_stream_can_be_forgotten():
+    e = engine("qwen3", "refresh-uniform", streams=2)
+    text = token_ids(80)
+    e.prefill(text, stream=0)
+    e.prefill(text, stream=1)
+    e.reset(stream=0)
+    assert (e.stats(stream=0)["seen"], e.stats(stream=1)["seen"]) == (0, 80)
+    again = e.prefill(text, stream=0)
+    assert worst(again, e.state.logits[1]) < 1e-5
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rebasing_changes_nothing(positions):
+    ids = token_ids(500)
+    often = engine("llama", "refresh-last-query", positions=positions, rebase_at=1)
+    never = engine("llama", "refresh-last-query", positions=positions, rebase_at=10_000)
+    a, b = often.score(ids), never.score(ids)
+    assert often.stats()["rebases"] >= 5 and never.stats()["rebases"] == 0
+    assert worst(a[1:], b[1:]) < TOLERANCE
+
+
+def test_half_precision_follows_float32():
+    ids = token_ids(200)
+    wide = engine("llama", "refresh-uniform").score(ids)[1:]
+    half = engine(small("llama").to(torch.bfloat16), "refresh-uniform").score(ids)[1:]
+    assert 1e-4 < (wide.mean() - half.mean()).abs() < 0.1
+
+
+def test_logits_that_were_handed_out_stay():
+    e = engine()
+    first = e.step([1])
+    kept = first.clone()
+    e.step([2])
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backend": "warp"}, "unknown engine backend 'warp'; accepted: ring"),
+        ({"streams": 0}, "streams=0"),
+        ({"positions": "relative"}, "positions='relative'"),
+        ({"windw": 3}, "unknown policy option 'windw'"),
+        ({"window": 5000}, "trained on 1024 positions"),
+        ({"backend": "graph"}, "accepted: a model on a CUDA device"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        engine(
+            policy={"sink": 4, "window": 20} | {k: v for k, v in change.items() if k in ("window", "windw")},
+            **{k: v for k, v in change.items() if k not in ("window", "windw")},
+        )
+
+
+def test_structural_refresh_without_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="give tokenizer=TOKENIZER"):
+        Engine(build("llama"), **small_policy("refresh-structural"))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e: e.prefill([]), "ids of shape"),
+        (lambda e: e.prefill(torch.zeros(1, 3, dtype=torch.int64)), "ids of shape"),
+        (lambda e: e.prefill([0.5]), "ids of shape|token ids"),
+        (lambda e: e.prefill([VOCAB]), f"token ids from {VOCAB} to {VOCAB}; accepted: 0 to {VOCAB - 1}"),
+        (lambda e: e.prefill([1], stream=2), "stream=2 is not accepted; accepted: 0 to 1"),
+        (lambda e: e.step([1]), "1 tokens for 2 streams"),
+        (lambda e: e.step([1, 2], streams=[0, 0]), "each once"),
+        (lambda e: e.score([-1]), "token ids from -1"),
+    ],
+)
+def test_wrong_calls_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(engine(streams=2))
+
+
+def test_every_backend_has_a_summary():
+    assert STEPS.names()[:2] == ["ring", "graph"]
+    assert all(STEPS.summary(name) for name in STEPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [*PRESETS, "refresh-window-attention+adaptive"])
+def test_the_graph_says_what_the_plain_step_says(policy):
+    ids = token_ids(TOKENS).cuda()
+    model = small("llama").cuda()
+    plain = engine(model, policy, rebase_at=60).score(ids)
+    graph = engine(model, policy, rebase_at=60, backend="graph").score(ids)
+    assert worst(plain[1:], graph[1:]) < TOLERANCE

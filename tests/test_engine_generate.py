@@ -1,0 +1,125 @@
+"""Generating: the engine writes what transformers writes through the streaming cache, and stops when it should."""
+
+import pytest
+import torch
+from oracle.models import build, token_ids
+from streams import FakeTokenizer, make_cache, small_policy
+
+from sinkstream.engine import Engine
+from sinkstream.policies import PRESETS
+
+
+class Speller(FakeTokenizer):
+    """Spells every id as one letter or sign."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """One character a token."""
+        return "".join(chr(33 + t) for t in tokens)
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": [ord(c) - 33 for c in text]}
+
+
+def engine(family: str = "llama", policy: str = "lazy", **more) -> Engine:
+    return Engine(build(family), tokenizer=Speller(), **small_policy(policy), **more)
+
+
+@pytest.mark.parametrize("policy", PRESETS)
+def test_greedy_is_greedy_of_transformers(policy):
+    family = "gpt_neox" if len(policy) % 2 else "qwen2"
+    prompt = token_ids(45)
+    expected = cache_text(build(family), small_policy(policy), prompt, 120)
+    found = engine(family, policy).generate(prompt, max_new_tokens=120)
+    assert found.tokens == expected and found.reason == "length"
+    assert len(set(expected)) > 3, "control: the text is not one token"
+
+
+def cache_text(model, options: dict, prompt: torch.Tensor, tokens: int) -> list[int]:
+    """What transformers' greedy generate() writes through a streaming cache."""
+    cache = make_cache(model, options)
+    cache.prefill(model, prompt[None, :-1])
+    out = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    whole = engine().generate([3, 4, 5], max_new_tokens=90).tokens
+    e = engine()
+    parts = [e.generate([3, 4, 5], max_new_tokens=30).tokens]
+    parts += [e.generate([], max_new_tokens=n).tokens for n in (1, 25, 34)]
+    assert [t for part in parts for t in part] == whole
+    assert e.stats()["seen"] == 93
+
+
+def test_a_batch_writes_what_each_prompt_writes_alone():
+    prompts = [token_ids(n, seed=n) for n in (60, 3, 24)]
+    alone = [engine(policy="refresh-uniform").generate(p, max_new_tokens=50) for p in prompts]
+    together = engine(policy="refresh-uniform", streams=3).generate_batch(prompts, max_new_tokens=50)
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+    ends = [alone[0].tokens[20]]
+    alone = [engine(policy="refresh-uniform").generate(p, max_new_tokens=50, stop_tokens=ends) for p in prompts]
+    e = engine(policy="refresh-uniform", streams=3)
+    together = e.generate_batch(prompts, max_new_tokens=50, stop_tokens=ends)
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+    assert together[0].reason == "stop token"
+    assert [e.stats(stream=i)["seen"] for i in range(3)] == [len(p) + len(g.tokens) for p, g in zip(prompts, alone)]
+
+
+def test_stops():
+    free = engine().generate([7], max_new_tokens=60)
+    assert free.text == Speller().decode(free.tokens)
+    word = free.text[10:13]
+    at = free.text.find(word)
+    stopped = engine().generate([7], max_new_tokens=60, stop=["never there", word])
+    assert (stopped.text, stopped.reason) == (free.text[:at], "stop string")
+    assert stopped.tokens == free.tokens[: at + 3]
+    seen = []
+    called = engine().generate([7], max_new_tokens=60, callback=lambda t, s: seen.append((t, s)) or len(seen) == 5)
+    assert called.reason == "callback" and [t for t, _ in seen] == free.tokens[:5] == called.tokens
+
+
+def test_the_end_of_text_token_of_the_model_ends_the_stream():
+    free = engine().generate([7], max_new_tokens=40).tokens
+    e = engine()
+    e.model.generation_config.eos_token_id = free[8]
+    assert e.generate([7], max_new_tokens=40).tokens == free[: free.index(free[8]) + 1]
+    e.reset()
+    assert e.generate([7], max_new_tokens=40, stop_tokens=()).tokens == free
+
+
+def test_sampling_repeats_with_its_seed_and_text_can_be_the_prompt():
+    options = {"max_new_tokens": 40, "temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1}
+    a, b, c = (engine().generate("abc", seed=s, **options).tokens for s in (1, 1, 2))
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"ids": [1], "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"ids": [], "max_new_tokens": 3}, "has not begun"),
+        ({"ids": [1], "max_new_tokens": 3, "temprature": 1.0}, "unknown option 'temprature'"),
+        ({"ids": [1], "max_new_tokens": 3, "stop": [""]}, "not empty"),
+        ({"ids": [1], "max_new_tokens": 3, "stream": 1}, "stream=1"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        engine().generate(**arguments)
+
+
+def test_text_without_a_tokenizer_is_refused():
+    e = Engine(build("llama"), window=20)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        e.generate("abc", max_new_tokens=3)
+    with pytest.raises(ValueError, match="stop strings"):
+        e.generate([1], max_new_tokens=3, stop="x")
+    with pytest.raises(ValueError, match="2 prompts; accepted: 1 to 1"):
+        e.generate_batch([[1], [2]], max_new_tokens=3)

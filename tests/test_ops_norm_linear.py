@@ -1,0 +1,105 @@
+"""`norm_linear` against float64: both norms, two row ranges, activations, awkward shapes; kernel and twin alike."""
+
+import pytest
+import torch
+from ops_cases import BACKENDS, DEVICE, HALF, TOLERANCE, draw, error
+from torch.nn import functional as F
+
+from sinkstream.engine.ops import LinearConfig, norm_linear
+
+SHAPES = [(64, 96), (80, 40), (200, 37), (520, 65)]  # (hidden, rows)
+
+
+def reference(x, weight, gamma, beta, bias, eps, norm, boundary, activation):
+    """The op in float64, range by range, with torch's own norms."""
+    x, weight, gamma = x.double(), weight.double(), gamma.double()
+    hidden, parts = x.shape[1], []
+    for which, rows in ((0, slice(0, boundary)), (-1, slice(boundary, len(weight)))):
+        if norm == "layer":
+            n = F.layer_norm(x, (hidden,), gamma[which], None if beta is None else beta[which].double(), eps)
+        else:
+            n = F.rms_norm(x, (hidden,), gamma[which], eps)
+        part = F.linear(n, weight[rows], None if bias is None else bias[rows].double())
+        parts.append(F.gelu(part) if which and activation == "gelu" else part)
+    y = torch.cat(parts, 1)
+    if activation == "swiglu":
+        gate, up = y.chunk(2, 1)
+        y = F.silu(gate) * up
+    return y
+
+
+def case(hidden, rows, dtype, ranges, with_bias, streams=2):
+    x = draw(streams, hidden, dtype=dtype) + 0.5
+    weight = draw(rows, hidden, scale=hidden**-0.5, dtype=dtype)
+    gamma, beta = 1 + draw(ranges, hidden, scale=0.1, dtype=dtype), draw(ranges, hidden, scale=0.1, dtype=dtype)
+    return x, weight, gamma, beta, draw(rows, scale=0.2, dtype=dtype) if with_bias else None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("hidden", "rows"), SHAPES)
+def test_two_layer_norms_and_gelu(hidden, rows, dtype, backend):
+    x, weight, gamma, beta, bias = case(hidden, rows, dtype, 2, True)
+    boundary = rows // 8 * 4
+    out = torch.full((2, rows), float("nan"), dtype=dtype, device=DEVICE)
+    norm_linear(
+        x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, boundary=boundary, activation="gelu", out=out,
+        config=LinearConfig(rows=4, columns=64), backend=backend,
+    )  # fmt: skip
+    expected = reference(x, weight, gamma, beta, bias, 1e-5, "layer", boundary, "gelu")
+    assert error(out, expected) < TOLERANCE[dtype]
+    swapped = reference(x, weight, gamma.flip(0), beta.flip(0), bias, 1e-5, "layer", boundary, "gelu")
+    assert error(out, swapped) > 5 * TOLERANCE[dtype], "the control, norms swapped, is not told apart"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("hidden", "rows"), [(64, 96), (200, 38)])
+def test_rms_norm(hidden, rows, with_bias, activation, backend):
+    x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, 1, with_bias)
+    out = norm_linear(
+        x, weight, norm_weight=gamma, bias=bias, eps=1e-6, norm="rms", activation=activation,
+        config=LinearConfig(rows=2, columns=64), backend=backend,
+    )  # fmt: skip
+    expected = reference(x, weight, gamma, None, bias, 1e-6, "rms", 0, activation)
+    assert out.shape == (2, rows // 2 if activation == "swiglu" else rows)
+    assert error(out, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_hidden_state_and_strided_rows(backend):
+    x, wide, gamma, beta, bias = case(64, 40, torch.float16, 1, True)
+    padded = torch.zeros(40, 128, dtype=torch.float16, device=DEVICE)
+    padded[:, :64] = wide
+    out = torch.empty(2, 40, device=DEVICE)
+    norm_linear(
+        x.float(), padded[:, :64], norm_weight=gamma, norm_bias=beta, bias=bias, out=out,
+        config=LinearConfig(rows=4, columns=64), backend=backend,
+    )  # fmt: skip
+    assert error(out, reference(x.float(), wide, gamma, beta, bias, 1e-5, "layer", 0, "none")) < 1e-3
+
+
+def test_float32_weights_run_the_twin():
+    x, weight, gamma, beta, bias = case(80, 40, torch.float32, 2, True)
+    out = norm_linear(x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, boundary=16, backend="torch")
+    assert error(out, reference(x, weight, gamma, beta, bias, 1e-5, "layer", 16, "none")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"activation": "tanh"}, "activation='tanh'"),
+        ({"boundary": 41}, "boundary=41"),
+        ({"activation": "swiglu", "boundary": 8}, "swiglu"),
+        ({"bias": torch.zeros(3)}, "bias has shape"),
+        ({"norm_weight": torch.zeros(3, 64)}, "norm_weight has 3 rows"),
+        ({"out": torch.zeros(2, 39)}, "out has shape"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+    ],
+)
+def test_mistakes_are_named(change, says):
+    arguments = {"norm_weight": torch.ones(1, 64)} | change
+    with pytest.raises(ValueError, match=says):
+        norm_linear(torch.zeros(2, 64), torch.zeros(40, 64), **arguments)
