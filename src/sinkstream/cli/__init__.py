@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sinkstream import __doc__ as description
 from sinkstream import __version__
 from sinkstream.registry import Registry
 
@@ -20,7 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options."""
     from sinkstream.cli import demo, env, eval, report  # noqa: F401  (they register their commands)
 
-    parser = argparse.ArgumentParser(prog="sinkstream", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="sinkstream",
+        description="Language models that stream for ever in a fixed amount of memory.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -7,7 +7,7 @@ from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
-from sinkstream.evaluation.record import set_tf32
+from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
 from sinkstream.evaluation.settings import BASELINES, EVALUATE, RunSettings
 from sinkstream.experiments.batch import Batch
@@ -47,7 +47,7 @@ class Eval:
         settings = [_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
         device = resolve_device(args.device)
-        set_tf32(args.tf32)
+        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
         loaded = load_model(
             args.model,

@@ -57,6 +57,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="transformers' implementation")
     group.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
+    group.add_argument(
+        "--cudnn-attention",
+        action="store_true",
+        help="allow cuDNN attention (it builds a plan for every new length)",
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
 
 
