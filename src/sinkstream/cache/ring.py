@@ -112,8 +112,8 @@ class SoftRing:
             Views of the buffers.
         """
         end = self.tail + keys.shape[-2]
-        self.keys[layer, :, :, self.tail : end].copy_(keys)
-        self.values[layer, :, :, self.tail : end].copy_(values)
+        self.keys[layer, :, :, self.tail : end].copy_(keys.detach())  # no graph may grow along with the stream
+        self.values[layer, :, :, self.tail : end].copy_(values.detach())
         return self.keys[layer, :, :, self.start : end], self.values[layer, :, :, self.start : end]
 
     def advance(self, tokens: int) -> None:
@@ -173,16 +173,20 @@ class SoftRing:
         window = self.live - drop - self.sink - refresh
         if first:
             self._pin_sinks()
+        self.pinned_channels = {n: self._pinned_slots(c).clone() for n, c in self.channels.items()}
         leaving = self.live - self.pinned - window
         if refresh:
             self._pin(choose(leaving), leaving)
         self.first_window += leaving
         self.start = self.tail - window - self.pinned
         self._write_pinned()
+        for name, channel in self.channels.items():
+            self._pinned_slots(channel).copy_(self.pinned_channels[name])
 
     def candidates(self, leaving: int) -> dict[str, torch.Tensor]:
         """Channels of the pinned tokens (sinks left out) and of the `leaving` oldest window tokens, in stream order."""
-        return {n: self._join(self.pinned_channels[n], c, leaving) for n, c in self.channels.items()}
+        count = self.pinned - self.sink + leaving
+        return {n: c.narrow(SLOT_AXIS, self.start + self.sink, count) for n, c in self.channels.items()}
 
     def candidate_keys(self, leaving: int) -> torch.Tensor:
         """Unrotated float32 keys of the candidates, ``(layers, batch, kv_heads, candidates, head_dim)``."""
@@ -206,6 +210,9 @@ class SoftRing:
         shift = self.first_window - self.pinned - self.base if shift is None else shift
         return self.rope.angles(torch.arange(self.pinned, device=self.keys.device) + shift)
 
+    def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
+
     def _leaving(self, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start + self.pinned, leaving)
 
@@ -219,7 +226,6 @@ class SoftRing:
         slots = self.keys[..., self.start : self.start + sink, :]
         self.pinned_keys = self.rope.unrotate(slots, *self.rope.angles(positions - self.base))
         self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
-        self.pinned_channels = {n: c[..., self.start : self.start + sink].clone() for n, c in self.channels.items()}
         self.pinned_positions = positions.view(1, 1, 1, sink)
         self.first_window = sink
 
@@ -241,11 +247,9 @@ class SoftRing:
         self.pinned_positions = self.pinned_channels["position"]
 
     def _write_pinned(self) -> None:
-        """Rotate the pinned keys to where the frame lies now and write all pinned entries before the window."""
+        """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
         end = self.start + self.pinned
         self.keys[..., self.start : end, :].copy_(self.rope.rotate(self.pinned_keys, *self.pinned_angles()))
         self.values[..., self.start : end, :].copy_(self.pinned_values)
-        for name, channel in self.channels.items():
-            channel[..., self.start : end].copy_(self.pinned_channels[name])

@@ -41,6 +41,5 @@ class Demo:
         records = batch.run(settings, console)
         title = f"{TITLE}, {args.tokens} tokens, cap {args.cap}"
         show_records(records, console, title)
-        picture = draw_nll(records, args.out / "nll.png", title)
-        console.print(f"records: {args.out}, picture: {picture}")
+        draw_nll(records, args.out, console, title)
         return exit_code(records)

@@ -9,7 +9,7 @@ from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import BASELINES, EVALUATE, RunSettings
+from sinkstream.evaluation.settings import BASELINES, EVALUATE, FIXED, RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 
@@ -61,8 +61,7 @@ class Eval:
         records = batch.run(settings, console)
         title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
         show_records(records, console, title)
-        picture = draw_nll(records, args.out / "nll.png", title)
-        console.print(f"records: {args.out}" + (f", picture: {picture}" if picture else ""))
+        draw_nll(records, args.out, console, title)
         return exit_code(records)
 
 
@@ -73,10 +72,13 @@ def exit_code(records: list) -> int:
 
 
 def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
+    shared = policy_options(args)
+    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
+        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
     return RunSettings(
         method,
         cap=args.cap,
-        options=({} if method in BASELINES and len(args.policy) > 1 else policy_options(args)) | options,
+        options=shared | options,
         cap_accounting=args.cap_accounting,
         positions=args.positions,
         allow_untrained_positions=args.allow_untrained_positions,
