@@ -37,9 +37,17 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
 # ---- long streams ----
 
 
-@pytest.mark.parametrize("policy", ["lazy", "refresh-window-attention", "refresh-uniform"])
+LONG = {  # every prune looks at queries from before the latest rebase, and at slots that were written before
+    "lazy": small_policy("lazy"),
+    "refresh-uniform": small_policy("refresh-uniform"),
+    "refresh-window-attention": small_policy("refresh-window-attention", compress_every=5, observation=16),
+    "refresh-accumulated-attention": small_policy("refresh-accumulated-attention"),
+}
+
+
+@pytest.mark.parametrize("policy", LONG)
 def test_rebases_change_nothing(policy):
-    model, ids, options = build("llama", layers=1), token_ids(2200), small_policy(policy)
+    model, ids, options = build("llama", layers=1), token_ids(2200), LONG[policy]
     expected = oracle_run(model, ids, options).nll
     for rebase_at, least, tolerance in [(100, 3, TOLERANCE), (REBASE_AT, 1, TOLERANCE), (10**9, 0, FLOAT32_ANGLES)]:
         cache = make_cache(model, options, rebase_at=rebase_at)
@@ -261,11 +269,24 @@ def test_closing_one_of_several_attention_caches_leaves_the_others_observing():
     with torch.no_grad():
         model.model(ids[:, :20], past_key_values=decoder)
     decoder.close()
-    assert_close(feed(model, whole, ids), stream(model, policy, ids))
+    assert_close(feed(model, whole, ids), stream(build("llama"), policy, ids))
     whole.close()
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="not attached"):
         model(ids, past_key_values=whole)
+
+
+@pytest.mark.parametrize("policy", ATTENTION)
+def test_attention_that_is_no_longer_seen_is_an_error(policy):
+    model, ids = build("llama"), token_ids(140)[None]
+    cache = make_cache(model, small_policy(policy))
+    start = feed(model, cache, ids[:, :70])
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation was changed"):
+        feed(model, cache, ids[:, 70:])
+    model.set_attn_implementation(OBSERVED_SDPA)
+    whole = torch.cat([start, feed(model, cache, ids[:, 70:])], 1)
+    assert_close(whole, stream(build("llama"), policy, ids))
 
 
 # ---- a scorer of somebody else's ----

@@ -88,7 +88,15 @@ def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
     angles = SoftRing.pinned_angles
-    monkeypatch.setattr(SoftRing, "pinned_angles", lambda ring: angles(ring, ring.first_window - ring.pinned + 1))
+
+    def off_by_one(ring, *shift):
+        ring.first_window += 1
+        try:
+            return angles(ring, *shift)
+        finally:
+            ring.first_window -= 1
+
+    monkeypatch.setattr(SoftRing, "pinned_angles", off_by_one)
     model, ids, options = build(family), token_ids(TOKENS), POLICIES["lazy"]
     nll = nll_of(feed(model, make_cache(model, options), ids[None]), ids[None])[0]
     assert worst(nll, oracle_run(model, ids, options).nll) > 1e-2

@@ -94,6 +94,16 @@ def test_blocks_give_the_nll_of_steps(method, healthy):
     assert np.isnan(blocks["seconds"]).all()
 
 
+@pytest.mark.parametrize("method", ["strict", "max-drop", "refresh-key-norm"])
+def test_blocks_give_the_nll_of_steps_at_original_positions(method, healthy):
+    settings = settings_of(method, positions="original")
+    steps = run(healthy, text_ids(), settings).arrays
+    blocks = run(healthy, text_ids(), dataclasses.replace(settings, evaluate="blocks")).arrays
+    cache_positions = run(healthy, text_ids(), settings_of(method, evaluate="blocks")).arrays
+    assert worst(steps["nll"], blocks["nll"]) < TOLERANCE
+    assert worst(steps["nll"], cache_positions["nll"]) > 1e-2
+
+
 @pytest.mark.parametrize("method", [name for name in method_names() if name != "strict"])
 def test_every_method_differs_from_strict(method, healthy):
     nlls = [run(healthy, text_ids(), settings_of(m, evaluate="blocks")).arrays["nll"] for m in ("strict", method)]
@@ -188,8 +198,8 @@ def test_the_cache_stays_within_its_cap_and_follows_its_schedule(method, account
 @pytest.mark.parametrize("method", ["strict", "recompute"])
 def test_progress_reaches_its_end(method, healthy):
     for more in ({"repeats": 2}, {"timed_tokens": 5}, {"evaluate": "blocks"}):
-        calls = []
-        run(healthy, text_ids(), settings_of(method, **more), lambda done, total: calls.append((done, total)))
+        calls: list[tuple[int, int]] = []
+        run(healthy, text_ids(), settings_of(method, **more), lambda *call, calls=calls: calls.append(call))
         total = (TOKENS - 1 - CAP) * more.get("repeats", 1)
         assert {t for _, t in calls} == {total}
         assert [d for d, _ in calls] == sorted({d for d, _ in calls}) and calls[-1][0] == total

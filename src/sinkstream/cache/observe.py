@@ -76,7 +76,18 @@ class AttentionObserver:
             self.ring.channels["accumulated"][..., self.ring.tail : self.ring.tail + tokens] = 0
 
     def commit(self) -> None:
-        """Take over what the forward showed; before the ring counts its tokens."""
+        """Take over what the forward showed; before the ring counts its tokens.
+
+        Raises
+        ------
+        ValueError
+            If the attention of a layer was not seen.
+        """
+        if len(self._new_queries or self._new_weights) != self.ring.keys.shape[0]:
+            raise ValueError(
+                "this policy watches the attention, but the model's attn_implementation was changed after the cache was"
+                " made; make the cache again"
+            )
         self.queries |= self._new_queries
         for layer, weights in self._new_weights.items():
             visible = slice(self.ring.start, self.ring.start + weights.shape[-1])

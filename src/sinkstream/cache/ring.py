@@ -99,22 +99,28 @@ class SoftRing:
         held += [*self.channels.values(), *self.pinned_channels.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
+    def open(self, tokens: int) -> None:
+        """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
+        end = self.tail + tokens
+        self._new = [buffer[..., self.tail : end, :].unbind(0) for buffer in (self.keys, self.values)]
+        self._visible = [buffer[..., self.start : end, :].unbind(0) for buffer in (self.keys, self.values)]
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries at the tail of one layer, without moving it, and return everything visible.
 
         Parameters
         ----------
         keys, values : Tensor, (batch, kv_heads, new, head_dim)
+            As many entries as `open` was told.
 
         Returns
         -------
         keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
             Views of the buffers.
         """
-        end = self.tail + keys.shape[-2]
-        self.keys[layer, :, :, self.tail : end].copy_(keys.detach())  # no graph may grow along with the stream
-        self.values[layer, :, :, self.tail : end].copy_(values.detach())
-        return self.keys[layer, :, :, self.start : end], self.values[layer, :, :, self.start : end]
+        self._new[0][layer].copy_(keys.detach())  # detached: no graph may grow along with the stream
+        self._new[1][layer].copy_(values.detach())
+        return self._visible[0][layer], self._visible[1][layer]
 
     def advance(self, tokens: int) -> None:
         """Count the entries that were written at the tail."""
@@ -197,18 +203,18 @@ class SoftRing:
             dim=SLOT_AXIS,
         )
 
-    def pinned_angles(self, shift: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def pinned_angles(self, shift: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles of the pinned frame, relative to the base.
 
         Parameters
         ----------
-        shift : int, Tensor or None
+        shift : int or None
             By how much the frame lies forward of the base; default: where it lies now. Ignored with original positions.
         """
         if self.original_positions:
             return self.rope.angles(self.pinned_positions - self.base)
         shift = self.first_window - self.pinned - self.base if shift is None else shift
-        return self.rope.angles(torch.arange(self.pinned, device=self.keys.device) + shift)
+        return self.rope.angles_from(shift, self.pinned, self.keys.device)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
@@ -251,5 +257,5 @@ class SoftRing:
         if self.pinned == 0:
             return
         end = self.start + self.pinned
-        self.keys[..., self.start : end, :].copy_(self.rope.rotate(self.pinned_keys, *self.pinned_angles()))
+        self.rope.rotate_into(self.keys[..., self.start : end, :], self.pinned_keys, *self.pinned_angles())
         self.values[..., self.start : end, :].copy_(self.pinned_values)

@@ -64,6 +64,7 @@ class _Pending:
 
     tokens: int
     steps: list[Step]
+    schedule: PruneSchedule
     input_ids: torch.Tensor | None
     crossing: CrossingChunk | None
 
@@ -214,6 +215,10 @@ class StreamingCache(Cache):
             fed += size
         return out.logits[:, -1]
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
+        return self._write(layer_idx, key_states, value_states)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Refused: rows of a streaming cache share one schedule."""
         raise ValueError(
@@ -260,7 +265,8 @@ class StreamingCache(Cache):
         self._check_call(batch, tokens, input_ids)
         if self.seen_tokens == 0:
             self._allocate(batch, device)
-        steps = self._schedule.plan(tokens)
+        ahead = self._schedule.copy()
+        steps = [ahead.step() for _ in range(tokens)]
         drop = steps[0].drop - (self._schedule.cached - self.ring.live)  # a failed forward may have dropped already
         if drop > 0:
             self.ring.prune(drop, self.policy.refresh, self._choose)
@@ -271,7 +277,8 @@ class StreamingCache(Cache):
                 self.observer.rebase(delta)
         segments = Segments.of(steps, device)
         crossing = CrossingChunk(self.ring, segments) if segments else None
-        self._pending = _Pending(tokens, steps, input_ids, crossing)
+        self.ring.open(tokens)
+        self._pending = _Pending(tokens, steps, ahead, input_ids, crossing)
         running.set(self.observer)
         first = self.seen_tokens - self.ring.base
         positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
@@ -296,8 +303,7 @@ class StreamingCache(Cache):
             self.observer.commit()
         self._fill_channels(pending)
         ring.advance(pending.tokens)
-        for _ in range(pending.tokens):
-            self._schedule.step()
+        self._schedule = pending.schedule
         if pending.crossing:
             ring.prune(sum(s.drop for s in pending.steps[1:]))
         self._events += sum(s.event for s in pending.steps)

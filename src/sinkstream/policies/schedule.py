@@ -4,7 +4,6 @@ Time is counted in appended tokens. Just before a token is appended, n counts th
 a trigger is due the drop happens first, so that no token's attention ever sees more than the cap.
 """
 
-import copy
 from dataclasses import dataclass
 
 from sinkstream.policies.eviction import EvictionPolicy
@@ -58,7 +57,9 @@ class PruneSchedule:
 
     def copy(self) -> "PruneSchedule":
         """A schedule that can be stepped ahead without touching this one; observations are shared."""
-        return copy.copy(self)
+        ahead = object.__new__(type(self))
+        ahead.__dict__.update(self.__dict__)
+        return ahead
 
     def plan(self, tokens: int) -> list[Step]:
         """The next `tokens` steps if nothing is observed meanwhile; this schedule is left as it is."""
