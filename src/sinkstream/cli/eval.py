@@ -38,6 +38,11 @@ class Eval:
         group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
         group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
         group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
+        group.add_argument(
+            "--interleave",
+            action="store_true",
+            help="run all policies in turn, token by token: fair on a noisy machine",
+        )
         group.add_argument("--out", type=Path, default=Path("out"), help="folder of the records and the picture")
         group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
 
@@ -57,7 +62,7 @@ class Eval:
             seed=args.seed,
         )
         stream = _tokens(args, loaded, stream_first)
-        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
+        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
         records = batch.run(settings, console)
         title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
         show_records(records, console, title)

@@ -76,6 +76,7 @@ def build_record(
             "warmup_tokens": settings.warmup_tokens,
             "sample_every": settings.sample_every,
             "repeats": settings.repeats,
+            "interleaved": settings.interleaved,
         },
         "summary": result.summary,
     }

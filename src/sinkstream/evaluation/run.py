@@ -95,19 +95,15 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     device = loaded.model.device
     ids = ids.to(device)
     attempts = [(TokenRows(), {}) for _ in range(settings.repeats)]
-    status, reason, to_decode = "complete", None, len(ids) - prefill_tokens - 1
+    to_decode = len(ids) - prefill_tokens - 1
+
+    def all_attempts() -> None:
+        for repeat, (rows, times) in enumerate(attempts):
+            report = _shifted(progress, repeat * to_decode, settings.repeats * to_decode)
+            times["total"] = timed(_attempt, loaded, ids, settings, rows, report, times, device=device)[1]
+
     with PeakMemory(device) as memory:
-        try:
-            for repeat, (rows, times) in enumerate(attempts):
-                report = _shifted(progress, repeat * to_decode, settings.repeats * to_decode)
-                times["total"] = timed(_attempt, loaded, ids, settings, rows, report, times, device=device)[1]
-        except KeyboardInterrupt:
-            status, reason = "partial", f"interrupted {_place(attempts, prefill_tokens)}"
-        except NonFiniteLogits as error:
-            status, reason = "failed", str(error)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            told = next(iter(str(error).splitlines()), "")
-            status, reason = "failed", f"out of memory {_place(attempts, prefill_tokens)}: {told}".rstrip(": ")
+        status, reason = _ended(all_attempts, lambda: _place(attempts, prefill_tokens))
     arrays = attempts[0][0].arrays()
     whole = [rows.arrays()["seconds"] for rows, times in attempts if "total" in times]
     if len(whole) > 1:
@@ -115,6 +111,83 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     medians = {name: _median([times[name] for _, times in attempts if name in times]) for name in TIMES}
     summary = summarise(arrays, *(medians[name] for name in TIMES), memory, warmup_tokens=settings.warmup_tokens)
     return RunResult(arrays, summary, status, reason, prefill_tokens)
+
+
+@torch.inference_mode()
+def run_interleaved(
+    loaded: LoadedModel, ids: torch.Tensor, settings: list[RunSettings], progress: Progress | None = None
+) -> list[RunResult]:
+    """Run several settings in turn at every token, so that a drift of the machine hits all of them alike.
+
+    The order rotates from token to token. Every token is decoded and timed by itself; peak memory, which is that of all
+    runs together, is left out of the summaries. Ends as `run` does, all runs at the same token.
+
+    Parameters
+    ----------
+    settings : list of RunSettings
+        With ``evaluate="steps"``, no repeats and one prefill length.
+
+    Raises
+    ------
+    ValueError
+        If the settings cannot take turns, or do not fit model and text.
+    """
+    prefill_tokens = _common_prefill(settings, len(ids))
+    for one in settings:
+        _check_full_fits(loaded, one, len(ids))
+    ids = ids.to(loaded.model.device)
+    rows, times = [TokenRows() for _ in settings], [{} for _ in settings]
+    sessions = [BACKENDS[one.backend](loaded, one) for one in settings]
+
+    def all_in_turn() -> None:
+        for session, mine in zip(sessions, times):
+            _prefill(session, ids[:prefill_tokens], mine)
+        for t in range(prefill_tokens, len(ids) - 1):
+            for turn in range(len(settings)):
+                i = (turn + t) % len(settings)
+                _decode_steps(
+                    sessions[i], ids, prefill_tokens, range(t, t + 1), rows[i], settings[i], lambda done: None
+                )
+            if progress:
+                progress(t + 1 - prefill_tokens, len(ids) - 1 - prefill_tokens)
+
+    try:
+        status, reason = _ended(all_in_turn, lambda: _place([(rows[0], times[0])], prefill_tokens))
+    finally:
+        for session in sessions:
+            session.close()
+    shortest = min(len(r.rows) for r in rows)
+    results = []
+    for one, mine, its in zip(settings, rows, times):
+        arrays = {name: array[:shortest] for name, array in mine.arrays().items()}
+        summary = summarise(arrays, its.get("prefill"), its.get("ttft"), None, None, warmup_tokens=one.warmup_tokens)
+        results.append(RunResult(arrays, summary, status, reason, prefill_tokens))
+    return results
+
+
+def _common_prefill(settings: list[RunSettings], tokens: int) -> int:
+    lengths = {one.prefill_tokens(tokens) for one in settings}
+    unfit = [one for one in settings if one.evaluate != "steps" or one.repeats > 1 or one.timed_tokens is not None]
+    if len(lengths) > 1 or unfit:
+        raise ValueError(
+            "interleaved runs are timed token by token to the end and have one prefill length; accepted: evaluate=steps"
+            " without repeats and timed_tokens, and the same prefill"
+        )
+    return lengths.pop()
+
+
+def _ended(work: Callable[[], None], place: Callable[[], str]) -> tuple[str, str | None]:
+    """Do the work of a run; returns its status and, unless it is complete, why it ended."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        return "partial", f"interrupted {place()}"
+    except NonFiniteLogits as error:
+        return "failed", str(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = next(iter(str(error).splitlines()), "")
+        return "failed", f"out of memory {place()}: {told}".rstrip(": ")
+    return "complete", None
 
 
 def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
@@ -129,11 +202,7 @@ def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> 
     session = BACKENDS[settings.backend](loaded, settings)
     try:
         prefill = settings.prefill_tokens(len(ids))
-        logits, seconds = timed(session.prefill, ids[:prefill], device=ids.device)
-        _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=ids.device)
-        times["prefill"], times["ttft"] = seconds, seconds + pick_seconds
-        if not torch.isfinite(logits).all():
-            raise NonFiniteLogits(f"the logits after the prefill of {prefill} tokens are not finite")
+        _prefill(session, ids[:prefill], times)
         to_decode = len(ids) - 1 - prefill
         one_by_one = min(to_decode, settings.timed_tokens or to_decode) if settings.evaluate == "steps" else 0
         _decode_steps(session, ids, prefill, range(prefill, prefill + one_by_one), rows, settings, progress)
@@ -142,6 +211,14 @@ def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> 
         session.close()
     if bad_block:
         _decode_bad_block(loaded, ids, prefill, bad_block, rows, settings, progress)
+
+
+def _prefill(session: Session, ids: torch.Tensor, times: dict[str, float]) -> None:
+    logits, seconds = timed(session.prefill, ids, device=ids.device)
+    _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=ids.device)
+    times["prefill"], times["ttft"] = seconds, seconds + pick_seconds
+    if not torch.isfinite(logits).all():
+        raise NonFiniteLogits(f"the logits after the prefill of {len(ids)} tokens are not finite")
 
 
 def _decode_steps(

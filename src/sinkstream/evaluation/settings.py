@@ -56,6 +56,8 @@ class RunSettings:
         Recompute only: every k-th token is recomputed and scored.
     repeats : int
         Runs of the step-by-step path; each token's time is the median over them.
+    interleaved : int
+        How many runs took turns, token by token (`evaluation.run.run_interleaved`).
 
     Raises
     ------
@@ -77,6 +79,7 @@ class RunSettings:
     sample_every: int = 1
     repeats: int = 1
     warmup_tokens: int = WARMUP_TOKENS
+    interleaved: int = 1
 
     def __post_init__(self):
         if self.method not in method_names():

@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
-from sinkstream.evaluation.run import RunResult, check_run, run
+from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.files import WriteError
 from sinkstream.measure.records import Record, load_record
@@ -34,6 +34,8 @@ class Batch:
         Folder of the records.
     resume : bool
         Take a complete record of the very same run from `out` instead of running it again.
+    interleave : bool
+        Run all settings in turn, token by token, instead of one after the other.
     """
 
     loaded: LoadedModel
@@ -43,6 +45,7 @@ class Batch:
     command: list[str]
     seed: int
     resume: bool = False
+    interleave: bool = False
 
     def run(self, settings: list[RunSettings], console: Console) -> list[Record]:
         """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
@@ -61,6 +64,8 @@ class Batch:
         records = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            if self.interleave:
+                return self._run_in_turn(settings, progress)
             for one in settings:
                 records.append(self._run_one(one, progress))
                 if records[-1].status != "complete":
@@ -82,6 +87,18 @@ class Batch:
         )
         with _uninterrupted():
             return load_record(self._save(settings, result))
+
+    def _run_in_turn(self, settings: list[RunSettings], progress: Progress) -> list[Record]:
+        settings = [replace(one, interleaved=len(settings)) for one in settings]
+        task = progress.add_task(f"{len(settings)} in turn", total=None)
+        results = run_interleaved(
+            self.loaded,
+            self.stream.ids,
+            settings,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        with _uninterrupted():
+            return [load_record(self._save(one, result)) for one, result in zip(settings, results)]
 
     def _save(self, settings: RunSettings, result: RunResult) -> Path:
         record = build_record(
