@@ -87,16 +87,16 @@ def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
-    angles = SoftRing.pinned_angles
+    phases = SoftRing.pinned_phases
 
     def off_by_one(ring, *shift):
         ring.first_window += 1
         try:
-            return angles(ring, *shift)
+            return phases(ring, *shift)
         finally:
             ring.first_window -= 1
 
-    monkeypatch.setattr(SoftRing, "pinned_angles", off_by_one)
+    monkeypatch.setattr(SoftRing, "pinned_phases", off_by_one)
     model, ids, options = build(family), token_ids(TOKENS), POLICIES["lazy"]
     nll = nll_of(feed(model, make_cache(model, options), ids[None]), ids[None])[0]
     assert worst(nll, oracle_run(model, ids, options).nll) > 1e-2
@@ -138,3 +138,19 @@ def test_eager_attention_is_refused_by_attention_scorers(scorer):
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"attn_implementation='sdpa'.*'eager'"):
         make_cache(model, POLICIES[f"refresh-{scorer}"])
+
+
+# ---- nothing is evicted ----
+
+
+@pytest.mark.parametrize("policy", ["strict", "max-drop", "slack", "refresh-accumulated-attention"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cap_as_long_as_the_text_reproduces_the_full_cache(family, policy):
+    model, ids = build(family), token_ids(150)[None]
+    options = {k: v for k, v in POLICIES[policy].items() if k != "window"}
+    for cap, same in [(150, True), (149, False)]:
+        cache = make_cache(model, options | {"cap": cap})
+        logits = feed(model, cache, ids, chunk_sizes(cache, 150))
+        with torch.no_grad():
+            assert (worst(logits, model(ids).logits) < TOLERANCE) == same
+        assert (cache.stats()["evicted"] == 0) == same

@@ -118,8 +118,9 @@ class SoftRing:
         keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
             Views of the buffers.
         """
-        self._new[0][layer].copy_(keys.detach())  # detached: no graph may grow along with the stream
-        self._new[1][layer].copy_(values.detach())
+        # detached where it matters: no graph may grow along with the stream
+        self._new[0][layer].copy_(keys.detach() if keys.requires_grad else keys)
+        self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
         return self._visible[0][layer], self._visible[1][layer]
 
     def advance(self, tokens: int) -> None:
@@ -203,8 +204,8 @@ class SoftRing:
             dim=SLOT_AXIS,
         )
 
-    def pinned_angles(self, shift: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles of the pinned frame, relative to the base.
+    def pinned_phases(self, shift: int | None = None) -> torch.Tensor:
+        """Rotations of the pinned frame, relative to the base.
 
         Parameters
         ----------
@@ -212,9 +213,9 @@ class SoftRing:
             By how much the frame lies forward of the base; default: where it lies now. Ignored with original positions.
         """
         if self.original_positions:
-            return self.rope.angles(self.pinned_positions - self.base)
+            return self.rope.phases(self.pinned_positions - self.base)
         shift = self.first_window - self.pinned - self.base if shift is None else shift
-        return self.rope.angles_from(shift, self.pinned, self.keys.device)
+        return self.rope.phases_from(shift, self.pinned, self.keys.device)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
@@ -231,6 +232,7 @@ class SoftRing:
         positions = torch.arange(sink, device=self.keys.device)
         slots = self.keys[..., self.start : self.start + sink, :]
         self.pinned_keys = self.rope.unrotate(slots, *self.rope.angles(positions - self.base))
+        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
         self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
         self.pinned_positions = positions.view(1, 1, 1, sink)
         self.first_window = sink
@@ -242,6 +244,7 @@ class SoftRing:
         lead = keys.shape[:SLOT_AXIS]
         wide = index.expand(*lead, kept)[..., None].expand(*lead, kept, keys.shape[-1])
         self.pinned_keys = torch.cat([self.pinned_keys[..., : self.sink, :], keys.gather(SLOT_AXIS, wide)], SLOT_AXIS)
+        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
         self.pinned_values = torch.cat(
             [self.pinned_values[..., : self.sink, :], values.gather(SLOT_AXIS, wide)], SLOT_AXIS
         )
@@ -256,6 +259,9 @@ class SoftRing:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
-        end = self.start + self.pinned
-        self.rope.rotate_into(self.keys[..., self.start : end, :], self.pinned_keys, *self.pinned_angles())
-        self.values[..., self.start : end, :].copy_(self.pinned_values)
+        keys = self.keys.narrow(SLOT_AXIS, self.start, self.pinned)
+        rotary = self.rope.rotary_dim
+        self.rope.write_rotated(keys, self._pinned_pairs, self.pinned_phases())
+        if rotary < keys.shape[-1]:
+            keys[..., rotary:].copy_(self.pinned_keys[..., rotary:])
+        self.values.narrow(SLOT_AXIS, self.start, self.pinned).copy_(self.pinned_values)

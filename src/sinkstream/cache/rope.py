@@ -40,25 +40,30 @@ class Rope:
         angle = positions.to(torch.float64)[..., None] * self._on[device]
         return angle.cos().float(), angle.sin().float()
 
-    def angles_from(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of `count` positions in a row, computed on the host: one small copy beats many launches.
+    def phases_from(self, first: int, count: int, device: torch.device) -> torch.Tensor:
+        """Rotations of `count` positions in a row, computed on the host: one small copy beats many launches.
 
         Returns
         -------
-        cos, sin : Tensor, (count, rotary_dim / 2), float32, on `device`
+        Tensor, (count, rotary_dim / 2), complex64, on `device`
         """
         angle = np.arange(first, first + count, dtype=np.float64)[:, None] * self._host_freq
-        cos, sin = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)).to(device).unbind(0)
-        return cos, sin
+        return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
 
-    def rotate_into(self, out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotate float32 `x` forward and write it to `out` in its dtype. Axes as in `rotate`; few kernels."""
-        half, rotary = self.rotary_dim // 2, self.rotary_dim
-        a, b = x[..., :half], x[..., half:rotary]
-        out[..., :half].copy_(torch.mul(a, cos).addcmul_(b, sin, value=-1))
-        out[..., half:rotary].copy_(torch.mul(b, cos).addcmul_(a, sin))
-        if rotary < x.shape[-1]:
-            out[..., rotary:].copy_(x[..., rotary:])
+    def phases(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotations of any positions: complex64, ``(..., rotary_dim / 2)``; see `angles`."""
+        return torch.complex(*self.angles(positions))
+
+    def pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """The rotary pairs of float32 vectors ``(..., head_dim)`` as complex64 ``(..., rotary_dim / 2)``."""
+        half = self.rotary_dim // 2
+        return torch.complex(x[..., :half], x[..., half : self.rotary_dim])
+
+    def write_rotated(self, out: torch.Tensor, pairs: torch.Tensor, phases: torch.Tensor) -> None:
+        """Rotate `pairs` by `phases` and write them over the rotary dimensions of `out`, in its dtype; few kernels."""
+        half, rotated = self.rotary_dim // 2, pairs * phases
+        out.narrow(-1, 0, half).copy_(rotated.real)
+        out.narrow(-1, half, half).copy_(rotated.imag)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate forward by the given angles.

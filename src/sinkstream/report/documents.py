@@ -10,7 +10,7 @@ from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
-from sinkstream.report.selection import policy_name, select
+from sinkstream.report.selection import policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 
@@ -90,9 +90,14 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
     controls = [r for r in runs if policy_name(r) == "recompute"]
     if not controls:
         return NONE_YET
-    newest = {r.policy["label"]: r for r in runs if r.data["sha256"] == controls[-1].data["sha256"]}
+    newest = {label(r): r for r in runs if r.data["sha256"] == controls[-1].data["sha256"]}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
     return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
+
+
+def label(record: Record) -> str:
+    """The run's name in tables."""
+    return record.policy.get("label") or record.policy["name"]
 
 
 def _origin(record: Record) -> str:
@@ -124,21 +129,24 @@ for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink
 
 @DOCUMENT_TABLES.register("tpot-pythia-2.8b")
 def pythia_tpot_table(records: Sequence[Record]) -> str:
-    """TPOT of the hf backend on the Pythia-2.8B shape, against strict."""
+    """TPOT of the hf backend on the Pythia-2.8B shape, interleaved runs, against the full cache of the same session."""
     runs = select(records, model="pythia-2.8b", backend="hf", device="cuda")
-    plain = [r for r in runs if not r.protocol.get("cudnn_attention")]
-    newest = {r.policy["label"]: r for r in plain}
-    reference = newest.get("full")
-    if reference is None:
+    runs = [r for r in runs if r.protocol.get("interleaved", 1) > 1]
+    fulls = [r for r in runs if policy_name(r) == "full"]
+    if not fulls:
         return NONE_YET
-    base = reference.summary["steady_tpot_ms"]["mean"]
     rows = []
-    for label, record in newest.items():
+    for record in runs:
+        beside = [r for r in fulls if same_conditions(record, r)]
+        if not beside:
+            continue
         steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
+        counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
+        ratio = steady["mean"] / beside[-1].summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
-        rows.append([label, *cells, f"{steady['mean'] / base:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
-    header = ["run", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
-    return f"{_origin(reference)} Random weights: speed only.\n\n{_grid(header, rows)}"
+        rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
+    header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
+    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{_grid(header, rows)}"
 
 
 @DOCUMENT_TABLES.register("headline")
@@ -166,6 +174,6 @@ def demo_table(records: Sequence[Record]) -> str:
     if not demos:
         return NONE_YET
     same = [r for r in demos if r.arguments == demos[-1].arguments or r.command == demos[-1].command]
-    newest = {r.policy["label"]: r for r in same}
+    newest = {label(r): r for r in same}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
     return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
