@@ -194,7 +194,7 @@ class Replay:
         return positions[min(group[0], layers - 1), 0, min(group[1], heads - 1)].tolist()
 
 
-def oracle_nll(model, ids: torch.Tensor, options: dict, positions: str = "cache", replay: Replay | None = None):
+def oracle_run(model, ids: torch.Tensor, options: dict, positions: str = "cache", replay: Replay | None = None):
     """The oracle's run of the same policy over ids (T,)."""
     rule = {k: v for k, v in options.items() if k in Rule.__dataclass_fields__ and k != "adaptive"}
     more = {}

@@ -121,12 +121,15 @@ def test_selection_is_by_content(store):
 
 
 def test_summary_holds_each_headline_with_its_record(store, tmp_path):
-    shape = {"model": "random:pythia-2.8b", "device": "cuda", "dtype": "float16"}
+    shape = {"model": "random:pythia-2.8b", "device": "cuda", "dtype": "float16", "interleaved": 2}
     slow, fast = make_arrays(), make_arrays()
     slow["seconds"], fast["seconds"] = np.full(1280, 0.0204), np.full(1280, 0.02)
     store("gpu-strict", "strict", slow, **shape)
     store("gpu-full", "full", fast, **shape)
     store("other-dtype", "full", slow, **shape | {"dtype": "float32"}, created="2026-01-09T00:00:00+00:00")
+    alone = {**shape, "interleaved": 1}  # not measured in turn with the full cache: must not count
+    store("alone-strict", "strict", fast, **alone, created="2026-01-09T00:00:00+00:00")
+    store("alone-full", "full", slow, **alone, created="2026-01-09T00:00:00+00:00")
     store("ppl-strict", "strict", make_arrays(shift=0.1), command=("sinkstream", "demo"))
     store("ppl-recompute", "recompute")
     store("ppl-window", "window-only", make_arrays(shift=2))

@@ -31,9 +31,9 @@ class Segments:
     @classmethod
     def of(cls, steps: list[Step], device: torch.device) -> "Segments | None":
         """Segments of a planned chunk, or None if no prune falls inside it (one at its first token is done before)."""
-        inside = torch.tensor([0, *(s.drop for s in steps[1:])])
-        if not inside.any():
+        if not any(s.drop for s in steps[1:]):
             return None
+        inside = torch.tensor([0, *(s.drop for s in steps[1:])])
         starts = inside > 0
         dropped = torch.cat([torch.zeros(1, dtype=torch.int64), inside.cumsum(0)[starts]])
         return cls(starts.long().cumsum(0).to(device), dropped.to(device))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkstream.cache.observe import OBSERVED_SDPA
 from sinkstream.cache.rope import Rope
@@ -68,7 +68,9 @@ def describe(model: PreTrainedModel) -> ModelSpec:
     ValueError
         Naming the model, what is not supported and what is.
     """
-    config = model.config
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"model={type(model).__name__} is not accepted; accepted: a transformers model")
     _check_config(config)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     rotary = getattr(decoder, "rotary_emb", None)
@@ -105,10 +107,8 @@ def _check_config(config) -> None:
         )
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"rope_type={rope_type!r} is not supported: its frequencies change with the length;"
-            f" accepted: {', '.join(ROPE_TYPES)}"
-        )
+        why = ": its frequencies change with the length" if rope_type in ("dynamic", "longrope") else ""
+        raise ValueError(f"rope_type={rope_type!r} is not supported{why}; accepted: {', '.join(ROPE_TYPES)}")
     if _attention_of(config) not in ATTENTION:
         raise ValueError(
             f"attn_implementation={_attention_of(config)!r} is not supported; accepted: {', '.join(ATTENTION)}"

@@ -43,14 +43,14 @@ def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable
         decoder.register_forward_pre_hook(_before_decoder(mine), with_kwargs=True),
         decoder.register_forward_hook(_after_decoder(mine), with_kwargs=True, always_call=True),
     ]
-    if cache.needs_logits:
+    if model is not decoder:
         handles += [
-            model.register_forward_pre_hook(_keep_logits(mine), with_kwargs=True),
-            model.register_forward_hook(_after_model(mine), with_kwargs=True),
+            model.register_forward_pre_hook(_before_model(mine), with_kwargs=True),
+            model.register_forward_hook(_after_model(mine), with_kwargs=True, always_call=True),
         ]
     if attention:
-        observe_attention(model)
-    close = weakref.finalize(cache, _remove, handles, model if attention else None)
+        observe_attention(decoder)
+    close = weakref.finalize(cache, _remove, handles, decoder if attention else None)
     close.atexit = False
     return close
 
@@ -68,7 +68,9 @@ def _before_decoder(mine: weakref.ref):
         if cache is None or kwargs.get("past_key_values") is not cache:
             return None
         ids = args[0] if args else kwargs.get("input_ids")
-        given = ids if ids is not None else kwargs["inputs_embeds"]
+        given = ids if ids is not None else kwargs.get("inputs_embeds")
+        if given is None:
+            return None  # the decoder itself refuses that
         batch, tokens = given.shape[:2]
         _check_mask_and_positions(kwargs, cache.seen_tokens, tokens)
         positions, mask = cache._begin(batch, tokens, ids, given.device)
@@ -80,25 +82,37 @@ def _before_decoder(mine: weakref.ref):
 def _after_decoder(mine: weakref.ref):
     def hook(module, args, kwargs, output):
         cache = mine()
-        if cache is not None and cache._pending is not None and kwargs.get("past_key_values") is cache:
-            cache._abort() if output is None else cache._commit()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return
+        if output is None:
+            cache._abort()
+        elif not cache._in_model:
+            cache._commit()
 
     return hook
 
 
-def _keep_logits(mine: weakref.ref):
+def _before_model(mine: weakref.ref):
     def hook(module, args, kwargs):
-        if mine() is not None and kwargs.get("past_key_values") is mine():
-            return args, kwargs | {"logits_to_keep": 0}
-        return None
+        cache = mine()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return None
+        cache._abort()
+        cache._in_model = True
+        return (args, kwargs | {"logits_to_keep": 0}) if cache.needs_logits else None
 
     return hook
 
 
 def _after_model(mine: weakref.ref):
     def hook(module, args, kwargs, output):
-        if mine() is not None and kwargs.get("past_key_values") is mine():
-            mine()._observe(output.logits if hasattr(output, "logits") else output[0])
+        cache = mine()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return
+        if output is None:  # the head raised, or something after it: then the tokens never came
+            cache._abort()
+        else:
+            cache._commit(output.logits if hasattr(output, "logits") else output[0])
 
     return hook
 
@@ -116,8 +130,15 @@ def _check_mask_and_positions(kwargs: dict, seen: int, tokens: int) -> None:
     if positions is not None:
         expected = torch.arange(seen, seen + tokens, device=positions.device)
         checks.append((positions == expected).all() if positions.shape[-1] == tokens else torch.tensor(False))
-    if checks and not bool(torch.stack([c.to(checks[0].device) for c in checks]).all()):
+    if not checks or bool(torch.stack([c.to(checks[0].device) for c in checks]).all()):
+        return
+    if mask is not None and not checks[0]:
         raise ValueError(
-            "padded batches and positions of the caller's own are not supported: pads would become sinks;"
-            " give rows of equal length without padding, and no position_ids"
+            "attention_mask with zeros is not supported: pads would become sinks; give rows of equal length without"
+            " padding (without an attention_mask generate() takes every pad_token_id of a prompt for padding)"
         )
+    raise ValueError(
+        f"position_ids of the caller's own are not supported: the next {tokens} tokens take {seen} to"
+        f" {seen + tokens - 1}; give no position_ids, and give generate() the whole conversation: the {seen} tokens"
+        " seen and at least one new one"
+    )

@@ -27,24 +27,26 @@ def _observed_sdpa(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def observe_attention(model: PreTrainedModel) -> None:
-    """Switch a model's attention to the observed implementation; counted, so that several caches can ask for it."""
-    if _users.get(model, 0) == 0:
+def observe_attention(decoder: PreTrainedModel) -> None:
+    """Switch a decoder's attention to the observed implementation; counted, so that several caches can ask for it."""
+    if _users.get(decoder, 0) == 0:
         AttentionInterface.register(OBSERVED_SDPA, _observed_sdpa)
         AttentionMaskInterface.register(OBSERVED_SDPA, sdpa_mask)
-        model.set_attn_implementation(OBSERVED_SDPA)
-    _users[model] = _users.get(model, 0) + 1
+        decoder.set_attn_implementation(OBSERVED_SDPA)
+    _users[decoder] = _users.get(decoder, 0) + 1
 
 
-def release_attention(model: PreTrainedModel) -> None:
-    """Undo one `observe_attention`; the last one switches the model back to sdpa."""
-    _users[model] -= 1
-    if _users[model] == 0:
-        model.set_attn_implementation("sdpa")
+def release_attention(decoder: PreTrainedModel) -> None:
+    """Undo one `observe_attention`; the last one switches the decoder back to sdpa."""
+    _users[decoder] -= 1
+    if _users[decoder] == 0:
+        decoder.set_attn_implementation("sdpa")
 
 
 class AttentionObserver:
     """Collects queries and accumulated attention during the forwards of one cache.
+
+    What a forward shows is kept apart until `commit`, so that one that raises half-way leaves no trace.
 
     Parameters
     ----------
@@ -59,7 +61,40 @@ class AttentionObserver:
         self.ring, self.keep, self.accumulate = ring, queries, accumulate
         self.queries: dict[int, torch.Tensor] = {}
         self.scaling = 1.0
+        self.begin(0)
 
+    @property
+    def bytes(self) -> int:
+        """Memory held by the kept queries, in bytes; accumulated attention counts in the ring."""
+        return sum(q.numel() * q.element_size() for q in self.queries.values())
+
+    def begin(self, tokens: int) -> None:
+        """Forget an unfinished forward and zero the accumulated attention of the entries about to be written."""
+        self._new_queries: dict[int, torch.Tensor] = {}
+        self._new_weights: dict[int, torch.Tensor] = {}
+        if self.accumulate:
+            self.ring.channels["accumulated"][..., self.ring.tail : self.ring.tail + tokens] = 0
+
+    def commit(self) -> None:
+        """Take over what the forward showed; before the ring counts its tokens.
+
+        Raises
+        ------
+        ValueError
+            If the attention of a layer was not seen.
+        """
+        if len(self._new_queries or self._new_weights) != self.ring.keys.shape[0]:
+            raise ValueError(
+                "this policy watches the attention, but the model's attn_implementation was changed after the cache was"
+                " made; make the cache again"
+            )
+        self.queries |= self._new_queries
+        for layer, weights in self._new_weights.items():
+            visible = slice(self.ring.start, self.ring.start + weights.shape[-1])
+            self.ring.channels["accumulated"][layer, :, :, visible] += weights
+        self.begin(0)
+
+    @torch.no_grad()
     def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Called by the attention function of every layer.
 
@@ -73,17 +108,11 @@ class AttentionObserver:
         if self.keep:
             older = self.queries.get(layer)
             joined = query if older is None else torch.cat([older, query], dim=2)
-            self.queries[layer] = joined[:, :, -self.keep :].clone()
+            self._new_queries[layer] = joined[:, :, -self.keep :].clone()
         if self.accumulate:
             visible = key.shape[2]
             index = torch.arange(visible, device=key.device)
-            weights = self._weights(query, key, index, index[visible - query.shape[2] :])
-            self.ring.channels["accumulated"][layer, :, :, self.ring.start : self.ring.start + visible] += weights
-
-    def forget_slots(self, tokens: int) -> None:
-        """Zero the accumulated attention of the entries about to be written."""
-        if self.accumulate:
-            self.ring.channels["accumulated"][..., self.ring.tail : self.ring.tail + tokens] = 0
+            self._new_weights[layer] = self._weights(query, key, index, index[visible - query.shape[2] :])
 
     def rebase(self, delta: int) -> None:
         """Move the kept queries with a rebase of the window."""
@@ -92,6 +121,8 @@ class AttentionObserver:
 
     def candidate_attention(self, leaving: int) -> torch.Tensor:
         """Attention that the kept queries give to the candidates, at their present cache positions.
+
+        Queries whose tokens have left the window are passed over: they have no position any more.
 
         Returns
         -------
@@ -102,6 +133,7 @@ class AttentionObserver:
         index = torch.where(slots < ring.pinned, -1, ring.first_window + slots - ring.pinned)
         rows = []
         for layer, query in sorted(self.queries.items()):
+            query = query[:, :, -(ring.seen - ring.first_window) :]
             asked = ring.seen - query.shape[2] + torch.arange(query.shape[2], device=query.device)
             rows.append(self._weights(query, ring.keys[layer, :, :, ring.start : ring.tail], index, asked))
         return torch.stack(rows)[..., ring.sink : ring.pinned + leaving]

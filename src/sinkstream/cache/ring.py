@@ -99,22 +99,29 @@ class SoftRing:
         held += [*self.channels.values(), *self.pinned_channels.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
+    def open(self, tokens: int) -> None:
+        """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
+        end = self.tail + tokens
+        self._new = [buffer[..., self.tail : end, :].unbind(0) for buffer in (self.keys, self.values)]
+        self._visible = [buffer[..., self.start : end, :].unbind(0) for buffer in (self.keys, self.values)]
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries at the tail of one layer, without moving it, and return everything visible.
 
         Parameters
         ----------
         keys, values : Tensor, (batch, kv_heads, new, head_dim)
+            As many entries as `open` was told.
 
         Returns
         -------
         keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
             Views of the buffers.
         """
-        end = self.tail + keys.shape[-2]
-        self.keys[layer, :, :, self.tail : end].copy_(keys)
-        self.values[layer, :, :, self.tail : end].copy_(values)
-        return self.keys[layer, :, :, self.start : end], self.values[layer, :, :, self.start : end]
+        # detached where it matters: no graph may grow along with the stream
+        self._new[0][layer].copy_(keys.detach() if keys.requires_grad else keys)
+        self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
+        return self._visible[0][layer], self._visible[1][layer]
 
     def advance(self, tokens: int) -> None:
         """Count the entries that were written at the tail."""
@@ -173,16 +180,20 @@ class SoftRing:
         window = self.live - drop - self.sink - refresh
         if first:
             self._pin_sinks()
+        self.pinned_channels = {n: self._pinned_slots(c).clone() for n, c in self.channels.items()}
         leaving = self.live - self.pinned - window
         if refresh:
             self._pin(choose(leaving), leaving)
         self.first_window += leaving
         self.start = self.tail - window - self.pinned
         self._write_pinned()
+        for name, channel in self.channels.items():
+            self._pinned_slots(channel).copy_(self.pinned_channels[name])
 
     def candidates(self, leaving: int) -> dict[str, torch.Tensor]:
         """Channels of the pinned tokens (sinks left out) and of the `leaving` oldest window tokens, in stream order."""
-        return {n: self._join(self.pinned_channels[n], c, leaving) for n, c in self.channels.items()}
+        count = self.pinned - self.sink + leaving
+        return {n: c.narrow(SLOT_AXIS, self.start + self.sink, count) for n, c in self.channels.items()}
 
     def candidate_keys(self, leaving: int) -> torch.Tensor:
         """Unrotated float32 keys of the candidates, ``(layers, batch, kv_heads, candidates, head_dim)``."""
@@ -193,18 +204,21 @@ class SoftRing:
             dim=SLOT_AXIS,
         )
 
-    def pinned_angles(self, shift: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles of the pinned frame, relative to the base.
+    def pinned_phases(self, shift: int | None = None) -> torch.Tensor:
+        """Rotations of the pinned frame, relative to the base.
 
         Parameters
         ----------
-        shift : int, Tensor or None
+        shift : int or None
             By how much the frame lies forward of the base; default: where it lies now. Ignored with original positions.
         """
         if self.original_positions:
-            return self.rope.angles(self.pinned_positions - self.base)
+            return self.rope.phases(self.pinned_positions - self.base)
         shift = self.first_window - self.pinned - self.base if shift is None else shift
-        return self.rope.angles(torch.arange(self.pinned, device=self.keys.device) + shift)
+        return self.rope.phases_from(shift, self.pinned, self.keys.device)
+
+    def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
 
     def _leaving(self, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start + self.pinned, leaving)
@@ -218,8 +232,8 @@ class SoftRing:
         positions = torch.arange(sink, device=self.keys.device)
         slots = self.keys[..., self.start : self.start + sink, :]
         self.pinned_keys = self.rope.unrotate(slots, *self.rope.angles(positions - self.base))
+        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
         self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
-        self.pinned_channels = {n: c[..., self.start : self.start + sink].clone() for n, c in self.channels.items()}
         self.pinned_positions = positions.view(1, 1, 1, sink)
         self.first_window = sink
 
@@ -230,6 +244,7 @@ class SoftRing:
         lead = keys.shape[:SLOT_AXIS]
         wide = index.expand(*lead, kept)[..., None].expand(*lead, kept, keys.shape[-1])
         self.pinned_keys = torch.cat([self.pinned_keys[..., : self.sink, :], keys.gather(SLOT_AXIS, wide)], SLOT_AXIS)
+        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
         self.pinned_values = torch.cat(
             [self.pinned_values[..., : self.sink, :], values.gather(SLOT_AXIS, wide)], SLOT_AXIS
         )
@@ -241,11 +256,12 @@ class SoftRing:
         self.pinned_positions = self.pinned_channels["position"]
 
     def _write_pinned(self) -> None:
-        """Rotate the pinned keys to where the frame lies now and write all pinned entries before the window."""
+        """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
-        end = self.start + self.pinned
-        self.keys[..., self.start : end, :].copy_(self.rope.rotate(self.pinned_keys, *self.pinned_angles()))
-        self.values[..., self.start : end, :].copy_(self.pinned_values)
-        for name, channel in self.channels.items():
-            channel[..., self.start : end].copy_(self.pinned_channels[name])
+        keys = self.keys.narrow(SLOT_AXIS, self.start, self.pinned)
+        rotary = self.rope.rotary_dim
+        self.rope.write_rotated(keys, self._pinned_pairs, self.pinned_phases())
+        if rotary < keys.shape[-1]:
+            keys[..., rotary:].copy_(self.pinned_keys[..., rotary:])
+        self.values.narrow(SLOT_AXIS, self.start, self.pinned).copy_(self.pinned_values)

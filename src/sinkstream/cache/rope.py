@@ -1,5 +1,6 @@
 """Rotary positions: exact angles in float64, rotation and its inverse in float32."""
 
+import numpy as np
 import torch
 
 
@@ -18,6 +19,7 @@ class Rope:
     def __init__(self, inv_freq: torch.Tensor):
         self.inv_freq = inv_freq.detach().to("cpu", torch.float64)
         self.rotary_dim = 2 * len(self.inv_freq)
+        self._host_freq = self.inv_freq.numpy()
         self._on: dict[torch.device, torch.Tensor] = {}
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +39,31 @@ class Rope:
             self._on[device] = self.inv_freq.to(device)
         angle = positions.to(torch.float64)[..., None] * self._on[device]
         return angle.cos().float(), angle.sin().float()
+
+    def phases_from(self, first: int, count: int, device: torch.device) -> torch.Tensor:
+        """Rotations of `count` positions in a row, computed on the host: one small copy beats many launches.
+
+        Returns
+        -------
+        Tensor, (count, rotary_dim / 2), complex64, on `device`
+        """
+        angle = np.arange(first, first + count, dtype=np.float64)[:, None] * self._host_freq
+        return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
+
+    def phases(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotations of any positions: complex64, ``(..., rotary_dim / 2)``; see `angles`."""
+        return torch.complex(*self.angles(positions))
+
+    def pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """The rotary pairs of float32 vectors ``(..., head_dim)`` as complex64 ``(..., rotary_dim / 2)``."""
+        half = self.rotary_dim // 2
+        return torch.complex(x[..., :half], x[..., half : self.rotary_dim])
+
+    def write_rotated(self, out: torch.Tensor, pairs: torch.Tensor, phases: torch.Tensor) -> None:
+        """Rotate `pairs` by `phases` and write them over the rotary dimensions of `out`, in its dtype; few kernels."""
+        half, rotated = self.rotary_dim // 2, pairs * phases
+        out.narrow(-1, 0, half).copy_(rotated.real)
+        out.narrow(-1, half, half).copy_(rotated.imag)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate forward by the given angles.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -24,7 +25,7 @@ from sinkstream.cache.ring import Channel, SoftRing
 from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
 
 POSITIONS = ("cache", "original")
-REBASE_AT = 16_384
+REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
 class StreamingLayer(CacheLayerMixin):
@@ -59,10 +60,11 @@ class StreamingLayer(CacheLayerMixin):
 
 @dataclass
 class _Pending:
-    """A forward that has begun: committed when the decoder returns, forgotten if it raises."""
+    """A forward that has begun: committed when the called model returns, forgotten if it raises."""
 
     tokens: int
     steps: list[Step]
+    schedule: PruneSchedule
     input_ids: torch.Tensor | None
     crossing: CrossingChunk | None
 
@@ -132,7 +134,8 @@ class StreamingCache(Cache):
         if "structure" in policy.needs:
             if tokenizer is None:
                 raise ValueError("scorer='structural' reads the text of tokens; give tokenizer=TOKENIZER")
-            structure = structural_weights(tokenizer)
+            weights = structural_weights(tokenizer)  # models pad their vocabulary past the tokenizer's
+            structure = pad(weights, (0, max(0, model.config.vocab_size - len(weights))))
         cache = cls(spec, policy, positions=positions, rebase_at=rebase_at, structure=structure)
         cache._close = install_hooks(cache, model, attention=bool({"attention", "accumulated"} & policy.needs))
         return cache
@@ -160,7 +163,7 @@ class StreamingCache(Cache):
             "evicted": self.seen_tokens - self.kept_tokens,
             "events": self._events,
             "rebases": self.ring.rebases if self.ring else 0,
-            "bytes": self.ring.bytes if self.ring else 0,
+            "bytes": sum(part.bytes for part in (self.ring, self.observer) if part),
         }
 
     def reset(self) -> None:
@@ -212,13 +215,28 @@ class StreamingCache(Cache):
             fed += size
         return out.logits[:, -1]
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
+        return self._write(layer_idx, key_states, value_states)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Refused: rows of a streaming cache share one schedule."""
-        raise ValueError("beam search is not supported by StreamingCache; accepted: greedy decoding and sampling")
+        raise ValueError(
+            "beam search is not supported by StreamingCache; accepted: greedy decoding and sampling."
+            " The prompt is in the cache, once for every beam: call reset() before using it again"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused, as `crop`: generate() asks for it before an assisted decoding."""
+        self.crop()
 
     def crop(self, *args: Any) -> None:
         """Refused: evicted entries cannot come back."""
         raise ValueError("StreamingCache cannot be rolled back; assisted decoding and crop() are not supported")
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """Refused: a copy would have no hooks on the model."""
+        raise ValueError("StreamingCache cannot be copied; make another one with StreamingCache.for_model(model, …)")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused, as `reorder_cache`."""
@@ -238,25 +256,29 @@ class StreamingCache(Cache):
         self._pending: _Pending | None = None
         self._events = 0
         self._log_probs: torch.Tensor | None = None
-        self._unobserved = 0
+        self._in_model = False  # whether the causal model, not its decoder alone, is being called
 
     def _begin(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
         """Prune if it is time, make room, and return (position_ids, mask or None) for the coming tokens."""
-        if self.ring is None:
-            self._allocate(batch, device)
+        if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
+            self._abort()
         self._check_call(batch, tokens, input_ids)
-        steps = self._schedule.plan(tokens)
+        if self.seen_tokens == 0:
+            self._allocate(batch, device)
+        ahead = self._schedule.copy()
+        steps = [ahead.step() for _ in range(tokens)]
         drop = steps[0].drop - (self._schedule.cached - self.ring.live)  # a failed forward may have dropped already
         if drop > 0:
             self.ring.prune(drop, self.policy.refresh, self._choose)
         delta = self.ring.make_room(tokens)
         if self.observer:
-            self.observer.forget_slots(tokens)
+            self.observer.begin(tokens)
             if delta is not None:
                 self.observer.rebase(delta)
         segments = Segments.of(steps, device)
         crossing = CrossingChunk(self.ring, segments) if segments else None
-        self._pending = _Pending(tokens, steps, input_ids, crossing)
+        self.ring.open(tokens)
+        self._pending = _Pending(tokens, steps, ahead, input_ids, crossing)
         running.set(self.observer)
         first = self.seen_tokens - self.ring.base
         positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
@@ -266,59 +288,59 @@ class StreamingCache(Cache):
         if self._pending is None:
             raise ValueError(
                 "this cache is not attached to the model that is using it;"
-                " make one with StreamingCache.for_model(model, …)"
+                " make one with StreamingCache.for_model(model, …) and pass it by name: past_key_values=cache"
             )
         visible = self.ring.write(layer, keys, values)
         return self._pending.crossing.extend(layer, *visible) if self._pending.crossing else visible
 
-    def _commit(self) -> None:
-        """The decoder has returned: count the tokens and do the prunes that fell inside the chunk."""
+    def _commit(self, logits: torch.Tensor | None = None) -> None:
+        """The model has returned: count the tokens, do the prunes that fell inside the chunk, observe the logits."""
         pending, ring = self._pending, self.ring
-        self._pending = None
-        running.set(None)
+        self._abort()
+        if pending is None:
+            return
+        if self.observer:
+            self.observer.commit()
         self._fill_channels(pending)
         ring.advance(pending.tokens)
-        for _ in range(pending.tokens):
-            self._schedule.step()
+        self._schedule = pending.schedule
         if pending.crossing:
             ring.prune(sum(s.drop for s in pending.steps[1:]))
         self._events += sum(s.event for s in pending.steps)
         self.last_steps = pending.steps
-        self._unobserved = pending.tokens if self.needs_logits else 0
-        self._last_ids = pending.input_ids
+        if self.needs_logits:
+            self._observe(logits, pending.input_ids)
 
     def _abort(self) -> None:
-        """The forward raised: the tokens never came."""
-        self._pending = None
+        """No forward is under way; if one was and is not committed, its tokens never came."""
+        self._pending, self._in_model = None, False
         running.set(None)
 
     @torch.no_grad()
-    def _observe(self, logits: torch.Tensor) -> None:
+    def _observe(self, logits: torch.Tensor, ids: torch.Tensor | None) -> None:
         """Take in the logits ``(batch, tokens, vocab)`` of the forward just committed."""
-        tokens, ids = self._unobserved, self._last_ids
-        if not tokens:
-            return
-        if logits.shape[1] != tokens:
-            raise ValueError(f"logits for {logits.shape[1]} of {tokens} tokens; this policy needs logits_to_keep=0")
         log_probs = torch.log_softmax(logits.float(), dim=-1)
-        self._unobserved = 0
-        if (signal := self._schedule.signal()) is not None:
+        for signal in self._schedule.signals():
             for risk in SIGNALS[signal](log_probs).mean(0).tolist():
-                self._schedule.observe(risk)
-        if "nll" in self.ring.channels:
-            self._fill_uncertainty(log_probs, ids)
+                self._schedule.observe(signal, risk)
+        self._fill_uncertainty(log_probs, ids)
         self._log_probs = log_probs[:, -1:].clone()
 
-    def _fill_uncertainty(self, log_probs: torch.Tensor, ids: torch.Tensor) -> None:
+    def _fill_uncertainty(self, log_probs: torch.Tensor, ids: torch.Tensor | None) -> None:
         """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
-        nll, entropy = (self.ring.channels[n][0, :, 0] for n in ("nll", "entropy"))
+        channels = self.ring.channels
+        if not {"nll", "entropy"} & channels.keys():
+            return
         known = log_probs[:, :-1] if self._log_probs is None else torch.cat([self._log_probs, log_probs[:, :-1]], 1)
-        new, count = slice(self.ring.tail - known.shape[1], self.ring.tail), known.shape[1]
-        if self._log_probs is None:
-            nll[:, self.ring.tail - ids.shape[1]] = entropy[:, self.ring.tail - ids.shape[1]] = 0
-        if count:
-            nll[:, new] = -known.gather(-1, ids[:, -count:, None])[..., 0]
-            entropy[:, new] = SIGNALS["entropy"](known)
+        tail = self.ring.tail
+        first, new = slice(tail - log_probs.shape[1], tail - known.shape[1]), slice(tail - known.shape[1], tail)
+        if "nll" in channels:
+            drawn = ids[:, ids.shape[1] - known.shape[1] :, None]
+            channels["nll"][..., first] = 0
+            channels["nll"][..., new] = -known.gather(-1, drawn)[..., 0][:, None]
+        if "entropy" in channels:
+            channels["entropy"][..., first] = 0
+            channels["entropy"][..., new] = SIGNALS["entropy"](known)[:, None]
 
     def _fill_channels(self, pending: _Pending) -> None:
         ring = self.ring
@@ -328,8 +350,7 @@ class StreamingCache(Cache):
                 ring.seen, ring.seen + pending.tokens, device=ring.keys.device
             )
         if "structure" in ring.channels:
-            weights = self._structure.to(ring.keys.device)[pending.input_ids]
-            ring.channels["structure"][..., new] = weights[None, :, None, :]
+            ring.channels["structure"][..., new] = self._structure[pending.input_ids][:, None]
 
     def _choose(self, leaving: int) -> torch.Tensor:
         known = self.ring.candidates(leaving)
@@ -343,20 +364,23 @@ class StreamingCache(Cache):
         spec, policy = self.spec, self.policy
         names = {"position", "structure", "nll", "entropy", "accumulated"} & (policy.needs | {"position"})
         channels = [
-            Channel(n, torch.int64 if n == "position" else torch.float32, policy.scorer.per_head)
+            Channel(n, torch.int64 if n == "position" else torch.float32, policy.scorer.per_head or n == "accumulated")
             for n in sorted(names)
             if policy.scorer is not None
         ]
-        self.ring = SoftRing(
-            (spec.layers, batch, spec.kv_heads, self._capacity(), spec.head_dim),
-            spec.dtype,
-            device,
-            rope=spec.rope,
-            sink=policy.sink,
-            original_positions=self.positions == "original",
-            rebase_at=self._rebase_at,
-            channels=channels,
-        )
+        if self._structure is not None:
+            self._structure = self._structure.to(device)
+        with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
+            self.ring = SoftRing(
+                (spec.layers, batch, spec.kv_heads, self._capacity(), spec.head_dim),
+                spec.dtype,
+                device,
+                rope=spec.rope,
+                sink=policy.sink,
+                original_positions=self.positions == "original",
+                rebase_at=self._rebase_at,
+                channels=channels,
+            )
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
@@ -371,20 +395,22 @@ class StreamingCache(Cache):
         return torch.zeros_like(visible, dtype=self.spec.dtype).masked_fill_(~visible, lowest)
 
     def _check_call(self, batch: int, tokens: int, input_ids: torch.Tensor | None) -> None:
-        if batch != self.ring.keys.shape[1]:
+        if tokens < 1:
+            raise ValueError("0 tokens in one call; accepted: at least 1")
+        if self.seen_tokens and batch != self.ring.keys.shape[1]:
             raise ValueError(
                 f"batch of {batch}, but this cache holds {self.ring.keys.shape[1]} streams;"
                 " use reset() or another cache"
             )
         if input_ids is None and {"structure", "nll"} & self.policy.needs:
             raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
-        if self._unobserved:
+        if self.needs_logits and not self._in_model:
             raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
         if tokens > self.max_chunk_tokens():
             raise ValueError(
                 f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now;"
-                " feed the prompt with cache.prefill(model, input_ids[:, :-1]) first,"
-                " or give generate() a prefill_chunk_size"
+                " feed the prompt with cache.prefill(model, input_ids[:, :-1]) first"
+                + (", or give generate() a prefill_chunk_size" if self.policy.plan_known else "")
             )
 
 

@@ -6,21 +6,44 @@ A user's mistake ends with one message on stderr and exit code 2, an interrupt w
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 
-from sinkstream import __doc__ as description
 from sinkstream import __version__
+from sinkstream.measure.files import WriteError
 from sinkstream.registry import Registry
 
 COMMANDS: Registry = Registry("command")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names stay in one piece, so that they can be copied, and only defaults that say something are shown."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_something = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if says_something else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options."""
     from sinkstream.cli import demo, env, eval, report  # noqa: F401  (they register their commands)
 
-    parser = argparse.ArgumentParser(prog="sinkstream", description=description, allow_abbrev=False)
+    parser = Parser(
+        prog="sinkstream",
+        description="Language models that stream for ever in a fixed amount of memory.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -30,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=command.__doc__,
             allow_abbrev=False,
             usage=f"sinkstream {name} [options]",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
@@ -40,13 +63,26 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.exit(
+            EXIT_USAGE,
+            f"sinkstream {args.command}: error: unknown argument {unknown[0]!r};"
+            f" accepted: see sinkstream {args.command} --help\n",
+        )
     args.argv = ["sinkstream", *(sys.argv[1:] if argv is None else argv)]
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"sinkstream {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
-        print(f"sinkstream {args.command}: error: {error}", file=sys.stderr)
+        message = error.strerror if isinstance(error, WriteError) else error
+        print(f"sinkstream {args.command}: error: {message}", file=sys.stderr)
         return EXIT_USAGE

@@ -10,6 +10,7 @@ from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import all_arguments
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import load_text, tokenize
+from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
 from sinkstream.models import load_model
@@ -32,6 +33,7 @@ class Demo:
     def run(args: argparse.Namespace) -> int:
         """Run the demo on the CPU in float32, so that it gives the same figures everywhere."""
         console = wide_console()
+        set_numerics(tf32=False, cudnn_attention=False)
         settings = demo_settings(args.cap, args.sample_every)
         loaded = load_model("builtin", dtype=torch.float32, device="cpu")
         stream = tokenize(load_text("builtin"), loaded.tokenizer, args.tokens)
@@ -39,6 +41,5 @@ class Demo:
         records = batch.run(settings, console)
         title = f"{TITLE}, {args.tokens} tokens, cap {args.cap}"
         show_records(records, console, title)
-        picture = draw_nll(records, args.out / "nll.png", title)
-        console.print(f"records: {args.out}, picture: {picture}")
+        draw_nll(records, args.out, console, title)
         return exit_code(records)

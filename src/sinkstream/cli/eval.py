@@ -7,9 +7,9 @@ from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
-from sinkstream.evaluation.record import set_tf32
+from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import BASELINES, EVALUATE, RunSettings
+from sinkstream.evaluation.settings import BASELINES, EVALUATE, FIXED, RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 
@@ -38,6 +38,11 @@ class Eval:
         group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
         group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
         group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
+        group.add_argument(
+            "--interleave",
+            action="store_true",
+            help="run all policies in turn, token by token: fair on a noisy machine",
+        )
         group.add_argument("--out", type=Path, default=Path("out"), help="folder of the records and the picture")
         group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
 
@@ -47,7 +52,7 @@ class Eval:
         settings = [_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
         device = resolve_device(args.device)
-        set_tf32(args.tf32)
+        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
         loaded = load_model(
             args.model,
@@ -57,12 +62,11 @@ class Eval:
             seed=args.seed,
         )
         stream = _tokens(args, loaded, stream_first)
-        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
+        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
         records = batch.run(settings, console)
         title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
         show_records(records, console, title)
-        picture = draw_nll(records, args.out / "nll.png", title)
-        console.print(f"records: {args.out}" + (f", picture: {picture}" if picture else ""))
+        draw_nll(records, args.out, console, title)
         return exit_code(records)
 
 
@@ -73,10 +77,13 @@ def exit_code(records: list) -> int:
 
 
 def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
+    shared = policy_options(args)
+    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
+        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
     return RunSettings(
         method,
         cap=args.cap,
-        options=({} if method in BASELINES and len(args.policy) > 1 else policy_options(args)) | options,
+        options=shared | options,
         cap_accounting=args.cap_accounting,
         positions=args.positions,
         allow_untrained_positions=args.allow_untrained_positions,

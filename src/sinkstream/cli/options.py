@@ -10,6 +10,8 @@ from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
 
+NUMBERS = {int: "a whole number", float: "a number"}
+
 
 def policy_option_specs() -> Iterator[OptionSpec]:
     """Every policy option once: geometry, then triggers, then scorers."""
@@ -20,13 +22,13 @@ def policy_option_specs() -> Iterator[OptionSpec]:
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--policy``, ``--cap`` and one flag for every registered policy option."""
     group = parser.add_argument_group("policy")
-    listed = "; ".join(f"{name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
+    listed = "\n".join(f"- {name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
     group.add_argument(
         "--policy",
         type=_policies,
         default="strict",
         metavar="NAME[:OPTION=VALUE…][,NAME…]",
-        help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8); {listed}",
+        help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8):\n{listed}\n",
     )
     group.add_argument("--cap", type=int, help="KV slots, growth included; the window is what the rest leaves of it")
     group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
@@ -57,6 +59,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="transformers' implementation")
     group.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
+    group.add_argument(
+        "--cudnn-attention",
+        action="store_true",
+        help="allow cuDNN attention (it builds a plan for every new length)",
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
 
 
@@ -88,6 +95,6 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
             options[option] = types[option](value)
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{part!r} in {text!r}: {value!r} is not a {types[option].__name__}"
+                f"{part!r} in {text!r}: {value!r} is not accepted; accepted: {NUMBERS[types[option]]}"
             ) from None
     return name, options

@@ -33,8 +33,14 @@ class Report:
                 console.print(f"  {key} is missing: {why}")
         stale, tables = [], render_tables(args.results)
         for path in args.docs:
-            mine = {name: tables[name] for name in generated_names(path)}
+            mine = {name: _table(tables, name, path) for name in generated_names(path)}
             stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]
         for name in stale:
             console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
         return EXIT_FAILED if args.check and stale else 0
+
+
+def _table(tables: dict[str, str], name: str, path: Path) -> str:
+    if name not in tables:
+        raise ValueError(f"{path}: table {name!r} is not known; accepted: {', '.join(tables) or 'none yet'}")
+    return tables[name]

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from sinkstream.measure.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
 
 PIPE_WIDTH = 150
+PICTURE = "nll.png"
 
 
 def wide_console() -> Console:
@@ -21,13 +23,20 @@ def show_records(records: list[Record], console: Console, title: str) -> None:
     """Print the comparison table of all records that scored something; the first one is the control."""
     scored = [r for r in records if r.summary["scored_tokens"]]
     if scored:
-        console.print(rich_table(comparison_rows(scored), title=title))
+        console.print(rich_table(comparison_rows(scored), title=escape(title)))
     for record in records:
         if record.status != "complete":
-            console.print(f"{record.policy['label']}: {record.status}: {record.status_reason}", style="bold red")
+            told = f"{record.policy['label']}: {record.status}: {record.status_reason}"
+            console.print(told, style="bold red", markup=False, highlight=False)
 
 
-def draw_nll(records: list[Record], path: Path, title: str) -> Path | None:
-    """Draw NLL over tokens of all records that scored something; None if there is none."""
+def draw_nll(records: list[Record], out: Path, console: Console, title: str) -> None:
+    """Draw NLL over tokens of all records that scored something, and say where records and picture are."""
     scored = [r for r in records if r.summary["scored_tokens"]]
-    return nll_over_tokens(scored, path, title=title) if scored else None
+    told = f"records: {out}"
+    if scored:
+        try:
+            told += f", picture: {nll_over_tokens(scored, out / PICTURE, title=title)}"
+        except ImportError as error:
+            told += f"; no picture: {error}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.numerics import numerics
 from sinkstream.evaluation.run import RunResult
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.environment import environment, tf32_switches, utc_now
+from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.records import Record, load_records, new_record_id, write_record
 from sinkstream.models import LoadedModel
 
@@ -22,7 +21,7 @@ def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings
         "attention": loaded.model.config._attn_implementation,
         "data_sha256": stream.sha256,
         "settings": settings.record(),
-        "tf32": tf32_switches()["matmul"],
+        **numerics(),
     }
 
 
@@ -68,7 +67,7 @@ def build_record(
             "evaluate": settings.evaluate,
             "dtype": identity["dtype"],
             "device": str(device),
-            "tf32": identity["tf32"],
+            **numerics(),
             "seed": seed,
             "cap": settings.cap,
             "cap_accounting": settings.cap_accounting,
@@ -77,6 +76,7 @@ def build_record(
             "warmup_tokens": settings.warmup_tokens,
             "sample_every": settings.sample_every,
             "repeats": settings.repeats,
+            "interleaved": settings.interleaved,
         },
         "summary": result.summary,
     }
@@ -93,9 +93,3 @@ def find_complete(directory: Path, identity: dict[str, Any]) -> Record | None:
 def save_record(record: dict[str, Any], result: RunResult, directory: Path) -> Path:
     """Write the record and its per-token arrays, both or neither. Raises as `measure.records.write_record`."""
     return write_record(record, result.arrays, directory)
-
-
-def set_tf32(allowed: bool) -> None:
-    """Allow or forbid TF32 in float32 matrix products and convolutions."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"

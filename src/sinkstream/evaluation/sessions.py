@@ -117,7 +117,7 @@ class FullSession(Session):
 class RecomputeSession(Session):
     """Sliding-window recompute: the last cap tokens are forwarded anew, at positions 0 to cap − 1, for every token."""
 
-    batch = 8
+    batch = 32  # windows of one forward where none is timed
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         super().__init__(model, settings)

@@ -16,6 +16,10 @@ EVALUATE = {
     "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
 }
 
+FIXED = {"strict": ("compress_every",), "window-only": ("compress_every", "sink")}  # what makes them what they are
+LABELS = {"compress_every": "R", "max_drop": "max_drop", "slack": "slack", "overlap": "O", "refresh": "B"}
+GIVEN_LABELS = {"sink": "S", "window": "W"}
+
 
 def method_names() -> list[str]:
     """Every ``--policy`` choice: the baselines, then the registered policies."""
@@ -52,6 +56,8 @@ class RunSettings:
         Recompute only: every k-th token is recomputed and scored.
     repeats : int
         Runs of the step-by-step path; each token's time is the median over them.
+    interleaved : int
+        How many runs took turns, token by token (`evaluation.run.run_interleaved`).
 
     Raises
     ------
@@ -73,6 +79,7 @@ class RunSettings:
     sample_every: int = 1
     repeats: int = 1
     warmup_tokens: int = WARMUP_TOKENS
+    interleaved: int = 1
 
     def __post_init__(self):
         if self.method not in method_names():
@@ -90,10 +97,13 @@ class RunSettings:
         if self.sample_every > 1 and self.method != "recompute":
             raise ValueError(f"sample_every={self.sample_every} is for recompute only, not for {self.method!r}")
         for name in ("repeats", "timed_tokens"):
-            if (getattr(self, name) or 1) > 1 and self.evaluate != "steps":
+            if getattr(self, name) != getattr(type(self), name) and self.evaluate != "steps":
                 raise ValueError(
                     f"{name}={getattr(self, name)} is about timings; evaluate={self.evaluate!r} takes none"
                 )
+        if self.warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens={self.warmup_tokens} is not accepted; accepted: 0 or more")
+        self._check_fixed_options()
         self.policy()
 
     def policy(self) -> EvictionPolicy | None:
@@ -111,7 +121,9 @@ class RunSettings:
             return None
         merged = preset_options(self.method, **given)
         if "window" in given:
-            return EvictionPolicy.build(cap_accounting=self.cap_accounting, **merged)
+            policy = EvictionPolicy.build(cap_accounting=self.cap_accounting, **merged)
+            self._check_window_fits(policy)
+            return policy
         return EvictionPolicy.build(cap=self.cap, cap_accounting=self.cap_accounting, **merged)
 
     def label(self) -> str:
@@ -119,15 +131,13 @@ class RunSettings:
         policy = self.policy()
         if policy is None:
             return self.method
-        record, words = policy.record(), [self.method]
-        names = {"compress_every": "R", "max_drop": "max_drop", "slack": "slack", "overlap": "O", "refresh": "B"}
-        shown = {short: record.get(name) for name, short in names.items()}
-        if self.method in ("strict", "window-only"):
-            shown.pop("R")
+        record, words, preset = policy.record(), [self.method], preset_options(self.method)
+        given = {k: v for k, v in self.options.items() if v is not None and k not in FIXED.get(self.method, ())}
+        shown = {short: record.get(n) for n, short in LABELS.items() if n not in FIXED.get(self.method, ())}
         words += [f"{short}={value}" for short, value in shown.items() if value]
-        words += [
-            f"{s}={getattr(policy, n)}" for n, s in (("sink", "S"), ("window", "W")) if self.options.get(n) is not None
-        ]
+        words += [f"{short}={given[n]}" for n, short in GIVEN_LABELS.items() if n in given]
+        others = {k: v for k, v in given.items() if k not in LABELS | GIVEN_LABELS and v != preset.get(k)}
+        words += [f"{name}={value}" for name, value in others.items()]
         words += [f"positions={self.positions}"] if self.positions != "cache" else []
         words += ["growth outside cap"] if self.cap_accounting != "peak" else []
         return " ".join(words)
@@ -148,6 +158,23 @@ class RunSettings:
                 f" nothing to decode; accepted: at least {wanted + 2} tokens, or a smaller --cap or --prefill"
             )
         return wanted
+
+    def _check_fixed_options(self) -> None:
+        fixed = {name: preset_options(self.method)[name] for name in FIXED.get(self.method, ())}
+        for name, value in fixed.items():
+            if self.options.get(name) not in (None, value):
+                raise ValueError(
+                    f"{name}={self.options[name]} makes another policy of {self.method!r}, which means {name}={value};"
+                    " accepted: another --policy, or the option for one policy only, as in lazy:compress_every=64"
+                )
+
+    def _check_window_fits(self, policy: EvictionPolicy) -> None:
+        counted = policy.target + CAP_ACCOUNTING[self.cap_accounting](policy.growth)
+        if self.cap is not None and counted > self.cap:
+            raise ValueError(
+                f"window={policy.window} fills {counted} slots (sinks, pinned, overlap and growth included), more than"
+                f" cap={self.cap}; accepted: window of at most {policy.window - counted + self.cap}, or no window"
+            )
 
     def record(self) -> dict[str, Any]:
         """All settings, JSON-able."""

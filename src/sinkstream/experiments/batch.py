@@ -1,9 +1,12 @@
 """Running several settings over one model and one text, with progress, resuming and records."""
 
 import os
-import sys
+import signal
 import tempfile
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
-from sinkstream.evaluation.run import RunResult, run
+from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.files import WriteError
 from sinkstream.measure.records import Record, load_record
@@ -31,6 +34,8 @@ class Batch:
         Folder of the records.
     resume : bool
         Take a complete record of the very same run from `out` instead of running it again.
+    interleave : bool
+        Run all settings in turn, token by token, instead of one after the other.
     """
 
     loaded: LoadedModel
@@ -40,13 +45,27 @@ class Batch:
     command: list[str]
     seed: int
     resume: bool = False
+    interleave: bool = False
 
     def run(self, settings: list[RunSettings], console: Console) -> list[Record]:
-        """Run all settings in order; an interrupted or failed run is recorded and ends the batch."""
+        """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
+
+        Raises
+        ------
+        ValueError
+            If one of the settings, the model and the text do not fit together, or `out` cannot be written to; nothing
+            has run then.
+        WriteError
+            If a record cannot be written; it says where a copy was kept instead.
+        """
+        for one in settings:
+            check_run(self.loaded, len(self.stream), one)
         self._check_writable()
         records = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            if self.interleave:
+                return self._run_in_turn(settings, progress)
             for one in settings:
                 records.append(self._run_one(one, progress))
                 if records[-1].status != "complete":
@@ -66,7 +85,20 @@ class Batch:
             settings,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-        return load_record(self._save(settings, result))
+        with _uninterrupted():
+            return load_record(self._save(settings, result))
+
+    def _run_in_turn(self, settings: list[RunSettings], progress: Progress) -> list[Record]:
+        settings = [replace(one, interleaved=len(settings)) for one in settings]
+        task = progress.add_task(f"{len(settings)} in turn", total=None)
+        results = run_interleaved(
+            self.loaded,
+            self.stream.ids,
+            settings,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        with _uninterrupted():
+            return [load_record(self._save(one, result)) for one, result in zip(settings, results)]
 
     def _save(self, settings: RunSettings, result: RunResult) -> Path:
         record = build_record(
@@ -81,10 +113,16 @@ class Batch:
         try:
             return save_record(record, result, self.out)
         except WriteError as error:
-            rescue = Path(tempfile.mkdtemp(prefix="sinkstream-rescued-"))
-            print(f"{error}; the record goes to {rescue}", file=sys.stderr)
-            save_record(record, result, rescue)
-            raise
+            raise WriteError(error.errno, f"{error.strerror}; {self._rescue(record, result)}") from error
+
+    @staticmethod
+    def _rescue(record: dict[str, Any], result: RunResult) -> str:
+        """Write the record to the folder of temporary files; returns what came of it, in words."""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="sinkstream-rescued-"))
+            return f"the record was kept as {save_record(record, result, folder)}"
+        except OSError as error:
+            return f"and its copy could not be kept either: {error.strerror}"
 
     def _check_writable(self) -> None:
         """Fail before hours of work, not after them."""
@@ -95,3 +133,19 @@ class Batch:
                 probe.flush()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back while a record is being written; it acts afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held_back = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held_back.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    if held_back:
+        raise KeyboardInterrupt

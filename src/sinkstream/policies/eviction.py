@@ -1,6 +1,7 @@
 """The eviction policy: a geometry (sinks, pinned, window, overlap), a trigger and a scorer, composed."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sinkstream.policies.options import check_options, option, option_fields
@@ -101,37 +102,37 @@ class EvictionPolicy:
             )
         return replace(smallest, window=window)
 
-    @property
+    @cached_property
     def base(self) -> int:
         """C₀ = sinks + pinned + window."""
         return self.sink + self.refresh + self.window
 
-    @property
+    @cached_property
     def target(self) -> int:
         """Entries that a finished prune leaves, the newest token included: C₀ + overlap."""
         return self.base + self.overlap
 
-    @property
+    @cached_property
     def growth(self) -> int:
         """The most entries past the target before the next prune."""
         return min(t.growth for t in self.triggers)
 
-    @property
+    @cached_property
     def sure_growth(self) -> int:
         """Entries past the target that surely gather before a prune, whatever is observed."""
         return min(t.sure_growth for t in self.triggers)
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """The most KV entries that any token's attention sees."""
         return self.target + self.growth
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Everything that must be observed during the run for triggers and scorer."""
         return frozenset().union(*(t.needs for t in self.triggers), self.scorer.needs if self.scorer else ())
 
-    @property
+    @cached_property
     def plan_known(self) -> bool:
         """Whether every prune is known in advance from the token count alone."""
         return self.scorer is None and all(t.sure_growth == t.growth for t in self.triggers)

@@ -65,7 +65,7 @@ def check_options(instance: Any) -> None:
         if not right_type or (isinstance(value, bool) and spec.type is not bool):
             raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
         low, high = f.metadata["minimum"], f.metadata["maximum"]
-        outside = (low is not None and value < low) or (high is not None and value > high)
+        outside = (low is not None and not value >= low) or (high is not None and not value <= high)  # NaN is outside
         if outside or (spec.choices is not None and value not in spec.choices):
             raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
 

@@ -4,11 +4,9 @@ Time is counted in appended tokens. Just before a token is appended, n counts th
 a trigger is due the drop happens first, so that no token's attention ever sees more than the cap.
 """
 
-import copy
 from dataclasses import dataclass
 
 from sinkstream.policies.eviction import EvictionPolicy
-from sinkstream.policies.triggers import Adaptive
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,9 @@ class PruneSchedule:
 
     def copy(self) -> "PruneSchedule":
         """A schedule that can be stepped ahead without touching this one; observations are shared."""
-        return copy.copy(self)
+        ahead = object.__new__(type(self))
+        ahead.__dict__.update(self.__dict__)
+        return ahead
 
     def plan(self, tokens: int) -> list[Step]:
         """The next `tokens` steps if nothing is observed meanwhile; this schedule is left as it is."""
@@ -72,12 +72,12 @@ class PruneSchedule:
             return 0
         return max(0, self.policy.target + self.policy.sure_growth - self.cached)
 
-    def observe(self, risk: float) -> None:
-        """Take in the risk of the distribution predicted after the latest token (adaptive triggers only)."""
+    def observe(self, signal: str, risk: float) -> None:
+        """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it."""
         for trigger, state in zip(self.policy.triggers, self._states):
-            if isinstance(trigger, Adaptive):
+            if trigger.signal == signal:
                 trigger.observe(state, risk)
 
-    def signal(self) -> str | None:
-        """Name of the risk signal that must be observed, or None."""
-        return next((t.adaptive for t in self.policy.triggers if isinstance(t, Adaptive)), None)
+    def signals(self) -> set[str]:
+        """Names of the risk signals that must be observed after every token."""
+        return {t.signal for t in self.policy.triggers if t.signal}

@@ -1,12 +1,179 @@
-"""The generated tables of the documents, by name; every number comes from records, every feature from a registry."""
+"""The generated tables of the documents, by name: every figure from records, every name from a registry."""
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
+from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
+from sinkstream.data import TEXTS
+from sinkstream.measure.records import Record, load_records
+from sinkstream.models import MODEL_SOURCES
+from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
+from sinkstream.report.selection import policy_name, same_conditions, select
+from sinkstream.report.summary import compute_headlines
+from sinkstream.report.tables import comparison_rows, markdown_table
 
 DOCUMENT_TABLES: Registry = Registry("document table")
+NONE_YET = "*no records yet*"
 
 
 def render_tables(results: Path) -> dict[str, str]:
-    """Markdown of every registered table, by name."""
-    return {}
+    """Markdown of every registered table, by name.
+
+    Raises
+    ------
+    ValueError
+        The folder holds a broken record.
+    """
+    records = load_records(results) if results.is_dir() else []
+    return {name: render(records) for name, render in DOCUMENT_TABLES.items()}
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _source(cls: type) -> str:
+    """The sentence after "Source:" in a docstring."""
+    text = " ".join(inspect.getdoc(cls).split())
+    return text.partition("Source: ")[2].partition(". ")[0].rstrip(".").replace("``", "`") or "this project"
+
+
+@DOCUMENT_TABLES.register("policies")
+def policies_table(records: Sequence[Record]) -> str:
+    """Named policies and their options."""
+    rows = []
+    for name, preset in PRESETS.items():
+        options = ", ".join(f"{option}={value}" for option, value in preset().items())
+        rows.append([f"`{name}`", PRESETS.summary(name), f"`{options}`"])
+    return _grid(["`--policy`", "what it does", "options it sets"], rows)
+
+
+@DOCUMENT_TABLES.register("parts")
+def parts_table(records: Sequence[Record]) -> str:
+    """Triggers and scorers that policies are composed of."""
+    rows = [
+        [registry.kind, f"`{name}`", registry.summary(name), _source(cls)]
+        for registry in (TRIGGERS, SCORERS)
+        for name, cls in registry.items()
+    ]
+    return _grid(["part", "name", "what it does", "source"], rows)
+
+
+@DOCUMENT_TABLES.register("features")
+def features_table(records: Sequence[Record]) -> str:
+    """What is accepted, from the registries; anything else is refused by name."""
+
+    def names(*values: str) -> str:
+        return ", ".join(f"`{value}`" for value in values)
+
+    rows = [
+        ["model families", names(*FAMILIES)],
+        ["rotary types", names(*ROPE_TYPES)],
+        ["attention implementations", names(*ATTENTION)],
+        ["policies", f"{len(PRESETS)} named: {names(*PRESETS)}"],
+        ["triggers (when to prune)", names(*TRIGGERS)],
+        ["scorers (what stays pinned)", names(*SCORERS)],
+        ["positions", names(*POSITIONS)],
+        ["cap accounting", names(*CAP_ACCOUNTING)],
+        ["model sources", names(*MODEL_SOURCES)],
+        ["texts", names(*TEXTS, ".txt", ".json")],
+    ]
+    return _grid(["feature", "accepted"], rows)
+
+
+def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
+    """Comparison of all complete runs of one model on one text at one cap, recompute the control."""
+    runs = [r for r in select(records, model=model, text=text, device=device) if r.protocol["cap"] == cap]
+    controls = [r for r in runs if policy_name(r) == "recompute"]
+    if not controls:
+        return NONE_YET
+    newest = {label(r): r for r in runs if r.data["sha256"] == controls[-1].data["sha256"]}
+    ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
+    return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
+
+
+def label(record: Record) -> str:
+    """The run's name in tables."""
+    return record.policy.get("label") or record.policy["name"]
+
+
+def _origin(record: Record) -> str:
+    """One line on what a table was measured with."""
+    protocol, environment = record.protocol, record.environment
+    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
+    versions = environment["versions"]
+    return (
+        f"{record.model['name']}, {record.data['name']}, {record.data['tokens']:,} tokens of which"
+        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']}, {hardware},"
+        f" torch {versions['torch']}, transformers {versions['transformers']}, commit"
+        f" `{(environment['git']['commit'] or 'unknown')[:10]}`."
+    )
+
+
+def _register_quality(name: str, **selection) -> None:
+    def render(records: Sequence[Record]) -> str:
+        return quality_table(records, **selection)
+
+    render.__doc__ = f"Quality and speed: {', '.join(f'{k} {v}' for k, v in selection.items())}."
+    DOCUMENT_TABLES.register(name)(render)
+
+
+for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink"), ("neox-27m-nosink", "neox-nosink")):
+    for _cap in (512, 1024):
+        _register_quality(f"pg19-{_short}-{_cap}", model=_model, text="pg19", cap=_cap, device="cuda")
+    _register_quality(f"wikitext-{_short}-512", model=_model, text="wikitext", cap=512, device="cuda")
+
+
+@DOCUMENT_TABLES.register("tpot-pythia-2.8b")
+def pythia_tpot_table(records: Sequence[Record]) -> str:
+    """TPOT of the hf backend on the Pythia-2.8B shape, interleaved runs, against the full cache of the same session."""
+    runs = select(records, model="pythia-2.8b", backend="hf", device="cuda")
+    runs = [r for r in runs if r.protocol.get("interleaved", 1) > 1]
+    fulls = [r for r in runs if policy_name(r) == "full"]
+    if not fulls:
+        return NONE_YET
+    rows = []
+    for record in runs:
+        beside = [r for r in fulls if same_conditions(record, r)]
+        if not beside:
+            continue
+        steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
+        counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
+        ratio = steady["mean"] / beside[-1].summary["steady_tpot_ms"]["mean"]
+        cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
+        rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
+    header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
+    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{_grid(header, rows)}"
+
+
+@DOCUMENT_TABLES.register("headline")
+def headline_sentence(records: Sequence[Record]) -> str:
+    """The promise in measured numbers, one sentence."""
+    figures, _ = compute_headlines(records)
+    ppl = {name: figures.get(f"foundation.ppl_{name}") for name in ("recompute", "window_only", "strict")}
+    ratio = figures.get("foundation.hf_strict_over_full_tpot")
+    if None in (*ppl.values(), ratio):
+        return NONE_YET
+    strict = next(r for r in records if r.id == ppl["strict"]["record"])
+    return (
+        f"Measured: {strict.model['name']} over {strict.summary['decode_tokens']:,} tokens of a PG19 book with"
+        f" {strict.protocol['cap']} KV slots has a perplexity of **{ppl['strict']['value']:.2f}**, where recomputing"
+        f" the window for every token gives {ppl['recompute']['value']:.2f} and a window without sinks collapses to"
+        f" {ppl['window_only']['value']:.2f}; and on an H100 a token of the Pythia-2.8B shape takes"
+        f" {ratio['value']:.2f} × the time that it takes without any eviction."
+    )
+
+
+@DOCUMENT_TABLES.register("demo")
+def demo_table(records: Sequence[Record]) -> str:
+    """The newest demo."""
+    demos = [r for r in records if "demo" in r.command[:3] and r.status == "complete"]
+    if not demos:
+        return NONE_YET
+    same = [r for r in demos if r.arguments == demos[-1].arguments or r.command == demos[-1].command]
+    newest = {label(r): r for r in same}
+    ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
+    return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"

@@ -84,6 +84,8 @@ def same_conditions(record: Record, control: Record) -> bool:
 
     def conditions(one: Record) -> tuple[Any, ...]:
         hardware = one.environment["gpu"]["name"] or one.environment["cpu"]["model"]
-        return (hardware, *(one.protocol[key] for key in ("backend", "dtype", "device", "tf32", "decode_tokens")))
+        protocol = {"interleaved": 1, "cudnn_attention": None, **one.protocol}
+        keys = ("backend", "dtype", "device", "tf32", "decode_tokens", "interleaved", "cudnn_attention")
+        return (hardware, *(protocol[key] for key in keys))
 
     return same_text_and_model(record, control) and conditions(record) == conditions(control)

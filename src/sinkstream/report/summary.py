@@ -57,11 +57,11 @@ def write_summary(results_dir: Path | str) -> Summary:
 
 @HEADLINES.register("foundation.hf_strict_over_full_tpot")
 def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | None:
-    """Steady TPOT of strict over that of the full cache, newest pair, Pythia-2.8B shape, hf backend, GPU."""
+    """Mean steady TPOT of strict over the full cache's, newest interleaved pair, Pythia-2.8B shape, hf backend, GPU."""
     wanted = {"model": "pythia-2.8b", "backend": "hf", "device": "cuda"}
     strict = select(records, policy="strict", plain=True, **wanted)
     full = select(records, policy="full", **wanted)
-    pruned = [record for record in strict if record.summary["events"]]
+    pruned = [r for r in strict if r.summary["events"] and r.protocol.get("interleaved", 1) > 1]
     for run in reversed(pruned):
         for baseline in reversed(full):
             tpots = [one.summary["steady_tpot_ms"]["mean"] for one in (run, baseline)]

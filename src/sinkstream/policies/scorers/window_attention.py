@@ -21,7 +21,7 @@ class WindowAttention(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     per_head: ClassVar[bool] = True
 
-    observation: int = option(32, "latest queries that are re-scored at a prune", minimum=1)
+    observation: int = option(32, "latest queries, of those in the window, that are re-scored at a prune", minimum=1)
 
     @property
     def observed_queries(self) -> int:

@@ -37,15 +37,16 @@ def top1(log_probs: torch.Tensor) -> torch.Tensor:
 class RunningQuantile:
     """A quantile of a stream in constant memory, by stochastic approximation.
 
-    Each value moves the estimate by ``rate * scale`` times (q − [value <= estimate]), where scale is the running mean
-    absolute deviation (Robbins-Monro; Tierney 1983 for the quantile form).
+    Each value moves the estimate by ``4 * rate * scale`` times (q − [value <= estimate]), where scale is the running
+    mean absolute deviation from the estimate (smoothed with the same rate, from 0, this value included). The first
+    value is the first estimate. Source: Robbins-Monro; Tierney 1983 for the quantile form.
 
     Parameters
     ----------
     q : float
         The quantile, in (0, 1).
     rate : float
-        Step size, relative to the running mean absolute deviation.
+        Step size, relative to four times the running mean absolute deviation.
     """
 
     def __init__(self, q: float, rate: float = 0.05):
@@ -77,7 +78,6 @@ class Adaptive(Trigger):
     and in between (and during the first 64 tokens) the event comes at adaptive_every. Source: the project's plan.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"risk"})
     warmup_tokens: ClassVar[int] = 64
 
     adaptive: str | None = option(None, "risk signal that moves prune events", choices=SIGNALS.names)
@@ -98,6 +98,10 @@ class Adaptive(Trigger):
             )
 
     @property
+    def signal(self) -> str | None:
+        return self.adaptive
+
+    @property
     def growth(self) -> int:
         return self.adaptive_max - 1
 
@@ -109,7 +113,6 @@ class Adaptive(Trigger):
         return _RiskState(low=RunningQuantile(1 - self.adaptive_quantile), high=RunningQuantile(self.adaptive_quantile))
 
     def observe(self, state: _RiskState, risk: float) -> None:
-        """Take in the risk of the distribution that was predicted after one token."""
         keep = self.adaptive_smoothing
         state.risk = risk if state.risk is None else keep * state.risk + (1 - keep) * risk
         state.low.update(state.risk)

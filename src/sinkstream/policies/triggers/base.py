@@ -1,7 +1,6 @@
 """The contract of a trigger: integers in, a decision out."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from sinkstream.policies.options import check_options
 from sinkstream.registry import Registry
@@ -15,16 +14,21 @@ class Trigger(ABC):
     Subclasses are frozen dataclasses whose first option switches them on. Mutable state (only adaptive has any) lives
     in the object that `start` returns, so that one trigger object can serve many runs.
 
-    Attributes
-    ----------
-    needs : frozenset of str
-        Signals that must be observed after every token ("risk"), empty for the others.
+    A trigger that looks at the model's output names the risk signal in `signal` and takes it in through `observe`.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         check_options(self)
+
+    @property
+    def signal(self) -> str | None:
+        """Name of the risk signal (see `SIGNALS`) that must be observed after every token; None: none."""
+        return None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be observed during the run: "risk" or nothing."""
+        return frozenset({"risk"} if self.signal else ())
 
     @property
     @abstractmethod
@@ -51,3 +55,7 @@ class Trigger(ABC):
     def start(self) -> object:
         """Fresh state for one run."""
         return None
+
+    def observe(self, state: object, risk: float) -> None:
+        """Take in the `signal` of the distribution that was predicted after one token."""
+        raise NotImplementedError(f"{type(self).__name__} asks for signal={self.signal!r} and must define observe()")

@@ -1,0 +1,235 @@
+"""Which models the cache serves, what it reads of them, and which it refuses, each by name and reason."""
+
+import pytest
+import torch
+from oracle.models import FAMILIES as ORACLE_FAMILIES
+from oracle.models import MAX_POSITIONS, build, token_ids
+from oracle.network import rope_frequencies
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from sinkstream.cache import FAMILIES, ROPE_TYPES, StreamingCache, describe
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 2.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+
+def llama(**rope):
+    """A tiny Llama with other rope parameters."""
+    return LlamaForCausalLM(LlamaConfig(**TINY, rope_parameters={"rope_theta": 1e4, **rope} if rope else None))
+
+
+def tiny(model_class, config_class, **options):
+    """A function that makes a tiny model."""
+    return lambda: model_class(config_class(**{**TINY, **options}))
+
+
+# ---- what is read of a supported model ----
+
+
+@pytest.mark.parametrize("family", ORACLE_FAMILIES)
+def test_a_supported_model_is_described(family):
+    model = build(family)
+    spec = describe(model)
+    config = model.config
+    assert spec.family == config.model_type and spec.family in FAMILIES
+    assert (spec.layers, spec.query_heads) == (config.num_hidden_layers, config.num_attention_heads)
+    assert spec.trained_positions == MAX_POSITIONS and spec.dtype == torch.float32 and spec.attention == "sdpa"
+    keys = {}
+    with torch.no_grad():
+        past = model(token_ids(3)[None]).past_key_values
+    for i, layer in enumerate(past.layers):
+        keys[i] = layer.keys.shape
+    assert keys == {i: (1, spec.kv_heads, 3, spec.head_dim) for i in range(spec.layers)}
+    torch.testing.assert_close(spec.rope.inv_freq.double(), rope_frequencies(config)[0], rtol=1e-6, atol=0)
+    assert spec.decoder is describe(spec.decoder).decoder
+
+
+def test_every_family_and_rope_type_is_met_by_the_oracle():
+    configs = [build(family).config for family in ORACLE_FAMILIES]
+    assert {c.model_type for c in configs} == set(FAMILIES)
+    assert {c.rope_parameters["rope_type"] for c in configs} == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt_neox", torch.float16), ("qwen3", torch.bfloat16)])
+def test_half_precision_is_kept(family, dtype):
+    model = build(family, dtype=dtype)
+    cache = StreamingCache.for_model(model, cap=40)
+    with torch.no_grad():
+        logits = cache.prefill(model, token_ids(200)[None])
+    assert cache.ring.keys.dtype == cache.ring.values.dtype == dtype and logits.isfinite().all()
+    assert cache.ring.pinned_keys.dtype == torch.float32
+
+
+# ---- what is refused ----
+
+REFUSED = {
+    "dynamic rope": (lambda: llama(rope_type="dynamic", factor=2.0), "rope_type='dynamic'.*change with the length"),
+    "longrope": (lambda: llama(**LONGROPE), "rope_type='longrope'.*change with the length"),
+    "mistral with a sliding window": (
+        tiny(MistralForCausalLM, MistralConfig, sliding_window=16),
+        "'mistral' with layer types full_attention and sliding_window=16",
+    ),
+    "qwen2 with sliding layers": (
+        tiny(Qwen2ForCausalLM, Qwen2Config, **SLIDING),
+        "'qwen2' with layer types full_attention, sliding_attention",
+    ),
+    "qwen3 with sliding layers": (
+        tiny(Qwen3ForCausalLM, Qwen3Config, **SLIDING),
+        "'qwen3' with layer types full_attention, sliding_attention",
+    ),
+    "gemma2": (tiny(Gemma2ForCausalLM, Gemma2Config, head_dim=16), "'gemma2'.*alternating sliding-window"),
+    "gemma3": (tiny(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=16), "'gemma3_text'.*alternating sliding-window"),
+    "deepseek v2": (tiny(DeepseekV2ForCausalLM, DeepseekV2Config, **LATENT), "'deepseek_v2'.*latent attention"),
+    "deepseek v3": (tiny(DeepseekV3ForCausalLM, DeepseekV3Config, **LATENT), "'deepseek_v3'.*latent attention"),
+    "bloom": (lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)), "ALiBi"),
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        "'t5' is an encoder-decoder",
+    ),
+    "bart": (
+        lambda: BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=97,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+            )
+        ),
+        "'bart' is an encoder-decoder",
+    ),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        ),
+        "'gpt2'.*learned absolute positions",
+    ),
+    "a family not on the list": (
+        tiny(MixtralForCausalLM, MixtralConfig, num_local_experts=2),
+        "'mixtral' is not supported; accepted: gpt_neox, llama",
+    ),
+    "no model at all": (lambda: "gpt-neox", "model=str is not accepted"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unsupported_model_is_refused_with_its_reason(name):
+    make, reason = REFUSED[name]
+    model = make()
+    with pytest.raises(ValueError, match=reason) as caught:
+        StreamingCache.for_model(model, cap=32)
+    assert "accepted: " in str(caught.value)
+    assert not getattr(model, "_forward_pre_hooks", None)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_an_attention_implementation_that_is_not_listed_is_refused(name):
+    model = llama()
+    model.config._attn_implementation_internal = name  # set_attn_implementation asks for the package first
+    with pytest.raises(ValueError, match=f"attn_implementation='{name}'.*accepted: sdpa, eager"):
+        StreamingCache.for_model(model, cap=32)
+
+
+def test_a_sliding_window_that_is_switched_off_is_no_obstacle():
+    model = tiny(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=False, sliding_window=16)()
+    assert describe(model).family == "qwen2"
+
+
+# ---- caps above the trained positions ----
+
+
+@pytest.mark.parametrize(
+    ("options", "peak"),
+    [
+        ({"cap": 65}, 65),
+        ({"window": 61}, 65),
+        ({"window": 54, "compress_every": 8}, 65),
+        ({"cap": 58, "cap_accounting": "published", "compress_every": 8}, 65),
+    ],
+    ids=str,
+)
+def test_a_cache_that_outgrows_the_trained_positions_is_refused_unless_asked_for(options, peak):
+    model = llama()
+    with pytest.raises(ValueError, match=rf"up to {peak} entries.*trained on 64 positions.*allow_untrained_positions"):
+        StreamingCache.for_model(model, **options)
+    cache = StreamingCache.for_model(model, **options, allow_untrained_positions=True)
+    assert cache.policy.peak == peak
+
+
+def test_the_largest_window_that_is_named_is_accepted():
+    model = llama()
+    assert StreamingCache.for_model(model, cap=64).policy.peak == 64
+    with pytest.raises(ValueError, match="window of at most 53"):
+        StreamingCache.for_model(model, window=80, compress_every=8)
+    assert StreamingCache.for_model(model, window=53, compress_every=8).policy.peak == 64
+
+
+# ---- other wrong arguments ----
+
+
+def test_positions_and_policies_that_do_not_exist_are_refused():
+    model = llama()
+    with pytest.raises(ValueError, match=r"positions='rotated'.*accepted: cache, original"):
+        StreamingCache.for_model(model, cap=32, positions="rotated")
+    with pytest.raises(ValueError, match="policy='strict' is not accepted; accepted: an EvictionPolicy"):
+        StreamingCache.for_model(model, policy="strict")
+    policy = StreamingCache.for_model(model, cap=32).policy
+    with pytest.raises(ValueError, match="policy and cap exclude each other"):
+        StreamingCache.for_model(model, policy=policy, cap=32)
+    assert StreamingCache.for_model(model, policy=policy).policy is policy
