@@ -7,12 +7,23 @@ from sinkstream.engine.ops import runtime
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNNABLE = runtime.triton is not None and (DEVICE.type == "cuda" or runtime.INTERPRETED)
-BACKENDS = [
-    "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(not RUNNABLE, reason="triton is not installed or cannot run here")),
-]
+NEEDS_TRITON = pytest.mark.skipif(
+    not RUNNABLE,
+    reason="the kernel itself is not run: triton is not installed (it is optional and not in constraints.txt), or there"
+    " is neither a CUDA device nor TRITON_INTERPRET=1",
+)
+BACKENDS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 HALF = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
+
+
+def on_backends(cases: list, quick: int) -> list:
+    """(case, backend) for every backend; the kernel on all cases but the first `quick` is marked slow."""
+    kernels = [
+        pytest.param(case, "triton", marks=[NEEDS_TRITON, *([pytest.mark.slow] if i >= quick else [])])
+        for i, case in enumerate(cases)
+    ]
+    return [pytest.param(case, "torch") for case in cases] + kernels
 
 
 def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -16,7 +16,7 @@ from oracle.models import token_ids
 import sinkstream.evaluation.run as run_module
 from sinkstream.evaluation.numerics import numerics, set_numerics
 from sinkstream.evaluation.run import RunResult, check_run, run
-from sinkstream.evaluation.sessions import RecomputeSession, StreamingSession
+from sinkstream.evaluation.sessions import BACKENDS, RecomputeSession, StreamingSession
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names
 from sinkstream.evaluation.statistics import paired_delta_ppl
 from sinkstream.policies import PRESETS, PruneSchedule
@@ -502,3 +502,45 @@ def test_numerics_are_set_and_read():
                 assert numerics() == {"tf32": tf32, "cudnn_attention": cudnn}
     finally:
         set_numerics(**before)
+
+
+# ---- backends ----
+
+
+@pytest.mark.parametrize("evaluate", ["steps", "blocks"])
+@pytest.mark.parametrize("method", ["strict", "lazy", "refresh-window-attention"])
+def test_the_engine_says_what_the_transformers_module_says(method, evaluate, healthy):
+    results = [
+        run(healthy, text_ids(), settings_of(method, backend=backend, evaluate=evaluate)) for backend in ("hf", "ring")
+    ]
+    hf, ring = (r.arrays for r in results)
+    assert [r.status for r in results] == ["complete", "complete"]
+    assert worst(hf["nll"], ring["nll"]) < TOLERANCE
+    for name in ("index", "kv_length", "event", "drop_size"):
+        assert (hf[name] == ring[name]).all(), name
+    assert ring["event"].sum() >= 3 and np.isfinite(ring["seconds"]).all() == (evaluate == "steps")
+    assert worst(hf["nll"], run(healthy, text_ids(), settings_of("window-only")).arrays["nll"]) > 1e-3, "control"
+
+
+def test_the_engine_ends_where_the_numbers_end(poisoned):
+    for evaluate in ("steps", "blocks"):
+        result = run(poisoned, text_ids(poison_at=POISON_AT), settings_of("lazy", backend="ring", evaluate=evaluate))
+        assert (result.status, result.arrays["index"][-1]) == ("failed", POISON_AT)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_are_refused_by_the_engine(method, healthy):
+    settings = settings_of(method, backend="ring")
+    for check in (check_run, lambda loaded, tokens, settings: run(loaded, text_ids(tokens), settings)):
+        with pytest.raises(ValueError, match=f"policy '{method}' is a baseline, which --backend ring does not run"):
+            check(healthy, TOKENS, settings)
+
+
+def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
+    hooks = hooks_of(healthy.model)
+    monkeypatch.setattr("sinkstream.engine.engine.pack", lambda model: pytest.fail("packed"))
+    check_run(healthy, TOKENS, settings_of("refresh-structural", backend="ring"))
+    with pytest.raises(ValueError, match="trained on"):
+        check_run(healthy, 4 * TOKENS, settings_of("strict", cap=2000, prefill=8, backend="ring"))
+    assert hooks_of(healthy.model) == hooks
+    assert BACKENDS.names() == ["hf", "ring"] and all(BACKENDS.summary(name) for name in BACKENDS)

@@ -1,8 +1,8 @@
-"""`attention_decode` against float64, token by token from unrotated keys: two frames, wrapped rings, grouped queries."""
+"""`attention_decode` against float64, token by token from unrotated keys: two frames, wrapped rings, query groups."""
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, HALF, TOLERANCE, draw, error
+from ops_cases import BACKENDS, DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error, on_backends
 
 from sinkstream.engine.ops import AttentionConfig, Workspace, attention_decode
 
@@ -98,21 +98,21 @@ class Case:
 NEOX = dict(query_heads=2, kv_heads=2, order="per-head")
 LLAMA = dict(query_heads=6, kv_heads=2, order="blocks")
 RINGS = [  # pinned_slots, ring, pinned, first, length
-    (4, 33, 4, 0, 33),
-    (4, 33, 4, 20, 33),
-    (4, 70, 4, 61, 30),
     (20, 24, 4, 3, 7),
     (0, 17, 0, 5, 1),
+    (4, 33, 4, 20, 33),
+    (4, 33, 4, 0, 33),
+    (4, 70, 4, 61, 30),
     (40, 9, 40, 8, 9),
 ]
+HEADS = [(64, 16), (96, 96), (64, 64), (128, 32), (256, 64)]  # head_dim, rotary
 
 
 def ring(values):
     return dict(zip(("pinned_slots", "ring", "pinned", "first", "length"), values))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", RINGS)
+@pytest.mark.parametrize(("values", "backend"), on_backends(RINGS, quick=3))
 @pytest.mark.parametrize("family", ["neox", "neox-dot", "llama"])
 def test_rings(values, family, backend):
     heads = LLAMA if family == "llama" else NEOX
@@ -124,11 +124,11 @@ def test_rings(values, family, backend):
     assert torch.equal(case.values[:, :, case.slot].double(), case.parts()[2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("sizes", "backend"), on_backends(HEADS, quick=2))
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (64, 16), (96, 96), (128, 32), (256, 64)])
 @pytest.mark.parametrize("norms", [False, True])
-def test_head_sizes(head_dim, rotary, dtype, norms, backend):
+def test_head_sizes(sizes, dtype, norms, backend):
+    head_dim, rotary = sizes
     case = Case(dtype, **LLAMA, head_dim=head_dim, rotary=rotary, norms=norms, **ring((4, 30, 4, 11, 30)))
     expected, key = case.expected()
     out = case.run(backend, splits=1, tile=16, columns=64)
@@ -136,8 +136,10 @@ def test_head_sizes(head_dim, rotary, dtype, norms, backend):
     assert error(case.keys[:, :, case.slot], key) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("config", [{"splits": 1, "tile": 16}, {"splits": 3, "tile": 16, "stages": 2}, {"splits": 20}])
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    on_backends([{"splits": 3, "tile": 16, "stages": 2}, {"splits": 1, "tile": 16}, {"splits": 20}], quick=1),
+)
 def test_every_way_to_cut_it(config, backend):
     case = Case(torch.float16, **NEOX, head_dim=64, rotary=64, **ring((4, 150, 4, 77, 140)))
     expected, _ = case.expected()
@@ -175,3 +177,12 @@ def test_mistakes_are_named():
             attention_decode(*arguments, **(case.options | change))
     with pytest.raises(ValueError, match="scalars has dtype"):
         attention_decode(*arguments[:3], case.scalars.long(), case.rope, **case.options)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("heads", [NEOX, LLAMA])
+def test_the_default_configuration(heads):
+    case = Case(torch.float16, **heads, head_dim=80, rotary=20, streams=1, **ring((4, 30, 4, 7, 28)))
+    expected, _ = case.expected()
+    arguments = case.qkv, case.keys, case.values, case.scalars, case.rope
+    assert error(attention_decode(*arguments, **case.options, backend="triton"), expected) < TOLERANCE[torch.float16]

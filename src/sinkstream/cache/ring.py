@@ -99,6 +99,51 @@ class SoftRing:
         held += [*self.channels.values(), *self.pinned_channels.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Everything cached now, oldest first: views of keys, values and channels by name, slots on axis 3."""
+        buffers = {"keys": self.keys, "values": self.values, **self.channels}
+        return {name: buffer.narrow(SLOT_AXIS, self.start, self.live) for name, buffer in buffers.items()}
+
+    def load(
+        self,
+        source: dict[str, torch.Tensor],
+        slots: torch.Tensor,
+        *,
+        base: int,
+        first_window: int = 0,
+        pinned_keys: torch.Tensor | None = None,
+        pinned_positions: torch.Tensor | None = None,
+    ) -> None:
+        """Take over a stream that was held elsewhere; the ring must be empty.
+
+        Parameters
+        ----------
+        source : dict of Tensor, (layers or 1, batch, kv_heads or 1, any, ...)
+            Buffers "keys" and "values", and one for every channel; window keys are rotated relative to `base`.
+        slots : Tensor, (live,), int64
+            Which slots of the source are cached, in stream order.
+        base : int
+            Token index of window position 0.
+        first_window : int
+            Index of the oldest window token; 0 before the first prune.
+        pinned_keys : Tensor or None, (layers, batch, kv_heads, pinned, head_dim), float32
+            Keys of the pinned entries (the first of `slots`), not rotated; None before the first prune.
+        pinned_positions : Tensor or None, (layers or 1, batch or 1, kv_heads or 1, pinned), int64
+            Their indices in the stream.
+        """
+        assert self.tail == 0, f"{self.live} entries are cached already"
+        self.base, self.tail = base, len(slots)
+        for name, target in self.stored.items():
+            target.copy_(source[name].index_select(SLOT_AXIS, slots))
+        if pinned_keys is None:
+            return
+        self.first_window, self.pinned_positions = first_window, pinned_positions
+        self._keep_pinned_keys(pinned_keys.clone())
+        self.pinned_values = self._pinned_slots(self.values).clone()
+        self.pinned_channels = {n: self._pinned_slots(c).clone() for n, c in self.channels.items()}
+        self._write_pinned()
+
     def open(self, tokens: int) -> None:
         """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
         end = self.tail + tokens
@@ -231,8 +276,7 @@ class SoftRing:
         sink = self.sink
         positions = torch.arange(sink, device=self.keys.device)
         slots = self.keys[..., self.start : self.start + sink, :]
-        self.pinned_keys = self.rope.unrotate(slots, *self.rope.angles(positions - self.base))
-        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
+        self._keep_pinned_keys(self.rope.unrotate(slots, *self.rope.angles(positions - self.base)))
         self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
         self.pinned_positions = positions.view(1, 1, 1, sink)
         self.first_window = sink
@@ -243,8 +287,8 @@ class SoftRing:
         values = self._join(self.pinned_values, self.values, leaving)
         lead = keys.shape[:SLOT_AXIS]
         wide = index.expand(*lead, kept)[..., None].expand(*lead, kept, keys.shape[-1])
-        self.pinned_keys = torch.cat([self.pinned_keys[..., : self.sink, :], keys.gather(SLOT_AXIS, wide)], SLOT_AXIS)
-        self._pinned_pairs = self.rope.pairs(self.pinned_keys)
+        sinks = self.pinned_keys[..., : self.sink, :]
+        self._keep_pinned_keys(torch.cat([sinks, keys.gather(SLOT_AXIS, wide)], SLOT_AXIS))
         self.pinned_values = torch.cat(
             [self.pinned_values[..., : self.sink, :], values.gather(SLOT_AXIS, wide)], SLOT_AXIS
         )
@@ -254,6 +298,10 @@ class SoftRing:
                 [self.pinned_channels[name][..., : self.sink], kept_channel], SLOT_AXIS
             )
         self.pinned_positions = self.pinned_channels["position"]
+
+    def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
+        """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
+        self.pinned_keys, self._pinned_pairs = keys, self.rope.pairs(keys)
 
     def _write_pinned(self) -> None:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""

@@ -81,12 +81,19 @@ class StreamingCache(Cache):
     spec : ModelSpec
     last_steps : list of Step
         What the policy did at each token of the latest forward.
+    ring : SoftRing or None
+        What is cached; None before the first token.
+    observer : AttentionObserver or None
+    schedule : PruneSchedule
+        What the policy has counted and observed.
+    structure : Tensor or None, (vocab,), float32
+        Structural weight of every token id, where the scorer needs it.
     """
 
     def __init__(self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure):
         super().__init__(layers=[StreamingLayer(self, i) for i in range(spec.layers)])
         self.spec, self.policy, self.positions = spec, policy, positions
-        self._rebase_at, self._structure = rebase_at, structure
+        self._rebase_at, self.structure = rebase_at, structure
         self._close: Callable[[], None] = lambda: None
         self._clear()
 
@@ -184,12 +191,35 @@ class StreamingCache(Cache):
             yield size
             tokens -= size
 
+    def capacity(self) -> int:
+        """Slots of the buffer: what is cached and the chunk being fed, and as many again to copy back rarely."""
+        return 2 * max(self.policy.peak, 256)
+
+    def resume(
+        self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
+    ) -> SoftRing:
+        """Start over with a stream that was held elsewhere: allocates, and returns the empty ring for `SoftRing.load`.
+
+        Parameters
+        ----------
+        schedule : PruneSchedule
+            What the policy has counted and observed so far; taken over, not copied.
+        logits : Tensor or None, (batch, vocab)
+            After the stream's last token, where the policy scores tokens by their uncertainty.
+        """
+        self.reset()
+        self._allocate(batch, device)
+        self.schedule = schedule
+        if logits is not None:
+            self._log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
+        return self.ring
+
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
-        room = self._capacity() - self.kept_tokens
+        room = self.capacity() - self.kept_tokens
         if self.policy.plan_known:
             return room
-        ahead = self._schedule.copy()
+        ahead = self.schedule.copy()
         ahead.step()
         return min(room, 1 + ahead.sure_steps())
 
@@ -252,7 +282,7 @@ class StreamingCache(Cache):
         self.ring: SoftRing | None = None
         self.observer: AttentionObserver | None = None
         self.last_steps: list[Step] = []
-        self._schedule = PruneSchedule(self.policy)
+        self.schedule = PruneSchedule(self.policy)
         self._pending: _Pending | None = None
         self._events = 0
         self._log_probs: torch.Tensor | None = None
@@ -265,9 +295,9 @@ class StreamingCache(Cache):
         self._check_call(batch, tokens, input_ids)
         if self.seen_tokens == 0:
             self._allocate(batch, device)
-        ahead = self._schedule.copy()
+        ahead = self.schedule.copy()
         steps = [ahead.step() for _ in range(tokens)]
-        drop = steps[0].drop - (self._schedule.cached - self.ring.live)  # a failed forward may have dropped already
+        drop = steps[0].drop - (self.schedule.cached - self.ring.live)  # a failed forward may have dropped already
         if drop > 0:
             self.ring.prune(drop, self.policy.refresh, self._choose)
         delta = self.ring.make_room(tokens)
@@ -303,7 +333,7 @@ class StreamingCache(Cache):
             self.observer.commit()
         self._fill_channels(pending)
         ring.advance(pending.tokens)
-        self._schedule = pending.schedule
+        self.schedule = pending.schedule
         if pending.crossing:
             ring.prune(sum(s.drop for s in pending.steps[1:]))
         self._events += sum(s.event for s in pending.steps)
@@ -320,9 +350,9 @@ class StreamingCache(Cache):
     def _observe(self, logits: torch.Tensor, ids: torch.Tensor | None) -> None:
         """Take in the logits ``(batch, tokens, vocab)`` of the forward just committed."""
         log_probs = torch.log_softmax(logits.float(), dim=-1)
-        for signal in self._schedule.signals():
+        for signal in self.schedule.signals():
             for risk in SIGNALS[signal](log_probs).mean(0).tolist():
-                self._schedule.observe(signal, risk)
+                self.schedule.observe(signal, risk)
         self._fill_uncertainty(log_probs, ids)
         self._log_probs = log_probs[:, -1:].clone()
 
@@ -350,7 +380,7 @@ class StreamingCache(Cache):
                 ring.seen, ring.seen + pending.tokens, device=ring.keys.device
             )
         if "structure" in ring.channels:
-            ring.channels["structure"][..., new] = self._structure[pending.input_ids][:, None]
+            ring.channels["structure"][..., new] = self.structure[pending.input_ids][:, None]
 
     def _choose(self, leaving: int) -> torch.Tensor:
         known = self.ring.candidates(leaving)
@@ -368,11 +398,11 @@ class StreamingCache(Cache):
             for n in sorted(names)
             if policy.scorer is not None
         ]
-        if self._structure is not None:
-            self._structure = self._structure.to(device)
+        if self.structure is not None:
+            self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
             self.ring = SoftRing(
-                (spec.layers, batch, spec.kv_heads, self._capacity(), spec.head_dim),
+                (spec.layers, batch, spec.kv_heads, self.capacity(), spec.head_dim),
                 spec.dtype,
                 device,
                 rope=spec.rope,
@@ -384,9 +414,6 @@ class StreamingCache(Cache):
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
-
-    def _capacity(self) -> int:
-        return 2 * max(self.policy.peak, 256)
 
     def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         if self.spec.attention == "sdpa":

@@ -5,7 +5,7 @@
 The ceiling comes first: the bandwidth of a large device-to-device copy. Every op is checked against its twin (with
 poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
 event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
-configurations on: each knob is tried in turn and kept if the step gets faster. Kernels are compiled by several processes.
+configurations on: each knob is tried in turn and kept if the step gets faster. Several processes compile the kernels.
 """
 
 import argparse
@@ -193,7 +193,7 @@ class Model:
         return Prefetch((weight, share), (weight[middle:], size - share))
 
     def step(self, plan: dict, *, leave_out: str = "", backend: str = "triton") -> None:
-        """A whole step. `plan`: configurations by op, "pdl", and "next": bytes prefetched for the next kernel, by op."""
+        """A whole step. `plan`: configurations by op, "pdl", and "next": bytes fetched for the next kernel, by op."""
         begin_step(
             self.tokens, self.scalars, self.embedding, self.inv_freq, hidden=self.hidden[0], rope=self.rope,
             backend=backend,
@@ -213,7 +213,7 @@ class Model:
 
 
 def linear_grid(rows, columns, warps, stages, per_sm, width: int, widest: int) -> list[LinearConfig]:
-    """Combinations that fit shared memory and registers; `width`: columns of the weight, `widest`: registers a thread."""
+    """Combinations that fit; `width`: columns of the weight, `widest`: registers a thread may use for them."""
     found = []
     for r, c, w, s, p in product(rows, columns, warps, stages, per_sm):
         chunks = -(-width // c)
@@ -252,17 +252,17 @@ def attention_grid(shape: Shape) -> list[AttentionConfig]:
     """Configurations of the attention kernel: (splits, tile, warps, stages)."""
     if shape.heads == shape.kv_heads:
         plain = [
-            (8, 64, 4, 0), (4, 64, 4, 0), (8, 128, 8, 0), (4, 128, 8, 0), (8, 256, 8, 0), (16, 64, 4, 0), (16, 128, 8, 0),
-            (16, 128, 4, 0), (12, 64, 4, 0), (6, 64, 4, 0), (8, 32, 2, 0), (16, 32, 2, 0), (16, 64, 2, 0), (8, 64, 4, 3),
-            (8, 64, 4, 4), (4, 64, 4, 4), (4, 128, 8, 3), (16, 64, 4, 2), (8, 128, 8, 2), (4, 256, 8, 0), (12, 32, 2, 0),
-            (4, 64, 4, 6), (12, 128, 8, 0), (32, 64, 4, 0),
+            (8, 64, 4, 0), (4, 64, 4, 0), (8, 128, 8, 0), (4, 128, 8, 0), (8, 256, 8, 0), (16, 64, 4, 0),
+            (16, 128, 8, 0), (16, 128, 4, 0), (12, 64, 4, 0), (6, 64, 4, 0), (8, 32, 2, 0), (16, 32, 2, 0),
+            (16, 64, 2, 0), (8, 64, 4, 3), (8, 64, 4, 4), (4, 64, 4, 4), (4, 128, 8, 3), (16, 64, 4, 2),
+            (8, 128, 8, 2), (4, 256, 8, 0), (12, 32, 2, 0), (4, 64, 4, 6), (12, 128, 8, 0), (32, 64, 4, 0),
         ]  # fmt: skip
         dots = [(8, 64, 4, 3), (8, 128, 8, 3), (4, 64, 4, 4), (8, 64, 4, 0), (16, 64, 4, 2), (16, 128, 8, 0)]
         return [AttentionConfig(*c) for c in plain] + [AttentionConfig(*c, dot=True) for c in dots]
     dots = [
-        (16, 64, 4, 0), (16, 128, 4, 0), (32, 64, 4, 0), (16, 64, 4, 3), (16, 128, 4, 2), (32, 64, 2, 0), (8, 128, 8, 0),
-        (8, 64, 4, 4), (16, 128, 8, 0), (24, 64, 4, 0), (16, 64, 2, 0), (32, 32, 2, 0), (16, 64, 8, 0), (8, 64, 4, 0),
-        (32, 64, 4, 2), (16, 32, 4, 4),
+        (16, 64, 4, 0), (16, 128, 4, 0), (32, 64, 4, 0), (16, 64, 4, 3), (16, 128, 4, 2), (32, 64, 2, 0),
+        (8, 128, 8, 0), (8, 64, 4, 4), (16, 128, 8, 0), (24, 64, 4, 0), (16, 64, 2, 0), (32, 32, 2, 0),
+        (16, 64, 8, 0), (8, 64, 4, 0), (32, 64, 4, 2), (16, 32, 4, 4),
     ]  # fmt: skip
     widths = (64, 32) if shape.head_dim == 64 else (128, 64)
     return [AttentionConfig(*c, dot=True, columns=w) for w in widths for c in (dots if w == widths[0] else dots[:4])]
@@ -287,7 +287,7 @@ class Bench:
         self.shape, self.pool, self.deadline, self.copy = shape, pool, deadline, copy_gbs
         self.model = Model(shape, device)
         self.cuda = self.model.device.type == "cuda"
-        self.expected: dict = {}
+        self.inputs, self.expected = self.references()
         self.rows: list[dict] = []
         self.steps: list[dict] = []
 
@@ -317,17 +317,32 @@ class Bench:
         del graph
         return times[repeats // 2]
 
+    def references(self) -> tuple[list[tuple], dict]:
+        """What checks start from: every buffer with its content, and what the twin of every op makes of that.
+
+        The ops feed each other through these buffers, and a timing leaves another layer's results in them.
+        """
+        model, expected = self.model, {}
+        for op in self.shape.ops:
+            model.call(op, 0, None, backend="torch")  # once round, so that all inputs are of a layer's kind
+        buffers = [model.first, model.context, model.middle, *model.hidden]
+        inputs = [(buffer, buffer.clone()) for buffer in buffers]
+        for op in [*self.shape.ops, "head"]:
+            for buffer, content in inputs:
+                buffer.copy_(content)
+            model.call(op, 0, None, backend="torch")
+            expected[op] = model.output(op).double().clone()
+        return inputs, expected
+
     def check(self, op: str, config, **how) -> float:
-        """Relative error of one call against the twin, output poisoned. Raises if it is too large."""
-        if op not in self.expected:
-            self.model.call(op, 0, None, backend="torch")
-            self.expected[op] = self.model.output(op).double().clone()
+        """Relative error of one call against the twin, inputs restored, output poisoned. Raises if it is too large."""
         output, reference = self.model.output(op), self.expected[op]
+        for buffer, content in self.inputs:
+            buffer.copy_(content)
         for _ in range(2):  # twice: counters must be left as they were found
             output.fill_(float("nan"))
             self.model.call(op, 0, config, **how)
         error = float((output.double() - reference).norm() / reference.norm())
-        output.copy_(reference)  # it is another op's input
         if not error < TOLERANCE[self.shape.dtype]:
             raise ArithmeticError(f"relative error {error:.2g}")
         return error

@@ -77,13 +77,11 @@ class Engine:
         rebase_at: int = REBASE_AT,
         **options: Any,
     ):
-        step = STEPS[backend]
-        if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
-            raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
-        check_packable(model)
-        self._cache = PrefillCache.for_model(
+        self._cache = _checked_cache(
             model,
-            policy=policy,
+            policy,
+            backend=backend,
+            streams=streams,
             positions=positions,
             tokenizer=tokenizer,
             allow_untrained_positions=allow_untrained_positions,
@@ -93,7 +91,6 @@ class Engine:
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         self.policy: EvictionPolicy = self._cache.policy
         self.spec: ModelSpec = self._cache.spec
-        _check_memory(self.spec, self.policy, streams, model.device)
         self.weights: PackedWeights = pack(model)
         self.state = StreamState(
             self.spec,
@@ -103,10 +100,22 @@ class Engine:
             vocab=self.weights.head.shape[0],
             device=model.device,
             rebase_at=rebase_at,
-            structure=self._cache._structure,
+            structure=self._cache.structure,
         )
-        self._step = step(self.weights, self.state)
+        self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
+
+    @staticmethod
+    def check(
+        model: PreTrainedModel,
+        policy: EvictionPolicy | None = None,
+        *,
+        backend: str = "ring",
+        streams: int = 1,
+        **options: Any,
+    ) -> None:
+        """Raise ValueError as the constructor, which takes the same, would; nothing is packed or allocated."""
+        _checked_cache(model, policy, backend=backend, streams=streams, **options).close()
 
     @classmethod
     def from_pretrained(
@@ -373,6 +382,24 @@ class Engine:
         config = getattr(self.model, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _checked_cache(
+    model: PreTrainedModel, policy: EvictionPolicy | None, *, backend: str, streams: int, **options: Any
+) -> PrefillCache:
+    """The cache that prompts go through, empty, once everything that the engine asks for is found to be possible."""
+    step = STEPS[backend]
+    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+        raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
+    check_packable(model)
+    cache = PrefillCache.for_model(model, policy=policy, **options)
+    try:
+        step.check(cache.spec, cache.policy, model.device)
+        _check_memory(cache.spec, cache.policy, streams, model.device)
+    except ValueError:
+        cache.close()
+        raise
+    return cache
 
 
 def _check_memory(spec: ModelSpec, policy: EvictionPolicy, streams: int, device: torch.device) -> None:

@@ -18,39 +18,37 @@ class PrefillCache(StreamingCache):
 
     chunk_tokens = 128
 
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
+        """Slots of the buffer: what the policy keeps at most, and one chunk."""
         return self.policy.peak + self.chunk_tokens
 
 
 @torch.no_grad()
 def give_to_cache(state: StreamState, stream: int, cache: StreamingCache) -> None:
-    """Fill an empty cache with a stream that has begun, so that the transformers module can go on with it."""
-    cache.reset()
+    """Fill a cache with a stream, so that the transformers module can go on with it; an unbegun one leaves it empty."""
     counters = state.counters[stream]
     if not counters.seen:
+        cache.reset()
         return
-    cache._allocate(1, state.device)
-    cache._schedule = copy.deepcopy(state.schedules[stream])
-    ring, pinned, one = cache.ring, counters.pinned, slice(stream, stream + 1)
-    window = window_slots(state, stream, counters.first_window, counters.window)
-    slots = torch.cat([torch.arange(pinned, device=state.device), window])
-    ring.base, ring.tail = counters.base, len(slots)
-    for source, target in [(state.keys, ring.keys), (state.values, ring.values), *_channel_pairs(state, ring)]:
-        target[:, :, :, : len(slots)] = source[:, one].index_select(3, slots)
-    if "position" in ring.channels:
-        ring.channels["position"][..., : len(slots)] = _positions(state, stream)
+    pinned, one = counters.pinned, slice(stream, stream + 1)
+    uncertain = {"nll", "entropy"} & state.channels.keys()
+    schedule = copy.deepcopy(state.schedules[stream])
+    ring = cache.resume(schedule, state.device, logits=state.logits[one] if uncertain else None)
+    frame = {}
     if counters.pruned:
-        ring.first_window = counters.first_window
         copy_sinks(state, stream)
-        ring.pinned_keys = state.pinned_keys[:, one].clone()
-        ring.pinned_values = ring.values[..., :pinned, :].clone()
-        ring.pinned_channels = {n: c[..., :pinned].clone() for n, c in ring.channels.items()}
-        ring.pinned_positions = _positions(state, stream)[..., :pinned]
-        ring._write_pinned()
+        frame = {
+            "first_window": counters.first_window,
+            "pinned_keys": state.pinned_keys[:, one],
+            "pinned_positions": _slot_positions(state, stream)[..., :pinned],
+        }
+    source = {"keys": state.keys, "values": state.values, **state.channels}
+    source = {name: buffer[:, one] for name, buffer in source.items()}
+    if "position" in ring.channels:
+        source["position"] = _slot_positions(state, stream)
+    ring.load(source, _live_slots(state, stream), base=counters.base, **frame)
     if cache.observer is not None:
         _give_queries(state, stream, cache)
-    if {"nll", "entropy"} & state.channels.keys():
-        cache._log_probs = state.logits[one].log_softmax(-1)[None]
 
 
 @torch.no_grad()
@@ -63,23 +61,15 @@ def take_from_cache(state: StreamState, stream: int, cache: StreamingCache, logi
         After the last token.
     """
     ring, counters, rope, one = cache.ring, state.counters[stream], state.spec.rope, slice(stream, stream + 1)
-    state.schedules[stream] = cache._schedule
+    state.schedules[stream] = cache.schedule
     counters.events += cache.stats()["events"]
     counters.rebases += ring.rebases
     counters.pruned = ring.pinned > 0 or ring.first_window > 0
     counters.first_window = ring.first_window if counters.pruned else state.geometry.sink
     counters.seen, counters.base, counters.refreshed_at = ring.seen, ring.base, -1
-    pinned, window = counters.pinned, counters.window
-    slots = torch.cat(
-        [
-            torch.arange(pinned, device=state.device),
-            window_slots(state, stream, counters.first_window, window),
-        ]
-    )
-    live = slice(ring.start, ring.tail)
-    pairs = [(state.keys, ring.keys), (state.values, ring.values), *_channel_pairs(state, ring)]
-    for target, source in pairs:
-        target[:, one].index_copy_(3, slots, source[:, :, :, live])
+    pinned, slots, stored = counters.pinned, _live_slots(state, stream), ring.stored
+    for name, target in {"keys": state.keys, "values": state.values, **state.channels}.items():
+        target[:, one].index_copy_(3, slots, stored[name])
     if counters.pruned and pinned:
         state.pinned_keys[:, one] = ring.pinned_keys
         if "position" in ring.channels:
@@ -93,18 +83,23 @@ def take_from_cache(state: StreamState, stream: int, cache: StreamingCache, logi
     state.logits[stream] = logits
 
 
-def _channel_pairs(state: StreamState, ring) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(channel, ring.channels[name]) for name, channel in state.channels.items()]
+def _live_slots(state: StreamState, stream: int) -> torch.Tensor:
+    """Slots of everything cached, ``(kept,)`` int64: pinned first, then the window from its oldest token on."""
+    counters = state.counters[stream]
+    window = window_slots(state, stream, counters.first_window, counters.window)
+    return torch.cat([torch.arange(counters.pinned, device=state.device), window])
 
 
-def _positions(state: StreamState, stream: int) -> torch.Tensor:
-    """Token index of everything cached, ``(layers or 1, 1, kv_heads or 1, kept)``, pinned first."""
-    counters, sink = state.counters[stream], state.geometry.sink
-    chosen = state.pinned_positions[:, stream : stream + 1, :, : max(0, counters.pinned - sink)]
-    lead = chosen.shape[:-1]
-    sinks = torch.arange(min(counters.pinned, sink), device=state.device).expand(*lead, -1)
+def _slot_positions(state: StreamState, stream: int) -> torch.Tensor:
+    """Token index in every slot, ``(layers or 1, 1, kv_heads or 1, slots)``; -1 where nothing is cached."""
+    counters, g = state.counters[stream], state.geometry
+    chosen = state.pinned_positions[:, stream : stream + 1]
+    found = torch.full((*chosen.shape[:-1], g.slots), -1, dtype=torch.int64, device=state.device)
+    found[..., : g.sink] = torch.arange(g.sink, device=state.device)
+    found[..., g.sink : g.pinned_slots] = chosen
     window = torch.arange(counters.first_window, counters.first_window + counters.window, device=state.device)
-    return torch.cat([sinks, chosen, window.expand(*lead, -1)], -1)
+    found[..., window_slots(state, stream, counters.first_window, counters.window)] = window
+    return found
 
 
 def _give_queries(state: StreamState, stream: int, cache: StreamingCache) -> None:

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.state import StreamState
+from sinkstream.policies import EvictionPolicy
 from sinkstream.registry import Registry
 
 STEPS: Registry = Registry("engine backend")
@@ -23,19 +25,14 @@ class StepFunction(ABC):
     weights : PackedWeights
     state : StreamState
         Empty; `prepare` may run steps on it and leaves it empty.
-
-    Raises
-    ------
-    ValueError
-        If this rung does not serve the model, the policy or the device.
     """
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         self.weights, self.state = weights, state
-        self.check()
 
-    def check(self) -> None:  # noqa: B027  (most rungs serve everything that packing serves)
-        """Refuse, by name, what this rung does not serve. Raises ValueError."""
+    @classmethod  # noqa: B027  (most rungs serve everything that packing serves)
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        """Refuse, by name, a model, policy or device that this rung does not serve. Raises ValueError."""
 
     def prepare(self) -> None:  # noqa: B027  (most rungs need none)
         """Compile or capture, once, before the first token."""
@@ -63,10 +60,11 @@ class GraphedStep(StepFunction):
     def run(self) -> None:
         """The step to capture."""
 
-    def check(self) -> None:
-        if self.state.device.type != "cuda":
+    @classmethod
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        if device.type != "cuda":
             raise ValueError(
-                f"this backend captures a CUDA graph, and the model is on {self.state.device};"
+                f"this backend captures a CUDA graph, and the model is on {device};"
                 " accepted: a model on a CUDA device, or backend='ring'"
             )
 

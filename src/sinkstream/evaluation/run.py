@@ -137,7 +137,7 @@ def run_interleaved(
         _check_full_fits(loaded, one, len(ids))
     ids = ids.to(loaded.model.device)
     rows, times = [TokenRows() for _ in settings], [{} for _ in settings]
-    sessions = [BACKENDS[one.backend](loaded, one) for one in settings]
+    sessions = [BACKENDS[one.backend](loaded, one).session() for one in settings]
 
     def all_in_turn() -> None:
         for session, mine in zip(sessions, times):
@@ -194,12 +194,12 @@ def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
     """Raise ValueError, as `run` would, if settings, model and a text of that many tokens do not fit together."""
     settings.prefill_tokens(tokens)
     _check_full_fits(loaded, settings, tokens)
-    BACKENDS[settings.backend](loaded, settings).close()
+    BACKENDS[settings.backend](loaded, settings).check()
 
 
 @torch.inference_mode()
 def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> None:
-    session = BACKENDS[settings.backend](loaded, settings)
+    session = BACKENDS[settings.backend](loaded, settings).session()
     try:
         prefill = settings.prefill_tokens(len(ids))
         _prefill(session, ids[:prefill], times)
@@ -262,7 +262,7 @@ def _decode_bad_block(loaded, ids, first: int, block: range, rows: TokenRows, se
 
     (A masked token has weight 0, and 0 times NaN is NaN.)
     """
-    session = BACKENDS[settings.backend](loaded, settings)
+    session = BACKENDS[settings.backend](loaded, settings).session()
     try:
         session.prefill(ids[: block.start])
         _decode_steps(session, ids, first, block, rows, settings, progress, keep_times=False)

@@ -6,12 +6,14 @@ two figures is a difference between two methods.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkstream.cache import StreamingCache
-from sinkstream.evaluation.settings import RunSettings
+from sinkstream.engine import Engine
+from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.policies import Step
 from sinkstream.registry import Registry
@@ -98,6 +100,53 @@ class StreamingSession(Session):
         self.cache.close()
 
 
+class EngineSession(Session):
+    """The engine's decode step, token by token, under the settings' policy; prompts go through its prefill.
+
+    `feed` with ``last_only`` returns a view that the next call overwrites.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer, backend: str):
+        super().__init__(model, settings)
+        self.engine = Engine(model, backend=backend, **engine_options(settings, tokenizer))
+
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        rows = [self._append(ids[i : i + 1], copy=not last_only) for i in self._begin(ids)]
+        return rows[-1] if last_only else torch.cat(rows)
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.engine.prefill(ids)[None]
+
+    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = [token_nll(self._append(ids[i : i + 1]), targets[i : i + 1]) for i in self._begin(ids)]
+        return torch.cat(rows)
+
+    def steps(self) -> list[Step]:
+        return self._steps
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _begin(self, ids: torch.Tensor) -> range:
+        self._steps: list[Step] = []
+        return range(len(ids))
+
+    def _append(self, token: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+        self.engine.advance(token, (0,))
+        self._steps += self.engine.last_steps
+        return self.engine.state.logits.clone() if copy else self.engine.state.logits
+
+
+def engine_options(settings: RunSettings, tokenizer) -> dict[str, Any]:
+    """What the settings mean for an `Engine`, its backend left out."""
+    return {
+        "policy": settings.policy(),
+        "positions": settings.positions,
+        "allow_untrained_positions": settings.allow_untrained_positions,
+        "tokenizer": tokenizer,
+    }
+
+
 class FullSession(Session):
     """The full cache: transformers' own `DynamicCache`, which grows for ever."""
 
@@ -165,15 +214,53 @@ class RecomputeSession(Session):
         self.history = torch.cat([self.history, ids])[-self.settings.cap :]
 
 
+class Backend(ABC):
+    """One way of running a model, for one model and one run's settings."""
+
+    def __init__(self, loaded: LoadedModel, settings: RunSettings):
+        self.loaded, self.settings = loaded, settings
+
+    @abstractmethod
+    def session(self) -> Session:
+        """A new session. Raises ValueError if settings and model do not fit together."""
+
+    def check(self) -> None:
+        """Raise ValueError as `session` would."""
+        self.session().close()
+
+
 @BACKENDS.register("hf")
-def hf_session(loaded: LoadedModel, settings: RunSettings) -> Session:
+class HfBackend(Backend):
     """The transformers module itself, with the soft-ring cache (or no cache, or the full one, for the baselines)."""
-    _check_positions(loaded, settings)
-    if settings.method == "full":
-        return FullSession(loaded.model, settings)
-    if settings.method == "recompute":
-        return RecomputeSession(loaded.model, settings)
-    return StreamingSession(loaded.model, settings, loaded.tokenizer)
+
+    def session(self) -> Session:
+        loaded, settings = self.loaded, self.settings
+        _check_positions(loaded, settings)
+        if settings.method == "full":
+            return FullSession(loaded.model, settings)
+        if settings.method == "recompute":
+            return RecomputeSession(loaded.model, settings)
+        return StreamingSession(loaded.model, settings, loaded.tokenizer)
+
+
+@BACKENDS.register("ring")
+class RingBackend(Backend):
+    """The engine's static ring in plain PyTorch; no baselines."""
+
+    def session(self) -> Session:
+        self._check_method()
+        return EngineSession(self.loaded.model, self.settings, self.loaded.tokenizer, "ring")
+
+    def check(self) -> None:
+        self._check_method()
+        Engine.check(self.loaded.model, backend="ring", **engine_options(self.settings, self.loaded.tokenizer))
+
+    def _check_method(self) -> None:
+        if self.settings.method in BASELINES:
+            raise ValueError(
+                f"policy {self.settings.method!r} is a baseline, which --backend ring does not run;"
+                " accepted: --backend hf, or an eviction policy"
+            )
 
 
 def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:

@@ -3,14 +3,22 @@
 Importing this package imports Triton if it is there; without it (or on a CPU) every op runs its twin.
 """
 
-from sinkstream.engine.ops.attention_decode import AttentionConfig, Workspace, attention_decode
+from sinkstream.engine.ops.attention_decode import Workspace, attention_decode
 from sinkstream.engine.ops.begin_step import begin_step
+from sinkstream.engine.ops.config import (
+    NORM_LINEAR_PREFETCH_BYTES,
+    RESIDUAL_PREFETCH_BYTES,
+    AttentionConfig,
+    LinearConfig,
+)
 from sinkstream.engine.ops.linear_residual import linear_residual
-from sinkstream.engine.ops.norm_linear import LinearConfig, norm_linear
+from sinkstream.engine.ops.norm_linear import norm_linear
 from sinkstream.engine.ops.runtime import NO_PREFETCH, Prefetch, set_backend
 
 __all__ = [
+    "NORM_LINEAR_PREFETCH_BYTES",
     "NO_PREFETCH",
+    "RESIDUAL_PREFETCH_BYTES",
     "AttentionConfig",
     "LinearConfig",
     "Prefetch",

@@ -6,10 +6,10 @@ results. The first program of a head also serves the pinned slots, with the quer
 last one also writes the new token and attends to it from registers. An eviction moves no memory.
 """
 
-from dataclasses import dataclass
-
+# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 
+from sinkstream.engine.ops.config import MAX_SPLITS, AttentionConfig, count_programs, default_attention
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -29,37 +29,6 @@ from sinkstream.engine.ops.runtime import (
 
 FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, spare
 ORDERS = ("per-head", "blocks")
-MAX_SPLITS = 64
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How decode attention is cut up. Changes speed only, never values beyond the order of additions.
-
-    Attributes
-    ----------
-    splits : int
-        Programs that share the ring of one key-value head.
-    tile : int
-        Slots of one tile (a power of two, at least 16). Two tiles of keys and values are in flight in registers.
-    warps : int
-    stages : int
-        0: tiles go through registers, loaded one ahead; 2 or more: through a ring of shared-memory stages.
-    dot : bool
-        Use the matrix units. Needed for grouped queries; without it, one query per key-value head.
-    columns : int
-        Widest column chunk of a tile (a power of two, at least 16); the widest that divides head_dim is used.
-    late : bool
-        Let the next kernel start when the slots have been read instead of at once.
-    """
-
-    splits: int = 8
-    tile: int = 64
-    warps: int = 4
-    stages: int = 0
-    dot: bool = False
-    columns: int = 16
-    late: bool = False
 
 
 @jit
@@ -297,8 +266,8 @@ def _attention_decode_kernel(
     q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
     m, s, a = nothing(16 if DOT else BT, C, D)
     m, s, a = absorb_run(
-        k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES, DOT,
-        KIND,
+        k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES,
+        DOT, KIND,
     )  # fmt: skip
     if PDL and LATE:
         gdc_launch_dependents()
@@ -396,7 +365,7 @@ def attention_decode(
         Naming the argument that the op cannot serve and what is accepted.
     """
     _check(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm)
-    streams, kv_heads, _, head_dim = keys.shape
+    streams, kv_heads, slots, head_dim = keys.shape
     if out is None:
         out = torch.empty(streams, query_heads * head_dim, dtype=keys.dtype, device=keys.device)
     check_tensor(
@@ -412,7 +381,9 @@ def attention_decode(
             f"workspace was made for (streams, query_heads, kv_heads, head_dim) = {workspace.shape};"
             f" accepted here: {(streams, query_heads, kv_heads, head_dim)}"
         )
-    _launch(qkv, keys, values, scalars, rope, *rest, out, workspace, config or AttentionConfig(), prefetch, pdl)
+    if config is None:
+        config = default_attention(query_heads // kv_heads, head_dim, slots - pinned_slots, pinned_slots)
+    _launch(qkv, keys, values, scalars, rope, *rest, out, workspace, config, prefetch, pdl)
     return out
 
 
@@ -505,10 +476,8 @@ def _launch(
     chunk = min(head_dim & -head_dim, config.columns)
     if chunk < 16:
         raise ValueError(f"head_dim={head_dim}; accepted by the kernel: multiples of 16")
-    per = -(-ring // config.splits)
-    per = -(-per // 8) * 8
-    ring_programs = -(-ring // per)
-    programs = ring_programs + max(1, -(-pinned_slots // per))
+    per, ring_programs, pinned_programs = count_programs(config.splits, ring, pinned_slots)
+    programs = ring_programs + pinned_programs
     if programs > MAX_SPLITS:
         raise ValueError(
             f"{programs} programs for {ring} ring and {pinned_slots} pinned slots; accepted: at most {MAX_SPLITS},"

@@ -1,13 +1,15 @@
 """Linear layer and residual in one kernel: out = W_a · a + W_f · f + bias + residual, both products in one pass.
 
 GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
-concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. One program a multiprocessor: the input
+concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. In each program the input
 stays in registers, weight rows stream through a ring of shared-memory stages.
 """
 
+# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 
-from sinkstream.engine.ops.norm_linear import LinearConfig, check_tile, load_chunks, row_products
+from sinkstream.engine.ops.config import LinearConfig, default_linear_residual
+from sinkstream.engine.ops.norm_linear import check_tile, load_chunks, row_products
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -19,6 +21,7 @@ from sinkstream.engine.ops.runtime import (
     launch,
     multiprocessors,
     prefetch_l2,
+    shared_bytes,
     tl,
     use_triton,
 )
@@ -130,7 +133,9 @@ def linear_residual(
     check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
     if not use_triton(backend, a):
         return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
-    _launch(a, weight, f, bias, residual, out, config or LinearConfig(rows=1, columns=1024), prefetch, pdl)
+    if config is None:
+        config = default_linear_residual(n, m, shared_bytes(a.device))
+    _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)
     return out
 
 
@@ -149,9 +154,9 @@ def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
     n, m, rows = a.shape[1], 0 if f is None else f.shape[1], weight.shape[0]
     for size in (n, m):
         check_tile(config, size, weight)
-    programs = min(multiprocessors(a.device) * config.per_sm, -(-rows // config.rows))
-    tiles = -(-(-(-rows // config.rows)) // programs)
-    programs = -(-(-(-rows // config.rows)) // tiles)
+    tiles = (rows + config.rows - 1) // config.rows
+    rounds = -(-tiles // (multiprocessors(a.device) * config.per_sm))
+    programs = -(-tiles // rounds)
     for stream in range(len(a)):
         launch(
             _linear_residual_kernel, (programs,),

@@ -1,16 +1,17 @@
 """Norm and linear layer in one kernel: y = act(W · norm(x) + b), reading every weight once at the speed of memory.
 
-One program a multiprocessor. It computes the norm once, keeps the normalised input in registers, and streams rows of the
-packed weight through a ring of shared-memory stages. Weights do not depend on the kernel before, so their first rows
-are asked for before waiting for it. A packed weight may hold two row ranges with norms of their own (GPT-NeoX: QKV rows
-and up-projection rows); GELU applies to the second range only. Paired gate and up rows give silu(gate) · up (SwiGLU).
+A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
+of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
+their first rows are asked for before waiting for it. A packed weight may hold two row ranges with norms of their own
+(GPT-NeoX: QKV rows and up-projection rows); GELU applies to the second range only. Paired gate and up rows give
+silu(gate) · up (SwiGLU).
 """
 
-from dataclasses import dataclass
-
+# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 import torch.nn.functional as F
 
+from sinkstream.engine.ops.config import LinearConfig, default_norm_linear
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -23,44 +24,13 @@ from sinkstream.engine.ops.runtime import (
     launch,
     multiprocessors,
     prefetch_l2,
+    shared_bytes,
     tl,
     use_triton,
 )
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 NORMS = ("layer", "rms")
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """How a streaming product is cut up. Changes speed only, never values beyond the order of additions.
-
-    Attributes
-    ----------
-    rows : int
-        Weight rows of one tile (a power of two).
-    columns : int
-        Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
-    warps, stages : int
-        Warps of a program; tiles in flight (1: no shared-memory ring, plain loads).
-    per_sm : int
-        Programs a multiprocessor.
-    ahead : int
-        Tiles a program asks for before it waits for the kernel before (programmatic dependent launch only).
-    evict : bool
-        Mark the weights as first to leave L2.
-    late : bool
-        Let the next kernel start at this one's last tile instead of at once.
-    """
-
-    rows: int = 4
-    columns: int = 512
-    warps: int = 4
-    stages: int = 3
-    per_sm: int = 1
-    ahead: int = 2
-    evict: bool = True
-    late: bool = False
 
 
 @jit
@@ -208,6 +178,7 @@ def norm_linear(
     out : Tensor, (streams, outputs), optional
         Written in place; its dtype is that of the result (default: the weight's).
     config : LinearConfig, optional
+        Default: the measured one of `sinkstream.engine.ops.config`.
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool
@@ -253,7 +224,9 @@ def norm_linear(
     kind = (eps, norm, boundary, activation)
     if not use_triton(backend, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config or LinearConfig(), prefetch, pdl)
+    if config is None:
+        config = default_norm_linear(hidden, boundary > 0, gated, shared_bytes(x.device))
+    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
     return out
 
 

@@ -1,6 +1,6 @@
 """Where kernels meet the machine: optional Triton, the choice of backend, launching, prefetching, shape checks.
 
-Triton is optional. Without it (or on tensors that live on a CPU) every op runs its plain PyTorch twin. With the variable
+Triton is optional. Without it (or on tensors that live on a CPU) every op runs its plain PyTorch twin. With
 TRITON_INTERPRET=1 set before Triton is imported, ``backend="triton"`` runs the kernels themselves on a CPU; that is for
 tests, and slow.
 """
@@ -103,9 +103,16 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if _settings["compile_only"] else 3
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that the programs of a multiprocessor can count on; elsewhere than on CUDA that of an H100."""
+    if device.type == "cuda":
+        return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"] - 4096
+    return 227 * 1024 - 4096
+
+
 @jit
 def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
-    """Ask for at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to be brought to L2; all multiples of 16.
+    """Ask for at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to come to L2; all multiples of 16.
 
     One thread issues one bulk request and nobody waits for it: it costs no register and no shared memory.
     """
@@ -162,7 +169,7 @@ def check_tensor(
 
 
 class Prefetch(tuple):
-    """Buffers that the *next* kernel will read first, brought to L2 by the present one: (tensor, bytes) twice at most."""
+    """Buffers that the *next* kernel reads first, brought to L2 by the present one: (tensor, bytes), two at most."""
 
     def __new__(cls, *parts: tuple[torch.Tensor, int]):
         if len(parts) > 2:

@@ -1,0 +1,146 @@
+"""How the kernels are cut up: the configurations, and which one a call gets that brings none.
+
+The defaults are the fastest of `python -m sinkstream.engine.bench_ops` on one NVIDIA H100 80GB HBM3 at the shape of
+Pythia-2.8B (hidden 2,560, 32 heads of 80, intermediate 10,240, float16, one stream, 2,052 slots), within a step with
+programmatic dependent launch. Other shapes get the same, cut down to what fits, and are not measured. A configuration
+that the caller brings is used as it is.
+"""
+
+from dataclasses import dataclass, replace
+
+MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How a streaming product is cut up. Changes speed only, never values beyond the order of additions.
+
+    Attributes
+    ----------
+    rows : int
+        Weight rows of one tile (a power of two).
+    columns : int
+        Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
+    warps, stages : int
+        Warps of a program; tiles in flight (1: no shared-memory ring, plain loads).
+    per_sm : int
+        Programs a multiprocessor.
+    ahead : int
+        Tiles a program asks for before it waits for the kernel before (programmatic dependent launch only).
+    evict : bool
+        Mark the weights as first to leave L2.
+    late : bool
+        Let the next kernel start at this one's last tile instead of at once.
+    """
+
+    rows: int = 4
+    columns: int = 512
+    warps: int = 4
+    stages: int = 3
+    per_sm: int = 3
+    ahead: int = 2
+    evict: bool = True
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How decode attention is cut up. Changes speed only, never values beyond the order of additions.
+
+    Attributes
+    ----------
+    splits : int
+        Programs that share the ring of one key-value head.
+    tile : int
+        Slots of one tile (a power of two, at least 16). Two tiles of keys and values are in flight in registers.
+    warps : int
+    stages : int
+        0: tiles go through registers, loaded one ahead; 2 or more: through a ring of shared-memory stages.
+    dot : bool
+        Use the matrix units. Needed for grouped queries; without it, one query per key-value head.
+    columns : int
+        Widest column chunk of a tile (a power of two, at least 16); the widest that divides head_dim is used.
+    late : bool
+        Let the next kernel start when the slots have been read instead of at once.
+    """
+
+    splits: int = 16
+    tile: int = 64
+    warps: int = 2
+    stages: int = 0
+    dot: bool = False
+    columns: int = 16
+    late: bool = False
+
+
+# NVIDIA H100 80GB HBM3, Pythia-2.8B shape: within the tuned step 30.8 us (in), 11.5 us (attention), 22.2 us (out).
+ONE_RANGE = LinearConfig()  # the LM head: 88.8 us alone, 82.8 us in the step
+TWO_RANGES = LinearConfig(rows=4, columns=512, warps=8, stages=1, per_sm=3, ahead=0, late=True)
+RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
+UNGROUPED = AttentionConfig()
+# Not measured; chosen so that the compiler spills no registers at head sizes 64 to 256.
+WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
+GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
+# Bytes of the next kernel's input that a kernel brings to L2 (`prefetch=`): attention's slots, the next layer's weight.
+NORM_LINEAR_PREFETCH_BYTES = 2 << 20
+RESIDUAL_PREFETCH_BYTES = 6 << 20
+
+
+def tile_bytes(config: LinearConfig, *widths: int) -> int:
+    """Shared memory of one program, bytes: `stages` tiles of half-precision rows, each part padded to whole chunks."""
+    chunks = sum(-(-width // config.columns) for width in widths)
+    return config.stages * config.rows * chunks * config.columns * 2 if config.stages > 1 else 0
+
+
+def fit_shared_memory(config: LinearConfig, shared_bytes: int, *widths: int) -> LinearConfig:
+    """The configuration with fewer rows, then stages, then programs, so that it fits a multiprocessor.
+
+    Parameters
+    ----------
+    config : LinearConfig
+    shared_bytes : int
+        Shared memory that one multiprocessor can give its programs.
+    *widths : int
+        Values of a weight row, part by part.
+
+    Returns
+    -------
+    LinearConfig
+    """
+    while tile_bytes(config, *widths) > shared_bytes and config.rows > 1:
+        config = replace(config, rows=config.rows // 2)
+    while tile_bytes(config, *widths) > shared_bytes:  # ends at one stage, which needs no shared memory
+        config = replace(config, stages=config.stages - 1)
+    used = tile_bytes(config, *widths)
+    return replace(config, per_sm=min(config.per_sm, shared_bytes // used)) if used else config
+
+
+def default_norm_linear(hidden: int, two_ranges: bool, gated: bool, shared_bytes: int) -> LinearConfig:
+    """What `norm_linear` uses: GPT-NeoX' two row ranges have a best of their own; gated rows come in pairs.
+
+    Without shared memory, three programs of `TWO_RANGES` have registers for 2,560 values each and not for more.
+    """
+    config = TWO_RANGES if two_ranges and hidden <= 2560 else replace(ONE_RANGE, late=two_ranges)
+    return fit_shared_memory(config, shared_bytes, *([hidden] * (2 if gated else 1)))
+
+
+def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
+    """What `linear_residual` uses for inputs of n and m values; long ones need more threads to hold them."""
+    config = RESIDUAL if n + m <= 16384 else replace(RESIDUAL, columns=2048, warps=8)
+    return fit_shared_memory(config, shared_bytes, n, m)
+
+
+def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:
+    """What `attention_decode` uses for `group` queries a key-value head; fewer splits where many slots are pinned."""
+    ungrouped = UNGROUPED if head_dim <= 96 else WIDE
+    config = GROUPED if group > 1 or head_dim > 128 else ungrouped
+    while config.splits > 1 and sum(count_programs(config.splits, ring, pinned_slots)[1:]) > MAX_SPLITS:
+        config = replace(config, splits=config.splits // 2)
+    return config
+
+
+def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int, int]:
+    """Slots a program of attention, programs of the ring, programs of the pinned slots (at least one)."""
+    per = -(-ring // splits)
+    per = -(-per // 8) * 8
+    return per, -(-ring // per), max(1, -(-pinned_slots // per))

@@ -1,0 +1,44 @@
+"""The benchmark of the ops: its checks start from the same inputs whatever ran before, and find a wrong result."""
+
+import time
+
+import pytest
+import torch
+
+from sinkstream.engine.bench_ops import SHAPES, Bench, attention_grid, candidates
+
+
+@pytest.fixture(params=["smoke-neox", "smoke-llama"])
+def bench(request):
+    torch.manual_seed(0)
+    return Bench(SHAPES[request.param], "cpu", None, time.monotonic() + 60, 10.0)
+
+
+def test_checks_do_not_depend_on_what_ran_before(bench):
+    """An op's input is another op's output, and a timing leaves the last layer's results there."""
+    ops = [*bench.shape.ops, "head"]
+    first = {op: bench.check(op, None, backend="torch") for op in ops}
+    for op in bench.shape.ops:
+        bench.model.call(op, bench.shape.layers - 1, None, backend="torch")
+    assert {op: bench.check(op, None, backend="torch") for op in reversed(ops)} == first
+    assert max(first.values()) == 0.0
+
+
+def test_a_wrong_result_is_found(bench):
+    name = bench.shape.ops[-1]
+    bench.model.weights[0][name][0] *= -1
+    with pytest.raises(ArithmeticError, match="relative error"):
+        bench.check(name, None, backend="torch")
+
+
+def test_an_output_that_is_not_written_is_found(bench, monkeypatch):
+    monkeypatch.setattr(bench.model, "call", lambda *a, **how: None)
+    with pytest.raises(ArithmeticError, match="relative error nan"):
+        bench.check(bench.shape.ops[0], None, backend="torch")
+
+
+def test_every_op_has_configurations_to_try():
+    for shape in SHAPES.values():
+        if not shape.name.startswith("smoke"):
+            assert all(len(candidates(shape, op)) > 8 for op in shape.ops)
+            assert len(attention_grid(shape)) == len(set(attention_grid(shape)))

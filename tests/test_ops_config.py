@@ -1,0 +1,77 @@
+"""Which configuration a call gets that brings none: the measured one, cut down to what fits; a given one is used."""
+
+import pytest
+import torch
+from ops_cases import DEVICE, NEEDS_TRITON, TOLERANCE, draw, error
+
+from sinkstream.engine.ops import AttentionConfig, LinearConfig, linear_residual
+from sinkstream.engine.ops.config import (
+    MAX_SPLITS,
+    RESIDUAL,
+    TWO_RANGES,
+    count_programs,
+    default_attention,
+    default_linear_residual,
+    default_norm_linear,
+    fit_shared_memory,
+    tile_bytes,
+)
+
+H100_BYTES = 227 * 1024
+
+
+def test_the_measured_shape_gets_what_was_measured():
+    """Pythia-2.8B on an H100: results/engine-ops-h100.json, the plan labelled "tuned"."""
+    assert default_norm_linear(2560, True, False, H100_BYTES) == TWO_RANGES
+    assert default_norm_linear(2560, False, False, H100_BYTES) == LinearConfig(4, 512, 4, 3, 3)
+    assert default_linear_residual(2560, 10240, H100_BYTES) == RESIDUAL
+    assert default_attention(1, 80, 2048, 4) == AttentionConfig(16, 64, 2)
+
+
+@pytest.mark.parametrize("widths", [(64,), (2560,), (8192, 8192), (2560, 10240), (28672,), (53248,)])
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, H100_BYTES])
+@pytest.mark.parametrize("config", [LinearConfig(), TWO_RANGES, RESIDUAL, LinearConfig(rows=16, stages=8)])
+def test_defaults_fit(config, widths, shared_bytes):
+    fitted = fit_shared_memory(config, shared_bytes, *widths)
+    assert fitted.per_sm >= 1 and fitted.per_sm * tile_bytes(fitted, *widths) <= shared_bytes
+    if config.per_sm * tile_bytes(config, *widths) <= shared_bytes:
+        assert fitted == config, "a configuration that fits was changed"
+
+
+def test_long_inputs_get_more_threads():
+    assert default_linear_residual(5120, 20480, H100_BYTES).warps > RESIDUAL.warps
+    assert default_norm_linear(5120, True, False, H100_BYTES).stages > TWO_RANGES.stages
+    assert default_attention(1, 128, 2048, 4).warps > default_attention(1, 80, 2048, 4).warps
+    assert default_attention(4, 128, 2048, 4).dot and default_attention(1, 256, 2048, 4).dot
+
+
+def test_without_fitting_it_would_not():
+    assert tile_bytes(LinearConfig(rows=16, stages=8), 8192) > H100_BYTES
+
+
+@pytest.mark.parametrize(("ring", "pinned"), [(2048, 4), (16, 480), (9, 40), (1, 0), (30000, 4)])
+def test_attention_defaults_can_be_combined(ring, pinned):
+    for group, head_dim in [(1, 64), (1, 256), (4, 128)]:
+        splits = default_attention(group, head_dim, ring, pinned).splits
+        per, of_ring, of_pinned = count_programs(splits, ring, pinned)
+        assert of_ring + of_pinned <= MAX_SPLITS
+        assert per * of_ring >= ring and per * of_pinned >= pinned
+
+
+def test_many_pinned_slots_take_fewer_splits():
+    assert sum(count_programs(16, 16, 512)[1:]) > MAX_SPLITS, "the case is no case"
+    assert default_attention(1, 64, 16, 512).splits < 16
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    "config",
+    [None, LinearConfig(1, 1024, 4, 2, 1), LinearConfig(1, 2048, 8, 4, 1), LinearConfig(2, 4096, 8, 1, 2)],
+)
+def test_the_width_of_pythia(config):
+    """Rows of 2,560 + 10,240 values end within a chunk of every one of these widths; four are enough for the sum."""
+    a, f = draw(1, 2560, dtype=torch.float16), draw(1, 10240, dtype=torch.float16)
+    weight = draw(4, 12800, scale=12800**-0.5, dtype=torch.float16)
+    out = torch.full((1, 4), float("nan"), dtype=torch.float16, device=DEVICE)
+    linear_residual(a, weight, f=f, out=out, config=config, backend="triton")
+    assert error(out, torch.cat([a, f], 1).double() @ weight.double().T) < TOLERANCE[torch.float16]
