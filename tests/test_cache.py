@@ -179,7 +179,7 @@ def test_a_forward_that_raises_leaves_no_trace(policy, place, error):
 def test_a_first_call_that_raises_does_not_fix_the_batch():
     model, ids = build("llama"), token_ids(150)[None]
     cache = make_cache(model, small_policy("lazy"))
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
+    with pytest.raises(ValueError, match="logits_to_keep=1"):
         model(torch.zeros(3, 2000, dtype=torch.int64), past_key_values=cache)
     handle = model.lm_head.register_forward_hook(Stumble(RuntimeError))
     with pytest.raises(RuntimeError, match="stumbled"):

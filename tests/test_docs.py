@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sinkstream.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
 MACHINE_PATH = re.compile(r"(?<![\w.~/:-])/(?:work|home|root|Users|mnt|opt|scratch)/|\b[A-Z]:\\Users\\")
@@ -45,6 +47,15 @@ def test_no_source_names_a_machine_path():
     sources = [p for p in sources if p.suffix in {".py", ".sh", ""}]
     texts = ((p, p.read_text(encoding="utf-8")) for p in [*sources, ROOT / "Makefile", ROOT / "pyproject.toml"])
     assert not {str(p.relative_to(ROOT)): machine_paths(text) for p, text in texts if machine_paths(text)}
+
+
+def test_generated_tables_and_headlines_are_those_of_the_records(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    generated = [d for d in DOCUMENTS if "<!-- generated:" in d.read_text(encoding="utf-8")]
+    assert main(["report", "--check", "--docs", *map(str, generated)]) == 0, capsys.readouterr().out
+    stale = tmp_path / "stale.md"
+    stale.write_text("<!-- generated:policies -->\nnothing\n<!-- /generated -->\n", encoding="utf-8")
+    assert main(["report", "--check", "--docs", str(stale)]) == 1, "a stale table must be noticed"
 
 
 def test_faults_are_seen():

@@ -117,8 +117,10 @@ def test_long_prompts_come_in_chunks(policy):
     if cache.policy.plan_known:
         assert torch.equal(generate(model, ids, cache, prefill_chunk_size=130), expected)
         assert cache.stats()["seen"] == 739
+    cache = make_cache(model, options)  # and by itself, whatever the policy: generate() asks for the last logits only
+    assert torch.equal(generate(model, ids, cache), expected) and cache.stats()["seen"] == 739
     with pytest.raises(ValueError, match=r"700 tokens in one call.*cache.prefill"):
-        generate(model, ids, make_cache(model, options))
+        model(ids, past_key_values=make_cache(model, options))
 
 
 def generate_after(model, ids: torch.Tensor, cache: StreamingCache, chunk: int) -> torch.Tensor:
@@ -199,7 +201,7 @@ def nothing_new(model, ids, cache):
 
 
 def too_long(model, ids, cache):
-    generate(model, prompt_of(900), cache)
+    model(prompt_of(900), past_key_values=cache)
 
 
 def no_tokens(model, ids, cache):
@@ -239,7 +241,7 @@ REFUSED = {
     own_positions: "the next 3 tokens take 50 to 52",
     own_mask: "attention_mask of 4 dimensions",
     nothing_new: "50 tokens seen and at least one new one",
-    too_long: "prefill_chunk_size",
+    too_long: "logits_to_keep=1",
     no_tokens: "0 tokens",
     other_batch: "batch of 2, but this cache holds 1 streams",
     other_model: "not attached to the model",

@@ -98,10 +98,28 @@ def _before_model(mine: weakref.ref):
         if cache is None or kwargs.get("past_key_values") is not cache:
             return None
         cache._abort()
+        prefilled = _prefill_all_but_last(cache, module, args, kwargs)
+        args, kwargs = prefilled or (args, kwargs)
         cache._in_model = True
-        return (args, kwargs | {"logits_to_keep": 0}) if cache.needs_logits else None
+        if cache.needs_logits:
+            return args, kwargs | {"logits_to_keep": 0}
+        return prefilled
 
     return hook
+
+
+def _prefill_all_but_last(cache, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Where only the last logits are asked for (as generate() asks of a prompt), feed a long prompt chunk by chunk.
+
+    Returns the call that is left, that of the last token; None if the tokens fit one call as they are.
+    """
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
+        return None
+    _check_mask_and_positions(kwargs, cache.seen_tokens, ids.shape[1])
+    cache.prefill(model, ids[:, :-1])
+    left = {"attention_mask": None, "position_ids": None} | ({} if args else {"input_ids": ids[:, -1:]})
+    return (ids[:, -1:], *args[1:]) if args else (), kwargs | left
 
 
 def _after_model(mine: weakref.ref):

@@ -436,8 +436,7 @@ class StreamingCache(Cache):
         if tokens > self.max_chunk_tokens():
             raise ValueError(
                 f"{tokens} tokens in one call, but this cache takes at most {self.max_chunk_tokens()} now;"
-                " feed the prompt with cache.prefill(model, input_ids[:, :-1]) first"
-                + (", or give generate() a prefill_chunk_size" if self.policy.plan_known else "")
+                " feed them with cache.prefill(model, input_ids), or ask for the last logits only (logits_to_keep=1)"
             )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from sinkstream.cli import COMMANDS, EXIT_FAILED
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import render_tables
-from sinkstream.report.summary import write_summary
+from sinkstream.report.summary import summary_is_current, write_summary
 
 
 @COMMANDS.register("report")
@@ -31,7 +31,8 @@ class Report:
             console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
             for key, why in summary.missing.items():
                 console.print(f"  {key} is missing: {why}")
-        stale, tables = [], render_tables(args.results)
+        stale = [f"{args.results}: summary.json"] if args.check and not summary_is_current(args.results) else []
+        tables = render_tables(args.results)
         for path in args.docs:
             mine = {name: _table(tables, name, path) for name in generated_names(path)}
             stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]

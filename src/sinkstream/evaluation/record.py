@@ -3,21 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.numerics import numerics
 from sinkstream.evaluation.run import RunResult
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.environment import environment, utc_now
+from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.records import Record, load_records, new_record_id, write_record
 from sinkstream.models import LoadedModel
 
 
 def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings) -> dict[str, Any]:
-    """What makes two runs the same run: model, precision, device, text and settings."""
+    """What makes two runs the same run: model, precision, hardware, releases, text and settings."""
+    versions, device = package_versions(), loaded.model.device
     return {
+        "versions": {name: versions[name] for name in ("sinkstream", "torch", "transformers")},
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "model_hash": loaded.hash,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device.type),
+        "device": device.type,
         "attention": loaded.model.config._attn_implementation,
         "data_sha256": stream.sha256,
         "settings": settings.record(),

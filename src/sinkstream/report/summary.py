@@ -48,11 +48,25 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
+    headlines, missing = compute_headlines(_records_below(directory))
+    return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
+
+
+def summary_is_current(results_dir: Path | str) -> bool:
+    """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
+    path = Path(results_dir) / SUMMARY_FILE
+    headlines, _ = compute_headlines(_records_below(Path(results_dir)))
+    return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
+
+
+def _records_below(directory: Path) -> list[Record]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: not a folder with records")
-    headlines, missing = compute_headlines(load_records(directory))
-    path = write_atomically(directory / SUMMARY_FILE, json.dumps(headlines, indent=1, ensure_ascii=False) + "\n")
-    return Summary(path, headlines, missing)
+    return load_records(directory)
+
+
+def _as_text(headlines: dict[str, dict[str, float | str]]) -> str:
+    return json.dumps(headlines, indent=1, ensure_ascii=False) + "\n"
 
 
 @HEADLINES.register("foundation.hf_strict_over_full_tpot")
