@@ -59,7 +59,7 @@ def test_generated_tables_and_headlines_are_those_of_the_records(monkeypatch, tm
 
 
 def test_faults_are_seen():
-    assert machine_paths("run `/home/ann/sinkstream/x`") and machine_paths("cd /work/main")
+    assert machine_paths("run `/home/ann/sinkstream/x`") and machine_paths("cd /scratch/main")
     assert not machine_paths("see https://example.org/home/page and ./work/notes")
     assert dead_links(ROOT / "README.md", "[a](docs/no_such_page.md#x)") and not dead_links(ROOT / "x", "[a](LICENSE)")
     assert unknown_targets("`make coffee`") == {"coffee"} and not unknown_targets("make test\nthey make sense")
