@@ -125,6 +125,7 @@ for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink
     for _cap in (512, 1024):
         _register_quality(f"pg19-{_short}-{_cap}", model=_model, text="pg19", cap=_cap, device="cuda")
     _register_quality(f"wikitext-{_short}-512", model=_model, text="wikitext", cap=512, device="cuda")
+    _register_quality(f"pg19-{_short}-512-cpu", model=_model, text="pg19", cap=512, device="cpu")
 
 
 @DOCUMENT_TABLES.register("tpot-pythia-2.8b")
