@@ -15,7 +15,7 @@ from oracle.models import token_ids
 
 import sinkstream.evaluation.run as run_module
 from sinkstream.evaluation.numerics import numerics, set_numerics
-from sinkstream.evaluation.run import RunResult, check_run, run
+from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
 from sinkstream.evaluation.sessions import BACKENDS, RecomputeSession, StreamingSession
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names
 from sinkstream.evaluation.statistics import paired_delta_ppl
@@ -544,3 +544,35 @@ def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
         check_run(healthy, 4 * TOKENS, settings_of("strict", cap=2000, prefill=8, backend="ring"))
     assert hooks_of(healthy.model) == hooks
     assert BACKENDS.names() == ["hf", "ring"] and all(BACKENDS.summary(name) for name in BACKENDS)
+
+
+def test_interleaved_runs_are_the_runs_themselves(healthy):
+    """Taking turns changes when a token is decoded, not what it sees, also beside a scorer that observes attention."""
+    settings = [settings_of(m) for m in ("full", "recompute", "strict", "refresh-window-attention", "adaptive-entropy")]
+    before = hooks_of(healthy.model)
+    for one, result in zip(settings, run_interleaved(healthy, text_ids(), settings)):
+        alone = run(healthy, text_ids(), one)
+        assert result.status == "complete" and np.isfinite(result.arrays["seconds"]).all()
+        assert worst(result.arrays["nll"], alone.arrays["nll"]) < TOLERANCE, one.method
+        for name in ("index", "kv_length", "event", "drop_size"):
+            assert (result.arrays[name] == alone.arrays[name]).all(), (one.method, name)
+        assert result.summary["peak_memory_mb"] is None, "memory of all runs together belongs to none"
+    assert hooks_of(healthy.model) == before
+
+
+def test_an_interleaved_failure_keeps_rows_of_one_length(poisoned):
+    settings = [settings_of("strict"), settings_of("lazy")]
+    results = run_interleaved(poisoned, text_ids(poison_at=POISON_AT), settings)
+    assert {r.status for r in results} == {"failed"}
+    lengths = {len(r.arrays["nll"]) for r in results}
+    assert len(lengths) == 1 and lengths.pop() > 0
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"evaluate": "blocks"}, {"repeats": 2}, {"timed_tokens": 5}, {"prefill": 11}],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_runs_that_cannot_take_turns_are_refused(healthy, odd):
+    with pytest.raises(ValueError, match="interleaved runs are timed token by token"):
+        run_interleaved(healthy, text_ids(), [settings_of("strict"), settings_of("lazy", **odd)])

@@ -132,7 +132,7 @@ def run_interleaved(
     ValueError
         If the settings cannot take turns, or do not fit model and text.
     """
-    prefill_tokens = _common_prefill(settings, len(ids))
+    prefill_tokens = common_prefill(settings, len(ids))
     for one in settings:
         _check_full_fits(loaded, one, len(ids))
     ids = ids.to(loaded.model.device)
@@ -165,7 +165,8 @@ def run_interleaved(
     return results
 
 
-def _common_prefill(settings: list[RunSettings], tokens: int) -> int:
+def common_prefill(settings: list[RunSettings], tokens: int) -> int:
+    """The prefill length that interleaved runs share; ValueError if these settings cannot take turns."""
     lengths = {one.prefill_tokens(tokens) for one in settings}
     unfit = [one for one in settings if one.evaluate != "steps" or one.repeats > 1 or one.timed_tokens is not None]
     if len(lengths) > 1 or unfit:

@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
-from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
+from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.files import WriteError
 from sinkstream.measure.records import Record, load_record
@@ -58,8 +58,14 @@ class Batch:
         WriteError
             If a record cannot be written; it says where a copy was kept instead.
         """
+        if self.interleave and self.resume:
+            raise ValueError(
+                "--interleave and --resume exclude each other: interleaved runs are timed beside each other"
+            )
         for one in settings:
             check_run(self.loaded, len(self.stream), one)
+        if self.interleave:
+            common_prefill(settings, len(self.stream))
         self._check_writable()
         records = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
@@ -78,25 +84,14 @@ class Batch:
             if found:
                 progress.console.print(f"{settings.label()}: taken from {found.id}")
                 return found
-        task = progress.add_task(settings.label(), total=None)
-        result = run(
-            self.loaded,
-            self.stream.ids,
-            settings,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        result = run(self.loaded, self.stream.ids, settings, _shown(progress, settings.label()))
         with _uninterrupted():
             return load_record(self._save(settings, result))
 
     def _run_in_turn(self, settings: list[RunSettings], progress: Progress) -> list[Record]:
         settings = [replace(one, interleaved=len(settings)) for one in settings]
-        task = progress.add_task(f"{len(settings)} in turn", total=None)
-        results = run_interleaved(
-            self.loaded,
-            self.stream.ids,
-            settings,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        shown = _shown(progress, f"{len(settings)} in turn")
+        results = run_interleaved(self.loaded, self.stream.ids, settings, shown)
         with _uninterrupted():
             return [load_record(self._save(one, result)) for one, result in zip(settings, results)]
 
@@ -133,6 +128,12 @@ class Batch:
                 probe.flush()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written: {error.strerror}") from error
+
+
+def _shown(progress: Progress, description: str) -> Callable[[int, int], None]:
+    """A new line of the progress display, as the callback of a run."""
+    task = progress.add_task(description, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
