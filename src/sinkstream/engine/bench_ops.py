@@ -13,7 +13,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 
@@ -22,9 +22,11 @@ import torch
 from sinkstream.engine.ops import (
     NO_PREFETCH,
     AttentionConfig,
+    BesideConfig,
     LinearConfig,
     Prefetch,
     Workspace,
+    attention_beside,
     attention_decode,
     begin_step,
     linear_residual,
@@ -38,7 +40,10 @@ TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `rotary` is the number of rotated dimensions of a head."""
+    """Sizes of a model; `rotary` is the number of rotated dimensions of a head.
+
+    With `beside`, a GPT-NeoX layer's up-projection shares a kernel with attention instead of with QKV.
+    """
 
     name: str
     neox: bool
@@ -52,10 +57,13 @@ class Shape:
     rotary: int
     dtype: torch.dtype
     cap: int = 2052
+    beside: bool = False
 
     @property
     def ops(self) -> list[str]:
         """Kernels of a layer, in order."""
+        if self.beside:
+            return ["qkv", "beside", "out"]
         return ["in", "attention", "out"] if self.neox else ["qkv", "attention", "o", "gate_up", "down"]
 
     @property
@@ -63,7 +71,10 @@ class Shape:
         """(rows, columns) of every weight."""
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.neox:
-            sizes = {"in": (q + 2 * kv + self.intermediate, h), "out": (h, q + self.intermediate)}
+            first = {"in": (q + 2 * kv + self.intermediate, h)}
+            if self.beside:
+                first = {"qkv": (q + 2 * kv, h), "beside": (self.intermediate, h)}
+            sizes = first | {"out": (h, q + self.intermediate)}
         else:
             sizes = {"qkv": (q + 2 * kv, h), "o": (h, q), "gate_up": (2 * self.intermediate, h)}
             sizes["down"] = (h, self.intermediate)
@@ -71,9 +82,8 @@ class Shape:
 
     def bytes_of(self, op: str) -> int:
         """Bytes that one call must read: weights, or keys and values."""
-        if op == "attention":
-            return 2 * self.kv_heads * self.cap * self.head_dim * 2
-        return self.widths[op][0] * self.widths[op][1] * 2
+        cached = 2 * self.kv_heads * self.cap * self.head_dim * 2 if op in ("attention", "beside") else 0
+        return cached + (0 if op == "attention" else self.widths[op][0] * self.widths[op][1] * 2)
 
     @property
     def step_bytes(self) -> int:
@@ -83,10 +93,12 @@ class Shape:
 SHAPES = {
     s.name: s
     for s in (
-        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
+        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16, beside=True),
+        Shape("pythia-2.8b-apart", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
         Shape("llama-3.2-1b", False, 16, 2048, 32, 8, 64, 8192, 128256, 64, torch.bfloat16),
         Shape("llama-3.1-8b", False, 32, 4096, 32, 8, 128, 14336, 128256, 128, torch.bfloat16),
-        Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
+        Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45, beside=True),
+        Shape("smoke-neox-apart", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
         Shape("smoke-llama", False, 2, 128, 4, 2, 64, 256, 200, 64, torch.bfloat16, 45),
     )
 }
@@ -133,25 +145,37 @@ class Model:
         empty = torch.empty(*size, dtype=self.shape.dtype, device=self.device)
         return empty if self.compiling else empty.normal_().mul_(scale)
 
-    def output(self, op: str) -> torch.Tensor:
-        """Where a call of `op` leaves its result when it is measured alone."""
-        return {"in": self.first, "qkv": self.first, "attention": self.context, "gate_up": self.middle,
-                "head": self.logits}.get(op, self.hidden[1])  # fmt: skip
+    def outputs(self, op: str) -> list[torch.Tensor]:
+        """Where a call of `op` leaves its results when it is measured alone."""
+        return {"in": [self.first], "qkv": [self.first], "attention": [self.context], "gate_up": [self.middle],
+                "beside": [self.context, self.middle], "head": [self.logits]}.get(op, [self.hidden[1]])  # fmt: skip
 
     def call(
-        self, op: str, layer: int, config, *, flip: bool = False, prefetch=NO_PREFETCH, pdl=False, backend="triton"
+        self,
+        op: str,
+        layer: int,
+        config,
+        *,
+        flip: bool = False,
+        wait: bool = True,
+        prefetch=NO_PREFETCH,
+        pdl=False,
+        backend="triton",
     ):
         """One op of one layer. The residual goes from one hidden buffer to the other, back again with `flip`."""
         s = self.shape
         x, y = self.hidden[::-1] if flip else self.hidden
         how = {"config": config, "prefetch": prefetch, "pdl": pdl, "backend": backend}
         norm = {"norm": "layer", "norm_bias": self.beta} if s.neox else {"norm": "rms"}
-        if op == "attention":
+        if op in ("attention", "beside"):
             order = "per-head" if s.neox else "blocks"
             arguments = self.first[:, : self.qkv_rows], self.keys[layer], self.values[layer], self.scalars, self.rope
-            return attention_decode(
-                *arguments, query_heads=s.heads, pinned_slots=SINK, order=order, out=self.context,
-                workspace=self.workspace, **how,
+            how |= {"query_heads": s.heads, "pinned_slots": SINK, "order": order, "workspace": self.workspace}
+            if op == "attention":
+                return attention_decode(*arguments, out=self.context, **how)
+            return attention_beside(
+                *arguments, x, self.weights[layer][op], norm_weight=self.gamma[1:], norm_bias=self.beta[1:],
+                bias=self.biases[op], out=self.context, linear_out=self.middle, wait=wait, **how,
             )  # fmt: skip
         if op == "head":
             norm = {n: v[:1] if n == "norm_bias" else v for n, v in norm.items()}
@@ -164,13 +188,14 @@ class Model:
             )  # fmt: skip
         if op in ("qkv", "gate_up"):
             gated = op == "gate_up"
+            norm = {n: v[:1] if n == "norm_bias" else v for n, v in norm.items()}
             return norm_linear(
                 x, weight, norm_weight=self.gamma[gated : gated + 1], **norm, activation="swiglu" if gated else "none",
-                out=self.middle if gated else self.first, **how,
+                bias=bias if s.neox else None, out=self.middle if gated else self.first, **how,
             )  # fmt: skip
         a, f = (self.middle if op == "down" else self.context), None
         if op == "out":
-            f = self.first[:, self.qkv_rows :]
+            f = self.middle if s.beside else self.first[:, self.qkv_rows :]
         return linear_residual(a, weight, f=f, bias=bias if s.neox else None, residual=x, out=y, **how)
 
     def next_buffers(self, op: str, layer: int, size: int) -> Prefetch:
@@ -180,7 +205,7 @@ class Model:
             return NO_PREFETCH
         order = [*s.ops, s.ops[0]]
         after = order[order.index(op) + 1]
-        if after == "attention":
+        if after in ("attention", "beside"):
             return Prefetch((self.keys[layer], size // 2), (self.values[layer], size // 2))
         layer += after == s.ops[0]
         if layer >= len(self.weights):
@@ -205,7 +230,8 @@ class Model:
                     continue
                 prefetch = self.next_buffers(op, layer, plan["next"].get(op, 0))
                 pdl = plan["pdl"] and started
-                self.call(op, layer, plan[op], flip=flip, prefetch=prefetch, pdl=pdl, backend=backend)
+                wait = op != "beside" or leave_out == "qkv" or not plan["qkv"].late
+                self.call(op, layer, plan[op], flip=flip, wait=wait, prefetch=prefetch, pdl=pdl, backend=backend)
                 flip ^= op in ("out", "o", "down")
                 started = True
         if leave_out != "head":
@@ -232,6 +258,8 @@ def candidates(shape: Shape, op: str) -> list:
     """Configurations to try, the most promising first."""
     if op == "attention":
         return attention_grid(shape)
+    if op == "beside":
+        return beside_grid()
     width = shape.widths[op][1] * (2 if op == "gate_up" else 1)
     if shape.widths[op][1] > 5000 or op == "out":
         grid = linear_grid((1, 2, 4), (1024, 2048, 4096), (4, 8, 16), (4, 3, 6, 2, 1), (1, 2), width, 130)
@@ -246,6 +274,38 @@ def candidates(shape: Shape, op: str) -> list:
 def spread(items: list, most: int) -> list:
     """At most `most` items, evenly spread over the list."""
     return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def beside_grid() -> list[BesideConfig]:
+    """Configurations of attention and the rows beside it: (splits, tile, warps), (rows, columns, stages, per_sm)."""
+    found = []
+    rows = [(4, 512, 3, 3), (4, 512, 1, 3), (4, 256, 4, 3), (8, 512, 1, 3), (2, 512, 4, 3), (4, 512, 2, 4)]
+    attention = [(4, 64, 4), (4, 32, 4), (8, 32, 4), (3, 64, 4), (6, 32, 4), (2, 64, 4)]
+    for splits, tile, warps in attention:
+        for r, c, stages, per_sm in rows:
+            if tile == 64 and per_sm > 3:
+                continue
+            parts = AttentionConfig(splits, tile, warps), LinearConfig(r, c, warps, stages, per_sm, late=True)
+            found.append(BesideConfig(*parts))
+    wide = [(4, 64, 8, 4, 512, 1, 2), (4, 64, 8, 8, 512, 1, 2), (4, 64, 8, 4, 512, 3, 2), (2, 64, 8, 4, 1024, 1, 2)]
+    return found + [
+        BesideConfig(AttentionConfig(s, t, w), LinearConfig(r, c, w, stages, per_sm, late=True))
+        for s, t, w, r, c, stages, per_sm in wide
+    ]
+
+
+def read_config(op: str, fields: dict):
+    """A configuration from its dictionary."""
+    if op == "beside":
+        return BesideConfig(AttentionConfig(**fields["attention"]), LinearConfig(**fields["linear"]))
+    return (AttentionConfig if op == "attention" else LinearConfig)(**fields)
+
+
+def changed(config, **changes):
+    """A configuration with other values; beside attention those of the rows."""
+    if isinstance(config, BesideConfig):
+        return replace(config, linear=replace(config.linear, **changes))
+    return replace(config, **changes)
 
 
 def attention_grid(shape: Shape) -> list[AttentionConfig]:
@@ -274,7 +334,7 @@ def compile_one(name: str, op: str, config, pdl: bool, ahead_next: bool) -> None
     model = _models.setdefault(name, None) or Model(SHAPES[name], "cpu")
     _models[name] = model
     prefetch = model.next_buffers(op, 0, 1 << 20) if ahead_next and op != "head" else NO_PREFETCH
-    model.call(op, 0, config, prefetch=prefetch, pdl=pdl)
+    model.call(op, 0, config, wait=not pdl, prefetch=prefetch, pdl=pdl)
 
 
 _models: dict = {}
@@ -331,18 +391,19 @@ class Bench:
             for buffer, content in inputs:
                 buffer.copy_(content)
             model.call(op, 0, None, backend="torch")
-            expected[op] = model.output(op).double().clone()
+            expected[op] = torch.cat(model.outputs(op), 1).double()
         return inputs, expected
 
     def check(self, op: str, config, **how) -> float:
         """Relative error of one call against the twin, inputs restored, output poisoned. Raises if it is too large."""
-        output, reference = self.model.output(op), self.expected[op]
+        outputs, reference = self.model.outputs(op), self.expected[op]
         for buffer, content in self.inputs:
             buffer.copy_(content)
         for _ in range(2):  # twice: counters must be left as they were found
-            output.fill_(float("nan"))
+            for output in outputs:
+                output.fill_(float("nan"))
             self.model.call(op, 0, config, **how)
-        error = float((output.double() - reference).norm() / reference.norm())
+        error = float((torch.cat(outputs, 1).double() - reference).norm() / reference.norm())
         if not error < TOLERANCE[self.shape.dtype]:
             raise ArithmeticError(f"relative error {error:.2g}")
         return error
@@ -351,9 +412,10 @@ class Bench:
         """Check and time one configuration over all layers; an error is kept and reported, not raised."""
         row = {"shape": self.shape.name, "op": op, "config": asdict(config), "pdl": pdl}
         try:
-            row["error"] = self.check(op, config, pdl=pdl)
+            how = {"pdl": pdl, "wait": not pdl}
+            row["error"] = self.check(op, config, **how)
             calls = 1 if op == "head" else self.shape.layers
-            us = self.time_us(lambda: [self.model.call(op, i, config, pdl=pdl) for i in range(calls)]) / calls
+            us = self.time_us(lambda: [self.model.call(op, i, config, **how) for i in range(calls)]) / calls
             row |= {"us": us, "gbs": self.shape.bytes_of(op) / us / 1e3}
             row["share"] = row["gbs"] / self.copy
         except Exception as problem:
@@ -385,8 +447,7 @@ class Bench:
     def best(self, op: str, pdl: bool, count: int = 1) -> list:
         """The fastest configurations so far."""
         rows = [r for r in self.rows if r["op"] == op and r.get("pdl") == pdl and "us" in r]
-        kind = AttentionConfig if op == "attention" else LinearConfig
-        return [kind(**r["config"]) for r in sorted(rows, key=lambda r: r["us"])[:count]]
+        return [read_config(op, r["config"]) for r in sorted(rows, key=lambda r: r["us"])[:count]]
 
     def sweep(self, limit_s: float) -> None:
         """Every op alone, without PDL; the best again with it."""
@@ -420,7 +481,7 @@ class Bench:
 
     @staticmethod
     def describe(plan: dict) -> dict:
-        return {k: asdict(v) if isinstance(v, LinearConfig | AttentionConfig) else v for k, v in plan.items()}
+        return {k: asdict(v) if is_dataclass(v) else v for k, v in plan.items()}
 
     def check_step(self, plan: dict) -> float:
         """Relative error of the logits of a whole step against the same step through the twins."""
@@ -438,6 +499,8 @@ class Bench:
         best = self.time_step(plain, "best of each op")
         print(f"  no PDL {best:.3f} ms, error of the logits {self.check_step(plain):.2g}", flush=True)
         plan["pdl"] = True
+        if self.shape.beside:  # so that the rows beside attention need not wait
+            plan["qkv"] = replace(plan["qkv"], late=True)
         best = self.time_step(plan, "PDL")
         for label, trial in self.trials(plan, ops):
             if self.left() < 8:
@@ -469,24 +532,32 @@ class Bench:
         """Changes to try, made from `plan` as it stands when each is asked for."""
         linear = [op for op in ops if op != "attention"]
         for ahead in (0, 1, 4, 8):
-            yield f"ahead {ahead}", plan | {op: replace(plan[op], ahead=ahead) for op in linear}
-        late = [(op, replace(plan[op], late=True), True, False) for op in ops]
+            yield f"ahead {ahead}", plan | {op: changed(plan[op], ahead=ahead) for op in linear}
+        late = [(op, changed(plan[op], late=True), True, False) for op in ops if op != "beside"]
+        if "beside" in plan:
+            for rows, attention in ((False, False), (True, True), (False, True)):
+                config = changed(plan["beside"], late=rows)
+                late.append(
+                    ("beside", replace(config, attention=replace(config.attention, late=attention)), True, False)
+                )
         more = [(op, plan[op], True, True) for op in self.shape.ops]
         others = [(op, c, True, False) for op in ops for c in self.best(op, True, 5)[1:]]
         others += [(op, c, True, False) for op in ops for c in self.best(op, False, 12)[5:]]
         ready = list(self.compiled([*late, *more, *others], self.left() / 3))
         for op, config, _, _ in [j for j in ready if j in late]:
-            yield f"{op} late", plan | {op: replace(plan[op], late=config.late)}
-        for op, config, _, _ in [j for j in ready if j in others]:
-            change = {"late": plan[op].late} | ({} if op == "attention" else {"ahead": plan[op].ahead})
-            if not plan[op].late:
-                yield f"{op} {short(config)}", plan | {op: replace(config, **change)}
+            yield f"{op} late {short(config)}", plan | {op: config if op == "beside" else replace(plan[op], late=True)}
         for size, (op, *_) in product((2 << 20, 6 << 20, 16 << 20), [j for j in ready if j in more]):
             yield f"{op} prefetches {size >> 20} MB", plan | {"next": plan["next"] | {op: size}}
+        for op, config, _, _ in [j for j in ready if j in others]:
+            if op == "beside":
+                yield f"{op} {short(config)}", plan | {op: changed(config, ahead=plan[op].linear.ahead)}
+            elif not plan[op].late or op == "qkv":
+                change = {"late": plan[op].late} | ({} if op == "attention" else {"ahead": plan[op].ahead})
+                yield f"{op} {short(config)}", plan | {op: replace(config, **change)}
         for ahead, op in product((0, 1, 2, 3, 6), linear):
-            yield f"{op} ahead {ahead}", plan | {op: replace(plan[op], ahead=ahead)}
+            yield f"{op} ahead {ahead}", plan | {op: changed(plan[op], ahead=ahead)}
         for op in linear:
-            yield f"{op} keeps L2", plan | {op: replace(plan[op], evict=False)}
+            yield f"{op} keeps L2", plan | {op: changed(plan[op], evict=False)}
 
     def table(self, count: int = 3) -> None:
         """The best configurations of every op, and what failed."""
@@ -496,7 +567,7 @@ class Bench:
                 (r for r in self.rows if r["op"] == op and r.get("pdl") == pdl and "us" in r), key=lambda r: r["us"]
             )
             for r in rows[:count]:
-                config = short((AttentionConfig if op == "attention" else LinearConfig)(**r["config"]))
+                config = short(read_config(op, r["config"]))
                 figures = f"{r['us']:8.2f} {self.floor_us(op):7.2f} {r['gbs']:6.0f} {r['share']:6.3f}"
                 print(f"  {op:10} {figures}  {config}{' pdl' if pdl else ''}")
         failed = [r for r in self.rows if "failed" in r]
@@ -507,6 +578,8 @@ class Bench:
 
 def short(config) -> str:
     """A configuration in a few characters: what differs from false or zero."""
+    if isinstance(config, BesideConfig):
+        return f"{short(config.attention)} | {short(config.linear)}"
     return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))
 
 

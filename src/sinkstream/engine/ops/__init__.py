@@ -3,12 +3,14 @@
 Importing this package imports Triton if it is there; without it (or on a CPU) every op runs its twin.
 """
 
+from sinkstream.engine.ops.attention_beside import attention_beside
 from sinkstream.engine.ops.attention_decode import Workspace, attention_decode
 from sinkstream.engine.ops.begin_step import begin_step
 from sinkstream.engine.ops.config import (
     NORM_LINEAR_PREFETCH_BYTES,
     RESIDUAL_PREFETCH_BYTES,
     AttentionConfig,
+    BesideConfig,
     LinearConfig,
 )
 from sinkstream.engine.ops.linear_residual import linear_residual
@@ -20,9 +22,11 @@ __all__ = [
     "NO_PREFETCH",
     "RESIDUAL_PREFETCH_BYTES",
     "AttentionConfig",
+    "BesideConfig",
     "LinearConfig",
     "Prefetch",
     "Workspace",
+    "attention_beside",
     "attention_decode",
     "begin_step",
     "linear_residual",

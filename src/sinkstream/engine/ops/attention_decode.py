@@ -7,6 +7,8 @@ last one also writes the new token and attends to it from registers. An eviction
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
+import math
+
 import torch
 
 from sinkstream.engine.ops.config import MAX_SPLITS, AttentionConfig, count_programs, default_attention
@@ -222,7 +224,8 @@ def combine(part, out_ptr, programs, G: tl.constexpr, D: tl.constexpr, SP: tl.co
 
 
 @jit
-def _attention_decode_kernel(
+def attend_split(
+    split, programs, head, kv_heads, stream,
     qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
     qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
@@ -231,13 +234,11 @@ def _attention_decode_kernel(
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, key-value head, stream). Its G queries share every key and value that is read.
+    """What program (split, key-value head, stream) does. Its G queries share every key and value that is read.
 
     The first `ring_programs` splits serve the ring, the others the pinned slots; the last one also the new token.
     """
-    split, head, stream = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    programs = tl.num_programs(0)
-    which = stream * tl.num_programs(1) + head
+    which = stream * kv_heads + head
     if PDL and not LATE:
         gdc_launch_dependents()
     in_ring = split < ring_programs
@@ -291,6 +292,26 @@ def _attention_decode_kernel(
         tl.debug_barrier()
         combine(part, out_ptr + stream * out_stride + head * G * D, programs, G, D, SP, SIZE)
         tl.store(count_ptr + which, 0)
+
+
+@jit
+def _attention_decode_kernel(
+    qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
+    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
+    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
+    V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr,
+    KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (split, key-value head, stream)."""
+    attend_split(
+        tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2),
+        qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
+        qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
+        next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+        G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, KIND, NEXT, LATE, PDL,
+    )  # fmt: skip
 
 
 class Workspace:
@@ -364,7 +385,7 @@ def attention_decode(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    _check(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm)
+    check_inputs(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm)
     streams, kv_heads, slots, head_dim = keys.shape
     if out is None:
         out = torch.empty(streams, query_heads * head_dim, dtype=keys.dtype, device=keys.device)
@@ -374,20 +395,18 @@ def attention_decode(
     rest = (query_heads, pinned_slots, order, q_norm, k_norm, eps)
     if not use_triton(backend, qkv):
         return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest))
-    if workspace is None:
-        workspace = Workspace(streams, query_heads, kv_heads, head_dim, keys.device)
-    if workspace.shape != (streams, query_heads, kv_heads, head_dim):
-        raise ValueError(
-            f"workspace was made for (streams, query_heads, kv_heads, head_dim) = {workspace.shape};"
-            f" accepted here: {(streams, query_heads, kv_heads, head_dim)}"
-        )
     if config is None:
         config = default_attention(query_heads // kv_heads, head_dim, slots - pinned_slots, pinned_slots)
-    _launch(qkv, keys, values, scalars, rope, *rest, out, workspace, config, prefetch, pdl)
+    grid, arguments, constants = launch_arguments(qkv, keys, values, scalars, rope, *rest, out, workspace, config)
+    launch(
+        _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
+        NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+    )  # fmt: skip
     return out
 
 
-def _check(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm) -> None:
+def check_inputs(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm) -> None:
+    """Check the inputs of `attention_decode`. Raises ValueError."""
     device = qkv.device
     check_tensor("keys", keys, (None, None, None, None), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("values", values, tuple(keys.shape), dtypes=(keys.dtype,), device=device)
@@ -460,11 +479,24 @@ def _rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def _launch(
-    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps, out, workspace, config,
-    prefetch, pdl,
-):  # fmt: skip
+def launch_arguments(
+    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps, out, workspace, config
+) -> tuple[tuple[int, int, int], list, dict]:
+    """Grid (splits, key-value heads, streams), arguments and constants of `attend_split`, prefetches left out.
+
+    Raises
+    ------
+    ValueError
+        Naming what the kernel, unlike the twin, does not serve.
+    """
     streams, kv_heads, slots, head_dim = keys.shape
+    if workspace is None:
+        workspace = Workspace(streams, query_heads, kv_heads, head_dim, keys.device)
+    if workspace.shape != (streams, query_heads, kv_heads, head_dim):
+        raise ValueError(
+            f"workspace was made for (streams, query_heads, kv_heads, head_dim) = {workspace.shape};"
+            f" accepted here: {(streams, query_heads, kv_heads, head_dim)}"
+        )
     group, ring = query_heads // kv_heads, slots - pinned_slots
     dot = config.dot or group > 1
     if keys.dtype not in HALF_DTYPES:
@@ -490,15 +522,16 @@ def _launch(
     kind = half if dot and not INTERPRETED else tl.float32  # the interpreter multiplies bfloat16 matrices wrongly
     scale = head_dim**-0.5 * 1.4426950408889634
     norms = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
-    launch(
-        _attention_decode_kernel, (programs, kv_heads, streams),
+    grid = (programs, kv_heads, streams)
+    arguments = [
         qkv, keys, values, scalars, rope, *norms, workspace.partials, workspace.counters, out,
         qkv.stride(0), out.stride(0), slots, pinned_slots, ring, per, ring_programs, scale, eps,
-        *prefetch.arguments(keys, programs * kv_heads * streams),
-        G=group, D=head_dim, C=chunk, RD=2 * rope.shape[3],
-        Q_STEP=3 * head_dim if order == "per-head" else head_dim, K_BASE=bases[0], V_BASE=bases[1], KV_STEP=bases[2],
-        NORM=q_norm is not None, BT=config.tile, TILES=-(-per // config.tile), STAGES=config.stages, DOT=dot,
-        SP=triton.next_power_of_2(programs), SIZE=triton.next_power_of_2(head_dim),
-        KIND=kind, NEXT=bool(prefetch), LATE=config.late,
-        num_warps=config.warps, pdl=pdl,
-    )  # fmt: skip
+    ]  # fmt: skip
+    constants = {
+        "G": group, "D": head_dim, "C": chunk, "RD": 2 * rope.shape[3],
+        "Q_STEP": 3 * head_dim if order == "per-head" else head_dim,
+        "K_BASE": bases[0], "V_BASE": bases[1], "KV_STEP": bases[2],
+        "NORM": q_norm is not None, "BT": config.tile, "TILES": -(-per // config.tile), "STAGES": config.stages,
+        "DOT": dot, "SP": triton.next_power_of_2(programs), "SIZE": triton.next_power_of_2(head_dim), "KIND": kind,
+    }  # fmt: skip
+    return grid, arguments, constants

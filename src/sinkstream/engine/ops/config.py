@@ -73,6 +73,29 @@ class AttentionConfig:
     late: bool = False
 
 
+@dataclass(frozen=True)
+class BesideConfig:
+    """How attention and the linear layer beside it are cut up; both have the same number of warps.
+
+    Attributes
+    ----------
+    attention : AttentionConfig
+        With few splits: its programs must leave room for the rows beside them on every multiprocessor.
+    linear : LinearConfig
+        ``per_sm`` counts the programs of both.
+    """
+
+    attention: AttentionConfig
+    linear: LinearConfig
+
+    def __post_init__(self):
+        if self.attention.warps != self.linear.warps:
+            raise ValueError(
+                f"{self.attention.warps} warps for attention and {self.linear.warps} for the rows beside it;"
+                " accepted: as many"
+            )
+
+
 # NVIDIA H100 80GB HBM3, Pythia-2.8B shape: within the tuned step 30.8 us (in), 11.5 us (attention), 22.2 us (out).
 ONE_RANGE = LinearConfig()  # the LM head: 88.8 us alone, 82.8 us in the step
 TWO_RANGES = LinearConfig(rows=4, columns=512, warps=8, stages=1, per_sm=3, ahead=0, late=True)
@@ -81,6 +104,7 @@ UNGROUPED = AttentionConfig()
 # Not measured; chosen so that the compiler spills no registers at head sizes 64 to 256.
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
+BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(late=True))  # not measured yet
 # Bytes of the next kernel's input that a kernel brings to L2 (`prefetch=`): attention's slots, the next layer's weight.
 NORM_LINEAR_PREFETCH_BYTES = 2 << 20
 RESIDUAL_PREFETCH_BYTES = 6 << 20
@@ -137,6 +161,14 @@ def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -
     while config.splits > 1 and sum(count_programs(config.splits, ring, pinned_slots)[1:]) > MAX_SPLITS:
         config = replace(config, splits=config.splits // 2)
     return config
+
+
+def default_beside(hidden: int, ring: int, pinned_slots: int, shared_bytes: int) -> BesideConfig:
+    """What `attention_beside` uses; fewer splits where many slots are pinned."""
+    attention = BESIDE.attention
+    while attention.splits > 1 and sum(count_programs(attention.splits, ring, pinned_slots)[1:]) > MAX_SPLITS:
+        attention = replace(attention, splits=attention.splits // 2)
+    return BesideConfig(attention, fit_shared_memory(BESIDE.linear, shared_bytes, hidden))
 
 
 def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int, int]:

@@ -86,21 +86,19 @@ def row_products(
 
 
 @jit
-def _norm_linear_kernel(
-    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, boundary, first_programs, gamma_stride, eps, w_stride, ahead,
-    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+def serve_tiles(
+    start, end, step, second,
+    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, gamma_stride, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: its share of the tiles of one row range. `rows` counts outputs; gate rows are 0.., up rows rows.."""
-    pid = tl.program_id(0)
+    """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
+
+    `second`: whether these tiles use the second norm and the activation. WAIT: x comes from the kernel before.
+    """
     if PDL and not LATE:
         gdc_launch_dependents()
-    second = pid >= first_programs
-    start = tl.where(second, boundary // BN + pid - first_programs, pid)
-    end = tl.where(second, tl.cdiv(rows, BN), boundary // BN)
-    step = tl.where(second, tl.num_programs(0) - first_programs, first_programs)
     if PDL:
         tile_bytes = BN * w_stride * 2
         for i in range(ahead):
@@ -115,7 +113,7 @@ def _norm_linear_kernel(
     betas = gammas
     if HAS_BETA:
         betas = load_chunks(beta_ptr + which, K, BK)
-    if PDL:
+    if PDL and WAIT:
         gdc_wait()
     xs = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
     for tile in tl.range(start, end, step, num_stages=STAGES):
@@ -135,6 +133,26 @@ def _norm_linear_kernel(
         tl.store(y_ptr + r, y, mask=r < rows)
     if PDL and LATE:
         gdc_launch_dependents()
+
+
+@jit
+def _norm_linear_kernel(
+    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, boundary, first_programs, gamma_stride, eps, w_stride, ahead,
+    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
+    NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: its share of the tiles of one row range."""
+    pid = tl.program_id(0)
+    second = pid >= first_programs
+    start = tl.where(second, boundary // BN + pid - first_programs, pid)
+    end = tl.where(second, tl.cdiv(rows, BN), boundary // BN)
+    step = tl.where(second, tl.num_programs(0) - first_programs, first_programs)
+    serve_tiles(
+        start, end, step, second, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, gamma_stride, eps, w_stride,
+        ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, LATE, PDL, True,
+    )  # fmt: skip
     if NEXT:
         prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
         prefetch_l2(next_b, pid.to(tl.int64) * next_b_share, next_b_end, next_b_share)
@@ -194,12 +212,27 @@ def norm_linear(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
+    outputs = check_inputs(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation)
+    streams, hidden = x.shape
+    if out is None:
+        out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
+    check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
+    kind = (eps, norm, boundary, activation)
+    if not use_triton(backend, x):
+        return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
+    if config is None:
+        config = default_norm_linear(hidden, boundary > 0, activation == "swiglu", shared_bytes(x.device))
+    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
+    return out
+
+
+def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation) -> int:
+    """Check the inputs of `norm_linear`; returns how many values a stream's result has. Raises ValueError."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; accepted: {', '.join(NORMS)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}")
-    streams, hidden = x.shape
-    rows = weight.shape[0]
+    hidden, rows = x.shape[-1], weight.shape[0]
     check_tensor("x", x, (None, None), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     check_tensor("weight", weight, (None, hidden), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     ranges = norm_weight.shape[0]
@@ -217,17 +250,7 @@ def norm_linear(
         raise ValueError(
             f"swiglu with {rows} rows and boundary={boundary}; accepted: an even number of rows, boundary 0"
         )
-    outputs = rows // 2 if gated else rows
-    if out is None:
-        out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
-    check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
-    kind = (eps, norm, boundary, activation)
-    if not use_triton(backend, x):
-        return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    if config is None:
-        config = default_norm_linear(hidden, boundary > 0, gated, shared_bytes(x.device))
-    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
-    return out
+    return rows // 2 if gated else rows
 
 
 def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation) -> torch.Tensor:

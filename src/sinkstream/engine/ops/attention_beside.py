@@ -1,0 +1,162 @@
+"""Decode attention and, beside it in the same kernel, a norm and linear layer that does not depend on it.
+
+In a GPT-NeoX layer with parallel residual the up-projection needs the residual only. Attention alone leaves the memory
+idle while it rotates, waits for its last program and combines; with the up-projection's rows streaming in other
+programs, that time is hidden. The rows need nothing from the kernel before, so they do not even wait for it.
+"""
+
+import torch
+
+from sinkstream.engine.ops.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
+from sinkstream.engine.ops.attention_decode import check_inputs as check_attention
+from sinkstream.engine.ops.config import BesideConfig, default_beside
+from sinkstream.engine.ops.norm_linear import check_inputs as check_linear
+from sinkstream.engine.ops.norm_linear import check_tile, norm_linear, serve_tiles
+from sinkstream.engine.ops.runtime import (
+    FLOAT_DTYPES,
+    NO_PREFETCH,
+    Prefetch,
+    check_tensor,
+    jit,
+    launch,
+    multiprocessors,
+    prefetch_l2,
+    shared_bytes,
+    tl,
+    use_triton,
+)
+
+
+@jit
+def _attention_beside_kernel(
+    splits, kv_heads,
+    qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
+    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
+    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
+    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
+    V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
+    ROW_STAGES: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr, WAIT: tl.constexpr,
+    NEXT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first splits * kv_heads programs attend, the others serve rows of the linear layer."""
+    pid = tl.program_id(0)
+    attending = splits * kv_heads
+    if pid < attending:
+        attend_split(
+            pid % splits, splits, pid // splits, kv_heads, 0,
+            qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
+            qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
+            next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, KIND, False, LATE,
+            PDL,
+        )  # fmt: skip
+    else:
+        serve_tiles(
+            pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending, pid >= attending,
+            x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, 0, eps, w_stride, ahead,
+            K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, ROWS_LATE, PDL, WAIT,
+        )  # fmt: skip
+        if NEXT:
+            share = (pid - attending).to(tl.int64)
+            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
+            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
+
+
+def attention_beside(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scalars: torch.Tensor,
+    rope: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    query_heads: int,
+    pinned_slots: int,
+    order: str,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    norm: str = "layer",
+    activation: str = "gelu",
+    out: torch.Tensor | None = None,
+    linear_out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+    config: BesideConfig | None = None,
+    wait: bool = True,
+    prefetch: Prefetch = NO_PREFETCH,
+    pdl: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_decode` of one stream and `norm_linear` of one row range, in one kernel.
+
+    Parameters
+    ----------
+    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, out, workspace
+        As in `attention_decode`.
+    x, weight, norm_weight, norm_bias, bias, eps, norm
+        As in `norm_linear`, of one range.
+    activation : {"none", "gelu"}
+    linear_out : Tensor, (streams, rows), optional
+        Result of the linear layer.
+    wait : bool
+        With `pdl`: whether the linear layer waits for the kernel before. It need not if that kernel neither writes x
+        nor touches `linear_out`, and lets this one start only after it has itself waited (`LinearConfig.late`).
+    config, prefetch, pdl, backend
+        As in `norm_linear`. On the twins, and with several streams, the two ops are called in turn.
+
+    Returns
+    -------
+    out : Tensor, (streams, query_heads * head_dim)
+    linear_out : Tensor, (streams, rows)
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that the op cannot serve and what is accepted.
+    """
+    attention = {"query_heads": query_heads, "pinned_slots": pinned_slots, "order": order}
+    if len(norm_weight) != 1 or activation not in ("none", "gelu"):
+        raise ValueError(
+            f"{len(norm_weight)} norms and activation={activation!r} beside attention; accepted: 1 norm, none or gelu"
+        )
+    if len(qkv) > 1 or not use_triton(backend, qkv):
+        linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
+        how = {"pdl": pdl, "backend": backend}
+        out = attention_decode(qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, **how)
+        linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
+        return out, linear_out
+    rows, hidden = weight.shape
+    check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
+    check_linear(x, weight, norm_weight, norm_bias, bias, norm, 0, activation)
+    if out is None:
+        out = torch.empty(1, query_heads * keys.shape[3], dtype=keys.dtype, device=keys.device)
+    if linear_out is None:
+        linear_out = torch.empty(1, rows, dtype=weight.dtype, device=x.device)
+    for name, tensor, width in (("out", out, query_heads * keys.shape[3]), ("linear_out", linear_out, rows)):
+        check_tensor(name, tensor, (1, width), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
+    if config is None:
+        config = default_beside(hidden, keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device))
+    linear = config.linear
+    check_tile(linear, hidden, weight)
+    grid, arguments, constants = launch_arguments(
+        qkv, keys, values, scalars, rope, *attention.values(), None, None, 0.0, out, workspace, config.attention
+    )
+    attending = grid[0] * grid[1]
+    room = multiprocessors(x.device) * linear.per_sm - attending
+    serving = max(1, min(-(-rows // linear.rows), max(room, multiprocessors(x.device))))
+    launch(
+        _attention_beside_kernel, (attending + serving,), grid[0], grid[1], *arguments,
+        x[0], weight, weight if bias is None else bias, norm_weight, norm_weight if norm_bias is None else norm_bias,
+        linear_out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
+        K=hidden, BN=linear.rows, BK=linear.columns, LAYER=norm == "layer", ACT=activation == "gelu",
+        HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None, EVEN=rows % linear.rows == 0,
+        EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, LATE=config.attention.late,
+        ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch), num_warps=linear.warps, pdl=pdl,
+    )  # fmt: skip
+    return out, linear_out

@@ -1,0 +1,71 @@
+"""`attention_beside` against the two ops that it joins, and the two against float64 in their own tests."""
+
+import pytest
+import torch
+from ops_cases import BACKENDS, TOLERANCE, draw, error
+from test_ops_attention_decode import Case
+
+from sinkstream.engine.ops import AttentionConfig, BesideConfig, LinearConfig, attention_beside
+
+SMALL = BesideConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(rows=4, columns=256, warps=4))
+ODD_ROWS = BesideConfig(AttentionConfig(splits=3, tile=16, warps=4), LinearConfig(rows=8, columns=256, stages=1))
+
+
+def layer(head_dim=80, heads=2, hidden=160, rows=322, dtype=torch.float16, streams=1):
+    """A case of attention and the rows beside it."""
+    case = Case(
+        dtype, query_heads=heads, kv_heads=heads, head_dim=head_dim, rotary=20, pinned_slots=4, ring=41, pinned=4,
+        first=30, length=33, order="per-head", streams=streams,
+    )  # fmt: skip
+    linear = {
+        "x": draw(streams, hidden, dtype=dtype),
+        "weight": draw(rows, hidden, scale=hidden**-0.5, dtype=dtype),
+        "norm_weight": 1 + draw(1, hidden, scale=0.1, dtype=dtype),
+        "norm_bias": draw(1, hidden, scale=0.1, dtype=dtype),
+        "bias": draw(rows, scale=0.1, dtype=dtype),
+    }
+    return case, linear
+
+
+def call(case, linear, **how):
+    return attention_beside(case.qkv, case.keys, case.values, case.scalars, case.rope, **case.options, **linear, **how)
+
+
+def expected_rows(linear):
+    """The linear layer in float64."""
+    x, weight, gamma, beta, bias = (t.double() for t in linear.values())
+    normed = torch.nn.functional.layer_norm(x, x.shape[1:], gamma[0], beta[0], 1e-5)
+    return torch.nn.functional.gelu(normed @ weight.T + bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", [SMALL, ODD_ROWS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_results_agree_with_float64(backend, config, dtype):
+    torch.manual_seed(0)
+    case, linear = layer(dtype=dtype)
+    context, written = case.expected()
+    for _ in range(2):  # twice: the counters must be left as they were found
+        out, rows = call(case, linear, config=config, backend=backend)
+        assert error(out, context) < TOLERANCE[dtype]
+        assert error(rows, expected_rows(linear)) < TOLERANCE[dtype]
+    assert error(case.keys[:, :, case.slot], written) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_streams_take_the_two_ops(backend):
+    torch.manual_seed(1)
+    case, linear = layer(streams=2)
+    out, rows = call(case, linear, backend=backend)
+    assert error(out, case.expected()[0]) < TOLERANCE[torch.float16]
+    assert error(rows, expected_rows(linear)) < TOLERANCE[torch.float16]
+
+
+def test_what_is_refused():
+    case, linear = layer()
+    with pytest.raises(ValueError, match="accepted: 1 norm, none or gelu"):
+        call(case, linear, activation="swiglu")
+    with pytest.raises(ValueError, match="2 norms"):
+        call(case, linear | {"norm_weight": linear["norm_weight"].repeat(2, 1)})
+    with pytest.raises(ValueError, match="2 warps for attention and 4 .* accepted: as many"):
+        BesideConfig(AttentionConfig(warps=2), LinearConfig(warps=4))
