@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
@@ -143,7 +144,9 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
             continue
         steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
         counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
-        ratio = steady["mean"] / beside[-1].summary["steady_tpot_ms"]["mean"]
+        written = datetime.fromisoformat(record.created)
+        same_session = min(beside, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
+        ratio = steady["mean"] / same_session.summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
