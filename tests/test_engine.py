@@ -26,6 +26,7 @@ POLICIES = {name: small_policy(name) for name in PRESETS} | {
 }
 
 
+CPU_BACKENDS = ("ring", "kernels")  # the latter through the kernels' twins
 PARTS = ((1, 40, 129, 20), (25, 1, 25, 1, 100, 20), (300, 1, 1))  # prefilled, stepped, prefilled …
 
 
@@ -74,22 +75,24 @@ def fed_by_parts(e: Engine, ids: torch.Tensor, parts: tuple[int, ...]) -> torch.
 
 @pytest.mark.parametrize(("policy", "family", "positions", "parts"), jobs())
 def test_steps_and_prefills_agree_with_the_oracle(policy, family, positions, parts):
-    ids, e = token_ids(TOKENS), engine(family, policy, positions=positions, rebase_at=60)
+    ids = token_ids(TOKENS)
     expected = oracle_run(small(family), ids, POLICIES[policy], positions)
-    nll = torch.cat([e.score(ids[:100]), e.score(ids[100:])])[1:].double()
-    assert worst(nll, expected.nll) < TOLERANCE
-    stats, visible = e.stats(), expected.steps[-1].visible.shape[-1]
-    assert stats["events"] == sum(step.event for step in expected.steps) >= 6
-    assert stats["kept"] == e.last_steps[0].visible == visible <= e.policy.peak
-    assert stats["seen"] == TOKENS == stats["kept"] + stats["evicted"]
-    assert stats["rebases"] >= 1
-    if parts is None:
-        return
-    e.reset()
-    nll = fed_by_parts(e, ids, parts)
-    known = ~nll.isnan()
-    assert known.any() and worst(nll[known], expected.nll[known]) < TOLERANCE
-    assert {**e.stats(), "rebases": 0} == {**stats, "rebases": 0}
+    for backend in CPU_BACKENDS:
+        e = engine(family, policy, positions=positions, rebase_at=60, backend=backend)
+        nll = torch.cat([e.score(ids[:100]), e.score(ids[100:])])[1:].double()
+        assert worst(nll, expected.nll) < TOLERANCE, backend
+        stats, visible = e.stats(), expected.steps[-1].visible.shape[-1]
+        assert stats["events"] == sum(step.event for step in expected.steps) >= 6
+        assert stats["kept"] == e.last_steps[0].visible == visible <= e.policy.peak
+        assert stats["seen"] == TOKENS == stats["kept"] + stats["evicted"]
+        assert stats["rebases"] >= 1
+        if parts is None:
+            continue
+        e.reset()
+        nll = fed_by_parts(e, ids, parts)
+        known = ~nll.isnan()
+        assert known.any() and worst(nll[known], expected.nll[known]) < TOLERANCE, backend
+        assert {**e.stats(), "rebases": 0} == {**stats, "rebases": 0}
 
 
 def test_the_prompt_is_held_in_little_more_than_the_policy_keeps():
@@ -175,6 +178,7 @@ def test_logits_that_were_handed_out_stay():
         ({"windw": 3}, "unknown policy option 'windw'"),
         ({"window": 5000}, "trained on 1024 positions"),
         ({"backend": "graph"}, "accepted: a model on a CUDA device"),
+        ({"backend": "fused"}, "accepted: a model on a CUDA device"),
     ],
 )
 def test_wrong_options_are_refused_by_name(change, words):
@@ -209,7 +213,7 @@ def test_wrong_calls_are_refused(call, words):
 
 
 def test_every_backend_has_a_summary():
-    assert STEPS.names()[:2] == ["ring", "graph"]
+    assert STEPS.names() == ["ring", "graph", "kernels", "fused"]
     assert all(STEPS.summary(name) for name in STEPS)
 
 

@@ -14,6 +14,7 @@ import torch
 from oracle.models import token_ids
 
 import sinkstream.evaluation.run as run_module
+from sinkstream.engine import STEPS
 from sinkstream.evaluation.numerics import numerics, set_numerics
 from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
 from sinkstream.evaluation.sessions import BACKENDS, RecomputeSession, StreamingSession
@@ -510,8 +511,9 @@ def test_numerics_are_set_and_read():
 @pytest.mark.parametrize("evaluate", ["steps", "blocks"])
 @pytest.mark.parametrize("method", ["strict", "lazy", "refresh-window-attention"])
 def test_the_engine_says_what_the_transformers_module_says(method, evaluate, healthy):
+    backend = "kernels" if evaluate == "blocks" else "ring"
     results = [
-        run(healthy, text_ids(), settings_of(method, backend=backend, evaluate=evaluate)) for backend in ("hf", "ring")
+        run(healthy, text_ids(), settings_of(method, backend=name, evaluate=evaluate)) for name in ("hf", backend)
     ]
     hf, ring = (r.arrays for r in results)
     assert [r.status for r in results] == ["complete", "complete"]
@@ -528,11 +530,13 @@ def test_the_engine_ends_where_the_numbers_end(poisoned):
         assert (result.status, result.arrays["index"][-1]) == ("failed", POISON_AT)
 
 
-@pytest.mark.parametrize("method", BASELINES)
-def test_baselines_are_refused_by_the_engine(method, healthy):
-    settings = settings_of(method, backend="ring")
+@pytest.mark.parametrize(("method", "backend"), zip(BASELINES, ("ring", "fused")))
+def test_baselines_are_refused_by_the_engine(method, backend, healthy):
+    settings = settings_of(method, backend=backend)
     for check in (check_run, lambda loaded, tokens, settings: run(loaded, text_ids(tokens), settings)):
-        with pytest.raises(ValueError, match=f"policy '{method}' is a baseline, which --backend ring does not run"):
+        with pytest.raises(
+            ValueError, match=f"policy '{method}' is a baseline, which --backend {backend} does not run"
+        ):
             check(healthy, TOKENS, settings)
 
 
@@ -543,7 +547,14 @@ def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
     with pytest.raises(ValueError, match="trained on"):
         check_run(healthy, 4 * TOKENS, settings_of("strict", cap=2000, prefill=8, backend="ring"))
     assert hooks_of(healthy.model) == hooks
-    assert BACKENDS.names() == ["hf", "ring"] and all(BACKENDS.summary(name) for name in BACKENDS)
+    with pytest.raises(ValueError, match="captures a CUDA graph"):
+        check_run(healthy, TOKENS, settings_of("strict", backend="fused"))
+    assert hooks_of(healthy.model) == hooks
+
+
+def test_every_rung_of_the_engine_is_a_backend():
+    assert BACKENDS.names() == ["hf", *STEPS.names()]
+    assert all(BACKENDS.summary(name) == STEPS.summary(name) != "" for name in STEPS) and BACKENDS.summary("hf")
 
 
 def test_interleaved_runs_are_the_runs_themselves(healthy):

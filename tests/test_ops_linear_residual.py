@@ -1,4 +1,7 @@
-"""`linear_residual` against float64: one input or two, strided views, aliasing; kernel and twin alike."""
+"""`linear_residual` against float64: one input or two, strided views, aliasing; kernel, library and twin alike.
+
+One stream goes through the kernel, several through the library.
+"""
 
 import pytest
 import torch
@@ -8,13 +11,14 @@ from sinkstream.engine.ops import LinearConfig, linear_residual
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "n", "m"), [(64, 64, 0), (37, 80, 200), (96, 200, 520), (5, 8, 64)])
-def test_against_float64(hidden, n, m, dtype, backend):
-    a, wide = draw(2, n, dtype=dtype), draw(2, 16 + m, dtype=dtype)
+def test_against_float64(hidden, n, m, dtype, streams, backend):
+    a, wide = draw(streams, n, dtype=dtype), draw(streams, 16 + m, dtype=dtype)
     f = wide[:, 16:] if m else None
     weight, bias = draw(hidden, n + m, scale=(n + m) ** -0.5, dtype=dtype), draw(hidden, scale=0.2, dtype=dtype)
-    residual = draw(2, hidden, dtype=dtype)
+    residual = draw(streams, hidden, dtype=dtype)
     out = torch.full_like(residual, float("nan"))
     linear_residual(
         a, weight, f=f, bias=bias, residual=residual, out=out, config=LinearConfig(rows=2, columns=64), backend=backend
@@ -26,18 +30,21 @@ def test_against_float64(hidden, n, m, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_place_with_a_float32_residual(backend):
-    a, weight, residual = draw(1, 64, dtype=torch.float16), draw(40, 64, dtype=torch.float16), draw(1, 40)
+@pytest.mark.parametrize(("streams", "tolerance"), [(1, 1e-5), (2, TOLERANCE[torch.float16])])
+def test_in_place_with_a_float32_residual(streams, tolerance, backend):
+    a, weight = draw(streams, 64, dtype=torch.float16), draw(40, 64, dtype=torch.float16)
+    residual = draw(streams, 40)
     expected = a.double() @ weight.double().T + residual.double()
     returned = linear_residual(
         a, weight, residual=residual, out=residual, config=LinearConfig(columns=64), backend=backend
     )
-    assert returned is residual and error(residual, expected) < 1e-5
+    assert returned is residual and error(residual, expected) < tolerance
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_plain_product(backend):
-    a, weight = draw(3, 128, dtype=torch.bfloat16), draw(17, 128, dtype=torch.bfloat16)
+@pytest.mark.parametrize("streams", [1, 3])
+def test_plain_product(streams, backend):
+    a, weight = draw(streams, 128, dtype=torch.bfloat16), draw(17, 128, dtype=torch.bfloat16)
     out = linear_residual(a, weight, config=LinearConfig(rows=4, columns=64), backend=backend)
     assert out.dtype == torch.bfloat16 and error(out, a.double() @ weight.double().T) < TOLERANCE[torch.bfloat16]
 

@@ -1,4 +1,7 @@
-"""`norm_linear` against float64: both norms, two row ranges, activations, awkward shapes; kernel and twin alike."""
+"""`norm_linear` against float64: both norms, two row ranges, activations, awkward shapes; kernel, library, twin alike.
+
+One stream goes through the kernel, several through the library.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 from sinkstream.engine.ops import LinearConfig, norm_linear
 
 SHAPES = [(64, 96), (80, 40), (200, 37), (520, 65)]  # (hidden, rows)
+STREAMS = [1, 3]
 
 
 def reference(x, weight, gamma, beta, bias, eps, norm, boundary, activation):
@@ -28,7 +32,7 @@ def reference(x, weight, gamma, beta, bias, eps, norm, boundary, activation):
     return y
 
 
-def case(hidden, rows, dtype, ranges, with_bias, streams=2):
+def case(hidden, rows, dtype, ranges, with_bias, streams=1):
     x = draw(streams, hidden, dtype=dtype) + 0.5
     weight = draw(rows, hidden, scale=hidden**-0.5, dtype=dtype)
     gamma, beta = 1 + draw(ranges, hidden, scale=0.1, dtype=dtype), draw(ranges, hidden, scale=0.1, dtype=dtype)
@@ -36,12 +40,13 @@ def case(hidden, rows, dtype, ranges, with_bias, streams=2):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "rows"), SHAPES)
-def test_two_layer_norms_and_gelu(hidden, rows, dtype, backend):
-    x, weight, gamma, beta, bias = case(hidden, rows, dtype, 2, True)
+def test_two_layer_norms_and_gelu(hidden, rows, dtype, streams, backend):
+    x, weight, gamma, beta, bias = case(hidden, rows, dtype, 2, True, streams)
     boundary = rows // 8 * 4
-    out = torch.full((2, rows), float("nan"), dtype=dtype, device=DEVICE)
+    out = torch.full((streams, rows), float("nan"), dtype=dtype, device=DEVICE)
     norm_linear(
         x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, boundary=boundary, activation="gelu", out=out,
         config=LinearConfig(rows=4, columns=64), backend=backend,
@@ -53,26 +58,28 @@ def test_two_layer_norms_and_gelu(hidden, rows, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("hidden", "rows"), [(64, 96), (200, 38)])
-def test_rms_norm(hidden, rows, with_bias, activation, backend):
-    x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, 1, with_bias)
+def test_rms_norm(hidden, rows, with_bias, activation, streams, backend):
+    x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, 1, with_bias, streams)
     out = norm_linear(
         x, weight, norm_weight=gamma, bias=bias, eps=1e-6, norm="rms", activation=activation,
         config=LinearConfig(rows=2, columns=64), backend=backend,
     )  # fmt: skip
     expected = reference(x, weight, gamma, None, bias, 1e-6, "rms", 0, activation)
-    assert out.shape == (2, rows // 2 if activation == "swiglu" else rows)
+    assert out.shape == (streams, rows // 2 if activation == "swiglu" else rows)
     assert error(out, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_hidden_state_and_strided_rows(backend):
-    x, wide, gamma, beta, bias = case(64, 40, torch.float16, 1, True)
+@pytest.mark.parametrize("streams", STREAMS)
+def test_float32_hidden_state_and_strided_rows(streams, backend):
+    x, wide, gamma, beta, bias = case(64, 40, torch.float16, 1, True, streams)
     padded = torch.zeros(40, 128, dtype=torch.float16, device=DEVICE)
     padded[:, :64] = wide
-    out = torch.empty(2, 40, device=DEVICE)
+    out = torch.empty(streams, 40, device=DEVICE)
     norm_linear(
         x.float(), padded[:, :64], norm_weight=gamma, norm_bias=beta, bias=bias, out=out,
         config=LinearConfig(rows=4, columns=64), backend=backend,

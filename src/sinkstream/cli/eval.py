@@ -29,7 +29,8 @@ class Eval:
         group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, random, or a .txt or .json file")
         group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
         group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
-        group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help="what runs the model")
+        listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in BACKENDS)
+        group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help=f"what runs the model; {listed}")
         described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
         group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
         group.add_argument(

@@ -129,6 +129,7 @@ class Model:
         at, ring = s.cap - 1, s.cap - SINK
         row = [SINK + 7, at - SINK, at, SINK, 8 % ring, ring, 3, 0]
         self.scalars = torch.tensor([row], dtype=torch.int32, device=self.device)
+        self.plan, self.cursor = self.scalars[None].clone(), torch.tensor([-1], device=self.device)
         self.tokens = torch.tensor([3], device=self.device)
         self.inv_freq = (1e4 ** (-torch.arange(s.rotary // 2).double() / (s.rotary // 2))).to(self.device)
         self.qkv_rows = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -201,27 +202,21 @@ class Model:
     def next_buffers(self, op: str, layer: int, size: int) -> Prefetch:
         """What the kernel after `op` reads first, `size` bytes in all."""
         s = self.shape
-        if not size:
-            return NO_PREFETCH
         order = [*s.ops, s.ops[0]]
         after = order[order.index(op) + 1]
         if after in ("attention", "beside"):
-            return Prefetch((self.keys[layer], size // 2), (self.values[layer], size // 2))
+            return Prefetch.of_slots(self.keys[layer], self.values[layer], size)
         layer += after == s.ops[0]
         if layer >= len(self.weights):
-            return Prefetch((self.head, size))
-        weight = self.weights[layer][after]
-        middle = {"in": self.qkv_rows, "gate_up": s.intermediate}.get(after)
-        if middle is None:
-            return Prefetch((weight, size))
-        share = size * middle // len(weight)
-        return Prefetch((weight, share), (weight[middle:], size - share))
+            return Prefetch.of_rows(self.head, size)
+        middle = {"in": self.qkv_rows, "gate_up": s.intermediate}.get(after, 0)
+        return Prefetch.of_rows(self.weights[layer][after], size, middle)
 
     def step(self, plan: dict, *, leave_out: str = "", backend: str = "triton") -> None:
         """A whole step. `plan`: configurations by op, "pdl", and "next": bytes fetched for the next kernel, by op."""
         begin_step(
-            self.tokens, self.scalars, self.embedding, self.inv_freq, hidden=self.hidden[0], rope=self.rope,
-            backend=backend,
+            self.tokens, self.plan, self.cursor, self.embedding, self.inv_freq, scalars=self.scalars,
+            hidden=self.hidden[0], rope=self.rope, backend=backend,
         )  # fmt: skip
         flip, started = False, False
         for layer in range(len(self.weights)):

@@ -3,6 +3,8 @@
 Shapes are static and nothing asks the host, so that the same functions run under one CUDA graph.
 """
 
+from functools import cached_property
+
 import torch
 from torch.nn import functional as F
 
@@ -21,33 +23,59 @@ def norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
 
 
 class Row:
-    """The scalars of one step, unpacked once for all layers.
+    """The scalars of one step, unpacked once for all layers, each part when it is first asked for.
 
     Parameters
     ----------
     state : StreamState
-    scalars : Tensor, (streams, 8), int64
-
-    Attributes
-    ----------
-    stream, slot : Tensor, (streams,), int64
-    visible : Tensor, (streams, 1, 1, slots), bool
-    window_angles, frame_angles : pair of Tensor, (streams, 1, rotary_dim / 2), float32
-        Cosine and sine, of the query against ring keys and against pinned keys.
+        `begin_row` has been done.
+    rope_factor : float
+        What rotated dimensions are multiplied by.
     """
 
-    def __init__(self, state, scalars: torch.Tensor, rope_factor: float):
-        g = state.geometry
-        self.scalars, self.slot = scalars, scalars[:, SLOT]
-        self.stream = torch.arange(state.streams, device=state.device)
-        pinned = torch.arange(g.pinned_slots, device=state.device) < scalars[:, PINNED, None]
-        age = (torch.arange(g.ring, device=state.device) - scalars[:, FIRST, None]) % g.ring
-        window = age < scalars[:, LENGTH, None]
-        self.visible = torch.cat([pinned, window], 1)[:, None, None]
-        self.window_angles, self.frame_angles = (
-            tuple(a[:, None] * rope_factor for a in state.spec.rope.angles(scalars[:, column]))
-            for column in (WINDOW_POSITION, FRAME_POSITION)
-        )
+    def __init__(self, state, rope_factor: float):
+        self.state, self.rope_factor = state, rope_factor
+
+    @cached_property
+    def scalars(self) -> torch.Tensor:
+        """All scalars, ``(streams, 8)`` int64."""
+        return self.state.scalars.long()
+
+    @cached_property
+    def stream(self) -> torch.Tensor:
+        """Streams, ``(streams,)`` int64."""
+        return torch.arange(self.state.streams, device=self.state.device)
+
+    @cached_property
+    def slot(self) -> torch.Tensor:
+        """Slots of the new tokens, ``(streams,)`` int64."""
+        return self.scalars[:, SLOT]
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """Which slots are attended to, ``(streams, 1, 1, slots)`` bool."""
+        g, device = self.state.geometry, self.state.device
+        pinned = torch.arange(g.pinned_slots, device=device) < self.scalars[:, PINNED, None]
+        age = (torch.arange(g.ring, device=device) - self.scalars[:, FIRST, None]) % g.ring
+        return torch.cat([pinned, age < self.scalars[:, LENGTH, None]], 1)[:, None, None]
+
+    @cached_property
+    def window_angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the query against ring keys, ``(streams, 1, rotary_dim / 2)`` float32."""
+        return self._angles(WINDOW_POSITION)
+
+    @cached_property
+    def frame_angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same against pinned keys."""
+        return self._angles(FRAME_POSITION)
+
+    def rotated(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Queries or keys ``(streams, heads, head_dim)`` at one of these positions, in their own dtype."""
+        return self.state.spec.rope.rotate(x, *angles).to(x.dtype)
+
+    def _angles(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = self.state.spec.rope.angles(self.scalars[:, column])
+        return tuple(a[:, None] * self.rope_factor for a in angles)
 
 
 def attend(state, row: Row, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -63,28 +91,50 @@ def attend(state, row: Row, layer: int, query: torch.Tensor, key: torch.Tensor, 
     -------
     Tensor, (streams, query_heads * head_dim)
     """
-    spec, g, rope, dtype = state.spec, state.geometry, state.spec.rope, query.dtype
-    keys, values = state.keys[layer], state.values[layer]
-    keys[row.stream, :, row.slot] = rope.rotate(key, *row.window_angles).to(dtype)
-    values[row.stream, :, row.slot] = value
-    in_window = rope.rotate(query, *row.window_angles).to(dtype)
-    in_frame = rope.rotate(query, *row.frame_angles).to(dtype)
-    grouped = (len(query), spec.kv_heads, spec.query_heads // spec.kv_heads, spec.head_dim)
+    state.keys[layer][row.stream, :, row.slot] = row.rotated(key, row.window_angles)
+    state.values[layer][row.stream, :, row.slot] = value
+    weights = attention_weights(state, row, layer, query)
+    observe(state, row, layer, query, weights)
+    return (weights.to(query.dtype) @ state.values[layer]).view(len(query), -1)
+
+
+def attention_weights(state, row: Row, layer: int, query: torch.Tensor) -> torch.Tensor:
+    """Softmax over all slots, ``(streams, kv_heads, query heads of one, slots)`` float32; the new key is in its slot.
+
+    Parameters
+    ----------
+    query : Tensor, (streams, query_heads, head_dim)
+        Not rotated.
+    """
+    spec, pinned, keys = state.spec, state.geometry.pinned_slots, state.keys[layer]
+    parts = ((row.frame_angles, keys[:, :, :pinned]), (row.window_angles, keys[:, :, pinned:]))
     scores = torch.cat(
-        [
-            in_frame.view(grouped) @ keys[:, :, : g.pinned_slots].transpose(2, 3),
-            in_window.view(grouped) @ keys[:, :, g.pinned_slots :].transpose(2, 3),
-        ],
+        [row.rotated(query, angles).unflatten(1, (spec.kv_heads, -1)) @ part.transpose(2, 3) for angles, part in parts],
         dim=-1,
     )
-    scores = (scores.float() * spec.head_dim**-0.5).masked_fill(~row.visible, float("-inf"))
-    weights = scores.softmax(-1)
+    return (scores.float() * spec.head_dim**-0.5).masked_fill(~row.visible, float("-inf")).softmax(-1)
+
+
+def observes(state) -> bool:
+    """Whether the policy's scorer reads queries or attention, so that every layer must keep something of them."""
+    return state.queries is not None or "accumulated" in state.channels
+
+
+def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Keep what the scorer reads of one layer's attention: the query, and the attention that every slot was given.
+
+    Parameters
+    ----------
+    query, weights
+        As in `attention_weights`, which is asked where weights are needed and none are given.
+    """
     if "accumulated" in state.channels:
+        if weights is None:
+            weights = attention_weights(state, row, layer, query)
         state.channels["accumulated"][layer].add_(weights.mean(2))
     if state.queries is not None:
         kept = row.scalars[:, QUERY].clamp(min=0)
-        state.queries[layer][row.stream, :, kept] = in_window
-    return (weights.to(dtype) @ values).view(len(query), -1)
+        state.queries[layer][row.stream, :, kept] = row.rotated(query, row.window_angles)
 
 
 def note_token(state, row: Row) -> None:
@@ -130,7 +180,8 @@ def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tenso
 
 def decode(state, weights: PackedWeights) -> None:
     """One step of all streams: append ``state.tokens`` and leave the next-token logits in ``state.logits``."""
-    row = Row(state, state.begin_row(), weights.rope_factor)
+    state.begin_row()
+    row = Row(state, weights.rope_factor)
     note_token(state, row)
     x = F.embedding(state.tokens, weights.embedding)
     for i, layer in enumerate(weights.layers):

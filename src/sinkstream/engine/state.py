@@ -1,7 +1,7 @@
 """`StreamState`: everything that streams keep between two steps, in buffers whose addresses never change.
 
 The host counts (`Counters`, `PruneSchedule`) and writes the scalars of many coming steps into a small plan table on the
-device; each step reads its own row and moves the cursor, so that a CUDA graph can run many tokens without the host.
+device; each step moves the cursor and reads its own row, so that a CUDA graph can run many tokens without the host.
 What needs a decision (a refresh, an adaptive trigger) ends the plan: the host decides, between two steps, and goes on.
 """
 
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.layout import FIELDS, TOKEN, Counters, Geometry
+from sinkstream.engine.layout import FIELDS, Counters, Geometry
+from sinkstream.engine.ops.begin_step import read_plan
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
@@ -51,6 +52,10 @@ class StreamState:
     logits : Tensor, (streams, vocab), float32
     tokens : Tensor, (streams,), int64
         Token ids that the next step appends.
+    plan : Tensor, (256, streams, 8), int32
+        Scalars of the coming steps.
+    cursor : Tensor, (streams,), int64
+        Row of the plan that the latest step read; -1 before the first. The same for all streams.
     scalars : Tensor, (streams, 8), int32
         See `layout`.
     """
@@ -106,9 +111,9 @@ class StreamState:
         if stream is None:
             self.schedules = [PruneSchedule(self.policy) for _ in which]
             self.counters = [Counters(self.geometry) for _ in which]
-            self._discard_plan()
             for buffer in self._buffers().values():
                 buffer.zero_()
+            self._discard_plan()
             return
         self.settle()
         self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
@@ -166,19 +171,16 @@ class StreamState:
                         self.schedules[s].observe(signal, risk)
         self._discard_plan()
 
-    def begin_row(self) -> torch.Tensor:
-        """First thing in a step, on the device: the scalars of this step. Returns them as int64."""
-        self.scalars.copy_(self.plan.index_select(0, self.cursor)[0])
-        self.scalars[:, TOKEN] = self.tokens
-        return self.scalars.long()
+    def begin_row(self) -> None:
+        """First thing in a step, on the device: the scalars of this step (the op `begin_step` does the same)."""
+        read_plan(self.tokens, self.plan, self.cursor, self.scalars)
 
     def end_row(self) -> None:
-        """Last thing in a step, on the device: note what adaptive triggers read in the logits, go to the next row."""
+        """Last thing in a step, on the device: note what adaptive triggers read in the logits."""
         if self.signals:
             log_probs = self.logits.log_softmax(-1)
             risks = torch.stack([SIGNALS[signal](log_probs) for signal in self.signals], -1)
-            self.risks.index_copy_(0, self.cursor, risks[None])
-        self.cursor.add_(1)
+            self.risks.index_copy_(0, self.cursor[:1], risks[None])
 
     # ---- planning ----
 
@@ -206,7 +208,7 @@ class StreamState:
     def _discard_plan(self) -> None:
         self._row = self._planned = 0
         self._active: tuple[int, ...] = ()
-        self.cursor.zero_()
+        self.cursor.fill_(-1)
 
     def _refresh_if_due(self, stream: int) -> None:
         counters = self.counters[stream]
@@ -249,7 +251,7 @@ class StreamState:
             ),
             "plan": ((PLAN_TOKENS, streams, FIELDS), torch.int32),
             "risks": ((PLAN_TOKENS, streams, len(self.signals)), torch.float32),
-            "cursor": ((1,), torch.int64),
+            "cursor": ((streams,), torch.int64),
             "scalars": ((streams, FIELDS), torch.int32),
             "tokens": ((streams,), torch.int64),
             "logits": ((streams, vocab), torch.float32),

@@ -9,6 +9,7 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
+from sinkstream.engine.fused import FusedDecode, check_kernels
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.policies import EvictionPolicy
@@ -73,19 +74,21 @@ class GraphedStep(StepFunction):
         state = self.state
         idle = torch.tensor(state.geometry.idle_row(), dtype=torch.int32, device=state.device)
         state.plan.copy_(idle.expand_as(state.plan))
-        side = torch.cuda.Stream(state.device)
-        side.wait_stream(torch.cuda.current_stream(state.device))
-        with torch.cuda.stream(side):
-            for _ in range(self.warmups):
+        with torch.cuda.device(state.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(self.warmups):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.run()
-        torch.cuda.current_stream(state.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.run()
         state.clear()
 
     def __call__(self) -> None:
-        self.graph.replay()
+        with torch.cuda.device(self.state.device):
+            self.graph.replay()
 
 
 @STEPS.register("graph")
@@ -94,3 +97,38 @@ class GraphStep(GraphedStep):
 
     def run(self) -> None:
         plain.decode(self.state, self.weights)
+
+
+@STEPS.register("kernels")
+class KernelStep(StepFunction):
+    """Fused kernels, launched one by one; on a CPU their plain PyTorch twins."""
+
+    def __init__(self, weights: PackedWeights, state: StreamState):
+        super().__init__(weights, state)
+        self.decode = FusedDecode(weights, state)
+
+    @classmethod
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        check_kernels(spec, policy, device)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        with torch.cuda.device_of(self.state.logits):  # Triton launches on the current device
+            self.decode()
+
+
+@STEPS.register("fused")
+class FusedStep(GraphedStep):
+    """Fused kernels under one CUDA graph: the fastest rung."""
+
+    def __init__(self, weights: PackedWeights, state: StreamState):
+        super().__init__(weights, state)
+        self.decode = FusedDecode(weights, state)
+
+    def run(self) -> None:
+        self.decode()
+
+    @classmethod
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        super().check(spec, policy, device)
+        check_kernels(spec, policy, device)

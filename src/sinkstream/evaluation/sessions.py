@@ -6,13 +6,13 @@ two figures is a difference between two methods.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkstream.cache import StreamingCache
-from sinkstream.engine import Engine
+from sinkstream.engine import STEPS, Engine
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.policies import Step
@@ -243,24 +243,29 @@ class HfBackend(Backend):
         return StreamingSession(loaded.model, settings, loaded.tokenizer)
 
 
-@BACKENDS.register("ring")
-class RingBackend(Backend):
-    """The engine's static ring in plain PyTorch; no baselines."""
+class EngineBackend(Backend):
+    """The engine, its decode step done as `step` says; no baselines."""
+
+    step: ClassVar[str]
 
     def session(self) -> Session:
         self._check_method()
-        return EngineSession(self.loaded.model, self.settings, self.loaded.tokenizer, "ring")
+        return EngineSession(self.loaded.model, self.settings, self.loaded.tokenizer, self.step)
 
     def check(self) -> None:
         self._check_method()
-        Engine.check(self.loaded.model, backend="ring", **engine_options(self.settings, self.loaded.tokenizer))
+        Engine.check(self.loaded.model, backend=self.step, **engine_options(self.settings, self.loaded.tokenizer))
 
     def _check_method(self) -> None:
         if self.settings.method in BASELINES:
             raise ValueError(
-                f"policy {self.settings.method!r} is a baseline, which --backend ring does not run;"
+                f"policy {self.settings.method!r} is a baseline, which --backend {self.step} does not run;"
                 " accepted: --backend hf, or an eviction policy"
             )
+
+
+for _name, _step in STEPS.items():
+    BACKENDS.register(_name)(type(_step.__name__, (EngineBackend,), {"step": _name, "__doc__": _step.__doc__}))
 
 
 def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:

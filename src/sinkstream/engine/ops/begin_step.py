@@ -1,12 +1,15 @@
-"""What a step begins with: the embedding row of every token, and the rotations of its query in both frames."""
+"""What a step begins with: its row of the plan, the embedding of every token, the rotations of its query.
+
+The plan holds the scalars of many steps. A cursor on the device says which of its rows is next, so that one captured
+graph can run step after step without the host.
+"""
 
 import torch
 
+from sinkstream.engine.layout import FIELDS, FRAME_POSITION, TOKEN, WINDOW_POSITION
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     check_tensor,
-    gdc_launch_dependents,
-    gdc_wait,
     jit,
     launch,
     tl,
@@ -17,22 +20,27 @@ from sinkstream.engine.ops.runtime import (
 
 @jit
 def _begin_step_kernel(
-    token_ptr, scalar_ptr, embedding_ptr, freq_ptr, hidden_ptr, rope_ptr, hidden, factor,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr, PDL: tl.constexpr,
+    token_ptr, plan_ptr, cursor_ptr, embedding_ptr, freq_ptr, scalar_ptr, hidden_ptr, rope_ptr, rows, hidden, factor,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr,
+    POSITIONS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64."""
     stream = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    at = (tl.load(cursor_ptr + stream) + 1) % rows
+    tl.debug_barrier()  # all threads have read the cursor before one of them moves it
+    tl.store(cursor_ptr + stream, at)
     token = tl.load(token_ptr + stream).to(tl.int64)
+    source = plan_ptr + (at * tl.num_programs(0) + stream) * FIELDS
+    field = tl.arange(0, FIELDS)
+    scalars = tl.where(field == TOKEN, token.to(tl.int32), tl.load(source + field))
+    tl.store(scalar_ptr + stream * FIELDS + field, scalars)
     columns = tl.arange(0, BLOCK)
     row = tl.load(embedding_ptr + token * hidden + columns, mask=columns < hidden, other=0.0)
     tl.store(hidden_ptr + stream * hidden + columns, row.to(hidden_ptr.dtype.element_ty), mask=columns < hidden)
     pair = tl.arange(0, ANGLES)
     freq = tl.load(freq_ptr + pair, mask=pair < HALF, other=0.0)
     for frame in tl.static_range(2):
-        angle = tl.load(scalar_ptr + stream * 8 + 1 + frame).to(tl.float64) * freq
+        angle = tl.load(source + POSITIONS + frame).to(tl.float64) * freq
         place = rope_ptr + (stream * 2 + frame) * 2 * HALF + pair
         tl.store(place, tl.cos(angle).to(tl.float32) * factor, mask=pair < HALF)
         tl.store(place + HALF, tl.sin(angle).to(tl.float32) * factor, mask=pair < HALF)
@@ -40,35 +48,40 @@ def _begin_step_kernel(
 
 def begin_step(
     tokens: torch.Tensor,
-    scalars: torch.Tensor,
+    plan: torch.Tensor,
+    cursor: torch.Tensor,
     embedding: torch.Tensor,
     inv_freq: torch.Tensor,
     *,
     factor: float = 1.0,
+    scalars: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
-    pdl: bool = False,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather embeddings and compute the cosines and sines of both frames.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Move the cursor, copy that row of the plan, gather embeddings, compute cosines and sines of both frames.
 
     Parameters
     ----------
     tokens : Tensor, (streams,), int64 or int32
-    scalars : Tensor, (streams, 8), int32
-        Columns 1 and 2: window and frame position of the query.
+    plan : Tensor, (rows, streams, 8), int32
+        Scalars of the coming steps, see `sinkstream.engine.layout`; after the last row comes the first.
+    cursor : Tensor, (streams,), int64
+        Row of the step before, -1 before the first. All values are alike: each stream moves its own.
     embedding : Tensor, (vocab, width)
     inv_freq : Tensor, (rotary_dim / 2,), float64
         Radians per position.
     factor : float
         What rotated dimensions are multiplied by (yarn).
+    scalars : Tensor, (streams, 8), int32, optional
+        Written in place, with the token ids filled in.
     hidden : Tensor, (streams, width), optional
         Written in place; default: a new one of the embedding's dtype.
     rope : Tensor, (streams, 2, 2, rotary_dim / 2), float32, optional
 
     Returns
     -------
-    hidden, rope : Tensor
+    scalars, hidden, rope : Tensor
 
     Raises
     ------
@@ -77,26 +90,38 @@ def begin_step(
     """
     streams, device, width, half = len(tokens), tokens.device, embedding.shape[1], len(inv_freq)
     check_tensor("tokens", tokens, (None,), dtypes=(torch.int64, torch.int32), device=device)
-    check_tensor("scalars", scalars, (streams, 8), dtypes=(torch.int32,), device=device)
+    check_tensor("plan", plan, (None, streams, FIELDS), dtypes=(torch.int32,), device=device)
+    check_tensor("cursor", cursor, (streams,), dtypes=(torch.int64,), device=device)
     check_tensor("embedding", embedding, (None, None), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("inv_freq", inv_freq, (None,), dtypes=(torch.float64,), device=device)
+    if scalars is None:
+        scalars = torch.empty(streams, FIELDS, dtype=torch.int32, device=device)
     if hidden is None:
         hidden = torch.empty(streams, width, dtype=embedding.dtype, device=device)
     if rope is None:
         rope = torch.empty(streams, 2, 2, half, device=device)
+    check_tensor("scalars", scalars, (streams, FIELDS), dtypes=(torch.int32,), device=device)
     check_tensor("hidden", hidden, (streams, width), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("rope", rope, (streams, 2, 2, half), dtypes=(torch.float32,), device=device)
     if not use_triton(backend, tokens):
-        row, angles = begin_step_twin(tokens, scalars, embedding, inv_freq, factor)
-        return hidden.copy_(row), rope.copy_(angles)
+        read_plan(tokens, plan, cursor, scalars)
+        return scalars, hidden.copy_(embedding[tokens]), rope.copy_(rope_twin(scalars, inv_freq, factor))
     launch(
-        _begin_step_kernel, (streams,), tokens, scalars, embedding, inv_freq, hidden, rope, width, factor,
-        HALF=half, BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half), num_warps=4, pdl=pdl,
+        _begin_step_kernel, (streams,), tokens, plan, cursor, embedding, inv_freq, scalars, hidden, rope, len(plan),
+        width, factor, HALF=half, BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half),
+        FIELDS=FIELDS, TOKEN=TOKEN, POSITIONS=WINDOW_POSITION, num_warps=4, pdl=False,
     )  # fmt: skip
-    return hidden, rope
+    return scalars, hidden, rope
 
 
-def begin_step_twin(tokens, scalars, embedding, inv_freq, factor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain PyTorch; angles in float64."""
-    angle = scalars[:, 1:3, None].to(torch.float64) * inv_freq.to(torch.float64)
-    return embedding[tokens.long()], torch.stack([angle.cos(), angle.sin()], 2) * factor
+def read_plan(tokens: torch.Tensor, plan: torch.Tensor, cursor: torch.Tensor, scalars: torch.Tensor) -> None:
+    """Move the cursor and fill `scalars` from its row of the plan and `tokens`; in plain PyTorch."""
+    cursor.add_(1).remainder_(len(plan))
+    scalars.copy_(plan.index_select(0, cursor[:1])[0])
+    scalars[:, TOKEN] = tokens
+
+
+def rope_twin(scalars, inv_freq, factor) -> torch.Tensor:
+    """Cosines and sines of both frames in plain PyTorch; angles in float64."""
+    angle = scalars[:, WINDOW_POSITION : FRAME_POSITION + 1, None].to(torch.float64) * inv_freq
+    return torch.stack([angle.cos(), angle.sin()], 2) * factor

@@ -2,11 +2,13 @@
 
 GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
 concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. In each program the input
-stays in registers, weight rows stream through a ring of shared-memory stages.
+stays in registers, weight rows stream through a ring of shared-memory stages. The kernel serves one stream; several
+share a library product, which reads the weight once for all of them.
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
+import torch.nn.functional as F
 
 from sinkstream.engine.ops.config import LinearConfig, default_linear_residual
 from sinkstream.engine.ops.norm_linear import check_tile, load_chunks, row_products
@@ -92,6 +94,9 @@ def linear_residual(
 ) -> torch.Tensor:
     """out = weight · [a, f] + bias + residual.
 
+    One stream runs the kernel. Several run PyTorch's matmul instead (`config`, `prefetch` and `pdl` mean nothing then),
+    so that the weight is read once for all of them.
+
     Parameters
     ----------
     a : Tensor, (streams, n)
@@ -133,6 +138,8 @@ def linear_residual(
     check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
     if not use_triton(backend, a):
         return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
+    if streams > 1:
+        return linear_residual_library(a, weight, f, bias, residual, out)
     if config is None:
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)
@@ -150,6 +157,13 @@ def linear_residual_twin(a, weight, f, bias, residual) -> torch.Tensor:
     return y
 
 
+def linear_residual_library(a, weight, f, bias, residual, out) -> torch.Tensor:
+    """The same for several streams: one library product in the model's dtype, the residual added in its own."""
+    x = a if f is None else torch.cat([a, f], -1)
+    y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    return out.copy_(y if residual is None else y + residual)
+
+
 def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
     n, m, rows = a.shape[1], 0 if f is None else f.shape[1], weight.shape[0]
     for size in (n, m):
@@ -157,14 +171,13 @@ def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
     tiles = (rows + config.rows - 1) // config.rows
     rounds = -(-tiles // (multiprocessors(a.device) * config.per_sm))
     programs = -(-tiles // rounds)
-    for stream in range(len(a)):
-        launch(
-            _linear_residual_kernel, (programs,),
-            a[stream], (a if f is None else f)[stream], weight, weight if bias is None else bias,
-            (a if residual is None else residual)[stream], out[stream], rows, weight.stride(0), config.ahead,
-            *prefetch.arguments(weight, programs),
-            KA=n, KF=m, BN=config.rows, BK=config.columns, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, EVEN=rows % config.rows == 0,
-            EVICT="evict_first" if config.evict else "", STAGES=config.stages, NEXT=bool(prefetch),
-            LATE=config.late, num_warps=config.warps, pdl=pdl,
-        )  # fmt: skip
+    launch(
+        _linear_residual_kernel, (programs,),
+        a, a if f is None else f, weight, weight if bias is None else bias, a if residual is None else residual, out,
+        rows, weight.stride(0), config.ahead,
+        *prefetch.arguments(weight, programs),
+        KA=n, KF=m, BN=config.rows, BK=config.columns, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, EVEN=rows % config.rows == 0,
+        EVICT="evict_first" if config.evict else "", STAGES=config.stages, NEXT=bool(prefetch),
+        LATE=config.late, num_warps=config.warps, pdl=pdl,
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
 of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
-their first rows are asked for before waiting for it. A packed weight may hold two row ranges with norms of their own
+their first rows are asked for before waiting for it. The kernel serves one stream; several share a library product,
+which reads the weight once for all of them. A packed weight may hold two row ranges with norms of their own
 (GPT-NeoX: QKV rows and up-projection rows); GELU applies to the second range only. Paired gate and up rows give
 silu(gate) · up (SwiGLU).
 """
@@ -177,6 +178,9 @@ def norm_linear(
 ) -> torch.Tensor:
     """y = act(weight · norm(x) + bias), for one row range or two.
 
+    One stream runs the kernel. Several run PyTorch's norm, matmul and activation instead (`config`, `prefetch` and
+    `pdl` mean nothing then), so that the weight is read once for all of them.
+
     Parameters
     ----------
     x : Tensor, (streams, hidden)
@@ -220,6 +224,8 @@ def norm_linear(
     kind = (eps, norm, boundary, activation)
     if not use_triton(backend, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
+    if streams > 1:
+        return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if config is None:
         config = default_norm_linear(hidden, boundary > 0, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
@@ -278,6 +284,36 @@ def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, boundar
     return y
 
 
+def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation, out) -> torch.Tensor:
+    """The same for several streams: one library product for each row range, norm and activation in the model's dtype.
+
+    Sums inside the norm are formed in float32, as PyTorch does.
+    """
+    bias = None if bias is None else bias.to(weight.dtype)
+    for index, (first, last) in enumerate(((0, boundary), (boundary, len(weight)))):
+        if first == last:
+            continue
+        which = min(index, len(norm_weight) - 1)
+        normed = _library_norm(x, norm_weight[which], None if norm_bias is None else norm_bias[which], eps, norm)
+        part = F.linear(normed.to(weight.dtype), weight[first:last], None if bias is None else bias[first:last])
+        if activation == "gelu" and index:
+            part = F.gelu(part)
+        if activation == "swiglu":
+            gate, up = part.chunk(2, -1)
+            part = F.silu(gate) * up
+        out[:, first : first + part.shape[1]] = part
+    return out
+
+
+def _library_norm(x, gamma, beta, eps, norm) -> torch.Tensor:
+    """PyTorch's norm, in the dtype of `x`."""
+    gamma, beta = gamma.to(x.dtype), None if beta is None else beta.to(x.dtype)
+    if norm == "layer":
+        return F.layer_norm(x, gamma.shape, gamma, beta, eps)
+    y = F.rms_norm(x, gamma.shape, gamma, eps)
+    return y if beta is None else y + beta
+
+
 def check_tile(config: LinearConfig, hidden: int, weight: torch.Tensor) -> None:
     """Check what the kernels need of a weight: half precision and rows that 16-byte loads can read."""
     if weight.dtype not in HALF_DTYPES:
@@ -305,22 +341,21 @@ def divide_programs(first_tiles: int, second_tiles: int, programs: int) -> tuple
 
 
 def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation, out, config, prefetch, pdl):
-    streams, hidden = x.shape
+    hidden = x.shape[1]
     check_tile(config, hidden, weight)
     rows, tile = out.shape[1], config.rows
     while boundary % tile:
         tile //= 2
     programs = multiprocessors(x.device) * config.per_sm
     split = divide_programs(boundary // tile, -(-(rows - boundary) // tile), programs)
-    for stream in range(streams):
-        launch(
-            _norm_linear_kernel, (sum(split),),
-            x[stream], weight, bias if bias is not None else weight, norm_weight,
-            norm_bias if norm_bias is not None else norm_weight, out[stream], rows, boundary, split[0],
-            hidden if len(norm_weight) == 2 else 0, eps, weight.stride(0), config.ahead,
-            *prefetch.arguments(weight, sum(split)),
-            K=hidden, BN=tile, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
-            GATED=activation == "swiglu", HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None,
-            EVEN=rows % tile == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
-            NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
-        )  # fmt: skip
+    launch(
+        _norm_linear_kernel, (sum(split),),
+        x, weight, bias if bias is not None else weight, norm_weight,
+        norm_bias if norm_bias is not None else norm_weight, out, rows, boundary, split[0],
+        hidden if len(norm_weight) == 2 else 0, eps, weight.stride(0), config.ahead,
+        *prefetch.arguments(weight, sum(split)),
+        K=hidden, BN=tile, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
+        GATED=activation == "swiglu", HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None,
+        EVEN=rows % tile == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
+        NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+    )  # fmt: skip

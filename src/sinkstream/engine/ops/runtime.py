@@ -176,6 +176,24 @@ class Prefetch(tuple):
             raise ValueError(f"{len(parts)} buffers to prefetch; accepted: at most 2")
         return super().__new__(cls, parts)
 
+    @classmethod
+    def of_slots(cls, keys: torch.Tensor, values: torch.Tensor, size: int) -> "Prefetch":
+        """`size` bytes of what attention reads, half keys, half values; 0 for none."""
+        return cls((keys, size // 2), (values, size // 2)) if size else NO_PREFETCH
+
+    @classmethod
+    def of_rows(cls, weight: torch.Tensor, size: int, middle: int = 0) -> "Prefetch":
+        """`size` bytes of the first rows of a weight; 0 for none.
+
+        With `middle` they come from both row ranges that the next kernel begins at once, in proportion to their rows.
+        """
+        if not size:
+            return NO_PREFETCH
+        if not middle:
+            return cls((weight, size))
+        share = size * middle // len(weight)
+        return cls((weight, share), (weight[middle:], size - share))
+
     def arguments(self, fallback: torch.Tensor, programs: int) -> tuple:
         """(pointer, end byte, bytes a program) of both buffers as kernel arguments; `programs` share each of them."""
         out: list = []

@@ -1,0 +1,232 @@
+"""The decode step through the kernels of `ops`: three a GPT-NeoX layer, five a Llama-like one.
+
+On a CPU the same calls run the kernels' twins. What a policy needs beyond logits happens on the device too, in plain
+PyTorch functions that only such policies pay for; nothing asks the host, so that a whole step fits into a CUDA graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sinkstream.cache import ModelSpec
+from sinkstream.engine import plain
+from sinkstream.engine.layout import Geometry
+from sinkstream.engine.ops import (
+    NORM_LINEAR_PREFETCH_BYTES,
+    RESIDUAL_PREFETCH_BYTES,
+    AttentionConfig,
+    LinearConfig,
+    Prefetch,
+    Workspace,
+    attention_decode,
+    begin_step,
+    linear_residual,
+    norm_linear,
+)
+from sinkstream.engine.ops.attention_decode import split_qkv
+from sinkstream.engine.ops.config import MAX_SPLITS, count_programs, default_attention
+from sinkstream.engine.ops.runtime import HALF_DTYPES, triton
+from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.state import StreamState
+from sinkstream.policies import EvictionPolicy
+
+NEOX_OPS = ("in", "attention", "out")
+LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
+MAX_GROUP = 16  # query heads of one key-value head
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """How one op is launched. Changes speed only.
+
+    Attributes
+    ----------
+    config : LinearConfig, AttentionConfig or None
+        None: the op's own default.
+    prefetch : int
+        Bytes that it brings to L2 of what the next op reads first.
+    pdl : bool
+        Whether it may start before the kernel before it has ended.
+    """
+
+    config: LinearConfig | AttentionConfig | None = None
+    prefetch: int = 0
+    pdl: bool = False
+
+
+StepPlan = Mapping[str, OpPlan]
+
+
+def default_plan(family: str, device: torch.device) -> dict[str, OpPlan]:
+    """An `OpPlan` for each op of a layer and for "head"; dependent launch and prefetching need a GPU that has them.
+
+    Measured on an H100 with Pythia-2.8B's shape (`sinkstream.engine.ops.config`); other shapes get the same.
+    """
+    ops = NEOX_OPS if family == NEOX else LLAMA_OPS
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {op: OpPlan() for op in (*ops, "head")}
+    ahead = dict.fromkeys(("in", "qkv"), NORM_LINEAR_PREFETCH_BYTES)
+    ahead |= dict.fromkeys(("out", "o", "down"), RESIDUAL_PREFETCH_BYTES)
+    return {op: OpPlan(prefetch=ahead.get(op, 0), pdl=True) for op in (*ops, "head")}
+
+
+class FusedDecode:
+    """One decode step of all streams, with every buffer allocated once.
+
+    Parameters
+    ----------
+    weights : PackedWeights
+    state : StreamState
+    plan : mapping of OpPlan, optional
+        By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`.
+    """
+
+    def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
+        self.weights, self.state, self.spec = weights, state, state.spec
+        self.plan = default_plan(weights.family, state.device) if plan is None else plan
+        self.neox = weights.family == NEOX
+        spec, first = self.spec, weights.layers[0]
+        self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
+        self.inv_freq = spec.rope.inv_freq.to(state.device)
+        with torch.inference_mode(False):
+            self.hidden = self._buffer(weights.embedding.shape[1])
+            self.first = self._buffer(len(first.weight_in) if self.neox else self.qkv_rows)
+            self.context = self._buffer(spec.query_heads * spec.head_dim)
+            self.middle = None if self.neox else self._buffer(first.weight_down.shape[1])
+            self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
+            self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
+
+    def _buffer(self, width: int) -> torch.Tensor:
+        """Room for ``(streams, width)``, dtype of the model."""
+        return torch.zeros(self.state.streams, width, dtype=self.spec.dtype, device=self.state.device)
+
+    def __call__(self) -> None:
+        """Append ``state.tokens`` to all streams and leave the next-token logits in ``state.logits``."""
+        state, weights = self.state, self.weights
+        begin_step(
+            state.tokens, state.plan, state.cursor, weights.embedding, self.inv_freq, factor=weights.rope_factor,
+            scalars=state.scalars, hidden=self.hidden, rope=self.rope,
+        )  # fmt: skip
+        row = plain.Row(state, weights.rope_factor)
+        plain.note_token(state, row)
+        for i, layer in enumerate(weights.layers):
+            (self._neox_layer if self.neox else self._llama_layer)(row, i, layer)
+        self._norm_linear("head", weights.final_norm, weights.head, out=state.logits)
+        state.end_row()
+
+    # ---- the ops of a layer ----
+
+    def _neox_layer(self, row: plain.Row, i: int, layer: NeoxLayer) -> None:
+        norm_linear(
+            self.hidden, layer.weight_in, norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, bias=layer.bias_in,
+            eps=layer.attention_norm.eps, norm="layer", boundary=self.qkv_rows, activation="gelu", out=self.first,
+            prefetch=self._slots("in", i), **self._how("in", i),
+        )  # fmt: skip
+        self._attention(row, i)
+        mlp = self.first[:, self.qkv_rows :]
+        linear_residual(
+            self.context, layer.weight_out, f=mlp, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
+            prefetch=self._next_layer("out", i), **self._how("out"),
+        )  # fmt: skip
+
+    def _llama_layer(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
+        self._norm_linear(
+            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, layer=i,
+            prefetch=self._slots("qkv", i),
+        )  # fmt: skip
+        self._attention(row, i, layer.q_norm, layer.k_norm)
+        middle = len(layer.weight_gate_up) // 2
+        linear_residual(
+            self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.hidden,
+            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle), **self._how("o"),
+        )  # fmt: skip
+        self._norm_linear(
+            "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
+            out=self.middle, prefetch=Prefetch.of_rows(layer.weight_down, self.plan["gate_up"].prefetch),
+        )  # fmt: skip
+        linear_residual(
+            self.middle, layer.weight_down, bias=layer.bias_down, residual=self.hidden, out=self.hidden,
+            prefetch=self._next_layer("down", i), **self._how("down"),
+        )  # fmt: skip
+
+    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, layer: int | None = None, **more) -> None:
+        """One row range behind one norm."""
+        beta = None if norm.bias is None else norm.bias[None]
+        kind = "rms" if norm.bias is None else "layer"
+        norm_linear(
+            self.hidden, weight, norm_weight=norm.weight[None], norm_bias=beta, eps=norm.eps, norm=kind, **more,
+            **self._how(op, layer),
+        )  # fmt: skip
+
+    def _attention(self, row: plain.Row, i: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
+        state, spec, order = self.state, self.spec, "per-head" if self.neox else "blocks"
+        qkv = self.first[:, : self.qkv_rows]
+        norms = {} if q_norm is None else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        attention_decode(
+            qkv, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
+            pinned_slots=state.geometry.pinned_slots, order=order, out=self.context, workspace=self.workspace, **norms,
+            **self._how("attention"),
+        )  # fmt: skip
+        if plain.observes(state):
+            query = split_qkv(qkv, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
+            plain.observe(state, row, i, query if q_norm is None else plain.norm(query, q_norm))
+
+    # ---- how they are launched ----
+
+    def _how(self, op: str, layer: int | None = None) -> dict:
+        """Options of one launch. Layer 0's first op waits for `begin_step`: attention must find the scalars final."""
+        plan = self.plan[op]
+        return {"config": plan.config, "pdl": plan.pdl and layer != 0}
+
+    def _slots(self, op: str, i: int) -> Prefetch:
+        """What attention reads first."""
+        return Prefetch.of_slots(self.state.keys[i], self.state.values[i], self.plan[op].prefetch)
+
+    def _next_layer(self, op: str, i: int) -> Prefetch:
+        """What the first op after layer i reads first."""
+        size, layers = self.plan[op].prefetch, self.weights.layers
+        if i + 1 == len(layers):
+            return Prefetch.of_rows(self.weights.head, size)
+        if self.neox:
+            return Prefetch.of_rows(layers[i + 1].weight_in, size, middle=self.qkv_rows)
+        return Prefetch.of_rows(layers[i + 1].weight_qkv, size)
+
+
+def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+    """Refuse, by name, what the kernels do not serve on a CUDA device; on a CPU the twins serve everything.
+
+    Raises
+    ------
+    ValueError
+        Naming what is not served and what is accepted.
+    """
+    if device.type != "cuda":
+        return
+    if triton is None:
+        raise ValueError(f"the kernels need the triton package, which cannot be imported; {_INSTEAD}")
+    if spec.dtype not in HALF_DTYPES:
+        raise ValueError(f"weights of dtype {spec.dtype}; accepted by the kernels: {_names(HALF_DTYPES)}; {_INSTEAD}")
+    if spec.head_dim % 16:
+        raise ValueError(f"head_dim={spec.head_dim}; accepted by the kernels: multiples of 16; {_INSTEAD}")
+    group = spec.query_heads // spec.kv_heads
+    if group > MAX_GROUP:
+        raise ValueError(f"{group} query heads a kv head; accepted by the kernels: at most {MAX_GROUP}; {_INSTEAD}")
+    for name in ("hidden_size", "intermediate_size"):
+        width = getattr(spec.decoder.config, name)
+        if width % 8:
+            raise ValueError(f"{name}={width}; accepted by the kernels: multiples of 8; {_INSTEAD}")
+    g = Geometry.of(policy, "cache")
+    splits = default_attention(group, spec.head_dim, g.ring, g.pinned_slots).splits
+    if sum(count_programs(splits, g.ring, g.pinned_slots)[1:]) > MAX_SPLITS:
+        raise ValueError(
+            f"{g.pinned_slots} pinned slots beside a ring of {g.ring}; accepted by the kernels: at most about"
+            f" {MAX_SPLITS} times the ring; {_INSTEAD}"
+        )
+
+
+_INSTEAD = "or backend='graph' or 'ring', which serve it"
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

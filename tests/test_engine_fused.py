@@ -1,0 +1,245 @@
+"""The decode step through the kernels: it says what the plain step says, on the twins, in the interpreter, on a GPU.
+
+That the twins agree with the oracle under every policy is in test_engine.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops_cases import NEEDS_TRITON
+from oracle.models import build, token_ids
+from streams import FakeTokenizer, small_policy
+
+from sinkstream.cache import POSITIONS, ModelSpec
+from sinkstream.cache.families import describe
+from sinkstream.engine import Engine, fused
+from sinkstream.engine.fused import FusedDecode, OpPlan, check_kernels, default_plan
+from sinkstream.engine.layout import TOKEN
+from sinkstream.engine.ops import set_backend
+from sinkstream.policies import EvictionPolicy
+
+GPU = torch.device("cuda")
+HALF_TOLERANCE = 0.02  # nats a token, on average: two orders of rounding in float16
+SERVED_ON_GPU = ("gpt_neox", "llama", "qwen2")  # head_dim 16; the tiny qwen3 has 24
+
+
+def engine(family: str = "gpt_neox", policy: str | dict = "lazy", *, model=None, **more) -> Engine:
+    options = small_policy(policy) if isinstance(policy, str) else policy
+    return Engine(
+        model or build(family, layers=2), tokenizer=FakeTokenizer(), **{"backend": "kernels"} | more, **options
+    )
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+# ---- the twins ----
+
+
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("gpt_neox", "refresh-accumulated-attention"), ("qwen3", "refresh-window-attention"), ("llama", "adaptive-top1")],
+)
+def test_streams_are_independent(family, policy):
+    """Streams of different lengths say, together, what each says alone through the plain step."""
+    texts = [token_ids(90, seed=s) for s in range(3)]
+    e, fed = engine(family, policy, streams=3), [0, 30, 60]
+    for s, text in enumerate(texts):
+        e.score(text[: fed[s]], stream=s) if fed[s] else None
+    together = [e.step([int(text[n + i]) for text, n in zip(texts, fed)]) for i in range(30)]
+    for s, text in enumerate(texts):
+        alone = engine(family, policy, backend="ring")
+        alone.score(text[: fed[s]]) if fed[s] else None
+        for i, logits in enumerate(together):
+            assert worst(logits[s], alone.step([int(text[fed[s] + i])])[0]) < 1e-4
+    assert e.stats(stream=2)["events"] >= 3
+    assert worst(together[-1][0], together[-1][1]) > 0.1, "control: the streams differ"
+
+
+@pytest.mark.parametrize("policy", ["refresh-accumulated-attention", "refresh-uncertainty"])
+def test_a_snapshot_goes_on_in_another_backend(policy, tmp_path):
+    ids, path = token_ids(150), tmp_path / "stream.safetensors"
+    plain = engine("qwen2", policy, backend="ring")
+    plain.score(ids[:70])
+    plain.snapshot(path)
+    kernels = engine("qwen2", policy)
+    kernels.restore(path)
+    assert worst(kernels.score(ids[70:]), plain.score(ids[70:])) < 1e-5
+    assert kernels.stats() == plain.stats()
+
+
+def scalars_follow_the_host(e: Engine, tokens: int) -> None:
+    """Step through a text; the device's scalars are those that the host's counters say, the token's id included."""
+    for token in token_ids(tokens).tolist():
+        e.step([token])
+        expected = e.state.counters[0].row(e.state.observed_queries)
+        expected[TOKEN] = token
+        assert e.state.scalars[0].tolist() == expected
+    assert e.stats()["rebases"] >= 2
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_scalars_follow_the_host_across_rebases(positions):
+    scalars_follow_the_host(engine("llama", "refresh-window-attention", positions=positions, rebase_at=50), 180)
+
+
+def test_observing_keeps_what_the_plain_step_keeps():
+    """Queries and attention, before anything has been chosen by them."""
+    for policy in ("refresh-accumulated-attention", "refresh-window-attention"):
+        states = []
+        for backend in ("ring", "kernels"):
+            e = engine("llama", policy, backend=backend)
+            e.score(token_ids(22))
+            states.append(e.state)
+        plain, kernels = (dict(s.stream_buffers(0)) for s in states)
+        assert any(name == "queries" or name.startswith("channel_") for name in plain)
+        for name in plain:
+            assert worst(plain[name].float(), kernels[name].float()) < 1e-4, name
+            assert name in ("pinned_keys", "pinned_positions") or plain[name].abs().max() > 0, name
+
+
+# ---- the kernels in the interpreter ----
+
+
+@pytest.fixture
+def kernels_only():
+    """Ops that cannot run their kernels raise."""
+    set_backend("triton")
+    yield
+    set_backend("auto")
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests marked gpu do more")
+@pytest.mark.parametrize(("family", "policy"), [("gpt_neox", "strict"), ("llama", "refresh-window-attention")])
+def test_kernels_in_the_interpreter(family, policy, kernels_only):
+    model = build(family, torch.float16, layers=1)
+    options = small_policy(policy) | {"sink": 2, "window": 4}
+    shrunk = {"refresh": 2, "compress_every": 3} if policy != "strict" else {}
+    plain, kernels = (engine(model=model, policy=options | shrunk, backend=b) for b in ("ring", "kernels"))
+    for token in token_ids(13).tolist():
+        expected, found = plain.step([token]), kernels.step([token])
+        assert worst(expected, found) < 0.02
+    assert kernels.stats()["events"] >= 2
+    assert expected.std() > 0.3, "control: logits are of another size than the tolerance"
+
+
+# ---- what is refused ----
+
+
+def spec_of(**changes) -> ModelSpec:
+    return replace(describe(build("llama").half()), **changes)
+
+
+def policy_of(**options) -> EvictionPolicy:
+    return EvictionPolicy.build(**{"sink": 4, "window": 20} | options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"dtype": torch.float32}, {}, "dtype torch.float32; accepted by the kernels: float16, bfloat16"),
+        ({"head_dim": 72}, {}, "head_dim=72; accepted by the kernels: multiples of 16"),
+        ({"query_heads": 34}, {}, "17 query heads a kv head; accepted by the kernels: at most 16"),
+        ({}, {"sink": 600, "window": 1}, "600 pinned slots beside a ring of 1; accepted by the kernels: at most"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(changes, options, words):
+    with pytest.raises(ValueError, match=rf"{words}.*backend='graph' or 'ring'"):
+        check_kernels(spec_of(**changes), policy_of(**options), GPU)
+
+
+def test_odd_widths_are_refused():
+    model = build("llama").half()
+    model.config.intermediate_size = 100
+    with pytest.raises(ValueError, match="intermediate_size=100; accepted by the kernels: multiples of 8"):
+        check_kernels(describe(model), policy_of(), GPU)
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch):
+    """For `check_kernels`; whether the kernels run is not decided by this name."""
+    monkeypatch.setattr(fused, "triton", object())
+
+
+def test_a_missing_triton_is_refused(monkeypatch):
+    check_kernels(spec_of(), policy_of(), GPU)
+    monkeypatch.setattr(fused, "triton", None)
+    with pytest.raises(ValueError, match="need the triton package"):
+        check_kernels(spec_of(), policy_of(), GPU)
+
+
+def test_a_cpu_serves_everything():
+    check_kernels(spec_of(dtype=torch.float32, head_dim=24), policy_of(), torch.device("cpu"))
+
+
+# ---- on a GPU ----
+
+GPU_POLICIES = ["strict", "lazy", "refresh-uniform", "refresh-window-attention", "refresh-accumulated-attention"]
+GPU_POLICIES += ["refresh-uncertainty", "adaptive-entropy"]
+SAME_CHOICES = ("strict", "lazy", "refresh-uniform")  # a rounding error cannot change what is kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", SERVED_ON_GPU)
+@pytest.mark.parametrize("policy", GPU_POLICIES)
+def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
+    """Bit for bit: with dependent launch, prefetching and a graph, or without any of them."""
+    model, ids = build(family, torch.float16).cuda(), token_ids(400).cuda()
+    replayed = engine(policy=policy, model=model, rebase_at=60, backend="fused").score(ids)[1:]
+    launched = engine(policy=policy, model=model, rebase_at=60).score(ids)[1:]
+    apart = engine(policy=policy, model=model, rebase_at=60)
+    plan = {op: OpPlan() for op in default_plan(apart.weights.family, apart.state.device)}
+    apart._step.decode = FusedDecode(apart.weights, apart.state, plan)
+    assert torch.equal(replayed, launched) and torch.equal(replayed, apart.score(ids)[1:])
+    assert replayed.isfinite().all()
+    if policy in SAME_CHOICES:
+        plain = engine(policy=policy, model=model, rebase_at=60, backend="ring").score(ids)[1:]
+        other = engine(policy="window-only", model=model, backend="ring").score(ids)[1:]
+        assert (plain - replayed).abs().mean() < HALF_TOLERANCE < (plain - other).abs().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", SERVED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_several_streams_on_a_gpu(family, dtype):
+    model, texts = build(family, dtype).cuda(), [token_ids(120, seed=s).cuda() for s in range(3)]
+    together = engine(policy="refresh-uniform", model=model, streams=3, backend="fused")
+    together.prefill(texts[1][:40], stream=1)
+    logits = torch.stack(
+        [together.step(torch.stack([t[i + 40 * (s == 1)] for s, t in enumerate(texts)])) for i in range(80)]
+    )
+    for s, text in enumerate(texts):
+        alone, first = engine(policy="refresh-uniform", model=model, backend="fused"), 40 * (s == 1)
+        if first:
+            alone.prefill(text[:first])
+        expected = torch.stack([alone.step(text[i : i + 1])[0] for i in range(first, first + 80)])
+        assert (logits[:, s] - expected).abs().mean() < (0.02 if dtype == torch.float16 else 0.1)
+    assert (logits[:, 0] - logits[:, 2]).abs().mean() > 0.2, "control: the streams differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_scalars_follow_the_host_in_a_graph(positions):
+    model = build("llama", torch.float16).cuda()
+    e = engine(policy="refresh-window-attention", model=model, positions=positions, rebase_at=50, backend="fused")
+    scalars_follow_the_host(e, 180)
+
+
+@pytest.mark.gpu
+def test_more_tokens_than_a_plan_holds():
+    """The cursor starts anew with every plan; nothing is captured again."""
+    model, ids = build("gpt_neox", torch.float16).cuda(), token_ids(700).cuda()
+    e = engine(policy="strict", model=model, backend="fused")
+    graph, plain = e._step.graph, engine(policy="strict", model=model, backend="ring")
+    assert (e.score(ids)[1:] - plain.score(ids)[1:]).abs().mean() < HALF_TOLERANCE
+    assert e._step.graph is graph
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["kernels", "fused"])
+def test_float32_is_refused_on_a_gpu(backend):
+    with pytest.raises(ValueError, match="float32; accepted by the kernels"):
+        engine(model=build("llama").cuda(), backend=backend)
