@@ -14,9 +14,10 @@ from streams import FakeTokenizer, small_policy
 from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused
-from sinkstream.engine.fused import FusedDecode, OpPlan, check_kernels, default_plan
+from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
 from sinkstream.engine.layout import TOKEN
 from sinkstream.engine.ops import set_backend
+from sinkstream.engine.ops.plans import OpPlan
 from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")
@@ -191,7 +192,7 @@ def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
     replayed = engine(policy=policy, model=model, rebase_at=60, backend="fused").score(ids)[1:]
     launched = engine(policy=policy, model=model, rebase_at=60).score(ids)[1:]
     apart = engine(policy=policy, model=model, rebase_at=60)
-    plan = {op: OpPlan() for op in default_plan(apart.weights.family, apart.state.device)}
+    plan = {op: OpPlan() for op in default_plan(apart.weights, apart.state)}
     apart._step.decode = FusedDecode(apart.weights, apart.state, plan)
     assert torch.equal(replayed, launched) and torch.equal(replayed, apart.score(ids)[1:])
     assert replayed.isfinite().all()

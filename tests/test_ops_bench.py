@@ -8,7 +8,7 @@ import torch
 from sinkstream.engine.bench_ops import SHAPES, Bench, attention_grid, candidates
 
 
-@pytest.fixture(params=["smoke-neox", "smoke-neox-apart", "smoke-llama"])
+@pytest.fixture(params=["smoke-neox", "smoke-llama"])
 def bench(request):
     torch.manual_seed(0)
     return Bench(SHAPES[request.param], "cpu", None, time.monotonic() + 60, 10.0)

@@ -4,11 +4,10 @@ import pytest
 import torch
 from ops_cases import DEVICE, NEEDS_TRITON, TOLERANCE, draw, error
 
-from sinkstream.engine.ops import AttentionConfig, LinearConfig, linear_residual
+from sinkstream.engine.ops import LinearConfig, linear_residual
 from sinkstream.engine.ops.config import (
     MAX_SPLITS,
     RESIDUAL,
-    TWO_RANGES,
     count_programs,
     default_attention,
     default_linear_residual,
@@ -16,21 +15,35 @@ from sinkstream.engine.ops.config import (
     fit_shared_memory,
     tile_bytes,
 )
+from sinkstream.engine.ops.plans import LLAMA_PLANS, NEOX_PLANS, Sizes, measured_plan
 
 H100_BYTES = 227 * 1024
 
 
-def test_the_measured_shape_gets_what_was_measured():
-    """Pythia-2.8B on an H100: results/engine-ops-h100.json, the plan labelled "tuned"."""
-    assert default_norm_linear(2560, True, False, H100_BYTES) == TWO_RANGES
-    assert default_norm_linear(2560, False, False, H100_BYTES) == LinearConfig(4, 512, 4, 3, 3)
-    assert default_linear_residual(2560, 10240, H100_BYTES) == RESIDUAL
-    assert default_attention(1, 80, 2048, 4) == AttentionConfig(16, 64, 2)
+def sizes(hidden, heads, kv_heads, head_dim, intermediate, ring=2048, pinned=4, shared=H100_BYTES):
+    return Sizes(hidden, intermediate, heads, kv_heads, head_dim, ring, pinned, shared)
+
+
+def test_the_measured_shapes_get_what_was_measured():
+    pythia = measured_plan(True, sizes(2560, 32, 32, 80, 10240))
+    assert {op: plan.config for op, plan in pythia.items()} == {op: p.config for op, p in NEOX_PLANS[2560].items()}
+    llama = measured_plan(False, sizes(4096, 32, 8, 128, 14336))
+    assert {op: plan.config for op, plan in llama.items()} == {op: p.config for op, p in LLAMA_PLANS[4096].items()}
+    assert all(plan.pdl for plan in (*pythia.values(), *llama.values()))
+
+
+def test_other_shapes_get_the_nearest_plan_cut_to_fit():
+    assert measured_plan(False, sizes(576, 9, 3, 64, 1536))["o"].config == LLAMA_PLANS[2048]["o"].config
+    big = measured_plan(True, sizes(4096, 32, 32, 128, 16384))
+    assert big["beside"].config.attention.tile < NEOX_PLANS[2560]["beside"].config.attention.tile
+    assert big["out"].config.per_sm * tile_bytes(big["out"].config, 4096, 16384) <= H100_BYTES
+    ungrouped = measured_plan(False, sizes(2048, 16, 16, 64, 5632, ring=16, pinned=512))["attention"].config
+    assert sum(count_programs(ungrouped.splits, 16, 512)[1:]) <= MAX_SPLITS
 
 
 @pytest.mark.parametrize("widths", [(64,), (2560,), (8192, 8192), (2560, 10240), (28672,), (53248,)])
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, H100_BYTES])
-@pytest.mark.parametrize("config", [LinearConfig(), TWO_RANGES, RESIDUAL, LinearConfig(rows=16, stages=8)])
+@pytest.mark.parametrize("config", [LinearConfig(), RESIDUAL, LinearConfig(rows=16, stages=8)])
 def test_defaults_fit(config, widths, shared_bytes):
     fitted = fit_shared_memory(config, shared_bytes, *widths)
     assert fitted.per_sm >= 1 and fitted.per_sm * tile_bytes(fitted, *widths) <= shared_bytes
@@ -40,7 +53,7 @@ def test_defaults_fit(config, widths, shared_bytes):
 
 def test_long_inputs_get_more_threads():
     assert default_linear_residual(5120, 20480, H100_BYTES).warps > RESIDUAL.warps
-    assert default_norm_linear(5120, True, False, H100_BYTES).stages > TWO_RANGES.stages
+    assert default_norm_linear(8192, True, H100_BYTES).rows < default_norm_linear(2560, False, H100_BYTES).rows
     assert default_attention(1, 128, 2048, 4).warps > default_attention(1, 80, 2048, 4).warps
     assert default_attention(4, 128, 2048, 4).dot and default_attention(1, 256, 2048, 4).dot
 

@@ -32,6 +32,7 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
+from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS
 from sinkstream.engine.ops.runtime import set_compile_only
 
 SINK = 4
@@ -40,10 +41,7 @@ TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `rotary` is the number of rotated dimensions of a head.
-
-    With `beside`, a GPT-NeoX layer's up-projection shares a kernel with attention instead of with QKV.
-    """
+    """Sizes of a model; `rotary` is the number of rotated dimensions of a head."""
 
     name: str
     neox: bool
@@ -57,24 +55,18 @@ class Shape:
     rotary: int
     dtype: torch.dtype
     cap: int = 2052
-    beside: bool = False
 
     @property
     def ops(self) -> list[str]:
         """Kernels of a layer, in order."""
-        if self.beside:
-            return ["qkv", "beside", "out"]
-        return ["in", "attention", "out"] if self.neox else ["qkv", "attention", "o", "gate_up", "down"]
+        return list(NEOX_OPS if self.neox else LLAMA_OPS)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of every weight."""
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.neox:
-            first = {"in": (q + 2 * kv + self.intermediate, h)}
-            if self.beside:
-                first = {"qkv": (q + 2 * kv, h), "beside": (self.intermediate, h)}
-            sizes = first | {"out": (h, q + self.intermediate)}
+            sizes = {"qkv": (q + 2 * kv, h), "beside": (self.intermediate, h), "out": (h, q + self.intermediate)}
         else:
             sizes = {"qkv": (q + 2 * kv, h), "o": (h, q), "gate_up": (2 * self.intermediate, h)}
             sizes["down"] = (h, self.intermediate)
@@ -93,12 +85,10 @@ class Shape:
 SHAPES = {
     s.name: s
     for s in (
-        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16, beside=True),
-        Shape("pythia-2.8b-apart", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
+        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
         Shape("llama-3.2-1b", False, 16, 2048, 32, 8, 64, 8192, 128256, 64, torch.bfloat16),
         Shape("llama-3.1-8b", False, 32, 4096, 32, 8, 128, 14336, 128256, 128, torch.bfloat16),
-        Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45, beside=True),
-        Shape("smoke-neox-apart", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
+        Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
         Shape("smoke-llama", False, 2, 128, 4, 2, 64, 256, 200, 64, torch.bfloat16, 45),
     )
 }
@@ -148,7 +138,7 @@ class Model:
 
     def outputs(self, op: str) -> list[torch.Tensor]:
         """Where a call of `op` leaves its results when it is measured alone."""
-        return {"in": [self.first], "qkv": [self.first], "attention": [self.context], "gate_up": [self.middle],
+        return {"qkv": [self.first], "attention": [self.context], "gate_up": [self.middle],
                 "beside": [self.context, self.middle], "head": [self.logits]}.get(op, [self.hidden[1]])  # fmt: skip
 
     def call(
@@ -167,37 +157,30 @@ class Model:
         s = self.shape
         x, y = self.hidden[::-1] if flip else self.hidden
         how = {"config": config, "prefetch": prefetch, "pdl": pdl, "backend": backend}
-        norm = {"norm": "layer", "norm_bias": self.beta} if s.neox else {"norm": "rms"}
+        second = int(op in ("beside", "gate_up"))
+        norm = {"norm_weight": self.gamma[second], "norm": "layer" if s.neox else "rms"}
+        norm["norm_bias"] = self.beta[second] if s.neox else None
         if op in ("attention", "beside"):
             order = "per-head" if s.neox else "blocks"
-            arguments = self.first[:, : self.qkv_rows], self.keys[layer], self.values[layer], self.scalars, self.rope
+            arguments = self.first, self.keys[layer], self.values[layer], self.scalars, self.rope
             how |= {"query_heads": s.heads, "pinned_slots": SINK, "order": order, "workspace": self.workspace}
             if op == "attention":
                 return attention_decode(*arguments, out=self.context, **how)
             return attention_beside(
-                *arguments, x, self.weights[layer][op], norm_weight=self.gamma[1:], norm_bias=self.beta[1:],
-                bias=self.biases[op], out=self.context, linear_out=self.middle, wait=wait, **how,
+                *arguments, x, self.weights[layer][op], **norm, bias=self.biases[op], out=self.context,
+                linear_out=self.middle, wait=wait, **how,
             )  # fmt: skip
         if op == "head":
-            norm = {n: v[:1] if n == "norm_bias" else v for n, v in norm.items()}
-            return norm_linear(x, self.head, norm_weight=self.gamma[:1], **norm, out=self.logits, **how)
-        weight, bias = self.weights[layer][op], self.biases[op]
-        if op == "in":
-            return norm_linear(
-                x, weight, norm_weight=self.gamma, **norm, bias=bias, boundary=self.qkv_rows, activation="gelu",
-                out=self.first, **how,
-            )  # fmt: skip
+            return norm_linear(x, self.head, **norm, out=self.logits, **how)
+        weight, bias = self.weights[layer][op], self.biases[op] if s.neox else None
         if op in ("qkv", "gate_up"):
             gated = op == "gate_up"
-            norm = {n: v[:1] if n == "norm_bias" else v for n, v in norm.items()}
-            return norm_linear(
-                x, weight, norm_weight=self.gamma[gated : gated + 1], **norm, activation="swiglu" if gated else "none",
-                bias=bias if s.neox else None, out=self.middle if gated else self.first, **how,
-            )  # fmt: skip
+            how |= {"activation": "swiglu" if gated else "none", "out": self.middle if gated else self.first}
+            return norm_linear(x, weight, **norm, bias=bias, **how)
         a, f = (self.middle if op == "down" else self.context), None
         if op == "out":
-            f = self.middle if s.beside else self.first[:, self.qkv_rows :]
-        return linear_residual(a, weight, f=f, bias=bias if s.neox else None, residual=x, out=y, **how)
+            f = self.middle
+        return linear_residual(a, weight, f=f, bias=bias, residual=x, out=y, **how)
 
     def next_buffers(self, op: str, layer: int, size: int) -> Prefetch:
         """What the kernel after `op` reads first, `size` bytes in all."""
@@ -209,7 +192,7 @@ class Model:
         layer += after == s.ops[0]
         if layer >= len(self.weights):
             return Prefetch.of_rows(self.head, size)
-        middle = {"in": self.qkv_rows, "gate_up": s.intermediate}.get(after, 0)
+        middle = s.intermediate if after == "gate_up" else 0
         return Prefetch.of_rows(self.weights[layer][after], size, middle)
 
     def step(self, plan: dict, *, leave_out: str = "", backend: str = "triton") -> None:
@@ -262,7 +245,7 @@ def candidates(shape: Shape, op: str) -> list:
         grid = linear_grid((4, 2, 8, 1), (256, 512, 1024), (4, 8), (4, 3, 6, 1), (1, 2, 3), width, 130)
     pipelined = [c for c in grid if c.stages > 1]
     plain = [c for c in grid if c.stages == 1]
-    most = {"in": 44, "out": 30}.get(op, 16)
+    most = 30 if op == "out" else 16
     return spread(pipelined, most) + spread(plain, most // 4)
 
 
@@ -494,7 +477,7 @@ class Bench:
         best = self.time_step(plain, "best of each op")
         print(f"  no PDL {best:.3f} ms, error of the logits {self.check_step(plain):.2g}", flush=True)
         plan["pdl"] = True
-        if self.shape.beside:  # so that the rows beside attention need not wait
+        if self.shape.neox:  # so that the rows beside attention need not wait
             plan["qkv"] = replace(plan["qkv"], late=True)
         best = self.time_step(plan, "PDL")
         for label, trial in self.trials(plan, ops):

@@ -4,21 +4,15 @@ On a CPU the same calls run the kernels' twins. What a policy needs beyond logit
 PyTorch functions that only such policies pay for; nothing asks the host, so that a whole step fits into a CUDA graph.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.layout import Geometry
 from sinkstream.engine.ops import (
-    NORM_LINEAR_PREFETCH_BYTES,
-    RESIDUAL_PREFETCH_BYTES,
-    AttentionConfig,
-    LinearConfig,
     Prefetch,
     Workspace,
+    attention_beside,
     attention_decode,
     begin_step,
     linear_residual,
@@ -26,49 +20,26 @@ from sinkstream.engine.ops import (
 )
 from sinkstream.engine.ops.attention_decode import split_qkv
 from sinkstream.engine.ops.config import MAX_SPLITS, count_programs, default_attention
-from sinkstream.engine.ops.runtime import HALF_DTYPES, triton
+from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
+from sinkstream.engine.ops.runtime import HALF_DTYPES, shared_bytes, triton
 from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.policies import EvictionPolicy
 
-NEOX_OPS = ("in", "attention", "out")
-LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
 MAX_GROUP = 16  # query heads of one key-value head
 
 
-@dataclass(frozen=True)
-class OpPlan:
-    """How one op is launched. Changes speed only.
-
-    Attributes
-    ----------
-    config : LinearConfig, AttentionConfig or None
-        None: the op's own default.
-    prefetch : int
-        Bytes that it brings to L2 of what the next op reads first.
-    pdl : bool
-        Whether it may start before the kernel before it has ended.
-    """
-
-    config: LinearConfig | AttentionConfig | None = None
-    prefetch: int = 0
-    pdl: bool = False
-
-
-StepPlan = Mapping[str, OpPlan]
-
-
-def default_plan(family: str, device: torch.device) -> dict[str, OpPlan]:
-    """An `OpPlan` for each op of a layer and for "head"; dependent launch and prefetching need a GPU that has them.
-
-    Measured on an H100 with Pythia-2.8B's shape (`sinkstream.engine.ops.config`); other shapes get the same.
-    """
-    ops = NEOX_OPS if family == NEOX else LLAMA_OPS
+def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpPlan]:
+    """The measured plan on a GPU with programmatic dependent launch, and elsewhere what the ops do by themselves."""
+    neox, device, spec = weights.family == NEOX, state.device, state.spec
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {op: OpPlan() for op in (*ops, "head")}
-    ahead = dict.fromkeys(("in", "qkv"), NORM_LINEAR_PREFETCH_BYTES)
-    ahead |= dict.fromkeys(("out", "o", "down"), RESIDUAL_PREFETCH_BYTES)
-    return {op: OpPlan(prefetch=ahead.get(op, 0), pdl=True) for op in (*ops, "head")}
+        return {op: OpPlan() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
+    g, config = state.geometry, spec.decoder.config
+    sizes = Sizes(
+        config.hidden_size, config.intermediate_size, spec.query_heads, spec.kv_heads, spec.head_dim, g.ring,
+        g.pinned_slots, shared_bytes(device),
+    )  # fmt: skip
+    return measured_plan(neox, sizes)
 
 
 class FusedDecode:
@@ -84,16 +55,18 @@ class FusedDecode:
 
     def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
-        self.plan = default_plan(weights.family, state.device) if plan is None else plan
+        self.plan = default_plan(weights, state) if plan is None else plan
         self.neox = weights.family == NEOX
-        spec, first = self.spec, weights.layers[0]
+        first_op = self.plan["qkv"]  # while it waits, the kernel after it has not begun, so that rows beside need not
+        self.rows_wait = not (first_op.pdl and first_op.config is not None and first_op.config.late)
+        spec = self.spec
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
         with torch.inference_mode(False):
             self.hidden = self._buffer(weights.embedding.shape[1])
-            self.first = self._buffer(len(first.weight_in) if self.neox else self.qkv_rows)
+            self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
-            self.middle = None if self.neox else self._buffer(first.weight_down.shape[1])
+            self.middle = self._buffer(spec.decoder.config.intermediate_size)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
 
@@ -118,15 +91,22 @@ class FusedDecode:
     # ---- the ops of a layer ----
 
     def _neox_layer(self, row: plain.Row, i: int, layer: NeoxLayer) -> None:
-        norm_linear(
-            self.hidden, layer.weight_in, norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, bias=layer.bias_in,
-            eps=layer.attention_norm.eps, norm="layer", boundary=self.qkv_rows, activation="gelu", out=self.first,
-            prefetch=self._slots("in", i), **self._how("in", i),
+        up = layer.weight_in[self.qkv_rows :]
+        self._norm_linear(
+            "qkv", layer.attention_norm, layer.weight_in[: self.qkv_rows], bias=layer.bias_in[: self.qkv_rows],
+            out=self.first, layer=i, prefetch=self._slots("qkv", i),
         )  # fmt: skip
-        self._attention(row, i)
-        mlp = self.first[:, self.qkv_rows :]
+        attention_beside(
+            self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden, up,
+            query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots, order="per-head",
+            norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
+            bias=layer.bias_in[self.qkv_rows :], out=self.context, linear_out=self.middle, workspace=self.workspace,
+            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["beside"].prefetch),
+            **self._how("beside"),
+        )  # fmt: skip
+        self._observe(row, i)
         linear_residual(
-            self.context, layer.weight_out, f=mlp, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
+            self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
             prefetch=self._next_layer("out", i), **self._how("out"),
         )  # fmt: skip
 
@@ -152,25 +132,28 @@ class FusedDecode:
 
     def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, layer: int | None = None, **more) -> None:
         """One row range behind one norm."""
-        beta = None if norm.bias is None else norm.bias[None]
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
-            self.hidden, weight, norm_weight=norm.weight[None], norm_bias=beta, eps=norm.eps, norm=kind, **more,
+            self.hidden, weight, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm=kind, **more,
             **self._how(op, layer),
         )  # fmt: skip
 
     def _attention(self, row: plain.Row, i: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
-        state, spec, order = self.state, self.spec, "per-head" if self.neox else "blocks"
-        qkv = self.first[:, : self.qkv_rows]
+        state, spec = self.state, self.spec
         norms = {} if q_norm is None else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
         attention_decode(
-            qkv, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
-            pinned_slots=state.geometry.pinned_slots, order=order, out=self.context, workspace=self.workspace, **norms,
-            **self._how("attention"),
+            self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
+            pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
+            **norms, **self._how("attention"),
         )  # fmt: skip
-        if plain.observes(state):
-            query = split_qkv(qkv, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
-            plain.observe(state, row, i, query if q_norm is None else plain.norm(query, q_norm))
+        self._observe(row, i, q_norm)
+
+    def _observe(self, row: plain.Row, i: int, q_norm: Norm | None = None) -> None:
+        """What scorers keep of this layer's queries and attention; only policies with such a scorer pay for it."""
+        if plain.observes(self.state):
+            spec, order = self.spec, "per-head" if self.neox else "blocks"
+            query = split_qkv(self.first, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
+            plain.observe(self.state, row, i, query if q_norm is None else plain.norm(query, q_norm))
 
     # ---- how they are launched ----
 
@@ -188,9 +171,8 @@ class FusedDecode:
         size, layers = self.plan[op].prefetch, self.weights.layers
         if i + 1 == len(layers):
             return Prefetch.of_rows(self.weights.head, size)
-        if self.neox:
-            return Prefetch.of_rows(layers[i + 1].weight_in, size, middle=self.qkv_rows)
-        return Prefetch.of_rows(layers[i + 1].weight_qkv, size)
+        following = layers[i + 1]
+        return Prefetch.of_rows(following.weight_in if self.neox else following.weight_qkv, size)
 
 
 def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:

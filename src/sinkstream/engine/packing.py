@@ -35,8 +35,7 @@ class NeoxLayer:
     Attributes
     ----------
     attention_norm, mlp_norm : Norm
-        For the first ``3 * heads * head_dim`` rows of `weight_in`, and for the others; views of the next two.
-    norm_weight, norm_bias : Tensor, (2, hidden)
+        For the first ``3 * heads * head_dim`` rows of `weight_in`, and for the others.
     weight_in : Tensor, (3 * heads * head_dim + intermediate, hidden)
         Queries, keys and values (per head q, k, v), then the up-projection.
     bias_in : Tensor, (rows of weight_in,)
@@ -48,8 +47,6 @@ class NeoxLayer:
 
     attention_norm: Norm
     mlp_norm: Norm
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
     weight_in: torch.Tensor
     bias_in: torch.Tensor
     weight_out: torch.Tensor
@@ -195,16 +192,9 @@ def _pack_neox(layer: nn.Module) -> NeoxLayer:
     weight_out = _stack_columns(attention.dense, mlp.dense_4h_to_h)
     biases = [m.bias for m in (attention.dense, mlp.dense_4h_to_h) if m.bias is not None]
     bias_out = torch.stack([b.float() for b in biases]).sum(0).to(weight_out.dtype)
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    norm_weight, norm_bias = (torch.stack([getattr(n, part) for n in norms]) for part in ("weight", "bias"))
-    for i, module in enumerate(norms):
-        _move(module.weight, norm_weight[i])
-        _move(module.bias, norm_bias[i])
     return NeoxLayer(
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
         weight_in=weight_in,
         bias_in=bias_in,
         weight_out=weight_out,

@@ -7,8 +7,6 @@ from sinkstream.engine.ops.attention_beside import attention_beside
 from sinkstream.engine.ops.attention_decode import Workspace, attention_decode
 from sinkstream.engine.ops.begin_step import begin_step
 from sinkstream.engine.ops.config import (
-    NORM_LINEAR_PREFETCH_BYTES,
-    RESIDUAL_PREFETCH_BYTES,
     AttentionConfig,
     BesideConfig,
     LinearConfig,
@@ -18,9 +16,7 @@ from sinkstream.engine.ops.norm_linear import norm_linear
 from sinkstream.engine.ops.runtime import NO_PREFETCH, Prefetch, set_backend
 
 __all__ = [
-    "NORM_LINEAR_PREFETCH_BYTES",
     "NO_PREFETCH",
-    "RESIDUAL_PREFETCH_BYTES",
     "AttentionConfig",
     "BesideConfig",
     "LinearConfig",

@@ -56,8 +56,8 @@ def _attention_beside_kernel(
         )  # fmt: skip
     else:
         serve_tiles(
-            pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending, pid >= attending,
-            x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, 0, eps, w_stride, ahead,
+            pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending,
+            x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
             K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, ROWS_LATE, PDL, WAIT,
         )  # fmt: skip
         if NEXT:
@@ -93,14 +93,14 @@ def attention_beside(
     pdl: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_decode` of one stream and `norm_linear` of one row range, in one kernel.
+    """`attention_decode` and `norm_linear` of one stream in one kernel.
 
     Parameters
     ----------
     qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, out, workspace
         As in `attention_decode`.
     x, weight, norm_weight, norm_bias, bias, eps, norm
-        As in `norm_linear`, of one range.
+        As in `norm_linear`.
     activation : {"none", "gelu"}
     linear_out : Tensor, (streams, rows), optional
         Result of the linear layer.
@@ -121,10 +121,8 @@ def attention_beside(
         Naming the argument that the op cannot serve and what is accepted.
     """
     attention = {"query_heads": query_heads, "pinned_slots": pinned_slots, "order": order}
-    if len(norm_weight) != 1 or activation not in ("none", "gelu"):
-        raise ValueError(
-            f"{len(norm_weight)} norms and activation={activation!r} beside attention; accepted: 1 norm, none or gelu"
-        )
+    if activation not in ("none", "gelu"):
+        raise ValueError(f"activation={activation!r} beside attention; accepted: none, gelu")
     if len(qkv) > 1 or not use_triton(backend, qkv):
         linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
         how = {"pdl": pdl, "backend": backend}
@@ -133,7 +131,7 @@ def attention_beside(
         return out, linear_out
     rows, hidden = weight.shape
     check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
-    check_linear(x, weight, norm_weight, norm_bias, bias, norm, 0, activation)
+    check_linear(x, weight, norm_weight, norm_bias, bias, norm, activation)
     if out is None:
         out = torch.empty(1, query_heads * keys.shape[3], dtype=keys.dtype, device=keys.device)
     if linear_out is None:
@@ -141,7 +139,9 @@ def attention_beside(
     for name, tensor, width in (("out", out, query_heads * keys.shape[3]), ("linear_out", linear_out, rows)):
         check_tensor(name, tensor, (1, width), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     if config is None:
-        config = default_beside(hidden, keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device))
+        config = default_beside(
+            hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
+        )
     linear = config.linear
     check_tile(linear, hidden, weight)
     grid, arguments, constants = launch_arguments(

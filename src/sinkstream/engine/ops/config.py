@@ -1,9 +1,6 @@
-"""How the kernels are cut up: the configurations, and which one a call gets that brings none.
+"""How the kernels are cut up: the configurations, what fits, and which one a call gets that brings none.
 
-The defaults are the fastest of `python -m sinkstream.engine.bench_ops` on one NVIDIA H100 80GB HBM3 at the shape of
-Pythia-2.8B (hidden 2,560, 32 heads of 80, intermediate 10,240, float16, one stream, 2,052 slots), within a step with
-programmatic dependent launch. Other shapes get the same, cut down to what fits, and are not measured. A configuration
-that the caller brings is used as it is.
+Plans for whole steps, measured, are in `plans`. A configuration that the caller brings is used as it is.
 """
 
 from dataclasses import dataclass, replace
@@ -96,18 +93,13 @@ class BesideConfig:
             )
 
 
-# NVIDIA H100 80GB HBM3, Pythia-2.8B shape: within the tuned step 30.8 us (in), 11.5 us (attention), 22.2 us (out).
-ONE_RANGE = LinearConfig()  # the LM head: 88.8 us alone, 82.8 us in the step
-TWO_RANGES = LinearConfig(rows=4, columns=512, warps=8, stages=1, per_sm=3, ahead=0, late=True)
+# What a call gets that brings none. Chosen so that the compiler spills no registers at head sizes 64 to 256.
+LINEAR = LinearConfig()
 RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
 UNGROUPED = AttentionConfig()
-# Not measured; chosen so that the compiler spills no registers at head sizes 64 to 256.
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
-BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(late=True))  # not measured yet
-# Bytes of the next kernel's input that a kernel brings to L2 (`prefetch=`): attention's slots, the next layer's weight.
-NORM_LINEAR_PREFETCH_BYTES = 2 << 20
-RESIDUAL_PREFETCH_BYTES = 6 << 20
+BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
 
 
 def tile_bytes(config: LinearConfig, *widths: int) -> int:
@@ -139,13 +131,9 @@ def fit_shared_memory(config: LinearConfig, shared_bytes: int, *widths: int) -> 
     return replace(config, per_sm=min(config.per_sm, shared_bytes // used)) if used else config
 
 
-def default_norm_linear(hidden: int, two_ranges: bool, gated: bool, shared_bytes: int) -> LinearConfig:
-    """What `norm_linear` uses: GPT-NeoX' two row ranges have a best of their own; gated rows come in pairs.
-
-    Without shared memory, three programs of `TWO_RANGES` have registers for 2,560 values each and not for more.
-    """
-    config = TWO_RANGES if two_ranges and hidden <= 2560 else replace(ONE_RANGE, late=two_ranges)
-    return fit_shared_memory(config, shared_bytes, *([hidden] * (2 if gated else 1)))
+def default_norm_linear(hidden: int, gated: bool, shared_bytes: int) -> LinearConfig:
+    """What `norm_linear` uses; gated rows come in pairs."""
+    return fit_shared_memory(LINEAR, shared_bytes, *([hidden] * (2 if gated else 1)))
 
 
 def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
@@ -155,20 +143,37 @@ def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
 
 
 def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:
-    """What `attention_decode` uses for `group` queries a key-value head; fewer splits where many slots are pinned."""
-    ungrouped = UNGROUPED if head_dim <= 96 else WIDE
-    config = GROUPED if group > 1 or head_dim > 128 else ungrouped
+    """What `attention_decode` uses for `group` queries a key-value head."""
+    config = UNGROUPED if head_dim <= 96 else WIDE
+    return fit_attention(config, group, head_dim, ring, pinned_slots)
+
+
+def fit_attention(config: AttentionConfig, group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:
+    """The configuration with matrix units where they are needed, and fewer splits where many slots are pinned."""
+    if (group > 1 or head_dim > 128) and not config.dot:
+        config = GROUPED
+    return _fit_splits(config, ring, pinned_slots)
+
+
+def default_beside(hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int) -> BesideConfig:
+    """What `attention_beside` uses."""
+    return fit_beside(BESIDE, hidden, head_dim, ring, pinned_slots, shared_bytes)
+
+
+def fit_beside(
+    config: BesideConfig, hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int
+) -> BesideConfig:
+    """The configuration with smaller tiles for wide heads (two of them are held in registers) and what else fits."""
+    attention = _fit_splits(config.attention, ring, pinned_slots)
+    while attention.tile > 16 and attention.tile * head_dim > 64 * 96:
+        attention = replace(attention, tile=attention.tile // 2)
+    return BesideConfig(attention, fit_shared_memory(config.linear, shared_bytes, hidden))
+
+
+def _fit_splits(config: AttentionConfig, ring: int, pinned_slots: int) -> AttentionConfig:
     while config.splits > 1 and sum(count_programs(config.splits, ring, pinned_slots)[1:]) > MAX_SPLITS:
         config = replace(config, splits=config.splits // 2)
     return config
-
-
-def default_beside(hidden: int, ring: int, pinned_slots: int, shared_bytes: int) -> BesideConfig:
-    """What `attention_beside` uses; fewer splits where many slots are pinned."""
-    attention = BESIDE.attention
-    while attention.splits > 1 and sum(count_programs(attention.splits, ring, pinned_slots)[1:]) > MAX_SPLITS:
-        attention = replace(attention, splits=attention.splits // 2)
-    return BesideConfig(attention, fit_shared_memory(BESIDE.linear, shared_bytes, hidden))
 
 
 def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int, int]:

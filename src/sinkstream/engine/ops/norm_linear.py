@@ -3,9 +3,7 @@
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
 of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
 their first rows are asked for before waiting for it. The kernel serves one stream; several share a library product,
-which reads the weight once for all of them. A packed weight may hold two row ranges with norms of their own
-(GPT-NeoX: QKV rows and up-projection rows); GELU applies to the second range only. Paired gate and up rows give
-silu(gate) · up (SwiGLU).
+which reads the weight once for all of them. Paired gate and up rows give silu(gate) · up (SwiGLU).
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
@@ -88,15 +86,14 @@ def row_products(
 
 @jit
 def serve_tiles(
-    start, end, step, second,
-    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, gamma_stride, eps, w_stride, ahead,
+    start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
     LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
-    `second`: whether these tiles use the second norm and the activation. WAIT: x comes from the kernel before.
+    WAIT: x comes from the kernel before.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
@@ -109,11 +106,10 @@ def serve_tiles(
             prefetch_l2(w_ptr, first, end_byte, tile_bytes)
             if GATED:
                 prefetch_l2(w_ptr + rows.to(tl.int64) * w_stride, first, end_byte, tile_bytes)
-    which = tl.where(second, gamma_stride, 0)
-    gammas = load_chunks(gamma_ptr + which, K, BK)
+    gammas = load_chunks(gamma_ptr, K, BK)
     betas = gammas
     if HAS_BETA:
-        betas = load_chunks(beta_ptr + which, K, BK)
+        betas = load_chunks(beta_ptr, K, BK)
     if PDL and WAIT:
         gdc_wait()
     xs = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
@@ -130,7 +126,7 @@ def serve_tiles(
             up += tl.sum(row_products(w_ptr, r + rows, 2 * rows, w_stride, xs, K, BK, EVEN, EVICT), 1)
             y = y / (1.0 + tl.exp(-y)) * up
         if ACT:
-            y = tl.where(second, 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476)), y)
+            y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
         tl.store(y_ptr + r, y, mask=r < rows)
     if PDL and LATE:
         gdc_launch_dependents()
@@ -138,21 +134,17 @@ def serve_tiles(
 
 @jit
 def _norm_linear_kernel(
-    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, boundary, first_programs, gamma_stride, eps, w_stride, ahead,
+    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
     NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: its share of the tiles of one row range."""
+    """One program: every num_programs-th tile."""
     pid = tl.program_id(0)
-    second = pid >= first_programs
-    start = tl.where(second, boundary // BN + pid - first_programs, pid)
-    end = tl.where(second, tl.cdiv(rows, BN), boundary // BN)
-    step = tl.where(second, tl.num_programs(0) - first_programs, first_programs)
     serve_tiles(
-        start, end, step, second, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, gamma_stride, eps, w_stride,
-        ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, LATE, PDL, True,
+        pid, tl.cdiv(rows, BN), tl.num_programs(0), x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps,
+        w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, LATE, PDL, True,
     )  # fmt: skip
     if NEXT:
         prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
@@ -168,7 +160,6 @@ def norm_linear(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     norm: str = "layer",
-    boundary: int = 0,
     activation: str = "none",
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
@@ -176,7 +167,7 @@ def norm_linear(
     pdl: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """y = act(weight · norm(x) + bias), for one row range or two.
+    """y = act(weight · norm(x) + bias).
 
     One stream runs the kernel. Several run PyTorch's norm, matmul and activation instead (`config`, `prefetch` and
     `pdl` mean nothing then), so that the weight is read once for all of them.
@@ -187,16 +178,13 @@ def norm_linear(
         Float16, bfloat16 or float32 (a float32 residual stream beside half-precision weights is fine).
     weight : Tensor, (rows, hidden)
         Model dtype; rows may be strided. With "swiglu" the first half are gate rows, the second half up rows.
-    norm_weight, norm_bias : Tensor, (ranges, hidden)
-        ranges is 1 or 2: with 2, rows before `boundary` use the first norm, rows from it on the second.
+    norm_weight, norm_bias : Tensor, (hidden,)
     bias : Tensor, (rows,), optional
     eps : float
         Of the norm.
     norm : {"layer", "rms"}
-    boundary : int, default=0
-        First row of the second range. The activation applies to rows from here on.
     activation : {"none", "gelu", "swiglu"}
-        "gelu" is the exact one (erf). "swiglu" halves the output and needs boundary=0.
+        "gelu" is the exact one (erf). "swiglu" halves the output.
     out : Tensor, (streams, outputs), optional
         Written in place; its dtype is that of the result (default: the weight's).
     config : LinearConfig, optional
@@ -216,23 +204,23 @@ def norm_linear(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    outputs = check_inputs(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation)
+    outputs = check_inputs(x, weight, norm_weight, norm_bias, bias, norm, activation)
     streams, hidden = x.shape
     if out is None:
         out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
     check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
-    kind = (eps, norm, boundary, activation)
+    kind = (eps, norm, activation)
     if not use_triton(backend, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
     if streams > 1:
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if config is None:
-        config = default_norm_linear(hidden, boundary > 0, activation == "swiglu", shared_bytes(x.device))
+        config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
     return out
 
 
-def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation) -> int:
+def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, activation) -> int:
     """Check the inputs of `norm_linear`; returns how many values a stream's result has. Raises ValueError."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; accepted: {', '.join(NORMS)}")
@@ -241,68 +229,47 @@ def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, boundary, activa
     hidden, rows = x.shape[-1], weight.shape[0]
     check_tensor("x", x, (None, None), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     check_tensor("weight", weight, (None, hidden), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
-    ranges = norm_weight.shape[0]
-    check_tensor("norm_weight", norm_weight, (ranges, hidden), dtypes=FLOAT_DTYPES, device=x.device)
-    if ranges not in (1, 2):
-        raise ValueError(f"norm_weight has {ranges} rows; accepted: 1 or 2")
+    check_tensor("norm_weight", norm_weight, (hidden,), dtypes=FLOAT_DTYPES, device=x.device)
     if norm_bias is not None:
-        check_tensor("norm_bias", norm_bias, (ranges, hidden), dtypes=FLOAT_DTYPES, device=x.device)
+        check_tensor("norm_bias", norm_bias, (hidden,), dtypes=FLOAT_DTYPES, device=x.device)
     if bias is not None:
         check_tensor("bias", bias, (rows,), dtypes=FLOAT_DTYPES, device=x.device)
-    if not 0 <= boundary <= rows:
-        raise ValueError(f"boundary={boundary}: accepted: 0 to {rows}, the rows of the weight")
     gated = activation == "swiglu"
-    if gated and (rows % 2 or boundary):
-        raise ValueError(
-            f"swiglu with {rows} rows and boundary={boundary}; accepted: an even number of rows, boundary 0"
-        )
+    if gated and rows % 2:
+        raise ValueError(f"swiglu with {rows} rows; accepted: an even number, gate rows and up rows")
     return rows // 2 if gated else rows
 
 
-def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation) -> torch.Tensor:
+def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activation) -> torch.Tensor:
     """The same in plain PyTorch, float32 (float64 for float64 weights) with the result left in that precision."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     x = x.to(work)
     if norm == "layer":
         x = x - x.mean(-1, keepdim=True)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    parts = []
-    for index, (first, last) in enumerate(((0, boundary), (boundary, weight.shape[0]))):
-        which = min(index, norm_weight.shape[0] - 1)
-        normed = x * norm_weight[which].to(work)
-        if norm_bias is not None:
-            normed = normed + norm_bias[which].to(work)
-        parts.append(normed @ weight[first:last].to(work).T)
-    if bias is not None:
-        parts = [part + piece.to(work) for part, piece in zip(parts, bias.split([boundary, len(bias) - boundary]))]
-    if activation == "gelu":
-        parts[1] = F.gelu(parts[1])
-    y = torch.cat(parts, dim=-1)
-    if activation == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    return y
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(work)
+    if norm_bias is not None:
+        x = x + norm_bias.to(work)
+    y = x @ weight.to(work).T
+    return activate(y if bias is None else y + bias.to(work), activation)
 
 
-def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation, out) -> torch.Tensor:
-    """The same for several streams: one library product for each row range, norm and activation in the model's dtype.
+def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out) -> torch.Tensor:
+    """The same for several streams: one library product, norm and activation in the model's dtype.
 
     Sums inside the norm are formed in float32, as PyTorch does.
     """
-    bias = None if bias is None else bias.to(weight.dtype)
-    for index, (first, last) in enumerate(((0, boundary), (boundary, len(weight)))):
-        if first == last:
-            continue
-        which = min(index, len(norm_weight) - 1)
-        normed = _library_norm(x, norm_weight[which], None if norm_bias is None else norm_bias[which], eps, norm)
-        part = F.linear(normed.to(weight.dtype), weight[first:last], None if bias is None else bias[first:last])
-        if activation == "gelu" and index:
-            part = F.gelu(part)
-        if activation == "swiglu":
-            gate, up = part.chunk(2, -1)
-            part = F.silu(gate) * up
-        out[:, first : first + part.shape[1]] = part
-    return out
+    normed = _library_norm(x, norm_weight, norm_bias, eps, norm).to(weight.dtype)
+    return out.copy_(activate(F.linear(normed, weight, None if bias is None else bias.to(weight.dtype)), activation))
+
+
+def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation of all outputs; "swiglu" joins the halves."""
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return y
 
 
 def _library_norm(x, gamma, beta, eps, norm) -> torch.Tensor:
@@ -329,33 +296,17 @@ def check_tile(config: LinearConfig, hidden: int, weight: torch.Tensor) -> None:
             raise ValueError(f"{name}={value} in the configuration; accepted: a power of two")
 
 
-def divide_programs(first_tiles: int, second_tiles: int, programs: int) -> tuple[int, int]:
-    """How many programs serve the tiles of each row range, so that the longest list of tiles is shortest."""
-    programs = max(1, min(programs, first_tiles + second_tiles))
-    if not first_tiles or not second_tiles:
-        return (programs, 0) if first_tiles else (0, programs)
-    programs = max(programs, 2)
-    candidates = range(1, programs)
-    best = min(candidates, key=lambda p: max(-(-first_tiles // p), -(-second_tiles // (programs - p))))
-    return best, programs - best
-
-
-def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation, out, config, prefetch, pdl):
-    hidden = x.shape[1]
+def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out, config, prefetch, pdl):
+    hidden, rows = x.shape[1], out.shape[1]
     check_tile(config, hidden, weight)
-    rows, tile = out.shape[1], config.rows
-    while boundary % tile:
-        tile //= 2
-    programs = multiprocessors(x.device) * config.per_sm
-    split = divide_programs(boundary // tile, -(-(rows - boundary) // tile), programs)
+    programs = min(-(-rows // config.rows), multiprocessors(x.device) * config.per_sm)
     launch(
-        _norm_linear_kernel, (sum(split),),
+        _norm_linear_kernel, (programs,),
         x, weight, bias if bias is not None else weight, norm_weight,
-        norm_bias if norm_bias is not None else norm_weight, out, rows, boundary, split[0],
-        hidden if len(norm_weight) == 2 else 0, eps, weight.stride(0), config.ahead,
-        *prefetch.arguments(weight, sum(split)),
-        K=hidden, BN=tile, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
+        norm_bias if norm_bias is not None else norm_weight, out, rows, eps, weight.stride(0), config.ahead,
+        *prefetch.arguments(weight, programs),
+        K=hidden, BN=config.rows, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         GATED=activation == "swiglu", HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None,
-        EVEN=rows % tile == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
+        EVEN=rows % config.rows == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
         NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip

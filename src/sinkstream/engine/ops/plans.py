@@ -1,0 +1,108 @@
+"""Measured plans: how each op of a decode step is launched, for the shapes that were tuned on an H100.
+
+Every plan is the fastest that `python -m sinkstream.engine.bench_ops` found on one NVIDIA H100 80GB HBM3, one stream,
+2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the nearest hidden size, cut down
+to what fits; nothing else depends on it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sinkstream.engine.ops.config import (
+    AttentionConfig,
+    BesideConfig,
+    LinearConfig,
+    fit_attention,
+    fit_beside,
+    fit_shared_memory,
+)
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """How one op is launched. Changes speed only.
+
+    Attributes
+    ----------
+    config : LinearConfig, AttentionConfig, BesideConfig or None
+        None: the op's own default.
+    prefetch : int
+        Bytes that it brings to L2 of what the next op reads first.
+    pdl : bool
+        Whether it may start before the kernel before it has ended.
+    """
+
+    config: LinearConfig | AttentionConfig | BesideConfig | None = None
+    prefetch: int = 0
+    pdl: bool = False
+
+
+StepPlan = Mapping[str, OpPlan]
+
+NEOX_OPS = ("qkv", "beside", "out")
+LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
+
+NEOX_PLANS = {  # by hidden size
+    2560: {  # Pythia-2.8B, float16: 2.165 ms, 1.088 times the byte floor
+        "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 2 * MB),
+        "beside": OpPlan(
+            BesideConfig(AttentionConfig(4, 64, 4), LinearConfig(4, 512, 4, 1, 3, ahead=0, late=True)), 2 * MB
+        ),
+        "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 2 * MB),
+        "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+    },
+}
+LLAMA_PLANS = {
+    2048: {  # Llama-3.2-1B, bfloat16: 1.026 ms, 1.213 times the byte floor
+        "qkv": OpPlan(LinearConfig(4, 1024, 8, 3, 2, ahead=1)),
+        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=32, late=True)),
+        "o": OpPlan(LinearConfig(4, 256, 4, 1, 2, ahead=1, late=True)),
+        "gate_up": OpPlan(LinearConfig(2, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
+        "down": OpPlan(LinearConfig(4, 1024, 4, 3, 1, ahead=0, late=True), 2 * MB),
+        "head": OpPlan(LinearConfig(4, 1024, 8, 3, 2, ahead=1)),
+    },
+    4096: {  # Llama-3.1-8B, bfloat16: 5.349 ms, 1.051 times the byte floor
+        "qkv": OpPlan(LinearConfig(4, 1024, 4, 3, 1, ahead=0)),
+        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=64)),
+        "o": OpPlan(LinearConfig(2, 1024, 4, 6, 2, ahead=0, late=True), 2 * MB),
+        "gate_up": OpPlan(LinearConfig(1, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
+        "down": OpPlan(LinearConfig(1, 2048, 8, 3, 2, ahead=0)),
+        "head": OpPlan(LinearConfig(8, 512, 8, 1, 2, ahead=0)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan is fitted to: sizes of a model, of its cache, and the shared memory of a multiprocessor in bytes."""
+
+    hidden: int
+    intermediate: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    ring: int
+    pinned_slots: int
+    shared_bytes: int
+
+
+def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpPlan]:
+    """A plan for every op of a layer and for "head", for a GPU with programmatic dependent launch."""
+    plans = NEOX_PLANS if neox else LLAMA_PLANS
+    nearest = min(plans, key=lambda hidden: abs(math.log(hidden / sizes.hidden)))
+    return {op: replace(plan, config=_fitted(op, plan.config, sizes), pdl=True) for op, plan in plans[nearest].items()}
+
+
+def _fitted(op: str, config, sizes: Sizes):
+    slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
+    if op == "beside":
+        return fit_beside(config, sizes.hidden, *slots, sizes.shared_bytes)
+    if op == "attention":
+        return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
+    context = sizes.query_heads * sizes.head_dim
+    widths = {"gate_up": [sizes.hidden] * 2, "o": [context], "down": [sizes.intermediate]}
+    widths["out"] = [context, sizes.intermediate]
+    return fit_shared_memory(config, sizes.shared_bytes, *widths.get(op, [sizes.hidden]))
