@@ -85,7 +85,7 @@ class FusedDecode:
     def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
         self.plan = default_plan(weights.family, state.device) if plan is None else plan
-        self.neox = weights.family == NEOX
+        self.neox, self.observes = weights.family == NEOX, plain.observes(state)
         spec, first = self.spec, weights.layers[0]
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
@@ -121,25 +121,26 @@ class FusedDecode:
         norm_linear(
             self.hidden, layer.weight_in, norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, bias=layer.bias_in,
             eps=layer.attention_norm.eps, norm="layer", boundary=self.qkv_rows, activation="gelu", out=self.first,
-            prefetch=self._slots("in", i), **self._how("in", i),
+            prefetch=self._slots("in", i), **self._how("in", early=i > 0),
         )  # fmt: skip
         self._attention(row, i)
         mlp = self.first[:, self.qkv_rows :]
         linear_residual(
             self.context, layer.weight_out, f=mlp, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
-            prefetch=self._next_layer("out", i), **self._how("out"),
+            prefetch=self._next_layer("out", i), **self._how("out", early=not self.observes),
         )  # fmt: skip
 
     def _llama_layer(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
         self._norm_linear(
-            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, layer=i,
+            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, early=i > 0,
             prefetch=self._slots("qkv", i),
         )  # fmt: skip
         self._attention(row, i, layer.q_norm, layer.k_norm)
         middle = len(layer.weight_gate_up) // 2
         linear_residual(
             self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.hidden,
-            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle), **self._how("o"),
+            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle),
+            **self._how("o", early=not self.observes),
         )  # fmt: skip
         self._norm_linear(
             "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
@@ -150,13 +151,13 @@ class FusedDecode:
             prefetch=self._next_layer("down", i), **self._how("down"),
         )  # fmt: skip
 
-    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, layer: int | None = None, **more) -> None:
+    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more) -> None:
         """One row range behind one norm."""
         beta = None if norm.bias is None else norm.bias[None]
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
             self.hidden, weight, norm_weight=norm.weight[None], norm_bias=beta, eps=norm.eps, norm=kind, **more,
-            **self._how(op, layer),
+            **self._how(op, early=early),
         )  # fmt: skip
 
     def _attention(self, row: plain.Row, i: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
@@ -168,16 +169,20 @@ class FusedDecode:
             pinned_slots=state.geometry.pinned_slots, order=order, out=self.context, workspace=self.workspace, **norms,
             **self._how("attention"),
         )  # fmt: skip
-        if plain.observes(state):
+        if self.observes:
             query = split_qkv(qkv, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
             plain.observe(state, row, i, query if q_norm is None else plain.norm(query, q_norm))
 
     # ---- how they are launched ----
 
-    def _how(self, op: str, layer: int | None = None) -> dict:
-        """Options of one launch. Layer 0's first op waits for `begin_step`: attention must find the scalars final."""
+    def _how(self, op: str, *, early: bool = True) -> dict:
+        """Options of one launch; `early`: whether it may start before the kernel before it has ended.
+
+        The first op of layer 0 may not: attention, one kernel later, must find the scalars final. Nor may an op that
+        comes after PyTorch's, which need not end in a kernel.
+        """
         plan = self.plan[op]
-        return {"config": plan.config, "pdl": plan.pdl and layer != 0}
+        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams == 1}
 
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""

@@ -198,12 +198,29 @@ def norm_linear(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
+    _check(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation)
+    streams, hidden = x.shape
+    outputs = len(weight) // 2 if activation == "swiglu" else len(weight)
+    if out is None:
+        out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
+    check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
+    kind = (eps, norm, boundary, activation)
+    if not use_triton(backend, x):
+        return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
+    if streams > 1:
+        return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
+    if config is None:
+        config = default_norm_linear(hidden, boundary > 0, activation == "swiglu", shared_bytes(x.device))
+    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
+    return out
+
+
+def _check(x, weight, norm_weight, norm_bias, bias, norm, boundary, activation) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; accepted: {', '.join(NORMS)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}")
-    streams, hidden = x.shape
-    rows = weight.shape[0]
+    hidden, rows = x.shape[1], len(weight)
     check_tensor("x", x, (None, None), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     check_tensor("weight", weight, (None, hidden), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     ranges = norm_weight.shape[0]
@@ -216,24 +233,10 @@ def norm_linear(
         check_tensor("bias", bias, (rows,), dtypes=FLOAT_DTYPES, device=x.device)
     if not 0 <= boundary <= rows:
         raise ValueError(f"boundary={boundary}: accepted: 0 to {rows}, the rows of the weight")
-    gated = activation == "swiglu"
-    if gated and (rows % 2 or boundary):
+    if activation == "swiglu" and (rows % 2 or boundary):
         raise ValueError(
             f"swiglu with {rows} rows and boundary={boundary}; accepted: an even number of rows, boundary 0"
         )
-    outputs = rows // 2 if gated else rows
-    if out is None:
-        out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
-    check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
-    kind = (eps, norm, boundary, activation)
-    if not use_triton(backend, x):
-        return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    if streams > 1:
-        return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
-    if config is None:
-        config = default_norm_linear(hidden, boundary > 0, gated, shared_bytes(x.device))
-    _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
-    return out
 
 
 def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, boundary, activation) -> torch.Tensor:
