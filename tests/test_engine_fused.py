@@ -117,10 +117,10 @@ def kernels_only():
 @pytest.mark.parametrize(("family", "policy"), [("gpt_neox", "strict"), ("llama", "refresh-window-attention")])
 def test_kernels_in_the_interpreter(family, policy, kernels_only):
     model = build(family, torch.float16, layers=1)
-    options = small_policy(policy) | {"sink": 2, "window": 4}
-    shrunk = {"refresh": 2, "compress_every": 3} if policy != "strict" else {}
+    options = small_policy(policy) | {"sink": 2, "window": 3}
+    shrunk = {"refresh": 2, "compress_every": 2} if policy != "strict" else {}
     plain, kernels = (engine(model=model, policy=options | shrunk, backend=b) for b in ("ring", "kernels"))
-    for token in token_ids(13).tolist():
+    for token in token_ids(10).tolist():
         expected, found = plain.step([token]), kernels.step([token])
         assert worst(expected, found) < 0.02
     assert kernels.stats()["events"] >= 2

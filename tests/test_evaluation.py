@@ -530,7 +530,7 @@ def test_the_engine_ends_where_the_numbers_end(poisoned):
         assert (result.status, result.arrays["index"][-1]) == ("failed", POISON_AT)
 
 
-@pytest.mark.parametrize(("method", "backend"), zip(BASELINES, ("ring", "fused")))
+@pytest.mark.parametrize(("method", "backend"), list(zip(BASELINES, ("ring", "fused"))))
 def test_baselines_are_refused_by_the_engine(method, backend, healthy):
     settings = settings_of(method, backend=backend)
     for check in (check_run, lambda loaded, tokens, settings: run(loaded, text_ids(tokens), settings)):

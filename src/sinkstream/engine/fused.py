@@ -56,7 +56,7 @@ class FusedDecode:
     def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
         self.plan = default_plan(weights, state) if plan is None else plan
-        self.neox = weights.family == NEOX
+        self.neox, self.observes = weights.family == NEOX, plain.observes(state)
         first_op = self.plan["qkv"]  # while it waits, the kernel after it has not begun, so that rows beside need not
         self.rows_wait = not (first_op.pdl and first_op.config is not None and first_op.config.late)
         spec = self.spec
@@ -94,7 +94,7 @@ class FusedDecode:
         up = layer.weight_in[self.qkv_rows :]
         self._norm_linear(
             "qkv", layer.attention_norm, layer.weight_in[: self.qkv_rows], bias=layer.bias_in[: self.qkv_rows],
-            out=self.first, layer=i, prefetch=self._slots("qkv", i),
+            out=self.first, early=i > 0, prefetch=self._slots("qkv", i),
         )  # fmt: skip
         attention_beside(
             self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden, up,
@@ -107,19 +107,20 @@ class FusedDecode:
         self._observe(row, i)
         linear_residual(
             self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
-            prefetch=self._next_layer("out", i), **self._how("out"),
+            prefetch=self._next_layer("out", i), **self._how("out", early=not self.observes),
         )  # fmt: skip
 
     def _llama_layer(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
         self._norm_linear(
-            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, layer=i,
+            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, early=i > 0,
             prefetch=self._slots("qkv", i),
         )  # fmt: skip
         self._attention(row, i, layer.q_norm, layer.k_norm)
         middle = len(layer.weight_gate_up) // 2
         linear_residual(
             self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.hidden,
-            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle), **self._how("o"),
+            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle),
+            **self._how("o", early=not self.observes),
         )  # fmt: skip
         self._norm_linear(
             "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
@@ -130,12 +131,12 @@ class FusedDecode:
             prefetch=self._next_layer("down", i), **self._how("down"),
         )  # fmt: skip
 
-    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, layer: int | None = None, **more) -> None:
+    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more) -> None:
         """One row range behind one norm."""
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
             self.hidden, weight, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm=kind, **more,
-            **self._how(op, layer),
+            **self._how(op, early=early),
         )  # fmt: skip
 
     def _attention(self, row: plain.Row, i: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
@@ -150,17 +151,21 @@ class FusedDecode:
 
     def _observe(self, row: plain.Row, i: int, q_norm: Norm | None = None) -> None:
         """What scorers keep of this layer's queries and attention; only policies with such a scorer pay for it."""
-        if plain.observes(self.state):
+        if self.observes:
             spec, order = self.spec, "per-head" if self.neox else "blocks"
             query = split_qkv(self.first, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
             plain.observe(self.state, row, i, query if q_norm is None else plain.norm(query, q_norm))
 
     # ---- how they are launched ----
 
-    def _how(self, op: str, layer: int | None = None) -> dict:
-        """Options of one launch. Layer 0's first op waits for `begin_step`: attention must find the scalars final."""
+    def _how(self, op: str, *, early: bool = True) -> dict:
+        """Options of one launch; `early`: whether it may start before the kernel before it has ended.
+
+        The first op of layer 0 may not: attention, one kernel later, must find the scalars final. Nor may an op that
+        comes after PyTorch's, which need not end in a kernel.
+        """
         plan = self.plan[op]
-        return {"config": plan.config, "pdl": plan.pdl and layer != 0}
+        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams == 1}
 
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""

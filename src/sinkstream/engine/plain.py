@@ -52,6 +52,11 @@ class Row:
         return self.scalars[:, SLOT]
 
     @cached_property
+    def query_place(self) -> torch.Tensor:
+        """Where queries are kept, ``(streams,)`` int64."""
+        return self.scalars[:, QUERY].clamp(min=0)
+
+    @cached_property
     def visible(self) -> torch.Tensor:
         """Which slots are attended to, ``(streams, 1, 1, slots)`` bool."""
         g, device = self.state.geometry, self.state.device
@@ -133,8 +138,7 @@ def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Ten
             weights = attention_weights(state, row, layer, query)
         state.channels["accumulated"][layer].add_(weights.mean(2))
     if state.queries is not None:
-        kept = row.scalars[:, QUERY].clamp(min=0)
-        state.queries[layer][row.stream, :, kept] = row.rotated(query, row.window_angles)
+        state.queries[layer][row.stream, :, row.query_place] = row.rotated(query, row.window_angles)
 
 
 def note_token(state, row: Row) -> None:
