@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sinkstream.engine.bench_ops import SHAPES, Bench, attention_grid, candidates
+from sinkstream.engine.bench_ops import SHAPES, Bench, attention_grid, candidates, neighbours_of
 
 
 @pytest.fixture(params=["smoke-neox", "smoke-llama"])
@@ -42,3 +42,20 @@ def test_every_op_has_configurations_to_try():
         if not shape.name.startswith("smoke"):
             assert all(len(candidates(shape, op)) > 8 for op in shape.ops)
             assert len(attention_grid(shape)) == len(set(attention_grid(shape)))
+
+
+def test_climbing_tries_every_neighbour_of_the_measured_plan_and_keeps_what_helps(bench, monkeypatch):
+    """Times are made up: one change is faster, everything else is as it was."""
+    names = {"smoke-neox": "out", "smoke-llama": "down"}
+    op, tried = names[bench.shape.name], []
+
+    def time_step(plan, label, **how):
+        tried.append(label)
+        return 1.0 if plan[op].ahead == 2 else 2.0
+
+    monkeypatch.setattr(bench, "time_step", time_step)
+    monkeypatch.setattr(bench, "check_step", lambda plan: 0.0)
+    plan = bench.climb()
+    assert plan[op].ahead == 2, "the faster neighbour was not kept"
+    assert all(any(label.startswith(o) for label in tried) for o in bench.shape.ops)
+    assert len(neighbours_of(plan[op])) == len(set(neighbours_of(plan[op])))

@@ -5,7 +5,9 @@
 The ceiling comes first: the bandwidth of a large device-to-device copy. Every op is checked against its twin (with
 poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
 event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
-configurations on: each knob is tried in turn and kept if the step gets faster. Several processes compile the kernels.
+configurations on: each knob is tried in turn and kept if the step gets faster. With --climb this begins at the measured
+plan (`sinkstream.engine.ops.plans`) instead, and every neighbour of every configuration is tried until none is faster.
+Several processes compile the kernels.
 """
 
 import argparse
@@ -32,10 +34,11 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS
+from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, measured_plan
 from sinkstream.engine.ops.runtime import set_compile_only
 
 SINK = 4
+H100_SHARED_BYTES = 227 * 1024 - 4096
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -286,6 +289,28 @@ def changed(config, **changes):
     return replace(config, **changes)
 
 
+def neighbours_of(config) -> list:
+    """Configurations that differ in one field."""
+    if isinstance(config, BesideConfig):
+        parts = (neighbours_of(config.attention), neighbours_of(config.linear))
+        attention, linear = ([c for c in part if c.warps == config.linear.warps] for part in parts)
+        return [replace(config, attention=c) for c in attention] + [replace(config, linear=c) for c in linear]
+    if isinstance(config, LinearConfig):
+        scaled, counted = ["rows", "columns", "warps"], ["stages", "per_sm", "ahead"]
+    else:
+        scaled, counted = ["splits", "tile", "warps", *(["columns"] if config.dot else [])], []
+    found = [replace(config, **{f: max(1, int(getattr(config, f) * by))}) for f in scaled for by in (2, 0.5)]
+    found += [replace(config, **{f: max(f != "ahead", getattr(config, f) + by)}) for f in counted for by in (-1, 1)]
+    found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
+    return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
+
+
+def _is_sensible(config) -> bool:
+    if isinstance(config, LinearConfig):
+        return config.columns >= 256 and config.warps <= 16
+    return config.tile >= 16 and config.splits <= 60 and config.columns >= 16
+
+
 def attention_grid(shape: Shape) -> list[AttentionConfig]:
     """Configurations of the attention kernel: (splits, tile, warps, stages)."""
     if shape.heads == shape.kv_heads:
@@ -480,15 +505,51 @@ class Bench:
         if self.shape.neox:  # so that the rows beside attention need not wait
             plan["qkv"] = replace(plan["qkv"], late=True)
         best = self.time_step(plan, "PDL")
-        for label, trial in self.trials(plan, ops):
+        best = self.keep_what_helps(plan, best, self.trials(plan, ops))
+        return self.finish(plan, best)
+
+    def climb(self) -> dict:
+        """Whole steps from the measured plan on: every neighbour in turn, until a whole round brings nothing."""
+        s = self.shape
+        sizes = Sizes(s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.cap - SINK, SINK, H100_SHARED_BYTES)
+        measured = measured_plan(s.neox, sizes)
+        plan = {op: p.config for op, p in measured.items()}
+        plan |= {"pdl": True, "next": {op: p.prefetch for op, p in measured.items() if p.prefetch}}
+        best, before = self.time_step(plan, "measured plan"), float("inf")
+        print(f"  measured plan {best:.3f} ms", flush=True)
+        while best < before and self.left() > 10:
+            before = best
+            best = self.keep_what_helps(plan, best, self.neighbours(plan))
+        return self.finish(plan, best)
+
+    def neighbours(self, plan: dict):
+        """Changes of one field of one configuration, as their kernels become available; then prefetches."""
+        ops = [*self.shape.ops, "head"]
+        jobs = [(op, config, True, bool(plan["next"].get(op))) for op in ops for config in neighbours_of(plan[op])]
+        begun = dict(plan)
+        for op, config, _, _ in self.compiled(jobs, self.left() / 2):
+            moved = {f: v for f, v in vars(config).items() if v != getattr(begun[op], f)}
+            yield f"{op} {short(config)}", plan | {op: replace(plan[op], **moved)}
+        for op, size in product(self.shape.ops, (0, MB, 2 * MB, 4 * MB, 6 * MB, 10 * MB)):
+            if size != plan["next"].get(op, 0):
+                yield f"{op} prefetches {size >> 20} MB", plan | {"next": plan["next"] | {op: size}}
+
+    def keep_what_helps(self, plan: dict, best: float, trials) -> float:
+        """Time every trial and make it the plan, in place, if it is faster."""
+        for label, trial in trials:
             if self.left() < 8:
                 break
             ms = self.time_step(trial, label)
             if ms < best * 0.998:
-                best, plan_new = ms, trial
+                best = ms
                 plan.clear()
-                plan.update(plan_new)
+                plan.update(trial)
                 print(f"  {label}: {ms:.3f} ms", flush=True)
+        return best
+
+    def finish(self, plan: dict, best: float) -> dict:
+        """Check the plan, record it, and tell what each op costs in it."""
+        ops = [*self.shape.ops, "head"]
         error = self.check_step(plan)
         print(f"  PDL, tuned {best:.3f} ms, error of the logits {error:.2g}", flush=True)
         self.steps.append(
@@ -588,6 +649,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
     parser.add_argument("--out", required=True, help="JSON file for all numbers")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
+    parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
     start = time.monotonic()
@@ -613,11 +675,14 @@ def main(arguments: list[str] | None = None) -> None:
         floor_ms = shape.step_bytes / bandwidth["copy"] / 1e6
         print(f"{name}: {shape.step_bytes / 1e9:.3f} GB a step, floor {floor_ms:.3f} ms, {budget:.0f} s", flush=True)
         try:
-            bench.sweep(budget * 0.5)
-            bench.table()
-            bench.tune_step()
+            if options.climb:
+                bench.climb()
+            else:
+                bench.sweep(budget * 0.5)
+                bench.table()
+                bench.tune_step()
             for row in bench.steps:
-                if row["label"] in ("best of each op", "PDL", "tuned") and "ms" in row:
+                if row["label"] in ("best of each op", "PDL", "measured plan", "tuned") and "ms" in row:
                     print(
                         f"  STEP {name} {row['label']}: {row['ms']:.3f} ms = {row['ms'] / floor_ms:.3f} x floor",
                         flush=True,
