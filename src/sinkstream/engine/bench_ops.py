@@ -300,7 +300,9 @@ def neighbours_of(config) -> list:
     else:
         scaled, counted = ["splits", "tile", "warps", *(["columns"] if config.dot else [])], []
     found = [replace(config, **{f: max(1, int(getattr(config, f) * by))}) for f in scaled for by in (2, 0.5)]
-    found += [replace(config, **{f: max(f != "ahead", getattr(config, f) + by)}) for f in counted for by in (-1, 1)]
+    found += [
+        replace(config, **{f: max(int(f != "ahead"), getattr(config, f) + by)}) for f in counted for by in (-1, 1)
+    ]
     found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
     return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
 
