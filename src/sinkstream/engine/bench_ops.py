@@ -189,7 +189,7 @@ class Model:
         """What the kernel after `op` reads first, `size` bytes in all."""
         s = self.shape
         order = [*s.ops, s.ops[0]]
-        after = order[order.index(op) + 1]
+        after = order[order.index(op) + (2 if op == "attention" else 1)]  # o asks for its own rows while it waits
         if after in ("attention", "beside"):
             return Prefetch.of_slots(self.keys[layer], self.values[layer], size)
         layer += after == s.ops[0]
@@ -532,7 +532,7 @@ class Bench:
         for op, config, _, _ in self.compiled(jobs, self.left() / 2):
             moved = {f: v for f, v in vars(config).items() if v != getattr(begun[op], f)}
             yield f"{op} {short(config)}", plan | {op: replace(plan[op], **moved)}
-        for op, size in product(self.shape.ops, (0, MB, 2 * MB, 4 * MB, 6 * MB, 10 * MB)):
+        for op, size in product(self.shape.ops, (0, MB, 2 * MB, 4 * MB, 6 * MB, 10 * MB, 16 * MB)):
             if size != plan["next"].get(op, 0):
                 yield f"{op} prefetches {size >> 20} MB", plan | {"next": plan["next"] | {op: size}}
 

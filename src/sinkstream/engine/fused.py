@@ -115,12 +115,10 @@ class FusedDecode:
             "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, early=i > 0,
             prefetch=self._slots("qkv", i),
         )  # fmt: skip
-        self._attention(row, i, layer.q_norm, layer.k_norm)
-        middle = len(layer.weight_gate_up) // 2
+        self._attention(row, i, layer)
         linear_residual(
             self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.hidden,
-            prefetch=Prefetch.of_rows(layer.weight_gate_up, self.plan["o"].prefetch, middle),
-            **self._how("o", early=not self.observes),
+            prefetch=self._gate_up("o", layer), **self._how("o", early=not self.observes),
         )  # fmt: skip
         self._norm_linear(
             "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
@@ -139,13 +137,14 @@ class FusedDecode:
             **self._how(op, early=early),
         )  # fmt: skip
 
-    def _attention(self, row: plain.Row, i: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
-        state, spec = self.state, self.spec
+    def _attention(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
+        """Attention leaves the memory idle while it waits: it asks for what the op after the next one reads first."""
+        state, spec, q_norm, k_norm = self.state, self.spec, layer.q_norm, layer.k_norm
         norms = {} if q_norm is None else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
         attention_decode(
             self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
             pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
-            **norms, **self._how("attention"),
+            prefetch=self._gate_up("attention", layer), **norms, **self._how("attention"),
         )  # fmt: skip
         self._observe(row, i, q_norm)
 
@@ -170,6 +169,10 @@ class FusedDecode:
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""
         return Prefetch.of_slots(self.state.keys[i], self.state.values[i], self.plan[op].prefetch)
+
+    def _gate_up(self, op: str, layer: LlamaLayer) -> Prefetch:
+        """What the gated op reads first."""
+        return Prefetch.of_rows(layer.weight_gate_up, self.plan[op].prefetch, len(layer.weight_gate_up) // 2)
 
     def _next_layer(self, op: str, i: int) -> Prefetch:
         """What the first op after layer i reads first."""
