@@ -49,7 +49,7 @@ class Eval:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Run all policies, print the table, write records and picture."""
-        settings = [_settings(args, method, options) for method, options in args.policy]
+        settings = [run_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
         device = resolve_device(args.device)
         set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
@@ -61,7 +61,7 @@ class Eval:
             attn_implementation=args.attention,
             seed=args.seed,
         )
-        stream = _tokens(args, loaded, stream_first)
+        stream = token_stream(args, loaded, stream_first)
         batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
         records = batch.run(settings, console)
         title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
@@ -76,7 +76,8 @@ def exit_code(records: list) -> int:
     return codes[records[-1].status]
 
 
-def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
+def run_settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
+    """The settings of one of the policies that were given."""
     shared = policy_options(args)
     if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
         shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
@@ -98,6 +99,7 @@ def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettin
 
 
 def _tokens(args: argparse.Namespace, loaded: LoadedModel, text) -> TokenStream:
+    """The token ids that --text and --tokens ask for."""
     if text is not None:
         return tokenize(text, loaded.tokenizer, args.tokens)
     if args.tokens is None:

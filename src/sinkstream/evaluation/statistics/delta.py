@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sinkstream.evaluation.statistics.estimate import Estimate
+
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8
 _RESAMPLES_PER_BATCH = 500
@@ -117,6 +119,20 @@ def ppl_interval(
     with np.errstate(over="ignore"):
         ppl, low, high = (None if x is None else _finite(np.exp(x)) for x in figures.pop("interval"))
     return PplInterval(ppl, low, high, **figures)
+
+
+def mean_interval(
+    values: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
+    figures = _block_bootstrap(values, positions, block_tokens, resamples, confidence, seed)
+    return Estimate(*figures["interval"], reason=figures.get("reason"))
 
 
 def block_sums(
