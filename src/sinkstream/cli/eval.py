@@ -98,7 +98,7 @@ def run_settings(args: argparse.Namespace, method: str, options: dict) -> RunSet
     )
 
 
-def _tokens(args: argparse.Namespace, loaded: LoadedModel, text) -> TokenStream:
+def token_stream(args: argparse.Namespace, loaded: LoadedModel, text) -> TokenStream:
     """The token ids that --text and --tokens ask for."""
     if text is not None:
         return tokenize(text, loaded.tokenizer, args.tokens)

@@ -28,8 +28,8 @@ PARTS = {
     "fewer_tokens": "seeing fewer tokens on average",
     "varying_length": "visible length changing",
     "past_trained": "positions past the trained length",
-    "near_event": "tokens near an event, at equal length",
-    "elsewhere": "other tokens, at equal length",
+    "near_event": "tokens near an event",
+    "elsewhere": "other tokens",
 }
 
 
@@ -123,7 +123,9 @@ def attribute(
     measured = np.isfinite(nll - control - sum(values.values()))
 
     def mean(value: np.ndarray) -> Estimate:
-        return mean_interval(np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, seed=seed)
+        return mean_interval(
+            np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, seed=seed
+        )
 
     unknown = Estimate(reason="needs strict runs at other caps")
     parts = {name: mean(values[name]) if name in values else unknown for name in PARTS}

@@ -156,10 +156,11 @@ def _attribution(record: Record, controls: Controls, events: np.ndarray, seed: i
         index = np.intersect1d(index, common, assume_unique=True)
     strict = {length: nll[np.isin(common, index)] for length, (common, _, nll) in paired.items()}
     mine = np.isin(record.arrays["index"], index)
+    spaced = np.diff(events).max() > 1  # with an event at every token, near an event says nothing
     return attribute(
         record.arrays["nll"][mine],
         record.arrays["kv_length"][mine],
-        tokens_since_event(index, events),
+        tokens_since_event(index, events) if spaced else np.full(len(index), -1),
         strict,
         cap=cap,
         trained_positions=record.model["trained_positions"],

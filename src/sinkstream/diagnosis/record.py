@@ -37,7 +37,14 @@ class Diagnosis:
 
 
 def build_diagnosis(
-    runs: Sequence[Record], policies: Sequence[Mapping[str, Any]], *, arguments, command, environment, created, seed: int
+    runs: Sequence[Record],
+    policies: Sequence[Mapping[str, Any]],
+    *,
+    arguments,
+    command,
+    environment,
+    created,
+    seed: int,
 ) -> dict[str, Any]:
     """Assemble the record of a diagnosis.
 

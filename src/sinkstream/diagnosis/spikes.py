@@ -19,7 +19,9 @@ def event_positions(record: Record) -> np.ndarray:
 def tokens_since_event(positions: np.ndarray, events: np.ndarray) -> np.ndarray:
     """Tokens since the latest event, (tokens,) int; -1 before the first one."""
     last = np.searchsorted(events, positions, side="right") - 1
-    return np.where(last >= 0, positions - events[np.maximum(last, 0)], -1) if events.size else np.full(len(positions), -1)
+    return (
+        np.where(last >= 0, positions - events[np.maximum(last, 0)], -1) if events.size else np.full(len(positions), -1)
+    )
 
 
 def period(events: np.ndarray) -> dict[str, float | int | None]:

@@ -29,7 +29,7 @@ def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> 
         return {"outcome": "go", "line": f"go: {figure} is not worse than strict; {spike}"}
     if curve.found:
         return {"outcome": "no-go: spike", "line": f"no-go: {figure} and {spike}: treat the spike first"}
-    line = f"no-go: {figure} without a spike: look at drift and positions first; {_largest(attribution.parts)}"
+    line = f"no-go: {figure}, {spike}: look at drift and positions first; {_largest(attribution.parts)}"
     return {"outcome": "no-go: drift", "line": line}
 
 

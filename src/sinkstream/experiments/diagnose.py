@@ -1,12 +1,28 @@
 """The diagnosis experiment: the policies' runs and the controls that they are held against."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from sinkstream.diagnosis import Controls
+from sinkstream.diagnosis import (
+    Controls,
+    Diagnosis,
+    build_diagnosis,
+    diagnose,
+    load_diagnosis,
+    write_diagnosis,
+    write_event_table,
+    write_token_table,
+)
 from sinkstream.evaluation.settings import BASELINES, RunSettings
+from sinkstream.measure.environment import utc_now
 from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
-from sinkstream.report.selection import policy_name
+from sinkstream.report.diagnosis_page import write_page
+from sinkstream.report.diagnosis_plots import draw_attribution, draw_policy
+from sinkstream.report.selection import normalised, policy_name
+
+TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 
 #: Strict runs at these fractions of the cap tell how NLL depends on the visible length (R = cap/16 … cap/2).
 LENGTH_FRACTIONS = ((15, 16), (7, 8), (3, 4), (1, 2), (1, 4), (1, 8))
@@ -20,7 +36,7 @@ def diagnosis_settings(
     sink: int | None = None,
     sample_every: int = 64,
 ) -> list[RunSettings]:
-    """All runs of a diagnosis: the policies, strict at the same cap, full where it fits, recompute, strict at other caps.
+    """All runs of a diagnosis: strict at the same and at other caps, full where it fits, recompute, then the policies.
 
     Parameters
     ----------
@@ -102,7 +118,9 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
                 " model; accepted: runs of one text and one model"
             )
         if record.status != "complete":
-            raise ValueError(f"record {record.id!r} is {record.status} ({record.status_reason}); accepted: complete runs")
+            raise ValueError(
+                f"record {record.id!r} is {record.status} ({record.status_reason}); accepted: complete runs"
+            )
     evicting = [r for r in records if policy_name(r) not in BASELINES]
     policies = [r for r in evicting if not _is_strict(r)]
     if not policies:
@@ -163,3 +181,62 @@ def _check(settings: RunSettings, tokens: int) -> None:
             f"the text leaves {decoded} tokens after the prefill, which is shorter than two prune periods of"
             f" {settings.label()} ({longest} tokens each); accepted: at least {2 * longest} more than the prefill"
         )
+
+
+def write_diagnosis_files(
+    pairs: Sequence[tuple[Record, Controls]],
+    out: Path,
+    texts: Sequence[str] | None,
+    *,
+    arguments: dict[str, Any],
+    command: list[str],
+    environment: dict[str, Any],
+    seed: int,
+) -> tuple[Diagnosis, list[str]]:
+    """Diagnose every policy and write record, tables, pictures and page below `out`.
+
+    Parameters
+    ----------
+    pairs : sequence of (Record, Controls)
+        From `pair_runs`.
+    texts : sequence of str or None
+        Text of every token, for the per-token tables.
+    arguments, command, environment, seed
+        For the record.
+
+    Returns
+    -------
+    (Diagnosis, list of str)
+        The record as written, and lines that say what lies where.
+
+    Raises
+    ------
+    ValueError, WriteError
+        As `diagnose` and `write_diagnosis`.
+    """
+    entries = [diagnose(record, controls, seed=seed) for record, controls in pairs]
+    content = build_diagnosis(
+        [record for record, _ in pairs],
+        entries,
+        arguments=arguments,
+        command=command,
+        environment=environment,
+        created=utc_now(),
+        seed=seed,
+    )
+    slugs = [f"{number:02d}-{normalised(entry['label'])}" for number, entry in enumerate(entries, 1)]
+    for (record, controls), slug in zip(pairs, slugs):
+        write_token_table(record, controls.strict, texts, out / TABLES / f"{slug}-tokens.csv")
+        write_event_table(record, controls.strict, out / TABLES / f"{slug}-events.csv")
+    diagnosis = load_diagnosis(write_diagnosis(content, out))
+    told = [f"record: {diagnosis.path}, tables: {out / TABLES}"]
+    try:
+        drawn = [
+            draw_policy(record, controls.strict, entry, out / PICTURES, slug)
+            for (record, controls), entry, slug in zip(pairs, diagnosis.policies, slugs)
+        ]
+        overview = draw_attribution(diagnosis.policies, out / PICTURES / "attribution.png")
+    except ImportError as error:
+        return diagnosis, [*told, f"no pictures: {error}"]
+    page = write_page(diagnosis, drawn, overview, out / PAGE)
+    return diagnosis, [*told, f"pictures: {out / PICTURES}, page: {page}"]

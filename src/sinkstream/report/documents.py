@@ -10,6 +10,7 @@ from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
+from sinkstream.report.diagnosis_tables import render_diagnoses
 from sinkstream.report.selection import policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
@@ -27,7 +28,7 @@ def render_tables(results: Path) -> dict[str, str]:
         The folder holds a broken record.
     """
     records = load_records(results) if results.is_dir() else []
-    return {name: render(records) for name, render in DOCUMENT_TABLES.items()}
+    return {name: render(records) for name, render in DOCUMENT_TABLES.items()} | render_diagnoses(results)
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -57,7 +57,7 @@ def nll_over_tokens(
         matplotlib is not installed.
     """
     control = find_control(records, control_id)
-    figure, axes = _figure(n_panels=2 if len(records) > 1 else 1)
+    figure, axes = new_figure(2 if len(records) > 1 else 1)
     for record, style in zip(records, line_formats()):
         starts, sums, counts = block_sums(record.arrays["nll"], record.arrays["index"], block_tokens)
         axes[0].plot(starts + block_tokens / 2, sums / counts, label=display_name(record), linewidth=1.6, **style)
@@ -92,16 +92,22 @@ def _limits(axis: Any) -> tuple[float, float]:
     return min(-0.1, 1.2 * np.nanmin(drawn)), max(0.1, 1.2 * np.nanmax(drawn))
 
 
-def _figure(n_panels: int) -> tuple[Any, np.ndarray]:
-    """A figure on matplotlib's Agg canvas with panels that share the token axis."""
+def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = None) -> tuple[Any, np.ndarray]:
+    """A figure on matplotlib's Agg canvas with panels one above the other; `height` in inches, default 3.6 a panel.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'sinkstream[demo]'") from error
-    figure = Figure(figsize=(11, 3.6 * n_panels), layout="constrained")
+    figure = Figure(figsize=(11, height or 3.6 * n_panels), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(n_panels, 1, sharex=share_x, squeeze=False)[:, 0]
     for axis in axes:
         axis.grid(True, color="#dddddd", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinkstream.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
+from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.selection import policy_name, same_conditions, select
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
@@ -24,7 +26,9 @@ class Summary:
     missing: dict[str, str]
 
 
-def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+def compute_headlines(
+    records: Sequence[Record], diagnoses: Sequence[Diagnosis] = ()
+) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
     for key, compute in HEADLINES.items():
@@ -33,7 +37,13 @@ def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, fl
             missing[key] = f"no record for: {HEADLINES.summary(key)}"
         else:
             value, record_id = found
-            headlines[key] = {"value": float(f"{value:.{SIGNIFICANT_DIGITS}g}"), "record": record_id}
+            headlines[key] = {"value": _rounded(value), "record": record_id}
+    for key, compute in DIAGNOSIS_HEADLINES.items():
+        figures = compute(diagnoses)
+        if figures is None:
+            missing[key] = f"no record for: {DIAGNOSIS_HEADLINES.summary(key)}"
+        else:
+            headlines[key] = {name: v if name == "record" else _rounded(v) for name, v in figures.items()}
     return headlines, missing
 
 
@@ -48,15 +58,19 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
-    headlines, missing = compute_headlines(_records_below(directory))
+    headlines, missing = compute_headlines(_records_below(directory), load_diagnoses(directory))
     return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
 def summary_is_current(results_dir: Path | str) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
     path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = compute_headlines(_records_below(Path(results_dir)))
+    headlines, _ = compute_headlines(_records_below(Path(results_dir)), load_diagnoses(results_dir))
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _records_below(directory: Path) -> list[Record]:

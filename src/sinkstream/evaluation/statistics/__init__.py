@@ -1,6 +1,6 @@
-"""Statistics of paired runs: intervals of ΔPPL and of means, event-aligned curves, and what a length of text resolves."""
+"""Statistics of paired runs: intervals of ΔPPL and means, event-aligned curves, what a length of text resolves."""
 
-from sinkstream.evaluation.statistics.curves import AFTER, BEFORE, EventCurve, event_cycles, event_curve
+from sinkstream.evaluation.statistics.curves import AFTER, BEFORE, EventCurve, event_curve, event_cycles
 from sinkstream.evaluation.statistics.delta import (
     BLOCK_TOKENS,
     MIN_BLOCKS,

@@ -1,0 +1,202 @@
+"""Pictures of a diagnosis: one of each kind a policy, and the attribution of all of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinkstream.diagnosis import PARTS
+from sinkstream.evaluation.statistics import AFTER, BLOCK_TOKENS, block_sums
+from sinkstream.measure.records import Record
+from sinkstream.registry import Registry
+from sinkstream.report.plots import COLOURS, new_figure, save
+
+#: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
+DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")
+BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK = COLOURS
+ZOOM_PERIODS, ZOOM_TOKENS = 6, 512
+
+
+def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
+    """Draw every registered picture of one policy as PNG files; returns them by name.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
+    paths = {}
+    for name, draw in DIAGNOSIS_PICTURES.items():
+        figure = draw(record, control, entry)
+        if figure is not None:
+            paths[name] = save(figure, folder / f"{slug}-{name}.png")
+    return paths
+
+
+@DIAGNOSIS_PICTURES.register("nll")
+def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> Any:
+    """NLL over the token index: the whole text in block means, and a stretch token by token with prune marks."""
+    figure, (whole, zoom) = new_figure(2, share_x=False)
+    runs = ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-"))
+    for run, name, colour, style in runs:
+        starts, sums, counts = block_sums(run.arrays["nll"], run.arrays["index"], BLOCK_TOKENS)
+        middle = starts + BLOCK_TOKENS / 2
+        whole.plot(middle, sums / counts, color=colour, linestyle=style, linewidth=1.4, label=name)
+    first, last = _stretch(record)
+    for run, _, colour, style in runs:
+        index = run.arrays["index"]
+        shown = (index >= first) & (index <= last)
+        zoom.plot(index[shown], run.arrays["nll"][shown], color=colour, linestyle=style, linewidth=1)
+    _marks(zoom, record, first, last)
+    whole.axvspan(first, last, color=SKY, alpha=0.3, linewidth=0, label="stretch below")
+    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: mean of {BLOCK_TOKENS} tokens")
+    whole.set_xlabel(_axis("token index in the text"))
+    zoom.set(ylabel="NLL (nats per token)", title="token by token", xlabel="token index in the text")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+    return figure
+
+
+@DIAGNOSIS_PICTURES.register("curve")
+def paired_curve(record: Record, control: Record, entry: dict[str, Any]) -> Any:
+    """Mean paired NLL difference by distance from the prune event, with its pointwise 95 % band."""
+    curves = {name: curve for name, curve in entry["spike"].items() if np.size(curve["lags"]) > 1}
+    if not curves:
+        return None
+    figure, (axis,) = new_figure(1)
+    for (name, curve), colour, style in zip(curves.items(), (BLUE, ORANGE), ("-", "--")):
+        lags, mean = np.asarray(curve["lags"]), np.asarray(curve["mean"], dtype=float)
+        low, high = (np.asarray(curve[side], dtype=float) for side in ("low", "high"))
+        axis.fill_between(lags, low, high, color=colour, alpha=0.22, linewidth=0)
+        axis.plot(lags, mean, color=colour, linestyle=style, linewidth=1.6, label=f"minus {name}")
+    strict = entry["spike"]["strict"]
+    axis.axhline(0, color=BLACK, linewidth=0.8)
+    axis.axvline(-0.5, color=BLACK, linewidth=1.2, linestyle=":", label="prune event")
+    axis.axvspan(
+        -0.5, min(AFTER, np.max(strict["lags"]) + 1) - 0.5, color=GREEN, alpha=0.08, linewidth=0, label="spike window"
+    )
+    if strict["level"]["value"] is not None:
+        axis.axhline(strict["level"]["value"], color=GREEN, linewidth=1.2, linestyle="-.", label="level before")
+    axis.set(xlabel="tokens since the prune event (negative: before the next one)")
+    axis.set(ylabel="NLL difference (nats per token)")
+    axis.set_title(f"{entry['label']}: mean paired difference over {strict['n_events']:,} events, 95 % pointwise band")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+    return figure
+
+
+@DIAGNOSIS_PICTURES.register("latency")
+def latency_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> Any:
+    """Latency of every timed token over the token index, with prune marks."""
+    index, milliseconds = record.arrays["index"], 1e3 * record.arrays["seconds"]
+    timed = np.isfinite(milliseconds)
+    if not timed.any():
+        return None
+    figure, (axis,) = new_figure(1)
+    event = record.arrays["event"]
+    axis.plot(index[timed], milliseconds[timed], color=BLUE, linewidth=0.9, label="one token")
+    axis.scatter(
+        index[timed & event], milliseconds[timed & event], color=RED, s=18, zorder=3, label="step with a prune event"
+    )
+    _marks(axis, record, index[timed][0], index[timed][-1], label=None)
+    top = np.quantile(milliseconds[timed], 0.995)
+    above = np.count_nonzero(milliseconds[timed] > 1.5 * top)
+    axis.set_ylim(0, 1.5 * top if above else None)
+    cut = f" ({above} of {timed.sum()} tokens lie above the axis)" if above else ""
+    axis.set(xlabel="token index in the text", ylabel="latency (ms per token)")
+    axis.set_title(f"{entry['label']}: latency of the timed tokens{cut}")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+@DIAGNOSIS_PICTURES.register("kv")
+def visible_length(record: Record, control: Record, entry: dict[str, Any]) -> Any:
+    """Visible KV length over the token index, in a stretch of the text, against the control and the trained length."""
+    figure, (axis,) = new_figure(1)
+    first, last = _stretch(record)
+    for run, name, colour, style in ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-")):
+        index = run.arrays["index"]
+        shown = (index >= first) & (index <= last)
+        axis.plot(
+            index[shown],
+            run.arrays["kv_length"][shown],
+            color=colour,
+            linestyle=style,
+            linewidth=1.5,
+            drawstyle="steps-post",
+            label=name,
+        )
+    kv, trained = entry["drift"]["kv_length"], record.model["trained_positions"]
+    axis.axhline(kv["mean"], color=BLUE, linestyle="-.", linewidth=1.2, label=f"mean {kv['mean']:,.1f}")
+    if trained is not None and kv["max"] > 0.8 * trained:
+        axis.axhline(trained, color=PINK, linewidth=1.6, linestyle=":", label=f"trained length {trained:,}")
+    axis.set(xlabel="token index in the text", ylabel="visible KV length (tokens)")
+    axis.set_title(f"{entry['label']}: sees {kv['min']:,} to {kv['max']:,} tokens")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+    return figure
+
+
+@DIAGNOSIS_PICTURES.register("drops")
+def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> Any:
+    """How many tokens each prune step dropped."""
+    drops = record.arrays["drop_size"][record.arrays["drop_size"] > 0]
+    if not drops.size:
+        return None
+    figure, (axis,) = new_figure(1)
+    width = max(1, int(np.ptp(drops)) // 40)
+    edges = np.arange(drops.min() - 0.5, drops.max() + width + 0.5, width)
+    axis.hist(drops, bins=edges, color=BLUE, edgecolor="white", linewidth=0.6)
+    axis.set(xlabel="tokens dropped in one step", ylabel="steps with a drop (count)")
+    axis.set_xlim(0, 1.08 * drops.max() + 1)
+    sizes = entry["drift"]["drop_size"]
+    axis.set_title(f"{entry['label']}: {drops.size:,} drops, mean {sizes['mean']:.1f}, P99 {sizes['p99']:.0f} tokens")
+    return figure
+
+
+def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one panel a policy row."""
+    figure, (axis,) = new_figure(1, height=1.2 + 0.75 * len(entries))
+    names = list(PARTS)
+    offsets = np.linspace(0.34, -0.34, len(names) + 1)
+    rows = [("total", "all of it", BLACK)] + [(n, PARTS[n], c) for n, c in zip(names, (BLUE, SKY, PINK, RED, ORANGE))]
+    for offset, (name, label, colour) in zip(offsets, rows):
+        for number, entry in enumerate(entries):
+            whole = entry["attribution"]
+            estimate = whole["total"] if name == "total" else whole["parts"][name]
+            if estimate["value"] is None:
+                continue
+            value, y = 100 * estimate["value"], len(entries) - 1 - number + offset
+            axis.barh(y, value, height=0.12, color=colour, label=label if number == 0 else None)
+            if estimate["low"] is not None:
+                axis.plot([100 * estimate["low"], 100 * estimate["high"]], [y, y], color="#555555", linewidth=1)
+    axis.axvline(0, color=BLACK, linewidth=0.8)
+    axis.set_yticks(range(len(entries)), [entry["label"] for entry in reversed(entries)])
+    axis.set_ylim(-0.6, len(entries) - 0.4)
+    axis.set_xscale("symlog", linthresh=1, linscale=1.2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    axis.set_xlabel("100 × nats per token (about percent of PPL; linear up to ±1)")
+    axis.set_title("Parts of the difference from strict streaming at the same cap, 95 % intervals")
+    figure.legend(loc="outside right upper", frameon=False)
+    return save(figure, path)
+
+
+def _stretch(record: Record) -> tuple[int, int]:
+    """First and last index of a stretch in the middle of the run: some prune periods, or as many tokens as fit."""
+    index, events = record.arrays["index"], record.arrays["index"][record.arrays["event"]]
+    typical = float(np.median(np.diff(events))) if events.size > 1 else ZOOM_TOKENS
+    length = int(min(max(ZOOM_PERIODS * typical, 96), max(ZOOM_TOKENS, 3 * typical), index.size))
+    begin = (index.size - length) // 2
+    return int(index[begin]), int(index[begin + length - 1])
+
+
+def _marks(axis: Any, record: Record, first: int, last: int, label: str | None = "prune event") -> None:
+    """Thin lines at the prune events of a stretch; none where they would cover the picture."""
+    events = record.arrays["index"][record.arrays["event"]]
+    events = events[(events >= first) & (events <= last)]
+    if 2 * events.size < last - first:
+        for number, event in enumerate(events):
+            line = {"color": GREEN, "linestyle": ":", "linewidth": 1.1, "zorder": 0}
+            axis.axvline(event - 0.5, label=label if number == 0 else None, **line)
+
+
+def _axis(name: str) -> str:
+    return f"{name} (points average {BLOCK_TOKENS} tokens)"
