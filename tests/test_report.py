@@ -9,6 +9,7 @@ from record_factory import make_arrays, make_record
 from rich.console import Console
 
 from sinkstream.measure.records import load_record, write_record
+from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.plots import COLOURS, line_formats, nll_over_tokens
 from sinkstream.report.selection import is_plain, policy_name, select
@@ -135,7 +136,7 @@ def test_summary_holds_each_headline_with_its_record(store, tmp_path):
     store("ppl-window", "window-only", make_arrays(shift=2))
     store("elsewhere", "strict", text="wikitext", created="2026-01-09T00:00:00+00:00")
     summary = write_summary(tmp_path)
-    assert not summary.missing
+    assert set(summary.missing) == set(DIAGNOSIS_HEADLINES)
     written = json.loads((tmp_path / "summary.json").read_text())
     assert list(written) == HEADLINES.names()
     assert written["foundation.hf_strict_over_full_tpot"] == {"value": pytest.approx(1.02), "record": "gpu-strict"}

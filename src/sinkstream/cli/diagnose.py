@@ -107,6 +107,7 @@ def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | N
 
 
 def _show(diagnosis: Diagnosis, console: Console) -> None:
-    console.print(rich_diagnosis(diagnosis, f"{diagnosis.model['name']} on {diagnosis.data['name']}"))
+    for table in rich_diagnosis(diagnosis):
+        console.print(table)
     for entry in diagnosis.policies:
         console.print(f"{entry['label']}: {entry['verdict']['line']}", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sinkstream.diagnosis import PARTS, Diagnosis
 from sinkstream.measure.files import write_atomically
-from sinkstream.report.diagnosis_tables import COLUMNS, NOTES, Entry, interval, origin
+from sinkstream.report.diagnosis_tables import NOTES, TABLES, Entry, cells, interval, origin
 from sinkstream.report.tables import EMPTY
 
 STYLE = """
@@ -47,14 +47,14 @@ def write_page(
     sections = [_section(entry, mine) for entry, mine in zip(diagnosis.policies, pictures)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in NOTES)
     verdicts = [f"<li><b>{escape(e['label'])}</b>: {escape(e['verdict']['line'])}</li>" for e in diagnosis.policies]
-    overview = [[cell(entry) for _, cell in COLUMNS] for entry in diagnosis.policies]
+    overview = "".join(_table([header for header, _ in columns], cells(diagnosis, columns)) for columns in TABLES)
     body = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
 <p>{escape(origin(diagnosis)).replace("`", "")}</p>
 <h2>Verdicts</h2><ul>{"".join(verdicts)}</ul>
-<h2>All policies</h2><div class="wide">{_table([h for h, _ in COLUMNS], overview)}</div><ul>{notes}</ul>
+<h2>All policies</h2><div class="wide">{overview}</div><ul>{notes}</ul>
 {_picture(attribution, "parts of the difference from strict streaming") if attribution else ""}
 {"".join(sections)}
 <p>Record <code>{escape(diagnosis.id)}</code>, made by <code>{escape(" ".join(diagnosis.command))}</code>.</p>

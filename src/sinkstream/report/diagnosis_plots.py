@@ -8,6 +8,7 @@ import numpy as np
 
 from sinkstream.diagnosis import PARTS
 from sinkstream.evaluation.statistics import AFTER, BLOCK_TOKENS, block_sums
+from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
 from sinkstream.registry import Registry
 from sinkstream.report.plots import COLOURS, new_figure, save
@@ -16,6 +17,7 @@ from sinkstream.report.plots import COLOURS, new_figure, save
 DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")
 BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK = COLOURS
 ZOOM_PERIODS, ZOOM_TOKENS = 6, 512
+DPI = 110  # the page holds five pictures a policy
 
 
 def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
@@ -30,29 +32,33 @@ def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: 
     for name, draw in DIAGNOSIS_PICTURES.items():
         figure = draw(record, control, entry)
         if figure is not None:
-            paths[name] = save(figure, folder / f"{slug}-{name}.png")
+            paths[name] = save(figure, folder / f"{slug}-{name}.png", DPI)
     return paths
 
 
 @DIAGNOSIS_PICTURES.register("nll")
 def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> Any:
     """NLL over the token index: the whole text in block means, and a stretch token by token with prune marks."""
-    figure, (whole, zoom) = new_figure(2, share_x=False)
+    figure, (whole, zoom, paired) = new_figure(3, share_x=False, height=9)
     runs = ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-"))
-    for run, name, colour, style in runs:
-        starts, sums, counts = block_sums(run.arrays["nll"], run.arrays["index"], BLOCK_TOKENS)
-        middle = starts + BLOCK_TOKENS / 2
-        whole.plot(middle, sums / counts, color=colour, linestyle=style, linewidth=1.4, label=name)
     first, last = _stretch(record)
-    for run, _, colour, style in runs:
-        index = run.arrays["index"]
+    for run, name, colour, style in runs:
+        index, nll = run.arrays["index"], run.arrays["nll"]
+        starts, sums, counts = block_sums(nll, index, BLOCK_TOKENS)
+        whole.plot(starts + BLOCK_TOKENS / 2, sums / counts, color=colour, linestyle=style, linewidth=1.3, label=name)
         shown = (index >= first) & (index <= last)
-        zoom.plot(index[shown], run.arrays["nll"][shown], color=colour, linestyle=style, linewidth=1)
-    _marks(zoom, record, first, last)
+        zoom.plot(index[shown], nll[shown], color=colour, linestyle=style, linewidth=0.9)
+    index, nll, control_nll = common_tokens(record, control)
+    shown = (index >= first) & (index <= last)
+    paired.vlines(index[shown], 0, (nll - control_nll)[shown], color=BLUE, linewidth=1.4)
+    for axis in (zoom, paired):
+        _marks(axis, record, first, last, label="prune event" if axis is zoom else None)
     whole.axvspan(first, last, color=SKY, alpha=0.3, linewidth=0, label="stretch below")
-    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: mean of {BLOCK_TOKENS} tokens")
-    whole.set_xlabel(_axis("token index in the text"))
-    zoom.set(ylabel="NLL (nats per token)", title="token by token", xlabel="token index in the text")
+    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: means of {BLOCK_TOKENS} tokens")
+    zoom.set(ylabel="NLL (nats per token)", title="the stretch, token by token")
+    paired.set(ylabel="NLL difference (nats)", title="the same tokens, policy minus strict")
+    paired.axhline(0, color=BLACK, linewidth=0.8)
+    paired.set_xlabel("token index in the text")
     figure.legend(loc="outside right upper", frameon=False, handlelength=3)
     return figure
 
@@ -97,7 +103,7 @@ def latency_with_marks(record: Record, control: Record, entry: dict[str, Any]) -
     axis.scatter(
         index[timed & event], milliseconds[timed & event], color=RED, s=18, zorder=3, label="step with a prune event"
     )
-    _marks(axis, record, index[timed][0], index[timed][-1], label=None)
+    _marks(axis, record, index[timed][0], index[timed][-1])
     top = np.quantile(milliseconds[timed], 0.995)
     above = np.count_nonzero(milliseconds[timed] > 1.5 * top)
     axis.set_ylim(0, 1.5 * top if above else None)
@@ -141,7 +147,7 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
     drops = record.arrays["drop_size"][record.arrays["drop_size"] > 0]
     if not drops.size:
         return None
-    figure, (axis,) = new_figure(1)
+    figure, (axis,) = new_figure(1, height=2.8)
     width = max(1, int(np.ptp(drops)) // 40)
     edges = np.arange(drops.min() - 0.5, drops.max() + width + 0.5, width)
     axis.hist(drops, bins=edges, color=BLUE, edgecolor="white", linewidth=0.6)
@@ -153,30 +159,43 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
 
 
 def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one panel a policy row."""
-    figure, (axis,) = new_figure(1, height=1.2 + 0.75 * len(entries))
-    names = list(PARTS)
-    offsets = np.linspace(0.34, -0.34, len(names) + 1)
-    rows = [("total", "all of it", BLACK)] + [(n, PARTS[n], c) for n, c in zip(names, (BLUE, SKY, PINK, RED, ORANGE))]
-    for offset, (name, label, colour) in zip(offsets, rows):
+    """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one group of bars a policy."""
+    figure, (axis,) = new_figure(1, height=1.4 + 0.75 * len(entries))
+    parts = zip(PARTS.items(), (BLUE, SKY, PINK, RED, ORANGE))
+    rows = [("total", "all of it", "white"), *((name, text, colour) for (name, text), colour in parts)]
+    for offset, (name, text, colour) in zip(np.linspace(0.35, -0.35, len(rows)), rows):
+        edge = {"edgecolor": BLACK, "linewidth": 1} if name == "total" else {}
         for number, entry in enumerate(entries):
             whole = entry["attribution"]
             estimate = whole["total"] if name == "total" else whole["parts"][name]
-            if estimate["value"] is None:
-                continue
-            value, y = 100 * estimate["value"], len(entries) - 1 - number + offset
-            axis.barh(y, value, height=0.12, color=colour, label=label if number == 0 else None)
+            y = len(entries) - 1 - number + offset
+            label = text if number == 0 else None
+            axis.barh(y, 100 * (estimate["value"] or 0), height=0.12, color=colour, label=label, **edge)
             if estimate["low"] is not None:
                 axis.plot([100 * estimate["low"], 100 * estimate["high"]], [y, y], color="#555555", linewidth=1)
     axis.axvline(0, color=BLACK, linewidth=0.8)
     axis.set_yticks(range(len(entries)), [entry["label"] for entry in reversed(entries)])
     axis.set_ylim(-0.6, len(entries) - 0.4)
-    axis.set_xscale("symlog", linthresh=1, linscale=1.2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-    axis.set_xlabel("100 × nats per token (about percent of PPL; linear up to ±1)")
-    axis.set_title("Parts of the difference from strict streaming at the same cap, 95 % intervals")
+    note = _spread_out(axis, [100 * abs(entry["attribution"]["total"]["value"] or 0) for entry in entries])
+    axis.set_xlabel(f"100 × nats per token, about percent of PPL{note}")
+    axis.set_title("ΔPPL against strict, in parts (95 % intervals)")
     figure.legend(loc="outside right upper", frameon=False)
-    return save(figure, path)
+    return save(figure, path, DPI)
+
+
+def _spread_out(axis: Any, totals: Sequence[float]) -> str:
+    """A scale that is logarithmic outside the middle where one policy would flatten all others; says so."""
+    typical = max(1.0, 2 * float(np.median(totals)))
+    if max(totals) < 10 * typical:
+        return ""
+    axis.set_xscale("symlog", linthresh=typical, linscale=2)
+    reach = [typical * step for step in (0.5, 1, 10, 100) if typical * step <= 2 * max(totals)]
+    ticks = [*(-x for x in reversed(reach)), 0, *reach]
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:+.3g}" if tick else "0" for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    return f" (linear to ±{typical:.2g}, logarithmic beyond)"
 
 
 def _stretch(record: Record) -> tuple[int, int]:
@@ -196,7 +215,3 @@ def _marks(axis: Any, record: Record, first: int, last: int, label: str | None =
         for number, event in enumerate(events):
             line = {"color": GREEN, "linestyle": ":", "linewidth": 1.1, "zorder": 0}
             axis.axvline(event - 0.5, label=label if number == 0 else None, **line)
-
-
-def _axis(name: str) -> str:
-    return f"{name} (points average {BLOCK_TOKENS} tokens)"

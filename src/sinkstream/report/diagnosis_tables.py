@@ -23,6 +23,8 @@ def interval(estimate: Mapping[str, Any] | None, digits: int, key: str = "value"
     """A figure with its interval as text: "+0.31 [+0.06, +0.58]"; a dash without a figure."""
     if estimate is None or estimate[key] is None:
         return EMPTY
+    if estimate[key] == estimate["low"] == estimate["high"] == 0:
+        return "0"
     value = f"{scale * estimate[key]:+.{digits}f}"
     if estimate["low"] is None:
         return f"{value} [no interval]"
@@ -35,18 +37,14 @@ def spike_of(entry: Entry) -> Mapping[str, Any]:
     return entry["spike"]["strict"]
 
 
-def parts_text(entry: Entry) -> str:
-    """The parts of the attribution, in 100 × nats, in the order of `PARTS`."""
-    parts = entry["attribution"]["parts"]
-    return " / ".join(EMPTY if parts[n]["value"] is None else f"{100 * parts[n]['value']:+.2f}" for n in PARTS)
+def _part(name: str) -> Callable[[Entry], str]:
+    def cell(entry: Entry) -> str:
+        whole = entry["attribution"]
+        share = whole["shares"][name]
+        shown = interval(whole["parts"][name], 2, scale=100)
+        return shown if share is None else f"{shown} ({100 * share:.0f} %)"
 
-
-def shares_text(entry: Entry) -> str:
-    """The parts as shares of ΔPPL, in percent; a dash where ΔPPL cannot be told from zero."""
-    shares = entry["attribution"]["shares"]
-    if all(share is None for share in shares.values()):
-        return EMPTY
-    return " / ".join(EMPTY if shares[name] is None else f"{100 * shares[name]:.0f}" for name in PARTS)
+    return cell
 
 
 def lengths_text(entry: Entry) -> str:
@@ -74,34 +72,53 @@ COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
     ("Area (nats)", lambda entry: interval(spike_of(entry)["area"], 2)),
     ("KV min / mean / max", lengths_text),
     ("Drop mean / P99 / max", drops_text),
-    ("Parts (100 × nats)", parts_text),
-    ("Shares %", shares_text),
     ("Verdict", lambda entry: entry["verdict"]["outcome"]),
 ]
 
+#: The attribution: parts in 100 × nats a token, and their share of the whole where that is not zero by its interval.
+PART_COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
+    ("100 × nats per token", lambda entry: entry["label"]),
+    ("all of it", lambda entry: interval(entry["attribution"]["total"], 2, scale=100)),
+    *((text, _part(name)) for name, text in PARTS.items()),
+]
+TABLES = (COLUMNS, PART_COLUMNS)
+
 NOTES = (
-    "ΔPPL, peak, width and area: paired with strict streaming at the same cap, 95 % intervals.",
-    "Peak, width, area: excess over the level just before the event, in the 32 tokens from it on; width = area / peak.",
-    f"Parts and shares of ΔPPL, which they add up to: {'; '.join(PARTS.values())}.",
+    "ΔPPL, peak, width and area are paired with strict streaming at the same cap; 95 % intervals.",
+    "Peak and area: excess over the level just before the event, in the 32 tokens from it on; width is area over peak.",
+    "The parts add up to the whole, log(PPL / PPL of strict); shares are given where its interval leaves out zero.",
+    "With R of at most 32 every token is near an event; with R = 1 no distance can be told.",
 )
 
 
-def rich_diagnosis(diagnosis: Diagnosis, title: str | None = None) -> Table:
-    """The policies of a diagnosis as a table for the terminal."""
-    table = Table(title=title, caption="\n".join(NOTES), caption_justify="left", header_style="bold")
-    for number, (header, _) in enumerate(COLUMNS):
-        table.add_column(header, justify="left" if number in (0, len(COLUMNS) - 1) else "right", overflow="fold")
-    for entry in diagnosis.policies:
-        table.add_row(*(cell(entry).replace("[", r"\[") for _, cell in COLUMNS))
-    return table
+def cells(diagnosis: Diagnosis, columns: Sequence[tuple[str, Callable[[Entry], str]]]) -> list[list[str]]:
+    """The cells of a table, one row a policy."""
+    return [[cell(entry) for _, cell in columns] for entry in diagnosis.policies]
+
+
+def rich_diagnosis(diagnosis: Diagnosis) -> list[Table]:
+    """The policies of a diagnosis as tables for the terminal."""
+    tables = []
+    for columns in TABLES:
+        table = Table(header_style="bold")
+        for number, (header, _) in enumerate(columns):
+            table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
+        for line in cells(diagnosis, columns):
+            table.add_row(*(text.replace("[", r"\[") for text in line))
+        tables.append(table)
+    tables[0].title = f"{diagnosis.model['name']} on {diagnosis.data['name']}, cap {diagnosis.protocol['cap']}"
+    tables[-1].caption, tables[-1].caption_justify = "\n".join(NOTES), "left"
+    return tables
 
 
 def markdown_diagnosis(diagnosis: Diagnosis) -> str:
-    """The policies of a diagnosis as a Markdown table, origin above."""
-    lines = [[header for header, _ in COLUMNS], ["---", *["---:"] * (len(COLUMNS) - 2), "---"]]
-    lines += [[cell(entry).replace("|", r"\|") for _, cell in COLUMNS] for entry in diagnosis.policies]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{origin(diagnosis)}\n\n{table}"
+    """The policies of a diagnosis as Markdown tables, origin above."""
+    shown = [origin(diagnosis)]
+    for columns in TABLES:
+        lines = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
+        lines += [[text.replace("|", r"\|") for text in line] for line in cells(diagnosis, columns)]
+        shown.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(shown)
 
 
 def origin(diagnosis: Diagnosis) -> str:

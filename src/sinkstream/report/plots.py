@@ -79,10 +79,10 @@ def nll_over_tokens(
     return save(figure, path)
 
 
-def save(figure: Any, path: Path | str) -> Path:
-    """Write a figure as PNG, 150 dots per inch, atomically."""
+def save(figure: Any, path: Path | str, dpi: int = 150) -> Path:
+    """Write a figure as PNG, `dpi` dots per inch, atomically."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return write_atomically(path, buffer.getvalue())
 
 
@@ -110,5 +110,6 @@ def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = No
     axes = figure.subplots(n_panels, 1, sharex=share_x, squeeze=False)[:, 0]
     for axis in axes:
         axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
