@@ -44,7 +44,14 @@ class Diagnose:
             "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: none)"
         )
         group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
-        group.add_argument("--sample-every", type=int, default=64, help="the recompute control scores every k-th token")
+        group.add_argument(
+            "--sample-every",
+            dest="recompute_every",
+            type=int,
+            default=64,
+            metavar="K",
+            help="the recompute control scores every k-th token",
+        )
         group.add_argument(
             "--out", type=Path, default=Path("out/diagnosis"), help="folder of everything that is written"
         )
@@ -56,7 +63,7 @@ class Diagnose:
         console = wide_console()
         if args.records:
             return _write(args, load_records(args.records), None, console)
-        args.backend, args.repeats = "hf", 1
+        args.backend, args.repeats, args.sample_every = "hf", 1, 1
         args.evaluate = "steps" if args.timed_tokens else "blocks"
         policies = [run_settings(args, method, options) for method, options in args.policy]
         device = resolve_device(args.device)
@@ -75,7 +82,7 @@ class Diagnose:
             tokens=len(stream),
             trained_positions=loaded.trained_positions,
             sink=getattr(args, "sink", None),
-            sample_every=args.sample_every,
+            sample_every=args.recompute_every,
         )
         batch = Batch(loaded, stream, args.out / RUNS, all_arguments(args), args.argv, args.seed, args.resume)
         records = batch.run(settings, console)
