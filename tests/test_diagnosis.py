@@ -31,7 +31,12 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.diagnose import diagnosis_settings, length_caps, pair_runs
 from sinkstream.measure.records import load_record, load_records, write_record
 from sinkstream.report.diagnosis_plots import DIAGNOSIS_PICTURES
-from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES, DIAGNOSIS_TABLES, markdown_diagnosis
+from sinkstream.report.diagnosis_tables import (
+    DIAGNOSIS_HEADLINES,
+    DIAGNOSIS_TABLES,
+    find_diagnosis,
+    markdown_diagnosis,
+)
 from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import write_summary
 
@@ -312,6 +317,16 @@ def test_tables_and_headline_come_from_the_record(store, tmp_path):
     assert all(text in table for text in PARTS.values())
     widths = [{line.count("|") for line in part.splitlines()} for part in table.split("\n\n")[1:]]
     assert all(len(width) == 1 for width in widths)
+
+
+def test_the_diagnosis_of_the_most_tokens_is_shown_and_of_those_the_newest():
+    def one(name, tokens, text="pg19"):
+        found = {"name": "SmolLM2-135M"}, {"name": text}, {"cap": 512, "decode_tokens": tokens}
+        return SimpleNamespace(id=name, model=found[0], data=found[1], protocol=found[2])
+
+    several = [one("old", 900), one("new", 900), one("short", 90), one("other", 9000, "wikitext")]
+    assert find_diagnosis(several, model="smollm2-135m", text="pg19", cap=512).id == "new"
+    assert find_diagnosis(several, model="smollm2-135m", text="pg19", cap=256) is None
 
 
 def test_without_records_keys_are_absent_and_tables_say_so(tmp_path):

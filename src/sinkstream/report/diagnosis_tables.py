@@ -140,7 +140,7 @@ def render_diagnoses(results: Path) -> dict[str, str]:
 
 
 def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap: int) -> Diagnosis | None:
-    """The newest diagnosis of a model (part of its name) on a text (part of its name) at a cap."""
+    """Of a model (part of its name) on a text (part of its name) at a cap: the newest diagnosis of the most tokens."""
     found = [
         one
         for one in diagnoses
@@ -148,7 +148,7 @@ def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap
         and text in normalised(one.data["name"]).replace("-", "")
         and one.protocol["cap"] == cap
     ]
-    return found[-1] if found else None
+    return max(reversed(found), key=lambda one: one.protocol["decode_tokens"], default=None)
 
 
 def _register_table(name: str, **selection: Any) -> None:
@@ -174,10 +174,9 @@ def diagnosis_notes(diagnoses: Sequence[Diagnosis]) -> str:
 @DIAGNOSIS_HEADLINES.register("diagnosis.spike_area_lazy64")
 def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] | None:
     """Spike area of lazy R=64 against strict, nats an event with interval; SmolLM2-135M, PG19, cap 512."""
-    found = [one for one in diagnoses if find_diagnosis([one], model="smollm2-135m", text="pg19", cap=512)]
-    for diagnosis in reversed(found):
-        for entry in diagnosis.policies:
-            area = spike_of(entry)["area"]
-            if entry["label"] == "lazy R=64" and area["low"] is not None:
-                return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}
+    diagnosis = find_diagnosis(diagnoses, model="smollm2-135m", text="pg19", cap=512)
+    for entry in diagnosis.policies if diagnosis else ():
+        area = spike_of(entry)["area"]
+        if entry["label"] == "lazy R=64" and area["low"] is not None:
+            return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}
     return None
