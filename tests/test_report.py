@@ -151,7 +151,7 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     store("cpu", "full", model="random:pythia-2.8b")
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict"]
-    assert set(summary.missing) == set(HEADLINES.names()) - {"foundation.ppl_strict"}
+    assert set(summary.missing) == {*HEADLINES, *DIAGNOSIS_HEADLINES} - {"foundation.ppl_strict"}
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):
         write_summary(tmp_path / "none")

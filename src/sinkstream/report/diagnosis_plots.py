@@ -69,25 +69,28 @@ def paired_curve(record: Record, control: Record, entry: dict[str, Any]) -> Any:
     curves = {name: curve for name, curve in entry["spike"].items() if np.size(curve["lags"]) > 1}
     if not curves:
         return None
-    figure, (axis,) = new_figure(1)
-    for (name, curve), colour, style in zip(curves.items(), (BLUE, ORANGE), ("-", "--")):
-        lags, mean = np.asarray(curve["lags"]), np.asarray(curve["mean"], dtype=float)
-        low, high = (np.asarray(curve[side], dtype=float) for side in ("low", "high"))
-        axis.fill_between(lags, low, high, color=colour, alpha=0.22, linewidth=0)
-        axis.plot(lags, mean, color=colour, linestyle=style, linewidth=1.6, label=f"minus {name}")
-    strict = entry["spike"]["strict"]
+    figure, axes = new_figure(len(curves))
+    for axis, (name, curve) in zip(axes, curves.items()):
+        _draw_curve(axis, curve)
+        axis.set_title(f"{entry['label']} minus {name}: mean over {curve['n_events']:,} events, 95 % pointwise band")
+    axes[-1].set_xlabel("tokens since the prune event (negative: before the next one)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, handlelength=3)
+    return figure
+
+
+def _draw_curve(axis: Any, curve: dict[str, Any]) -> None:
+    lags = np.asarray(curve["lags"])
+    mean, low, high = (np.asarray(curve[name], dtype=float) for name in ("mean", "low", "high"))
+    window = (-0.5, min(AFTER, lags.max() + 1) - 0.5)
+    axis.fill_between(lags, low, high, color=BLUE, alpha=0.22, linewidth=0)
+    axis.plot(lags, mean, color=BLUE, linewidth=1.6, label="paired difference")
     axis.axhline(0, color=BLACK, linewidth=0.8)
     axis.axvline(-0.5, color=BLACK, linewidth=1.2, linestyle=":", label="prune event")
-    axis.axvspan(
-        -0.5, min(AFTER, np.max(strict["lags"]) + 1) - 0.5, color=GREEN, alpha=0.08, linewidth=0, label="spike window"
-    )
-    if strict["level"]["value"] is not None:
-        axis.axhline(strict["level"]["value"], color=GREEN, linewidth=1.2, linestyle="-.", label="level before")
-    axis.set(xlabel="tokens since the prune event (negative: before the next one)")
-    axis.set(ylabel="NLL difference (nats per token)")
-    axis.set_title(f"{entry['label']}: mean paired difference over {strict['n_events']:,} events, 95 % pointwise band")
-    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
-    return figure
+    axis.axvspan(*window, color=GREEN, alpha=0.08, linewidth=0, label="spike window")
+    if curve["level"]["value"] is not None:
+        axis.axhline(curve["level"]["value"], color=ORANGE, linewidth=1.4, linestyle="-.", label="level before")
+    axis.set_ylabel("NLL difference (nats per token)")
 
 
 @DIAGNOSIS_PICTURES.register("latency")
