@@ -7,17 +7,21 @@ import torch
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS
-from sinkstream.cli.eval import exit_code, run_settings, token_stream
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments
+from sinkstream.cli.eval import exit_code
+from sinkstream.cli.options import (
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    load_given_model,
+    run_settings,
+)
 from sinkstream.cli.show import wide_console
-from sinkstream.data import load_text
+from sinkstream.data import load_text, tokenize
 from sinkstream.diagnosis import Diagnosis
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.diagnose import diagnosis_settings, pair_runs, write_diagnosis_files
 from sinkstream.measure.environment import environment
 from sinkstream.measure.records import Record, load_records
-from sinkstream.models import load_model, resolve_device, resolve_dtype
 from sinkstream.report.diagnosis_tables import rich_diagnosis
 
 RUNS = "runs"
@@ -46,7 +50,6 @@ class Diagnose:
         group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
         group.add_argument(
             "--sample-every",
-            dest="recompute_every",
             type=int,
             default=64,
             metavar="K",
@@ -63,26 +66,20 @@ class Diagnose:
         console = wide_console()
         if args.records:
             return _write(args, load_records(args.records), None, console)
-        args.backend, args.repeats, args.sample_every = "hf", 1, 1
-        args.evaluate = "steps" if args.timed_tokens else "blocks"
-        policies = [run_settings(args, method, options) for method, options in args.policy]
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-        text = load_text(args.text)
-        loaded = load_model(
-            args.model,
-            dtype=resolve_dtype(args.dtype, device),
-            device=device,
-            attn_implementation=args.attention,
-            seed=args.seed,
+        timing = (
+            {"evaluate": "steps", "timed_tokens": args.timed_tokens} if args.timed_tokens else {"evaluate": "blocks"}
         )
-        stream = token_stream(args, loaded, text)
+        protocol = {"prefill": args.prefill, "block_tokens": args.block_tokens, **timing}
+        policies = [run_settings(args, method, options, **protocol) for method, options in args.policy]
+        text = load_text(args.text)
+        loaded = load_given_model(args)
+        stream = tokenize(text, loaded.tokenizer, args.tokens)
         settings = diagnosis_settings(
             policies,
             tokens=len(stream),
             trained_positions=loaded.trained_positions,
             sink=getattr(args, "sink", None),
-            sample_every=args.recompute_every,
+            sample_every=args.sample_every,
         )
         batch = Batch(loaded, stream, args.out / RUNS, all_arguments(args), args.argv, args.seed, args.resume)
         records = batch.run(settings, console)
