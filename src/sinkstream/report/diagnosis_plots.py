@@ -11,7 +11,7 @@ from sinkstream.evaluation.statistics import AFTER, BLOCK_TOKENS, block_sums
 from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
 from sinkstream.registry import Registry
-from sinkstream.report.plots import COLOURS, panels, save
+from sinkstream.report.plots import COLOURS, new_figure, save
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
 DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")
@@ -39,7 +39,7 @@ def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: 
 @DIAGNOSIS_PICTURES.register("nll")
 def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> Any:
     """NLL over the token index: the whole text in block means, and a stretch token by token with prune marks."""
-    figure, (whole, zoom, paired) = panels(3, share_x=False, height=9)
+    figure, (whole, zoom, paired) = new_figure(3, share_x=False, height=9)
     runs = ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-"))
     first, last = _stretch(record)
     for run, name, colour, style in runs:
@@ -69,7 +69,7 @@ def paired_curve(record: Record, control: Record, entry: dict[str, Any]) -> Any:
     curves = {name: curve for name, curve in entry["spike"].items() if np.size(curve["lags"]) > 1}
     if not curves:
         return None
-    figure, axes = panels(len(curves))
+    figure, axes = new_figure(len(curves))
     for axis, (name, curve) in zip(axes, curves.items()):
         _draw_curve(axis, curve)
         axis.set_title(f"{entry['label']} minus {name}: mean over {curve['n_events']:,} events, 95 % pointwise band")
@@ -100,7 +100,7 @@ def latency_with_marks(record: Record, control: Record, entry: dict[str, Any]) -
     timed = np.isfinite(milliseconds)
     if not timed.any():
         return None
-    figure, (axis,) = panels(1)
+    figure, (axis,) = new_figure(1)
     event = record.arrays["event"]
     axis.plot(index[timed], milliseconds[timed], color=BLUE, linewidth=0.9, label="one token")
     axis.scatter(
@@ -120,7 +120,7 @@ def latency_with_marks(record: Record, control: Record, entry: dict[str, Any]) -
 @DIAGNOSIS_PICTURES.register("kv")
 def visible_length(record: Record, control: Record, entry: dict[str, Any]) -> Any:
     """Visible KV length over the token index, in a stretch of the text, against the control and the trained length."""
-    figure, (axis,) = panels(1)
+    figure, (axis,) = new_figure(1)
     first, last = _stretch(record)
     for run, name, colour, style in ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-")):
         index = run.arrays["index"]
@@ -150,7 +150,7 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
     drops = record.arrays["drop_size"][record.arrays["drop_size"] > 0]
     if not drops.size:
         return None
-    figure, (axis,) = panels(1, height=2.8)
+    figure, (axis,) = new_figure(1, height=2.8)
     width = max(1, int(np.ptp(drops)) // 40)
     edges = np.arange(drops.min() - 0.5, drops.max() + width + 0.5, width)
     axis.hist(drops, bins=edges, color=BLUE, edgecolor="white", linewidth=0.6)
@@ -163,7 +163,7 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
 
 def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one group of bars a policy."""
-    figure, (axis,) = panels(1, height=1.4 + 0.75 * len(entries))
+    figure, (axis,) = new_figure(1, height=1.4 + 0.75 * len(entries))
     parts = zip(PARTS.items(), (BLUE, SKY, PINK, RED, ORANGE))
     rows = [("total", "all of it", "white"), *((name, text, colour) for (name, text), colour in parts)]
     for offset, (name, text, colour) in zip(np.linspace(0.35, -0.35, len(rows)), rows):
