@@ -119,6 +119,33 @@ def ppl_interval(
     return PplInterval(ppl, low, high, **figures)
 
 
+@dataclass(frozen=True)
+class MeanInterval:
+    """Mean of independent values with its interval; `low` and `high` are None with fewer than `MIN_BLOCKS` of them."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    confidence: float
+
+
+def mean_interval(
+    values: np.ndarray, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> MeanInterval:
+    """Mean of independent values, such as one a passage, with its bootstrap interval.
+
+    Parameters
+    ----------
+    values : (n,) float
+        NaN entries are left out.
+    resamples, confidence, seed
+        As in `paired_delta_ppl`.
+    """
+    figures = _block_bootstrap(values, None, 1, resamples, confidence, seed)
+    return MeanInterval(*figures["interval"], n=figures["n_blocks"], confidence=confidence)
+
+
 def block_sums(
     values: np.ndarray, positions: np.ndarray | None = None, block_tokens: int = BLOCK_TOKENS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
