@@ -9,7 +9,7 @@ from rich.markup import escape
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, numbers, run_settings
-from sinkstream.cli.show import wide_console
+from sinkstream.cli.show import show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.recall import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
@@ -80,8 +80,5 @@ def _show(records: list[RecallRecord], out: Path, console: Console, title: str) 
             told += f", picture: {draw_recall(measured, out / PICTURE, title=title)}"
         except ImportError as error:
             told += f"; no picture: {error}"
-    for record in records:
-        if record.status != "complete":
-            reason = f"{record.policy['label']}: {record.status}: {record.status_reason}"
-            console.print(reason, style="bold red", markup=False, highlight=False)
+    show_unfinished(records, console)
     console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,36 @@ _RESAMPLES_PER_BATCH = 500
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval.
+
+    Attributes
+    ----------
+    value : float or None
+        None if the figure does not exist.
+    low, high : float or None
+        The interval; None with a `reason` where it cannot be given.
+    reason : str or None
+        Why value or interval is missing.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the interval says that the figure is positive."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
 class PplInterval:
     """Perplexity with its interval; `low` and `high` are None with a `reason` when there are too few blocks."""
 
@@ -119,31 +149,58 @@ def ppl_interval(
     return PplInterval(ppl, low, high, **figures)
 
 
-@dataclass(frozen=True)
-class MeanInterval:
-    """Mean of independent values with its interval; `low` and `high` are None with fewer than `MIN_BLOCKS` of them."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    confidence: float
-
-
 def mean_interval(
-    values: np.ndarray, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> MeanInterval:
-    """Mean of independent values, such as one a passage, with its bootstrap interval.
+    values: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
+    figures = _block_bootstrap(values, positions, block_tokens, resamples, confidence, seed)
+    return Estimate(*figures["interval"], reason=figures.get("reason"))
+
+
+def share_interval(
+    part: np.ndarray,
+    whole: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """What share of a mean a part of it makes up, sum(part) / sum(whole), with its interval.
+
+    Blocks are resampled with both their sums. A share of nothing does not exist: without an interval of the whole that
+    leaves out zero there is only a reason.
 
     Parameters
     ----------
-    values : (n,) float
-        NaN entries are left out.
-    resamples, confidence, seed
+    part, whole : (tokens,) float
+        Of the same tokens in the same order; NaN in both where a token is missing.
+    positions, block_tokens, resamples, confidence, seed
         As in `paired_delta_ppl`.
     """
-    figures = _block_bootstrap(values, None, 1, resamples, confidence, seed)
-    return MeanInterval(*figures["interval"], n=figures["n_blocks"], confidence=confidence)
+    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    if not mean_interval(whole, positions=positions, block_tokens=block_tokens, **options).excludes_zero:
+        return Estimate(reason="the whole is not told from zero")
+    sums = [block_sums(values, positions, block_tokens)[1] for values in (part, whole)]
+    found = stats.bootstrap(
+        sums,
+        lambda its, all_, axis=-1: its.sum(axis=axis) / all_.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_RESAMPLES_PER_BATCH,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(float(sums[0].sum() / sums[1].sum()), float(found.low), float(found.high))
 
 
 def block_sums(

@@ -67,23 +67,24 @@ class Batch:
         if self.interleave:
             common_prefill(settings, len(self.stream))
         check_writable(self.out)
-        records = []
+        records, caps = [], {one.cap for one in settings}
         with token_progress(console) as progress:
             if self.interleave:
                 return self._run_in_turn(settings, progress)
             for one in settings:
-                records.append(self._run_one(one, progress))
+                name = one.label() if len(caps) == 1 else f"cap {one.cap}: {one.label()}"
+                records.append(self._run_one(one, progress, name))
                 if records[-1].status != "complete":
                     break
         return records
 
-    def _run_one(self, settings: RunSettings, progress: Progress) -> Record:
+    def _run_one(self, settings: RunSettings, progress: Progress, name: str) -> Record:
         if self.resume:
             found = find_complete(self.out, run_identity(self.loaded, self.stream, settings))
             if found:
-                progress.console.print(f"{settings.label()}: taken from {found.id}")
+                progress.console.print(f"{name}: taken from {found.id}")
                 return found
-        result = run(self.loaded, self.stream.ids, settings, shown(progress, settings.label()))
+        result = run(self.loaded, self.stream.ids, settings, shown(progress, name))
         with uninterrupted():
             return load_record(self._save(settings, result))
 

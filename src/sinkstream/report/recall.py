@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from sinkstream.evaluation.statistics import MeanInterval, mean_interval
+from sinkstream.evaluation.statistics import Estimate, mean_interval
 from sinkstream.measure.recall import RecallRecord
 from sinkstream.report.plots import COLOURS, line_formats, panels, save
 from sinkstream.report.selection import normalised
@@ -24,13 +24,13 @@ class RecallPoint:
         Distance over cap.
     distance : int
         Tokens.
-    gain : MeanInterval
+    gain : Estimate
         Nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back.
     """
 
     ratio: float
     distance: int
-    gain: MeanInterval
+    gain: Estimate
 
 
 def recall_curve(record: RecallRecord) -> list[RecallPoint]:
@@ -39,7 +39,9 @@ def recall_curve(record: RecallRecord) -> list[RecallPoint]:
     gains = passages["nll_unseen"] - passages["nll_again"]
     for ratio in np.unique(passages["ratio"]):
         its = passages["ratio"] == ratio
-        points.append(RecallPoint(float(ratio), int(passages["distance"][its][0]), mean_interval(gains[its])))
+        points.append(
+            RecallPoint(float(ratio), int(passages["distance"][its][0]), mean_interval(gains[its], block_tokens=1))
+        )
     return points
 
 
@@ -102,7 +104,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     for record, style in zip(records, line_formats()):
         curve = recall_curve(record)
         ratios = [point.ratio for point in curve]
-        axis.plot(ratios, [p.gain.mean for p in curve], label=display_name(record), marker="o", markersize=4, **style)
+        axis.plot(ratios, [p.gain.value for p in curve], label=display_name(record), marker="o", markersize=4, **style)
         banded = [point for point in curve if point.gain.low is not None]
         low, high = [p.gain.low for p in banded], [p.gain.high for p in banded]
         axis.fill_between([p.ratio for p in banded], low, high, color=style["color"], alpha=0.13, linewidth=0)
@@ -135,7 +137,7 @@ def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> 
 _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 
-def _gain(gain: MeanInterval | None) -> str:
-    if gain is None or gain.mean is None:
+def _gain(gain: Estimate | None) -> str:
+    if gain is None or gain.value is None:
         return EMPTY
-    return f"{gain.mean:+.2f}" if gain.low is None else f"{gain.mean:+.2f} ±{(gain.high - gain.low) / 2:.2f}"
+    return f"{gain.value:+.2f}" if gain.low is None else f"{gain.value:+.2f} ±{(gain.high - gain.low) / 2:.2f}"
