@@ -99,16 +99,17 @@ class CliffShares:
 def grid(records: Sequence[Record]) -> list[CliffRun]:
     """The runs of the newest grid among complete records, ordered by positions, cap, R and growth.
 
-    A grid is what ``sinkstream cliff`` ran on one model and text with one prefill; of equal runs the newest counts.
+    A grid is what ``sinkstream cliff`` ran on one model and text, on one kind of device, in one precision and with one
+    prefill; of equal runs the newest counts. `records` are in the order in which they were made.
     """
     mine = [r for r in records if r.status == "complete" and "cliff" in r.command[:3]]
-    mine = [
-        r
-        for r in mine
-        if same_text_and_model(r, mine[-1]) and r.protocol["prefill_tokens"] == mine[-1].protocol["prefill_tokens"]
-    ]
-    runs = {(r.positions, r.cap, r.stride, r.accounting): r for r in map(CliffRun.of, mine)}
+    alike = [r for r in mine if same_text_and_model(r, mine[-1]) and _protocol(r) == _protocol(mine[-1])]
+    runs = {(r.positions, r.cap, r.stride, r.accounting): r for r in map(CliffRun.of, alike)}
     return [runs[key] for key in sorted(runs)]
+
+
+def _protocol(record: Record) -> tuple[Any, ...]:
+    return tuple(record.protocol[name] for name in ("prefill_tokens", "dtype", "device", "backend"))
 
 
 def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:

@@ -134,5 +134,5 @@ def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
 
 @HEADLINES.register("diagnosis.cliff_share_length")
 def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
-    """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, sinkstream cliff."""
+    """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, cliff grid."""
     return share_past_trained(records, model="neox-27m-sink")
