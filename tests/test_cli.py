@@ -523,7 +523,7 @@ def test_ctrl_c_before_the_run(cli, here, monkeypatch):
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sinkstream.cli.eval.load_model", pressed)
+    monkeypatch.setattr("sinkstream.cli.options.load_model", pressed)
     done = cli(eval_line())
     assert (done.code, done.err) == (130, "sinkstream eval: interrupted\n")
     assert not (here / "out").exists()

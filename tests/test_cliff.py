@@ -8,6 +8,7 @@ import tiny_model
 from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
+from sinkstream.evaluation.statistics import share_interval
 from sinkstream.experiments.cliff import cliff_settings
 from sinkstream.measure.records import load_record, load_records, write_record
 from sinkstream.report.cliff import HEADER, cliff_rows, decompose, draw_cliff, grid, shares
@@ -95,6 +96,15 @@ def test_noise_alone_gives_no_share(store):
     assert decompose(*runs).share_past.value is None
 
 
+def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(100):
+        part, rest = rng.normal(0.3, 1.0, 2000), rng.normal(0.1, 1.0, 2000)
+        found = share_interval(part, part + rest, block_tokens=8, resamples=400, seed=seed)
+        held += found.low <= 0.75 <= found.high
+    assert 88 <= held <= 100
+
+
 def test_records_of_another_text_are_refused(store):
     strict, inside, _ = planted(store)
     other = store("other", "lazy", stride=STRIDE, accounting="published", text="wikitext")
@@ -113,6 +123,7 @@ def test_table_headline_and_picture(store, tmp_path):
     assert {len(row) for row in rows} == {len(HEADER)}
     outside = next(row for row in rows if row[2:4] == ["256", "outside cap"])
     assert outside[7] == "+0.0300 ±0.0000" and outside[9].startswith("+0.2500") and re.match("9[0-9] % ±", outside[10])
+    assert next(row for row in rows if row[2] == "1")[6] == "control"
     value, record_id = HEADLINES["diagnosis.cliff_share_length"](records)
     assert value == pytest.approx(0.909, abs=1e-3) and record_id == "outside"
     table = render_tables(tmp_path)["cliff-neox-sink"]

@@ -9,14 +9,12 @@ from rich.markup import escape
 from sinkstream.cache import POSITIONS
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
-from sinkstream.cli.options import add_model_options, all_arguments, numbers
+from sinkstream.cli.options import add_model_options, all_arguments, load_given_model, numbers
 from sinkstream.cli.show import show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.cliff import CAPS, SINK, STRIDES, cliff_settings
 from sinkstream.measure.records import Record
-from sinkstream.models import load_model, resolve_device, resolve_dtype
 from sinkstream.report.cliff import draw_cliff, rich_cliff_table
 
 PICTURE = "cliff.png"
@@ -59,16 +57,8 @@ class Cliff:
     def run(args: argparse.Namespace) -> int:
         """Run the grid, print both tables, write records and picture."""
         console = wide_console()
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         text = load_text(args.text)
-        loaded = load_model(
-            args.model,
-            dtype=resolve_dtype(args.dtype, device),
-            device=device,
-            attn_implementation=args.attention,
-            seed=args.seed,
-        )
+        loaded = load_given_model(args)
         if loaded.trained_positions is None:
             raise ValueError(
                 f"{loaded.name} does not say how many positions it was trained on; accepted: one that does"

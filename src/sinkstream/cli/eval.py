@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, run_settings
+from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, load_given_model, run_settings
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
 from sinkstream.evaluation.settings import EVALUATE, RunSettings
 from sinkstream.experiments.batch import Batch
-from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
+from sinkstream.models import LoadedModel
 
 RANDOM_TEXT = "random"
 
@@ -51,16 +50,8 @@ class Eval:
         """Run all policies, print the table, write records and picture."""
         settings = [_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
-        loaded = load_model(
-            args.model,
-            dtype=resolve_dtype(args.dtype, device),
-            device=device,
-            attn_implementation=args.attention,
-            seed=args.seed,
-        )
+        loaded = load_given_model(args)
         stream = _tokens(args, loaded, stream_first)
         batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
         records = batch.run(settings, console)

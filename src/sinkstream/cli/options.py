@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sinkstream.cache import POSITIONS
+from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names, method_summary
+from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
@@ -81,6 +83,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="allow cuDNN attention (it builds a plan for every new length)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
+
+
+def load_given_model(args: argparse.Namespace) -> LoadedModel:
+    """Set the numeric switches and load the model that the options of `add_model_options` ask for."""
+    device = resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    return load_model(
+        args.model,
+        dtype=resolve_dtype(args.dtype, device),
+        device=device,
+        attn_implementation=args.attention,
+        seed=args.seed,
+    )
 
 
 def all_arguments(args: argparse.Namespace) -> dict[str, Any]:

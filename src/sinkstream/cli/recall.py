@@ -8,13 +8,18 @@ from rich.markup import escape
 
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, numbers, run_settings
+from sinkstream.cli.options import (
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    load_given_model,
+    numbers,
+    run_settings,
+)
 from sinkstream.cli.show import show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.recall import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
 from sinkstream.measure.recall import RecallRecord
-from sinkstream.models import load_model, resolve_device, resolve_dtype
 from sinkstream.report.recall import draw_recall, rich_recall_table
 
 PICTURE = "recall.png"
@@ -53,16 +58,8 @@ class Recall:
         protocol = {"evaluate": "blocks", "block_tokens": args.block_tokens}
         settings = [run_settings(args, method, options, **protocol) for method, options in args.policy]
         console = wide_console()
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         text = load_text(args.text)
-        loaded = load_model(
-            args.model,
-            dtype=resolve_dtype(args.dtype, device),
-            device=device,
-            attn_implementation=args.attention,
-            seed=args.seed,
-        )
+        loaded = load_given_model(args)
         streams = design.streams(lambda tokens: tokenize(text, loaded.tokenizer, tokens))
         batch = RecallBatch(loaded, streams, args.out, all_arguments(args), args.argv, args.seed, args.resume)
         records = batch.run(settings, console)
