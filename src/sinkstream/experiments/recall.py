@@ -30,7 +30,7 @@ from sinkstream.evaluation.record import provenance, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.batch import check_writable, save_or_rescue, shown, token_progress, uninterrupted
-from sinkstream.measure.recall import RecallRecord, load_recalls, write_recall
+from sinkstream.measure.recall import RecallRecord, load_recall, load_recalls, write_recall
 from sinkstream.measure.records import new_record_id
 from sinkstream.models import LoadedModel
 
@@ -248,7 +248,9 @@ class RecallBatch:
                 found = self._find(one) if self.resume else None
                 if found:
                     progress.console.print(f"{one.label()}: taken from {found.id}")
-                records.append(found or self._run_one(one, its, shown(progress, one.label())))
+                else:
+                    found = self._run_one(one, its, shown(progress, one.label()))
+                records.append(found)
                 if records[-1].status != "complete":
                     break
         return records
@@ -283,9 +285,8 @@ class RecallBatch:
             if result.status != "complete":
                 break
         with uninterrupted():
-            record = self._record(settings, result, nll, whole=len(trials) == 1)
-            path = save_or_rescue(lambda folder: write_recall(record, folder), self.out)
-            return next(r for r in load_recalls(path.parent) if r.id == record["id"])
+            record = self._record(settings, result, nll)
+            return load_recall(save_or_rescue(lambda folder: write_recall(record, folder), self.out))
 
     def _passage_nll(self, result: RunResult, start: int) -> float:
         """Mean NLL of a passage, its first token left out; NaN if the run did not come that far."""
@@ -308,12 +309,12 @@ class RecallBatch:
         same = [r for r in load_recalls(self.out) if r.status == "complete" and r.arguments["identity"] == identity]
         return same[-1] if same else None
 
-    def _record(
-        self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray], *, whole: bool
-    ) -> dict[str, Any]:
+    def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
         streams, identity = self.streams, self._identity(settings)
         scored = np.flatnonzero(np.isfinite(nll["repeated"] + nll["control"]))
         places = [streams.places[number] for number in scored]
+        covers_stream = settings.method != "full"
         return {
             "id": new_record_id("recall", self.loaded.name, streams.repeated.name, settings.label()),
             "status": result.status,
@@ -338,7 +339,7 @@ class RecallBatch:
                 "block_tokens": settings.block_tokens,
                 **identity["recall"],
             },
-            "summary": {"ppl": result.summary["ppl"] if whole and result.status == "complete" else None},
+            "summary": {"ppl": result.summary["ppl"] if covers_stream and result.status == "complete" else None},
             "passages": {
                 "ratio": [place.ratio for place in places],
                 "distance": [place.second - place.first for place in places],

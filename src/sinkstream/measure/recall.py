@@ -67,37 +67,47 @@ def write_recall(record: Mapping[str, Any], directory: Path | str) -> Path:
     return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def load_recalls(directory: Path | str) -> list[RecallRecord]:
-    """Every recall record below a folder, oldest first; other files are left alone.
+def load_recall(path: Path | str) -> RecallRecord:
+    """Read and check one recall record.
 
     Raises
     ------
     ValueError
-        Naming the file and the field: a recall record of another version, or an incomplete one.
+        Naming the file and the field: no recall record, one of another version, or an incomplete one.
     """
-    found = [(path, _content(path)) for path in sorted(Path(directory).rglob("*.json"))]
-    records = [_record(path, content) for path, content in found if content is not None]
-    return sorted(records, key=lambda record: (record.created, record.id))
-
-
-def _content(path: Path) -> dict[str, Any] | None:
-    """What a file holds if it calls itself a recall record, else None."""
+    path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    says = content.get("schema") if isinstance(content, dict) else None
-    return content if str(says).startswith("sinkstream.recall/") else None
-
-
-def _record(path: Path, content: dict[str, Any]) -> RecallRecord:
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
     _check(content, str(path))
     fields = {name: content[name] for name in _FIELDS if name not in ("schema", "passages")}
     columns = {name: np.array(content["passages"][name], dtype=dtype) for name, dtype in COLUMNS.items()}
     return RecallRecord(path=path, **fields, passages=columns)
 
 
-def _check(content: Mapping[str, Any], where: str) -> None:
+def load_recalls(directory: Path | str) -> list[RecallRecord]:
+    """Every recall record below a folder, oldest first; files that do not call themselves one are left alone.
+
+    Raises
+    ------
+    ValueError
+        As `load_recall`.
+    """
+    records = [load_recall(path) for path in sorted(Path(directory).rglob("*.json")) if _is_recall(path)]
+    return sorted(records, key=lambda record: (record.created, record.id))
+
+
+def _is_recall(path: Path) -> bool:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).startswith("sinkstream.recall/")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _check(content: Any, where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: not a recall record: expected a JSON object, got {type(content).__name__}")
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
     for name in _FIELDS:
