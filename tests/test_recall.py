@@ -232,6 +232,7 @@ def test_curve_table_and_picture(batch, tmp_path):
     console = Console(width=150, record=True, quiet=True)
     console.print(rich_recall_table(records, title="T"))
     assert draw_recall(records, tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_recall(3 * records, tmp_path / "many.png").exists()
     with pytest.raises(ValueError, match="no recall records"):
         draw_recall([], tmp_path / "r.png")
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -12,6 +13,9 @@ from sinkstream.measure.recall import RecallRecord
 from sinkstream.report.plots import COLOURS, line_formats, panels, save
 from sinkstream.report.selection import normalised
 from sinkstream.report.tables import EMPTY
+
+MOST_BANDS = 5
+_NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def rich_recall_table(records: Sequence[RecallRecord], title: str | None = None)
 
 
 def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str | None = None) -> Path:
-    """Draw recall gain over distance / cap, one line with its 95 % band a policy; writes a PNG atomically.
+    """Draw recall gain over distance / cap, one line a policy, with its 95 % interval; writes a PNG atomically.
+
+    Up to `MOST_BANDS` lines have bands; more have bars instead and stand a little apart.
 
     Raises
     ------
@@ -101,13 +107,9 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     if not records:
         raise ValueError("no recall records to draw")
     figure, (axis,) = panels(1)
-    for record, style in zip(records, line_formats()):
-        curve = recall_curve(record)
-        ratios = [point.ratio for point in curve]
-        axis.plot(ratios, [p.gain.value for p in curve], label=display_name(record), marker="o", markersize=4, **style)
-        banded = [point for point in curve if point.gain.low is not None]
-        low, high = [p.gain.low for p in banded], [p.gain.high for p in banded]
-        axis.fill_between([p.ratio for p in banded], low, high, color=style["color"], alpha=0.13, linewidth=0)
+    for number, (record, style) in enumerate(zip(records, line_formats())):
+        shift = None if len(records) <= MOST_BANDS else 2 ** (0.3 * (number / (len(records) - 1) - 0.5))
+        _draw_curve(axis, record, style, shift)
     ticks = sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
     axis.axhline(0, color=COLOURS[0], linewidth=1)
     axis.axvline(1, color="#777777", linewidth=1.2, linestyle=":")
@@ -122,6 +124,18 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     return save(figure, path)
 
 
+def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: float | None) -> None:
+    """One policy's line, its intervals as a band, or as bars where the line is moved sideways by a factor `shift`."""
+    curve = recall_curve(record)
+    ratios, gains = [(shift or 1.0) * point.ratio for point in curve], [point.gain.value for point in curve]
+    axis.plot(ratios, gains, label=display_name(record), marker="o", markersize=4, **style)
+    known = [(x, p.gain.low, p.gain.high) for x, p in zip(ratios, curve) if p.gain.low is not None]
+    if known and shift is None:
+        axis.fill_between(*zip(*known), color=style["color"], alpha=0.13, linewidth=0)
+    elif known:
+        axis.vlines(*zip(*known), color=style["color"], linewidth=1)
+
+
 def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> list[RecallRecord]:
     """The newest complete record of each policy of a model at a cap, on the streams of the newest, full cache first."""
     mine = [
@@ -132,9 +146,6 @@ def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> 
     ]
     newest = {record.policy["label"]: record for record in mine if record.data["sha256"] == mine[-1].data["sha256"]}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
-
-
-_NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 
 def _gain(gain: Estimate | None) -> str:
