@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sinkstream.evaluation.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
 from sinkstream.measure.records import Record
-from sinkstream.report.plots import COLOURS, panels, save
+from sinkstream.report.plots import COLOURS, new_figure, save
 from sinkstream.report.selection import has_model, same_text_and_model
 from sinkstream.report.tables import EMPTY
 
@@ -226,7 +226,7 @@ def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None
     modes = sorted({run.positions for run in runs})
     trained = runs[0].record.model["trained_positions"]
     strides = sorted({run.stride for run in runs})
-    figure, axes = panels(len(modes) + 1)
+    figure, axes = new_figure(len(modes) + 1)
     for axis, mode in zip(axes, modes):
         _draw_ppl(axis, [run for run in runs if run.positions == mode], strides)
         axis.set_title(f"positions: {mode}", fontsize="medium")

@@ -56,7 +56,7 @@ def nll_over_tokens(
         matplotlib is not installed.
     """
     control = find_control(records, control_id)
-    figure, axes = panels(2 if len(records) > 1 else 1)
+    figure, axes = new_figure(2 if len(records) > 1 else 1)
     for record, style in zip(records, line_formats()):
         starts, sums, counts = block_sums(record.arrays["nll"], record.arrays["index"], block_tokens)
         axes[0].plot(starts + block_tokens / 2, sums / counts, label=display_name(record), linewidth=1.6, **style)
@@ -91,7 +91,7 @@ def _limits(axis: Any) -> tuple[float, float]:
     return min(-0.1, 1.2 * np.nanmin(drawn)), max(0.1, 1.2 * np.nanmax(drawn))
 
 
-def panels(n_panels: int) -> tuple[Any, np.ndarray]:
+def new_figure(n_panels: int) -> tuple[Any, np.ndarray]:
     """A figure on matplotlib's Agg canvas with panels, one below the other, that share their x axis."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

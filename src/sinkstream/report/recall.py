@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sinkstream.evaluation.statistics import Estimate, mean_interval
 from sinkstream.measure.recall import RecallRecord
-from sinkstream.report.plots import COLOURS, line_formats, panels, save
+from sinkstream.report.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.report.selection import normalised
 from sinkstream.report.tables import EMPTY
 
@@ -106,7 +106,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     """
     if not records:
         raise ValueError("no recall records to draw")
-    figure, (axis,) = panels(1)
+    figure, (axis,) = new_figure(1)
     for number, (record, style) in enumerate(zip(records, line_formats())):
         shift = None if len(records) <= MOST_BANDS else 2 ** (0.3 * (number / (len(records) - 1) - 0.5))
         _draw_curve(axis, record, style, shift)
