@@ -9,6 +9,7 @@ from sinkstream.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
+from sinkstream.report.cliff import share_past_trained
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.selection import policy_name, same_conditions, select
 
@@ -143,3 +144,9 @@ def ppl_window_only(records: Sequence[Record]) -> tuple[float, str] | None:
 def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
     """PPL of strict streaming, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "strict")
+
+
+@HEADLINES.register("diagnosis.cliff_share_length")
+def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, cliff grid."""
+    return share_past_trained(records, model="neox-27m-sink")

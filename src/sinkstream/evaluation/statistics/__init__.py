@@ -10,6 +10,7 @@ from sinkstream.evaluation.statistics.delta import (
     mean_interval,
     paired_delta_ppl,
     ppl_interval,
+    share_interval,
     suitable_block_tokens,
 )
 from sinkstream.evaluation.statistics.estimate import Estimate
@@ -32,5 +33,6 @@ __all__ = [
     "paired_delta_ppl",
     "ppl_interval",
     "resolution",
+    "share_interval",
     "suitable_block_tokens",
 ]
