@@ -523,7 +523,7 @@ def test_ctrl_c_before_the_run(cli, here, monkeypatch):
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sinkstream.cli.eval.load_model", pressed)
+    monkeypatch.setattr("sinkstream.cli.options.load_model", pressed)
     done = cli(eval_line())
     assert (done.code, done.err) == (130, "sinkstream eval: interrupted\n")
     assert not (here / "out").exists()
@@ -638,10 +638,12 @@ def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
     assert "(default: None)" not in text and "(default: 256)" in text and "(default: 0)" in text
 
 
-@pytest.mark.parametrize("command", ["eval", "demo", "env", "report"])
+@pytest.mark.parametrize("command", ["eval", "diagnose", "recall", "cliff", "demo", "env", "report"])
 def test_every_option_has_a_help_text(cli, command):
     text = help_text(cli, command)
-    assert set(COMMANDS) == {"eval", "demo", "env", "report"}, "a new command: name it above"
+    assert set(COMMANDS) == {"eval", "diagnose", "recall", "cliff", "demo", "env", "report"}, (
+        "a new command: name it above"
+    )
     parser = next(a for a in build_parser()._actions if a.dest == "command").choices[command]
     for action in parser._actions:
         assert action.help, action.dest

@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
+from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, load_given_model, run_settings
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import BASELINES, EVALUATE, FIXED, RunSettings
+from sinkstream.evaluation.settings import EVALUATE, RunSettings
 from sinkstream.experiments.batch import Batch
-from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
+from sinkstream.models import LoadedModel
 
 RANDOM_TEXT = "random"
 
@@ -52,16 +51,8 @@ class Eval:
         """Run all policies, print the table, write records and picture."""
         settings = [_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
-        loaded = load_model(
-            args.model,
-            dtype=resolve_dtype(args.dtype, device),
-            device=device,
-            attn_implementation=args.attention,
-            seed=args.seed,
-        )
+        loaded = load_given_model(args)
         stream = _tokens(args, loaded, stream_first)
         batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
         records = batch.run(settings, console)
@@ -78,16 +69,10 @@ def exit_code(records: list) -> int:
 
 
 def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
-    shared = policy_options(args)
-    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
-        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
-    return RunSettings(
+    return run_settings(
+        args,
         method,
-        cap=args.cap,
-        options=shared | options,
-        cap_accounting=args.cap_accounting,
-        positions=args.positions,
-        allow_untrained_positions=args.allow_untrained_positions,
+        options,
         backend=args.backend,
         prefill=args.prefill,
         evaluate=args.evaluate,

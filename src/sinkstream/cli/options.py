@@ -1,11 +1,13 @@
 """Command-line options that several commands share; policy options come from the registries."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sinkstream.cache import POSITIONS
-from sinkstream.evaluation.settings import method_names, method_summary
+from sinkstream.evaluation.numerics import set_numerics
+from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names, method_summary
+from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
@@ -51,6 +53,22 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
 
+def run_settings(args: argparse.Namespace, method: str, options: dict[str, Any], **protocol: Any) -> RunSettings:
+    """Settings of one of the given policies; `options` are its own, `protocol` goes to `RunSettings` as it is."""
+    shared = policy_options(args)
+    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
+        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
+    return RunSettings(
+        method,
+        cap=args.cap,
+        options=shared | options,
+        cap_accounting=args.cap_accounting,
+        positions=args.positions,
+        allow_untrained_positions=args.allow_untrained_positions,
+        **protocol,
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--model`` and where and how it runs."""
     group = parser.add_argument_group("model")
@@ -67,9 +85,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
 
 
+def load_given_model(args: argparse.Namespace) -> LoadedModel:
+    """Set the numeric switches and load the model that the options of `add_model_options` ask for."""
+    device = resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    return load_model(
+        args.model,
+        dtype=resolve_dtype(args.dtype, device),
+        device=device,
+        attn_implementation=args.attention,
+        seed=args.seed,
+    )
+
+
 def all_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Every argument of a command, JSON-able, for its records."""
     return {k: v for k, v in vars(args).items() if k not in ("run", "argv")}
+
+
+def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
+    """A parser of numbers separated by commas, for an option's ``type``."""
+
+    def parse(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",") if part.strip()]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not accepted; accepted: {NUMBERS[kind]}, or several, separated by commas"
+            ) from None
+
+    return parse
 
 
 def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:

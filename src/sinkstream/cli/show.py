@@ -1,10 +1,12 @@
 """Showing a batch of records: the table, and the picture beside the records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from sinkstream.measure.recall import RecallRecord
 from sinkstream.measure.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
@@ -24,6 +26,11 @@ def show_records(records: list[Record], console: Console, title: str) -> None:
     scored = [r for r in records if r.summary["scored_tokens"]]
     if scored:
         console.print(rich_table(comparison_rows(scored), title=escape(title)))
+    show_unfinished(records, console)
+
+
+def show_unfinished(records: Sequence[Record | RecallRecord], console: Console) -> None:
+    """Say of every record that is not complete why."""
     for record in records:
         if record.status != "complete":
             told = f"{record.policy['label']}: {record.status}: {record.status_reason}"

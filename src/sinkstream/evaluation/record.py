@@ -30,6 +30,40 @@ def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings
     }
 
 
+def provenance(
+    loaded: LoadedModel,
+    stream: TokenStream,
+    settings: RunSettings,
+    *,
+    identity: dict[str, Any],
+    arguments: dict[str, Any],
+    command: list[str],
+) -> dict[str, Any]:
+    """The fields that every kind of record shares: what ran, where, when and how it was asked for.
+
+    Parameters
+    ----------
+    identity : dict
+        As `run_identity` gives it; kept among the arguments, for resuming.
+    arguments, command
+        As in `build_record`.
+    """
+    policy = settings.policy()
+    return {
+        "created": utc_now(),
+        "command": command,
+        "arguments": {**arguments, "identity": identity},
+        "environment": environment(loaded.model.device),
+        "model": loaded.record(),
+        "data": stream.record(),
+        "policy": {
+            "name": settings.method,
+            "label": settings.label(),
+            "options": {} if policy is None else {**policy.record(), "positions": settings.positions},
+        },
+    }
+
+
 def build_record(
     result: RunResult,
     loaded: LoadedModel,
@@ -49,29 +83,17 @@ def build_record(
     command : list of str
         As typed.
     """
-    policy = settings.policy()
-    device = loaded.model.device
     identity = run_identity(loaded, stream, settings)
     return {
         "id": new_record_id(loaded.name, stream.name, settings.label(), settings.evaluate),
         "status": result.status,
         "status_reason": result.reason,
-        "created": utc_now(),
-        "command": command,
-        "arguments": {**arguments, "identity": identity},
-        "environment": environment(device),
-        "model": loaded.record(),
-        "data": stream.record(),
-        "policy": {
-            "name": settings.method,
-            "label": settings.label(),
-            "options": {} if policy is None else {**policy.record(), "positions": settings.positions},
-        },
+        **provenance(loaded, stream, settings, identity=identity, arguments=arguments, command=command),
         "protocol": {
             "backend": settings.backend,
             "evaluate": settings.evaluate,
             "dtype": identity["dtype"],
-            "device": str(device),
+            "device": str(loaded.model.device),
             **numerics(),
             "seed": seed,
             "cap": settings.cap,

@@ -66,33 +66,33 @@ class Batch:
             check_run(self.loaded, len(self.stream), one)
         if self.interleave:
             common_prefill(settings, len(self.stream))
-        self._check_writable()
-        records = []
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        check_writable(self.out)
+        records, caps = [], {one.cap for one in settings}
+        with token_progress(console) as progress:
             if self.interleave:
                 return self._run_in_turn(settings, progress)
             for one in settings:
-                records.append(self._run_one(one, progress))
+                name = one.label() if len(caps) == 1 else f"cap {one.cap}: {one.label()}"
+                records.append(self._run_one(one, progress, name))
                 if records[-1].status != "complete":
                     break
         return records
 
-    def _run_one(self, settings: RunSettings, progress: Progress) -> Record:
+    def _run_one(self, settings: RunSettings, progress: Progress, name: str) -> Record:
         if self.resume:
             found = find_complete(self.out, run_identity(self.loaded, self.stream, settings))
             if found:
-                progress.console.print(f"{settings.label()}: taken from {found.id}")
+                progress.console.print(f"{name}: taken from {found.id}")
                 return found
-        result = run(self.loaded, self.stream.ids, settings, _shown(progress, settings.label()))
-        with _uninterrupted():
+        result = run(self.loaded, self.stream.ids, settings, shown(progress, name))
+        with uninterrupted():
             return load_record(self._save(settings, result))
 
     def _run_in_turn(self, settings: list[RunSettings], progress: Progress) -> list[Record]:
         settings = [replace(one, interleaved=len(settings)) for one in settings]
-        shown = _shown(progress, f"{len(settings)} in turn")
-        results = run_interleaved(self.loaded, self.stream.ids, settings, shown)
-        with _uninterrupted():
+        in_turn = shown(progress, f"{len(settings)} in turn")
+        results = run_interleaved(self.loaded, self.stream.ids, settings, in_turn)
+        with uninterrupted():
             return [load_record(self._save(one, result)) for one, result in zip(settings, results)]
 
     def _save(self, settings: RunSettings, result: RunResult) -> Path:
@@ -105,39 +105,56 @@ class Batch:
             command=self.command,
             seed=self.seed,
         )
-        try:
-            return save_record(record, result, self.out)
-        except WriteError as error:
-            raise WriteError(error.errno, f"{error.strerror}; {self._rescue(record, result)}") from error
-
-    @staticmethod
-    def _rescue(record: dict[str, Any], result: RunResult) -> str:
-        """Write the record to the folder of temporary files; returns what came of it, in words."""
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="sinkstream-rescued-"))
-            return f"the record was kept as {save_record(record, result, folder)}"
-        except OSError as error:
-            return f"and its copy could not be kept either: {error.strerror}"
-
-    def _check_writable(self) -> None:
-        """Fail before hours of work, not after them."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.out) as probe:
-                probe.write(os.urandom(1 << 16))
-                probe.flush()
-        except OSError as error:
-            raise ValueError(f"--out {self.out}: cannot be written: {error.strerror}") from error
+        return save_or_rescue(lambda folder: save_record(record, result, folder), self.out)
 
 
-def _shown(progress: Progress, description: str) -> Callable[[int, int], None]:
+def token_progress(console: Console) -> Progress:
+    """The progress display of runs: one line a run, counting tokens."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
+    """Write a record with `save(folder)` to `out`; returns its path.
+
+    Raises
+    ------
+    WriteError
+        If that cannot be done; it says where a copy was kept instead.
+    """
+    try:
+        return save(out)
+    except WriteError as error:
+        raise WriteError(error.errno, f"{error.strerror}; {_rescue(save)}") from error
+
+
+def _rescue(save: Callable[[Path], Path]) -> str:
+    """Write the record to the folder of temporary files; returns what came of it, in words."""
+    try:
+        return f"the record was kept as {save(Path(tempfile.mkdtemp(prefix='sinkstream-rescued-')))}"
+    except OSError as error:
+        return f"and its copy could not be kept either: {error.strerror}"
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError if `out` cannot be written to: fail before hours of work, not after them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(os.urandom(1 << 16))
+            probe.flush()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
     """A new line of the progress display, as the callback of a run."""
     task = progress.add_task(description, total=None)
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back while a record is being written; it acts afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,21 +1,26 @@
 """The generated tables of the documents, by name: every figure from records, every name from a registry."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
+from sinkstream.measure.recall import RecallRecord, load_recalls
 from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
-from sinkstream.report.selection import policy_name, same_conditions, select
+from sinkstream.report import cliff, recall
+from sinkstream.report.diagnosis_tables import render_diagnoses
+from sinkstream.report.selection import has_model, policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 
 DOCUMENT_TABLES: Registry = Registry("document table")
+RECALL_TABLES: Registry = Registry("document table of recall records")
 NONE_YET = "*no records yet*"
 
 
@@ -27,8 +32,9 @@ def render_tables(results: Path) -> dict[str, str]:
     ValueError
         The folder holds a broken record.
     """
-    records = load_records(results) if results.is_dir() else []
-    return {name: render(records) for name, render in DOCUMENT_TABLES.items()}
+    records, recalls = (load(results) if results.is_dir() else [] for load in (load_records, load_recalls))
+    tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
+    return tables | {name: render(recalls) for name, render in RECALL_TABLES.items()} | render_diagnoses(results)
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,7 +93,8 @@ def features_table(records: Sequence[Record]) -> str:
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
     """Comparison of all complete runs of one model on one text at one cap, recompute the control."""
-    runs = [r for r in select(records, model=model, text=text, device=device) if r.protocol["cap"] == cap]
+    runs = select(records, model=model, text=text, device=device)
+    runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
     controls = [r for r in runs if policy_name(r) == "recompute"]
     if not controls:
         return NONE_YET
@@ -103,30 +110,66 @@ def label(record: Record) -> str:
 
 def _origin(record: Record) -> str:
     """One line on what a table was measured with."""
-    protocol, environment = record.protocol, record.environment
-    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
-    versions = environment["versions"]
+    protocol = record.protocol
     return (
         f"{record.model['name']}, {record.data['name']}, {record.data['tokens']:,} tokens of which"
-        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']}, {hardware},"
-        f" torch {versions['torch']}, transformers {versions['transformers']}, commit"
-        f" `{(environment['git']['commit'] or 'unknown')[:10]}`."
+        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {_machine(record)}"
     )
 
 
-def _register_quality(name: str, **selection) -> None:
-    def render(records: Sequence[Record]) -> str:
-        return quality_table(records, **selection)
+def _machine(record: Record | RecallRecord) -> str:
+    """The end of the line on what a table was measured with."""
+    environment = record.environment
+    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
+    versions = environment["versions"]
+    return (
+        f"{record.protocol['dtype']}, {hardware}, torch {versions['torch']}, transformers {versions['transformers']},"
+        f" commit `{(environment['git']['commit'] or 'unknown')[:10]}`."
+    )
 
-    render.__doc__ = f"Quality and speed: {', '.join(f'{k} {v}' for k, v in selection.items())}."
-    DOCUMENT_TABLES.register(name)(render)
+
+def cliff_table(records: Sequence[Record], *, model: str) -> str:
+    """The newest grid of ``sinkstream cliff`` of a model."""
+    mine = [r for r in records if has_model(r, model)]
+    runs = cliff.grid(mine)
+    if not runs:
+        return NONE_YET
+    newest = runs[-1].record
+    told = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens, {_machine(newest)}"
+    return f"{told}\n\n{_grid(cliff.HEADER, cliff.cliff_rows(mine))}\n\n{cliff.footnote(mine)}"
+
+
+def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> str:
+    """Recall gain by distance, all policies of a model at a cap."""
+    mine = recall.select_recalls(records, model=model, cap=cap)
+    if not mine:
+        return NONE_YET
+    told = f"{mine[0].model['name']}, {mine[0].data['name']}, {mine[0].data['tokens']:,} tokens, {_machine(mine[0])}"
+    return f"{told}\n\n{_grid(*recall.recall_rows(mine))}\n\n{recall.footnote(mine)}"
+
+
+def _register(registry: Registry, name: str, table: Callable[..., str], **selection: Any) -> None:
+    def render(records: Sequence[Record] | Sequence[RecallRecord]) -> str:
+        return table(records, **selection)
+
+    summary = inspect.getdoc(table).splitlines()[0].rstrip(".")
+    render.__doc__ = f"{summary}: {', '.join(f'{k} {v}' for k, v in selection.items())}."
+    registry.register(name)(render)
 
 
 for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink"), ("neox-27m-nosink", "neox-nosink")):
     for _cap in (512, 1024):
-        _register_quality(f"pg19-{_short}-{_cap}", model=_model, text="pg19", cap=_cap, device="cuda")
-    _register_quality(f"wikitext-{_short}-512", model=_model, text="wikitext", cap=512, device="cuda")
-    _register_quality(f"pg19-{_short}-512-cpu", model=_model, text="pg19", cap=512, device="cpu")
+        _register(
+            DOCUMENT_TABLES, f"pg19-{_short}-{_cap}", quality_table, model=_model, text="pg19", cap=_cap, device="cuda"
+        )
+    _register(
+        DOCUMENT_TABLES, f"wikitext-{_short}-512", quality_table, model=_model, text="wikitext", cap=512, device="cuda"
+    )
+    _register(DOCUMENT_TABLES, f"cliff-{_short}", cliff_table, model=_model)
+    _register(RECALL_TABLES, f"recall-{_short}-512", recall_table, model=_model, cap=512)
+    _register(
+        DOCUMENT_TABLES, f"pg19-{_short}-512-cpu", quality_table, model=_model, text="pg19", cap=512, device="cpu"
+    )
 
 
 @DOCUMENT_TABLES.register("tpot-pythia-2.8b")

@@ -9,8 +9,9 @@ import numpy as np
 
 from sinkstream.evaluation.statistics import BLOCK_TOKENS, block_sums
 from sinkstream.measure.files import write_atomically
+from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
-from sinkstream.report.tables import common_tokens, display_name, find_control
+from sinkstream.report.tables import display_name, find_control
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
@@ -56,7 +57,7 @@ def nll_over_tokens(
         matplotlib is not installed.
     """
     control = find_control(records, control_id)
-    figure, axes = _figure(n_panels=2 if len(records) > 1 else 1)
+    figure, axes = new_figure(2 if len(records) > 1 else 1)
     for record, style in zip(records, line_formats()):
         starts, sums, counts = block_sums(record.arrays["nll"], record.arrays["index"], block_tokens)
         axes[0].plot(starts + block_tokens / 2, sums / counts, label=display_name(record), linewidth=1.6, **style)
@@ -78,10 +79,10 @@ def nll_over_tokens(
     return save(figure, path)
 
 
-def save(figure: Any, path: Path | str) -> Path:
-    """Write a figure as PNG, 150 dots per inch, atomically."""
+def save(figure: Any, path: Path | str, dpi: int = 150) -> Path:
+    """Write a figure as PNG, `dpi` dots per inch, atomically."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return write_atomically(path, buffer.getvalue())
 
 
@@ -91,17 +92,24 @@ def _limits(axis: Any) -> tuple[float, float]:
     return min(-0.1, 1.2 * np.nanmin(drawn)), max(0.1, 1.2 * np.nanmax(drawn))
 
 
-def _figure(n_panels: int) -> tuple[Any, np.ndarray]:
-    """A figure on matplotlib's Agg canvas with panels that share the token axis."""
+def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = None) -> tuple[Any, np.ndarray]:
+    """A figure on matplotlib's Agg canvas with panels one above the other; `height` in inches, default 3.6 a panel.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'sinkstream[demo]'") from error
-    figure = Figure(figsize=(11, 3.6 * n_panels), layout="constrained")
+    figure = Figure(figsize=(11, height or 3.6 * n_panels), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(n_panels, 1, sharex=share_x, squeeze=False)[:, 0]
     for axis in axes:
         axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
 
 #: Names that mean the same policy in a selection.
@@ -72,11 +73,6 @@ def select(
         and (backend is None or record.protocol["backend"] == backend)
         and (device is None or str(record.protocol["device"]).partition(":")[0] == device)
     ]
-
-
-def same_text_and_model(record: Record, control: Record) -> bool:
-    """Whether two records can be compared token by token."""
-    return (record.data["sha256"], record.model["hash"]) == (control.data["sha256"], control.model["hash"])
 
 
 def same_conditions(record: Record, control: Record) -> bool:

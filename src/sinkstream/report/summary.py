@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinkstream.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
+from sinkstream.report.cliff import share_past_trained
+from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.selection import policy_name, same_conditions, select
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
@@ -24,7 +27,9 @@ class Summary:
     missing: dict[str, str]
 
 
-def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+def compute_headlines(
+    records: Sequence[Record], diagnoses: Sequence[Diagnosis] = ()
+) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
     for key, compute in HEADLINES.items():
@@ -33,7 +38,13 @@ def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, fl
             missing[key] = f"no record for: {HEADLINES.summary(key)}"
         else:
             value, record_id = found
-            headlines[key] = {"value": float(f"{value:.{SIGNIFICANT_DIGITS}g}"), "record": record_id}
+            headlines[key] = {"value": _rounded(value), "record": record_id}
+    for key, compute in DIAGNOSIS_HEADLINES.items():
+        figures = compute(diagnoses)
+        if figures is None:
+            missing[key] = f"no record for: {DIAGNOSIS_HEADLINES.summary(key)}"
+        else:
+            headlines[key] = {name: v if name == "record" else _rounded(v) for name, v in figures.items()}
     return headlines, missing
 
 
@@ -48,15 +59,19 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
-    headlines, missing = compute_headlines(_records_below(directory))
+    headlines, missing = compute_headlines(_records_below(directory), load_diagnoses(directory))
     return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
 def summary_is_current(results_dir: Path | str) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
     path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = compute_headlines(_records_below(Path(results_dir)))
+    headlines, _ = compute_headlines(_records_below(Path(results_dir)), load_diagnoses(results_dir))
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _records_below(directory: Path) -> list[Record]:
@@ -129,3 +144,9 @@ def ppl_window_only(records: Sequence[Record]) -> tuple[float, str] | None:
 def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
     """PPL of strict streaming, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "strict")
+
+
+@HEADLINES.register("diagnosis.cliff_share_length")
+def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, cliff grid."""
+    return share_past_trained(records, model="neox-27m-sink")

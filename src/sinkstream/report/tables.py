@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from sinkstream.evaluation.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
+from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
-from sinkstream.report.selection import same_text_and_model
 
 Row = dict[str, Any]
 EMPTY = "–"
@@ -23,27 +22,6 @@ def display_name(record: Record) -> str:
     notes = [f"1 in {every} tokens"] if every > 1 else []
     notes += [record.status] if record.status != "complete" else []
     return f"{name} ({', '.join(notes)})" if notes else name
-
-
-def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
-
-    Raises
-    ------
-    ValueError
-        If the records are of another text or another model, or share no token.
-    """
-    if not same_text_and_model(record, control):
-        raise ValueError(
-            f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with control "
-            f"{control.id!r} ({control.model['name']} on {control.data['name']}): another text or another model"
-        )
-    index, here, there = np.intersect1d(
-        record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
-    )
-    if index.size == 0:
-        raise ValueError(f"record {record.id!r} and control {control.id!r} have no token in common")
-    return index, record.arrays["nll"][here], control.arrays["nll"][there]
 
 
 def delta_against(record: Record, control: Record, *, block_tokens: int | None = None) -> PairedDelta:

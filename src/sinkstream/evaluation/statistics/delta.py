@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sinkstream.evaluation.statistics.estimate import Estimate
+
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8
 _RESAMPLES_PER_BATCH = 500
@@ -117,6 +119,60 @@ def ppl_interval(
     with np.errstate(over="ignore"):
         ppl, low, high = (None if x is None else _finite(np.exp(x)) for x in figures.pop("interval"))
     return PplInterval(ppl, low, high, **figures)
+
+
+def mean_interval(
+    values: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
+    figures = _block_bootstrap(values, positions, block_tokens, resamples, confidence, seed)
+    return Estimate(*figures["interval"], reason=figures.get("reason"))
+
+
+def share_interval(
+    part: np.ndarray,
+    whole: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """What share of a mean a part of it makes up, sum(part) / sum(whole), with its interval.
+
+    Blocks are resampled with both their sums. A share of nothing does not exist: without an interval of the whole that
+    leaves out zero there is only a reason.
+
+    Parameters
+    ----------
+    part, whole : (tokens,) float
+        Of the same tokens in the same order; NaN in both where a token is missing.
+    positions, block_tokens, resamples, confidence, seed
+        As in `paired_delta_ppl`.
+    """
+    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    if not mean_interval(whole, positions=positions, block_tokens=block_tokens, **options).excludes_zero:
+        return Estimate(reason="the whole is not told from zero")
+    sums = [block_sums(values, positions, block_tokens)[1] for values in (part, whole)]
+    found = stats.bootstrap(
+        sums,
+        lambda its, all_, axis=-1: its.sum(axis=axis) / all_.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_RESAMPLES_PER_BATCH,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(float(sums[0].sum() / sums[1].sum()), float(found.low), float(found.high))
 
 
 def block_sums(

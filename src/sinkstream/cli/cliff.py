@@ -1,0 +1,92 @@
+"""``sinkstream cliff``."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from sinkstream.cache import POSITIONS
+from sinkstream.cli import COMMANDS
+from sinkstream.cli.eval import exit_code
+from sinkstream.cli.options import add_model_options, all_arguments, load_given_model, numbers
+from sinkstream.cli.show import show_unfinished, wide_console
+from sinkstream.data import load_text, tokenize
+from sinkstream.experiments.batch import Batch
+from sinkstream.experiments.cliff import CAPS, SINK, STRIDES, cliff_settings
+from sinkstream.measure.records import Record
+from sinkstream.report.cliff import draw_cliff, rich_cliff_table
+
+PICTURE = "cliff.png"
+
+
+@COMMANDS.register("cliff")
+class Cliff:
+    """Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        add_model_options(parser)
+        group = parser.add_argument_group("grid")
+        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
+        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        group.add_argument(
+            "--caps",
+            type=numbers(float),
+            default=list(CAPS),
+            metavar="RATIO[,RATIO…]",
+            help="caps, in multiples of the trained positions",
+        )
+        group.add_argument(
+            "--compress-every",
+            type=numbers(int),
+            default=list(STRIDES),
+            metavar="R[,R…]",
+            help="R of the lazy runs; strict (R = 1) is always run",
+        )
+        group.add_argument(
+            "--positions", nargs="+", default=list(POSITIONS), choices=POSITIONS, help="one or both position modes"
+        )
+        group.add_argument("--sink", type=int, default=SINK, help="first tokens, never evicted")
+        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        group.add_argument("--out", type=Path, default=Path("out/cliff"), help="folder of the records and the picture")
+        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run the grid, print both tables, write records and picture."""
+        console = wide_console()
+        text = load_text(args.text)
+        loaded = load_given_model(args)
+        if loaded.trained_positions is None:
+            raise ValueError(
+                f"{loaded.name} does not say how many positions it was trained on; accepted: one that does"
+            )
+        stream = tokenize(text, loaded.tokenizer, args.tokens)
+        settings = cliff_settings(
+            loaded.trained_positions,
+            len(stream),
+            caps=args.caps,
+            strides=args.compress_every,
+            positions=args.positions,
+            sink=args.sink,
+            block_tokens=args.block_tokens,
+        )
+        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
+        records = batch.run(settings, console)
+        _show(records, args.out, console, f"{loaded.name} over {stream.name}, {len(stream):,} tokens")
+        return exit_code(records)
+
+
+def _show(records: list[Record], out: Path, console: Console, title: str) -> None:
+    complete = [record for record in records if record.status == "complete"]
+    told = f"records: {out}"
+    if complete:
+        console.print(rich_cliff_table(complete, title=escape(title)))
+        try:
+            told += f", picture: {draw_cliff(complete, out / PICTURE, title=title)}"
+        except ImportError as error:
+            told += f"; no picture: {error}"
+    show_unfinished(records, console)
+    console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,117 @@
+"""``sinkstream diagnose``."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sinkstream.cli import COMMANDS
+from sinkstream.cli.eval import exit_code
+from sinkstream.cli.options import (
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    load_given_model,
+    run_settings,
+)
+from sinkstream.cli.show import wide_console
+from sinkstream.data import load_text, tokenize
+from sinkstream.diagnosis import Diagnosis
+from sinkstream.experiments.batch import Batch
+from sinkstream.experiments.diagnose import diagnosis_settings, pair_runs, write_diagnosis_files
+from sinkstream.measure.environment import environment
+from sinkstream.measure.records import Record, load_records
+from sinkstream.report.diagnosis_tables import rich_diagnosis
+
+RUNS = "runs"
+
+
+@COMMANDS.register("diagnose")
+class Diagnose:
+    """Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        parser.add_argument(
+            "records", nargs="*", type=Path, metavar="RECORD", help="diagnose these run records instead of running"
+        )
+        add_model_options(parser)
+        add_policy_options(parser)
+        parser.set_defaults(policy="lazy")
+        group = parser.add_argument_group("protocol")
+        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
+        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
+        group.add_argument(
+            "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: none)"
+        )
+        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        group.add_argument(
+            "--sample-every",
+            type=int,
+            default=64,
+            metavar="K",
+            help="the recompute control scores every k-th token",
+        )
+        group.add_argument(
+            "--out", type=Path, default=Path("out/diagnosis"), help="folder of everything that is written"
+        )
+        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run the policies and their controls, or read their records; write the diagnosis."""
+        console = wide_console()
+        if args.records:
+            return _write(args, load_records(args.records), None, console)
+        timing = (
+            {"evaluate": "steps", "timed_tokens": args.timed_tokens} if args.timed_tokens else {"evaluate": "blocks"}
+        )
+        protocol = {"prefill": args.prefill, "block_tokens": args.block_tokens, **timing}
+        policies = [run_settings(args, method, options, **protocol) for method, options in args.policy]
+        text = load_text(args.text)
+        loaded = load_given_model(args)
+        stream = tokenize(text, loaded.tokenizer, args.tokens)
+        settings = diagnosis_settings(
+            policies,
+            tokens=len(stream),
+            trained_positions=loaded.trained_positions,
+            sink=getattr(args, "sink", None),
+            sample_every=args.sample_every,
+        )
+        batch = Batch(loaded, stream, args.out / RUNS, all_arguments(args), args.argv, args.seed, args.resume)
+        records = batch.run(settings, console)
+        if records[-1].status != "complete":
+            told = f"{records[-1].policy['label']}: {records[-1].status}: {records[-1].status_reason}"
+            console.print(f"{told}; --resume continues", style="bold red", markup=False, highlight=False)
+            return exit_code(records)
+        texts = [loaded.tokenizer.decode([token]) for token in stream.ids.tolist()]
+        return _write(args, records, texts, console)
+
+
+def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | None, console: Console) -> int:
+    """Diagnose, write all files, print the table and the verdicts."""
+    pairs = pair_runs(records)
+    with console.status("computing intervals, drawing"):
+        diagnosis, notes = write_diagnosis_files(
+            pairs,
+            args.out,
+            texts,
+            arguments=all_arguments(args),
+            command=args.argv,
+            environment=environment(torch.device(str(pairs[0][0].protocol["device"]).partition(":")[0])),
+            seed=args.seed,
+        )
+    _show(diagnosis, console)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _show(diagnosis: Diagnosis, console: Console) -> None:
+    for table in rich_diagnosis(diagnosis):
+        console.print(table)
+    for entry in diagnosis.policies:
+        console.print(f"{entry['label']}: {entry['verdict']['line']}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""``sinkstream recall``."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from sinkstream.cli import COMMANDS
+from sinkstream.cli.eval import exit_code
+from sinkstream.cli.options import (
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    load_given_model,
+    numbers,
+    run_settings,
+)
+from sinkstream.cli.show import show_unfinished, wide_console
+from sinkstream.data import load_text, tokenize
+from sinkstream.experiments.recall import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
+from sinkstream.measure.recall import RecallRecord
+from sinkstream.report.recall import draw_recall, rich_recall_table
+
+PICTURE = "recall.png"
+
+
+@COMMANDS.register("recall")
+class Recall:
+    """Measure what each policy recalls of a passage, by how far back it was seen."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        add_model_options(parser)
+        add_policy_options(parser)
+        group = parser.add_argument_group("recall")
+        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
+        group.add_argument(
+            "--distances",
+            type=numbers(float),
+            default=list(RATIOS),
+            metavar="RATIO[,RATIO…]",
+            help="distances between the two occurrences, in multiples of the cap",
+        )
+        group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
+        group.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
+        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        group.add_argument("--out", type=Path, default=Path("out/recall"), help="folder of the records and the picture")
+        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run all policies, print the table, write records and picture."""
+        if args.cap is None:
+            raise ValueError("distances are multiples of the cap; give --cap SLOTS")
+        design = RecallDesign(args.cap, tuple(args.distances), args.passages, args.passage_tokens, args.seed)
+        protocol = {"evaluate": "blocks", "block_tokens": args.block_tokens}
+        settings = [run_settings(args, method, options, **protocol) for method, options in args.policy]
+        console = wide_console()
+        text = load_text(args.text)
+        loaded = load_given_model(args)
+        streams = design.streams(lambda tokens: tokenize(text, loaded.tokenizer, tokens))
+        batch = RecallBatch(loaded, streams, args.out, all_arguments(args), args.argv, args.seed, args.resume)
+        records = batch.run(settings, console)
+        _show(records, args.out, console, f"{loaded.name} over {text.name}, {len(streams.repeated):,} tokens")
+        return exit_code(records)
+
+
+def _show(records: list[RecallRecord], out: Path, console: Console, title: str) -> None:
+    """Print the table, draw the picture of what was measured, and say where both and the records are."""
+    measured = [r for r in records if len(r.passages["ratio"])]
+    told = f"records: {out}"
+    if measured:
+        console.print(rich_recall_table(measured, title=escape(title)))
+        try:
+            told += f", picture: {draw_recall(measured, out / PICTURE, title=title)}"
+        except ImportError as error:
+            told += f"; no picture: {error}"
+    show_unfinished(records, console)
+    console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,51 @@
+"""How the visible length varies between prunes, what a prune drops, and what it costs in time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sinkstream.measure.timing import distribution
+
+
+def drift(arrays: Mapping[str, np.ndarray], trained_positions: int | None) -> dict[str, Any]:
+    """Visible length and drop sizes of a run.
+
+    Parameters
+    ----------
+    arrays : mapping
+        Per-token arrays of a run record.
+    trained_positions : int or None
+        None if the model does not say; the share is None then.
+
+    Returns
+    -------
+    dict
+        `kv_length` {min, mean, max, share_past_trained} in tokens, and `drop_size`, a distribution over the drops.
+    """
+    lengths = arrays["kv_length"][arrays["kv_length"] > 0]
+    drops = arrays["drop_size"][arrays["drop_size"] > 0]
+    kv = dict.fromkeys(("min", "mean", "max", "share_past_trained"))
+    if lengths.size:
+        kv |= {"min": int(lengths.min()), "mean": float(lengths.mean()), "max": int(lengths.max())}
+        if trained_positions is not None:
+            kv["share_past_trained"] = float(np.mean(lengths > trained_positions))
+    return {"kv_length": kv, "drop_size": distribution(drops, with_max=True)}
+
+
+def latency(arrays: Mapping[str, np.ndarray], warmup_tokens: int) -> dict[str, Any]:
+    """Latency of the timed tokens after the warm-up, in milliseconds: all, at event steps, at the others.
+
+    Returns
+    -------
+    dict
+        `tokens` (how many were counted), `all`, `event_steps` and `other_steps`: distributions.
+    """
+    milliseconds = 1e3 * np.asarray(arrays["seconds"], dtype=np.float64)[warmup_tokens:]
+    event = arrays["event"][warmup_tokens:]
+    return {
+        "tokens": int(np.isfinite(milliseconds).sum()),
+        "all": distribution(milliseconds, with_max=True),
+        "event_steps": distribution(milliseconds[event], with_max=True),
+        "other_steps": distribution(milliseconds[~event], with_max=True),
+    }

@@ -1,0 +1,76 @@
+"""Per-token and per-event tables of a diagnosis, as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sinkstream.diagnosis.spikes import event_positions
+from sinkstream.evaluation.statistics import AFTER, event_cycles
+from sinkstream.measure.files import write_atomically
+from sinkstream.measure.records import Record
+
+TOKEN_COLUMNS = ("index", "token", "nll", "control_nll", "time_ms", "kv_len", "event", "drop_size")
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\0": r"\0"})
+EVENT_COLUMNS = ("index", "drop_size", "kv_len", "tokens_to_next", "mean_difference")
+
+
+def write_token_table(record: Record, control: Record, texts: Sequence[str] | None, path: Path | str) -> Path:
+    """Write one row a token of a run, beside its control.
+
+    Parameters
+    ----------
+    record, control : Record
+        Of one text and model.
+    texts : sequence of str or None
+        Text of every token of the stream, from index 0 on; None leaves the column empty. Line ends, tabs and
+        backslashes are escaped as in Python.
+    path : path
+        The CSV file. `index` counts tokens of the text; `nll` and `control_nll` in nats, empty where not scored;
+        `time_ms` empty where not timed; `kv_len` the tokens seen; `event` 1 where a prune event began; `drop_size` in
+        tokens.
+    """
+    arrays = record.arrays
+    known = dict(zip(control.arrays["index"].tolist(), control.arrays["nll"].tolist()))
+    rows = zip(*(arrays[name].tolist() for name in ("index", "nll", "seconds", "kv_length", "event", "drop_size")))
+    lines = []
+    for index, nll, seconds, kv_length, event, drop in rows:
+        text = "" if texts is None else texts[index].translate(_ESCAPES)
+        figures = (_cell(nll, 6), _cell(known.get(index, np.nan), 6), _cell(1e3 * seconds, 4))
+        lines.append((index, text, *figures, kv_length, int(event), drop))
+    return _write(TOKEN_COLUMNS, lines, path)
+
+
+def write_event_table(record: Record, control: Record, path: Path | str) -> Path:
+    """Write one row a prune event: where, what it dropped, what is seen after it, tokens to the next event, and the
+    mean paired difference in nats over its first 32 tokens."""
+    arrays, events = record.arrays, event_positions(record)
+    at = np.flatnonzero(arrays["event"])
+    index, here, there = np.intersect1d(
+        arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
+    )
+    difference = arrays["nll"][here].astype(float) - control.arrays["nll"][there]
+    lags, table = event_cycles(difference, index, events, before=1)
+    table = table[:, (lags >= 0) & (lags < AFTER)]
+    known = np.isfinite(table).sum(axis=1)
+    means = np.where(known > 0, np.nansum(table, axis=1) / np.maximum(known, 1), np.nan)
+    gaps = [*np.diff(events).tolist(), ""]
+    lines = [
+        (int(index), int(arrays["drop_size"][row]), int(arrays["kv_length"][row]), gap, _cell(mean, 6))
+        for index, row, gap, mean in zip(events, at, gaps, means)
+    ]
+    return _write(EVENT_COLUMNS, lines, path)
+
+
+def _cell(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else ""
+
+
+def _write(header: Sequence[str], lines: Sequence[Sequence], path: Path | str) -> Path:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return write_atomically(path, buffer.getvalue())

@@ -1,0 +1,222 @@
+"""The event-aligned curve of a paired difference, and the spike in it: peak, width, area, each with an interval.
+
+Whole events are resampled, in contiguous groups of at least `block_tokens` tokens, so that the correlation within a
+group is kept. With few groups percentiles of a bootstrap are too narrow; both kinds of interval are widened by
+Student's t as Hesterberg (The American Statistician 69, 2015) does.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from sinkstream.evaluation.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS
+from sinkstream.evaluation.statistics.estimate import Estimate
+
+BEFORE = AFTER = 32
+
+
+@dataclass(frozen=True)
+class EventCurve:
+    """Mean paired difference by distance from the prune event, and the spike above the level before the event.
+
+    Attributes
+    ----------
+    lags : (lags,) int
+        Tokens since the event (0 is the first token that was predicted with the pruned cache); negative ones count
+        towards the next event.
+    mean, low, high : (lags,) float
+        Mean difference at each lag in nats, and its pointwise interval (NaN where there are too few events).
+    events : (lags,) int
+        Events that each lag averages over.
+    level : Estimate
+        Mean difference over the negative lags, in nats a token.
+    peak : Estimate
+        Largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
+        average; the interval comes from a band that holds all lags at once, so it stays honest.
+    peak_lag : int or None
+        Where the peak lies.
+    width : Estimate
+        Equivalent width, area over peak, in tokens; only where the interval of the peak is above zero.
+    area : Estimate
+        Sum of the excess over the first `AFTER` lags, in nats an event.
+    n_events, n_blocks : int
+        Events, and groups of events that were resampled.
+    confidence : float
+    """
+
+    lags: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    events: np.ndarray
+    level: Estimate
+    peak: Estimate
+    peak_lag: int | None
+    width: Estimate
+    area: Estimate
+    n_events: int
+    n_blocks: int
+    confidence: float
+
+    @property
+    def found(self) -> bool:
+        """Whether peak or area is above zero by its interval; on noise at most at the rate 1 − confidence.
+
+        (Each of the two is wrong upwards at half that rate.)
+        """
+        return self.peak.above_zero or self.area.above_zero
+
+
+def event_cycles(
+    values: np.ndarray, positions: np.ndarray, events: np.ndarray, before: int = BEFORE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay the values around each event side by side.
+
+    A value counts for the last event at or before it, and for the next event if it is at most `before` tokens and at
+    most half a cycle away: no value crosses an event, and no short cycle lends its spike to the level before the next.
+
+    Parameters
+    ----------
+    values : (tokens,) float
+        NaN = missing.
+    positions : (tokens,) int
+        Position of each value in the text, increasing.
+    events : (events,) int
+        Positions of the first values after each event, increasing.
+    before : int
+        Most tokens before an event.
+
+    Returns
+    -------
+    (lags, table) : (lags,) int and (events, lags) float
+        NaN where an event has no value at a lag.
+    """
+    values, positions = np.asarray(values, dtype=np.float64), np.asarray(positions, dtype=np.int64)
+    events = np.asarray(events, dtype=np.int64)
+    if events.size == 0 or positions.size == 0:
+        return np.arange(0), np.empty((events.size, 0))
+    cycles = np.diff(events)
+    typical = int(np.median(cycles)) if cycles.size else before
+    last = np.searchsorted(events, positions, side="right") - 1
+    since = positions - events[np.maximum(last, 0)]
+    until = events[np.minimum(last + 1, events.size - 1)] - positions
+    room = np.minimum(before, np.concatenate([[typical], cycles, [0]])[last + 1] // 2)
+    after_longest = int(since[last >= 0].max(initial=0))
+    lags = np.arange(-before, after_longest + 1)
+    table = np.full((events.size, lags.size), np.nan)
+    past = last >= 0
+    table[last[past], since[past] + before] = values[past]
+    ahead = (last + 1 < events.size) & (until <= room)
+    table[last[ahead] + 1, before - until[ahead]] = values[ahead]
+    return lags, table
+
+
+def event_curve(
+    values: np.ndarray,
+    positions: np.ndarray,
+    events: np.ndarray,
+    *,
+    before: int = BEFORE,
+    after: int = AFTER,
+    block_tokens: int = BLOCK_TOKENS,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> EventCurve:
+    """Average a paired difference by distance from the events, with intervals.
+
+    Parameters
+    ----------
+    values : (tokens,) float
+        NLL minus the control's NLL on the same token, in nats; NaN = missing.
+    positions, events
+        As in `event_cycles`.
+    before, after : int, default=32
+        Tokens before an event that give the level, and tokens from the event on in which a spike is looked for.
+    block_tokens : int, default=64
+        Least length of text that is resampled in one piece; should exceed the range of the correlation.
+    resamples, confidence, seed
+        Of the bootstrap.
+
+    Raises
+    ------
+    ValueError
+        An option out of range.
+    """
+    if min(before, after, block_tokens, resamples) < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"before={before}, after={after}, block_tokens={block_tokens}, resamples={resamples},"
+            f" confidence={confidence}: accepted: whole numbers of at least 1, and a confidence between 0 and 1"
+        )
+    lags, table = event_cycles(values, positions, events, before)
+    known = np.isfinite(table)
+    enough = known.sum(axis=0) >= min(MIN_BLOCKS, max(1, len(table)))
+    lags, table, known = lags[enough], table[:, enough], known[:, enough]
+    counts, totals = known.sum(axis=0), np.nansum(table, axis=0)
+    mean = totals / np.maximum(counts, 1)
+    group = max(1, math.ceil(block_tokens / max(1.0, float(np.median(np.diff(events)))))) if len(events) > 1 else 1
+    starts = np.arange(0, len(table), group)
+    n_blocks = len(starts)
+    shared = {"lags": lags, "mean": mean, "events": counts, "n_events": len(table), "n_blocks": n_blocks}
+    shared["confidence"] = confidence
+    window, level = (lags >= 0) & (lags < after), lags < 0
+    if not window.any() or not level.any():
+        return _without_spike(shared, "an event at every token, or none: there is no level before an event")
+    level_mean = float(totals[level].sum() / counts[level].sum())
+    excess = mean[window] - level_mean
+    if n_blocks < MIN_BLOCKS:
+        reason = f"{n_blocks} groups of {group} events; an interval needs at least {MIN_BLOCKS}"
+        return _without_interval(shared, excess, level_mean, reason)
+    sums = np.add.reduceat(np.nan_to_num(table), starts, axis=0)
+    numbers = np.add.reduceat(known.astype(np.float64), starts, axis=0)
+    draws = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=resamples)
+    drawn_sums, drawn_numbers = draws @ sums, draws @ numbers
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = drawn_sums / drawn_numbers
+        levels = drawn_sums[:, level].sum(axis=1) / drawn_numbers[:, level].sum(axis=1)
+    means = np.where(np.isfinite(means), means, mean)  # a lag that a resample happens to miss
+    low, high = np.quantile(means, _widened(confidence, n_blocks), axis=0)
+    level_low, level_high = np.quantile(levels, _widened(confidence, n_blocks))
+    level_estimate = Estimate(level_mean, float(level_low), float(level_high))
+    spike = _spike(excess, means[:, window] - levels[:, None], confidence, n_blocks)
+    return EventCurve(low=low, high=high, level=level_estimate, **spike, **shared)
+
+
+def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> dict:
+    """Peak, width and area of the excess `(lags,)`, from its resamples `(resamples, lags)`."""
+    error = drawn.std(axis=0, ddof=1) * math.sqrt(n_blocks / (n_blocks - 1))
+    away = np.abs(drawn - excess)
+    largest = np.divide(away, error, out=np.zeros_like(away), where=error > 0).max(axis=1)
+    margin = stats.t.isf(stats.norm.sf(np.quantile(largest, confidence)), n_blocks - 1) * error
+    at = int(excess.argmax())
+    peak = Estimate(float(excess[at]), float((excess - margin).max()), float((excess + margin).max()))
+    areas = drawn.sum(axis=1)
+    area_low, area_high = np.quantile(areas, _widened(confidence, n_blocks))
+    width = Estimate(reason="the interval of the peak is not above zero")
+    if peak.above_zero:
+        low, high = np.quantile(areas / drawn[:, at], _widened(confidence, n_blocks))
+        width = Estimate(float(excess.sum() / excess[at]), float(low), float(high))
+    area = Estimate(float(excess.sum()), float(area_low), float(area_high))
+    return {"peak": peak, "peak_lag": at, "width": width, "area": area}
+
+
+def _widened(confidence: float, n_blocks: int) -> tuple[float, float]:
+    """Quantiles of a bootstrap whose interval has the length of Student's."""
+    tail = stats.t.ppf((1 - confidence) / 2, n_blocks - 1) * math.sqrt(n_blocks / (n_blocks - 1))
+    return float(stats.norm.cdf(tail)), float(stats.norm.sf(tail))
+
+
+def _without_interval(shared: dict, excess: np.ndarray, level: float, reason: str) -> EventCurve:
+    unknown = np.full_like(shared["mean"], np.nan)
+    figures = {"level": level, "peak": excess.max(), "area": excess.sum()}
+    estimates = {name: Estimate(float(value), reason=reason) for name, value in figures.items()}
+    at = int(excess.argmax())
+    return EventCurve(low=unknown, high=unknown, peak_lag=at, width=Estimate(reason=reason), **estimates, **shared)
+
+
+def _without_spike(shared: dict, reason: str) -> EventCurve:
+    unknown = np.full_like(shared["mean"], np.nan)
+    nothing = dict.fromkeys(("level", "peak", "width", "area"), Estimate(reason=reason))
+    return EventCurve(low=unknown, high=unknown, peak_lag=None, **nothing, **shared)

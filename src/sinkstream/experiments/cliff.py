@@ -1,0 +1,79 @@
+"""The cliff: a grid of runs from well under to beyond the trained positions, with growth inside and outside the cap.
+
+Growth outside the cap, as in the published tables, makes two changes at once against strict streaming at the same cap:
+R tokens leave together, and the cache sees up to cap + R - 1 of them. Growth inside the cap makes the first only. All
+runs of a grid decode the same tokens, so that `report.cliff` can tell the two apart token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.policies import CAP_ACCOUNTING
+
+CAPS = (0.25, 0.5, 0.75, 1.0, 1.25)
+STRIDES = (128, 1024)
+SINK = 4
+LEAST_SCORED = 512
+
+
+def cliff_settings(
+    trained: int,
+    tokens: int,
+    *,
+    caps: Sequence[float] = CAPS,
+    strides: Sequence[int] = STRIDES,
+    positions: Sequence[str] = ("cache", "original"),
+    sink: int = SINK,
+    block_tokens: int = 256,
+) -> list[RunSettings]:
+    """The runs of the grid: strict at every cap, and lazy with both cap accountings at every cap up to the trained.
+
+    Lazy runs whose growth would leave no window inside the cap are left out.
+
+    Parameters
+    ----------
+    trained : int
+        Positions that the model was trained on.
+    tokens : int
+        Of the text; all runs share one prefill, the most slots that any of them fills.
+    caps : sequence of float
+        Caps over `trained`.
+    strides : sequence of int
+        R of the lazy runs.
+    positions : sequence of {"cache", "original"}
+    sink, block_tokens : int
+
+    Raises
+    ------
+    ValueError
+        An option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R, to score.
+    """
+    for name, given in (("caps", caps), ("compress_every", strides), ("positions", positions)):
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{name}: {', '.join(map(str, given)) or 'nothing'}; accepted: one or more, each once")
+    if not all(0 < cap <= 16 for cap in caps):
+        raise ValueError(f"caps {', '.join(map(str, caps))}; accepted: above 0 and at most 16 trained lengths")
+    if min(strides) < 2:
+        raise ValueError(
+            f"compress_every={min(strides)} is not accepted; accepted: at least 2 (1 is strict, always run)"
+        )
+    shared = {"allow_untrained_positions": True, "evaluate": "blocks", "block_tokens": block_tokens}
+    settings = []
+    for mode in positions:
+        for cap in sorted({round(cap * trained) for cap in caps}):
+            settings.append(RunSettings("strict", cap, {"sink": sink}, positions=mode, **shared))
+            for stride in strides if cap <= trained else ():
+                options = {"sink": sink, "compress_every": stride}
+                for accounting in CAP_ACCOUNTING:
+                    if sink + CAP_ACCOUNTING[accounting](stride - 1) < cap:
+                        its = {"cap_accounting": accounting, "positions": mode}
+                        settings.append(RunSettings("lazy", cap, options, **its, **shared))
+    prefill = max(one.policy().peak for one in settings)
+    needed = prefill + 1 + max(LEAST_SCORED, 2 * max(strides))
+    if tokens < needed:
+        raise ValueError(
+            f"the text has {tokens} tokens and the largest cache of the grid fills {prefill} of them; accepted: at"
+            f" least {needed} tokens, or smaller --caps or --compress-every"
+        )
+    return [replace(one, prefill=prefill) for one in settings]

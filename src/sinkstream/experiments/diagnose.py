@@ -1,0 +1,242 @@
+"""The diagnosis experiment: the policies' runs and the controls that they are held against."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sinkstream.diagnosis import (
+    Controls,
+    Diagnosis,
+    build_diagnosis,
+    diagnose,
+    load_diagnosis,
+    write_diagnosis,
+    write_event_table,
+    write_token_table,
+)
+from sinkstream.evaluation.settings import BASELINES, RunSettings
+from sinkstream.measure.environment import utc_now
+from sinkstream.measure.pairing import same_text_and_model
+from sinkstream.measure.records import Record
+from sinkstream.report.diagnosis_page import write_page
+from sinkstream.report.diagnosis_plots import draw_attribution, draw_policy
+from sinkstream.report.selection import normalised, policy_name
+
+TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
+
+#: Strict runs at these fractions of the cap tell how NLL depends on the visible length (R = cap/16 … cap/2).
+LENGTH_FRACTIONS = ((15, 16), (7, 8), (3, 4), (1, 2), (1, 4), (1, 8))
+
+
+def diagnosis_settings(
+    policies: Sequence[RunSettings],
+    *,
+    tokens: int,
+    trained_positions: int | None,
+    sink: int | None = None,
+    sample_every: int = 64,
+) -> list[RunSettings]:
+    """All runs of a diagnosis: strict at the same and at other caps, full where it fits, recompute, then the policies.
+
+    Parameters
+    ----------
+    policies : sequence of RunSettings
+        All with one cap, positions and prefill.
+    tokens : int
+        Length of the text.
+    trained_positions : int or None
+        The full cache fits if the text is no longer, and recompute if the cap is not.
+    sink : int or None
+        Sinks of the strict controls; default: the policy's own.
+    sample_every : int
+        Recompute scores every k-th token.
+
+    Raises
+    ------
+    ValueError
+        A policy without prune events or that is the control itself, no cap, or a text shorter than two prune periods.
+    """
+    policies = [one for one in policies if not _is_the_control(one)]
+    if not policies:
+        raise ValueError("policy 'strict' is the control of every diagnosis; accepted: another --policy, as in lazy")
+    for one in policies:
+        _check(one, tokens)
+    first = policies[0]
+    shared = {
+        **{name: getattr(first, name) for name in ("positions", "allow_untrained_positions", "block_tokens")},
+        "prefill": first.prefill_tokens(tokens),
+        "warmup_tokens": first.warmup_tokens,
+    }
+    timing = {"evaluate": first.evaluate, "timed_tokens": first.timed_tokens, "backend": first.backend}
+    options = {} if sink is None else {"sink": sink}
+    controls = [RunSettings("strict", cap=first.cap, options=options, **shared, **timing)]
+    shared["evaluate"] = "blocks"
+    for cap in length_caps(policies, trained_positions):
+        controls.append(RunSettings("strict", cap=cap, options=options, **shared))
+    shared["positions"] = "cache"
+    if trained_positions is None or tokens <= trained_positions:
+        controls.append(RunSettings("full", cap=first.cap, **shared))
+    if trained_positions is None or first.cap <= trained_positions:
+        controls.append(RunSettings("recompute", cap=first.cap, sample_every=sample_every, **shared))
+    return [*controls, *policies]
+
+
+def length_caps(policies: Sequence[RunSettings], trained_positions: int | None = None) -> list[int]:
+    """Caps of the strict runs, other than the policies' own, that span every length the policies see."""
+    cap = policies[0].cap
+    shortest = min(one.policy().target for one in policies)
+    longest = max(one.policy().peak for one in policies)
+    if trained_positions is not None:
+        longest = min(longest, max(cap, trained_positions))
+    floor = max(one.policy().sink for one in policies) + 1
+    grid = [cap * up // down for up, down in LENGTH_FRACTIONS if cap * up // down > floor]
+    needed = [length for length in grid if length > shortest]
+    needed += [max(length for length in [*grid, floor] if length <= max(shortest, floor))]
+    needed = needed if shortest < cap else []
+    return sorted({*needed, *([longest] if longest > cap else [])} - {cap})
+
+
+def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
+    """Find the policies among run records, and the controls of each.
+
+    A control has the same text, model, precision and positions; strict and recompute have the policy's cap as well.
+    Of several the newest counts.
+
+    Raises
+    ------
+    ValueError
+        Runs of several texts or models, runs that are not complete, no policy with events, or a policy without a
+        strict run at its cap.
+    """
+    if not records:
+        raise ValueError("no run records to diagnose")
+    for record in records:
+        if not same_text_and_model(record, records[0]):
+            raise ValueError(
+                f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with"
+                f" {records[0].id!r} ({records[0].model['name']} on {records[0].data['name']}): another text or another"
+                " model; accepted: runs of one text and one model"
+            )
+        if record.status != "complete":
+            raise ValueError(
+                f"record {record.id!r} is {record.status} ({record.status_reason}); accepted: complete runs"
+            )
+    evicting = [r for r in records if policy_name(r) not in BASELINES]
+    policies = [r for r in evicting if not _is_strict(r)]
+    if not policies:
+        names = ", ".join(sorted({policy_name(r) for r in records}))
+        raise ValueError(f"no policy to diagnose among the records ({names}): baselines have no prune events")
+    return [(record, _controls(record, records)) for record in policies]
+
+
+def _controls(record: Record, records: Sequence[Record]) -> Controls:
+    cap, longest = record.protocol["cap"], record.policy["options"].get("peak") or record.protocol["cap"]
+    comparable = [r for r in records if r.protocol["dtype"] == record.protocol["dtype"]]
+    positions = record.policy["options"].get("positions", "cache")
+    strict = {}
+    for run in comparable:
+        if _is_strict(run) and run.policy["options"].get("positions", "cache") == positions:
+            strict[run.protocol["cap"]] = run
+    if cap not in strict:
+        label = record.policy.get("label") or record.policy["name"]
+        raise ValueError(
+            f"policy {label!r} (cap={cap}, {record.protocol['dtype']}, positions={positions}) has no strict run beside"
+            " it; accepted: also the record of a strict run at the same cap, precision and positions"
+        )
+    control = strict.pop(cap)
+    named = {name: [r for r in comparable if policy_name(r) == name] for name in BASELINES}
+    recompute = [r for r in named["recompute"] if r.protocol["cap"] == cap]
+    lengths = {other: run for other, run in strict.items() if other <= max(cap, longest)}
+    return Controls(control, _newest(named["full"]), _newest(recompute), lengths)
+
+
+def _newest(records: Sequence[Record]) -> Record | None:
+    return records[-1] if records else None
+
+
+def _is_strict(record: Record) -> bool:
+    return policy_name(record) == "strict" and not any(
+        record.policy["options"].get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive")
+    )
+
+
+def _is_the_control(settings: RunSettings) -> bool:
+    return settings.method == "strict" and not any(
+        settings.options.get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive", "window")
+    )
+
+
+def _check(settings: RunSettings, tokens: int) -> None:
+    if settings.method in BASELINES:
+        raise ValueError(
+            f"policy {settings.method!r} has no prune events: it is run as a control where it fits;"
+            " accepted: a policy that evicts"
+        )
+    if settings.cap is None:
+        raise ValueError("a diagnosis compares at an equal cap; give --cap SLOTS")
+    longest = settings.policy().growth + 1
+    decoded = tokens - settings.prefill_tokens(tokens) - 1
+    if decoded < 2 * longest:
+        raise ValueError(
+            f"the text leaves {decoded} tokens after the prefill, which is shorter than two prune periods of"
+            f" {settings.label()} ({longest} tokens each); accepted: at least {2 * longest} more than the prefill"
+        )
+
+
+def write_diagnosis_files(
+    pairs: Sequence[tuple[Record, Controls]],
+    out: Path,
+    texts: Sequence[str] | None,
+    *,
+    arguments: dict[str, Any],
+    command: list[str],
+    environment: dict[str, Any],
+    seed: int,
+) -> tuple[Diagnosis, list[str]]:
+    """Diagnose every policy and write record, tables, pictures and page below `out`.
+
+    Parameters
+    ----------
+    pairs : sequence of (Record, Controls)
+        From `pair_runs`.
+    texts : sequence of str or None
+        Text of every token, for the per-token tables.
+    arguments, command, environment, seed
+        For the record.
+
+    Returns
+    -------
+    (Diagnosis, list of str)
+        The record as written, and lines that say what lies where.
+
+    Raises
+    ------
+    ValueError, WriteError
+        As `diagnose` and `write_diagnosis`.
+    """
+    entries = [diagnose(record, controls, seed=seed) for record, controls in pairs]
+    content = build_diagnosis(
+        [record for record, _ in pairs],
+        entries,
+        arguments=arguments,
+        command=command,
+        environment=environment,
+        created=utc_now(),
+        seed=seed,
+    )
+    slugs = [f"{number:02d}-{normalised(entry['label'])}" for number, entry in enumerate(entries, 1)]
+    for (record, controls), slug in zip(pairs, slugs):
+        write_token_table(record, controls.strict, texts, out / TABLES / f"{slug}-tokens.csv")
+        write_event_table(record, controls.strict, out / TABLES / f"{slug}-events.csv")
+    diagnosis = load_diagnosis(write_diagnosis(content, out))
+    told = [f"record: {diagnosis.path}, tables: {out / TABLES}"]
+    try:
+        drawn = [
+            draw_policy(record, controls.strict, entry, out / PICTURES, slug)
+            for (record, controls), entry, slug in zip(pairs, diagnosis.policies, slugs)
+        ]
+        overview = draw_attribution(diagnosis.policies, out / PICTURES / "attribution.png")
+    except ImportError as error:
+        return diagnosis, [*told, f"no pictures: {error}"]
+    page = write_page(diagnosis, drawn, overview, out / PAGE)
+    return diagnosis, [*told, f"pictures: {out / PICTURES}, page: {page}"]

@@ -1,0 +1,351 @@
+"""Recall past the window: what a passage costs when it comes again, by how far back it was seen.
+
+Perplexity hides what eviction forgets, because ordinary text seldom repeats itself word for word. Here it does: real
+passages are written into a stream of other real text twice, a known distance apart, and the model streams over it.
+
+    … text [passage] text of the distance [passage] text …        the passage is seen again
+    … text  text     text of the distance [passage] text …        the control: seen for the first time
+
+The recall gain of a passage is its mean NLL in the control minus its mean NLL when seen again, on the same tokens at
+the same place; the first token, which nothing announces, is left out. A gain of 0 means that the passage is forgotten.
+One stream holds all passages at all distances, each passage once, so that two runs serve a whole curve of a policy.
+
+The full cache would go past the trained positions on that stream. For it, every passage's surroundings are cut out:
+the stream's first tokens (for models that lean on them), up to cap tokens of context, and all from the first place to
+the end of the second, where that fits the trained positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.numerics import numerics
+from sinkstream.evaluation.record import provenance, run_identity
+from sinkstream.evaluation.run import RunResult, check_run, run
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.experiments.batch import check_writable, save_or_rescue, shown, token_progress, uninterrupted
+from sinkstream.measure.recall import RecallRecord, load_recall, load_recalls, write_recall
+from sinkstream.measure.records import new_record_id
+from sinkstream.models import LoadedModel
+
+RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
+PASSAGES, PASSAGE_TOKENS = 16, 64
+GAP = 32  # tokens of text between a passage and the next one
+SPREAD = 96  # a passage is placed at random among this many places, so that places keep no step with prunes
+FIRST_TOKENS = 4  # of the stream, before what is cut out of it
+SMALLEST_PASSAGE = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a passage stands: the indices of its first token, and the distance over cap that was asked for."""
+
+    ratio: float
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class RecallDesign:
+    """How passages are laid out.
+
+    Attributes
+    ----------
+    cap : int
+        Unit of the distances, and tokens before the first passage.
+    ratios : tuple of float
+        Distances from the start of the first place to the start of the second, over cap.
+    passages : int
+        At each distance.
+    passage_tokens : int
+    seed : int
+        Of the places, and of which passage goes where.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, the value and what is accepted.
+    """
+
+    cap: int
+    ratios: tuple[float, ...] = RATIOS
+    passages: int = PASSAGES
+    passage_tokens: int = PASSAGE_TOKENS
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("cap", 1), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not accepted; accepted: a whole number of at least {least}"
+                )
+        if not self.ratios:
+            raise ValueError("no distance is given; accepted: one or more multiples of the cap")
+        for ratio in self.ratios:
+            if not (np.isfinite(ratio) and self.distance(ratio) >= self.passage_tokens):
+                raise ValueError(
+                    f"distance {ratio:g} × cap {self.cap} is less than a passage of {self.passage_tokens} tokens, whose"
+                    f" two places would overlap; accepted: at least {self.passage_tokens / self.cap:.3g}"
+                )
+        if len(set(self.ratios)) < len(self.ratios):
+            raise ValueError(
+                f"distances {', '.join(f'{r:g}' for r in self.ratios)} name one twice; accepted: each once"
+            )
+
+    def distance(self, ratio: float) -> int:
+        """Tokens from first to second place."""
+        return round(ratio * self.cap)
+
+    def places(self) -> list[Place]:
+        """All passages, the longest distances first; no two of them touch, and none is in the first cap tokens."""
+        rng, near = np.random.default_rng(self.seed), self.passage_tokens + GAP
+        room = self.cap + self.distance(max(self.ratios)) + 8 * near * self.passages * len(self.ratios) + SPREAD
+        free, placed = np.ones(room, dtype=bool), []
+        free[: self.cap] = False
+        for ratio in sorted(self.ratios, reverse=True):
+            distance = self.distance(ratio)
+            for _ in range(self.passages):
+                first = int(rng.choice(np.flatnonzero(free[: room - distance] & free[distance:])[:SPREAD]))
+                placed.append(Place(ratio, first, first + distance))
+                for start in (first, first + distance):
+                    free[max(0, start - near + 1) : start + near] = False
+        return placed
+
+    def streams(self, tokens: Callable[[int], TokenStream]) -> "RecallStreams":
+        """Write the passages into a text.
+
+        Parameters
+        ----------
+        tokens : callable
+            Gives the first so many tokens of the text, or raises ValueError if it is too short: the stream comes
+            first, the passages are what follows.
+        """
+        places, size = self.places(), self.passage_tokens
+        length = max(place.second for place in places) + size
+        try:
+            text = tokens(length + len(places) * size)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (a stream of {length} and {len(places)} passages of {size}); accepted: a longer text, or"
+                " fewer --passages, smaller --distances, --passage-tokens or --cap"
+            ) from error
+        control = text.ids[:length].clone()
+        passages = text.ids[length:].view(-1, size)
+        order = np.random.default_rng(self.seed + 1).permutation(len(places))
+        for place, passage in zip(places, order, strict=True):
+            control[place.second : place.second + size] = passages[passage]
+        repeated = control.clone()
+        for place in places:
+            repeated[place.first : place.first + size] = control[place.second : place.second + size]
+        origin = {"name": text.name, "text_sha256": text.text_sha256}
+        origin["source"] = f"{text.source}, {len(places)} passages of {size} tokens repeated"
+        return RecallStreams(self, places, *(TokenStream.of(ids, **origin) for ids in (repeated, control)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tokens that one run and its control go over, and which passages are scored in them.
+
+    Attributes
+    ----------
+    repeated, control : Tensor, (tokens,), int64
+    prefill : int
+    scored : list of (int, int)
+        Number of the passage among the places, and the index in these tokens of its second place.
+    """
+
+    repeated: torch.Tensor
+    control: torch.Tensor
+    prefill: int
+    scored: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class RecallStreams:
+    """The stream with every passage twice, and its control with the second places only."""
+
+    design: RecallDesign
+    places: list[Place]
+    repeated: TokenStream
+    control: TokenStream
+
+    def whole(self) -> list[Trial]:
+        """The stream as it is, all passages scored."""
+        scored = [(number, place.second) for number, place in enumerate(self.places)]
+        return [Trial(self.repeated.ids, self.control.ids, self.design.cap, scored)]
+
+    def cut(self, positions: int | None) -> list[Trial]:
+        """Every passage by itself with what comes before it, at most `positions` tokens (None: no limit).
+
+        Raises
+        ------
+        ValueError
+            If not even the shortest distance fits.
+        """
+        trials = []
+        for number, place in enumerate(self.places):
+            end = place.second + self.design.passage_tokens
+            start = max(FIRST_TOKENS, place.first - self.design.cap)
+            start = start if positions is None else max(start, end + FIRST_TOKENS - positions)
+            if start <= place.first:
+                ids = [torch.cat([s.ids[:FIRST_TOKENS], s.ids[start:end]]) for s in (self.repeated, self.control)]
+                second = place.second - start + FIRST_TOKENS
+                trials.append(Trial(*ids, second, [(number, second)]))
+        if not trials:
+            shortest = self.design.distance(min(self.design.ratios))
+            raise ValueError(
+                f"the full cache of a passage seen {shortest} tokens before goes past the {positions} trained"
+                f" positions; accepted: another --policy, or a distance of at most"
+                f" {positions - self.design.passage_tokens - FIRST_TOKENS} tokens"
+            )
+        return trials
+
+
+@dataclass
+class RecallBatch:
+    """Several policies over one model and one pair of streams.
+
+    Attributes
+    ----------
+    arguments, command, seed
+        For the records.
+    out : Path
+        Folder of the records.
+    resume : bool
+        Take a complete record of the very same run from `out` instead of running it again.
+    """
+
+    loaded: LoadedModel
+    streams: RecallStreams
+    out: Path
+    arguments: dict[str, Any]
+    command: list[str]
+    seed: int
+    resume: bool = False
+
+    def run(self, settings: list[RunSettings], console: Console) -> list[RecallRecord]:
+        """Run all policies in order; an interrupted or failed one is recorded and ends the batch.
+
+        Raises
+        ------
+        ValueError
+            If a policy, the model and the streams do not fit together, or `out` cannot be written to; nothing has run
+            then.
+        WriteError
+            If a record cannot be written; it says where a copy was kept instead.
+        """
+        trials = [self._trials(one) for one in settings]
+        check_writable(self.out)
+        records = []
+        with token_progress(console) as progress:
+            for one, its in zip(settings, trials):
+                found = self._find(one) if self.resume else None
+                if found:
+                    progress.console.print(f"{one.label()}: taken from {found.id}")
+                else:
+                    found = self._run_one(one, its, shown(progress, one.label()))
+                records.append(found)
+                if records[-1].status != "complete":
+                    break
+        return records
+
+    def _trials(self, settings: RunSettings) -> list[Trial]:
+        if settings.method == "recompute":
+            raise ValueError(
+                "policy 'recompute' forwards its whole window for every token and keeps nothing else: inside the"
+                " window it recalls what the full cache does; accepted: full, or an eviction policy"
+            )
+        if settings.method == "full":
+            limit = None if settings.allow_untrained_positions else self.loaded.trained_positions
+            return self.streams.cut(limit)
+        check_run(self.loaded, len(self.streams.repeated), settings)
+        return self.streams.whole()
+
+    def _run_one(
+        self, settings: RunSettings, trials: list[Trial], progress: Callable[[int, int], None]
+    ) -> RecallRecord:
+        nll = {name: np.full(len(self.streams.places), np.nan) for name in ("repeated", "control")}
+        done, total = 0, 2 * sum(len(trial.control) - 1 - trial.prefill for trial in trials)
+        for trial, name in ((trial, name) for trial in trials for name in nll):
+            result = run(
+                self.loaded,
+                getattr(trial, name),
+                replace(settings, prefill=trial.prefill),
+                lambda now, _, before=done: progress(before + now, total),
+            )
+            done += len(trial.control) - 1 - trial.prefill
+            for number, start in trial.scored:
+                nll[name][number] = self._passage_nll(result, start)
+            if result.status != "complete":
+                break
+        with uninterrupted():
+            record = self._record(settings, result, nll)
+            return load_recall(save_or_rescue(lambda folder: write_recall(record, folder), self.out))
+
+    def _passage_nll(self, result: RunResult, start: int) -> float:
+        """Mean NLL of a passage, its first token left out; NaN if the run did not come that far."""
+        index, size = result.arrays["index"], self.streams.design.passage_tokens
+        scored = result.arrays["nll"][(index > start) & (index < start + size)]
+        return float(scored.mean()) if len(scored) == size - 1 else float("nan")
+
+    def _identity(self, settings: RunSettings) -> dict[str, Any]:
+        design = self.streams.design
+        layout = {"ratios": list(design.ratios), "passages": design.passages, "passage_tokens": design.passage_tokens}
+        return {
+            **run_identity(self.loaded, self.streams.repeated, settings),
+            "recall": {**layout, "seed": design.seed, "control_sha256": self.streams.control.sha256},
+        }
+
+    def _find(self, settings: RunSettings) -> RecallRecord | None:
+        if not self.out.is_dir():
+            return None
+        identity = self._identity(settings)
+        same = [r for r in load_recalls(self.out) if r.status == "complete" and r.arguments["identity"] == identity]
+        return same[-1] if same else None
+
+    def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
+        streams, identity = self.streams, self._identity(settings)
+        scored = np.flatnonzero(np.isfinite(nll["repeated"] + nll["control"]))
+        places = [streams.places[number] for number in scored]
+        covers_stream = settings.method != "full"
+        return {
+            "id": new_record_id("recall", self.loaded.name, streams.repeated.name, settings.label()),
+            "status": result.status,
+            "status_reason": result.reason,
+            **provenance(
+                self.loaded,
+                streams.repeated,
+                settings,
+                identity=identity,
+                arguments=self.arguments,
+                command=self.command,
+            ),
+            "protocol": {
+                "backend": settings.backend,
+                "evaluate": settings.evaluate,
+                "dtype": identity["dtype"],
+                "device": str(self.loaded.model.device),
+                **numerics(),
+                "seed": self.seed,
+                "cap": streams.design.cap,
+                "cap_accounting": settings.cap_accounting,
+                "block_tokens": settings.block_tokens,
+                **identity["recall"],
+            },
+            "summary": {"ppl": result.summary["ppl"] if covers_stream and result.status == "complete" else None},
+            "passages": {
+                "ratio": [place.ratio for place in places],
+                "distance": [place.second - place.first for place in places],
+                "first": [place.first for place in places],
+                "second": [place.second for place in places],
+                "nll_again": nll["repeated"][scored],
+                "nll_unseen": nll["control"][scored],
+            },
+        }

@@ -1,0 +1,325 @@
+"""The cliff taken apart: hard eviction, and visible length past the trained positions. From run records alone.
+
+With S strict streaming, I lazy with growth inside the cap and O lazy with growth outside it, all of one cap, R and
+text, the mean over the n tokens that all three have scored splits exactly:
+
+    mean(O - S) = mean(I - S) + sum over visible(O) <= T of (O - I) / n + sum over visible(O) > T of (O - I) / n
+    total       = eviction    + length within the trained positions     + length past the trained positions
+
+I and S never see more than the cap; I drops R tokens at once as O does, so the first part is what hard eviction (and
+seeing fewer tokens at times) costs. O drops the same tokens at the same steps and only sees more of them: the rest is
+visible length, told apart by whether a token's attention saw more than the T trained positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from sinkstream.evaluation.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
+from sinkstream.measure.pairing import same_text_and_model
+from sinkstream.measure.records import Record
+from sinkstream.report.plots import COLOURS, new_figure, save
+from sinkstream.report.selection import has_model
+from sinkstream.report.tables import EMPTY
+
+HEADER = (
+    *("Positions", "Cap", "R", "Growth", "KV min – max", "PPL", "ΔPPL %"),
+    *("Eviction (nats)", "Length ≤ T (nats)", "Length > T (nats)", "Share of length > T"),
+)
+BINS = 8
+_STYLES = {"strict": "-", "peak": (0, (2, 1.5)), "published": (0, (6, 2))}
+_COLOUR_ORDER = (0, 5, 4, 3, 1, 6, 2)  # strict black, then blue, vermilion, ...
+_GROWTH = {"peak": "inside cap", "published": "outside cap"}
+
+
+@dataclass(frozen=True)
+class CliffRun:
+    """One run of the grid.
+
+    Attributes
+    ----------
+    record : Record
+    positions : {"cache", "original"}
+    cap : int
+    stride : int
+        R; 1 for strict.
+    accounting : {"peak", "published"}
+        Whether growth is inside or outside the cap; "peak" for strict.
+    """
+
+    record: Record
+    positions: str
+    cap: int
+    stride: int
+    accounting: str
+
+    @classmethod
+    def of(cls, record: Record) -> "CliffRun":
+        """Read a record of a strict or lazy run."""
+        options, protocol = record.policy["options"], record.protocol
+        stride = options["compress_every"]
+        accounting = protocol["cap_accounting"] if stride > 1 else "peak"
+        return cls(record, options["positions"], protocol["cap"], stride, accounting)
+
+    @property
+    def peak(self) -> int:
+        """The most entries that a token saw."""
+        return self.record.summary["kv_length"]["max"]
+
+    @property
+    def line(self) -> str:
+        """The kind of run, which lines of the picture join over caps."""
+        return "strict (R = 1)" if self.stride == 1 else f"R = {self.stride:,}, growth {_GROWTH[self.accounting]}"
+
+
+@dataclass(frozen=True)
+class CliffShares:
+    """What the loss of one run with growth outside the cap is made of, in nats per token; see the module.
+
+    Attributes
+    ----------
+    total, eviction, within, past : Estimate
+        Their means; the last three add up to the first.
+    share_past : Estimate
+        past / total; no value where the total is not told from zero, or a gain.
+    n_tokens : int
+    """
+
+    total: Estimate
+    eviction: Estimate
+    within: Estimate
+    past: Estimate
+    share_past: Estimate
+    n_tokens: int
+
+
+def grid(records: Sequence[Record]) -> list[CliffRun]:
+    """The runs of the newest grid among complete records, ordered by positions, cap, R and growth.
+
+    A grid is what ``sinkstream cliff`` ran on one model and text, on one kind of device, in one precision and with one
+    prefill; of equal runs the newest counts. `records` are in the order in which they were made.
+    """
+    mine = [r for r in records if r.status == "complete" and "cliff" in r.command[:3]]
+    alike = [r for r in mine if same_text_and_model(r, mine[-1]) and _protocol(r) == _protocol(mine[-1])]
+    runs = {(r.positions, r.cap, r.stride, r.accounting): r for r in map(CliffRun.of, alike)}
+    return [runs[key] for key in sorted(runs)]
+
+
+def _protocol(record: Record) -> tuple[Any, ...]:
+    return tuple(record.protocol[name] for name in ("prefill_tokens", "dtype", "device", "backend"))
+
+
+def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
+    """Split the mean NLL difference of `outside` from `strict`, as the module says, with block-bootstrap intervals.
+
+    Parameters
+    ----------
+    strict, inside, outside : Record
+        Strict, and lazy with growth inside and outside the cap, of one cap, R, text and model.
+
+    Raises
+    ------
+    ValueError
+        Records of another text or model, or without a common token.
+    """
+    if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
+        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
+    index = outside.arrays["index"]
+    for record in (strict, inside):
+        index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
+    if not index.size:
+        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
+    s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
+    total, eviction, length = o - s, i - s, o - i
+    beyond = _at(outside, "kv_length", index) > outside.model["trained_positions"]
+    past = np.where(beyond, length, 0.0 * length)
+    parts = [mean_interval(values, positions=index) for values in (total, eviction, length - past, past)]
+    total_mean, *others = parts
+    share = share_interval(past, total, positions=index) if total_mean.above_zero else Estimate(reason="no loss")
+    return CliffShares(total_mean, *others, share, int(np.isfinite(total).sum()))
+
+
+def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
+    """Every run with growth outside the cap whose two partners are there, taken apart."""
+    found = {(r.positions, r.cap, r.stride, r.accounting): r for r in runs}
+    for run in runs:
+        partners = [found.get((run.positions, run.cap, *kind)) for kind in ((1, "peak"), (run.stride, "peak"))]
+        if run.accounting == "published" and None not in partners:
+            yield run, decompose(*(partner.record for partner in partners), run.record)
+
+
+def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float, str] | None:
+    """Share of visible length past the trained positions in the loss at the largest R, at the cap that equals them.
+
+    Of the newest grid of that model, positions inside the cache; None if it has no such runs, or no loss.
+    """
+    runs = grid([record for record in records if has_model(record, model)])
+    wanted = [
+        (run, its)
+        for run, its in shares(runs)
+        if run.cap == run.record.model["trained_positions"] and run.positions == "cache"
+    ]
+    run, its = max(wanted, key=lambda pair: pair[0].stride, default=(None, None))
+    return None if run is None or its.share_past.value is None else (its.share_past.value, run.record.id)
+
+
+def cliff_rows(records: Sequence[Record]) -> list[list[str]]:
+    """Cells of the table, one row a run of the newest grid; the columns are `HEADER`."""
+    runs = grid(records)
+    strict = {(run.positions, run.cap): run.record for run in runs if run.stride == 1}
+    taken_apart = {run.record.id: its for run, its in shares(runs)}
+    rows = []
+    for run in runs:
+        kv, its = run.record.summary["kv_length"], taken_apart.get(run.record.id)
+        growth = _GROWTH[run.accounting] if run.stride > 1 else EMPTY
+        row = [run.positions, f"{run.cap:,}", str(run.stride), growth, f"{kv['min']:,} – {kv['max']:,}"]
+        control = strict.get(("cache" if run.stride == 1 else run.positions, run.cap))
+        row += [f"{run.record.summary['ppl']:,.2f}", _delta(run.record, control)]
+        nats = [_nats(its.eviction), _nats(its.within), _nats(its.past)] if its else [EMPTY] * 3
+        rows.append([*row, *nats, _percent(its.share_past) if its else EMPTY])
+    return rows
+
+
+def footnote(records: Sequence[Record]) -> str:
+    """What a reader must know to read the table."""
+    newest = grid(records)[-1].record
+    trained, scored = newest.model["trained_positions"], newest.summary["scored_tokens"]
+    return (
+        f"T = {trained:,} trained positions; all runs score the same {scored:,} tokens. ΔPPL is against strict (R = 1)"
+        " at the same cap and positions; for strict with original positions, against strict with cache positions (the"
+        " same tokens seen, but the sinks as far back as the text is long). ln(1 + ΔPPL) of growth outside the cap ="
+        " eviction (the same R with growth inside the cap, less strict) + length (outside less inside) at tokens that"
+        " see at most T entries + length at tokens that see more. ± is half of the 95 % block-bootstrap interval. No"
+        " share is given where there is no loss."
+    )
+
+
+def rich_cliff_table(records: Sequence[Record], title: str | None = None) -> Table:
+    """The table for the terminal."""
+    table = Table(title=title, caption=footnote(records), caption_justify="left", header_style="bold")
+    for number, name in enumerate(HEADER):
+        table.add_column(name.replace("[", r"\["), justify="left" if number == 0 else "right", overflow="fold")
+    for row in cliff_rows(records):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw the newest grid: PPL over peak visible length, a panel a position mode, and NLL over the visible length.
+
+    The lowest panel has, for the largest R and the cap nearest the trained positions, the paired NLL difference from
+    strict streaming by how many entries the token saw, with its 95 % band. Writes a PNG atomically.
+
+    Raises
+    ------
+    ValueError
+        No complete record of ``sinkstream cliff``.
+    ImportError
+        matplotlib is not installed.
+    """
+    runs = grid(records)
+    if not runs:
+        raise ValueError("no complete records of sinkstream cliff to draw")
+    modes = sorted({run.positions for run in runs})
+    trained = runs[0].record.model["trained_positions"]
+    strides = sorted({run.stride for run in runs})
+    figure, axes = new_figure(len(modes) + 1)
+    for axis, mode in zip(axes, modes):
+        _draw_ppl(axis, [run for run in runs if run.positions == mode], strides)
+        axis.set_title(f"positions: {mode}", fontsize="medium")
+    _draw_lengths(axes[-1], [run for run in runs if run.positions == modes[0]], strides, trained)
+    for axis in axes:
+        axis.axvline(trained, color="#777777", linewidth=1.2, linestyle=":")
+    note = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
+    axes[0].annotate(f"trained: {trained:,}", (trained, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), **note)
+    axes[-1].set_xscale("log", base=2)
+    ticks = [trained // 8, trained // 4, trained // 2, trained, 2 * trained]
+    low, high = axes[-1].get_xlim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes[-1].set_xticks(shown, [f"{tick:,}" for tick in shown])
+    axes[-1].set_xlabel("visible length: KV entries (above, the most of a run; below, those that a token saw)")
+    newest = runs[-1].record
+    figure.suptitle(title or f"{newest.model['name']} on {newest.data['name']}")
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def _draw_ppl(axis: Any, runs: Sequence[CliffRun], strides: Sequence[int]) -> None:
+    for line in dict.fromkeys(run.line for run in sorted(runs, key=lambda r: (r.stride, r.accounting))):
+        its = sorted((run for run in runs if run.line == line), key=lambda run: run.peak)
+        ppl = [run.record.summary["ppl"] for run in its]
+        axis.plot([run.peak for run in its], ppl, label=line, **_style(its[0], strides))
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:,.4g}")
+    axis.set_ylabel("PPL (log scale)")
+
+
+def _style(run: CliffRun, strides: Sequence[int]) -> dict[str, Any]:
+    """R is told by the colour, growth by the line."""
+    colour = COLOURS[_COLOUR_ORDER[strides.index(run.stride) % len(_COLOUR_ORDER)]]
+    line = _STYLES["strict" if run.stride == 1 else run.accounting]
+    return {"color": colour, "linestyle": line, "marker": "o", "markersize": 4}
+
+
+def _draw_lengths(axis: Any, runs: Sequence[CliffRun], strides: Sequence[int], trained: int) -> None:
+    lazy = [run for run in runs if run.stride > 1]
+    axis.axhline(0, color=COLOURS[0], linewidth=1)
+    axis.set_ylabel("NLL difference from strict\n(nats per token)")
+    if not lazy:
+        return
+    largest = max(run.stride for run in lazy)
+    cap = min((run.cap for run in lazy if run.stride == largest), key=lambda cap: abs(cap - trained))
+    control = next((run.record for run in runs if (run.cap, run.stride) == (cap, 1)), None)
+    axis.set_title(f"tokens of R = {largest:,} at cap {cap:,}, by what they saw", fontsize="medium")
+    for run in lazy:
+        if (run.cap, run.stride) == (cap, largest) and control is not None:
+            centres, curve = _by_length(run.record, control)
+            style = _style(run, strides)
+            axis.plot(centres, [e.value for e in curve], **style)
+            banded = [(centre, e.low, e.high) for centre, e in zip(centres, curve) if e.low is not None]
+            if banded:
+                axis.fill_between(*zip(*banded), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _by_length(record: Record, control: Record) -> tuple[list[float], list[Estimate]]:
+    """NLL difference from the control in `BINS` equal ranges of visible length: their centres, and the means."""
+    index = np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True)
+    difference = _at(record, "nll", index).astype(np.float64) - _at(control, "nll", index)
+    lengths = _at(record, "kv_length", index)
+    edges = np.linspace(lengths.min(), lengths.max() + 1, BINS + 1)
+    bins = np.digitize(lengths, edges) - 1
+    present = [b for b in range(BINS) if (bins == b).any()]
+    curve = [mean_interval(difference[bins == b], positions=index[bins == b]) for b in present]
+    return [float((edges[b] + edges[b + 1]) / 2) for b in present], curve
+
+
+def _at(record: Record, name: str, index: np.ndarray) -> np.ndarray:
+    """A per-token array at these token indices, all of which the record has."""
+    return record.arrays[name][np.searchsorted(record.arrays["index"], index)]
+
+
+def _delta(record: Record, control: Record | None) -> str:
+    if control is None or control is record:
+        return EMPTY if control is None else "control"
+    index = np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True)
+    delta = paired_delta_ppl(_at(record, "nll", index), _at(control, "nll", index), positions=index)
+    half = "" if delta.low is None else f" ±{(delta.high - delta.low) / 2:.2f}"
+    return f"{delta.delta_percent:+.2f}{half}"
+
+
+def _nats(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return EMPTY
+    return f"{estimate.value:+.4f}" + ("" if estimate.low is None else f" ±{(estimate.high - estimate.low) / 2:.4f}")
+
+
+def _percent(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return EMPTY
+    return f"{100 * estimate.value:.0f} % ±{50 * (estimate.high - estimate.low):.0f}"

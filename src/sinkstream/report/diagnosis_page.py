@@ -1,0 +1,156 @@
+"""The page of a diagnosis: one HTML file that carries its figures and pictures in itself."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sinkstream.diagnosis import PARTS, Diagnosis
+from sinkstream.measure.files import write_atomically
+from sinkstream.report.diagnosis_tables import NOTES, TABLES, Entry, cells, interval, origin
+from sinkstream.report.tables import EMPTY
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 75rem; margin: 2rem auto;
+       padding: 0 1rem; }
+table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.87rem; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #111; }
+.wide { overflow-x: auto; }
+.verdict { border-left: 4px solid #0072B2; padding-left: 0.7rem; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
+img { max-width: 100%; height: auto; }
+details { border-top: 1px solid #ccc; padding: 0.6rem 0; }
+summary { font-size: 1.1rem; cursor: pointer; }
+code { background: #f2f2f2; padding: 0 0.2rem; overflow-wrap: anywhere; }
+"""
+
+
+def write_page(
+    diagnosis: Diagnosis, pictures: Sequence[Mapping[str, Path]], attribution: Path | None, path: Path | str
+) -> Path:
+    """Write the page.
+
+    Parameters
+    ----------
+    diagnosis : Diagnosis
+    pictures : sequence of mapping
+        PNG files of each policy, by name, in the order of the policies; empty where none were drawn.
+    attribution : path or None
+        The picture of all policies.
+    path : path
+        The HTML file; it refers to no other file.
+    """
+    title = escape(f"Diagnosis: {diagnosis.model['name']} on {diagnosis.data['name']}")
+    sections = [_section(entry, mine) for entry, mine in zip(diagnosis.policies, pictures)]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in NOTES)
+    verdicts = [f"<li><b>{escape(e['label'])}</b>: {escape(e['verdict']['line'])}</li>" for e in diagnosis.policies]
+    overview = "".join(_table([header for header, _ in columns], cells(diagnosis, columns)) for columns in TABLES)
+    body = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p>{escape(origin(diagnosis)).replace("`", "")}</p>
+<h2>Verdicts</h2><ul>{"".join(verdicts)}</ul>
+<h2>All policies</h2><div class="wide">{overview}</div><ul>{notes}</ul>
+{_picture(attribution, "parts of the difference from strict streaming") if attribution else ""}
+{"".join(sections)}
+<p>Record <code>{escape(diagnosis.id)}</code>, made by <code>{escape(" ".join(diagnosis.command))}</code>.</p>
+</body></html>
+"""
+    return write_atomically(path, body)
+
+
+def _section(entry: Entry, pictures: Mapping[str, Path]) -> str:
+    tables = [_differences(entry), _spikes(entry), _parts(entry), _plain(entry), _lengths(entry), _latency(entry)]
+    shown = [_picture(path, f"{entry['label']}: {name}") for name, path in pictures.items()]
+    return (
+        f"<details open><summary>{escape(entry['label'])}</summary>"
+        f'<p class="verdict">{escape(entry["verdict"]["line"])}</p>'
+        f'<div class="figures">{"".join(f"<div>{table}</div>" for table in tables)}</div>{"".join(shown)}</details>'
+    )
+
+
+def _differences(entry: Entry) -> str:
+    rows = [[f"ΔPPL % against {n}", interval(d, 2, "delta_percent")] for n, d in entry["delta_ppl"].items()]
+    rows += [
+        ["error outside the 32 tokens after events (nats)", interval(entry["long_run"]["outside_events"], 4)],
+        ["second half minus first half of the text (nats)", interval(entry["long_run"]["growth"], 4)],
+    ]
+    seen = entry["resolution"]
+    if seen:
+        needed = ", ".join(f"{size}: {tokens:,}" for size, tokens in seen["tokens_needed"].items())
+        effect = EMPTY if seen["effect_size"] is None else f"{seen['effect_size']:+.4f} a token, z = {seen['z']:+.1f}"
+        rows += [["effect size against noise", effect], ["tokens needed to resolve a ΔPPL of", needed]]
+    return _table(["Difference", "figure [95 %]"], rows)
+
+
+def _spikes(entry: Entry) -> str:
+    names = {"level": "level before (nats)", "peak": "peak (nats)", "width": "width (tokens)", "area": "area (nats)"}
+    rows = [[text, *(interval(curve[n], 3) for curve in entry["spike"].values())] for n, text in names.items()]
+    events = entry["period"]
+    median = EMPTY if events["median"] is None else f"{events['median']:.0f}"
+    rows.append(
+        ["events; median period (tokens)", f"{events['events']:,}; {median}"] + [""] * (len(entry["spike"]) - 1)
+    )
+    return _table(["Spike, paired", *(f"against {name}" for name in entry["spike"])], rows)
+
+
+def _parts(entry: Entry) -> str:
+    whole = entry["attribution"]
+    shares = {name: EMPTY if share is None else f"{100 * share:.0f}" for name, share in whole["shares"].items()}
+    rows = [[text, interval(whole["parts"][name], 2, scale=100), shares[name]] for name, text in PARTS.items()]
+    rows.append(["all", interval(whole["total"], 2, scale=100), EMPTY if shares["elsewhere"] == EMPTY else "100"])
+    return _table(["Attribution against strict", "100 × nats [95 %]", "share %"], rows)
+
+
+def _plain(entry: Entry) -> str:
+    names = {"max": "maximum NLL (nats)", "width": "width (tokens)", "area": "area above the median (nats)"}
+    rows = [
+        [text, *(_numbers(entry["plain"][run][name], ("mean", "p90", "max"), 2) for run in ("policy", "strict"))]
+        for name, text in names.items()
+    ]
+    return _table(["Plain, unpaired, 32 tokens after events: mean / P90 / max", "policy", "strict, same tokens"], rows)
+
+
+def _lengths(entry: Entry) -> str:
+    kv, extreme = entry["drift"]["kv_length"], entry["extreme"]
+    past = EMPTY if kv["share_past_trained"] is None else f"{100 * kv['share_past_trained']:.1f} %"
+    sizes = _numbers(entry["drift"]["drop_size"], ("mean", "p50", "p90", "p99", "max"), 1)
+    rate = extreme["extreme_per_1000_tokens"]
+    rows = [
+        ["visible KV min / mean / max (tokens)", _numbers(kv, ("min", "mean", "max"), 1)],
+        ["share above the trained length", past],
+        ["drop size mean / P50 / P90 / P99 / max (tokens)", sizes],
+        [f"events above {extreme['threshold_nats']} nats a token, per 1,000 tokens", f"{rate:.2f}"],
+        ["mean difference after an event: P99 / max (nats)", _numbers(extreme["mean_nats"], ("p99", "max"), 3)],
+    ]
+    return _table(["Drift", "figure"], rows)
+
+
+def _latency(entry: Entry) -> str:
+    figures = {"policy": entry["latency"], "strict": entry["strict"]["latency"]}
+    keys = ("mean", "p50", "p90", "p99")
+    names = {"all": "all steps", "event_steps": "steps with an event", "other_steps": "other steps"}
+    rows = [[text, *(_numbers(one[name], keys, 2) for one in figures.values())] for name, text in names.items()]
+    rows.append(["timed tokens", *(f"{one['tokens']:,}" for one in figures.values())])
+    return _table(["Latency mean / P50 / P90 / P99 (ms)", *figures], rows)
+
+
+def _numbers(figures: Mapping[str, Any], keys: Sequence[str], digits: int) -> str:
+    if all(figures[key] is None for key in keys):
+        return EMPTY
+    return " / ".join(EMPTY if figures[key] is None else f"{figures[key]:,.{digits}f}" for key in keys)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in header)
+    lines = ["<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _picture(path: Path, description: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<p><img alt="{escape(description, quote=True)}" src="data:image/png;base64,{data}"></p>'

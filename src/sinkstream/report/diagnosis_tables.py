@@ -1,0 +1,182 @@
+"""Tables and headline figures of diagnoses: one row a policy, every figure with its interval."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sinkstream.diagnosis import PARTS, Diagnosis, load_diagnoses
+from sinkstream.registry import Registry
+from sinkstream.report.selection import normalised
+from sinkstream.report.tables import EMPTY
+
+#: Tables of documents that are made from diagnosis records, and headline figures.
+DIAGNOSIS_TABLES = Registry("diagnosis table")
+DIAGNOSIS_HEADLINES = Registry("diagnosis headline")
+NONE_YET = "*no records yet*"
+
+Entry = Mapping[str, Any]
+
+
+def interval(estimate: Mapping[str, Any] | None, digits: int, key: str = "value", scale: float = 1.0) -> str:
+    """A figure with its interval as text: "+0.31 [+0.06, +0.58]"; a dash without a figure."""
+    if estimate is None or estimate[key] is None:
+        return EMPTY
+    if estimate[key] == estimate["low"] == estimate["high"] == 0:
+        return "0"
+    value = f"{scale * estimate[key]:+.{digits}f}"
+    if estimate["low"] is None:
+        return f"{value} [no interval]"
+    high = "inf" if estimate["high"] is None else f"{scale * estimate['high']:+.{digits}f}"
+    return f"{value} [{scale * estimate['low']:+.{digits}f}, {high}]"
+
+
+def spike_of(entry: Entry) -> Mapping[str, Any]:
+    """The spike against strict streaming."""
+    return entry["spike"]["strict"]
+
+
+def _part(name: str) -> Callable[[Entry], str]:
+    def cell(entry: Entry) -> str:
+        whole = entry["attribution"]
+        share = whole["shares"][name]
+        shown = interval(whole["parts"][name], 2, scale=100)
+        return shown if share is None else f"{shown} ({100 * share:.0f} %)"
+
+    return cell
+
+
+def lengths_text(entry: Entry) -> str:
+    """Visible length: shortest, mean, longest, and the share above the trained positions if there is one."""
+    kv = entry["drift"]["kv_length"]
+    if kv["mean"] is None:
+        return EMPTY
+    past = kv["share_past_trained"]
+    over = f" ({100 * past:.0f} % past trained)" if past else ""
+    return f"{kv['min']:,} / {kv['mean']:,.0f} / {kv['max']:,}{over}"
+
+
+def drops_text(entry: Entry) -> str:
+    """Drop sizes: mean, P99, maximum."""
+    drops = entry["drift"]["drop_size"]
+    return EMPTY if drops["mean"] is None else f"{drops['mean']:.0f} / {drops['p99']:.0f} / {drops['max']:.0f}"
+
+
+#: Header, and the cell of a policy's entry; headers carry the units.
+COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
+    ("Policy", lambda entry: entry["label"]),
+    ("ΔPPL % vs strict", lambda entry: interval(entry["delta_ppl"]["strict"], 2, "delta_percent")),
+    ("Peak (nats)", lambda entry: interval(spike_of(entry)["peak"], 3)),
+    ("Width (tokens)", lambda entry: interval(spike_of(entry)["width"], 1)),
+    ("Area (nats)", lambda entry: interval(spike_of(entry)["area"], 2)),
+    ("KV min / mean / max", lengths_text),
+    ("Drop mean / P99 / max", drops_text),
+    ("Verdict", lambda entry: entry["verdict"]["outcome"]),
+]
+
+#: The attribution: parts in 100 × nats a token, and their share of the whole where that is not zero by its interval.
+PART_COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
+    ("100 × nats per token", lambda entry: entry["label"]),
+    ("all of it", lambda entry: interval(entry["attribution"]["total"], 2, scale=100)),
+    *((text, _part(name)) for name, text in PARTS.items()),
+]
+TABLES = (COLUMNS, PART_COLUMNS)
+
+NOTES = (
+    "ΔPPL, peak, width and area are paired with strict streaming at the same cap; 95 % intervals.",
+    "Peak and area: excess over the level just before the event, in the 32 tokens from it on; width is area over peak.",
+    "The parts add up to the whole, log(PPL / PPL of strict); shares are given where its interval leaves out zero.",
+    "With R of at most 32 every token is near an event; with R = 1 no distance can be told.",
+)
+
+
+def cells(diagnosis: Diagnosis, columns: Sequence[tuple[str, Callable[[Entry], str]]]) -> list[list[str]]:
+    """The cells of a table, one row a policy."""
+    return [[cell(entry) for _, cell in columns] for entry in diagnosis.policies]
+
+
+def rich_diagnosis(diagnosis: Diagnosis) -> list[Table]:
+    """The policies of a diagnosis as tables for the terminal."""
+    tables = []
+    for columns in TABLES:
+        table = Table(header_style="bold")
+        for number, (header, _) in enumerate(columns):
+            table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
+        for line in cells(diagnosis, columns):
+            table.add_row(*(text.replace("[", r"\[") for text in line))
+        tables.append(table)
+    tables[0].title = f"{diagnosis.model['name']} on {diagnosis.data['name']}, cap {diagnosis.protocol['cap']}"
+    tables[-1].caption, tables[-1].caption_justify = "\n".join(NOTES), "left"
+    return tables
+
+
+def markdown_diagnosis(diagnosis: Diagnosis) -> str:
+    """The policies of a diagnosis as Markdown tables, origin above."""
+    shown = [origin(diagnosis)]
+    for columns in TABLES:
+        lines = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
+        lines += [[text.replace("|", r"\|") for text in line] for line in cells(diagnosis, columns)]
+        shown.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(shown)
+
+
+def origin(diagnosis: Diagnosis) -> str:
+    """One line on what a diagnosis was made from; strict streaming's own PPL is in it."""
+    protocol, environment = diagnosis.protocol, diagnosis.environment
+    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
+    strict = diagnosis.policies[0]["strict"]
+    return (
+        f"{diagnosis.model['name']}, {diagnosis.data['name']}, {diagnosis.data['tokens']:,} tokens of which"
+        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']}, {hardware}, commit"
+        f" `{(environment['git']['commit'] or 'unknown')[:10]}`; strict PPL {strict['ppl']:.2f}."
+    )
+
+
+def render_diagnoses(results: Path) -> dict[str, str]:
+    """Markdown of every registered diagnosis table, by name. Raises ValueError if the folder holds a broken record."""
+    diagnoses = load_diagnoses(results) if results.is_dir() else []
+    return {name: render(diagnoses) for name, render in DIAGNOSIS_TABLES.items()}
+
+
+def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap: int) -> Diagnosis | None:
+    """Of a model (part of its name) on a text (part of its name) at a cap: the newest diagnosis of the most tokens."""
+    found = [
+        one
+        for one in diagnoses
+        if normalised(model) in normalised(one.model["name"])
+        and text in normalised(one.data["name"]).replace("-", "")
+        and one.protocol["cap"] == cap
+    ]
+    return max(reversed(found), key=lambda one: one.protocol["decode_tokens"], default=None)
+
+
+def _register_table(name: str, **selection: Any) -> None:
+    def render(diagnoses: Sequence[Diagnosis]) -> str:
+        found = find_diagnosis(diagnoses, **selection)
+        return NONE_YET if found is None else markdown_diagnosis(found)
+
+    render.__doc__ = f"Diagnosis: {', '.join(f'{k} {v}' for k, v in selection.items())}."
+    DIAGNOSIS_TABLES.register(name)(render)
+
+
+for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink"), ("neox-27m-nosink", "neox-nosink")):
+    for _text in ("pg19", "wikitext"):
+        _register_table(f"diagnosis-{_text}-{_short}", model=_model, text=_text, cap=512)
+
+
+@DIAGNOSIS_TABLES.register("diagnosis-notes")
+def diagnosis_notes(diagnoses: Sequence[Diagnosis]) -> str:
+    """How to read the diagnosis tables."""
+    return "\n".join(f"- {note}" for note in NOTES)
+
+
+@DIAGNOSIS_HEADLINES.register("diagnosis.spike_area_lazy64")
+def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] | None:
+    """Spike area of lazy R=64 against strict, nats an event with interval; SmolLM2-135M, PG19, cap 512."""
+    diagnosis = find_diagnosis(diagnoses, model="smollm2-135m", text="pg19", cap=512)
+    for entry in diagnosis.policies if diagnosis else ():
+        area = spike_of(entry)["area"]
+        if entry["label"] == "lazy R=64" and area["low"] is not None:
+            return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}
+    return None

@@ -1,0 +1,154 @@
+"""Recall past the window: the curve of a policy, the table and the picture of several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from sinkstream.evaluation.statistics import Estimate, mean_interval
+from sinkstream.measure.recall import RecallRecord
+from sinkstream.report.plots import COLOURS, line_formats, new_figure, save
+from sinkstream.report.selection import normalised
+from sinkstream.report.tables import EMPTY
+
+MOST_BANDS = 5
+_NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
+
+
+@dataclass(frozen=True)
+class RecallPoint:
+    """What a policy recalls at one distance.
+
+    Attributes
+    ----------
+    ratio : float
+        Distance over cap.
+    distance : int
+        Tokens.
+    gain : Estimate
+        Nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back.
+    """
+
+    ratio: float
+    distance: int
+    gain: Estimate
+
+
+def recall_curve(record: RecallRecord) -> list[RecallPoint]:
+    """One point a distance, the shortest first; intervals are a bootstrap over passages."""
+    passages, points = record.passages, []
+    gains = passages["nll_unseen"] - passages["nll_again"]
+    for ratio in np.unique(passages["ratio"]):
+        its = passages["ratio"] == ratio
+        points.append(
+            RecallPoint(float(ratio), int(passages["distance"][its][0]), mean_interval(gains[its], block_tokens=1))
+        )
+    return points
+
+
+def display_name(record: RecallRecord) -> str:
+    """The policy's label, marked if the record is not whole."""
+    label = record.policy["label"]
+    return label if record.status == "complete" else f"{label} ({record.status})"
+
+
+def recall_rows(records: Sequence[RecallRecord]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table: one row a policy, one column a distance."""
+    ratios = sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
+    header = ["Policy", "PPL", "NLL when new", *(f"{ratio:g} ×" for ratio in ratios)]
+    rows = []
+    for record in records:
+        gains = {point.ratio: point.gain for point in recall_curve(record)}
+        ppl, unseen = record.summary["ppl"], record.passages["nll_unseen"]
+        row = [display_name(record), EMPTY if ppl is None else f"{ppl:,.2f}"]
+        row += [f"{unseen.mean():.2f}" if len(unseen) else EMPTY]
+        rows.append(row + [_gain(gains.get(ratio)) for ratio in ratios])
+    return header, rows
+
+
+def footnote(records: Sequence[RecallRecord]) -> str:
+    """What a reader must know to read the table."""
+    protocol = records[0].protocol
+    return (
+        f"Recall gain in nats per token, by distance in multiples of the cap ({protocol['cap']:,} slots): mean NLL of a"
+        f" passage of {protocol['passage_tokens']} tokens that is new, less its NLL when it was seen that far back;"
+        f" {protocol['passages']} passages a distance, ± half of the 95 % bootstrap interval over passages. 0 ="
+        " forgotten. PPL is that of the stream without repetitions. The full cache is shown where it fits the trained"
+        " positions."
+    )
+
+
+def rich_recall_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
+    """The table for the terminal."""
+    header, rows = recall_rows(records)
+    table = Table(title=title, caption=footnote(records), caption_justify="left", header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw recall gain over distance / cap, one line a policy, with its 95 % interval; writes a PNG atomically.
+
+    Up to `MOST_BANDS` lines have bands; more have bars instead and stand a little apart.
+
+    Raises
+    ------
+    ValueError
+        No records.
+    ImportError
+        matplotlib is not installed.
+    """
+    if not records:
+        raise ValueError("no recall records to draw")
+    figure, (axis,) = new_figure(1)
+    for number, (record, style) in enumerate(zip(records, line_formats())):
+        shift = None if len(records) <= MOST_BANDS else 2 ** (0.3 * (number / (len(records) - 1) - 0.5))
+        _draw_curve(axis, record, style, shift)
+    ticks = sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
+    axis.axhline(0, color=COLOURS[0], linewidth=1)
+    axis.axvline(1, color="#777777", linewidth=1.2, linestyle=":")
+    axis.annotate("cap: the window ends", (1, 1), xycoords=("data", "axes fraction"), xytext=(4, -4), va="top", **_NOTE)
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(f"distance between the two occurrences (× cap of {records[0].protocol['cap']:,} slots)")
+    axis.set_ylabel("recall gain (nats per token)")
+    axis.set_title(title or f"{records[0].model['name']} on {records[0].data['name']}")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: float | None) -> None:
+    """One policy's line, its intervals as a band, or as bars where the line is moved sideways by a factor `shift`."""
+    curve = recall_curve(record)
+    ratios, gains = [(shift or 1.0) * point.ratio for point in curve], [point.gain.value for point in curve]
+    axis.plot(ratios, gains, label=display_name(record), marker="o", markersize=4, **style)
+    known = [(x, p.gain.low, p.gain.high) for x, p in zip(ratios, curve) if p.gain.low is not None]
+    if known and shift is None:
+        axis.fill_between(*zip(*known), color=style["color"], alpha=0.13, linewidth=0)
+    elif known:
+        axis.vlines(*zip(*known), color=style["color"], linewidth=1)
+
+
+def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> list[RecallRecord]:
+    """The newest complete record of each policy of a model at a cap, on the streams of the newest, full cache first."""
+    mine = [
+        record
+        for record in records
+        if record.status == "complete" and normalised(model) in normalised(record.model["name"])
+        if record.protocol["cap"] == cap
+    ]
+    newest = {record.policy["label"]: record for record in mine if record.data["sha256"] == mine[-1].data["sha256"]}
+    return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
+
+
+def _gain(gain: Estimate | None) -> str:
+    if gain is None or gain.value is None:
+        return EMPTY
+    return f"{gain.value:+.2f}" if gain.low is None else f"{gain.value:+.2f} ±{(gain.high - gain.low) / 2:.2f}"
