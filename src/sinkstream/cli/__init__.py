@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | env | report``.
+"""The command line: ``sinkstream demo | eval | bench | env | report``.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -37,7 +37,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options."""
-    from sinkstream.cli import demo, env, eval, report  # noqa: F401  (they register their commands)
+    from sinkstream.cli import bench, demo, env, eval, report  # noqa: F401  (they register their commands)
 
     parser = Parser(
         prog="sinkstream",

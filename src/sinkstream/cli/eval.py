@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, policy_options
+from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, shared_options
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import BASELINES, EVALUATE, FIXED, RunSettings
+from sinkstream.evaluation.settings import EVALUATE, RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 
@@ -77,13 +77,10 @@ def exit_code(records: list) -> int:
 
 
 def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettings:
-    shared = policy_options(args)
-    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
-        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
     return RunSettings(
         method,
         cap=args.cap,
-        options=shared | options,
+        options=shared_options(args, method) | options,
         cap_accounting=args.cap_accounting,
         positions=args.positions,
         allow_untrained_positions=args.allow_untrained_positions,

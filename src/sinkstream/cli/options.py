@@ -1,11 +1,11 @@
 """Command-line options that several commands share; policy options come from the registries."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sinkstream.cache import POSITIONS
-from sinkstream.evaluation.settings import method_names, method_summary
+from sinkstream.evaluation.settings import BASELINES, FIXED, method_names, method_summary
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
@@ -19,8 +19,8 @@ def policy_option_specs() -> Iterator[OptionSpec]:
         yield from (OptionSpec.of(f) for f in option_fields(cls))
 
 
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--policy``, ``--cap`` and one flag for every registered policy option."""
+def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str], Any] = int) -> None:
+    """Add ``--policy``, ``--cap`` (read by `caps`) and one flag for every registered policy option."""
     group = parser.add_argument_group("policy")
     listed = "\n".join(f"- {name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
     group.add_argument(
@@ -30,7 +30,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:OPTION=VALUE…][,NAME…]",
         help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8):\n{listed}\n",
     )
-    group.add_argument("--cap", type=int, help="KV slots, growth included; the window is what the rest leaves of it")
+    group.add_argument("--cap", type=caps, help="KV slots, growth included; the window is what the rest leaves of it")
     group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
     group.add_argument(
         "--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept"
@@ -51,6 +51,17 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
 
+def shared_options(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The policy options that were given, for one of the methods of ``--policy``.
+
+    Where there are several, what they share leaves out those that it would make into something else.
+    """
+    shared = policy_options(args)
+    if len(args.policy) > 1:
+        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
+    return shared
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--model`` and where and how it runs."""
     group = parser.add_argument_group("model")
@@ -65,6 +76,29 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="allow cuDNN attention (it builds a plan for every new length)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Parse ``512,2052``."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted; accepted: whole numbers, as in 512 or 512,2052"
+        ) from None
+
+
+def names_of(registry: Iterable[str], kind: str) -> Callable[[str], list[str]]:
+    """A parser of ``a,b`` that accepts the names of a registry."""
+
+    def parse(text: str) -> list[str]:
+        names = [part.strip() for part in text.split(",")]
+        for name in names:
+            if name not in registry:
+                raise argparse.ArgumentTypeError(f"{kind} {name!r} is not known; accepted: {', '.join(registry)}")
+        return names
+
+    return parse
 
 
 def all_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
+from sinkstream.report.bench_tables import render_bench
+from sinkstream.report.markdown import grid
+from sinkstream.report.precision import precision_runs
 from sinkstream.report.selection import policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
@@ -27,12 +30,7 @@ def render_tables(results: Path) -> dict[str, str]:
         The folder holds a broken record.
     """
     records = load_records(results) if results.is_dir() else []
-    return {name: render(records) for name, render in DOCUMENT_TABLES.items()}
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return {name: render(records) for name, render in DOCUMENT_TABLES.items()} | render_bench(results)
 
 
 def _source(cls: type) -> str:
@@ -48,7 +46,7 @@ def policies_table(records: Sequence[Record]) -> str:
     for name, preset in PRESETS.items():
         options = ", ".join(f"{option}={value}" for option, value in preset().items())
         rows.append([f"`{name}`", PRESETS.summary(name), f"`{options}`"])
-    return _grid(["`--policy`", "what it does", "options it sets"], rows)
+    return grid(["`--policy`", "what it does", "options it sets"], rows)
 
 
 @DOCUMENT_TABLES.register("parts")
@@ -59,7 +57,7 @@ def parts_table(records: Sequence[Record]) -> str:
         for registry in (TRIGGERS, SCORERS)
         for name, cls in registry.items()
     ]
-    return _grid(["part", "name", "what it does", "source"], rows)
+    return grid(["part", "name", "what it does", "source"], rows)
 
 
 @DOCUMENT_TABLES.register("features")
@@ -81,7 +79,7 @@ def features_table(records: Sequence[Record]) -> str:
         ["model sources", names(*MODEL_SOURCES)],
         ["texts", names(*TEXTS, ".txt", ".json")],
     ]
-    return _grid(["feature", "accepted"], rows)
+    return grid(["feature", "accepted"], rows)
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
@@ -147,7 +145,28 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
-    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{_grid(header, rows)}"
+    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{grid(header, rows)}"
+
+
+@DOCUMENT_TABLES.register("engine-precision")
+def precision_table(records: Sequence[Record]) -> str:
+    """Perplexity of the engine in half precision against the float32 hf backend, on the same tokens."""
+    rows = [
+        [
+            p.record.model["name"],
+            p.record.data["name"],
+            label(p.record),
+            f"{p.record.protocol['backend']} {p.record.protocol['dtype']}",
+            f"{p.tokens:,}",
+            f"{p.ppl:.4f}",
+            f"{p.control_ppl:.4f}",
+            f"{100 * p.relative_error:+.4f}",
+            "–" if p.agreement is None else f"{100 * p.agreement:.2f}",
+        ]
+        for p in precision_runs(records)
+    ]
+    header = ["model", "text", "policy", "engine", "tokens", "PPL", "PPL hf float32", "error %", "same top token %"]
+    return grid(header, rows) if rows else NONE_YET
 
 
 @DOCUMENT_TABLES.register("headline")

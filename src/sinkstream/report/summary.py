@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinkstream.measure.bench_records import BenchRecord, load_bench_records
 from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
+from sinkstream.report.bench_summary import SPEED_HEADLINES
+from sinkstream.report.precision import worst_relative_error
 from sinkstream.report.selection import policy_name, same_conditions, select
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
@@ -24,17 +27,24 @@ class Summary:
     missing: dict[str, str]
 
 
-def compute_headlines(records: Sequence[Record]) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+def compute_headlines(
+    records: Sequence[Record], speeds: Sequence[BenchRecord] = ()
+) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
-    for key, compute in HEADLINES.items():
+    for registry, source in ((HEADLINES, records), (SPEED_HEADLINES, speeds)):
+        _compute(registry, source, headlines, missing)
+    return headlines, missing
+
+
+def _compute(registry: Registry, records: Sequence, headlines: dict, missing: dict) -> None:
+    for key, compute in registry.items():
         found = compute(records)
         if found is None:
-            missing[key] = f"no record for: {HEADLINES.summary(key)}"
+            missing[key] = f"no record for: {registry.summary(key)}"
         else:
             value, record_id = found
             headlines[key] = {"value": float(f"{value:.{SIGNIFICANT_DIGITS}g}"), "record": record_id}
-    return headlines, missing
 
 
 def write_summary(results_dir: Path | str) -> Summary:
@@ -48,14 +58,14 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
-    headlines, missing = compute_headlines(_records_below(directory))
+    headlines, missing = compute_headlines(_records_below(directory), load_bench_records(directory))
     return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
 def summary_is_current(results_dir: Path | str) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
     path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = compute_headlines(_records_below(Path(results_dir)))
+    headlines, _ = compute_headlines(_records_below(Path(results_dir)), load_bench_records(results_dir))
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
 
 
@@ -129,3 +139,9 @@ def ppl_window_only(records: Sequence[Record]) -> tuple[float, str] | None:
 def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
     """PPL of strict streaming, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "strict")
+
+
+@HEADLINES.register("engine.ppl_relative_error")
+def ppl_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Largest relative PPL error of the engine's fastest rung against the float32 hf backend, same model and tokens."""
+    return worst_relative_error(records)
