@@ -54,7 +54,7 @@ class Bench:
         """Add the options of this command."""
         add_model_options(parser)
         add_policy_options(parser, caps=whole_numbers)
-        parser.set_defaults(model=None, policy=POLICIES, cap=[CAP])
+        parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
         group = parser.add_argument_group("benchmark")
         group.add_argument(
             "--shape",
@@ -72,7 +72,7 @@ class Bench:
         group.add_argument("--tokens", type=int, default=STEADY_TOKENS, help="steady tokens of each configuration")
         group.add_argument("--warmup", type=int, default=WARMUP_TOKENS, help="tokens decoded before them")
         group.add_argument("--seconds", type=float, help="time limit of the steady tokens of one configuration")
-        group.add_argument("--streams", type=whole_numbers, default=[1], help="streams stepped together, as in 1,2,4,8")
+        group.add_argument("--streams", type=whole_numbers, default="1", help="streams stepped together, as in 1,2,4,8")
         group.add_argument(
             "--text",
             help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
@@ -171,30 +171,35 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
         )
     if min(args.streams) < 1 or min(args.cap) < 1:
         raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
+    for cap in args.cap:
+        _policies(args, cap)
     forced = args.text is not None
     return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
 
 
 def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
     """Configurations that take turns, in the order of the ladder: the transformers rungs see an unpacked model."""
-    untrained = args.allow_untrained_positions or loaded.source == "random"
     groups = []
     for name in sorted(set(rungs), key=RUNGS.names().index):
         for cap in args.cap:
-            policies = [
-                RunSettings(
-                    method,
-                    cap=cap,
-                    options=shared_options(args, method) | options,
-                    cap_accounting=args.cap_accounting,
-                    positions=args.positions,
-                    allow_untrained_positions=untrained,
-                )
-                for method, options in args.policy
-            ]
-            runs = RUNGS[name](loaded).runs(policies)
+            runs = RUNGS[name](loaded).runs(_policies(args, cap, untrained=loaded.source == "random"))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
+
+
+def _policies(args: argparse.Namespace, cap: int, *, untrained: bool = False) -> list[RunSettings]:
+    """Every ``--policy`` at one cap; random weights were trained on no positions at all. ValueError if one is wrong."""
+    return [
+        RunSettings(
+            method,
+            cap=cap,
+            options=shared_options(args, method) | options,
+            cap_accounting=args.cap_accounting,
+            positions=args.positions,
+            allow_untrained_positions=args.allow_untrained_positions or untrained,
+        )
+        for method, options in args.policy
+    ]
 
 
 def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:

@@ -63,7 +63,12 @@ ARRAYS = {
     "event": np.bool_,  # a prune event began at this token
     "drop_size": np.int32,  # entries dropped at this token
 }
-OPTIONAL_ARRAYS = {"entropy": np.float32, "risk": np.float32, "token_id": np.int32}
+OPTIONAL_ARRAYS = {
+    "entropy": np.float32,
+    "risk": np.float32,
+    "token_id": np.int32,
+    "top1": np.int32,  # the token that was likeliest in place of the scored one; -1 = not known
+}
 
 
 def check_record(content: Any, where: str) -> None:
