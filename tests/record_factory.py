@@ -122,7 +122,12 @@ def make_bench_record(
         },
         "setup": {"load_sec": 1.0, "prepare_sec": 2.0, "capture_sec": 0.5, "prefill_sec": 0.3, "warmup_sec": 0.1},
         "steady": {
-            **{"tokens": tokens, "wall_sec": sum(seconds), "tpot_ms": tpot, "tokens_per_sec": protocol.get("streams", 1) * 1e3 / tpot},
+            **{
+                "tokens": tokens,
+                "wall_sec": sum(seconds),
+                "tpot_ms": tpot,
+                "tokens_per_sec": protocol.get("streams", 1) * 1e3 / tpot,
+            },
             **{"gbs": size / tpot / 1e6, "over_floor": tpot / floor_ms, "share_of_floor": floor_ms / tpot},
         },
         "latency_ms": {"all": latency, "event": latency, "other": latency},

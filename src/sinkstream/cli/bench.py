@@ -34,7 +34,7 @@ from sinkstream.models import (
     resolve_device,
     resolve_dtype,
     shape_config,
-    shape_parameters,
+    shape_sizes,
     source_name,
 )
 from sinkstream.models.shapes import PREFIX
@@ -91,9 +91,12 @@ class Bench:
         device = resolve_device(args.device)
         set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         dtype = resolve_dtype(args.dtype, device)
-        for model in models:
-            check_weights_fit(model, dtype, device)
         rungs = RUNGS.names() if args.ladder else args.backend or [default_rung(device)]
+        for rung in () if args.ladder else rungs:
+            RUNGS[rung].check_device(device)
+        least = min(args.cap) * (min(args.streams) + 1) if args.ladder else _most_slots(args)
+        for model in models:
+            check_fits(model, dtype, device, least)
         ceiling = memory_bandwidth(device)
         console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
         name, outcomes = new_record_id("bench"), []
@@ -141,15 +144,20 @@ def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
             console.print(f"{what}: {word}: {why}", style=style, markup=False, highlight=False)
 
 
-def check_weights_fit(model: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError if the weights of a random shape cannot fit; nothing is allocated. Other models pass."""
+def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int) -> None:
+    """Raise ValueError if a random shape and that many cached tokens cannot fit; nothing is allocated.
+
+    Other models pass: the size of their weights is known when they are loaded, and their caches are checked then.
+    """
     if source_name(model) != "random":
         return
-    needed, free = shape_parameters(model.removeprefix(PREFIX)) * dtype.itemsize, free_bytes(device)
-    if needed > free:
+    weights, cached = (numbers * dtype.itemsize for numbers in shape_sizes(model.removeprefix(PREFIX)))
+    free = free_bytes(device)
+    if weights + slots * cached > free:
         raise ValueError(
-            f"{model} in {str(dtype).removeprefix('torch.')} takes {needed / 1e9:.2f} GB of weights, and"
-            f" {free / 1e9:.2f} GB are free on {device}; accepted: a smaller shape, or a --dtype of fewer bytes"
+            f"{model} in {str(dtype).removeprefix('torch.')} takes {weights / 1e9:.2f} GB of weights and"
+            f" {slots * cached / 1e9:.2f} GB of keys and values, and {free / 1e9:.2f} GB are free on {device};"
+            " accepted: a smaller shape, --cap or --streams, fewer policies, or a --dtype of fewer bytes"
         )
 
 
@@ -185,6 +193,11 @@ def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> 
             runs = RUNGS[name](loaded).runs(_policies(args, cap, untrained=loaded.source == "random"))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
+
+
+def _most_slots(args: argparse.Namespace) -> int:
+    """Cached tokens of the largest turn: all its policies and streams, and the prompt's copy of one stream."""
+    return max(args.cap) * (max(args.streams) + 1) * len(args.policy)
 
 
 def _policies(args: argparse.Namespace, cap: int, *, untrained: bool = False) -> list[RunSettings]:

@@ -107,12 +107,18 @@ def shape_config(name: str) -> PreTrainedConfig:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def shape_parameters(name: str) -> int:
-    """Number of parameters of a published shape, tied ones once; nothing is allocated. ValueError if unknown."""
+def shape_sizes(name: str) -> tuple[int, int]:
+    """Parameters of a published shape, tied ones once, and numbers cached for one token; nothing is allocated.
+
+    Raises ValueError for an unknown name.
+    """
+    config = shape_config(name)
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(shape_config(name))
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads
+    return sum(parameter.numel() for parameter in model.parameters()), cached
 
 
 @MODEL_SOURCES.register("random")

@@ -1,5 +1,6 @@
 """The rungs: every way of decoding that the benchmark knows, the slowest first."""
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from sinkstream.engine import STEPS, Engine
+from sinkstream.engine import STEPS, Engine, GraphedStep
 from sinkstream.evaluation.sessions import BACKENDS, Session, engine_options
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.bench.settings import BenchConfig, Protocol, step_weight_bytes
@@ -57,6 +58,7 @@ class Rung(ABC):
     evicts: ClassVar[bool] = True  # under every --policy; other rungs run a baseline of their own
     method: ClassVar[str] = ""  # that baseline
     attention: ClassVar[str | None] = None  # implementation in transformers, where the rung sets it
+    needs_gpu: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
@@ -75,9 +77,15 @@ class Rung(ABC):
         """Tokens of the prompt."""
         return config.run.cap
 
-    @abstractmethod
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Raise ValueError if this rung does not run on `device`, whatever the model."""
+        if cls.needs_gpu and device.type != "cuda":
+            raise ValueError(f"this rung compiles or captures for a GPU and the device is {device}; accepted: cuda")
+
     def check(self, config: BenchConfig) -> None:
         """Raise ValueError if this rung does not serve the model, the device or the configuration."""
+        self.check_device(self.loaded.model.device)
 
     @abstractmethod
     def open(self, config: BenchConfig) -> Decoder:
@@ -113,6 +121,7 @@ class HfRung(Rung):
     """A rung on the transformers module, driven as `eval --backend hf` drives it."""
 
     def check(self, config: BenchConfig) -> None:
+        super().check(config)
         check_one_stream(config)
         BACKENDS["hf"](self.loaded, config.run).check()
 
@@ -164,16 +173,10 @@ class StreamingRung(HfRung):
 class StaticRung(GrowingRung):
     """transformers' generate(cache_implementation="static"), compiled by itself; it ends when its slots are full."""
 
+    needs_gpu = True
+
     def prefill_tokens(self, protocol: Protocol, config: BenchConfig) -> int:
         return max(1, config.run.cap - protocol.warmup - protocol.tokens)
-
-    def check(self, config: BenchConfig) -> None:
-        check_one_stream(config)
-        device = self.loaded.model.device
-        if device.type != "cuda":
-            raise ValueError(
-                f"transformers compiles generate() on a GPU only, and the model is on {device}; accepted: a CUDA device"
-            )
 
     def open(self, config: BenchConfig) -> Decoder:
         raise AssertionError("generate() runs its own loop: see decoding.generate_static")
@@ -207,6 +210,7 @@ class EngineRung(Rung):
     backend: ClassVar[str]
 
     def check(self, config: BenchConfig) -> None:
+        super().check(config)
         Engine.check(self.loaded.model, **self._options(config))
 
     def open(self, config: BenchConfig) -> Decoder:
@@ -214,6 +218,7 @@ class EngineRung(Rung):
         engine, first = timed(Engine, self.loaded.model, device=device, **self._options(config))
         engine.close()
         del engine
+        gc.collect()
         engine, again = timed(Engine, self.loaded.model, device=device, **self._options(config))
         decoder = EngineDecoder(engine)
         decoder.prepare_sec, decoder.capture_sec = first, again
@@ -225,7 +230,8 @@ class EngineRung(Rung):
 
 
 for _name, _step in STEPS.items():
-    RUNGS.register(_name)(type(_step.__name__, (EngineRung,), {"backend": _name, "__doc__": _step.__doc__}))
+    _of_step = {"backend": _name, "needs_gpu": issubclass(_step, GraphedStep), "__doc__": _step.__doc__}
+    RUNGS.register(_name)(type(_step.__name__, (EngineRung,), _of_step))
 
 
 def default_rung(device: torch.device) -> str:
