@@ -136,6 +136,18 @@ def test_a_rung_asked_for_by_name_is_refused_before_anything_runs(session, tmp_p
         session().run([configs("hf", streams=2)], console())
 
 
+def test_a_rung_that_breaks_costs_the_ladder_only_that_rung(session, monkeypatch):
+    def broken(self, config):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(RUNGS["hf"], "open", broken)
+    outcome = session(lenient=True).run([configs("hf"), configs()], console())
+    assert outcome.failed == [(f"hf strict, cap {CAP}", "RuntimeError: no such kernel")]
+    assert [r.rung["name"] for r in outcome.records] == ["ring"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        session().run([configs("hf"), configs()], console())
+
+
 def test_too_little_memory_is_said_before_anything_runs(session, monkeypatch):
     one = session()
     per_token = kv_token_bytes(one.loaded.model)

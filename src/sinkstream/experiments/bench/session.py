@@ -63,7 +63,7 @@ class BenchSession:
     name : str
         The same in all records of one command.
     lenient : bool
-        List what a rung refuses, instead of refusing all.
+        List what a rung refuses, and what fails, instead of ending with it.
     """
 
     loaded: LoadedModel
@@ -108,8 +108,11 @@ class BenchSession:
                     continue
                 try:
                     outcome.records += self._time(group, bar)
-                except torch.OutOfMemoryError as error:
-                    outcome.failed.append((_names(group), f"out of memory: {str(error).splitlines()[0]}"))
+                except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
+                    if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
+                        raise
+                    told = next(iter(str(error).strip().splitlines()), "")
+                    outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
                 _free()
                 if outcome.records and outcome.records[-1].status != "complete":
                     outcome.interrupted = True
