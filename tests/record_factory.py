@@ -65,3 +65,74 @@ def make_record(
         },
         "summary": summarise(arrays, 0.5, 0.6, 40.0, None),
     }
+
+
+def make_bench_record(
+    name: str,
+    rung: str = "graph",
+    policy: str = "strict",
+    *,
+    tpot_ms: float = 2.2,
+    floor_ms: float = 2.0,
+    chunk_seconds: list[float] | None = None,
+    chunk_tokens: int = 50,
+    chunks: int = 12,
+    model: str = "random:pythia-2.8b",
+    created: str = "2026-01-01T00:00:00+00:00",
+    session: str = "session",
+    turn: str | None = None,
+    kv_bytes: float = 6.7e8,
+    p99_over_p50: float = 1.01,
+    blocks: list[dict[str, Any]] | None = None,
+    status: str = "complete",
+    **protocol: Any,
+) -> dict[str, Any]:
+    """A speed record that passes every check, by default of a GPU; further keywords go to `protocol`."""
+    seconds = [chunk_tokens * tpot_ms / 1e3] * chunks if chunk_seconds is None else chunk_seconds
+    tokens = chunk_tokens * len(seconds)
+    tpot = 1e3 * sum(seconds) / tokens
+    info = environment("cpu")
+    info |= {"git": {"commit": "0" * 40, "dirty": False, "reason": None}, "gpu": dict(GPU)}
+    latency = {"tokens": tokens, "mean": tpot, "p50": tpot, "p90": tpot, "p99": tpot * p99_over_p50, "max": 2 * tpot}
+    ceiling = {"kind": "device-to-device copy", "copy_gbs": 3000.0, "read_gbs": 3100.0, "copy_bytes": 1 << 31}
+    size = floor_ms * ceiling["copy_gbs"] * 1e6
+    return {
+        "id": name,
+        "status": status,
+        "status_reason": None if status == "complete" else "interrupted",
+        "created": created,
+        "session": session,
+        "command": ["sinkstream", "bench"],
+        "arguments": {},
+        "environment": info,
+        "model": make_record("x", model=model)["model"],
+        "rung": {"name": rung, "summary": rung, "attention": "sdpa"},
+        "policy": {"name": policy.split()[0], "label": policy, "options": {}},
+        "protocol": {
+            **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": 2052, "streams": 1},
+            **{"prefill_tokens": 2052, "warmup_tokens": 64, "tokens": tokens, "chunk_tokens": chunk_tokens},
+            **{"in_turn": 1 if turn is None else 2, "turn": turn or name, "feed": "greedy", "text": "random"},
+            **{"text_sha256": "0" * 64, "tpot": "", "latency": "", "floor": ""},
+            **protocol,
+        },
+        "ceiling": ceiling,
+        "floor": {
+            **{"weight_bytes": size - kv_bytes, "kv_token_bytes": kv_bytes / 2052, "visible_mean": 2052.0},
+            **{"kv_bytes": kv_bytes, "bytes": size, "ms": floor_ms},
+        },
+        "setup": {"load_sec": 1.0, "prepare_sec": 2.0, "capture_sec": 0.5, "prefill_sec": 0.3, "warmup_sec": 0.1},
+        "steady": {
+            **{
+                "tokens": tokens,
+                "wall_sec": sum(seconds),
+                "tpot_ms": tpot,
+                "tokens_per_sec": protocol.get("streams", 1) * 1e3 / tpot,
+            },
+            **{"gbs": size / tpot / 1e6, "over_floor": tpot / floor_ms, "share_of_floor": floor_ms / tpot},
+        },
+        "latency_ms": {"all": latency, "event": latency, "other": latency},
+        "chunks": {"tokens": [chunk_tokens] * len(seconds), "seconds": seconds},
+        "blocks": blocks or [],
+        "memory": {"peak_mb": 8000.0, "kind": "cuda_allocated"},
+        "profile": None,
+    }

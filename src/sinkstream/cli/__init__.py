@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | diagnose | recall | cliff | env | report``.
+"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | env | report``.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -38,6 +38,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options."""
     from sinkstream.cli import (  # noqa: F401  (they register their commands)
+        bench,
         cliff,
         demo,
         diagnose,

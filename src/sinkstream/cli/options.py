@@ -1,7 +1,7 @@
 """Command-line options that several commands share; policy options come from the registries."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sinkstream.cache import POSITIONS
@@ -21,8 +21,8 @@ def policy_option_specs() -> Iterator[OptionSpec]:
         yield from (OptionSpec.of(f) for f in option_fields(cls))
 
 
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--policy``, ``--cap`` and one flag for every registered policy option."""
+def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str], Any] = int) -> None:
+    """Add ``--policy``, ``--cap`` (read by `caps`) and one flag for every registered policy option."""
     group = parser.add_argument_group("policy")
     listed = "\n".join(f"- {name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
     group.add_argument(
@@ -32,7 +32,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:OPTION=VALUE…][,NAME…]",
         help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8):\n{listed}\n",
     )
-    group.add_argument("--cap", type=int, help="KV slots, growth included; the window is what the rest leaves of it")
+    group.add_argument("--cap", type=caps, help="KV slots, growth included; the window is what the rest leaves of it")
     group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
     group.add_argument(
         "--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept"
@@ -53,15 +53,23 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
 
+def shared_options(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The policy options that were given, for one of the methods of ``--policy``.
+
+    Where there are several, what they share leaves out those that it would make into something else.
+    """
+    shared = policy_options(args)
+    if len(args.policy) > 1:
+        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
+    return shared
+
+
 def run_settings(args: argparse.Namespace, method: str, options: dict[str, Any], **protocol: Any) -> RunSettings:
     """Settings of one of the given policies; `options` are its own, `protocol` goes to `RunSettings` as it is."""
-    shared = policy_options(args)
-    if len(args.policy) > 1:  # what all policies share leaves out those that it would make into something else
-        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
     return RunSettings(
         method,
         cap=args.cap,
-        options=shared | options,
+        options=shared_options(args, method) | options,
         cap_accounting=args.cap_accounting,
         positions=args.positions,
         allow_untrained_positions=args.allow_untrained_positions,
@@ -96,6 +104,29 @@ def load_given_model(args: argparse.Namespace) -> LoadedModel:
         attn_implementation=args.attention,
         seed=args.seed,
     )
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Parse ``512,2052``."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted; accepted: whole numbers, as in 512 or 512,2052"
+        ) from None
+
+
+def names_of(registry: Iterable[str], kind: str) -> Callable[[str], list[str]]:
+    """A parser of ``a,b`` that accepts the names of a registry."""
+
+    def parse(text: str) -> list[str]:
+        names = [part.strip() for part in text.split(",")]
+        for name in names:
+            if name not in registry:
+                raise argparse.ArgumentTypeError(f"{kind} {name!r} is not known; accepted: {', '.join(registry)}")
+        return names
+
+    return parse
 
 
 def all_arguments(args: argparse.Namespace) -> dict[str, Any]:

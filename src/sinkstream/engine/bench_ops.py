@@ -36,6 +36,7 @@ from sinkstream.engine.ops import (
 )
 from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, measured_plan
 from sinkstream.engine.ops.runtime import set_compile_only
+from sinkstream.measure.bandwidth import memory_bandwidth
 
 SINK = 4
 H100_SHARED_BYTES = 227 * 1024 - 4096
@@ -624,27 +625,6 @@ def short(config) -> str:
     return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))
 
 
-def copy_bandwidth(repeats: int = 11) -> dict[str, float]:
-    """GB/s of a 2 GB device-to-device copy (read and written bytes), and of reading 4 GB in a sum."""
-    a = torch.empty(1 << 30, dtype=torch.float16, device="cuda").normal_()
-    b = torch.empty_like(a)
-    found = {}
-    for name, fn, size in (
-        ("copy", lambda: b.copy_(a), 4 << 30),
-        ("read", lambda: a.view(torch.int32).amax(), 2 << 30),
-    ):
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-            start.record()
-            fn()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        found[name] = size / sorted(times)[repeats // 2] / 1e6
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -663,18 +643,18 @@ def main(arguments: list[str] | None = None) -> None:
         "ops": [],
         "steps": [],
     }
-    bandwidth = copy_bandwidth() if cuda else {"copy": 10.0, "read": 10.0}
-    report["bandwidth_gbs"] = bandwidth
-    print(f"{report['device']}: copy {bandwidth['copy']:.0f} GB/s, read {bandwidth['read']:.0f} GB/s", flush=True)
+    bandwidth = memory_bandwidth("cuda" if cuda else "cpu")
+    report["bandwidth_gbs"] = {"copy": bandwidth.copy_gbs, "read": bandwidth.read_gbs}
+    print(f"{report['device']}: {bandwidth}", flush=True)
     for name in options.shapes:
         left = options.seconds - (time.monotonic() - start)
         if left < 15:
             print(f"{name}: no time left")
             break
         budget = left * (SHARES.get(name, 1.0) if name != options.shapes[-1] else 1.0)
-        bench = Bench(SHAPES[name], "cuda" if cuda else "cpu", pool, time.monotonic() + budget, bandwidth["copy"])
+        bench = Bench(SHAPES[name], "cuda" if cuda else "cpu", pool, time.monotonic() + budget, bandwidth.copy_gbs)
         shape = bench.shape
-        floor_ms = shape.step_bytes / bandwidth["copy"] / 1e6
+        floor_ms = shape.step_bytes / bandwidth.copy_gbs / 1e6
         print(f"{name}: {shape.step_bytes / 1e9:.3f} GB a step, floor {floor_ms:.3f} ms, {budget:.0f} s", flush=True)
         try:
             if options.climb:

@@ -22,6 +22,7 @@ from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
+from sinkstream.measure.memory import free_bytes
 from sinkstream.models import load_model
 from sinkstream.policies import EvictionPolicy, Step
 
@@ -407,8 +408,7 @@ def _check_memory(spec: ModelSpec, policy: EvictionPolicy, streams: int, device:
     if device.type != "cuda":
         return
     needed = StreamState.bytes_needed(spec, policy, streams + 1)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
+    free = free_bytes(device)
     if needed > free:
         raise ValueError(
             f"{streams} streams of {policy.peak} slots need {needed / 1e9:.2f} GB of memory on {device}, and"

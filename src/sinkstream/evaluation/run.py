@@ -17,6 +17,7 @@ from sinkstream.policies import Step
 
 Progress = Callable[[int, int], None]
 TIMES = ("prefill", "ttft", "total")
+UNKNOWN = -1  # in place of a token id
 
 
 @dataclass
@@ -24,18 +25,18 @@ class TokenRows:
     """Per-token figures of one run, one row a decode step.
 
     The row of step t holds the NLL of token t + 1 (its index in the text), the seconds of the step that predicted it,
-    and what the cache did at that step.
+    what the cache did at that step, and the token that it found likeliest (-1: not known).
     """
 
-    rows: list[tuple[int, float, float, Step]] = field(default_factory=list)
+    rows: list[tuple[int, float, float, Step, int]] = field(default_factory=list)
 
-    def add(self, index: int, nll: float, seconds: float, step: Step) -> None:
+    def add(self, index: int, nll: float, seconds: float, step: Step, top1: int = UNKNOWN) -> None:
         """Append one row, whole or not at all: Ctrl-C may come anywhere."""
-        self.rows.append((index, nll, seconds, step))
+        self.rows.append((index, nll, seconds, step, top1))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The rows as the arrays of a run record."""
-        index, nll, seconds, steps = zip(*self.rows) if self.rows else ((), (), (), ())
+        index, nll, seconds, steps, top1 = zip(*self.rows) if self.rows else ((), (), (), (), ())
         return {
             "index": np.array(index, dtype=np.int32),
             "nll": np.array(nll, dtype=np.float32),
@@ -43,6 +44,7 @@ class TokenRows:
             "kv_length": np.array([s.visible for s in steps], dtype=np.int32),
             "event": np.array([s.event for s in steps], dtype=bool),
             "drop_size": np.array([s.drop for s in steps], dtype=np.int32),
+            "top1": np.array(top1, dtype=np.int32),
         }
 
 
@@ -236,7 +238,8 @@ def _decode_steps(
             nll = token_nll(logits, ids[t + 1 : t + 2]).item()
             if not np.isfinite(nll):
                 raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
-            rows.add(t + 1, nll, seconds if keep_times else float("nan"), session.steps()[-1])
+            top1 = int(logits.argmax(-1))
+            rows.add(t + 1, nll, seconds if keep_times else float("nan"), session.steps()[-1], top1)
         progress(t + 1 - first)
 
 
@@ -251,8 +254,9 @@ def _decode_blocks(session: Session, ids, first: int, start: int, rows: TokenRow
         scored = [value for i, value in enumerate(nll, t - first) if i % settings.sample_every == 0]
         if not np.isfinite(scored).all():
             return range(t, t + size)
-        for i, (value, step) in enumerate(zip(nll, session.steps(), strict=True)):
-            rows.add(t + i + 1, value, float("nan"), step)
+        top1 = [UNKNOWN] * len(nll) if session.top1 is None else session.top1.tolist()
+        for i, (value, step, token) in enumerate(zip(nll, session.steps(), top1, strict=True)):
+            rows.add(t + i + 1, value, float("nan"), step, token)
         t += size
         progress(t - first)
     return None

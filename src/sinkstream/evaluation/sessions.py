@@ -37,7 +37,15 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class Session(ABC):
-    """One stream. All ids are ``(tokens,)`` int64 on the device of the model."""
+    """One stream. All ids are ``(tokens,)`` int64 on the device of the model.
+
+    Attributes
+    ----------
+    top1 : Tensor or None, (tokens,), int64
+        The likeliest tokens in place of those that the latest `score` scored, if it knows them.
+    """
+
+    top1: torch.Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         self.model, self.settings = model, settings
@@ -67,7 +75,9 @@ class Session(ABC):
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored."""
-        return token_nll(self.feed(ids, last_only=False), targets)
+        logits = self.feed(ids, last_only=False)
+        self.top1 = logits.argmax(-1)
+        return token_nll(logits, targets)
 
     def close(self) -> None:  # noqa: B027  (most sessions put nothing on the model)
         """Free what the session put on the model."""
@@ -118,8 +128,13 @@ class EngineSession(Session):
         return self.engine.prefill(ids)[None]
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = [token_nll(self._append(ids[i : i + 1]), targets[i : i + 1]) for i in self._begin(ids)]
-        return torch.cat(rows)
+        nll, top1 = [], []
+        for i in self._begin(ids):
+            logits = self._append(ids[i : i + 1])
+            nll.append(token_nll(logits, targets[i : i + 1]))
+            top1.append(logits.argmax(-1))
+        self.top1 = torch.cat(top1)
+        return torch.cat(nll)
 
     def steps(self) -> list[Step]:
         return self._steps

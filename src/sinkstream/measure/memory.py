@@ -15,6 +15,22 @@ BYTES_PER_MB = 2**20
 SAMPLING_SECONDS = 0.05
 
 
+def held_mb(device: torch.device | str) -> float:
+    """Memory held now, in MB of 2**20 bytes: allocated by torch on a GPU, the process's RSS on a CPU."""
+    device = torch.device(device)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return held / BYTES_PER_MB
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes that can still be allocated on `device`: free on the GPU or in torch's pool, or available to the host."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 class PeakMemory:
     """Context manager that measures the peak memory of its body.
 

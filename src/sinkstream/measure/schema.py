@@ -63,7 +63,12 @@ ARRAYS = {
     "event": np.bool_,  # a prune event began at this token
     "drop_size": np.int32,  # entries dropped at this token
 }
-OPTIONAL_ARRAYS = {"entropy": np.float32, "risk": np.float32, "token_id": np.int32}
+OPTIONAL_ARRAYS = {
+    "entropy": np.float32,
+    "risk": np.float32,
+    "token_id": np.int32,
+    "top1": np.int32,  # the token that was likeliest in place of the scored one; -1 = not known
+}
 
 
 def check_record(content: Any, where: str) -> None:
@@ -72,7 +77,7 @@ def check_record(content: Any, where: str) -> None:
         raise ValueError(f"{where}: not a run record: expected a JSON object, got {type(content).__name__}")
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
-    _check_keys(content, REQUIRED, where, "")
+    check_keys(content, REQUIRED, where)
     for field in NOT_NULL:
         if field_value(content, field) is None:
             raise ValueError(f"{where}: field {field!r} is null; a record must state it")
@@ -85,7 +90,7 @@ def check_record(content: Any, where: str) -> None:
 
 def check_environment(environment: Mapping[str, Any], device: str, where: str) -> None:
     """Raise ValueError if a run on `device` could not be recorded with this environment; call it before a long run."""
-    _check_keys(environment, REQUIRED["environment"], where, "environment.")
+    check_keys(environment, REQUIRED["environment"], where, "environment.")
     git, gpu = environment["git"], environment["gpu"]
     if git["commit"] is None and not git["reason"]:
         raise ValueError(f"{where}: field 'environment.git.commit' is null without a reason")
@@ -122,11 +127,12 @@ def check_arrays(arrays: Mapping[str, Any], where: str) -> dict[str, np.ndarray]
     return typed
 
 
-def _check_keys(content: Any, required: Mapping[str, Any], where: str, prefix: str) -> None:
+def check_keys(content: Any, required: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Raise ValueError, naming `where` and the field, if a required key (see `REQUIRED`) is missing."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: field {prefix.rstrip('.')!r} must be an object, got {type(content).__name__}")
     for key, nested in required.items():
         if key not in content:
             raise ValueError(f"{where}: required field {prefix + key!r} is missing")
         if nested is not None:
-            _check_keys(content[key], nested, where, f"{prefix}{key}.")
+            check_keys(content[key], nested, where, f"{prefix}{key}.")

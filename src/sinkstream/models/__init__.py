@@ -3,7 +3,7 @@
 from .load import load_model, source_name
 from .loaded import MODEL_SOURCES, LoadedModel
 from .placement import resolve_device, resolve_dtype
-from .shapes import SHAPES, shape_config
+from .shapes import SHAPES, shape_config, shape_sizes
 
 __all__ = [
     "MODEL_SOURCES",
@@ -13,5 +13,6 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "shape_config",
+    "shape_sizes",
     "source_name",
 ]

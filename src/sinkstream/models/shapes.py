@@ -1,6 +1,7 @@
 """Published model shapes with random weights, for measuring speed where the checkpoint itself is out of reach.
 
-Shapes follow the published configurations (Pythia: arXiv 2304.01373; Llama 3.1 and 3.2: Meta's model cards).
+Shapes follow the published configurations (Pythia: arXiv 2304.01373; Llama 3.1 and 3.2: Meta's model cards; SmolLM2:
+arXiv 2502.02737).
 Weights are drawn on the target device in the wanted dtype; nothing is ever held in float32 beside them.
 """
 
@@ -74,6 +75,22 @@ SHAPES: dict[str, dict] = {
     "pythia-2.8b": _pythia(2560, 32, 32),
     "pythia-6.9b": _pythia(4096, 32, 32, vocab=50432),
     "pythia-12b": _pythia(5120, 36, 40, vocab=50688),
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
     "llama-3.2-1b": _llama3(2048, 8192, 16, factor=32.0, tied=True),
     "llama-3.1-8b": _llama3(4096, 14336, 32, factor=8.0, tied=False),
 }
@@ -88,6 +105,20 @@ def shape_config(name: str) -> PreTrainedConfig:
     fields = dict(SHAPES[name])
     fields["rope_parameters"] = dict(fields["rope_parameters"])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def shape_sizes(name: str) -> tuple[int, int]:
+    """Parameters of a published shape, tied ones once, and numbers cached for one token; nothing is allocated.
+
+    Raises ValueError for an unknown name.
+    """
+    config = shape_config(name)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads
+    return sum(parameter.numel() for parameter in model.parameters()), cached
 
 
 @MODEL_SOURCES.register("random")

@@ -14,7 +14,10 @@ from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
 from sinkstream.report import cliff, recall
+from sinkstream.report.bench_tables import render_bench
 from sinkstream.report.diagnosis_tables import render_diagnoses
+from sinkstream.report.markdown import grid
+from sinkstream.report.precision import precision_runs
 from sinkstream.report.selection import has_model, policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
@@ -34,12 +37,8 @@ def render_tables(results: Path) -> dict[str, str]:
     """
     records, recalls = (load(results) if results.is_dir() else [] for load in (load_records, load_recalls))
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
-    return tables | {name: render(recalls) for name, render in RECALL_TABLES.items()} | render_diagnoses(results)
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
+    return tables | render_diagnoses(results) | render_bench(results)
 
 
 def _source(cls: type) -> str:
@@ -55,7 +54,7 @@ def policies_table(records: Sequence[Record]) -> str:
     for name, preset in PRESETS.items():
         options = ", ".join(f"{option}={value}" for option, value in preset().items())
         rows.append([f"`{name}`", PRESETS.summary(name), f"`{options}`"])
-    return _grid(["`--policy`", "what it does", "options it sets"], rows)
+    return grid(["`--policy`", "what it does", "options it sets"], rows)
 
 
 @DOCUMENT_TABLES.register("parts")
@@ -66,7 +65,7 @@ def parts_table(records: Sequence[Record]) -> str:
         for registry in (TRIGGERS, SCORERS)
         for name, cls in registry.items()
     ]
-    return _grid(["part", "name", "what it does", "source"], rows)
+    return grid(["part", "name", "what it does", "source"], rows)
 
 
 @DOCUMENT_TABLES.register("features")
@@ -88,7 +87,7 @@ def features_table(records: Sequence[Record]) -> str:
         ["model sources", names(*MODEL_SOURCES)],
         ["texts", names(*TEXTS, ".txt", ".json")],
     ]
-    return _grid(["feature", "accepted"], rows)
+    return grid(["feature", "accepted"], rows)
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
@@ -136,7 +135,7 @@ def cliff_table(records: Sequence[Record], *, model: str) -> str:
         return NONE_YET
     newest = runs[-1].record
     told = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens, {_machine(newest)}"
-    return f"{told}\n\n{_grid(cliff.HEADER, cliff.cliff_rows(mine))}\n\n{cliff.footnote(mine)}"
+    return f"{told}\n\n{grid(cliff.HEADER, cliff.cliff_rows(mine))}\n\n{cliff.footnote(mine)}"
 
 
 def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> str:
@@ -145,7 +144,7 @@ def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> st
     if not mine:
         return NONE_YET
     told = f"{mine[0].model['name']}, {mine[0].data['name']}, {mine[0].data['tokens']:,} tokens, {_machine(mine[0])}"
-    return f"{told}\n\n{_grid(*recall.recall_rows(mine))}\n\n{recall.footnote(mine)}"
+    return f"{told}\n\n{grid(*recall.recall_rows(mine))}\n\n{recall.footnote(mine)}"
 
 
 def _register(registry: Registry, name: str, table: Callable[..., str], **selection: Any) -> None:
@@ -193,7 +192,28 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
-    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{_grid(header, rows)}"
+    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{grid(header, rows)}"
+
+
+@DOCUMENT_TABLES.register("engine-precision")
+def precision_table(records: Sequence[Record]) -> str:
+    """Perplexity of the engine in half precision against the float32 hf backend, on the same tokens."""
+    rows = [
+        [
+            p.record.model["name"],
+            p.record.data["name"],
+            label(p.record),
+            f"{p.record.protocol['backend']} {p.record.protocol['dtype']}",
+            f"{p.tokens:,}",
+            f"{p.ppl:.4f}",
+            f"{p.control_ppl:.4f}",
+            f"{100 * p.relative_error:+.4f}",
+            "–" if p.agreement is None else f"{100 * p.agreement:.2f}",
+        ]
+        for p in precision_runs(records)
+    ]
+    header = ["model", "text", "policy", "engine", "tokens", "PPL", "PPL hf float32", "error %", "same top token %"]
+    return grid(header, rows) if rows else NONE_YET
 
 
 @DOCUMENT_TABLES.register("headline")

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sinkstream.diagnosis import Diagnosis, load_diagnoses
+from sinkstream.measure.bench_records import BenchRecord, load_bench_records
 from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
+from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.cliff import share_past_trained
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
+from sinkstream.report.precision import worst_relative_error
 from sinkstream.report.selection import policy_name, same_conditions, select
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
@@ -28,24 +31,25 @@ class Summary:
 
 
 def compute_headlines(
-    records: Sequence[Record], diagnoses: Sequence[Diagnosis] = ()
+    records: Sequence[Record], diagnoses: Sequence[Diagnosis] = (), speeds: Sequence[BenchRecord] = ()
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
-    for key, compute in HEADLINES.items():
-        found = compute(records)
-        if found is None:
-            missing[key] = f"no record for: {HEADLINES.summary(key)}"
-        else:
-            value, record_id = found
-            headlines[key] = {"value": _rounded(value), "record": record_id}
-    for key, compute in DIAGNOSIS_HEADLINES.items():
-        figures = compute(diagnoses)
-        if figures is None:
-            missing[key] = f"no record for: {DIAGNOSIS_HEADLINES.summary(key)}"
-        else:
+    for registry, source in ((HEADLINES, records), (SPEED_HEADLINES, speeds), (DIAGNOSIS_HEADLINES, diagnoses)):
+        for key, compute in registry.items():
+            found = compute(source)
+            if found is None:
+                missing[key] = f"no record for: {registry.summary(key)}"
+                continue
+            figures = found if isinstance(found, dict) else dict(zip(("value", "record"), found))
             headlines[key] = {name: v if name == "record" else _rounded(v) for name, v in figures.items()}
     return headlines, missing
+
+
+def _headlines_below(directory: Path) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: not a folder with records")
+    return compute_headlines(load_records(directory), load_diagnoses(directory), load_bench_records(directory))
 
 
 def write_summary(results_dir: Path | str) -> Summary:
@@ -59,25 +63,19 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
-    headlines, missing = compute_headlines(_records_below(directory), load_diagnoses(directory))
+    headlines, missing = _headlines_below(directory)
     return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
 def summary_is_current(results_dir: Path | str) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
     path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = compute_headlines(_records_below(Path(results_dir)), load_diagnoses(results_dir))
+    headlines, _ = _headlines_below(Path(results_dir))
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-
-
-def _records_below(directory: Path) -> list[Record]:
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: not a folder with records")
-    return load_records(directory)
 
 
 def _as_text(headlines: dict[str, dict[str, float | str]]) -> str:
@@ -150,3 +148,9 @@ def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
 def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
     """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, cliff grid."""
     return share_past_trained(records, model="neox-27m-sink")
+
+
+@HEADLINES.register("engine.ppl_relative_error")
+def ppl_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Largest relative PPL error of the engine's fastest rung against the float32 hf backend, same model and tokens."""
+    return worst_relative_error(records)

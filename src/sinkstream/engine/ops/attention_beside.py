@@ -132,12 +132,8 @@ def attention_beside(
     rows, hidden = weight.shape
     check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
     check_linear(x, weight, norm_weight, norm_bias, bias, norm, activation)
-    if out is None:
-        out = torch.empty(1, query_heads * keys.shape[3], dtype=keys.dtype, device=keys.device)
-    if linear_out is None:
-        linear_out = torch.empty(1, rows, dtype=weight.dtype, device=x.device)
-    for name, tensor, width in (("out", out, query_heads * keys.shape[3]), ("linear_out", linear_out, rows)):
-        check_tensor(name, tensor, (1, width), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
+    width = query_heads * keys.shape[3]
+    out, linear_out = _room("out", out, width, keys), _room("linear_out", linear_out, rows, weight)
     if config is None:
         config = default_beside(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
@@ -160,3 +156,11 @@ def attention_beside(
         ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch), num_warps=linear.warps, pdl=pdl,
     )  # fmt: skip
     return out, linear_out
+
+
+def _room(name: str, tensor: torch.Tensor | None, width: int, like: torch.Tensor) -> torch.Tensor:
+    """An output of one stream, given or made."""
+    if tensor is None:
+        return torch.empty(1, width, dtype=like.dtype, device=like.device)
+    check_tensor(name, tensor, (1, width), dtypes=FLOAT_DTYPES, device=like.device, contiguous=False)
+    return tensor

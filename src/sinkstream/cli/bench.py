@@ -1,0 +1,229 @@
+"""``sinkstream bench``."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
+from sinkstream.cli.options import (
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    names_of,
+    shared_options,
+    whole_numbers,
+)
+from sinkstream.cli.show import wide_console
+from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.numerics import set_numerics
+from sinkstream.evaluation.settings import BASELINES, RunSettings
+from sinkstream.experiments.bench.rungs import RUNGS, default_rung
+from sinkstream.experiments.bench.session import BenchSession, Outcome
+from sinkstream.experiments.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
+from sinkstream.measure.bandwidth import memory_bandwidth
+from sinkstream.measure.memory import free_bytes
+from sinkstream.measure.records import new_record_id
+from sinkstream.measure.timing import timed
+from sinkstream.models import (
+    SHAPES,
+    LoadedModel,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    shape_config,
+    shape_sizes,
+    source_name,
+)
+from sinkstream.models.shapes import PREFIX
+from sinkstream.report.bench_tables import profile_table, ratio_table, slope_lines, speed_table
+
+SHAPE = "pythia-2.8b"
+POLICIES = "strict,lazy:compress_every=64"
+LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
+
+
+@COMMANDS.register("bench")
+class Bench:
+    """Time the rungs of decoding against the bytes that a step must read."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of this command."""
+        add_model_options(parser)
+        add_policy_options(parser, caps=whole_numbers)
+        parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
+        group = parser.add_argument_group("benchmark")
+        group.add_argument(
+            "--shape",
+            type=names_of(SHAPES, "shape"),
+            help=f"random weights in published shapes A,B; short for --model random:SHAPE (default: {SHAPE})",
+        )
+        listed = "\n".join(f"- {name}: {RUNGS.summary(name)}" for name in RUNGS).replace("%", "%%")
+        group.add_argument(
+            "--backend",
+            type=names_of(RUNGS, "rung"),
+            metavar="RUNG[,RUNG…]",
+            help=f"what is timed (default: the engine's fastest rung on a GPU, its first on a CPU):\n{listed}\n",
+        )
+        group.add_argument("--ladder", action="store_true", help="time every rung; say which refuse, and why")
+        group.add_argument("--tokens", type=int, default=STEADY_TOKENS, help="steady tokens of each configuration")
+        group.add_argument("--warmup", type=int, default=WARMUP_TOKENS, help="tokens decoded before them")
+        group.add_argument("--seconds", type=float, help="time limit of the steady tokens of one configuration")
+        group.add_argument("--streams", type=whole_numbers, default="1", help="streams stepped together, as in 1,2,4,8")
+        group.add_argument(
+            "--text",
+            help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
+        )
+        group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
+        group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
+        group.add_argument(
+            "--resume", action="store_true", help="take records from --out, and go on with interrupted long runs"
+        )
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Measure the ceiling, then every model; print the tables, write the records."""
+        models, protocol = _checked(args)
+        console = wide_console()
+        device = resolve_device(args.device)
+        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+        dtype = resolve_dtype(args.dtype, device)
+        rungs = RUNGS.names() if args.ladder else args.backend or [default_rung(device)]
+        for rung in () if args.ladder else rungs:
+            RUNGS[rung].check_device(device)
+        least = min(args.cap) * (min(args.streams) + 1) if args.ladder else _most_slots(args)
+        for model in models:
+            check_fits(model, dtype, device, least)
+        ceiling = memory_bandwidth(device)
+        console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
+        name, outcomes = new_record_id("bench"), []
+        for model in models:
+            load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
+            loaded, seconds = timed(load, attn_implementation=args.attention, device=device)
+            session = BenchSession(
+                loaded,
+                _text(args, loaded),
+                protocol,
+                ceiling,
+                seconds,
+                args.out,
+                name,
+                all_arguments(args),
+                args.argv,
+                args.seed,
+                resume=args.resume,
+                lenient=args.ladder,
+            )
+            outcomes.append(session.run(_groups(args, loaded, rungs), console))
+            show_outcome(outcomes[-1], console, loaded.name)
+            del loaded, session
+            if outcomes[-1].interrupted:
+                break
+        console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
+        return _exit_code(outcomes)
+
+
+def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
+    """Print the tables of one model, and what was refused or failed."""
+    if outcome.records:
+        console.print(speed_table(outcome.records, title))
+        for table in (ratio_table(outcome.records), *map(profile_table, outcome.records)):
+            if table is not None:
+                console.print(table)
+        for line in slope_lines(outcome.records):
+            console.print(line, markup=False, highlight=False)
+    for record in outcome.records:
+        if record.status != "complete":
+            told = f"{record.rung['name']} {record.policy['label']}: {record.status}: {record.status_reason}"
+            console.print(told, style="bold red", markup=False, highlight=False)
+    for word, style, entries in (("refused", "yellow", outcome.refused), ("failed", "bold red", outcome.failed)):
+        for what, why in entries:
+            console.print(f"{what}: {word}: {why}", style=style, markup=False, highlight=False)
+
+
+def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int) -> None:
+    """Raise ValueError if a random shape and that many cached tokens cannot fit; nothing is allocated.
+
+    Other models pass: the size of their weights is known when they are loaded, and their caches are checked then.
+    """
+    if source_name(model) != "random":
+        return
+    weights, cached = (numbers * dtype.itemsize for numbers in shape_sizes(model.removeprefix(PREFIX)))
+    free = free_bytes(device)
+    if weights + slots * cached > free:
+        raise ValueError(
+            f"{model} in {str(dtype).removeprefix('torch.')} takes {weights / 1e9:.2f} GB of weights and"
+            f" {slots * cached / 1e9:.2f} GB of keys and values, and {free / 1e9:.2f} GB are free on {device};"
+            " accepted: a smaller shape, --cap or --streams, fewer policies, or a --dtype of fewer bytes"
+        )
+
+
+def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
+    """The models and the protocol, once everything that needs no model is found to be right."""
+    if args.shape and args.model:
+        raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
+    if args.ladder and args.backend:
+        raise ValueError("--ladder times every rung; accepted: --ladder, or --backend RUNG,RUNG")
+    models = [PREFIX + name for name in args.shape] if args.shape else [args.model or PREFIX + SHAPE]
+    for model in models:
+        if source_name(model) == "random":
+            shape_config(model.removeprefix(PREFIX))
+    baseline = next((name for name, _ in args.policy if name in BASELINES), None)
+    if baseline:
+        raise ValueError(
+            f"policy {baseline!r} is a baseline, which has a rung of its own; accepted: an eviction policy, or"
+            " --backend hf-full, hf-recompute-sdpa or hf-recompute-eager"
+        )
+    if min(args.streams) < 1 or min(args.cap) < 1:
+        raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
+    for cap in args.cap:
+        _policies(args, cap)
+    forced = args.text is not None
+    return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
+
+
+def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
+    """Configurations that take turns, in the order of the ladder: the transformers rungs see an unpacked model."""
+    groups = []
+    for name in sorted(set(rungs), key=RUNGS.names().index):
+        for cap in args.cap:
+            runs = RUNGS[name](loaded).runs(_policies(args, cap, untrained=loaded.source == "random"))
+            groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
+    return groups
+
+
+def _most_slots(args: argparse.Namespace) -> int:
+    """Cached tokens of the largest turn: all its policies and streams, and the prompt's copy of one stream."""
+    return max(args.cap) * (max(args.streams) + 1) * len(args.policy)
+
+
+def _policies(args: argparse.Namespace, cap: int, *, untrained: bool = False) -> list[RunSettings]:
+    """Every ``--policy`` at one cap; random weights were trained on no positions at all. ValueError if one is wrong."""
+    return [
+        RunSettings(
+            method,
+            cap=cap,
+            options=shared_options(args, method) | options,
+            cap_accounting=args.cap_accounting,
+            positions=args.positions,
+            allow_untrained_positions=args.allow_untrained_positions or untrained,
+        )
+        for method, options in args.policy
+    ]
+
+
+def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:
+    """What is fed: a text, or random ids for prompts."""
+    if args.text is None or args.text == "random":
+        return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
+    text = load_text(args.text)
+    return tokenize(text, loaded.tokenizer)
+
+
+def _exit_code(outcomes: list[Outcome]) -> int:
+    if any(outcome.interrupted for outcome in outcomes):
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if any(outcome.failed for outcome in outcomes) else 0

@@ -1,0 +1,296 @@
+"""The timed loop: configurations that are compared decode in turns, a chunk at a time.
+
+Every turn is one call under the project's timing function; inside it nothing waits for the device. Turns rotate, so
+that a drift of the machine hits all configurations alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sinkstream.experiments.bench.rungs import Decoder, Rung
+from sinkstream.experiments.bench.settings import BenchConfig, Protocol, step_weight_bytes
+from sinkstream.measure.memory import held_mb
+from sinkstream.measure.timing import TokenClock, timed
+
+STREAM_OFFSET = 1009  # tokens between the places where two streams begin in the text
+
+Progress = Callable[[int, int], None]
+SETUP = ("prepare_sec", "capture_sec", "prefill_sec", "warmup_sec")
+
+
+class Source:
+    """Token ids for all streams, without end: the ids are repeated, and every stream begins at another place.
+
+    Parameters
+    ----------
+    ids : Tensor, (tokens,), int64, on the device
+    streams : int
+    """
+
+    def __init__(self, ids: torch.Tensor, streams: int):
+        self.table = torch.stack([ids.roll(-s * STREAM_OFFSET) for s in range(streams)], -1)
+
+    def prompt(self, tokens: int, stream: int) -> torch.Tensor:
+        """The first tokens of a stream, (tokens,)."""
+        column = self.table[:, stream]
+        return column.repeat(-(-tokens // len(column)))[:tokens]
+
+    def row(self, position: int) -> torch.Tensor:
+        """The tokens of all streams at one position, (streams,)."""
+        return self.table[position % len(self.table)]
+
+
+@dataclass
+class Samples:
+    """What the steady tokens of one configuration gave.
+
+    Attributes
+    ----------
+    chunk_tokens, chunk_seconds : list
+        Tokens of every chunk, and its wall seconds.
+    latency : list of ndarray, (tokens,), float32
+        Seconds of every token; NaN for the first of a chunk.
+    visible, event : list
+        Cached tokens that every token saw, and whether a prune event began there.
+    nll : list of ndarray, (tokens,), float32
+        Mean over the streams; only where a text is fed.
+    memory : list of (int, float)
+        Memory in MB held after that many tokens, one entry for each block.
+    """
+
+    chunk_tokens: list[int] = field(default_factory=list)
+    chunk_seconds: list[float] = field(default_factory=list)
+    latency: list[np.ndarray] = field(default_factory=list)
+    visible: list[int] = field(default_factory=list)
+    event: list[bool] = field(default_factory=list)
+    nll: list[np.ndarray] = field(default_factory=list)
+    memory: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Steady tokens so far."""
+        return sum(self.chunk_tokens)
+
+    @property
+    def seconds(self) -> float:
+        """Their wall seconds."""
+        return sum(self.chunk_seconds)
+
+
+@dataclass
+class TimedRun:
+    """One configuration on its way to a record.
+
+    Attributes
+    ----------
+    id, turn : str
+        Of its record, and of the first record of those that take turns.
+    in_turn : int
+        How many take turns.
+    samples : Samples
+    setup : dict
+        Seconds to `prepare` (packing, buffers, compiling, capturing), to `capture` again, all packed and compiled, of
+        the `prefill` of all streams and of the `warmup`; keys end in "_sec".
+    weight_bytes : int
+        Weights that one step reads.
+    profile : list or None
+    reason : str or None
+        Why it is not complete.
+    """
+
+    config: BenchConfig
+    protocol: Protocol
+    id: str
+    turn: str
+    in_turn: int = 1
+    samples: Samples = field(default_factory=Samples)
+    setup: dict[str, float] = field(default_factory=dict)
+    weight_bytes: int = 0
+    profile: list[dict[str, Any]] | None = None
+    reason: str | None = None
+
+
+class Lane:
+    """One configuration of a turn while it runs: its decoder, and where it is."""
+
+    def __init__(self, run: TimedRun, decoder: Decoder, source: Source):
+        self.run, self.decoder, self.source = run, decoder, source
+        self.device = source.table.device
+        self.clock = TokenClock(self.device)
+        self.position = 0
+        self.logits: torch.Tensor | None = None
+        run.weight_bytes = decoder.weight_bytes
+        run.setup = dict.fromkeys(SETUP, 0.0) | {
+            "prepare_sec": decoder.prepare_sec,
+            "capture_sec": decoder.capture_sec,
+        }
+
+    def prefill(self, tokens: int) -> None:
+        """Feed every stream its prompt."""
+        prompts = [self.source.prompt(tokens, s) for s in range(self.run.config.streams)]
+        rows, self.run.setup["prefill_sec"] = timed(
+            lambda: [self.decoder.prefill(ids, s) for s, ids in enumerate(prompts)], device=self.device
+        )
+        self.logits, self.position = torch.cat(rows), tokens
+
+    def warm_up(self) -> None:
+        """Decode tokens that count for nothing."""
+        _, self.run.setup["warmup_sec"] = timed(self.decode, self.run.protocol.warmup, device=self.device)
+
+    def go_on(self, samples: Samples, position: int, logits: torch.Tensor) -> None:
+        """Stand where an earlier run stood after `position` tokens."""
+        self.run.samples, self.position, self.logits = samples, position, logits
+
+    def decode(self, tokens: int) -> tuple[list[tuple[int, bool]], torch.Tensor]:
+        """Choose and append tokens, without waiting for the device; marks every token on the clock.
+
+        Returns
+        -------
+        (steps, nll)
+            (visible, event) of every token, and the NLL of the text (tokens, streams) float32, or zeros without one.
+        """
+        nll = torch.zeros((tokens, self.run.config.streams), dtype=torch.float32, device=self.device)
+        steps = []
+        self.clock.start()
+        for i in range(tokens):
+            if self.run.protocol.teacher_forced:
+                chosen = self.source.row(self.position)
+                nll[i] = torch.nn.functional.cross_entropy(self.logits.float(), chosen, reduction="none")
+            else:
+                chosen = self.logits.argmax(-1)
+            self.logits = self.decoder.feed(chosen)
+            self.clock.tick()
+            self.position += 1
+            step = self.decoder.last_step()
+            steps.append((step.visible, step.event))
+        return steps, nll
+
+    def turn(self, tokens: int) -> None:
+        """One timed chunk."""
+        (steps, nll), seconds = timed(self.decode, tokens, device=self.device)
+        latency = self.clock.seconds().astype(np.float32)
+        latency[0] = np.nan
+        samples = self.run.samples
+        if self.run.protocol.teacher_forced:
+            samples.nll.append(nll.mean(-1).cpu().numpy())
+        samples.visible += [visible for visible, _ in steps]
+        samples.event += [event for _, event in steps]
+        samples.chunk_tokens.append(tokens)
+        samples.chunk_seconds.append(seconds)
+        samples.latency.append(latency)  # last: what lacks it is dropped after an interrupt
+
+
+def decode_in_turns(
+    lanes: Sequence[Lane],
+    *,
+    block_tokens: int,
+    progress: Progress | None = None,
+    after_block: Callable[[], None] | None = None,
+) -> None:
+    """Decode the steady tokens of all lanes, a chunk each in turn; lanes that have tokens already go on from there.
+
+    Parameters
+    ----------
+    block_tokens : int
+        After so many tokens the memory is noted, and `after_block` called.
+    progress : callable or None
+        Called with (steady tokens of a lane, of how many).
+    """
+    protocol, first = lanes[0].run.protocol, lanes[0].run.samples
+    turn = len(first.chunk_tokens)
+    while first.tokens < protocol.tokens and not _out_of_time(lanes):
+        to_block_end = block_tokens - first.tokens % block_tokens
+        tokens = min(protocol.chunk_tokens, protocol.tokens - first.tokens, to_block_end)
+        for i in range(len(lanes)):
+            lanes[(turn + i) % len(lanes)].turn(tokens)
+        turn += 1
+        if tokens == to_block_end:
+            _note_memory(lanes)
+            if after_block:
+                after_block()
+        if progress:
+            progress(first.tokens, protocol.tokens)
+    if first.tokens % block_tokens:
+        _note_memory(lanes)
+
+
+def level(runs: Sequence[TimedRun]) -> None:
+    """After an interrupt: drop chunks that not every run has."""
+    whole = min(len(run.samples.latency) for run in runs)
+    for samples in (run.samples for run in runs):
+        for parts in (samples.chunk_tokens, samples.chunk_seconds, samples.latency, samples.nll):
+            del parts[whole:]
+        del samples.visible[samples.tokens :], samples.event[samples.tokens :]
+
+
+def _note_memory(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.run.samples.memory.append((lane.run.samples.tokens, held_mb(lane.device)))
+
+
+def _out_of_time(lanes: Sequence[Lane]) -> bool:
+    limit = lanes[0].run.protocol.seconds
+    return limit is not None and max(lane.run.samples.seconds for lane in lanes) >= limit
+
+
+class _Stamp(LogitsProcessor):
+    """Marks the clock at every token that generate() is about to choose; the scores stay as they are."""
+
+    def __init__(self, clock: TokenClock, warmup: int):
+        self.clock, self.warmup, self.calls = clock, warmup, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > self.warmup + 1:
+            self.clock.tick()
+        elif self.calls == self.warmup + 1:
+            self.clock.start()
+        return scores
+
+
+@torch.no_grad()
+def generate_static(rung: Rung, run: TimedRun, source: Source) -> None:
+    """Time transformers' generate() with a static cache, which it compiles itself while it warms up.
+
+    Its own loop runs, in one chunk; the clock is marked where it hands its scores to a logits processor. The warm-up
+    of the set-up holds the prompt and the compiling too.
+    """
+    model, device, protocol = rung.loaded.model, source.table.device, run.protocol
+    prompt = rung.prefill_tokens(protocol, run.config)
+    clock = TokenClock(device)
+    settings = GenerationConfig(
+        max_new_tokens=protocol.warmup + protocol.tokens + 1,
+        do_sample=False,
+        cache_implementation="static",
+        pad_token_id=0,
+    )
+    ids = source.prompt(prompt, 0)[None]
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        _, total = timed(
+            model.generate,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Stamp(clock, protocol.warmup)]),
+            device=device,
+        )
+    finally:
+        model.generation_config.eos_token_id = ends
+    latency = clock.seconds()
+    tokens = len(latency)
+    run.weight_bytes = step_weight_bytes(model)
+    run.samples = Samples(
+        chunk_tokens=[tokens],
+        chunk_seconds=[float(latency.sum())],
+        latency=[latency.astype(np.float32)],
+        visible=[prompt + protocol.warmup + i + 1 for i in range(tokens)],
+        event=[False] * tokens,
+        memory=[(tokens, held_mb(device))],
+    )
+    run.setup = dict.fromkeys(SETUP, 0.0) | {"warmup_sec": total - run.samples.seconds}

@@ -1,0 +1,284 @@
+"""A list of configurations over one model: checked first, run in turns, written one by one."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.numerics import numerics
+from sinkstream.experiments.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
+from sinkstream.experiments.bench.profiling import profile_steps
+from sinkstream.experiments.bench.progress import Progress
+from sinkstream.experiments.bench.record import identity, run_figures, run_protocol
+from sinkstream.experiments.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
+from sinkstream.experiments.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
+from sinkstream.measure.bandwidth import Bandwidth
+from sinkstream.measure.bench_records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
+from sinkstream.measure.environment import environment, utc_now
+from sinkstream.measure.memory import PeakMemory, free_bytes
+from sinkstream.measure.records import new_record_id
+from sinkstream.models import LoadedModel
+
+
+@dataclass
+class Outcome:
+    """What came of a list of configurations.
+
+    Attributes
+    ----------
+    records : list of BenchRecord
+        Those timed, or taken from earlier, in order.
+    refused : list of (str, str)
+        Configurations that a rung does not serve, and why.
+    failed : list of (str, str)
+        Configurations that ended without figures, and why.
+    interrupted : bool
+    """
+
+    records: list[BenchRecord] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+@dataclass
+class BenchSession:
+    """Times configurations of one model.
+
+    Attributes
+    ----------
+    text : TokenStream
+        What prompts are cut from and, teacher-forced, what is fed.
+    ceiling : Bandwidth
+    load_sec : float
+        Seconds that loading the model took.
+    name : str
+        The same in all records of one command.
+    lenient : bool
+        List what a rung refuses, and what fails, instead of ending with it.
+    """
+
+    loaded: LoadedModel
+    text: TokenStream
+    protocol: Protocol
+    ceiling: Bandwidth
+    load_sec: float
+    out: Path
+    name: str
+    arguments: dict[str, Any]
+    command: list[str]
+    seed: int
+    resume: bool = False
+    lenient: bool = False
+    block_tokens: int = BLOCK_TOKENS
+
+    def run(self, groups: Sequence[Sequence[BenchConfig]], console: Console) -> Outcome:
+        """Time all groups; the configurations of a group take turns.
+
+        Raises
+        ------
+        ValueError
+            If a rung refuses a configuration and the session is not lenient; nothing has run then.
+        WriteError
+            If a record cannot be written.
+        """
+        outcome = Outcome()
+        wanted = [group for group in groups if self._served(group, outcome)]
+        self.out.mkdir(parents=True, exist_ok=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
+        with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+            for group in wanted:
+                found = self._finished(group)
+                if len(found) == len(group):
+                    outcome.records += found
+                    console.print(f"{_names(group)}: taken from {', '.join(r.id for r in found)}", markup=False)
+                    continue
+                try:
+                    outcome.records += self._time(group, bar)
+                except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
+                    if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
+                        raise
+                    told = next(iter(str(error).strip().splitlines()), "")
+                    outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
+                _free()
+                if outcome.records and outcome.records[-1].status != "complete":
+                    outcome.interrupted = True
+                    break
+        return outcome
+
+    def _served(self, group: Sequence[BenchConfig], outcome: Outcome) -> bool:
+        try:
+            rung = RUNGS[group[0].rung](self.loaded)
+            for config in group:
+                rung.check(config)
+            self._check_memory(group)
+        except ValueError as error:
+            if not self.lenient:
+                raise
+            outcome.refused.append((_names(group), str(error)))
+            return False
+        return True
+
+    def _check_memory(self, group: Sequence[BenchConfig]) -> None:
+        """The caches of all configurations of a turn, and a prompt's copy of one stream."""
+        per_token, free = kv_token_bytes(self.loaded.model), free_bytes(self.loaded.model.device)
+        needed = sum(per_token * c.run.cap * (c.streams + 1) for c in group)
+        if needed > free:
+            raise ValueError(
+                f"{_names(group)}: keys and values take {needed / 1e9:.2f} GB beside"
+                f" {self.loaded.weight_bytes / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB are free;"
+                " accepted: a smaller --cap, fewer --streams or fewer policies"
+            )
+
+    # ---- one group ----
+
+    def _time(self, group: Sequence[BenchConfig], bar: Bar) -> list[BenchRecord]:
+        rung = RUNGS[group[0].rung](self.loaded)
+        protocol = rung.fitted(self.protocol, group[0])
+        ids = [self._begun(config) or new_record_id("bench", self.loaded.name, config.label) for config in group]
+        runs = [TimedRun(config, protocol, record_id, ids[0], len(group)) for config, record_id in zip(group, ids)]
+        source = Source(self.text.ids.to(self.loaded.model.device), group[0].streams)
+        shown = _shown(bar, _names(group))
+        with PeakMemory(self.loaded.model.device) as memory:
+            if isinstance(rung, StaticRung):
+                generate_static(rung, runs[0], source)
+                torch.compiler.reset()
+                shown(runs[0].samples.tokens, protocol.tokens)
+            else:
+                self._time_lanes(rung, runs, source, shown)
+        return [self._write(rung, run, memory) for run in runs]
+
+    @torch.inference_mode()
+    def _time_lanes(self, rung: Rung, runs: Sequence[TimedRun], source: Source, shown: Callable) -> None:
+        progress = self._progress(rung, runs)
+        protocol, lanes = runs[0].protocol, []
+        try:
+            for run in runs:
+                lanes.append(Lane(run, rung.open(run.config), source))
+            if not (progress and progress.restore(lanes[0])):
+                for lane in lanes:
+                    lane.prefill(rung.prefill_tokens(protocol, lane.run.config))
+                for lane in lanes:
+                    lane.warm_up()
+            keep = (lambda: progress.save(lanes[0])) if progress else None
+            decode_in_turns(lanes, block_tokens=self.block_tokens, progress=shown, after_block=keep)
+            for lane in lanes if protocol.profile else ():
+                lane.run.profile = profile_steps(lane.decode, source.table.device)
+        except KeyboardInterrupt:
+            level(runs)
+            if len(lanes) < len(runs) or not runs[0].samples.tokens:
+                raise
+            for run in runs:
+                run.reason = f"interrupted after {run.samples.tokens:,} of {protocol.tokens:,} steady tokens"
+        else:
+            if progress:
+                progress.remove()
+        finally:
+            for lane in lanes:
+                lane.decoder.close()
+
+    def _progress(self, rung: Rung, runs: Sequence[TimedRun]) -> Progress | None:
+        """Where a long run of one stream keeps itself, so that it can be gone on with."""
+        long = runs[0].protocol.tokens > self.block_tokens
+        one = len(runs) == 1 and isinstance(rung, EngineRung) and runs[0].config.streams == 1
+        return Progress(self.out, runs[0].id) if long and one else None
+
+    # ---- records ----
+
+    def _write(self, rung: Rung, run: TimedRun, memory: PeakMemory) -> BenchRecord:
+        model = self.loaded.model
+        record = {
+            "status": "complete" if run.reason is None else "partial",
+            "created": utc_now(),
+            "session": self.name,
+            "command": self.command,
+            "arguments": {**self.arguments, "identity": self._identity(run.config)},
+            "environment": environment(model.device),
+            "model": self.loaded.record(),
+            "rung": {
+                "name": run.config.rung,
+                "summary": RUNGS.summary(run.config.rung),
+                "attention": rung.attention or model.config._attn_implementation,
+            },
+            "protocol": {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                **numerics(),
+                "seed": self.seed,
+                "prefill_tokens": rung.prefill_tokens(run.protocol, run.config),
+                "text": self.text.name,
+                "text_sha256": self.text.sha256,
+            },
+            "setup": {"load_sec": self.load_sec, **run.setup},
+            "memory": {"peak_mb": memory.peak_mb, "kind": memory.kind},
+        }
+        record["protocol"] |= run_protocol(run)
+        record |= run_figures(run, kv_token_bytes(model), self.ceiling)
+        return load_bench_record(write_bench_record(record, self.out))
+
+    def _identity(self, config: BenchConfig) -> dict[str, Any]:
+        return identity(self.loaded, self.text, config, self.protocol, self.seed)
+
+    def _earlier(self, config: BenchConfig) -> list[BenchRecord]:
+        """Records of the very same configuration, if the session may use them."""
+        if not self.resume:
+            return []
+        same = self._identity(config)
+        return [r for r in load_bench_records(self.out) if r.arguments.get("identity") == same]
+
+    def _finished(self, group: Sequence[BenchConfig]) -> list[BenchRecord]:
+        """A complete record for each configuration, or nothing: those of a group are comparable only together."""
+        complete = [[r for r in self._earlier(config) if r.status == "complete"] for config in group]
+        turns = [{r.protocol["turn"] for r in records} for records in complete]
+        shared = set.intersection(*turns)
+        if not shared:
+            return []
+        turn = next(r.protocol["turn"] for r in reversed(complete[0]) if r.protocol["turn"] in shared)
+        return [next(r for r in records if r.protocol["turn"] == turn) for records in complete]
+
+    def _begun(self, config: BenchConfig) -> str | None:
+        """The id of an interrupted record that can be gone on with."""
+        begun = [r.id for r in self._earlier(config) if r.status == "partial"]
+        return next((i for i in reversed(begun) if Progress(self.out, i).samples() is not None), None)
+
+
+def _names(group: Sequence[BenchConfig]) -> str:
+    """A group in a few words."""
+    first = group[0]
+    streams = f", {first.streams} streams" if first.streams > 1 else ""
+    return f"{first.rung} {' and '.join(config.run.label() for config in group)}, cap {first.run.cap}{streams}"
+
+
+def _shown(bar: Bar, description: str) -> Callable[[int, int], None]:
+    """A new line of the progress display, as the callback of a run."""
+    task = bar.add_task(description, total=None, pace="")
+    first: list[tuple[float, int]] = []
+
+    def show(done: int, total: int) -> None:
+        now = time.perf_counter()
+        if not first:
+            first.append((now, done))
+        pace = f"{(done - first[0][1]) / (now - first[0][0]):,.0f} tokens/s" if now > first[0][0] else ""
+        bar.update(task, completed=done, total=total, pace=pace)
+
+    return show
+
+
+def _free() -> None:
+    """Give memory of what was closed back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

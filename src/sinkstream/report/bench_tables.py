@@ -1,0 +1,253 @@
+"""Tables of speed records: for the terminal, and the generated ones of the documents."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from sinkstream.measure.bench_records import BenchRecord, load_bench_records
+from sinkstream.measure.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
+from sinkstream.registry import Registry
+from sinkstream.report.bench_selection import LADDER_SHAPE, SHAPES, comparable, fastest_rung, newest, pairs, select
+from sinkstream.report.markdown import grid
+
+#: Generated tables of the documents: name -> function of all speed records, oldest first.
+BENCH_TABLES: Registry = Registry("benchmark table")
+NONE_YET = "*no records yet*"
+EMPTY = "–"
+PROFILE_ROWS = 20
+KERNEL_WIDTH = 80
+
+Column = tuple[str, Callable[[BenchRecord], str]]
+
+
+def _latency(name: str) -> Callable[[BenchRecord], str]:
+    def show(record: BenchRecord) -> str:
+        value = record.latency_ms["all"][name]
+        return EMPTY if value is None else f"{value:.3f}"
+
+    return show
+
+
+def _preparation(record: BenchRecord) -> str:
+    """Getting ready the first time, and again; for generate() what its warm-up took, which compiles."""
+    setup = record.setup
+    if record.rung["name"] == "hf-static":
+        return f"{setup['warmup_sec']:.1f} (with its prompt)"
+    again = f" / {setup['capture_sec']:.1f}" if setup["capture_sec"] else ""
+    return f"{setup['prepare_sec']:.1f}{again}"
+
+
+RUNG: Column = ("rung", lambda r: r.rung["name"])
+POLICY: Column = ("policy", lambda r: r.policy["label"] + ("" if r.status == "complete" else f" ({r.status})"))
+SHAPE: Column = ("shape", lambda r: f"{r.model['name'].removeprefix('random:')} {r.protocol['dtype']}")
+CAP: Column = ("cap", lambda r: f"{r.protocol['cap']:,}")
+STREAMS: Column = ("streams", lambda r: str(r.protocol["streams"]))
+SEEN: Column = ("tokens seen", lambda r: f"{r.floor['visible_mean']:,.0f}")
+SPEED: list[Column] = [
+    ("steady tokens", lambda r: f"{r.steady['tokens']:,}"),
+    ("TPOT (ms)", lambda r: f"{r.steady['tpot_ms']:.3f}"),
+    ("P50", _latency("p50")),
+    ("P99", _latency("p99")),
+]
+FLOOR: list[Column] = [
+    ("GB/s", lambda r: f"{r.steady['gbs']:,.0f}"),
+    ("floor (ms)", lambda r: f"{r.floor['ms']:.3f}"),
+    ("TPOT / floor", lambda r: f"{r.steady['over_floor']:.3f}"),
+    ("share of floor", lambda r: f"{100 * r.steady['share_of_floor']:.1f} %"),
+]
+READY: Column = ("ready in (s), first / again", _preparation)
+TERMINAL = [RUNG, POLICY, CAP, STREAMS, SEEN, *SPEED, *FLOOR, READY]
+
+
+# ---- terminal ----
+
+
+def speed_table(records: Sequence[BenchRecord], title: str) -> Table:
+    """One row a record."""
+    first = records[0]
+    ceiling = f"{first.ceiling['kind']} {first.ceiling['copy_gbs']:,.1f} GB/s"
+    caption = (
+        f"{first.hardware}, {first.protocol['dtype']}; floor: bytes a step must read at the speed of the {ceiling};"
+        " TPOT: wall time over tokens, host included; P50, P99: between two tokens"
+    )
+    return _table(f"{title}: decode speed", [name for name, _ in TERMINAL], _rows(records, TERMINAL), caption)
+
+
+def ratio_table(records: Sequence[BenchRecord]) -> Table | None:
+    """Policies that took turns, each over the one in front; None without any."""
+    rows = _ratio_rows(records)
+    caption = "95 % bootstrap intervals over pairs of chunks that took turns"
+    return _table("TPOT of policies that took turns", RATIO_HEADER, rows, caption) if rows else None
+
+
+def profile_table(record: BenchRecord) -> Table | None:
+    """Where a step's time goes; None without a profile."""
+    if not record.profile:
+        return None
+    kind = "kernel" if record.protocol["device"] == "cuda" else "operator"
+    rows = [
+        [row["kernel"][:KERNEL_WIDTH], f"{row['calls']:g}", f"{row['us']:.1f}", f"{100 * row['share']:.1f} %"]
+        for row in record.profile[:PROFILE_ROWS]
+    ]
+    total = sum(row["us"] for row in record.profile)
+    title = f"{record.rung['name']} {record.policy['label']}, cap {record.protocol['cap']}: one step"
+    caption = f"all {len(record.profile)}: {total:,.1f} µs; TPOT {1e3 * record.steady['tpot_ms']:,.1f} µs"
+    return _table(title, [kind, "calls", "µs", "share"], rows, caption)
+
+
+def slope_lines(records: Sequence[BenchRecord]) -> list[str]:
+    """For every rung and policy with three caps or more: the line of TPOT against KV bytes, in words."""
+    return [
+        f"{rung} {label}: TPOT = {line.fixed_ms:.3f} ms + {line.slope_ms_per_gb:.3f} ms per GB of KV"
+        f" ({line.gbs:,.0f} GB/s, R² {line.r_squared:.4f})"
+        for (rung, label), line in _lines(records)
+    ]
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
+    table = Table(title=title, caption=caption, caption_justify="left", header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def _rows(records: Iterable[BenchRecord], columns: Sequence[Column]) -> list[list[str]]:
+    return [[cell(record) for _, cell in columns] for record in records]
+
+
+# ---- what several records say together ----
+
+RATIO_HEADER = ["rung", "policies", "shape", "cap", "pairs of chunks", "ratio of TPOT [95 %]"]
+
+
+def turn_ratio(record: BenchRecord, base: BenchRecord) -> Ratio:
+    """TPOT of a record over that of another one that took turns with it."""
+    whole = min(len(record.chunks["seconds"]), len(base.chunks["seconds"]))
+    return ratio_of_times(record.chunks["seconds"][:whole], base.chunks["seconds"][:whole])
+
+
+def _ratio_rows(records: Sequence[BenchRecord]) -> list[list[str]]:
+    rows = []
+    for record, base in pairs(records):
+        ratio = turn_ratio(record, base)
+        named = f"{record.policy['label']} / {base.policy['label']}"
+        rows.append([RUNG[1](record), named, SHAPE[1](record), CAP[1](record), f"{ratio.pairs:,}", str(ratio)])
+    return rows
+
+
+def _lines(records: Sequence[BenchRecord]) -> list[tuple[tuple[str, str], TimeLine]]:
+    groups: dict[tuple[str, str], list[BenchRecord]] = {}
+    for record in records:
+        if record.protocol["streams"] == 1:
+            groups.setdefault((record.rung["name"], record.policy["label"]), []).append(record)
+    found = {
+        key: time_against_bytes([r.floor["kv_bytes"] for r in group], [r.steady["tpot_ms"] for r in group])
+        for key, group in groups.items()
+    }
+    return [(key, line) for key, line in found.items() if line is not None]
+
+
+# ---- documents ----
+
+
+def render_bench(results: Path) -> dict[str, str]:
+    """Markdown of every table of `BENCH_TABLES`, by name. Raises ValueError if a speed record is broken."""
+    records = load_bench_records(results)
+    return {name: render(records) for name, render in BENCH_TABLES.items()}
+
+
+def _document_table(records: Sequence[BenchRecord], columns: Sequence[Column], after: str = "") -> str:
+    if not records:
+        return NONE_YET
+    text = f"{_origin(records)}\n\n{grid([name for name, _ in columns], _rows(records, columns))}"
+    return f"{text}\n\n{after}" if after else text
+
+
+def _origin(records: Sequence[BenchRecord]) -> str:
+    """One line on what a table was measured with."""
+    last = max(records, key=lambda r: r.created)
+    copies = sorted({round(r.ceiling["copy_gbs"]) for r in records})
+    versions = last.environment["versions"]
+    commits = sorted({(r.environment["git"]["commit"] or "unknown")[:10] for r in records})
+    copied = f"{copies[0]:,}" + (f" – {copies[-1]:,}" if len(copies) > 1 else "")
+    return (
+        f"{last.hardware}, {last.ceiling['kind']} {copied} GB/s, torch"
+        f" {versions['torch']}, transformers {versions['transformers']}, commit {', '.join(f'`{c}`' for c in commits)}."
+    )
+
+
+@BENCH_TABLES.register("bench-ladder")
+def ladder_table(records: Sequence[BenchRecord]) -> str:
+    """Every rung on the Pythia-2.8B shape, float16, one stream, 2,052 slots, the slowest first."""
+    rows = newest(select(records, model=LADDER_SHAPE, cap=2052, streams=1, dtype="float16", short=True))
+    rows = comparable(rows)
+    ordered = sorted(rows, key=lambda r: -r.steady["tpot_ms"])
+    fastest = ordered[-1].steady["tpot_ms"] if ordered else None
+    times: Column = ("× the fastest", lambda r: f"{r.steady['tpot_ms'] / fastest:.2f}")
+    return _document_table(ordered, [RUNG, POLICY, SEEN, *SPEED, *FLOOR, times, READY])
+
+
+@BENCH_TABLES.register("bench-policies")
+def policies_table(records: Sequence[BenchRecord]) -> str:
+    """TPOT of two policies that took turns."""
+    found = [pair for pair in pairs(select(records, streams=1))]
+    latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
+    used = [record for pair in latest.values() for record in pair]
+    return f"{_origin(used)}\n\n{grid(RATIO_HEADER, _ratio_rows(used))}" if used else NONE_YET
+
+
+@BENCH_TABLES.register("bench-shapes")
+def shapes_table(records: Sequence[BenchRecord]) -> str:
+    """The fastest rung of the engine on every shape, strict, one stream, 2,052 slots."""
+    found = newest(select(records, policy="strict", cap=2052, streams=1, rung=fastest_rung(records), short=True))
+    ordered = sorted(found, key=lambda r: SHAPES.index(r.model["name"]) if r.model["name"] in SHAPES else len(SHAPES))
+    weights: Column = ("GB a step", lambda r: f"{r.floor['bytes'] / 1e9:.3f}")
+    return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
+
+
+@BENCH_TABLES.register("bench-caps")
+def caps_table(records: Sequence[BenchRecord]) -> str:
+    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape."""
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", streams=1, rung=fastest_rung(records), short=True)
+    found = sorted(comparable(newest(chosen)), key=lambda r: r.protocol["cap"])
+    if len(found) < 2:
+        return NONE_YET
+    kv: Column = ("KV (GB)", lambda r: f"{r.floor['kv_bytes'] / 1e9:.3f}")
+    return _document_table(found, [CAP, kv, *SPEED, *FLOOR], "\n".join(slope_lines(found)))
+
+
+@BENCH_TABLES.register("bench-streams")
+def streams_table(records: Sequence[BenchRecord]) -> str:
+    """Independent streams stepped together, Pythia-2.8B shape, strict, 2,052 slots; the weights are read once."""
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", cap=2052, rung=fastest_rung(records), short=True)
+    found = sorted(comparable(newest(chosen)), key=lambda r: r.protocol["streams"])
+    if len(found) < 2:
+        return NONE_YET
+    rate: Column = ("tokens/s, all streams", lambda r: f"{r.steady['tokens_per_sec']:,.0f}")
+    return _document_table(found, [STREAMS, rate, *SPEED, *FLOOR])
+
+
+@BENCH_TABLES.register("bench-long")
+def long_run_table(records: Sequence[BenchRecord]) -> str:
+    """The newest run of the most tokens: TPOT, memory and NLL, block by block."""
+    long = [r for r in select(records) if len(r.blocks) > 1]
+    if not long:
+        return NONE_YET
+    record = max(long, key=lambda r: (r.steady["tokens"], r.created))
+    rows = [
+        [
+            f"{block['first_token'] + block['tokens']:,}",
+            f"{block['tpot_ms']:.4f}",
+            f"{block['memory_mb']:,.1f}",
+            EMPTY if block["mean_nll"] is None else f"{block['mean_nll']:.4f}",
+            EMPTY if block["not_finite"] is None else f"{block['not_finite']}",
+        ]
+        for block in record.blocks
+    ]
+    header = ["steady tokens", "TPOT (ms)", "memory held (MB)", "mean NLL (nats)", "not finite"]
+    fed = "greedy" if record.protocol["feed"] == "greedy" else f"{record.protocol['text']}, repeated"
+    named = f"{SHAPE[1](record)}, {RUNG[1](record)}, {record.policy['label']}, cap {CAP[1](record)}, {fed}"
+    return f"{named}. {_origin([record])}\n\n{grid(header, rows)}"
