@@ -253,7 +253,7 @@ def _decode_blocks(session: Session, ids, first: int, start: int, rows: TokenRow
             return range(t, t + size)
         for i, (value, step) in enumerate(zip(nll, session.steps(), strict=True)):
             rows.add(t + i + 1, value, float("nan"), step)
-        t += size
+        t += len(nll)
         progress(t - first)
     return None
 

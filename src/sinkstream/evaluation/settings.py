@@ -106,6 +106,11 @@ class RunSettings:
         self._check_fixed_options()
         self.policy()
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some tokens are scored in blocks."""
+        return self.evaluate == "blocks" or self.timed_tokens is not None
+
     def policy(self) -> EvictionPolicy | None:
         """The eviction policy, or None for the baselines.
 
