@@ -34,12 +34,13 @@ class Forward:
     frames: TwoFrames | None = None
 
 
-running: ContextVar[Forward] = ContextVar("sinkstream_running_forward", default=Forward())
+_PLAIN = Forward()
+running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
 _users: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
-    forward = running.get()
+    forward = running.get() or _PLAIN
     if forward.observer is not None:
         forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])
     if forward.frames is not None:

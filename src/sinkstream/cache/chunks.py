@@ -14,7 +14,8 @@ import torch
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import Step
 
-TILE = 128  # queries that attend at once: they share one stretch of the window
+TILE = {"cpu": 64}  # queries that attend at once and share one stretch of the window, by kind of device
+DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,13 @@ class TwoFrames:
         device, dropped = ring.keys.device, segments.dropped[segments.of_row]
         still = ring.original_positions or ring.sink == 0
         self.turn = None if still else ring.rope.angles(dropped.to(device))
-        self.visible = visible_columns(ring, segments)
-        self.tiles = [self._tile(first, device) for first in range(0, len(dropped), TILE)]
+        self.visible, tokens = visible_columns(ring, segments), len(dropped)
+        size = TILE.get(device.type, DEFAULT_TILE)
+        self.tiles = [
+            self._tile(first, rows, device) for first, rows in zip(range(0, tokens, size), self.visible.split(size))
+        ]
 
-    def _tile(self, first: int, device: torch.device) -> _Tile:
-        visible = self.visible[first : first + TILE]
+    def _tile(self, first: int, visible: torch.Tensor, device: torch.device) -> _Tile:
         columns = visible[:, self.pinned :].any(0).nonzero()[:, 0] + self.pinned
         window = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(self.pinned, self.pinned)
         seen = torch.cat([visible[:, : self.pinned], visible[:, window]], dim=1)

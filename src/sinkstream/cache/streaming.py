@@ -372,7 +372,7 @@ class StreamingCache(Cache):
     def _abort(self) -> None:
         """No forward is under way; if one was and is not committed, its tokens never came."""
         self._pending, self._in_model = None, False
-        running.set(Forward())
+        running.set(None)
 
     def _observe(self, pending: _Pending, log_probs: torch.Tensor) -> None:
         """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.

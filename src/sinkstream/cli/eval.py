@@ -9,7 +9,7 @@ from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.sessions import BACKENDS
-from sinkstream.evaluation.settings import BASELINES, EVALUATE, FIXED, RunSettings
+from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, EVALUATE, FIXED, RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 
@@ -35,7 +35,10 @@ class Eval:
         group.add_argument(
             "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: all)"
         )
-        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        sizes = ", ".join(f"{device} {size:,}" for device, size in BLOCK_TOKENS.items())
+        group.add_argument(
+            "--block-tokens", type=int, help=f"most tokens of one forward; bounds peak memory (default: {sizes})"
+        )
         group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
         group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
         group.add_argument(
@@ -49,9 +52,11 @@ class Eval:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Run all policies, print the table, write records and picture."""
+        device = resolve_device(args.device)
+        if args.block_tokens is None:
+            args.block_tokens = BLOCK_TOKENS.get(device.type, RunSettings.block_tokens)
         settings = [_settings(args, method, options) for method, options in args.policy]
         console = wide_console()
-        device = resolve_device(args.device)
         set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
         loaded = load_model(

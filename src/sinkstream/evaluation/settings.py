@@ -16,6 +16,8 @@ EVALUATE = {
     "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
 }
 
+BLOCK_TOKENS = {"cpu": 256, "cuda": 1024}  # a GPU needs more tokens at once than its launches take time
+
 FIXED = {"strict": ("compress_every",), "window-only": ("compress_every", "sink")}  # what makes them what they are
 LABELS = {"compress_every": "R", "max_drop": "max_drop", "slack": "slack", "overlap": "O", "refresh": "B"}
 GIVEN_LABELS = {"sink": "S", "window": "W"}
@@ -51,7 +53,7 @@ class RunSettings:
         With ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
         default: all.
     block_tokens : int
-        Most tokens of one forward in prefill and blocks.
+        Most tokens of one forward in prefill and blocks; bounds the peak memory of blocks.
     sample_every : int
         Recompute only: every k-th token is recomputed and scored.
     repeats : int
@@ -75,7 +77,7 @@ class RunSettings:
     prefill: int | None = None
     evaluate: str = "steps"
     timed_tokens: int | None = None
-    block_tokens: int = 256
+    block_tokens: int = BLOCK_TOKENS["cpu"]
     sample_every: int = 1
     repeats: int = 1
     warmup_tokens: int = WARMUP_TOKENS
