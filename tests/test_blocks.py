@@ -20,10 +20,11 @@ TOKENS = 160
 BLOCKS = (7, 64, 130)  # the last is several times the cap
 PLANNED = [name for name in PRESETS if EvictionPolicy.build(window=20, **PRESETS[name]()).plan_known]
 ADAPTIVE = [name for name in PRESETS if "adaptive" in PRESETS[name]()]
-OTHERS = [name for name in PRESETS if name not in PLANNED]
-CASES = [(policy, family) for policy in PLANNED for family in FAMILIES]
-CASES += [
-    (policy, FAMILIES[(i + j) % len(FAMILIES)]) for i, policy in enumerate(OTHERS) for j in (0, len(FAMILIES) // 2)
+EVERY_FAMILY = ("strict", "max-drop")
+CASES = [
+    (policy, FAMILIES[(i + j) % len(FAMILIES)])
+    for i, policy in enumerate(PRESETS)
+    for j in range(0, len(FAMILIES), 1 if policy in EVERY_FAMILY else 4)
 ]
 MIXED = small_policy("adaptive-top1") | {"refresh": 6, "scorer": "window-attention", "observation": 5}
 

@@ -26,6 +26,7 @@ from sinkstream.cache.ring import Channel, SoftRing
 from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
 
 POSITIONS = ("cache", "original")
+SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
@@ -90,7 +91,7 @@ class StreamingCache(Cache):
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
     speculative : bool
-        A forward may be longer than what is surely free of prunes, where the policy decides by the logits. It then
+        A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
         keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
 
@@ -235,7 +236,8 @@ class StreamingCache(Cache):
             return room
         ahead = self.schedule.copy()
         ahead.step()
-        return min(room, 1 + (ahead.possible_steps() if self._speculates else ahead.sure_steps()))
+        sure = ahead.sure_steps()
+        return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if self._speculates else sure))
 
     @property
     def _speculates(self) -> bool:
@@ -452,7 +454,7 @@ class StreamingCache(Cache):
                 rope=spec.rope,
                 sink=policy.sink,
                 original_positions=self.positions == "original",
-                rebase_at=self._rebase_at,
+                rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
                 channels=channels,
             )
         queries = policy.scorer.observed_queries if policy.scorer else 0

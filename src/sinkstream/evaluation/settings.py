@@ -13,7 +13,7 @@ BASELINES = {
 }
 EVALUATE = {
     "steps": "token by token, each timed (the first --timed-tokens of them; the rest in blocks)",
-    "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
+    "blocks": "--block-tokens tokens in one forward: the same NLL, quality only, many times faster",
 }
 
 BLOCK_TOKENS = {"cpu": 256, "cuda": 1024}  # a GPU needs more tokens at once than its launches take time
@@ -48,7 +48,7 @@ class RunSettings:
     prefill : int or None
         Tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache.
     evaluate : {"steps", "blocks"}
-        Token by token, or all tokens between two prunes in one forward (quality only; the NLL is the same).
+        Token by token, or many tokens in one forward (quality only; the NLL is the same).
     timed_tokens : int or None
         With ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
         default: all.
