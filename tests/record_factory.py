@@ -35,6 +35,7 @@ def make_record(
     created: str = "2026-01-01T00:00:00+00:00",
     command: tuple[str, ...] = ("sinkstream", "eval"),
     options: dict[str, Any] | None = None,
+    total_seconds: float = 40.0,
     **protocol: Any,
 ) -> dict[str, Any]:
     """A record that passes every check, as `write_record` takes it; further keywords go to `protocol`."""
@@ -63,7 +64,7 @@ def make_record(
             **{"sample_every": 1, "repeats": 1},
             **protocol,
         },
-        "summary": summarise(arrays, 0.5, 0.6, 40.0, None),
+        "summary": summarise(arrays, 0.5, 0.6, total_seconds, None),
     }
 
 

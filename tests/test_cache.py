@@ -14,7 +14,7 @@ from streams import TOLERANCE, chunk_sizes, feed, make_cache, nll_of, oracle_run
 from transformers import DynamicCache
 
 from sinkstream.cache import StreamingCache
-from sinkstream.cache.observe import OBSERVED_SDPA
+from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.streaming import REBASE_AT
 from sinkstream.policies import SCORERS, Scorer
 
@@ -251,7 +251,7 @@ def test_a_cache_that_is_closed_or_collected_leaves_the_model_as_it_was(policy):
         cache = make_cache(model, small_policy(policy))
         feed(model, cache, ids)
         assert hooks_of(model) > before
-        assert model.config._attn_implementation == (OBSERVED_SDPA if policy in ATTENTION else "sdpa")
+        assert model.config._attn_implementation == (SINKSTREAM_SDPA if policy in ATTENTION else "sdpa")
         if close:
             cache.close()
             cache.close()
@@ -284,7 +284,7 @@ def test_attention_that_is_no_longer_seen_is_an_error(policy):
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attn_implementation was changed"):
         feed(model, cache, ids[:, 70:])
-    model.set_attn_implementation(OBSERVED_SDPA)
+    model.set_attn_implementation(SINKSTREAM_SDPA)
     whole = torch.cat([start, feed(model, cache, ids[:, 70:])], 1)
     assert_close(whole, stream(build("llama"), policy, ids))
 

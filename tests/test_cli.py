@@ -635,7 +635,12 @@ def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
     wanted += [choice for spec in policy_option_specs() for choice in spec.choices or []]
     assert not [word for word in wanted if not named(word, text)]
     assert not named("nosuch", text) and not named("refresh-last", text)
-    assert "(default: None)" not in text and "(default: 256)" in text and "(default: 0)" in text
+    assert (
+        "(default: None)" not in text
+        and "(default: steps)" in text
+        and "(default: cpu 256" in text
+        and "(default: 0)" in text
+    )
 
 
 COMMAND_NAMES = ["eval", "bench", "diagnose", "recall", "cliff", "demo", "env", "report"]

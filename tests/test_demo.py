@@ -20,7 +20,7 @@ def options_of(settings: RunSettings) -> dict:
 
 
 def test_the_list_is_the_promised_one():
-    runs = {settings.method: options_of(settings) for settings in demo_settings()}
+    runs = {settings.method: options_of(settings) for settings in demo_settings(tokens=demo.FULL_FITS)}
     promised = {
         "recompute": {},
         "window-only": {"sink": 0, "compress_every": 1},
@@ -37,6 +37,12 @@ def test_the_list_is_the_promised_one():
     assert {"full", *promised} < set(runs)
 
 
+def test_the_control_is_the_full_cache_where_it_fits():
+    methods = {tokens: [s.method for s in demo_settings(tokens=tokens)] for tokens in (8192, 8193, demo.TOKENS)}
+    assert methods[8192] == ["full", *methods[8193]]
+    assert methods[8193] == methods[demo.TOKENS] and methods[demo.TOKENS][0] == "strict"
+
+
 def test_every_method_has_the_same_cap_and_another_label():
     settings = demo_settings(cap=200, sample_every=5)
     assert {s.cap for s in settings} == {200}
@@ -47,8 +53,10 @@ def test_every_method_has_the_same_cap_and_another_label():
 
 
 def test_the_text_is_long_enough_for_the_demo():
-    assert len(load_text("builtin").text) > 20 * demo.TOKENS
+    assert len(load_text("builtin").text) > 10 * demo.TOKENS
     assert demo.TOKENS > 4 * demo.CAP and demo.TIMED_TOKENS > 64, "steady figures leave out 64 tokens"
+    samples = (demo.TOKENS - demo.CAP) / demo.SAMPLE_EVERY
+    assert samples >= 100, "recompute needs some"
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +73,12 @@ def test_the_control_collapses(small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sinkstream.cli.demo.load_model", lambda *_, **__: small_model)
     monkeypatch.setattr(demo, "TIMED_TOKENS", 2)
     monkeypatch.chdir(tmp_path)
+    assert small_model.trained_positions == demo.FULL_FITS
     assert main(["demo", *SMALL]) == 0
     records = load_records("out/demo")
     by_name = {record.policy["name"]: record for record in records}
     assert {r.status for r in records} == {"complete"}
-    assert set(by_name) == {settings.method for settings in demo_settings(112)}
+    assert set(by_name) == {settings.method for settings in demo_settings(112, tokens=240)}
     ppl = {name: record.summary["ppl"] for name, record in by_name.items()}
     assert ppl["window-only"] >= 1.3 * ppl["strict"], ppl
     sampled_or_control = ("recompute", "window-only")

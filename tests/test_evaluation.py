@@ -14,10 +14,11 @@ import torch
 from oracle.models import token_ids
 
 import sinkstream.evaluation.run as run_module
+from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.engine import STEPS
 from sinkstream.evaluation.numerics import numerics, set_numerics
 from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
-from sinkstream.evaluation.sessions import BACKENDS, RecomputeSession, StreamingSession
+from sinkstream.evaluation.sessions import BACKENDS, NLL_ROWS, RecomputeSession, StreamingSession, token_nll
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names
 from sinkstream.evaluation.statistics import paired_delta_ppl
 from sinkstream.policies import PRESETS, PruneSchedule
@@ -78,6 +79,19 @@ def hooks_of(model) -> int:
 
 
 # ---- what is scored ----
+
+
+def test_logits_are_turned_into_figures_slice_by_slice(monkeypatch):
+    logits, targets = torch.randn(300, 97), torch.randint(97, (300,))
+    whole = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.equal(token_nll(logits, targets), whole)
+    rows = []
+    entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda x, *a, **k: rows.append(len(x)) or entropy(x, *a, **k)
+    )
+    token_nll(logits, targets)
+    assert sum(rows) == 300 and max(rows) == NLL_ROWS < 300
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -362,11 +376,15 @@ def test_exhausted_memory_keeps_what_was_measured(healthy, monkeypatch):
     assert_kept(result, whole, 30)
 
 
-def test_the_hooks_go_with_the_run(healthy):
-    seen = []
-    run(healthy, text_ids(), settings_of("refresh-last-query"), lambda *_: seen.append(hooks_of(healthy.model)))
-    assert min(seen) > 0
-    assert hooks_of(healthy.model) == 0
+@pytest.mark.parametrize("more", [{}, {"timed_tokens": 20}, {"evaluate": "blocks"}], ids=["steps", "mixed", "blocks"])
+@pytest.mark.parametrize("method", ["refresh-last-query", "strict"])
+def test_the_hooks_and_the_attention_function_go_with_the_run(method, more, healthy):
+    seen, config = [], healthy.model.config
+    look = lambda *_: seen.append((hooks_of(healthy.model), config._attn_implementation))  # noqa: E731
+    run(healthy, text_ids(), settings_of(method, **more), look)
+    assert min(seen)[0] > 0
+    assert {name for _, name in seen} == {"sdpa" if method == "strict" and not more else SINKSTREAM_SDPA}
+    assert hooks_of(healthy.model) == 0 and config._attn_implementation == "sdpa"
 
 
 # ---- settings ----

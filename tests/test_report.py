@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sinkstream.measure.records import load_record, write_record
 from sinkstream.report.bench_summary import SPEED_HEADLINES
+from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.plots import COLOURS, line_formats, nll_over_tokens
@@ -136,15 +137,60 @@ def test_summary_holds_each_headline_with_its_record(store, tmp_path):
     store("ppl-recompute", "recompute")
     store("ppl-window", "window-only", make_arrays(shift=2))
     store("elsewhere", "strict", text="wikitext", created="2026-01-09T00:00:00+00:00")
+    for device in ("cpu", "cuda"):
+        for policy, every in (("strict", 1), ("lazy", 32)):
+            for evaluate in ("steps", "blocks"):
+                store_evaluated(store, f"{device}-{policy}-{evaluate}", policy, evaluate, every, device=device)
     summary = write_summary(tmp_path)
-    foundation = [key for key in HEADLINES if key.startswith("foundation.")]
+    here = [key for key in HEADLINES if key.startswith(("foundation.", "diagnosis.block_"))]
     written = json.loads((tmp_path / "summary.json").read_text())
-    assert list(written) == foundation and not set(summary.missing) & set(foundation)
+    assert set(written) == set(here), "the others are tested with their records"
+    assert list(written) == [key for key in HEADLINES if key not in summary.missing]
     assert written["foundation.hf_strict_over_full_tpot"] == {"value": pytest.approx(1.02), "record": "gpu-strict"}
     assert written["foundation.ppl_strict"]["record"] == "ppl-strict"
     assert written["foundation.ppl_window_only"]["value"] > written["foundation.ppl_recompute"]["value"]
     assert written["foundation.demo_seconds"]["record"] == "ppl-strict"
     assert write_summary(tmp_path).headlines == written, "summary.json itself is no record"
+
+
+def store_evaluated(store, name, policy, evaluate, every=1, **more):
+    """A run of 1,280 tokens: 0.02 s a step, or in blocks 2 s in all but the prefill of 0.5 s, with an NLL 1e-6 off."""
+    arrays = make_arrays(noise=0.0)
+    arrays["seconds"] = np.full(1280, 0.02 if evaluate == "steps" else np.nan)
+    if evaluate == "blocks":
+        arrays["nll"] = arrays["nll"].astype(np.float32) + np.float32(1e-6)
+    total = 30.0 if evaluate == "steps" else 2.5
+    made = {"text": "blocks", "evaluate": evaluate, "options": {"compress_every": every}, "total_seconds": total}
+    return store(name, policy, arrays, **made | more)
+
+
+def test_blocks_pair_with_the_same_run_step_by_step(store):
+    steps = store_evaluated(store, "steps", "strict", "steps")
+    blocks = store_evaluated(store, "blocks", "strict", "blocks")
+    half = make_arrays(noise=0.0)
+    half["seconds"][640:] = np.nan
+    others = [
+        store_evaluated(store, "lazy", "lazy", "steps"),
+        store_evaluated(store, "another-R", "strict", "steps", 2),
+        store_evaluated(store, "another-cap", "strict", "steps", cap=512),
+        store_evaluated(store, "another-dtype", "strict", "steps", dtype="float16"),
+        store("partly", "strict", half, text="blocks", evaluate="steps", options={"compress_every": 1}),
+    ]
+    (pair,) = block_pairs([steps, *others, blocks])
+    assert pair == BlockPair(blocks, steps)
+    assert pair.speedup == pytest.approx(1280 * 0.02 / 2)
+    assert 1e-7 < pair.max_abs_nll_difference < 1e-5
+    assert not block_pairs([*others, blocks])
+
+
+def test_the_slower_of_two_block_speedups_counts_on_the_cpu(store, tmp_path):
+    for policy, every, total in (("strict", 1, 2.5), ("lazy", 32, 4.5)):
+        store_evaluated(store, f"{policy}-steps", policy, "steps", every)
+        store_evaluated(store, f"{policy}-blocks", policy, "blocks", every, total_seconds=total)
+    headlines = write_summary(tmp_path).headlines
+    assert headlines["diagnosis.block_speedup_cpu"] == {"value": pytest.approx(6.4), "record": "lazy-blocks"}
+    assert "diagnosis.block_speedup_strict" not in headlines, "that one is the GPU's"
+    assert headlines["diagnosis.block_max_abs_nll_difference"]["value"] < 1e-5
 
 
 def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):

@@ -1,8 +1,10 @@
 """Chunks that cross prune events, in one exact forward.
 
 A query must see exactly what it would see token by token. Between two prunes of a chunk the visible window differs and
-the pinned frame lies elsewhere; so the pinned keys are offered once per segment, each copy rotated for its segment, and
-a mask lets every query see the copy of its own segment and the window that was live at its time.
+the pinned frame lies elsewhere. A mask lets every query see the window that was live at its time; for the frame there
+are two ways. An attention function of the model's own gets the pinned keys once per segment, each copy rotated for its
+segment (`PinnedCopies`). Our own attention function turns the query instead: its scores with the pinned keys come from
+the query moved to where it stands in the frame, at the same cost for any number of prunes (`TwoFrames`).
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ import torch
 
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import Step
+
+TILE = {"cpu": 64}  # queries that attend at once and share one stretch of the window, by kind of device
+DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,14 @@ class Segments:
     dropped: torch.Tensor
 
     @classmethod
-    def of(cls, steps: list[Step], device: torch.device) -> "Segments | None":
+    def of(cls, steps: list[Step]) -> "Segments | None":
         """Segments of a planned chunk, or None if no prune falls inside it (one at its first token is done before)."""
         if not any(s.drop for s in steps[1:]):
             return None
         inside = torch.tensor([0, *(s.drop for s in steps[1:])])
         starts = inside > 0
         dropped = torch.cat([torch.zeros(1, dtype=torch.int64), inside.cumsum(0)[starts]])
-        return cls(starts.long().cumsum(0).to(device), dropped.to(device))
+        return cls(starts.long().cumsum(0), dropped)
 
     @property
     def count(self) -> int:
@@ -44,7 +49,19 @@ class Segments:
         return len(self.dropped)
 
 
-class CrossingChunk:
+def visible_columns(ring: SoftRing, segments: Segments) -> torch.Tensor:
+    """Which entries of cache and chunk each query may see, the frame left aside: ``(tokens, visible)``, bool, host."""
+    tokens = len(segments.of_row)
+    column = torch.arange(ring.live + tokens)
+    index = column if ring.first_window == 0 else ring.first_window + column - ring.pinned
+    oldest = (max(ring.first_window, ring.sink) + segments.dropped)[segments.of_row]
+    now = ring.seen + torch.arange(tokens)
+    window = (index >= oldest[:, None]) & (index <= now[:, None])
+    sinks = (column < ring.sink) & (column <= ring.live + torch.arange(tokens)[:, None])
+    return torch.where(column < ring.sink, sinks, window)
+
+
+class PinnedCopies:
     """Extra columns and the mask of one chunk that crosses prunes.
 
     Parameters
@@ -60,8 +77,8 @@ class CrossingChunk:
         if self.copies:
             first = torch.arange(ring.sink, device=ring.keys.device) - ring.base
             pinned_yet = ring.first_window > 0
-            dropped = ring.first_window + segments.dropped[1:] if pinned_yet else ring.sink + segments.dropped[1:]
-            shift = dropped - ring.sink
+            dropped = segments.dropped[1:].to(ring.keys.device)
+            shift = dropped + (ring.first_window - ring.sink if pinned_yet else 0)
             self.cos, self.sin = ring.rope.angles((shift[:, None] + first).reshape(-1))
             self.unpin = None if pinned_yet else ring.rope.angles(first)
 
@@ -88,19 +105,87 @@ class CrossingChunk:
     def mask(self) -> torch.Tensor:
         """Which columns each query sees: ``(1, 1, tokens, copies + visible)``, bool."""
         ring, rows = self.ring, self.segments.of_row
-        device, tokens = rows.device, len(rows)
-        sink, first_window = ring.sink, max(ring.first_window, ring.sink)
-        column = torch.arange(ring.live + tokens, device=device)
-        index = column if ring.first_window == 0 else ring.first_window + column - ring.pinned
-        oldest = (first_window + self.segments.dropped)[rows]
-        now = ring.seen + torch.arange(tokens, device=device)
-        window = (index >= oldest[:, None]) & (index <= now[:, None])
-        is_sink = column < sink
-        own_frame = (rows == 0) | torch.tensor(ring.original_positions, device=device)
-        visible = torch.where(
-            is_sink, own_frame[:, None] & (column <= ring.live + torch.arange(tokens, device=device)[:, None]), window
-        )
-        if not self.copies:
-            return visible[None, None]
-        segment = torch.arange(1, self.segments.count, device=device).repeat_interleave(sink)
-        return torch.cat([rows[:, None] == segment, visible], dim=1)[None, None]
+        visible = visible_columns(ring, self.segments)
+        if self.copies:
+            visible[:, : ring.sink] &= (rows == 0)[:, None]
+            segment = torch.arange(1, self.segments.count).repeat_interleave(ring.sink)
+            visible = torch.cat([rows[:, None] == segment, visible], dim=1)
+        return visible[None, None].to(ring.keys.device)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries ``rows`` of a chunk, the window columns that at least one of them sees, and what each does not see."""
+
+    rows: slice
+    window: slice
+    hidden: torch.Tensor
+
+
+class TwoFrames:
+    """Attention of one chunk that crosses prunes: scores with the pinned keys in their frame, with the window in its.
+
+    A query that comes after d dropped entries stands d positions nearer to the frame than where the chunk began, so
+    turned back by d it meets the pinned keys as they were written then; no key moves.
+
+    Parameters
+    ----------
+    ring : SoftRing
+        After the prune at the chunk's first token, if there was one.
+    segments : Segments
+    """
+
+    def __init__(self, ring: SoftRing, segments: Segments):
+        self.rope, self.pinned = ring.rope, ring.sink
+        device, dropped = ring.keys.device, segments.dropped[segments.of_row]
+        still = ring.original_positions or ring.sink == 0
+        self.turn = None if still else ring.rope.angles(dropped.to(device))
+        self.visible, tokens = visible_columns(ring, segments), len(dropped)
+        size = TILE.get(device.type, DEFAULT_TILE)
+        self.tiles = [
+            self._tile(first, rows, device) for first, rows in zip(range(0, tokens, size), self.visible.split(size))
+        ]
+
+    def _tile(self, first: int, visible: torch.Tensor, device: torch.device) -> _Tile:
+        columns = visible[:, self.pinned :].any(0).nonzero()[:, 0] + self.pinned
+        window = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(self.pinned, self.pinned)
+        seen = torch.cat([visible[:, : self.pinned], visible[:, window]], dim=1)
+        return _Tile(slice(first, first + len(visible)), window, ~seen.to(device))
+
+    def mask(self) -> torch.Tensor:
+        """Which columns each query sees: ``(1, 1, tokens, visible)``, bool, on the host; `attend` knows it already."""
+        return self.visible[None, None]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Softmax attention in float32, tile by tile.
+
+        Parameters
+        ----------
+        query : Tensor, (batch, query_heads, tokens, head_dim)
+            Rotated for the window.
+        key, value : Tensor, (batch, kv_heads, visible, head_dim)
+
+        Returns
+        -------
+        Tensor, (batch, tokens, query_heads, head_dim), in the dtype of `query`
+        """
+        batch, heads, tokens, dim = query.shape
+        out = query.new_empty(batch, tokens, heads, dim)
+        window_query = query.float() * scaling
+        pinned_query = window_query if self.turn is None else self.rope.unrotate(window_query, *self.turn)
+        key, value = key.float(), value.float()
+        for tile in self.tiles:
+            size = tile.hidden.shape[0]
+            both = [
+                (q[:, :, tile.rows].reshape(batch, key.shape[1], -1, dim), k, v)
+                for q, k, v in (
+                    (pinned_query, key[:, :, : self.pinned], value[:, :, : self.pinned]),
+                    (window_query, key[:, :, tile.window], value[:, :, tile.window]),
+                )
+            ]
+            scores = torch.cat([q @ k.mT for q, k, _ in both], dim=-1).view(batch, heads, size, -1)
+            weights = scores.masked_fill_(tile.hidden, float("-inf")).softmax(-1)
+            weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
+            seen = weights[..., : self.pinned] @ both[0][2] + weights[..., self.pinned :] @ both[1][2]
+            out[:, tile.rows] = seen.view(batch, heads, size, dim).transpose(1, 2).to(query.dtype)
+        return out

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sinkstream.cache.observe import OBSERVED_SDPA
+from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.rope import Rope
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
@@ -117,4 +117,4 @@ def _check_config(config) -> None:
 
 def _attention_of(config) -> str:
     name = config._attn_implementation
-    return "sdpa" if name == OBSERVED_SDPA else name
+    return "sdpa" if name == SINKSTREAM_SDPA else name

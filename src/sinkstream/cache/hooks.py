@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from sinkstream.cache.observe import observe_attention, release_attention
+from sinkstream.cache.attention import release_attention, switch_attention
 
 
 def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable[[], None]:
@@ -19,7 +19,7 @@ def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable
     Parameters
     ----------
     attention : bool
-        Whether queries must be observed.
+        Whether the model's attention must be switched to `cache.attention`.
 
     Returns
     -------
@@ -29,7 +29,7 @@ def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable
     Raises
     ------
     ValueError
-        If logits or queries are needed and this model cannot show them.
+        If logits are needed and this model cannot show them, or the attention to be switched is not sdpa.
     """
     if attention and cache.spec.attention != "sdpa":
         raise ValueError(f"attention scorers need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}")
@@ -49,17 +49,17 @@ def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable
             model.register_forward_hook(_after_model(mine), with_kwargs=True, always_call=True),
         ]
     if attention:
-        observe_attention(decoder)
+        switch_attention(decoder)
     close = weakref.finalize(cache, _remove, handles, decoder if attention else None)
     close.atexit = False
     return close
 
 
-def _remove(handles: list, observed: PreTrainedModel | None) -> None:
+def _remove(handles: list, switched: PreTrainedModel | None) -> None:
     for handle in handles:
         handle.remove()
-    if observed is not None:
-        release_attention(observed)
+    if switched is not None:
+        release_attention(switched)
 
 
 def _before_decoder(mine: weakref.ref):

@@ -1,46 +1,11 @@
 """What scorers need from attention: the latest queries, and attention accumulated per cached token.
 
-Queries are seen through transformers' public attention interface: for the life of a cache that needs them the model's
-implementation is switched from ``sdpa`` to a function that looks and then calls ``sdpa``. Nothing happens on import.
+`cache.attention` shows the observer of the running forward the queries of every layer.
 """
 
-from contextvars import ContextVar
-from weakref import WeakKeyDictionary
-
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from sinkstream.cache.ring import SoftRing
-
-OBSERVED_SDPA = "sinkstream_observed_sdpa"
-
-running: ContextVar = ContextVar("sinkstream_running_observer", default=None)
-_users: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def _observed_sdpa(module, query, key, value, attention_mask, **kwargs):
-    observer = running.get()
-    if observer is not None:
-        observer.see(module.layer_idx, query, key, kwargs["scaling"])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-def observe_attention(decoder: PreTrainedModel) -> None:
-    """Switch a decoder's attention to the observed implementation; counted, so that several caches can ask for it."""
-    if _users.get(decoder, 0) == 0:
-        AttentionInterface.register(OBSERVED_SDPA, _observed_sdpa)
-        AttentionMaskInterface.register(OBSERVED_SDPA, sdpa_mask)
-        decoder.set_attn_implementation(OBSERVED_SDPA)
-    _users[decoder] = _users.get(decoder, 0) + 1
-
-
-def release_attention(decoder: PreTrainedModel) -> None:
-    """Undo one `observe_attention`; the last one switches the decoder back to sdpa."""
-    _users[decoder] -= 1
-    if _users[decoder] == 0:
-        decoder.set_attn_implementation("sdpa")
 
 
 class AttentionObserver:
@@ -68,15 +33,22 @@ class AttentionObserver:
         """Memory held by the kept queries, in bytes; accumulated attention counts in the ring."""
         return sum(q.numel() * q.element_size() for q in self.queries.values())
 
-    def begin(self, tokens: int) -> None:
-        """Forget an unfinished forward and zero the accumulated attention of the entries about to be written."""
+    def begin(self, tokens: int, spare: int = 0) -> None:
+        """Forget an unfinished forward and zero the accumulated attention of the entries about to be written.
+
+        Parameters
+        ----------
+        spare : int
+            How many of the tokens `commit` may let go again.
+        """
+        self._spare = spare
         self._new_queries: dict[int, torch.Tensor] = {}
         self._new_weights: dict[int, torch.Tensor] = {}
         if self.accumulate:
             self.ring.channels["accumulated"][..., self.ring.tail : self.ring.tail + tokens] = 0
 
-    def commit(self) -> None:
-        """Take over what the forward showed; before the ring counts its tokens.
+    def commit(self, let_go: int = 0) -> None:
+        """Take over what the forward showed, its last `let_go` tokens left out; before the ring counts the others.
 
         Raises
         ------
@@ -88,7 +60,9 @@ class AttentionObserver:
                 "this policy watches the attention, but the model's attn_implementation was changed after the cache was"
                 " made; make the cache again"
             )
-        self.queries |= self._new_queries
+        assert let_go == 0 or not self.accumulate, "accumulated attention cannot be taken back"
+        for layer, queries in self._new_queries.items():
+            self.queries[layer] = queries[:, :, : queries.shape[2] - let_go][:, :, -self.keep :].clone()
         for layer, weights in self._new_weights.items():
             visible = slice(self.ring.start, self.ring.start + weights.shape[-1])
             self.ring.channels["accumulated"][layer, :, :, visible] += weights
@@ -108,7 +82,7 @@ class AttentionObserver:
         if self.keep:
             older = self.queries.get(layer)
             joined = query if older is None else torch.cat([older, query], dim=2)
-            self._new_queries[layer] = joined[:, :, -self.keep :].clone()
+            self._new_queries[layer] = joined[:, :, -(self.keep + self._spare) :].clone()
         if self.accumulate:
             visible = key.shape[2]
             index = torch.arange(visible, device=key.device)

@@ -17,14 +17,16 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkstream.cache.chunks import CrossingChunk, Segments
+from sinkstream.cache.attention import Forward, is_switched, running
+from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.hooks import install_hooks
-from sinkstream.cache.observe import AttentionObserver, running
+from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.ring import Channel, SoftRing
 from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
 
 POSITIONS = ("cache", "original")
+SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
@@ -66,7 +68,7 @@ class _Pending:
     steps: list[Step]
     schedule: PruneSchedule
     input_ids: torch.Tensor | None
-    crossing: CrossingChunk | None
+    crossing: PinnedCopies | TwoFrames | None
 
 
 class StreamingCache(Cache):
@@ -88,12 +90,18 @@ class StreamingCache(Cache):
         What the policy has counted and observed.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
+    speculative : bool
+        A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
+        keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
 
-    def __init__(self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure):
+    def __init__(
+        self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure, block_tokens: int
+    ):
         super().__init__(layers=[StreamingLayer(self, i) for i in range(spec.layers)])
         self.spec, self.policy, self.positions = spec, policy, positions
-        self._rebase_at, self.structure = rebase_at, structure
+        self._rebase_at, self.structure, self._block_tokens = rebase_at, structure, block_tokens
+        self.speculative = False
         self._close: Callable[[], None] = lambda: None
         self._clear()
 
@@ -107,6 +115,7 @@ class StreamingCache(Cache):
         tokenizer: Any = None,
         allow_untrained_positions: bool = False,
         rebase_at: int = REBASE_AT,
+        block_tokens: int = 0,
         **options: Any,
     ) -> "StreamingCache":
         """Make a cache for one model.
@@ -126,6 +135,9 @@ class StreamingCache(Cache):
             Accept a cache that grows past the positions the model was trained on.
         rebase_at : int
             Position past which the window's rotation is rebased, so that float32 angles stay exact.
+        block_tokens : int
+            Prepare for scoring in blocks of that many tokens: the buffer has room for one, and until the cache is
+            closed the model's sdpa is switched to a function whose cost does not grow with the prunes in a block.
 
         Raises
         ------
@@ -143,8 +155,12 @@ class StreamingCache(Cache):
                 raise ValueError("scorer='structural' reads the text of tokens; give tokenizer=TOKENIZER")
             weights = structural_weights(tokenizer)  # models pad their vocabulary past the tokenizer's
             structure = pad(weights, (0, max(0, model.config.vocab_size - len(weights))))
-        cache = cls(spec, policy, positions=positions, rebase_at=rebase_at, structure=structure)
-        cache._close = install_hooks(cache, model, attention=bool({"attention", "accumulated"} & policy.needs))
+        cache = cls(
+            spec, policy, positions=positions, rebase_at=rebase_at, structure=structure, block_tokens=block_tokens
+        )
+        observed = bool({"attention", "accumulated"} & policy.needs)
+        in_blocks = block_tokens > 0 and spec.attention == "sdpa"
+        cache._close = install_hooks(cache, model, attention=observed or in_blocks)
         return cache
 
     @property
@@ -186,14 +202,13 @@ class StreamingCache(Cache):
 
         The next size is worked out when it is asked for, so feed each chunk before asking again.
         """
-        while tokens > 0:
-            size = min(tokens, chunk_tokens, self.max_chunk_tokens())
-            yield size
-            tokens -= size
+        end = self.seen_tokens + tokens
+        while self.seen_tokens < end:
+            yield min(end - self.seen_tokens, chunk_tokens, self.max_chunk_tokens())
 
     def capacity(self) -> int:
         """Slots of the buffer: what is cached and the chunk being fed, and as many again to copy back rarely."""
-        return 2 * max(self.policy.peak, 256)
+        return max(2 * max(self.policy.peak, 256), self.policy.peak + self._block_tokens)
 
     def resume(
         self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
@@ -221,7 +236,13 @@ class StreamingCache(Cache):
             return room
         ahead = self.schedule.copy()
         ahead.step()
-        return min(room, 1 + ahead.sure_steps())
+        sure = ahead.sure_steps()
+        return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if self._speculates else sure))
+
+    @property
+    def _speculates(self) -> bool:
+        """Accumulated attention cannot be taken back from tokens that are let go."""
+        return self.speculative and "accumulated" not in self.policy.needs
 
     @torch.no_grad()
     def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, chunk_tokens: int = 256) -> torch.Tensor:
@@ -242,8 +263,8 @@ class StreamingCache(Cache):
         fed = 0
         for size in self.chunks(input_ids.shape[1], chunk_tokens):
             out = model(input_ids[:, fed : fed + size], past_key_values=self, logits_to_keep=1)
-            fed += size
-        return out.logits[:, -1]
+            fed += len(self.last_steps)
+        return out.logits[:, : len(self.last_steps)][:, -1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
@@ -302,17 +323,23 @@ class StreamingCache(Cache):
             self.ring.prune(drop, self.policy.refresh, self._choose)
         delta = self.ring.make_room(tokens)
         if self.observer:
-            self.observer.begin(tokens)
+            self.observer.begin(tokens, spare=tokens - 1 if self._speculates else 0)
             if delta is not None:
                 self.observer.rebase(delta)
-        segments = Segments.of(steps, device)
-        crossing = CrossingChunk(self.ring, segments) if segments else None
+        crossing = self._crossing(steps)
         self.ring.open(tokens)
         self._pending = _Pending(tokens, steps, ahead, input_ids, crossing)
-        running.set(self.observer)
+        running.set(Forward(self.observer, crossing if isinstance(crossing, TwoFrames) else None))
         first = self.seen_tokens - self.ring.base
         positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
         return positions, None if crossing is None else self._attention_mask(crossing.mask())
+
+    def _crossing(self, steps: list[Step]) -> PinnedCopies | TwoFrames | None:
+        """How a chunk crosses the prunes that fall inside it; None if none does."""
+        segments = Segments.of(steps) if self.policy.plan_known else None
+        if segments is None:
+            return None
+        return (TwoFrames if is_switched(self.spec.decoder) else PinnedCopies)(self.ring, segments)
 
     def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
         if self._pending is None:
@@ -321,7 +348,8 @@ class StreamingCache(Cache):
                 " make one with StreamingCache.for_model(model, …) and pass it by name: past_key_values=cache"
             )
         visible = self.ring.write(layer, keys, values)
-        return self._pending.crossing.extend(layer, *visible) if self._pending.crossing else visible
+        crossing = self._pending.crossing
+        return crossing.extend(layer, *visible) if isinstance(crossing, PinnedCopies) else visible
 
     def _commit(self, logits: torch.Tensor | None = None) -> None:
         """The model has returned: count the tokens, do the prunes that fell inside the chunk, observe the logits."""
@@ -329,58 +357,76 @@ class StreamingCache(Cache):
         self._abort()
         if pending is None:
             return
+        begun, log_probs = pending.tokens, None
+        if self.needs_logits:
+            log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
+            self._observe(pending, log_probs)
         if self.observer:
-            self.observer.commit()
-        self._fill_channels(pending)
+            self.observer.commit(let_go=begun - pending.tokens)
+        self._fill_channels(pending, log_probs)
         ring.advance(pending.tokens)
         self.schedule = pending.schedule
         if pending.crossing:
             ring.prune(sum(s.drop for s in pending.steps[1:]))
         self._events += sum(s.event for s in pending.steps)
         self.last_steps = pending.steps
-        if self.needs_logits:
-            self._observe(logits, pending.input_ids)
 
     def _abort(self) -> None:
         """No forward is under way; if one was and is not committed, its tokens never came."""
         self._pending, self._in_model = None, False
         running.set(None)
 
-    @torch.no_grad()
-    def _observe(self, logits: torch.Tensor, ids: torch.Tensor | None) -> None:
-        """Take in the logits ``(batch, tokens, vocab)`` of the forward just committed."""
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        for signal in self.schedule.signals():
-            for risk in SIGNALS[signal](log_probs).mean(0).tolist():
-                self.schedule.observe(signal, risk)
-        self._fill_uncertainty(log_probs, ids)
-        self._log_probs = log_probs[:, -1:].clone()
+    def _observe(self, pending: _Pending, log_probs: torch.Tensor) -> None:
+        """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.
 
-    def _fill_uncertainty(self, log_probs: torch.Tensor, ids: torch.Tensor | None) -> None:
-        """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
-        channels = self.ring.channels
-        if not {"nll", "entropy"} & channels.keys():
+        Parameters
+        ----------
+        log_probs : Tensor, (batch, tokens, vocab)
+            Predicted by the forward.
+        """
+        risks = {signal: SIGNALS[signal](log_probs).mean(0).tolist() for signal in self.schedule.signals()}
+        if not risks:
             return
-        known = log_probs[:, :-1] if self._log_probs is None else torch.cat([self._log_probs, log_probs[:, :-1]], 1)
-        tail = self.ring.tail
-        first, new = slice(tail - log_probs.shape[1], tail - known.shape[1]), slice(tail - known.shape[1], tail)
-        if "nll" in channels:
-            drawn = ids[:, ids.shape[1] - known.shape[1] :, None]
-            channels["nll"][..., first] = 0
-            channels["nll"][..., new] = -known.gather(-1, drawn)[..., 0][:, None]
-        if "entropy" in channels:
-            channels["entropy"][..., first] = 0
-            channels["entropy"][..., new] = SIGNALS["entropy"](known)[:, None]
+        schedule, pending.steps = self.schedule, []
+        for i in range(pending.tokens):
+            ahead = schedule.copy()
+            step = ahead.step()
+            if step.drop and pending.steps:
+                break
+            schedule = ahead
+            pending.steps.append(step)
+            for signal, values in risks.items():
+                schedule.observe(signal, values[i])
+        pending.schedule, pending.tokens = schedule, len(pending.steps)
 
-    def _fill_channels(self, pending: _Pending) -> None:
-        ring = self.ring
+    def _fill_channels(self, pending: _Pending, log_probs: torch.Tensor | None) -> None:
+        """What is kept of every new token besides key and value; before the ring counts them."""
+        ring, ids = self.ring, pending.input_ids
         new = slice(ring.tail, ring.tail + pending.tokens)
         if "position" in ring.channels:
             ring.channels["position"][..., new] = torch.arange(
                 ring.seen, ring.seen + pending.tokens, device=ring.keys.device
             )
         if "structure" in ring.channels:
-            ring.channels["structure"][..., new] = self.structure[pending.input_ids][:, None]
+            ring.channels["structure"][..., new] = self.structure[ids[:, : pending.tokens]][:, None]
+        if log_probs is not None:
+            self._fill_uncertainty(new, log_probs[:, : pending.tokens], ids)
+
+    def _fill_uncertainty(self, new: slice, log_probs: torch.Tensor, ids: torch.Tensor | None) -> None:
+        """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
+        channels, before = self.ring.channels, self._log_probs
+        self._log_probs = log_probs[:, -1:].clone()
+        if not {"nll", "entropy"} & channels.keys():
+            return
+        known = log_probs[:, :-1] if before is None else torch.cat([before, log_probs[:, :-1]], 1)
+        first, drawn_from = slice(new.start, new.stop - known.shape[1]), slice(new.stop - known.shape[1], new.stop)
+        if "nll" in channels:
+            drawn = ids[:, log_probs.shape[1] - known.shape[1] : log_probs.shape[1], None]
+            channels["nll"][..., first] = 0
+            channels["nll"][..., drawn_from] = -known.gather(-1, drawn)[..., 0][:, None]
+        if "entropy" in channels:
+            channels["entropy"][..., first] = 0
+            channels["entropy"][..., drawn_from] = SIGNALS["entropy"](known)[:, None]
 
     def _choose(self, leaving: int) -> torch.Tensor:
         known = self.ring.candidates(leaving)
@@ -408,7 +454,7 @@ class StreamingCache(Cache):
                 rope=spec.rope,
                 sink=policy.sink,
                 original_positions=self.positions == "original",
-                rebase_at=self._rebase_at,
+                rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
                 channels=channels,
             )
         queries = policy.scorer.observed_queries if policy.scorer else 0

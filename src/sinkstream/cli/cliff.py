@@ -9,7 +9,14 @@ from rich.markup import escape
 from sinkstream.cache import POSITIONS
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
-from sinkstream.cli.options import add_model_options, all_arguments, load_given_model, numbers
+from sinkstream.cli.options import (
+    add_block_tokens,
+    add_model_options,
+    all_arguments,
+    block_tokens,
+    load_given_model,
+    numbers,
+)
 from sinkstream.cli.show import show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.experiments.batch import Batch
@@ -49,7 +56,7 @@ class Cliff:
             "--positions", nargs="+", default=list(POSITIONS), choices=POSITIONS, help="one or both position modes"
         )
         group.add_argument("--sink", type=int, default=SINK, help="first tokens, never evicted")
-        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        add_block_tokens(group)
         group.add_argument("--out", type=Path, default=Path("out/cliff"), help="folder of the records and the picture")
         group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
 
@@ -71,7 +78,7 @@ class Cliff:
             strides=args.compress_every,
             positions=args.positions,
             sink=args.sink,
-            block_tokens=args.block_tokens,
+            block_tokens=block_tokens(args),
         )
         batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
         records = batch.run(settings, console)

@@ -12,7 +12,7 @@ from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
-from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
+from sinkstream.experiments.demo import CAP, FULL_FITS, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
 from sinkstream.models import load_model
 
 
@@ -34,7 +34,13 @@ class Demo:
         """Run the demo on the CPU in float32, so that it gives the same figures everywhere."""
         console = wide_console()
         set_numerics(tf32=False, cudnn_attention=False)
-        settings = demo_settings(args.cap, args.sample_every)
+        settings = demo_settings(args.cap, args.sample_every, args.tokens)
+        if args.tokens > FULL_FITS:
+            console.print(
+                f"The control is strict: a full cache of {args.tokens:,} tokens goes past the {FULL_FITS:,} positions"
+                f" that the model was trained on. With --tokens {FULL_FITS} or fewer it takes part as the control.",
+                highlight=False,
+            )
         loaded = load_model("builtin", dtype=torch.float32, device="cpu")
         stream = tokenize(load_text("builtin"), loaded.tokenizer, args.tokens)
         batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, 0, args.resume)

@@ -9,9 +9,11 @@ from rich.console import Console
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import (
+    add_block_tokens,
     add_model_options,
     add_policy_options,
     all_arguments,
+    block_tokens,
     load_given_model,
     run_settings,
 )
@@ -47,7 +49,7 @@ class Diagnose:
         group.add_argument(
             "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: none)"
         )
-        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        add_block_tokens(group)
         group.add_argument(
             "--sample-every",
             type=int,
@@ -69,7 +71,7 @@ class Diagnose:
         timing = (
             {"evaluate": "steps", "timed_tokens": args.timed_tokens} if args.timed_tokens else {"evaluate": "blocks"}
         )
-        protocol = {"prefill": args.prefill, "block_tokens": args.block_tokens, **timing}
+        protocol = {"prefill": args.prefill, "block_tokens": block_tokens(args), **timing}
         policies = [run_settings(args, method, options, **protocol) for method, options in args.policy]
         text = load_text(args.text)
         loaded = load_given_model(args)

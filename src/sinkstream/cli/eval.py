@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.options import add_model_options, add_policy_options, all_arguments, load_given_model, run_settings
+from sinkstream.cli.options import (
+    add_block_tokens,
+    add_model_options,
+    add_policy_options,
+    all_arguments,
+    block_tokens,
+    load_given_model,
+    run_settings,
+)
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.sessions import BACKENDS
@@ -35,7 +43,7 @@ class Eval:
         group.add_argument(
             "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: all)"
         )
-        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        add_block_tokens(group)
         group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
         group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
         group.add_argument(
@@ -77,7 +85,7 @@ def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettin
         prefill=args.prefill,
         evaluate=args.evaluate,
         timed_tokens=args.timed_tokens,
-        block_tokens=args.block_tokens,
+        block_tokens=block_tokens(args),
         sample_every=args.sample_every if method == "recompute" or len(args.policy) == 1 else 1,
         repeats=args.repeats,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from sinkstream.cache import POSITIONS
 from sinkstream.evaluation.numerics import set_numerics
-from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names, method_summary
+from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, FIXED, RunSettings, method_names, method_summary
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
@@ -91,6 +91,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="allow cuDNN attention (it builds a plan for every new length)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
+
+
+def add_block_tokens(group: argparse._ArgumentGroup) -> None:
+    """``--block-tokens``; `block_tokens` says what it comes to."""
+    sizes = ", ".join(f"{device} {size:,}" for device, size in BLOCK_TOKENS.items())
+    group.add_argument(
+        "--block-tokens", type=int, help=f"most tokens of one forward; bounds peak memory (default: {sizes})"
+    )
+
+
+def block_tokens(args: argparse.Namespace) -> int:
+    """The block size that was given, or the device's own."""
+    if args.block_tokens is None:
+        return BLOCK_TOKENS.get(resolve_device(args.device).type, RunSettings.block_tokens)
+    return args.block_tokens
 
 
 def load_given_model(args: argparse.Namespace) -> LoadedModel:

@@ -9,9 +9,11 @@ from rich.markup import escape
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import (
+    add_block_tokens,
     add_model_options,
     add_policy_options,
     all_arguments,
+    block_tokens,
     load_given_model,
     numbers,
     run_settings,
@@ -45,7 +47,7 @@ class Recall:
         )
         group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
         group.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
-        group.add_argument("--block-tokens", type=int, default=256, help="most tokens of one forward")
+        add_block_tokens(group)
         group.add_argument("--out", type=Path, default=Path("out/recall"), help="folder of the records and the picture")
         group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
 
@@ -55,7 +57,7 @@ class Recall:
         if args.cap is None:
             raise ValueError("distances are multiples of the cap; give --cap SLOTS")
         design = RecallDesign(args.cap, tuple(args.distances), args.passages, args.passage_tokens, args.seed)
-        protocol = {"evaluate": "blocks", "block_tokens": args.block_tokens}
+        protocol = {"evaluate": "blocks", "block_tokens": block_tokens(args)}
         settings = [run_settings(args, method, options, **protocol) for method, options in args.policy]
         console = wide_console()
         text = load_text(args.text)

@@ -257,7 +257,7 @@ def _decode_blocks(session: Session, ids, first: int, start: int, rows: TokenRow
         top1 = [UNKNOWN] * len(nll) if session.top1 is None else session.top1.tolist()
         for i, (value, step, token) in enumerate(zip(nll, session.steps(), top1, strict=True)):
             rows.add(t + i + 1, value, float("nan"), step, token)
-        t += size
+        t += len(nll)
         progress(t - first)
     return None
 

@@ -19,6 +19,7 @@ from sinkstream.policies import Step
 from sinkstream.registry import Registry
 
 BACKENDS: Registry = Registry("backend")
+NLL_ROWS = 128  # tokens whose logits are turned into float32 at once
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,8 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     -------
     Tensor, (tokens,), float32
     """
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    slices = zip(logits.split(NLL_ROWS), targets.split(NLL_ROWS), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in slices])
 
 
 class Session(ABC):
@@ -59,7 +61,7 @@ class Session(ABC):
         """What happened to the cache at each token of the latest `feed`."""
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
-        """Sizes of the forwards that feed `tokens` tokens; ask for the next one after feeding the last."""
+        """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
         size = self.settings.block_tokens
         while tokens > 0:
             yield min(size, tokens)
@@ -74,10 +76,13 @@ class Session(ABC):
         return logits
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored."""
+        """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored.
+
+        A session may keep only the first of the tokens: then there are fewer figures (and `steps`) than tokens.
+        """
         logits = self.feed(ids, last_only=False)
         self.top1 = logits.argmax(-1)
-        return token_nll(logits, targets)
+        return token_nll(logits, targets[: len(logits)])
 
     def close(self) -> None:  # noqa: B027  (most sessions put nothing on the model)
         """Free what the session put on the model."""
@@ -94,16 +99,21 @@ class StreamingSession(Session):
             positions=settings.positions,
             allow_untrained_positions=settings.allow_untrained_positions,
             tokenizer=tokenizer,
+            block_tokens=settings.block_tokens if settings.has_blocks else 0,
         )
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         out = self.model(ids[None], past_key_values=self.cache, logits_to_keep=1 if last_only else 0)
-        return out.logits[0, -1:] if last_only else out.logits[0]
+        return out.logits[0, -1:] if last_only else out.logits[0, : len(self.cache.last_steps)]
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.cache.prefill(self.model, ids[None], self.settings.block_tokens)
 
     def steps(self) -> list[Step]:
         return self.cache.last_steps
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
+        self.cache.speculative = True
         return self.cache.chunks(tokens, self.settings.block_tokens)
 
     def close(self) -> None:

@@ -13,8 +13,10 @@ BASELINES = {
 }
 EVALUATE = {
     "steps": "token by token, each timed (the first --timed-tokens of them; the rest in blocks)",
-    "blocks": "all tokens between two prunes in one forward: the same NLL, quality only, many times faster",
+    "blocks": "--block-tokens tokens in one forward: the same NLL, quality only, many times faster",
 }
+
+BLOCK_TOKENS = {"cpu": 256, "cuda": 1024}  # a GPU needs more tokens at once than its launches take time
 
 FIXED = {"strict": ("compress_every",), "window-only": ("compress_every", "sink")}  # what makes them what they are
 LABELS = {"compress_every": "R", "max_drop": "max_drop", "slack": "slack", "overlap": "O", "refresh": "B"}
@@ -46,12 +48,12 @@ class RunSettings:
     prefill : int or None
         Tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache.
     evaluate : {"steps", "blocks"}
-        Token by token, or all tokens between two prunes in one forward (quality only; the NLL is the same).
+        Token by token, or many tokens in one forward (quality only; the NLL is the same).
     timed_tokens : int or None
         With ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
         default: all.
     block_tokens : int
-        Most tokens of one forward in prefill and blocks.
+        Most tokens of one forward in prefill and blocks; bounds the peak memory of blocks.
     sample_every : int
         Recompute only: every k-th token is recomputed and scored.
     repeats : int
@@ -75,7 +77,7 @@ class RunSettings:
     prefill: int | None = None
     evaluate: str = "steps"
     timed_tokens: int | None = None
-    block_tokens: int = 256
+    block_tokens: int = BLOCK_TOKENS["cpu"]
     sample_every: int = 1
     repeats: int = 1
     warmup_tokens: int = WARMUP_TOKENS
@@ -105,6 +107,11 @@ class RunSettings:
             raise ValueError(f"warmup_tokens={self.warmup_tokens} is not accepted; accepted: 0 or more")
         self._check_fixed_options()
         self.policy()
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some tokens are scored in blocks."""
+        return self.evaluate == "blocks" or self.timed_tokens is not None
 
     def policy(self) -> EvictionPolicy | None:
         """The eviction policy, or None for the baselines.

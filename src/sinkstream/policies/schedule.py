@@ -68,9 +68,14 @@ class PruneSchedule:
 
     def sure_steps(self) -> int:
         """How many tokens can surely be appended before the next drop, whatever is observed (0: the next may drop)."""
-        if self.pruning:
-            return 0
-        return max(0, self.policy.target + self.policy.sure_growth - self.cached)
+        return self._steps_to(self.policy.sure_growth)
+
+    def possible_steps(self) -> int:
+        """How many tokens can be appended before the next drop at the most, whatever is observed."""
+        return self._steps_to(self.policy.growth)
+
+    def _steps_to(self, growth: int) -> int:
+        return 0 if self.pruning else max(0, self.policy.target + growth - self.cached)
 
     def observe(self, signal: str, risk: float) -> None:
         """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it."""

@@ -11,6 +11,7 @@ from sinkstream.measure.files import write_atomically
 from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
 from sinkstream.registry import Registry
 from sinkstream.report.bench_summary import SPEED_HEADLINES
+from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.cliff import share_past_trained
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.precision import worst_relative_error
@@ -154,3 +155,41 @@ def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
 def ppl_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
     """Largest relative PPL error of the engine's fastest rung against the float32 hf backend, same model and tokens."""
     return worst_relative_error(records)
+
+
+def _newest_block_pair(records: Sequence[Record], device: str, policy: str, compress_every: int) -> BlockPair | None:
+    """The newest pair of a plain policy on the hf backend with that device."""
+    wanted = {"policy": policy, "backend": "hf", "device": device, "plain": True}
+    pairs = block_pairs(select(records, **wanted))
+    found = [pair for pair in pairs if pair.blocks.policy["options"].get("compress_every") == compress_every]
+    return found[-1] if found else None
+
+
+def _block_speedup(pair: BlockPair | None) -> tuple[float, str] | None:
+    return (pair.speedup, pair.blocks.id) if pair else None
+
+
+@HEADLINES.register("diagnosis.block_speedup_lazy32")
+def block_speedup_lazy32(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Lazy R = 32 in blocks against step by step, newest pair of runs, hf backend, GPU."""
+    return _block_speedup(_newest_block_pair(records, "cuda", "lazy", 32))
+
+
+@HEADLINES.register("diagnosis.block_speedup_strict")
+def block_speedup_strict(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Strict in blocks against step by step, newest pair of runs, hf backend, GPU."""
+    return _block_speedup(_newest_block_pair(records, "cuda", "strict", 1))
+
+
+@HEADLINES.register("diagnosis.block_speedup_cpu")
+def block_speedup_cpu(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Blocks against step by step on the CPU: the smaller of strict's and lazy's (R = 32), newest pairs, hf backend."""
+    pairs = [_newest_block_pair(records, "cpu", *policy) for policy in (("strict", 1), ("lazy", 32))]
+    return None if None in pairs else min(_block_speedup(pair) for pair in pairs)
+
+
+@HEADLINES.register("diagnosis.block_max_abs_nll_difference")
+def block_max_abs_nll_difference(records: Sequence[Record]) -> tuple[float, str] | None:
+    """Largest difference of one token's NLL between blocks and step by step, over all float32 pairs of runs."""
+    pairs = [pair for pair in block_pairs(records) if pair.blocks.protocol["dtype"] == "float32"]
+    return max(((pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)

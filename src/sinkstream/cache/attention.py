@@ -1,0 +1,69 @@
+"""The attention function that a cache can put on its model: transformers' sdpa, watched, and in two frames if need be.
+
+It goes in through transformers' public attention interface, for the life of the caches that ask for it. Nothing happens
+on import, and in a forward of anybody else it is sdpa itself.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sinkstream.cache.chunks import TwoFrames
+from sinkstream.cache.observe import AttentionObserver
+
+SINKSTREAM_SDPA = "sinkstream_sdpa"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the attention of the forward under way must do besides sdpa.
+
+    Attributes
+    ----------
+    observer : AttentionObserver or None
+        Is shown the queries of every layer.
+    frames : TwoFrames or None
+        Computes the attention in place of sdpa.
+    """
+
+    observer: AttentionObserver | None = None
+    frames: TwoFrames | None = None
+
+
+_PLAIN = Forward()
+running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
+_users: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
+    forward = running.get() or _PLAIN
+    if forward.observer is not None:
+        forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])
+    if forward.frames is not None:
+        return forward.frames.attend(query, key, value, kwargs["scaling"]), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def switch_attention(decoder: PreTrainedModel) -> None:
+    """Switch a decoder from sdpa to this module's function; counted, so that several caches can ask for it."""
+    if _users.get(decoder, 0) == 0:
+        AttentionInterface.register(SINKSTREAM_SDPA, _sinkstream_sdpa)
+        AttentionMaskInterface.register(SINKSTREAM_SDPA, sdpa_mask)
+        decoder.set_attn_implementation(SINKSTREAM_SDPA)
+    _users[decoder] = _users.get(decoder, 0) + 1
+
+
+def release_attention(decoder: PreTrainedModel) -> None:
+    """Undo one `switch_attention`; the last one switches the decoder back to sdpa."""
+    _users[decoder] -= 1
+    if _users[decoder] == 0:
+        decoder.set_attn_implementation("sdpa")
+
+
+def is_switched(decoder: PreTrainedModel) -> bool:
+    """Whether this module's function computes the decoder's attention now."""
+    return decoder.config._attn_implementation == SINKSTREAM_SDPA
