@@ -5,17 +5,23 @@ engine.prefill(prompt_ids)
 out = engine.generate([], max_new_tokens=1000)
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
+from sinkstream.engine.custom_generate import check as check_custom_generate
+from sinkstream.engine.custom_generate import not_passed
+from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.generation import Callback, Generation, StopRule, generate
 from sinkstream.engine.handover import PrefillCache, give_to_cache, take_from_cache
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
@@ -255,6 +261,9 @@ class Engine:
             Token ids that end it; default: the model's end-of-text tokens; () for none.
         callback : callable or None
             Called with (token, stream) after each token; a true answer ends the stream.
+        streamer : BaseStreamer or None
+            As in transformers' generate(): is given the prompt, then each token; `TextIteratorStreamer` and others
+            make text of them as it comes (the stop string included).
         seed : int, default=0
 
         Raises
@@ -278,6 +287,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: BaseStreamer | None = None,
         seed: int = 0,
         **sampling: Any,
     ) -> dict[int, Generation]:
@@ -286,6 +296,8 @@ class Engine:
         unknown = sorted(set(sampling) - set(Sampler.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}; accepted: {', '.join(Sampler.__dataclass_fields__)}")
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"streamer= takes the text of one stream, and there are {len(prompts)} prompts")
         strings = [stop] if isinstance(stop, str) else list(stop)
         tokens = self._end_tokens() if stop_tokens is None else stop_tokens
         return generate(
@@ -295,7 +307,43 @@ class Engine:
             sampler=Sampler(**sampling),
             stop=StopRule(tokens, strings, callback, self.tokenizer),
             seed=seed,
+            streamer=streamer,
         )
+
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """Decode for transformers: ``model.generate(**inputs, custom_generate=engine.custom_generate)``.
+
+        Each row of the batch becomes a stream of its own, from stream 0 on; these streams start over. Logits processors
+        and stopping criteria are those that generate() has made from its options, and the caller's own. Greedy output
+        is that of generate() with a `StreamingCache` of the same policy; the last token is in the stream as well.
+
+        Returns
+        -------
+        Tensor, (batch, tokens), int64, or GenerateDecoderOnlyOutput
+            Prompt and new tokens, as generate() returns them.
+
+        Raises
+        ------
+        ValueError
+            Naming what the engine cannot do: beams, an assistant, padding, a cache, embeddings or positions of the
+            caller's own, more rows than streams, another model. The streams are as they were then.
+        """
+        extra = not_passed(inspect.currentframe().f_back, model)
+        check_custom_generate(
+            self, model, input_ids, generation_config, {"synced_gpus": synced_gpus, **model_kwargs, **extra}
+        )
+        streamer = streamer if streamer is not None else extra.get("streamer")
+        return run_custom_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
     # ---- keeping ----
 
