@@ -23,8 +23,9 @@ from sinkstream.engine.custom_generate import check as check_custom_generate
 from sinkstream.engine.custom_generate import not_passed
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.generation import Callback, Generation, StopRule, generate
-from sinkstream.engine.handover import PrefillCache, give_to_cache, take_from_cache
+from sinkstream.engine.handover import give_to_cache, take_from_cache
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
+from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
@@ -157,6 +158,8 @@ class Engine:
     def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
         """Append a text of any length to a stream, in chunks through the transformers module, evicting on the way.
 
+        If that is interrupted or fails, the stream is forgotten; others are left as they are.
+
         Parameters
         ----------
         ids : Tensor, (tokens,), int64, or sequence of int
@@ -169,10 +172,13 @@ class Engine:
         """
         ids = self._ids(ids, stream)
         self.state.settle()
-        give_to_cache(self.state, stream, self._cache)
         try:
+            give_to_cache(self.state, stream, self._cache)
             logits = self._cache.prefill(self.model, ids[None], self._cache.chunk_tokens)
             take_from_cache(self.state, stream, self._cache, logits[0])
+        except BaseException:
+            self.state.clear(stream)
+            raise
         finally:
             self._cache.reset()
         return self.state.logits[stream].clone()
