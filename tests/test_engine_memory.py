@@ -4,11 +4,12 @@ import pytest
 import torch
 from oracle.models import build, token_ids
 from streams import small_policy
+from tiny_model import save_model
 from torch.profiler import ProfilerActivity, profile
 
 from sinkstream.cache import StreamingCache
-from sinkstream.engine import Engine
-from sinkstream.models import load_model
+from sinkstream.engine import Engine, memory
+from sinkstream.models import load_model, weight_bytes
 
 CHUNK = 16
 
@@ -90,6 +91,48 @@ def test_an_interrupted_prefill_forgets_its_stream_and_no_other():
     assert all(map(torch.equal, e.state.stream_buffers(1).values(), other))
     again = e.prefill(token_ids(60), stream=0)
     assert torch.equal(again, e.state.logits[1])
+
+
+def tight(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: count)
+
+
+@pytest.mark.parametrize("policy", ["strict", "refresh-accumulated-attention", "adaptive-entropy"])
+def test_the_need_of_the_streams_is_what_they_take(policy):
+    model = build("llama")
+    e = Engine(model, streams=3, **small_policy(policy))
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 3)
+    assert need.streams == e.state.bytes and need.prompt > 0 and need.workspace == 0
+
+
+def test_streams_that_cannot_fit_are_refused_before_anything_is_packed(monkeypatch):
+    model = build("llama")
+    addresses = [p.data_ptr() for p in model.parameters()]
+    e = Engine(build("llama"), cap=1000, streams=2)
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 2).total
+    tight(monkeypatch, need - 1)
+    with pytest.raises(
+        ValueError, match=r"2 streams of 1000 slots need \d\.\d\d GB of memory on cpu.*GB are free; accep"
+    ):
+        Engine(model, cap=1000, streams=2)
+    assert addresses == [p.data_ptr() for p in model.parameters()]
+    tight(monkeypatch, need)
+    Engine(model, cap=1000, streams=2)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, tmp_path):
+    folder = save_model(tmp_path / "tiny")
+    expected = sum(p.nbytes for p in build("gpt_neox").parameters())
+    assert weight_bytes(str(folder), torch.float32) == expected == 2 * weight_bytes(str(folder), torch.float16)
+    assert weight_bytes("random:pythia-2.8b", torch.float16) == 2 * 2_775_208_960
+    assert weight_bytes("builtin", torch.float16) is None
+    tight(monkeypatch, expected - 1)
+    monkeypatch.setattr("sinkstream.engine.engine.load_model", lambda *a, **k: pytest.fail("loaded"))
+    for spec in (str(folder), "random:pythia-2.8b"):
+        with pytest.raises(
+            ValueError, match=r"the weights of model .* need .* GB of memory on cpu, and 0\.00 GB are free"
+        ):
+            Engine.from_pretrained(spec, cap=100, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.gpu

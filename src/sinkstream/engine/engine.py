@@ -24,12 +24,13 @@ from sinkstream.engine.custom_generate import not_passed
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.generation import Callback, Generation, StopRule, generate
 from sinkstream.engine.handover import give_to_cache, take_from_cache
+from sinkstream.engine.memory import check_engine, check_weights
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
-from sinkstream.models import load_model
+from sinkstream.models import load_model, weight_bytes
 from sinkstream.policies import EvictionPolicy, Step
 
 Ids = torch.Tensor | Sequence[int]
@@ -146,9 +147,16 @@ class Engine:
             Default: the first CUDA device, or else the CPU.
         **more
             Options of `Engine`.
+
+        Raises
+        ------
+        ValueError
+            Also if the weights cannot fit: before anything is loaded for "random:SHAPE" and directories of safetensors
+            files. The size of other models is not known then.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        check_weights(spec, weight_bytes(spec, dtype), device)
         loaded = load_model(spec, dtype=dtype, device=device)
         return cls(loaded.model, policy, **{"tokenizer": loaded.tokenizer} | more)
 
@@ -449,22 +457,8 @@ def _checked_cache(
     cache = PrefillCache.for_model(model, policy=policy, **options)
     try:
         step.check(cache.spec, cache.policy, model.device)
-        _check_memory(cache.spec, cache.policy, streams, model.device)
+        check_engine(model, cache.spec, cache.policy, streams, model.device)
     except ValueError:
         cache.close()
         raise
     return cache
-
-
-def _check_memory(spec: ModelSpec, policy: EvictionPolicy, streams: int, device: torch.device) -> None:
-    """Refuse, before allocating, what cannot fit: the rings of all streams and the prompt's copy of one."""
-    if device.type != "cuda":
-        return
-    needed = StreamState.bytes_needed(spec, policy, streams + 1)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    if needed > free:
-        raise ValueError(
-            f"{streams} streams of {policy.peak} slots need {needed / 1e9:.2f} GB of memory on {device}, and"
-            f" {free / 1e9:.2f} GB are free; accepted: fewer streams or a smaller cap"
-        )

@@ -4,6 +4,7 @@ from .load import load_model, source_name
 from .loaded import MODEL_SOURCES, LoadedModel
 from .placement import resolve_device, resolve_dtype
 from .shapes import SHAPES, shape_config
+from .size import weight_bytes
 
 __all__ = [
     "MODEL_SOURCES",
@@ -14,4 +15,5 @@ __all__ = [
     "resolve_dtype",
     "shape_config",
     "source_name",
+    "weight_bytes",
 ]
