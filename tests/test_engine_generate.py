@@ -4,8 +4,11 @@ import pytest
 import torch
 from oracle.models import build, token_ids
 from streams import FakeTokenizer, make_cache, small_policy
+from tiny_model import tokenizer
+from transformers import TextIteratorStreamer
 
 from sinkstream.engine import Engine
+from sinkstream.engine.generation import StopRule
 from sinkstream.policies import PRESETS
 
 
@@ -83,6 +86,66 @@ def test_stops():
     seen = []
     called = engine().generate([7], max_new_tokens=60, callback=lambda t, s: seen.append((t, s)) or len(seen) == 5)
     assert called.reason == "callback" and [t for t, _ in seen] == free.tokens[:5] == called.tokens
+
+
+class Pieces:
+    """Byte-level pieces as of a real tokenizer: a character may take several tokens, a token several characters."""
+
+    pieces = (b"ab", b"c", b"\xe2\x82", b"\xac", b"\xe2", b"\x82", b"d ", b" e", b"\xf0\x9f", b"\x98", b"\x80")
+
+    def decode(self, tokens: list[int]) -> str:
+        """What a byte-level decoder makes of them: incomplete characters become U+FFFD."""
+        return b"".join(self.pieces[t] for t in tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "ends_at", "text"),
+    [
+        ([0, 1, 0], "bc", 2, "a"),  # across tokens
+        ([6, 2, 3, 0], "€", 3, "d "),  # a character of two tokens
+        ([1, 4, 5, 3, 0], "c€", 4, ""),  # of three
+        ([8, 9, 10, 0], "😀", 3, ""),
+        ([0, 6, 7, 0], "d  e", 3, "ab"),
+        ([0, 0, 1, 1], "cc", 4, "abab"),
+        ([2, 3, 0], "b", 3, "€a"),  # the stop ends in the middle of a token
+        ([0, 1, 0], "x", None, "abcab"),
+        ([*[8, 9, 10] * 40, 0, 1], "😀😀a", 121, "😀" * 38),  # far on in a long text
+    ],
+)
+def test_stop_strings_across_tokens_and_parts_of_characters(tokens, stop, ends_at, text):
+    rule = StopRule((), [stop], None, Pieces())
+    ends = next((n for n in range(1, len(tokens) + 1) if rule.reason(tokens[:n], 0)), None)
+    assert ends == ends_at and rule.text(tokens[:ends]) == text
+
+
+def test_a_streamer_is_given_the_text_as_it_comes():
+    streamer = TextIteratorStreamer(tokenizer(), timeout=10)
+    e = Engine(build("llama"), tokenizer=tokenizer(), **small_policy("lazy"))
+    out = e.generate("Once upon", max_new_tokens=40, streamer=streamer)
+    assert "".join(streamer) == "Once upon" + out.text
+    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=10)
+    more = e.generate([], max_new_tokens=15, streamer=streamer, stop=[out.text[:1] * 9])
+    assert "".join(streamer) == more.text
+    two = engine(streams=2)
+    with pytest.raises(ValueError, match="streamer= takes the text of one stream, and there are 2 prompts"):
+        two.generate_batch([[1], [2]], max_new_tokens=3, streamer=streamer)
+
+
+def test_a_callback_that_fails_leaves_what_was_drawn_in_the_stream_and_ends_the_streamer():
+    e, streamer = engine(), TextIteratorStreamer(tokenizer(), timeout=10)
+
+    def fail(token: int, stream: int) -> None:
+        seen.append(token)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        e.generate([3, 4, 5], max_new_tokens=30, callback=fail, streamer=streamer)
+    list(streamer)
+    whole = engine().generate([3, 4, 5], max_new_tokens=30).tokens
+    assert seen == whole[:4] and e.stats()["seen"] == 7
+    assert e.generate([], max_new_tokens=26).tokens == whole[4:]
 
 
 def test_the_end_of_text_token_of_the_model_ends_the_stream():

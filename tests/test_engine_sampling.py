@@ -82,3 +82,15 @@ def test_a_seed_repeats_and_greedy_takes_the_likeliest():
 def test_wrong_options_are_refused_by_name(options):
     with pytest.raises(ValueError, match=list(options)[-1]):
         Sampler(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
+def test_drawing_never_waits_for_the_device(options):
+    logits = torch.randn(2, 5000, device="cuda")
+    seen, generator = torch.zeros_like(logits, dtype=torch.bool), torch.Generator("cuda").manual_seed(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        Sampler(**options).draw(logits, seen, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -82,6 +82,18 @@ def test_another_format_or_another_file_is_refused(tmp_path):
     rewrite(path, lambda header: header.update(format=99, sinkstream="9.9"))
     with pytest.raises(ValueError, match=r"format 99 \(written by sinkstream 9\.9\); accepted: format 1"):
         e.restore(path)
+    whole = path.read_bytes()
+    for damage, words in [
+        (lambda h: h.update(format=1) or h.pop("schedule"), "damaged: its header lacks 'schedule'"),
+        (lambda h: h.update(schedule=None, counters={"seen": 3}), "damaged: it counts seen"),
+    ]:
+        rewrite(path, damage)
+        with pytest.raises(ValueError, match=words):
+            e.restore(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        e.restore(path)
+    assert e.stats()["seen"] == 60
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a snapshot"):
         e.restore(path)
@@ -90,6 +102,32 @@ def test_another_format_or_another_file_is_refused(tmp_path):
         e.restore(path)
     with pytest.raises(ValueError, match="there is no snapshot"):
         e.restore(tmp_path / "nowhere")
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    path, e = tmp_path / "folder" / "stream.safetensors", engine()
+    e.prefill(token_ids(60))
+    e.snapshot(path)
+    older = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    e.score(token_ids(3))
+    with pytest.raises(OSError, match="could not write"):
+        e.snapshot(path)
+    assert path.read_bytes() == older and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.gpu
+def test_a_snapshot_goes_from_one_backend_to_another(tmp_path):
+    ids, path, model = token_ids(200).cuda(), tmp_path / "stream.safetensors", build("llama", layers=2).cuda()
+    ring, graph = engine(model=model), engine(model=model, backend="graph")
+    ring.score(ids[:90])
+    ring.snapshot(path)
+    graph.restore(path)
+    assert (graph.score(ids[90:]) - ring.score(ids[90:])).abs().max() < 1e-5
 
 
 def test_one_weight_changes_the_hash():

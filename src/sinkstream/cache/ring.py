@@ -52,14 +52,25 @@ class SoftRing:
     rebase_at : int
         Relative position past which a wrap rebases the window.
     channels : list of Channel
+    storage : pair of Tensor or None
+        Buffers for keys and values; default: new ones.
     """
 
     def __init__(
-        self, shape, dtype, device, *, rope: Rope, sink: int, original_positions: bool, rebase_at: int, channels
+        self,
+        shape,
+        dtype,
+        device,
+        *,
+        rope: Rope,
+        sink: int,
+        original_positions: bool,
+        rebase_at: int,
+        channels,
+        storage: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         layers, batch, heads, self.capacity, dim = shape
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = storage or [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         self.channels = {
             c.name: torch.zeros(
                 (layers if c.per_head else 1, batch, heads if c.per_head else 1, self.capacity),
@@ -135,7 +146,8 @@ class SoftRing:
         assert self.tail == 0, f"{self.live} entries are cached already"
         self.base, self.tail = base, len(slots)
         for name, target in self.stored.items():
-            target.copy_(source[name].index_select(SLOT_AXIS, slots))
+            for row, source_row in zip(target, source[name]):  # one layer at a time: the source may be the target
+                row.copy_(source_row.index_select(SLOT_AXIS - 1, slots))
         if pinned_keys is None:
             return
         self.first_window, self.pinned_positions = first_window, pinned_positions
@@ -168,9 +180,11 @@ class SoftRing:
         self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
         return self._visible[0][layer], self._visible[1][layer]
 
-    def advance(self, tokens: int) -> None:
-        """Count the entries that were written at the tail."""
+    def advance(self, tokens: int, drop: int = 0) -> None:
+        """Count the entries that were written at the tail, and drop as many as the policy did among them."""
         self.tail += tokens
+        if drop:
+            self.prune(drop)
 
     def make_room(self, tokens: int) -> int | None:
         """Ensure that `tokens` entries fit behind the tail; copy the live part back to the front if they do not.
@@ -183,11 +197,16 @@ class SoftRing:
         if self.tail + tokens <= self.capacity:
             return None
         assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
-        live = self.live
-        for buffer in (self.keys, self.values, *self.channels.values()):
-            self._to_front(buffer, live)
-        self.start, self.tail = 0, live
+        self._compact()
         return self._rebase() if self.seen - self.base > self.rebase_at else None
+
+    def _compact(self) -> None:
+        """Copy the live part back to the front."""
+        live = self.live
+        if self.start:
+            for buffer in (self.keys, self.values, *self.channels.values()):
+                self._to_front(buffer, live)
+        self.start, self.tail = 0, live
 
     def _to_front(self, buffer: torch.Tensor, live: int) -> None:
         if self.start >= live:

@@ -364,10 +364,8 @@ class StreamingCache(Cache):
         if self.observer:
             self.observer.commit(let_go=begun - pending.tokens)
         self._fill_channels(pending, log_probs)
-        ring.advance(pending.tokens)
+        ring.advance(pending.tokens, sum(s.drop for s in pending.steps[1:]))
         self.schedule = pending.schedule
-        if pending.crossing:
-            ring.prune(sum(s.drop for s in pending.steps[1:]))
         self._events += sum(s.event for s in pending.steps)
         self.last_steps = pending.steps
 
@@ -447,9 +445,8 @@ class StreamingCache(Cache):
         if self.structure is not None:
             self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
-            self.ring = SoftRing(
+            self.ring = self._new_ring(
                 (spec.layers, batch, spec.kv_heads, self.capacity(), spec.head_dim),
-                spec.dtype,
                 device,
                 rope=spec.rope,
                 sink=policy.sink,
@@ -460,6 +457,9 @@ class StreamingCache(Cache):
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
+
+    def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
+        return SoftRing(shape, self.spec.dtype, device, **more)
 
     def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         if self.spec.attention == "sdpa":

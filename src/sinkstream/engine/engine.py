@@ -5,25 +5,32 @@ engine.prefill(prompt_ids)
 out = engine.generate([], max_new_tokens=1000)
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
+from sinkstream.engine.custom_generate import check as check_custom_generate
+from sinkstream.engine.custom_generate import not_passed
+from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.generation import Callback, Generation, StopRule, generate
-from sinkstream.engine.handover import PrefillCache, give_to_cache, take_from_cache
+from sinkstream.engine.handover import give_to_cache, take_from_cache
+from sinkstream.engine.memory import check_engine, check_weights
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
+from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
-from sinkstream.measure.memory import free_bytes
-from sinkstream.models import load_model
+from sinkstream.models import load_model, weight_bytes
 from sinkstream.policies import EvictionPolicy, Step
 
 Ids = torch.Tensor | Sequence[int]
@@ -140,9 +147,16 @@ class Engine:
             Default: the first CUDA device, or else the CPU.
         **more
             Options of `Engine`.
+
+        Raises
+        ------
+        ValueError
+            Also if the weights cannot fit: before anything is loaded for "random:SHAPE" and directories of safetensors
+            files. The size of other models is not known then.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        check_weights(spec, weight_bytes(spec, dtype), device)
         loaded = load_model(spec, dtype=dtype, device=device)
         return cls(loaded.model, policy, **{"tokenizer": loaded.tokenizer} | more)
 
@@ -151,6 +165,8 @@ class Engine:
     @torch.no_grad()
     def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
         """Append a text of any length to a stream, in chunks through the transformers module, evicting on the way.
+
+        If that is interrupted or fails, the stream is forgotten; others are left as they are.
 
         Parameters
         ----------
@@ -164,10 +180,13 @@ class Engine:
         """
         ids = self._ids(ids, stream)
         self.state.settle()
-        give_to_cache(self.state, stream, self._cache)
         try:
+            give_to_cache(self.state, stream, self._cache)
             logits = self._cache.prefill(self.model, ids[None], self._cache.chunk_tokens)
             take_from_cache(self.state, stream, self._cache, logits[0])
+        except BaseException:
+            self.state.clear(stream)
+            raise
         finally:
             self._cache.reset()
         return self.state.logits[stream].clone()
@@ -256,6 +275,9 @@ class Engine:
             Token ids that end it; default: the model's end-of-text tokens; () for none.
         callback : callable or None
             Called with (token, stream) after each token; a true answer ends the stream.
+        streamer : BaseStreamer or None
+            As in transformers' generate(): is given the prompt, then each token; `TextIteratorStreamer` and others
+            make text of them as it comes (the stop string included).
         seed : int, default=0
 
         Raises
@@ -279,6 +301,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: BaseStreamer | None = None,
         seed: int = 0,
         **sampling: Any,
     ) -> dict[int, Generation]:
@@ -287,6 +310,8 @@ class Engine:
         unknown = sorted(set(sampling) - set(Sampler.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}; accepted: {', '.join(Sampler.__dataclass_fields__)}")
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"streamer= takes the text of one stream, and there are {len(prompts)} prompts")
         strings = [stop] if isinstance(stop, str) else list(stop)
         tokens = self._end_tokens() if stop_tokens is None else stop_tokens
         return generate(
@@ -296,7 +321,43 @@ class Engine:
             sampler=Sampler(**sampling),
             stop=StopRule(tokens, strings, callback, self.tokenizer),
             seed=seed,
+            streamer=streamer,
         )
+
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """Decode for transformers: ``model.generate(**inputs, custom_generate=engine.custom_generate)``.
+
+        Each row of the batch becomes a stream of its own, from stream 0 on; these streams start over. Logits processors
+        and stopping criteria are those that generate() has made from its options, and the caller's own. Greedy output
+        is that of generate() with a `StreamingCache` of the same policy; the last token is in the stream as well.
+
+        Returns
+        -------
+        Tensor, (batch, tokens), int64, or GenerateDecoderOnlyOutput
+            Prompt and new tokens, as generate() returns them.
+
+        Raises
+        ------
+        ValueError
+            Naming what the engine cannot do: beams, an assistant, padding, a cache, embeddings or positions of the
+            caller's own, more rows than streams, another model. The streams are as they were then.
+        """
+        extra = not_passed(inspect.currentframe().f_back, model)
+        check_custom_generate(
+            self, model, input_ids, generation_config, {"synced_gpus": synced_gpus, **model_kwargs, **extra}
+        )
+        streamer = streamer if streamer is not None else extra.get("streamer")
+        return run_custom_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
     # ---- keeping ----
 
@@ -396,21 +457,8 @@ def _checked_cache(
     cache = PrefillCache.for_model(model, policy=policy, **options)
     try:
         step.check(cache.spec, cache.policy, model.device)
-        _check_memory(cache.spec, cache.policy, streams, model.device)
+        check_engine(model, cache.spec, cache.policy, streams, model.device)
     except ValueError:
         cache.close()
         raise
     return cache
-
-
-def _check_memory(spec: ModelSpec, policy: EvictionPolicy, streams: int, device: torch.device) -> None:
-    """Refuse, before allocating, what cannot fit: the rings of all streams and the prompt's copy of one."""
-    if device.type != "cuda":
-        return
-    needed = StreamState.bytes_needed(spec, policy, streams + 1)
-    free = free_bytes(device)
-    if needed > free:
-        raise ValueError(
-            f"{streams} streams of {policy.peak} slots need {needed / 1e9:.2f} GB of memory on {device}, and"
-            f" {free / 1e9:.2f} GB are free; accepted: fewer streams or a smaller cap"
-        )

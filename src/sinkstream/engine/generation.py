@@ -1,9 +1,14 @@
-"""Generating with an engine: draw, append, stop. Tokens stay on the device unless somebody must look at them."""
+"""Generating with an engine: draw, append, stop. Tokens stay on the device unless somebody must look at them.
 
+Whoever looks at a token does so while its own step is under way: a drawn token is in the stream in any case.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.engine.sampling import Sampler
 
@@ -40,6 +45,8 @@ class StopRule:
         Texts that end it; they need the tokenizer.
     callback : callable or None
         Called with (token, stream) after each token; a true answer ends the stream.
+    tokenizer : tokenizer or None
+        Its ``decode`` is called with the latest tokens, as many as the longest stop string can take.
     """
 
     def __init__(self, tokens: Sequence[int], strings: Sequence[str], callback: Callback | None, tokenizer):
@@ -75,49 +82,147 @@ class StopRule:
         return text[: min(ends)] if ends else text
 
 
+class Writer(ABC):
+    """Chooses the tokens of a generation and says when a stream ends."""
+
+    @abstractmethod
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Next token of every stream, ``(streams,)`` int64, from logits ``(streams, vocab)``, both on the device."""
+
+    @abstractmethod
+    def shown(self) -> torch.Tensor | None:
+        """What the host must see of the tokens drawn last; None if it need not see anything."""
+
+    @abstractmethod
+    def ended(self, shown: list, active: Sequence[int]) -> list[int]:
+        """Which of the active streams end with the tokens drawn last; `shown` as a list."""
+
+
+@torch.no_grad()
+def write(engine, writer: Writer, streams: Sequence[int], max_new_tokens: int) -> None:
+    """Let streams write, stepped together; those that end sit out the rest. Every token drawn is in its stream."""
+    active = list(streams)
+    for _ in range(max_new_tokens):
+        tokens = writer.draw(engine.state.logits)
+        shown = writer.shown()
+        shown = None if shown is None else _OnItsWay(shown)
+        engine.advance(tokens, active)
+        ended = [] if shown is None else writer.ended(shown.tolist(), active)
+        active = [s for s in active if s not in ended]
+        if not active:
+            return
+
+
+class _OnItsWay:
+    """A small tensor that is copied to the host while the device goes on with what is launched next."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._host, self._arrived = tensor.to("cpu", non_blocking=True), None  # to pinned memory
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list:
+        """Wait for the copy, and for nothing that was launched after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+class SamplingWriter(Writer):
+    """Draws with a `Sampler` and ends by a `StopRule`.
+
+    Parameters
+    ----------
+    state : StreamState
+    prompts : dict of Tensor, (tokens,), int64
+        By stream: tokens that a repetition penalty counts as seen.
+    max_new_tokens : int
+    sampler : Sampler
+    stop : StopRule
+    seed : int
+    streamer : BaseStreamer or None
+        Is given each token of the only stream.
+
+    Attributes
+    ----------
+    found : dict of Generation
+        By stream; `tokens` are complete after `finish`.
+    """
+
+    def __init__(self, state, prompts, max_new_tokens: int, sampler: Sampler, stop: StopRule, seed: int, streamer):
+        self.sampler, self.stop, self.streamer = sampler, stop, streamer
+        self.found = {s: Generation() for s in prompts}
+        self._generator = torch.Generator(state.device).manual_seed(seed)
+        self._drawn = torch.zeros((max_new_tokens, state.streams), dtype=torch.int64, device=state.device)
+        self._count, self._lengths = 0, dict.fromkeys(prompts, max_new_tokens)
+        self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
+        if self._seen is not None:
+            for stream, ids in prompts.items():
+                self._seen[stream, ids] = True
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        tokens = self._drawn[self._count] = self.sampler.draw(logits, self._seen, self._generator)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        self._count += 1
+        return tokens
+
+    def shown(self) -> torch.Tensor | None:
+        return self._drawn[self._count - 1] if self.stop.looks or self.streamer is not None else None
+
+    def ended(self, shown: list, active: Sequence[int]) -> list[int]:
+        ended = []
+        for s in active:
+            tokens = self.found[s].tokens
+            tokens.append(shown[s])
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([shown[s]]))
+            reason = self.stop.reason(tokens, s)
+            if reason:
+                self.found[s].reason, self._lengths[s] = reason, self._count
+                ended.append(s)
+        return ended
+
+    def finish(self) -> dict[int, Generation]:
+        """What every stream wrote."""
+        written = self._drawn[: self._count].tolist()
+        for s, generation in self.found.items():
+            generation.tokens = [row[s] for row in written[: self._lengths[s]]]
+            generation.text = self.stop.text(generation.tokens)
+        return self.found
+
+
 @torch.no_grad()
 def generate(
-    engine, prompts: dict[int, torch.Tensor], *, max_new_tokens: int, sampler: Sampler, stop: StopRule, seed: int
+    engine,
+    prompts: dict[int, torch.Tensor],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: StopRule,
+    seed: int,
+    streamer: BaseStreamer | None,
 ) -> dict[int, Generation]:
-    """Feed each stream its prompt and let all of them write, stepped together; those that end sit out the rest.
+    """Feed each stream its prompt and let all of them write.
 
     Parameters
     ----------
     engine : Engine
     prompts : dict of Tensor, (tokens,), int64
         By stream; an empty prompt goes on with a stream that has begun.
+    streamer : BaseStreamer or None
+        As that of transformers' generate(); for one stream.
     """
-    state = engine.state
     for stream, ids in prompts.items():
+        if streamer is not None:
+            streamer.put(ids[None].cpu())
         if len(ids):
             engine.prefill(ids, stream=stream)
-    seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
-    if seen is not None:
-        for stream, ids in prompts.items():
-            seen[stream, ids] = True
-    generator = torch.Generator(state.device).manual_seed(seed)
-    drawn = torch.zeros((max_new_tokens, state.streams), dtype=torch.int64, device=state.device)
-    found = {s: Generation() for s in prompts}
-    active, lengths = list(prompts), dict.fromkeys(prompts, max_new_tokens)
-    for n in range(max_new_tokens):
-        drawn[n] = sampler.draw(state.logits, seen, generator)
-        if seen is not None:
-            seen.scatter_(1, drawn[n][:, None], True)
-        ended = []
-        if stop.looks:
-            row = drawn[n].tolist()
-            for s in active:
-                found[s].tokens.append(row[s])
-                reason = stop.reason(found[s].tokens, s)
-                if reason:
-                    found[s].reason, lengths[s] = reason, n + 1
-                    ended.append(s)
-        engine.advance(drawn[n], active)
-        active = [s for s in active if s not in ended]
-        if not active:
-            break
-    written = drawn.tolist()
-    for s, generation in found.items():
-        generation.tokens = [row[s] for row in written[: lengths[s]]]
-        generation.text = stop.text(generation.tokens)
-    return found
+    writer = SamplingWriter(engine.state, prompts, max_new_tokens, sampler, stop, seed, streamer)
+    try:
+        write(engine, writer, list(prompts), max_new_tokens)
+    finally:
+        if streamer is not None:
+            streamer.end()
+    return writer.finish()

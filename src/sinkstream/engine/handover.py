@@ -1,36 +1,28 @@
-"""Prompts go through the transformers module and a `StreamingCache`; then the stream is handed over to the static ring.
+"""Prompts go through the transformers module and a `PrefillCache`; then the stream is handed over to the static ring.
 
-Both caches hold the same things: window keys at positions relative to a base, pinned keys in a frame of their own, an
-unrotated copy of these, and what the scorer reads. So a stream can change hands in either direction, at any token.
+Both hold the same things in the same buffers, in another order: window keys at positions relative to a base, pinned
+keys in a frame of their own, an unrotated copy of these, and what the scorer reads. So a stream can change hands in
+either direction, at any token; one layer at a time is put in order.
 """
 
 import copy
 
 import torch
 
-from sinkstream.cache import StreamingCache
+from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.refresh import copy_sinks, pinned_angles, window_slots
 from sinkstream.engine.state import StreamState
 
 
-class PrefillCache(StreamingCache):
-    """A streaming cache that holds no more than one chunk beside what its policy keeps."""
-
-    chunk_tokens = 128
-
-    def capacity(self) -> int:
-        """Slots of the buffer: what the policy keeps at most, and one chunk."""
-        return self.policy.peak + self.chunk_tokens
-
-
 @torch.no_grad()
-def give_to_cache(state: StreamState, stream: int, cache: StreamingCache) -> None:
-    """Fill a cache with a stream, so that the transformers module can go on with it; an unbegun one leaves it empty."""
-    counters = state.counters[stream]
+def give_to_cache(state: StreamState, stream: int, cache: PrefillCache) -> None:
+    """Lend a cache the buffers of a stream and fill it with it, so that the transformers module can go on with it."""
+    counters, one = state.counters[stream], slice(stream, stream + 1)
+    cache.storage = state.keys[:, one], state.values[:, one]
     if not counters.seen:
         cache.reset()
         return
-    pinned, one = counters.pinned, slice(stream, stream + 1)
+    pinned = counters.pinned
     uncertain = {"nll", "entropy"} & state.channels.keys()
     schedule = copy.deepcopy(state.schedules[stream])
     ring = cache.resume(schedule, state.device, logits=state.logits[one] if uncertain else None)
@@ -52,8 +44,8 @@ def give_to_cache(state: StreamState, stream: int, cache: StreamingCache) -> Non
 
 
 @torch.no_grad()
-def take_from_cache(state: StreamState, stream: int, cache: StreamingCache, logits: torch.Tensor) -> None:
-    """Put what a cache holds into the static ring.
+def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits: torch.Tensor) -> None:
+    """Put what a cache holds in the order of the static ring.
 
     Parameters
     ----------
@@ -69,7 +61,8 @@ def take_from_cache(state: StreamState, stream: int, cache: StreamingCache, logi
     counters.seen, counters.base, counters.refreshed_at = ring.seen, ring.base, -1
     pinned, slots, stored = counters.pinned, _live_slots(state, stream), ring.stored
     for name, target in {"keys": state.keys, "values": state.values, **state.channels}.items():
-        target[:, one].index_copy_(3, slots, stored[name])
+        for row, kept in zip(target[:, one], stored[name]):
+            row.copy_(torch.zeros_like(row).index_copy_(2, slots, kept))
     if counters.pruned and pinned:
         state.pinned_keys[:, one] = ring.pinned_keys
         if "position" in ring.channels:
@@ -102,7 +95,7 @@ def _slot_positions(state: StreamState, stream: int) -> torch.Tensor:
     return found
 
 
-def _give_queries(state: StreamState, stream: int, cache: StreamingCache) -> None:
+def _give_queries(state: StreamState, stream: int, cache: PrefillCache) -> None:
     cache.observer.scaling = state.spec.head_dim**-0.5
     if state.queries is None:
         return

@@ -1,4 +1,4 @@
-"""Snapshots: one stream in one safetensors file, to go on with later, bit for bit."""
+"""Snapshots: one stream in one safetensors file, to go on with later, bit for bit, on any backend."""
 
 import hashlib
 import json
@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
 from sinkstream import __version__
 from sinkstream.engine.layout import Counters
 from sinkstream.engine.state import StreamState
+from sinkstream.measure.files import write_atomically
 from sinkstream.policies import PruneSchedule
 
 FORMAT = 1
+COUNTED = [f.name for f in fields(Counters) if f.name != "geometry"]
+HEADER = ("format", "sinkstream", "model", "policy", "positions", "counters", "schedule")
 
 
 @torch.no_grad()
@@ -40,10 +43,15 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
     Parameters
     ----------
     path : str or Path
-        An existing file is replaced.
+        An existing file is replaced, in one piece.
+
+    Raises
+    ------
+    WriteError
+        If the file cannot be written; an older one stays as it was.
     """
     state.settle()
-    counters = {f.name: getattr(state.counters[stream], f.name) for f in fields(Counters) if f.name != "geometry"}
+    counters = {name: getattr(state.counters[stream], name) for name in COUNTED}
     header = {
         "format": FORMAT,
         "sinkstream": __version__,
@@ -54,7 +62,7 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
         "schedule": _plain(vars(state.schedules[stream])),
     }
     tensors = {name: t.cpu().contiguous().clone() for name, t in state.stream_buffers(stream).items() if t.numel()}
-    save_file(tensors, str(path), metadata={"sinkstream": json.dumps(header)})
+    write_atomically(path, safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)}))
 
 
 def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) -> None:
@@ -92,13 +100,21 @@ def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
 def _header(metadata: Mapping[str, str] | None, path) -> dict[str, Any]:
     if "sinkstream" not in (metadata or {}):
         raise ValueError(f"{str(path)!r} is not a snapshot of a sinkstream engine")
-    return json.loads(metadata["sinkstream"])
+    try:
+        header = json.loads(metadata["sinkstream"])
+    except ValueError:
+        header = None
+    absent = [name for name in HEADER if not isinstance(header, dict) or name not in header]
+    if absent and (not isinstance(header, dict) or header.get("format") == FORMAT):
+        raise ValueError(f"snapshot {str(path)!r} is damaged: its header lacks {absent[0]!r}")
+    return header
 
 
 def _check_header(header: dict[str, Any], state: StreamState, model_hash: str, path) -> None:
-    if header["format"] != FORMAT:
+    if header.get("format") != FORMAT:
         raise ValueError(
-            f"snapshot {str(path)!r} has format {header['format']} (written by sinkstream {header['sinkstream']});"
+            f"snapshot {str(path)!r} has format {header.get('format')} (written by sinkstream"
+            f" {header.get('sinkstream')});"
             f" accepted: format {FORMAT}"
         )
     if header["model"] != model_hash:
@@ -114,6 +130,8 @@ def _check_header(header: dict[str, Any], state: StreamState, model_hash: str, p
             f"snapshot {str(path)!r} was taken under another policy: {k}={header['policy'].get(k)!r};"
             f" accepted: {k}={mine.get(k)!r}"
         )
+    if sorted(header["counters"]) != sorted(COUNTED):
+        raise ValueError(f"snapshot {str(path)!r} is damaged: it counts {', '.join(sorted(header['counters']))}")
     positions = "original" if state.geometry.original else "cache"
     if header["positions"] != positions:
         raise ValueError(

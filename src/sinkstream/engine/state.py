@@ -99,12 +99,6 @@ class StreamState:
         """Memory held by the buffers, in bytes."""
         return sum(t.numel() * t.element_size() for t in self._buffers().values())
 
-    @classmethod
-    def bytes_needed(cls, spec: ModelSpec, policy: EvictionPolicy, streams: int) -> int:
-        """Bytes of the keys and values that the streams will take."""
-        slots = Geometry.of(policy, "cache").slots
-        return 2 * spec.layers * streams * spec.kv_heads * slots * spec.head_dim * spec.dtype.itemsize
-
     def clear(self, stream: int | None = None) -> None:
         """Forget one stream, or all of them; addresses stay."""
         which = range(self.streams) if stream is None else [stream]

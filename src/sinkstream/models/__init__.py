@@ -4,6 +4,7 @@ from .load import load_model, source_name
 from .loaded import MODEL_SOURCES, LoadedModel
 from .placement import resolve_device, resolve_dtype
 from .shapes import SHAPES, shape_config, shape_sizes
+from .size import weight_bytes
 
 __all__ = [
     "MODEL_SOURCES",
@@ -15,4 +16,5 @@ __all__ = [
     "shape_config",
     "shape_sizes",
     "source_name",
+    "weight_bytes",
 ]

@@ -1,0 +1,180 @@
+"""Decoding for transformers' generate(): its logits processors and stopping criteria around the engine's steps."""
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from sinkstream.engine.generation import Writer, write
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine
+KNOWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+NOT_PASSED = ("streamer", "assistant_model", "negative_prompt_ids", "synced_gpus")
+
+
+def not_passed(frame: types.FrameType | None, model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of generate() that it does not pass to a callable (transformers 5.17 to 5.23), read where they stand.
+
+    A streamer that is passed over would never end, and whoever reads from it would wait for ever.
+
+    Parameters
+    ----------
+    frame : frame or None
+        Of the caller of the callable; anything but generate() gives no arguments.
+    """
+    if frame is None or frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model:
+        return {}
+    return {name: frame.f_locals[name] for name in NOT_PASSED if frame.f_locals.get(name) is not None}
+
+
+def run(
+    engine,
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Start over with a stream for each row and let all of them write; `check` comes before. See `custom_generate`."""
+    for row, ids in enumerate(input_ids):
+        engine.reset(stream=row)
+        engine.prefill(ids, stream=row)
+    writer = ProcessorsWriter(engine.state.streams, input_ids, processors, criteria, config, streamer)
+    try:
+        write(engine, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
+    finally:
+        if streamer is not None:
+            streamer.end()
+    return writer.result()
+
+
+class ProcessorsWriter(Writer):
+    """Draws and ends as the sampling loop of transformers does, with the same random numbers.
+
+    Parameters
+    ----------
+    streams : int
+        All streams of the engine; row i of the batch is stream i.
+    input_ids : Tensor, (batch, tokens), int64, on the engine's device
+    processors, criteria : LogitsProcessorList, StoppingCriteriaList
+        As generate() has made them.
+    config : GenerationConfig
+    streamer : BaseStreamer or None
+    """
+
+    def __init__(self, streams: int, input_ids: torch.Tensor, processors, criteria, config, streamer):
+        batch, self._length = input_ids.shape
+        self._ids = input_ids.new_zeros((batch, config.max_length))
+        self._ids[:, : self._length] = input_ids
+        self._tokens = input_ids.new_zeros(streams)
+        self._done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        self._processors, self._criteria, self._config, self._streamer = processors, criteria, config, streamer
+        self._pad = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        self._looks = streamer is not None or any(not isinstance(c, MaxLengthCriteria) for c in criteria)
+        kept = config.return_dict_in_generate
+        self._scores = [] if kept and config.output_scores else None
+        self._logits = [] if kept and config.output_logits else None
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits[: len(self._ids)].clone()  # processors may write into them
+        scores = self._processors(self._ids[:, : self._length], logits)
+        for kept, new in ((self._scores, scores), (self._logits, logits)):
+            if kept is not None:
+                kept.append(new)
+        if self._config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+        else:
+            tokens = scores.argmax(-1)
+        if self._pad is not None:
+            tokens = torch.where(self._done, self._pad, tokens)
+        self._ids[:, self._length] = self._tokens[: len(tokens)] = tokens
+        self._length += 1
+        kept = None if self._scores is None else tuple(self._scores)
+        self._done = self._done | self._criteria(self._ids[:, : self._length], kept)
+        return self._tokens
+
+    def shown(self) -> torch.Tensor | None:
+        return torch.stack([self._tokens[: len(self._done)], self._done.long()]) if self._looks else None
+
+    def ended(self, shown: list, active: Sequence[int]) -> list[int]:
+        tokens, done = shown
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(tokens))
+        if self._pad is None and not all(done):  # as in transformers: without a token for padding all go on
+            return []
+        return [s for s in active if done[s]]
+
+    def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """What generate() returns."""
+        sequences = self._ids[:, : self._length].clone()
+        if not self._config.return_dict_in_generate:
+            return sequences
+        scores, logits = (None if kept is None else tuple(kept) for kept in (self._scores, self._logits))
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)
+
+
+def check(
+    engine, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, given: dict[str, Any]
+) -> None:
+    """Refuse, by name, what the engine cannot do for generate(); nothing has been touched then. Raises ValueError.
+
+    Parameters
+    ----------
+    given : dict
+        Model arguments, and what `not_passed` found.
+    """
+    if model is not engine.model:
+        raise ValueError("custom_generate of an engine was given another model; accepted: the model it was made with")
+    _check_config(config)
+    unknown = [k for k, v in given.items() if v is not None and k not in (*KNOWN, *NOT_PASSED)]
+    for name in ("assistant_model", "negative_prompt_ids", *unknown):
+        if given.get(name) is not None:
+            _refuse(name, "no such argument")
+    _check_shape(engine, input_ids)
+    if given.get("synced_gpus"):
+        _refuse("synced_gpus=True", "synced_gpus=False")
+    if getattr(given.get("past_key_values"), "_is_user_defined", False):
+        _refuse("past_key_values", "no cache: the engine holds the streams itself")
+    mask, positions, tokens = given.get("attention_mask"), given.get("position_ids"), input_ids.shape[1]
+    if mask is not None and (mask.shape != input_ids.shape or not bool((mask != 0).all())):
+        _refuse("an attention_mask with zeros or of another shape", "rows of equal length without padding")
+    if positions is not None:
+        expected = torch.arange(tokens, device=positions.device)
+        if positions.shape[-1] != tokens or not bool((positions == expected).all()):
+            _refuse("position_ids of the caller's own", "no position_ids")
+
+
+def _check_shape(engine, input_ids: torch.Tensor) -> None:
+    streams, device = engine.state.streams, engine.state.device
+    if input_ids.device != device:
+        _refuse(f"input_ids on {input_ids.device}", f"input_ids on {device}")
+    if len(input_ids) > streams:
+        _refuse(f"{len(input_ids)} rows", f"at most {streams}, the engine's streams")
+    if not input_ids.shape[1]:
+        _refuse("an empty prompt", "at least one token")
+
+
+def _check_config(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in MODES:
+        _refuse(mode.value.replace("_", " "), "greedy decoding and sampling (num_beams=1, no assistant)")
+    if config.guidance_scale not in (None, 1):
+        _refuse(f"guidance_scale={config.guidance_scale}", "none")
+    if config.use_cache is False:
+        _refuse("use_cache=False", "use_cache=True")
+    if config.cache_implementation is not None:
+        _refuse(f"cache_implementation={config.cache_implementation!r}", "none: the engine holds the streams itself")
+    if config.max_length is None:
+        _refuse("a generation without a length", "max_new_tokens or max_length")
+    wanted = [n for n in ("output_attentions", "output_hidden_states") if getattr(config, n)]
+    if config.return_dict_in_generate and wanted:
+        _refuse(f"{wanted[0]}=True", "output_scores and output_logits")
+
+
+def _refuse(what: str, accepted: str) -> None:
+    raise ValueError(f"{what}: not supported by the engine's custom_generate; accepted: {accepted}")

@@ -1,0 +1,84 @@
+"""What an engine takes in memory, known before anything is allocated, and what is free."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkstream.cache import ModelSpec
+from sinkstream.engine.prefill import PrefillCache
+from sinkstream.engine.state import REBASE_AT, StreamState
+from sinkstream.measure.memory import free_bytes
+from sinkstream.policies import EvictionPolicy
+
+CUDA_WORKSPACE = 2 * 32 * 2**20  # cuBLAS takes 32 MiB on recent GPUs, and as much again while a graph is captured
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that an engine takes beside the weights of its model.
+
+    Attributes
+    ----------
+    streams : int
+        Rings, scalars, logits and channels of all streams.
+    prompt : int
+        While a prompt is fed: the entries and activations of one chunk, and the cache of one layer twice.
+    workspace : int
+        Of the device's libraries.
+    """
+
+    streams: int
+    prompt: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.streams + self.prompt + self.workspace
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int) -> "MemoryNeed":
+        """What `streams` streams of a model take under a policy."""
+        vocab = model.get_output_embeddings().weight.shape[0]
+        empty = StreamState(
+            spec,
+            policy,
+            positions="cache",
+            streams=streams,
+            vocab=vocab,
+            device=torch.device("meta"),
+            rebase_at=REBASE_AT,
+        )
+        chunk, size = PrefillCache.chunk_tokens, spec.dtype.itemsize
+        slot = 2 * spec.kv_heads * spec.head_dim * size  # of one layer
+        cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
+        hidden = chunk * (2 * model.config.intermediate_size + 6 * model.config.hidden_size) * size
+        return cls(empty.bytes, cached + hidden + 2 * vocab * 4, CUDA_WORKSPACE if model.device.type == "cuda" else 0)
+
+
+def check_engine(
+    model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int, device: torch.device
+) -> None:
+    """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
+    need, free = MemoryNeed.of(model, spec, policy, streams), free_bytes(device)
+    if need.total > free:
+        raise ValueError(
+            f"{streams} streams of {policy.peak} slots need {_gb(need.total)} of memory on {device}"
+            f" ({_gb(need.streams)} for the streams, {_gb(need.prompt)} while a prompt is fed,"
+            f" {_gb(need.workspace)} workspace) beside the model, and {_gb(free)} are free;"
+            " accepted: fewer streams or a smaller cap"
+        )
+
+
+def check_weights(name: str, needed: int | None, device: torch.device) -> None:
+    """Refuse, before loading, a model of a known size that cannot fit. Raises ValueError as `check_engine`."""
+    if needed is not None and needed > (free := free_bytes(device)):
+        raise ValueError(
+            f"the weights of model {name!r} need {_gb(needed)} of memory on {device}, and {_gb(free)} are free;"
+            " accepted: a smaller model, a dtype of fewer bytes, or another device"
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

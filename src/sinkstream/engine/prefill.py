@@ -1,0 +1,102 @@
+"""The cache that prompts go through: a `StreamingCache` in the slots of a stream's own static ring.
+
+Nothing is held twice: beside the ring there are the entries of one chunk (which may not overwrite anything while they
+are computed) and what attention sees of one layer.
+"""
+
+import torch
+
+from sinkstream.cache import StreamingCache
+from sinkstream.cache.ring import SLOT_AXIS, SoftRing
+
+
+class LentRing(SoftRing):
+    """A soft ring in buffers of somebody else, with room for what is cached and none for what is new.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(layers, batch, kv_heads, capacity, head_dim)`` as if the new entries had their slots behind the others.
+    storage : pair of Tensor, (layers, batch, kv_heads, slots, head_dim)
+        Keys and values; whatever they hold is overwritten.
+    **more
+        As for `SoftRing`.
+    """
+
+    def __init__(self, shape, dtype, device, *, storage: tuple[torch.Tensor, torch.Tensor], **more):
+        super().__init__(shape, dtype, device, storage=storage, **more)
+        self.capacity = storage[0].shape[SLOT_AXIS]
+        layers, batch, heads, whole, dim = shape
+        new = (layers, batch, heads, whole - self.capacity, dim)
+        self._new = [torch.zeros(new, dtype=dtype, device=device) for _ in storage]
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most entries that one forward may bring."""
+        return self._new[0].shape[SLOT_AXIS]
+
+    def open(self, tokens: int) -> None:
+        """Nothing to cut: what is visible is put together layer by layer."""
+        assert tokens <= self.chunk_tokens, f"{tokens} new entries exceed {self.chunk_tokens}"
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new entries of one layer and return copies of everything visible. As `SoftRing.write`."""
+        visible = []
+        for buffer, new, given in zip((self.keys, self.values), self._new, (keys.detach(), values.detach())):
+            new[layer, :, :, : given.shape[2]].copy_(given)
+            visible.append(torch.cat([buffer[layer, :, :, self.start : self.tail], given], 2))
+        return tuple(visible)
+
+    def advance(self, tokens: int, drop: int = 0) -> None:
+        """Take over the entries of the forward and drop as many as the policy did inside it.
+
+        What is dropped goes first where the room is needed: the same entries stay as if all had been there at once.
+        """
+        taken = 0
+        while taken < tokens:
+            rest = tokens - taken
+            early = min(drop, self.live + rest - self.capacity, self.live - self.sink)
+            if early > 0:
+                self.prune(early)
+                drop -= early
+            if self.tail + rest > self.capacity:
+                self._compact()
+            fits = min(rest, self.capacity - self.tail)
+            for buffer, new in zip((self.keys, self.values), self._new):
+                buffer[..., self.tail : self.tail + fits, :] = new[..., taken : taken + fits, :]
+            self.tail += fits
+            taken += fits
+        if drop:
+            self.prune(drop)
+
+    def make_room(self, tokens: int) -> int | None:
+        """As `SoftRing.make_room`; where entries must be dropped first, `advance` makes the room."""
+        if self.live + tokens <= self.capacity:
+            return super().make_room(tokens)
+        return self._rebase() if self.seen - self.base > self.rebase_at else None
+
+
+class PrefillCache(StreamingCache):
+    """A streaming cache in the buffers of a static ring.
+
+    Attributes
+    ----------
+    storage : pair of Tensor, (layers, 1, kv_heads, slots, head_dim)
+        Keys and values of the stream that is fed; given before the first token.
+    """
+
+    chunk_tokens = 128
+    storage: tuple[torch.Tensor, torch.Tensor]
+
+    def max_chunk_tokens(self) -> int:
+        """The most tokens that the next forward may append."""
+        return min(self.chunk_tokens, super().max_chunk_tokens())
+
+    def capacity(self) -> int:
+        """Slots of the ring, and one chunk."""
+        return self.storage[0].shape[SLOT_AXIS] + self.chunk_tokens
+
+    def _new_ring(self, shape: tuple[int, ...], device: torch.device, *, rebase_at: int, **more) -> SoftRing:
+        # a wrap comes with every chunk here: rebased as rarely as in a larger ring, keys are rounded as rarely
+        rebase_at += self.policy.peak
+        return LentRing(shape, self.spec.dtype, device, storage=self.storage, rebase_at=rebase_at, **more)

@@ -1,0 +1,146 @@
+"""What the engine takes in memory: prompts beside the ring, and refusals of what cannot fit."""
+
+import pytest
+import torch
+from oracle.models import build, token_ids
+from streams import small_policy
+from tiny_model import save_model
+from torch.profiler import ProfilerActivity, profile
+
+from sinkstream.cache import StreamingCache
+from sinkstream.engine import Engine, memory
+from sinkstream.models import load_model, weight_bytes
+
+CHUNK = 16
+
+
+def peak_bytes(call) -> int:
+    """The most bytes that a call holds at a time, beyond what was held before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        call()
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def deep_engine(policy: dict) -> Engine:
+    """Many layers and a large cache, so that a second copy of the cache would show."""
+    e = Engine(build("llama", layers=16), **policy)
+    e._cache.chunk_tokens = CHUNK
+    return e
+
+
+def kv_bytes(e: Engine) -> int:
+    return e.state.keys.nbytes + e.state.values.nbytes
+
+
+@pytest.mark.parametrize(
+    "policy", [{"cap": 900}, {"cap": 900, "compress_every": 64, "refresh": 16, "scorer": "uniform"}]
+)
+def test_a_prompt_takes_little_beside_the_ring(policy):
+    e = deep_engine(policy)
+    assert peak_bytes(lambda: e.prefill(token_ids(950))) < 0.4 * kv_bytes(e)
+    assert peak_bytes(lambda: e.prefill(token_ids(40))) < 0.4 * kv_bytes(e), "a stream that has begun"
+
+
+class CopyingCache(StreamingCache):
+    """A cache in buffers of its own."""
+
+    def capacity(self) -> int:
+        """What is kept, and one chunk."""
+        return self.policy.peak + CHUNK
+
+
+def test_a_cache_of_its_own_would_show():
+    """Control of the test above."""
+    e = deep_engine({"cap": 900})
+    e.close()
+    cache = CopyingCache.for_model(e.model, cap=900)
+    assert peak_bytes(lambda: cache.prefill(e.model, token_ids(950)[None], CHUNK)) > kv_bytes(e)
+
+
+def test_prefilling_moves_no_buffer_and_holds_nothing_afterwards():
+    e = Engine(build("llama"), streams=2, **small_policy("lazy"))
+    before = {n: t.data_ptr() for n, t in e.state._buffers().items()}
+    e.prefill(token_ids(100), stream=1)
+    e.prefill(token_ids(30), stream=1)
+    assert before == {n: t.data_ptr() for n, t in e.state._buffers().items()}
+    assert e._cache.ring is None
+
+
+def test_an_interrupted_prefill_forgets_its_stream_and_no_other():
+    e = Engine(build("llama"), streams=2, **small_policy("lazy"))
+    for stream in range(2):
+        e.prefill(token_ids(60), stream=stream)
+    other = [b.clone() for b in e.state.stream_buffers(1).values()]
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    hook = e.model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        e.prefill(token_ids(600), stream=0)
+    hook.remove()
+    assert (e.stats(stream=0)["seen"], e.stats(stream=1)["seen"]) == (0, 60)
+    assert all(map(torch.equal, e.state.stream_buffers(1).values(), other))
+    again = e.prefill(token_ids(60), stream=0)
+    assert torch.equal(again, e.state.logits[1])
+
+
+def tight(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: count)
+
+
+@pytest.mark.parametrize("policy", ["strict", "refresh-accumulated-attention", "adaptive-entropy"])
+def test_the_need_of_the_streams_is_what_they_take(policy):
+    model = build("llama")
+    e = Engine(model, streams=3, **small_policy(policy))
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 3)
+    assert need.streams == e.state.bytes and need.prompt > 0 and need.workspace == 0
+
+
+def test_streams_that_cannot_fit_are_refused_before_anything_is_packed(monkeypatch):
+    model = build("llama")
+    addresses = [p.data_ptr() for p in model.parameters()]
+    e = Engine(build("llama"), cap=1000, streams=2)
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 2).total
+    tight(monkeypatch, need - 1)
+    with pytest.raises(
+        ValueError, match=r"2 streams of 1000 slots need \d\.\d\d GB of memory on cpu.*GB are free; accep"
+    ):
+        Engine(model, cap=1000, streams=2)
+    assert addresses == [p.data_ptr() for p in model.parameters()]
+    tight(monkeypatch, need)
+    Engine(model, cap=1000, streams=2)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, tmp_path):
+    folder = save_model(tmp_path / "tiny")
+    expected = sum(p.nbytes for p in build("gpt_neox").parameters())
+    assert weight_bytes(str(folder), torch.float32) == expected == 2 * weight_bytes(str(folder), torch.float16)
+    assert weight_bytes("random:pythia-2.8b", torch.float16) == 2 * 2_775_208_960
+    assert weight_bytes("builtin", torch.float16) is None
+    tight(monkeypatch, expected - 1)
+    monkeypatch.setattr("sinkstream.engine.engine.load_model", lambda *a, **k: pytest.fail("loaded"))
+    for spec in (str(folder), "random:pythia-2.8b"):
+        with pytest.raises(
+            ValueError, match=r"the weights of model .* need .* GB of memory on cpu, and 0\.00 GB are free"
+        ):
+            Engine.from_pretrained(spec, cap=100, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_prompt_takes_at_most_a_tenth_on_top():
+    model = load_model("random:pythia-160m", dtype=torch.float16, device="cuda").model
+    e = Engine(model, cap=2048)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    e.prefill(token_ids(3000).cuda())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert torch.cuda.max_memory_allocated() <= 1.1 * (weights + kv_bytes(e))
