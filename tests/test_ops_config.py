@@ -21,7 +21,7 @@ H100_BYTES = 227 * 1024
 
 
 def sizes(hidden, heads, kv_heads, head_dim, intermediate, ring=2048, pinned=4, shared=H100_BYTES):
-    return Sizes(hidden, intermediate, heads, kv_heads, head_dim, ring, pinned, shared)
+    return Sizes(hidden, intermediate, heads, kv_heads, head_dim, ring, pinned, shared, 132)
 
 
 def test_the_measured_shapes_get_what_was_measured():
@@ -36,6 +36,10 @@ def test_other_shapes_get_the_nearest_plan_cut_to_fit():
     assert measured_plan(False, sizes(576, 9, 3, 64, 1536))["o"].config == LLAMA_PLANS[2048]["o"].config
     big = measured_plan(True, sizes(4096, 32, 32, 128, 16384))
     assert big["beside"].config.attention.tile < NEOX_PLANS[2560]["beside"].config.attention.tile
+    small = measured_plan(True, sizes(1024, 16, 16, 64, 4096))
+    assert small["beside"].config.attention.splits > big["beside"].config.attention.splits, (
+        "more of its bytes are cached"
+    )
     assert big["out"].config.per_sm * tile_bytes(big["out"].config, 4096, 16384) <= H100_BYTES
     ungrouped = measured_plan(False, sizes(2048, 16, 16, 64, 5632, ring=16, pinned=512))["attention"].config
     assert sum(count_programs(ungrouped.splits, 16, 512)[1:]) <= MAX_SPLITS

@@ -39,7 +39,7 @@ from sinkstream.engine.ops.runtime import set_compile_only
 from sinkstream.measure.bandwidth import memory_bandwidth
 
 SINK = 4
-H100_SHARED_BYTES = 227 * 1024 - 4096
+H100 = (227 * 1024 - 4096, 132)  # shared memory of a multiprocessor that programs can count on, multiprocessors
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -514,7 +514,7 @@ class Bench:
     def climb(self) -> dict:
         """Whole steps from the measured plan on: every neighbour in turn, until a whole round brings nothing."""
         s = self.shape
-        sizes = Sizes(s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.cap - SINK, SINK, H100_SHARED_BYTES)
+        sizes = Sizes(s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.cap - SINK, SINK, *H100)
         measured = measured_plan(s.neox, sizes)
         plan = {op: p.config for op, p in measured.items()}
         plan |= {"pdl": True, "next": {op: p.prefetch for op, p in measured.items() if p.prefetch}}

@@ -21,7 +21,7 @@ from sinkstream.engine.ops import (
 from sinkstream.engine.ops.attention_decode import split_qkv
 from sinkstream.engine.ops.config import MAX_SPLITS, count_programs, default_attention
 from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
-from sinkstream.engine.ops.runtime import HALF_DTYPES, shared_bytes, triton
+from sinkstream.engine.ops.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.policies import EvictionPolicy
@@ -32,12 +32,12 @@ MAX_GROUP = 16  # query heads of one key-value head
 def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpPlan]:
     """The measured plan on a GPU with programmatic dependent launch, and elsewhere what the ops do by themselves."""
     neox, device, spec = weights.family == NEOX, state.device, state.spec
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if not has_dependent_launch(device):
         return {op: OpPlan() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
     g, config = state.geometry, spec.decoder.config
     sizes = Sizes(
         config.hidden_size, config.intermediate_size, spec.query_heads, spec.kv_heads, spec.head_dim, g.ring,
-        g.pinned_slots, shared_bytes(device),
+        g.pinned_slots, shared_bytes(device), multiprocessors(device),
     )  # fmt: skip
     return measured_plan(neox, sizes)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sinkstream.engine.ops import likeliest
+
 GREEDY_TEMPERATURE = 0.0
 
 
@@ -97,7 +99,7 @@ class Sampler:
         """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`."""
         logits = self.process(logits, seen)
         if self.greedy:
-            return logits.argmax(-1)
+            return likeliest(logits)
         probabilities = logits.softmax(-1)
         races = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / races).argmax(-1)  # the first of exponential races, one a token

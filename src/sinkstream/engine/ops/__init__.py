@@ -11,6 +11,7 @@ from sinkstream.engine.ops.config import (
     BesideConfig,
     LinearConfig,
 )
+from sinkstream.engine.ops.likeliest import likeliest
 from sinkstream.engine.ops.linear_residual import linear_residual
 from sinkstream.engine.ops.norm_linear import norm_linear
 from sinkstream.engine.ops.runtime import NO_PREFETCH, Prefetch, set_backend
@@ -25,6 +26,7 @@ __all__ = [
     "attention_beside",
     "attention_decode",
     "begin_step",
+    "likeliest",
     "linear_residual",
     "norm_linear",
     "set_backend",

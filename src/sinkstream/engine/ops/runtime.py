@@ -96,6 +96,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None
     kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may start before the one before them has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 3 elsewhere, so that interpreted tests see several programs."""
     if device.type == "cuda":
