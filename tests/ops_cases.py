@@ -9,8 +9,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNNABLE = runtime.triton is not None and (DEVICE.type == "cuda" or runtime.INTERPRETED)
 NEEDS_TRITON = pytest.mark.skipif(
     not RUNNABLE,
-    reason="the kernel itself is not run: triton is not installed (it is optional and not in constraints.txt), or there"
-    " is neither a CUDA device nor TRITON_INTERPRET=1",
+    reason="the kernel itself is not run: triton has no release for this machine, or there is neither a CUDA device nor"
+    " TRITON_INTERPRET=1",
 )
 BACKENDS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 HALF = [torch.float16, torch.bfloat16]

@@ -3,7 +3,7 @@
 from sinkstream.evaluation.settings import RunSettings
 
 CAP = 256
-TOKENS = 8_704
+TOKENS = 6_144
 FULL_FITS = 8_192  # positions that the built-in model was trained on
 TIMED_TOKENS = 96
 SAMPLE_EVERY = 96

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Makes the GPU records under results/, part by part, on one GPU with Triton; nothing is downloaded.
+#
+#   scripts/gpu_records.sh OUT PART…
+#
+# PARTS: speed ladder shapes caps streams long precision blocks diagnosis recall cliff tests sanitizer
+# MODELS (default: builtin) are what precision, blocks, diagnosis, recall and cliff run on, and TEXTS (pg19 and wikitext; files work
+# too) what they read. A part that was cut off goes on when called again with the same OUT. Copy what OUT holds to results/, without
+# the runs/ folders of diagnosis, and write the tables: sinkstream report --results results --docs docs/*.md README.md
+set -uo pipefail
+out=$1
+shift
+python=${PYTHON:-python3}
+models=${MODELS:-builtin}
+texts=${TEXTS:-pg19 wikitext}
+first_text=${texts%% *}
+bench() { "$python" -m sinkstream.cli bench --out "$out/bench" --backend fused --resume "$@"; }
+run() { "$python" -m sinkstream.cli "$@"; }
+on_models() { for model in $models; do "$@" "$model" "$(basename "$model")"; done; }
+
+speed() {
+  bench --tokens 1000 --profile
+  bench --tokens 20000 --policy strict
+}
+ladder() { run bench --out "$out/bench" --ladder --tokens 500 --seconds 30 --resume; }
+shapes() {
+  bench --policy strict --dtype bfloat16 --shape llama-3.2-1b,llama-3.1-8b
+  bench --policy strict --shape pythia-160m,pythia-410m,pythia-1.4b,pythia-6.9b
+}
+caps() { bench --policy strict --cap 512,1024,2052,4096,8192,16384,32768; }
+streams() { bench --policy strict --streams 1,2,4,8; }
+long() { bench --model "${models%% *}" --text "$first_text" --policy strict --cap 1024 --tokens 1000000; }
+precision_of() {
+  local shared=(--model "$1" --text "$first_text" --tokens 20000 --cap 512 --policy lazy:compress_every=64 --out "$out/precision")
+  run eval "${shared[@]}" --backend fused --dtype float16
+  run eval "${shared[@]}" --backend hf --dtype float32 --evaluate blocks
+}
+blocks_of() {
+  local shared=(--model "$1" --text "$first_text" --cap 512 --dtype float32 --policy window-only,strict,lazy --out "$out/blocks")
+  run eval "${shared[@]}" --tokens 2048 --evaluate steps
+  run eval "${shared[@]}" --tokens 2048 --evaluate blocks
+  run eval "${shared[@]}" --tokens 20000 --evaluate blocks
+}
+every_policy() {
+  for r in 1 16 32 64 128 256; do printf 'lazy:compress_every=%s,' $r; done
+  printf 'max-drop:compress_every=64:max_drop=8,max-drop:compress_every=256:max_drop=32,overlap:compress_every=64:overlap=64,'
+  printf 'slack:slack=16:compress_every=64,slack:slack=63:compress_every=256,'
+  for scorer in uniform structural uncertainty window-attention accumulated-attention last-query key-norm; do
+    printf 'refresh-%s:compress_every=64:refresh=64,' $scorer
+  done
+  printf 'adaptive-entropy,adaptive-top1'
+}
+diagnosis_of() {
+  for text in $texts; do
+    run diagnose --model "$1" --text "$text" --cap 512 --dtype float32 --sample-every 64 --policy "$(every_policy)" \
+      --out "$out/diagnosis/$2-$(basename "$text" .json)" --resume
+  done
+}
+recall_of() {
+  local policies=full,strict,window-only,lazy:compress_every=64,lazy:compress_every=256,slack:slack=64
+  for scorer in uniform window-attention accumulated-attention key-norm; do
+    policies+=",refresh-$scorer:compress_every=64:refresh=64"
+  done
+  run recall --model "$1" --text "$first_text" --cap 512 --passages 12 --distances 0.25,0.5,1,2,4,8,16 --policy "$policies" \
+    --out "$out/recall/$2" --resume
+}
+cliff_of() {
+  run cliff --model "$1" --text "$first_text" --tokens 20000 --caps 0.25,0.5,1,1.25 --compress-every 128,1024 --out "$out/cliff/$2" --resume
+}
+tests() { PYTHON=$python make test-gpu 2>&1 | tee "$out/test-gpu.txt"; }
+sanitizer() {
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q -m 'not slow' tests/test_ops_attention_beside.py \
+      tests/test_ops_attention_decode.py tests/test_ops_likeliest.py tests/test_ops_begin_step.py 2>&1 | tail -n 20 | tee "$out/$tool.txt"
+  done
+}
+
+mkdir -p "$out"
+for part in "$@"; do
+  case $part in
+    precision | blocks | diagnosis | recall | cliff) on_models "${part}_of" ;;
+    speed | ladder | shapes | caps | streams | long | tests | sanitizer) $part ;;
+    *) echo "part '$part' is not known; accepted: those in the head of $0" >&2; exit 2 ;;
+  esac
+  echo "$part: ended with $? after $SECONDS s"
+done
