@@ -6,7 +6,7 @@ CAP = 256
 TOKENS = 6_144
 FULL_FITS = 8_192  # positions that the built-in model was trained on
 TIMED_TOKENS = 96
-SAMPLE_EVERY = 96
+SAMPLE_EVERY = 56
 TITLE = "SmolLM2-135M over the built-in text"
 
 
