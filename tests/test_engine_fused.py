@@ -70,19 +70,20 @@ def test_a_snapshot_goes_on_in_another_backend(policy, tmp_path):
     assert kernels.stats() == ring.stats()
 
 
-def scalars_follow_the_host(e: Engine, tokens: int) -> None:
+def check_scalars(e: Engine, tokens: int) -> None:
     """Step through a text; the device's scalars are those that the host's counters say, the token's id included."""
     for token in token_ids(tokens).tolist():
         e.step([token])
         expected = e.state.counters[0].row(e.state.observed_queries)
         expected[TOKEN] = token
         assert e.state.scalars[0].tolist() == expected
-    assert e.stats()["rebases"] >= 2
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_scalars_follow_the_host_across_rebases(positions):
-    scalars_follow_the_host(engine("llama", "refresh-window-attention", positions=positions, rebase_at=50), 180)
+    e = engine("llama", "refresh-window-attention", positions=positions, rebase_at=50)
+    check_scalars(e, 180)
+    assert e.stats()["rebases"] >= 2
 
 
 def test_observing_keeps_what_the_plain_step_keeps():
@@ -182,7 +183,10 @@ def test_a_missing_triton_is_refused(monkeypatch):
 
 
 def test_a_cpu_serves_everything():
-    check_kernels(spec_of(dtype=torch.float32, head_dim=24), policy_of(), torch.device("cpu"))
+    unserved = spec_of(dtype=torch.float32, head_dim=24)
+    with pytest.raises(ValueError, match="accepted by the kernels"):
+        check_kernels(unserved, policy_of(), GPU)
+    assert check_kernels(unserved, policy_of(), torch.device("cpu")) is None
 
 
 # ---- on a GPU ----
@@ -235,7 +239,8 @@ def test_several_streams_on_a_gpu(family, dtype):
 def test_scalars_follow_the_host_in_a_graph(positions):
     model = build("llama", torch.float16).cuda()
     e = engine(policy="refresh-window-attention", model=model, positions=positions, rebase_at=50, backend="fused")
-    scalars_follow_the_host(e, 180)
+    check_scalars(e, 180)
+    assert e.stats()["rebases"] >= 2
 
 
 @pytest.mark.gpu

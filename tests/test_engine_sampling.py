@@ -91,6 +91,9 @@ def test_drawing_never_waits_for_the_device(options):
     seen, generator = torch.zeros_like(logits, dtype=torch.bool), torch.Generator("cuda").manual_seed(1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        Sampler(**options).draw(logits, seen, generator)
+        drawn = Sampler(**options).draw(logits, seen, generator)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            drawn.tolist()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert drawn.shape == (2,)

@@ -1,6 +1,7 @@
 """``sinkstream cliff``."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,12 +13,14 @@ from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
+    add_output,
+    add_text,
     all_arguments,
     block_tokens,
     load_given_model,
     numbers,
 )
-from sinkstream.cli.show import show_unfinished, wide_console
+from sinkstream.cli.show import show_place, show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.cliff import CAPS, SINK, STRIDES, cliff_settings
@@ -36,8 +39,7 @@ class Cliff:
         """Add the options of this command."""
         add_model_options(parser)
         group = parser.add_argument_group("grid")
-        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
-        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        add_text(group)
         group.add_argument(
             "--caps",
             type=numbers(float),
@@ -57,8 +59,7 @@ class Cliff:
         )
         group.add_argument("--sink", type=int, default=SINK, help="first tokens, never evicted")
         add_block_tokens(group)
-        group.add_argument("--out", type=Path, default=Path("out/cliff"), help="folder of the records and the picture")
-        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+        add_output(group, "out/cliff")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
@@ -88,12 +89,7 @@ class Cliff:
 
 def _show(records: list[Record], out: Path, console: Console, title: str) -> None:
     complete = [record for record in records if record.status == "complete"]
-    told = f"records: {out}"
     if complete:
         console.print(rich_cliff_table(complete, title=escape(title)))
-        try:
-            told += f", picture: {draw_cliff(complete, out / PICTURE, title=title)}"
-        except ImportError as error:
-            told += f"; no picture: {error}"
     show_unfinished(records, console)
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    show_place(out, console, partial(draw_cliff, complete, out / PICTURE, title=title) if complete else None)

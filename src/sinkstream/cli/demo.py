@@ -1,13 +1,12 @@
 """``sinkstream demo``."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
-from sinkstream.cli.options import all_arguments
+from sinkstream.cli.options import add_output, all_arguments
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.numerics import set_numerics
@@ -26,8 +25,7 @@ class Demo:
         parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the built-in text")
         parser.add_argument("--cap", type=int, default=CAP, help="KV slots of every method")
         parser.add_argument("--sample-every", type=int, default=SAMPLE_EVERY, help="recompute scores every k-th token")
-        parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the records and the picture")
-        parser.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+        add_output(parser, "out/demo")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:

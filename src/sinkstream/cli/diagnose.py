@@ -11,7 +11,9 @@ from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
+    add_output,
     add_policy_options,
+    add_text,
     all_arguments,
     block_tokens,
     load_given_model,
@@ -43,8 +45,7 @@ class Diagnose:
         add_policy_options(parser)
         parser.set_defaults(policy="lazy")
         group = parser.add_argument_group("protocol")
-        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
-        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        add_text(group)
         group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
         group.add_argument(
             "--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: none)"
@@ -57,10 +58,7 @@ class Diagnose:
             metavar="K",
             help="the recompute control scores every k-th token",
         )
-        group.add_argument(
-            "--out", type=Path, default=Path("out/diagnosis"), help="folder of everything that is written"
-        )
-        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+        add_output(group, "out/diagnosis", "everything that is written")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:

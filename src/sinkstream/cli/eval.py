@@ -1,13 +1,14 @@
 """``sinkstream eval``."""
 
 import argparse
-from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
+    add_output,
     add_policy_options,
+    add_text,
     all_arguments,
     block_tokens,
     load_given_model,
@@ -33,8 +34,7 @@ class Eval:
         add_model_options(parser)
         add_policy_options(parser)
         group = parser.add_argument_group("protocol")
-        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, random, or a .txt or .json file")
-        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+        add_text(group, random=True)
         group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
         listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in BACKENDS)
         group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help=f"what runs the model; {listed}")
@@ -51,8 +51,7 @@ class Eval:
             action="store_true",
             help="run all policies in turn, token by token: fair on a noisy machine",
         )
-        group.add_argument("--out", type=Path, default=Path("out"), help="folder of the records and the picture")
-        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+        add_output(group, "out")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sinkstream.cache import POSITIONS
@@ -91,6 +92,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="allow cuDNN attention (it builds a plan for every new length)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
+
+
+def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
+    """``--text``, and ``--tokens`` if its length is a choice; `random`: random tokens are a text too."""
+    kinds = "pg19, wikitext, builtin, random" if random else "pg19, wikitext, builtin"
+    group.add_argument("--text", default="builtin", help=f"{kinds}, or a .txt or .json file")
+    if tokens:
+        group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
+
+
+def add_output(group: argparse._ActionsContainer, out: str, what: str = "the records and the picture") -> None:
+    """``--out`` and ``--resume`` of commands that keep run records."""
+    group.add_argument("--out", type=Path, default=Path(out), help=f"folder of {what}")
+    group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
 
 
 def add_block_tokens(group: argparse._ArgumentGroup) -> None:

@@ -1,6 +1,7 @@
 """``sinkstream recall``."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,14 +12,16 @@ from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
+    add_output,
     add_policy_options,
+    add_text,
     all_arguments,
     block_tokens,
     load_given_model,
     numbers,
     run_settings,
 )
-from sinkstream.cli.show import show_unfinished, wide_console
+from sinkstream.cli.show import show_place, show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.experiments.recall import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
 from sinkstream.measure.recall import RecallRecord
@@ -37,7 +40,7 @@ class Recall:
         add_model_options(parser)
         add_policy_options(parser)
         group = parser.add_argument_group("recall")
-        group.add_argument("--text", default="builtin", help="pg19, wikitext, builtin, or a .txt or .json file")
+        add_text(group, tokens=False)
         group.add_argument(
             "--distances",
             type=numbers(float),
@@ -48,8 +51,7 @@ class Recall:
         group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
         group.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
         add_block_tokens(group)
-        group.add_argument("--out", type=Path, default=Path("out/recall"), help="folder of the records and the picture")
-        group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+        add_output(group, "out/recall")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
@@ -72,12 +74,7 @@ class Recall:
 def _show(records: list[RecallRecord], out: Path, console: Console, title: str) -> None:
     """Print the table, draw the picture of what was measured, and say where both and the records are."""
     measured = [r for r in records if len(r.passages["ratio"])]
-    told = f"records: {out}"
     if measured:
         console.print(rich_recall_table(measured, title=escape(title)))
-        try:
-            told += f", picture: {draw_recall(measured, out / PICTURE, title=title)}"
-        except ImportError as error:
-            told += f"; no picture: {error}"
     show_unfinished(records, console)
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    show_place(out, console, partial(draw_recall, measured, out / PICTURE, title=title) if measured else None)

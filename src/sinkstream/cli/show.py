@@ -1,6 +1,7 @@
 """Showing a batch of records: the table, and the picture beside the records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -40,10 +41,15 @@ def show_unfinished(records: Sequence[Record | RecallRecord], console: Console) 
 def draw_nll(records: list[Record], out: Path, console: Console, title: str) -> None:
     """Draw NLL over tokens of all records that scored something, and say where records and picture are."""
     scored = [r for r in records if r.summary["scored_tokens"]]
+    show_place(out, console, partial(nll_over_tokens, scored, out / PICTURE, title=title) if scored else None)
+
+
+def show_place(out: Path, console: Console, draw: Callable[[], Path] | None) -> None:
+    """Draw the picture, if there is anything to draw, and say where records and picture are."""
     told = f"records: {out}"
-    if scored:
+    if draw:
         try:
-            told += f", picture: {nll_over_tokens(scored, out / PICTURE, title=title)}"
+            told += f", picture: {draw()}"
         except ImportError as error:
             told += f"; no picture: {error}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,11 @@
 """Diagnosis records on disk: one JSON file with every figure of a diagnosis and where it came from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkstream.measure.files import write_atomically
+from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
 from sinkstream.measure.records import Record, new_record_id, plain_json, scrub_paths
 from sinkstream.measure.schema import check_environment
 
@@ -89,40 +88,24 @@ def write_diagnosis(content: Mapping[str, Any], directory: Path | str) -> Path:
     path = Path(directory) / f"{content['id']}.json"
     if path.exists():
         raise ValueError(f"{path} exists already; records are never overwritten")
-    return write_atomically(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_json(path, content, indent=None)
 
 
 def load_diagnosis(path: Path | str) -> Diagnosis:
     """Read and check a diagnosis record. Raises ValueError, naming file and field, if it is anything else."""
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such record") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    content = read_json(path)
     _check(content, str(path))
     return Diagnosis(path=path, **{field: content[field] for field in FIELDS})
 
 
 def load_diagnoses(directory: Path | str) -> list[Diagnosis]:
     """All diagnosis records below a folder, oldest first; other JSON files are passed over."""
-    found = [load_diagnosis(path) for path in sorted(Path(directory).rglob("*.json")) if _says_diagnosis(path)]
-    return sorted(found, key=lambda diagnosis: (diagnosis.created, diagnosis.id))
-
-
-def _says_diagnosis(path: Path) -> bool:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).startswith("sinkstream.diagnosis/")
-    except (ValueError, KeyError, TypeError):
-        return False
+    return load_family(directory, SCHEMA, load_diagnosis)
 
 
 def _check(content: Any, where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: not a diagnosis record: expected a JSON object, got {type(content).__name__}")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
+    check_schema(content, SCHEMA, "diagnosis", where)
     for field in FIELDS:
         if content.get(field) is None:
             raise ValueError(f"{where}: required field {field!r} is missing")

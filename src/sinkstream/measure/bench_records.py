@@ -4,18 +4,16 @@ A speed record says how fast one rung decodes one shape; it has no text to be ri
 not complete (interrupted) may be replaced by its own continuation, a complete one never.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkstream.measure.files import write_atomically
+from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
 from sinkstream.measure.records import plain_json, scrub_paths
 from sinkstream.measure.schema import REQUIRED, check_environment, check_keys
 
 SCHEMA = "sinkstream.bench/1"
-FAMILY = SCHEMA.partition("/")[0]
 STATUSES = ("complete", "partial")
 
 _LATENCY = dict.fromkeys(("tokens", "mean", "p50", "p90", "p99", "max"))
@@ -81,10 +79,7 @@ class BenchRecord:
 
 def check_bench_record(content: Any, where: str) -> None:
     """Raise ValueError, naming `where` and the field, unless `content` is a speed record of this schema."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: not a speed record: expected a JSON object, got {type(content).__name__}")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
+    check_schema(content, SCHEMA, "speed", where)
     check_keys(content, BENCH_REQUIRED, where)
     if content["status"] not in STATUSES:
         raise ValueError(f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(STATUSES)}")
@@ -111,18 +106,13 @@ def write_bench_record(record: Mapping[str, Any], directory: Path | str) -> Path
     path = Path(directory) / f"{content['id']}.json"
     if path.exists() and load_bench_record(path).status == "complete":
         raise ValueError(f"{where}: {path} exists already; complete records are never overwritten")
-    return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_json(path, content)
 
 
 def load_bench_record(path: Path | str) -> BenchRecord:
     """Read and check one speed record. Raises ValueError naming the file and the field."""
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such record") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    content = read_json(path)
     check_bench_record(content, str(path))
     fields = {field: content[field] for field in BenchRecord.__dataclass_fields__ if field != "path"}
     return BenchRecord(path=path, **fields)
@@ -136,15 +126,4 @@ def load_bench_records(folder: Path | str) -> list[BenchRecord]:
     ValueError
         A file calls itself a speed record and is of another version, or lacks a field.
     """
-    found = [load_bench_record(path) for path in _bench_files(Path(folder))]
-    return sorted(found, key=lambda record: (record.created, record.id))
-
-
-def _bench_files(folder: Path) -> Iterable[Path]:
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if str(schema).partition("/")[0] == FAMILY:
-            yield path
+    return load_family(folder, SCHEMA, load_bench_record)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from sinkstream.measure.bootstrap import ratio_interval
+
 MIN_PAIRS = 8
 RESAMPLES = 5000
 
@@ -50,17 +52,8 @@ def ratio_of_times(
         return Ratio(value, None, None, own.size, confidence)
     if np.ptp(own / base) == 0:
         return Ratio(value, value, value, own.size, confidence)
-    found = stats.bootstrap(
-        (own, base),
-        lambda a, b, axis=-1: a.sum(axis=axis) / b.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Ratio(value, float(found.low), float(found.high), own.size, confidence)
+    interval = ratio_interval(own, base, resamples=RESAMPLES, confidence=confidence, seed=seed)
+    return Ratio(value, *interval, own.size, confidence)
 
 
 @dataclass(frozen=True)

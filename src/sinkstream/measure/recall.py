@@ -1,6 +1,5 @@
 """Recall records on disk: one JSON file a policy, with the provenance of a run record and one row a passage."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.measure.files import write_atomically
+from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
 from sinkstream.measure.records import plain_json, scrub_paths
 from sinkstream.measure.schema import STATUSES, check_environment
 
@@ -64,7 +63,7 @@ def write_recall(record: Mapping[str, Any], directory: Path | str) -> Path:
     path = Path(directory) / f"{content['id']}.json"
     if path.exists():
         raise ValueError(f"{path} exists already; records are never overwritten")
-    return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_json(path, content)
 
 
 def load_recall(path: Path | str) -> RecallRecord:
@@ -76,10 +75,7 @@ def load_recall(path: Path | str) -> RecallRecord:
         Naming the file and the field: no recall record, one of another version, or an incomplete one.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    content = read_json(path)
     _check(content, str(path))
     fields = {name: content[name] for name in _FIELDS if name not in ("schema", "passages")}
     columns = {name: np.array(content["passages"][name], dtype=dtype) for name, dtype in COLUMNS.items()}
@@ -94,22 +90,11 @@ def load_recalls(directory: Path | str) -> list[RecallRecord]:
     ValueError
         As `load_recall`.
     """
-    records = [load_recall(path) for path in sorted(Path(directory).rglob("*.json")) if _is_recall(path)]
-    return sorted(records, key=lambda record: (record.created, record.id))
-
-
-def _is_recall(path: Path) -> bool:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).startswith("sinkstream.recall/")
-    except (ValueError, KeyError, TypeError):
-        return False
+    return load_family(directory, SCHEMA, load_recall)
 
 
 def _check(content: Any, where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: not a recall record: expected a JSON object, got {type(content).__name__}")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
+    check_schema(content, SCHEMA, "recall", where)
     for name in _FIELDS:
         if name not in content:
             raise ValueError(f"{where}: required field {name!r} is missing")

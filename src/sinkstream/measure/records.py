@@ -7,7 +7,6 @@ Records are the only source of tables, plots, verdicts and headline figures, so 
 
 import hashlib
 import io
-import json
 import math
 import re
 import secrets
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from sinkstream.measure.files import WriteError, write_atomically
+from sinkstream.measure.json_records import family_of, read_json, write_json
 from sinkstream.measure.schema import SCHEMA, check_arrays, check_record
 
 #: JSON files beside records that are no records.
@@ -151,7 +151,7 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
         raise ValueError(f"{where}: {path} exists already; records are never overwritten")
     write_atomically(tokens_path, tokens)
     try:
-        return write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return write_json(path, content)
     except BaseException:
         tokens_path.unlink(missing_ok=True)
         raise
@@ -167,12 +167,7 @@ def load_record(path: Path | str) -> Record:
         file missing or with another content than the record states.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such record") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    content = read_json(path)
     check_record(content, str(path))
     name = content["tokens_file"]["name"]
     if Path(name).name != name:
@@ -203,11 +198,8 @@ def _may_be_record(path: Path) -> bool:
     """False for files that say themselves that they are no run record; broken files are left to the loader."""
     if path.name == SUMMARY_FILE or path.name.startswith("."):
         return False
-    try:
-        schema = str(json.loads(path.read_text(encoding="utf-8"))["schema"])
-    except (ValueError, KeyError, TypeError):
-        return True
-    return not schema.startswith("sinkstream.") or schema.startswith("sinkstream.run/")
+    family = family_of(path)
+    return family is None or not family.startswith("sinkstream.") or family == SCHEMA.partition("/")[0]
 
 
 def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from sinkstream.measure.json_records import check_schema
+
 SCHEMA = "sinkstream.run/1"
 STATUSES = ("complete", "partial", "failed")
 
@@ -73,10 +75,7 @@ OPTIONAL_ARRAYS = {
 
 def check_record(content: Any, where: str) -> None:
     """Raise ValueError, naming `where` and the field, unless `content` is a complete record of this schema."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: not a run record: expected a JSON object, got {type(content).__name__}")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {SCHEMA!r}")
+    check_schema(content, SCHEMA, "run", where)
     check_keys(content, REQUIRED, where)
     for field in NOT_NULL:
         if field_value(content, field) is None:

@@ -1,4 +1,4 @@
-"""Intervals for perplexity and for paired differences of perplexity, by a block bootstrap built on scipy.
+"""Intervals for perplexity and for paired differences of perplexity, by a block bootstrap.
 
 Per-token NLLs of a text are correlated, so tokens can not be resampled one by one. Contiguous blocks of tokens are
 resampled instead, each carrying its sum and its number of scored tokens; a ratio of sums handles blocks of unequal
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sinkstream.evaluation.statistics.estimate import Estimate
+from sinkstream.measure.bootstrap import ratio_interval
 
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8
@@ -161,18 +161,7 @@ def share_interval(
     if not mean_interval(whole, positions=positions, block_tokens=block_tokens, **options).excludes_zero:
         return Estimate(reason="the whole is not told from zero")
     sums = [block_sums(values, positions, block_tokens)[1] for values in (part, whole)]
-    found = stats.bootstrap(
-        sums,
-        lambda its, all_, axis=-1: its.sum(axis=axis) / all_.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_RESAMPLES_PER_BATCH,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(float(sums[0].sum() / sums[1].sum()), float(found.low), float(found.high))
+    return Estimate(float(sums[0].sum() / sums[1].sum()), *ratio_interval(*sums, **options, batch=_RESAMPLES_PER_BATCH))
 
 
 def block_sums(
@@ -229,18 +218,10 @@ def _block_bootstrap(
         return {"interval": (mean, None, None), "reason": reason, **shared}
     if np.ptp(sums / counts) == 0:
         return {"interval": (mean, mean, mean), **shared}
-    found = stats.bootstrap(
-        (sums, counts),
-        lambda block_sum, block_count, axis=-1: block_sum.sum(axis=axis) / block_count.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_RESAMPLES_PER_BATCH,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return {"interval": (mean, float(found.low), float(found.high)), **shared}
+    interval = ratio_interval(
+        sums, counts, resamples=resamples, confidence=confidence, seed=seed, batch=_RESAMPLES_PER_BATCH
+    )
+    return {"interval": (mean, *interval), **shared}
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,54 @@
+"""What all kinds of records share as files: reading, telling the kind by the `schema` field, finding them, writing."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sinkstream.measure.files import write_atomically
+
+Kind = TypeVar("Kind")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a record's file. Raises ValueError, naming the file, if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such record") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = 1) -> Path:
+    """Write a record's file atomically; returns its path. Raises WriteError if it could not be written."""
+    return write_atomically(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_schema(content: Any, schema: str, kind: str, where: str) -> None:
+    """Raise ValueError, naming `where`, unless `content` calls itself a record of this schema ("family/version")."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: not a {kind} record: expected a JSON object, got {type(content).__name__}")
+    if content.get("schema") != schema:
+        raise ValueError(f"{where}: field 'schema' is {content.get('schema')!r}; this version reads {schema!r}")
+
+
+def family_of(path: Path) -> str | None:
+    """The family that a file's `schema` field names ("sinkstream.run"); None if it has none or is broken."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).partition("/")[0]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def load_family(folder: Path | str, schema: str, load: Callable[[Path], Kind]) -> list[Kind]:
+    """All records of the schema's family below a folder, by creation time and id; other JSON files are left alone.
+
+    Raises
+    ------
+    ValueError
+        As `load`: a record of another version, or an incomplete one.
+    """
+    family = schema.partition("/")[0]
+    found = [load(path) for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]
+    return sorted(found, key=lambda record: (record.created, record.id))
