@@ -8,7 +8,9 @@ from test_ops_attention_decode import Case
 from sinkstream.engine.ops import AttentionConfig, BesideConfig, LinearConfig, attention_beside
 
 SMALL = BesideConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(rows=4, columns=256, warps=4))
-ODD_ROWS = BesideConfig(AttentionConfig(splits=3, tile=16, warps=4), LinearConfig(rows=8, columns=256, stages=1))
+ODD_ROWS = BesideConfig(
+    AttentionConfig(splits=3, tile=16, warps=4), LinearConfig(rows=8, columns=256, stages=1, hold=True)
+)
 
 
 def layer(head_dim=80, heads=2, hidden=160, rows=322, dtype=torch.float16, streams=1):

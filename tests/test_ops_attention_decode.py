@@ -186,3 +186,11 @@ def test_the_default_configuration(heads):
     expected, _ = case.expected()
     arguments = case.qkv, case.keys, case.values, case.scalars, case.rope
     assert error(attention_decode(*arguments, **case.options, backend="triton"), expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_queries_are_combined_in_turns(backend):
+    case = Case(torch.float16, query_heads=12, kv_heads=2, order="blocks", head_dim=128, rotary=32, streams=1,
+                **ring((4, 128, 4, 7, 120)))  # fmt: skip
+    expected, _ = case.expected()
+    assert error(case.run(backend, splits=16, tile=16, columns=64), expected) < TOLERANCE[torch.float16]

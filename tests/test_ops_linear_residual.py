@@ -11,18 +11,18 @@ from sinkstream.engine.ops import LinearConfig, linear_residual
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "n", "m"), [(64, 64, 0), (37, 80, 200), (96, 200, 520), (5, 8, 64)])
-def test_against_float64(hidden, n, m, dtype, streams, backend):
+def test_against_float64(hidden, n, m, dtype, streams, hold, backend):
     a, wide = draw(streams, n, dtype=dtype), draw(streams, 16 + m, dtype=dtype)
     f = wide[:, 16:] if m else None
     weight, bias = draw(hidden, n + m, scale=(n + m) ** -0.5, dtype=dtype), draw(hidden, scale=0.2, dtype=dtype)
     residual = draw(streams, hidden, dtype=dtype)
     out = torch.full_like(residual, float("nan"))
-    linear_residual(
-        a, weight, f=f, bias=bias, residual=residual, out=out, config=LinearConfig(rows=2, columns=64), backend=backend
-    )
+    config = LinearConfig(rows=2, columns=64, hold=hold)
+    linear_residual(a, weight, f=f, bias=bias, residual=residual, out=out, config=config, backend=backend)
     joined = torch.cat([a, f], 1) if m else a
     product = joined.double() @ weight.double().T
     assert error(out, product + bias.double() + residual.double()) < TOLERANCE[dtype]
@@ -35,9 +35,8 @@ def test_in_place_with_a_float32_residual(streams, tolerance, backend):
     a, weight = draw(streams, 64, dtype=torch.float16), draw(40, 64, dtype=torch.float16)
     residual = draw(streams, 40)
     expected = a.double() @ weight.double().T + residual.double()
-    returned = linear_residual(
-        a, weight, residual=residual, out=residual, config=LinearConfig(columns=64), backend=backend
-    )
+    config = LinearConfig(columns=64, hold=True)
+    returned = linear_residual(a, weight, residual=residual, out=residual, config=config, backend=backend)
     assert returned is residual and error(residual, expected) < tolerance
 
 

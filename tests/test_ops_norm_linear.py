@@ -34,15 +34,16 @@ def case(hidden, rows, dtype, with_bias, streams=1):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "rows"), SHAPES)
-def test_layer_norm_and_gelu(hidden, rows, dtype, streams, backend):
+def test_layer_norm_and_gelu(hidden, rows, dtype, streams, hold, backend):
     x, weight, gamma, beta, bias = case(hidden, rows, dtype, True, streams)
     out = torch.full((streams, rows), float("nan"), dtype=dtype, device=DEVICE)
     norm_linear(
         x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, activation="gelu", out=out,
-        config=LinearConfig(rows=4, columns=64), backend=backend,
+        config=LinearConfig(rows=4, columns=64, hold=hold), backend=backend,
     )  # fmt: skip
     assert error(out, reference(x, weight, gamma, beta, bias, 1e-5, "layer", "gelu")) < TOLERANCE[dtype]
     other = reference(x, weight, gamma, -beta, bias, 1e-5, "layer", "gelu")
@@ -50,15 +51,16 @@ def test_layer_norm_and_gelu(hidden, rows, dtype, streams, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("hidden", "rows"), [(64, 96), (200, 38)])
-def test_rms_norm(hidden, rows, with_bias, activation, streams, backend):
+def test_rms_norm(hidden, rows, with_bias, activation, streams, hold, backend):
     x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, with_bias, streams)
     out = norm_linear(
         x, weight, norm_weight=gamma, bias=bias, eps=1e-6, norm="rms", activation=activation,
-        config=LinearConfig(rows=2, columns=64), backend=backend,
+        config=LinearConfig(rows=2, columns=64, hold=hold), backend=backend,
     )  # fmt: skip
     expected = reference(x, weight, gamma, None, bias, 1e-6, "rms", activation)
     assert out.shape == (streams, rows // 2 if activation == "swiglu" else rows)
@@ -77,6 +79,15 @@ def test_float32_hidden_state_and_strided_rows(streams, backend):
         config=LinearConfig(rows=4, columns=64), backend=backend,
     )  # fmt: skip
     assert error(out, reference(x.float(), wide, gamma, beta, bias, 1e-5, "layer", "none")) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rms_norm_with_an_offset(backend):
+    x, weight, gamma, beta, bias = case(80, 40, torch.float16, True)
+    out = norm_linear(x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, norm="rms", backend=backend)
+    x, weight, gamma, beta, bias = (t.double() for t in (x, weight, gamma, beta, bias))
+    expected = F.linear(F.rms_norm(x, gamma.shape, gamma, 1e-5) + beta, weight, bias)
+    assert error(out, expected) < TOLERANCE[torch.float16]
 
 
 def test_float32_weights_run_the_twin():

@@ -304,7 +304,7 @@ def neighbours_of(config) -> list:
     found += [
         replace(config, **{f: max(int(f != "ahead"), getattr(config, f) + by)}) for f in counted for by in (-1, 1)
     ]
-    found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
+    found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict", "hold") if hasattr(config, f)]
     return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
 
 

@@ -36,10 +36,11 @@ def _attention_beside_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
+    KIND: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
-    ROW_STAGES: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr, WAIT: tl.constexpr,
+    ROW_STAGES: tl.constexpr, HOLD: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr, WAIT: tl.constexpr,
     NEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first splits * kv_heads programs attend, the others serve rows of the linear layer."""
@@ -51,14 +52,14 @@ def _attention_beside_kernel(
             qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
             qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
             next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
-            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, KIND, False, LATE,
-            PDL,
+            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, False,
+            LATE, PDL,
         )  # fmt: skip
     else:
         serve_tiles(
             pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending,
             x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
-            K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, ROWS_LATE, PDL, WAIT,
+            K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, HOLD, ROWS_LATE, PDL, WAIT,
         )  # fmt: skip
         if NEXT:
             share = (pid - attending).to(tl.int64)
@@ -152,8 +153,9 @@ def attention_beside(
         linear_out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
         K=hidden, BN=linear.rows, BK=linear.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None, EVEN=rows % linear.rows == 0,
-        EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, LATE=config.attention.late,
-        ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch), num_warps=linear.warps, pdl=pdl,
+        EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, HOLD=linear.hold,
+        LATE=config.attention.late, ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch),
+        num_warps=linear.warps, pdl=pdl,
     )  # fmt: skip
     return out, linear_out
 

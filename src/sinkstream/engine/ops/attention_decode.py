@@ -31,6 +31,7 @@ from sinkstream.engine.ops.runtime import (
 
 FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, spare
 ORDERS = ("per-head", "blocks")
+COMBINED_VALUES = 64  # partial results that a thread holds at a time when it combines them
 
 
 @jit
@@ -197,30 +198,35 @@ def store_partial(part, m, s, a, ROWS: tl.constexpr, G: tl.constexpr, C: tl.cons
 
 
 @jit
-def load_partials(part, programs, g, G: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr):
-    """What all programs found for query g: maxima (SP,), sums (SP,) and weighted values (SP, SIZE)."""
+def load_partials(
+    part, programs, g, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr
+):
+    """What all programs found for queries g .. g + GC - 1: maxima and sums (SP, GC), weighted values (SP, GC, SIZE)."""
     width: tl.constexpr = G * D + 2 * G
-    row, columns = tl.arange(0, SP), tl.arange(0, SIZE)
-    valid = row < programs
-    m = tl.load(part + row * width + G * D + g, mask=valid, other=-float("inf"), cache_modifier=".cg")
-    s = tl.load(part + row * width + G * D + G + g, mask=valid, other=0.0, cache_modifier=".cg")
-    place = part + row[:, None] * width + g * D + columns[None, :]
-    a = tl.load(place, mask=valid[:, None] & (columns < D)[None, :], other=0.0, cache_modifier=".cg")
-    return m, s, a
+    row, query = tl.arange(0, SP)[:, None], g + tl.arange(0, GC)[None, :]
+    columns = tl.arange(0, SIZE)[None, None, :]
+    valid = (row < programs) & (query < G)
+    m = tl.load(part + row * width + G * D + query, mask=valid, other=0.0, cache_modifier=".cg")
+    s = tl.load(part + row * width + G * D + G + query, mask=valid, other=1.0, cache_modifier=".cg")
+    place = part + (row * width + query * D)[:, :, None] + columns
+    a = tl.load(place, mask=valid[:, :, None] & (columns < D), other=0.0, cache_modifier=".cg")
+    return tl.where(row < programs, m, -float("inf")), s, a
 
 
 @jit
-def combine(part, out_ptr, programs, G: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr):
-    """Put the partial results of all programs of a head together and write its output, loading one query ahead."""
-    columns = tl.arange(0, SIZE)
-    m, s, a = load_partials(part, programs, 0, G, D, SP, SIZE)
-    for g in tl.static_range(G):
+def combine(
+    part, out_ptr, programs, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr
+):
+    """Put the partial results of all programs of a head together, GC queries at a time, the next ones loaded ahead."""
+    query, columns = tl.arange(0, GC)[:, None], tl.arange(0, SIZE)[None, :]
+    m, s, a = load_partials(part, programs, 0, G, GC, D, SP, SIZE)
+    for g in tl.static_range(0, G, GC):
         old_m, old_s, old_a = m, s, a
-        if g + 1 < G:
-            m, s, a = load_partials(part, programs, g + 1, G, D, SP, SIZE)
-        weight = tl.exp2(old_m - tl.max(old_m, 0))
-        y = tl.sum(old_a * weight[:, None], 0) / tl.sum(old_s * weight, 0)
-        tl.store(out_ptr + g * D + columns, y, mask=columns < D)
+        if g + GC < G:
+            m, s, a = load_partials(part, programs, g + GC, G, GC, D, SP, SIZE)
+        weight = tl.exp2(old_m - tl.max(old_m, 0)[None, :])
+        y = tl.sum(old_a * weight[:, :, None], 0) / tl.sum(old_s * weight, 0)[:, None]
+        tl.store(out_ptr + (g + query) * D + columns, y, mask=(g + query < G) & (columns < D))
 
 
 @jit
@@ -231,7 +237,7 @@ def attend_split(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What program (split, key-value head, stream) does. Its G queries share every key and value that is read.
@@ -265,6 +271,14 @@ def attend_split(
     rope = window + tl.where(in_ring, 0, RD)
     QR: tl.constexpr = 16 if DOT else 1
     q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
+    newest = split == programs - 1
+    new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
+    fresh = tl.where(newest, 1, 0)  # asked for along with the query; the other programs read nothing
+    new_k = load_rotated(new_key, fresh, 0, rope, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
+    held_k = load_rotated(new_key, fresh, 0, window, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
+    new_v = ()
+    for c in tl.static_range(D // C):
+        new_v = new_v + (tl.load(new_value + c * C + tl.arange(0, C)[None, :], mask=newest, other=0.0),)
     m, s, a = nothing(16 if DOT else BT, C, D)
     m, s, a = absorb_run(
         k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES,
@@ -274,14 +288,9 @@ def attend_split(
         gdc_launch_dependents()
     if not DOT:
         m, s, a = gather_rows(m, s, a)
-    if split == programs - 1:
-        new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
-        new_k = load_rotated(new_key, 1, 0, rope, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
-        held_k = load_rotated(new_key, 1, 0, window, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
+    if newest:
         place = (base + slot) * D + tl.arange(0, C)[None, :]
-        new_v = ()
         for c in tl.static_range(D // C):
-            new_v = new_v + (tl.load(new_value + c * C + tl.arange(0, C)[None, :]),)
             tl.store(key_ptr + place + c * C, held_k[c].to(key_ptr.dtype.element_ty))
             tl.store(value_ptr + place + c * C, new_v[c].to(value_ptr.dtype.element_ty))
         m, s, a = absorb_new(q, new_k, new_v, scale, m, s, a)
@@ -290,7 +299,7 @@ def attend_split(
     tl.debug_barrier()
     if tl.atomic_add(count_ptr + which, 1, sem="acq_rel") == programs - 1:
         tl.debug_barrier()
-        combine(part, out_ptr + stream * out_stride + head * G * D, programs, G, D, SP, SIZE)
+        combine(part, out_ptr + stream * out_stride + head * G * D, programs, G, GC, D, SP, SIZE)
         tl.store(count_ptr + which, 0)
 
 
@@ -301,7 +310,7 @@ def _attention_decode_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, key-value head, stream)."""
@@ -310,7 +319,8 @@ def _attention_decode_kernel(
         qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
         qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
         next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
-        G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, KIND, NEXT, LATE, PDL,
+        G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, NEXT, LATE,
+        PDL,
     )  # fmt: skip
 
 
@@ -522,6 +532,10 @@ def launch_arguments(
     kind = half if dot and not INTERPRETED else tl.float32  # the interpreter multiplies bfloat16 matrices wrongly
     scale = head_dim**-0.5 * 1.4426950408889634
     norms = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
+    parts, size = triton.next_power_of_2(programs), triton.next_power_of_2(head_dim)
+    together = triton.next_power_of_2(group)
+    while together > 1 and parts * together * size > COMBINED_VALUES * 32 * config.warps:
+        together //= 2
     grid = (programs, kv_heads, streams)
     arguments = [
         qkv, keys, values, scalars, rope, *norms, workspace.partials, workspace.counters, out,
@@ -532,6 +546,6 @@ def launch_arguments(
         "Q_STEP": 3 * head_dim if order == "per-head" else head_dim,
         "K_BASE": bases[0], "V_BASE": bases[1], "KV_STEP": bases[2],
         "NORM": q_norm is not None, "BT": config.tile, "TILES": -(-per // config.tile), "STAGES": config.stages,
-        "DOT": dot, "SP": triton.next_power_of_2(programs), "SIZE": triton.next_power_of_2(head_dim), "KIND": kind,
+        "DOT": dot, "SP": parts, "SIZE": size, "GC": together, "KIND": kind,
     }  # fmt: skip
     return grid, arguments, constants

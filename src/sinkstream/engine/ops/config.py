@@ -28,6 +28,8 @@ class LinearConfig:
         Mark the weights as first to leave L2.
     late : bool
         Let the next kernel start at this one's last tile instead of at once.
+    hold : bool
+        Read a program's first tile to registers before it waits for the kernel before.
     """
 
     rows: int = 4
@@ -38,6 +40,7 @@ class LinearConfig:
     ahead: int = 2
     evict: bool = True
     late: bool = False
+    hold: bool = False
 
 
 @dataclass(frozen=True)

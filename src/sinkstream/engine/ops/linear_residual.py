@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from sinkstream.engine.ops.config import LinearConfig, default_linear_residual
-from sinkstream.engine.ops.norm_linear import check_tile, load_chunks, row_products
+from sinkstream.engine.ops.norm_linear import (
+    check_tile,
+    held_products,
+    held_rows,
+    load_chunks,
+    row_bias,
+    row_products,
+)
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -44,29 +51,40 @@ def _linear_residual_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    HOLD: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles pid, pid + programs, ... of the output rows."""
-    pid = tl.program_id(0)
+    """One program: tiles pid, pid + programs, ... of the output rows. HOLD: the first of them as in `serve_tiles`."""
+    start = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
         if not LATE:
             gdc_launch_dependents()
         tile_bytes = BN * w_stride * 2
         for i in range(ahead):
-            first = (pid + i * programs).to(tl.int64) * tile_bytes
+            first = (start + (i + HOLD) * programs).to(tl.int64) * tile_bytes
             prefetch_l2(w_ptr, first, rows.to(tl.int64) * w_stride * 2, tile_bytes)
+    if HOLD:
+        r = start * BN + tl.arange(0, BN)
+        bias = row_bias(b_ptr, r, rows, HAS_BIAS)
+        held = held_rows(w_ptr, r, rows, w_stride, KA, BK, EVEN, EVICT)
+        if KF > 0:
+            held_f = held_rows(w_ptr + KA, r, rows, w_stride, KF, BK, EVEN, EVICT)
+    if PDL:
         gdc_wait()
+    if HOLD:
+        bias += row_bias(r_ptr, r, rows, HAS_RESIDUAL)
     xa = as_float(load_chunks(a_ptr, KA, BK))
     if KF > 0:
         xf = as_float(load_chunks(f_ptr, KF, BK))
-    for tile in tl.range(pid, tl.cdiv(rows, BN), programs, num_stages=STAGES):
+    if HOLD:
+        acc = held_products(held, xa)
+        if KF > 0:
+            acc += held_products(held_f, xf)
+        tl.store(y_ptr + r, bias + tl.sum(acc, 1), mask=r < rows)
+        start += programs
+    for tile in tl.range(start, tl.cdiv(rows, BN), programs, num_stages=STAGES):
         r = tile * BN + tl.arange(0, BN)
-        y = tl.zeros((BN,), tl.float32)
-        if HAS_BIAS:
-            y += tl.load(b_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(r_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+        y = row_bias(b_ptr, r, rows, HAS_BIAS) + row_bias(r_ptr, r, rows, HAS_RESIDUAL)
         acc = row_products(w_ptr, r, rows, w_stride, xa, KA, BK, EVEN, EVICT)
         if KF > 0:
             acc += row_products(w_ptr + KA, r, rows, w_stride, xf, KF, BK, EVEN, EVICT)
@@ -75,6 +93,7 @@ def _linear_residual_kernel(
     if PDL and LATE:
         gdc_launch_dependents()
     if NEXT:
+        pid = tl.program_id(0)
         prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
         prefetch_l2(next_b, pid.to(tl.int64) * next_b_share, next_b_end, next_b_share)
 
@@ -178,6 +197,6 @@ def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
         *prefetch.arguments(weight, programs),
         KA=n, KF=m, BN=config.rows, BK=config.columns, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, EVEN=rows % config.rows == 0,
-        EVICT="evict_first" if config.evict else "", STAGES=config.stages, NEXT=bool(prefetch),
-        LATE=config.late, num_warps=config.warps, pdl=pdl,
+        EVICT="evict_first" if config.evict else "", STAGES=config.stages, HOLD=config.hold,
+        NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip

@@ -44,7 +44,10 @@ def load_chunks(ptr, K: tl.constexpr, BK: tl.constexpr):
 
 @jit
 def normalise(xs, gammas, betas, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, HAS_BETA: tl.constexpr):
-    """LayerNorm (or RMSNorm) of a chunked vector, in float32."""
+    """LayerNorm (or RMSNorm) of a chunked vector, in float32: chunks, and what their products are still multiplied by.
+
+    The scale of an RMSNorm without an offset is left to the end, so that products need not wait for it.
+    """
     columns = tl.arange(0, BK)
     total = tl.zeros((BK,), tl.float32)
     square = tl.zeros((BK,), tl.float32)
@@ -57,31 +60,81 @@ def normalise(xs, gammas, betas, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: 
         d = tl.where(c * BK + columns < K, xs[c].to(tl.float32) - mean, 0.0)
         square += d * d
     scale = 1.0 / tl.sqrt(tl.sum(square) / K + eps)
+    now, later = scale, 1.0
+    if not LAYER and not HAS_BETA:
+        now, later = 1.0, scale
     out = ()
     for c in tl.static_range(len(xs)):
-        y = (xs[c].to(tl.float32) - mean) * scale * gammas[c].to(tl.float32)
+        y = (xs[c].to(tl.float32) - mean) * now * gammas[c].to(tl.float32)
         if HAS_BETA:
             y += betas[c].to(tl.float32)
         out = out + (y,)
-    return out
+    return out, later
+
+
+@jit
+def load_rows(
+    w_ptr, rows, limit, stride, c: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Column chunk c of weight rows: (rows, BK) of the weight's dtype, zero past its end."""
+    columns = tl.arange(0, BK)
+    place = w_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :] + c * BK
+    if EVEN and (c + 1) * BK <= K:
+        w = tl.load(place, eviction_policy=EVICT)
+    else:
+        mask = (rows < limit)[:, None] & (c * BK + columns < K)[None, :]
+        w = tl.load(place, mask=mask, other=0.0, eviction_policy=EVICT)
+    return w
+
+
+@jit
+def held_rows(w_ptr, rows, limit, stride, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
+    """All chunks of weight rows, in registers."""
+    chunks = ()
+    for c in tl.static_range((K + BK - 1) // BK):
+        chunks = chunks + (load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT),)
+    return chunks
+
+
+@jit
+def held_products(held, xs):
+    """Products of held rows and a chunked vector, not yet added up along the row: (rows, BK) float32."""
+    acc = held[0].to(tl.float32) * xs[0][None, :]
+    for c in tl.static_range(1, len(held)):
+        acc += held[c].to(tl.float32) * xs[c][None, :]
+    return acc
 
 
 @jit
 def row_products(
     w_ptr, rows, limit, stride, xs, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Products of weight rows and a chunked vector, not yet added up along the row: (rows, BK) float32."""
-    columns = tl.arange(0, BK)
-    base = w_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    """The same of rows that are still in memory, chunk by chunk."""
     acc = tl.zeros((rows.shape[0], BK), tl.float32)
     for c in tl.static_range((K + BK - 1) // BK):
-        if EVEN and (c + 1) * BK <= K:
-            w = tl.load(base + c * BK, eviction_policy=EVICT)
-        else:
-            mask = (rows < limit)[:, None] & (c * BK + columns < K)[None, :]
-            w = tl.load(base + c * BK, mask=mask, other=0.0, eviction_policy=EVICT)
-        acc += w.to(tl.float32) * xs[c][None, :]
+        acc += load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT).to(tl.float32) * xs[c][None, :]
     return acc
+
+
+@jit
+def row_bias(b_ptr, r, rows, HAS_BIAS: tl.constexpr):
+    """Bias of rows `r`, float32; zeros without one."""
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros((r.shape[0],), tl.float32)
+    return bias
+
+
+@jit
+def store_tile(y_ptr, r, y, up, rows, ACT: tl.constexpr, GATED: tl.constexpr):
+    """Activation and store of one tile of outputs."""
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * up
+    if ACT:
+        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+    tl.store(y_ptr + r, y, mask=r < rows)
 
 
 @jit
@@ -89,45 +142,54 @@ def serve_tiles(
     start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
+    HOLD: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
-    WAIT: x comes from the kernel before.
+    WAIT: x comes from the kernel before. HOLD: the first tile's weights are on their way to registers while it waits.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
+    w_up, b_up = w_ptr + rows.to(tl.int64) * w_stride, b_ptr + rows
     if PDL:
         tile_bytes = BN * w_stride * 2
         for i in range(ahead):
-            tile = start + i * step
+            tile = start + (i + HOLD) * step
             first = tile.to(tl.int64) * tile_bytes
             end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
             prefetch_l2(w_ptr, first, end_byte, tile_bytes)
             if GATED:
-                prefetch_l2(w_ptr + rows.to(tl.int64) * w_stride, first, end_byte, tile_bytes)
+                prefetch_l2(w_up, first, end_byte, tile_bytes)
+    if HOLD:
+        r = start * BN + tl.arange(0, BN)
+        held = held_rows(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
+        bias = row_bias(b_ptr, r, rows, HAS_BIAS)
+        if GATED:
+            held_up = held_rows(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
+            bias_up = row_bias(b_up, r, rows, HAS_BIAS)
     gammas = load_chunks(gamma_ptr, K, BK)
     betas = gammas
     if HAS_BETA:
         betas = load_chunks(beta_ptr, K, BK)
     if PDL and WAIT:
         gdc_wait()
-    xs = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
+    xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
+    if HOLD:
+        y = bias + tl.sum(held_products(held, xs), 1) * scale
+        up = y
+        if GATED:
+            up = bias_up + tl.sum(held_products(held_up, xs), 1) * scale
+        store_tile(y_ptr, r, y, up, rows, ACT, GATED)
+        start += step
     for tile in tl.range(start, end, step, num_stages=STAGES):
         r = tile * BN + tl.arange(0, BN)
-        y = tl.zeros((BN,), tl.float32)
-        if HAS_BIAS:
-            y = tl.load(b_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
-        y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1)
+        y = row_bias(b_ptr, r, rows, HAS_BIAS)
+        y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+        up = y
         if GATED:
-            up = tl.zeros((BN,), tl.float32)
-            if HAS_BIAS:
-                up = tl.load(b_ptr + r + rows, mask=r < rows, other=0.0).to(tl.float32)
-            up += tl.sum(row_products(w_ptr, r + rows, 2 * rows, w_stride, xs, K, BK, EVEN, EVICT), 1)
-            y = y / (1.0 + tl.exp(-y)) * up
-        if ACT:
-            y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
-        tl.store(y_ptr + r, y, mask=r < rows)
+            up = row_bias(b_up, r, rows, HAS_BIAS)
+            up += tl.sum(row_products(w_up, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+        store_tile(y_ptr, r, y, up, rows, ACT, GATED)
     if PDL and LATE:
         gdc_launch_dependents()
 
@@ -138,13 +200,13 @@ def _norm_linear_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    HOLD: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile."""
     pid = tl.program_id(0)
     serve_tiles(
         pid, tl.cdiv(rows, BN), tl.num_programs(0), x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps,
-        w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, LATE, PDL, True,
+        w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, HOLD, LATE, PDL, True,
     )  # fmt: skip
     if NEXT:
         prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
@@ -308,5 +370,5 @@ def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out,
         K=hidden, BN=config.rows, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         GATED=activation == "swiglu", HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None,
         EVEN=rows % config.rows == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
-        NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+        HOLD=config.hold, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip
