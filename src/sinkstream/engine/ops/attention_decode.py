@@ -71,6 +71,21 @@ def load_rotated(
 
 
 @jit
+def load_newest(
+    key, value, newest, rope, window, norm_ptr, eps, C: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
+    NORM: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The new token's key as it is attended to and as it is kept, and its value; unless `newest`, nothing is read."""
+    count = tl.where(newest, 1, 0)
+    attended = load_rotated(key, count, 0, rope, norm_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
+    kept = load_rotated(key, count, 0, window, norm_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
+    values = ()
+    for c in tl.static_range(D // C):
+        values = values + (tl.load(value + c * C + tl.arange(0, C)[None, :], mask=newest, other=0.0),)
+    return attended, kept, values
+
+
+@jit
 def load_slots(keys, values, start, end, first, length, ring, skip, C: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
     """Keys and values of BT slots in column chunks (BT, C), and which slots are visible; others are not read.
 
@@ -271,14 +286,12 @@ def attend_split(
     rope = window + tl.where(in_ring, 0, RD)
     QR: tl.constexpr = 16 if DOT else 1
     q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
-    newest = split == programs - 1
     new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
-    fresh = tl.where(newest, 1, 0)  # asked for along with the query; the other programs read nothing
-    new_k = load_rotated(new_key, fresh, 0, rope, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
-    held_k = load_rotated(new_key, fresh, 0, window, kn_ptr, eps, tl.float32, 1, C, D, RD, NORM, SIZE)
-    new_v = ()
-    for c in tl.static_range(D // C):
-        new_v = new_v + (tl.load(new_value + c * C + tl.arange(0, C)[None, :], mask=newest, other=0.0),)
+    newest = split == programs - 1
+    if DOT:  # asked for along with the query; without matrix units registers are too few for that
+        new_k, held_k, new_v = load_newest(
+            new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
+        )  # fmt: skip
     m, s, a = nothing(16 if DOT else BT, C, D)
     m, s, a = absorb_run(
         k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES,
@@ -289,6 +302,10 @@ def attend_split(
     if not DOT:
         m, s, a = gather_rows(m, s, a)
     if newest:
+        if not DOT:
+            new_k, held_k, new_v = load_newest(
+                new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
+            )  # fmt: skip
         place = (base + slot) * D + tl.arange(0, C)[None, :]
         for c in tl.static_range(D // C):
             tl.store(key_ptr + place + c * C, held_k[c].to(key_ptr.dtype.element_ty))
