@@ -31,7 +31,7 @@ from sinkstream.engine.ops.runtime import (
 
 FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, spare
 ORDERS = ("per-head", "blocks")
-COMBINED_VALUES = 64  # partial results that a thread holds at a time when it combines them
+COMBINED_VALUES = 64  # partial results that a thread holds at a time when it combines them, those loaded ahead included
 
 
 @jit
@@ -550,8 +550,8 @@ def launch_arguments(
     scale = head_dim**-0.5 * 1.4426950408889634
     norms = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
     parts, size = triton.next_power_of_2(programs), triton.next_power_of_2(head_dim)
-    together = triton.next_power_of_2(group)
-    while together > 1 and parts * together * size > COMBINED_VALUES * 32 * config.warps:
+    together, held = triton.next_power_of_2(group), parts * size / (32 * config.warps)
+    while together > 1 and held * together * (1 if together >= group else 2) > COMBINED_VALUES:
         together //= 2
     grid = (programs, kv_heads, streams)
     arguments = [
