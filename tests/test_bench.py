@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_model
+import torch
 from record_factory import make_arrays, make_bench_record, make_record
 from rich.console import Console
 
@@ -14,6 +15,7 @@ import sinkstream.experiments.bench.decoding as decoding
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
+from sinkstream.engine.layout import TOKEN
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.bench.record import speed
 from sinkstream.experiments.bench.rungs import RUNGS
@@ -83,7 +85,13 @@ def test_tokens_are_those_that_the_engine_generates(session, monkeypatch):
     """The loop is greedy generation: same tokens as `Engine.generate` after the same prompt."""
     fed = []
     advance = Engine.advance
-    monkeypatch.setattr(Engine, "advance", lambda self, t, s: (fed.append(t.tolist()), advance(self, t, s)))
+
+    def watched(self: Engine, tokens: torch.Tensor | None, streams) -> None:
+        advance(self, tokens, streams)
+        assert tokens is None, "the step finds the token"
+        fed.append(self.state.scalars[:, TOKEN].tolist())
+
+    monkeypatch.setattr(Engine, "advance", watched)
     one = session(tokens=30)
     one.run([configs()], console())
     engine = Engine(tiny_model.tiny_model(), cap=CAP)

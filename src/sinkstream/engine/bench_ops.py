@@ -34,6 +34,7 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
+from sinkstream.engine.ops.likeliest import Tiles
 from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, measured_plan
 from sinkstream.engine.ops.runtime import set_compile_only
 from sinkstream.measure.bandwidth import memory_bandwidth
@@ -131,10 +132,11 @@ class Model:
         self.hidden = [self._make(1, s.hidden) for _ in range(2)]
         self.context = self._make(1, s.heads * s.head_dim)
         self.middle = self._make(1, s.intermediate)
-        self.logits = self._make(1, s.vocab)
+        self.logits = self._make(1, s.vocab).float()
         self.rope = torch.zeros(1, 2, 2, s.rotary // 2, device=self.device)
         self.rope[:, :, 0] = 1.0
         self.workspace = Workspace(1, s.heads, s.kv_heads, s.head_dim, self.device)
+        self.tiles = Tiles(1, s.vocab, self.device)
 
     def _make(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         empty = torch.empty(*size, dtype=self.shape.dtype, device=self.device)
@@ -202,8 +204,8 @@ class Model:
     def step(self, plan: dict, *, leave_out: str = "", backend: str = "triton") -> None:
         """A whole step. `plan`: configurations by op, "pdl", and "next": bytes fetched for the next kernel, by op."""
         begin_step(
-            self.tokens, self.plan, self.cursor, self.embedding, self.inv_freq, scalars=self.scalars,
-            hidden=self.hidden[0], rope=self.rope, backend=backend,
+            self.tokens, self.logits, self.plan, self.cursor, self.embedding, self.inv_freq, tiles=self.tiles,
+            scalars=self.scalars, hidden=self.hidden[0], rope=self.rope, backend=backend,
         )  # fmt: skip
         flip, started = False, False
         for layer in range(len(self.weights)):

@@ -1,7 +1,7 @@
 """Decoding for transformers' generate(): its logits processors and stopping criteria around the engine's steps."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from sinkstream.engine.generation import Writer, write
+from sinkstream.engine.generation import OnItsWay, Writer, write
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine
@@ -98,8 +98,10 @@ class ProcessorsWriter(Writer):
         self._done = self._done | self._criteria(self._ids[:, : self._length], kept)
         return self._tokens
 
-    def shown(self) -> torch.Tensor | None:
-        return torch.stack([self._tokens[: len(self._done)], self._done.long()]) if self._looks else None
+    def look(self) -> Callable[[], list] | None:
+        if not self._looks:
+            return None
+        return OnItsWay(torch.stack([self._tokens[: len(self._done)], self._done.long()])).tolist
 
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
         tokens, done = shown

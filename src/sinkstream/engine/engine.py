@@ -221,15 +221,16 @@ class Engine:
         self.advance(self.state.tokens.index_copy(0, index, tokens), sorted(which))
         return self.state.logits[index]
 
-    def advance(self, tokens: torch.Tensor, streams: Sequence[int]) -> None:
+    def advance(self, tokens: torch.Tensor | None, streams: Sequence[int]) -> None:
         """The bare step: append ``tokens[s]`` to each stream s of `streams`; logits are left in ``state.logits``.
 
         Parameters
         ----------
-        tokens : Tensor, (all streams,), int64, on the device
-            Token ids, not checked.
+        tokens : Tensor or None, (all streams,), int64, on the device
+            Token ids, not checked. A negative one means the likeliest token of the stream's logits; None means that of
+            all streams, and one such step after another launches nothing between two replays of a graph.
         """
-        self.state.tokens.copy_(tokens)
+        self.state.choose(tokens)
         with self.state.step(streams):
             self._step()
 

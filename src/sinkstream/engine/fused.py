@@ -20,6 +20,7 @@ from sinkstream.engine.ops import (
 )
 from sinkstream.engine.ops.attention_decode import split_qkv
 from sinkstream.engine.ops.config import MAX_SPLITS, count_programs, default_attention
+from sinkstream.engine.ops.likeliest import Tiles
 from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
 from sinkstream.engine.ops.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
@@ -67,6 +68,7 @@ class FusedDecode:
             self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
             self.middle = self._buffer(spec.decoder.config.intermediate_size)
+            self.tiles = Tiles(*state.logits.shape, state.device)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
 
@@ -75,11 +77,11 @@ class FusedDecode:
         return torch.zeros(self.state.streams, width, dtype=self.spec.dtype, device=self.state.device)
 
     def __call__(self) -> None:
-        """Append ``state.tokens`` to all streams and leave the next-token logits in ``state.logits``."""
+        """Append what ``state.tokens`` says to all streams and leave the next-token logits in ``state.logits``."""
         state, weights = self.state, self.weights
         begin_step(
-            state.tokens, state.plan, state.cursor, weights.embedding, self.inv_freq, factor=weights.rope_factor,
-            scalars=state.scalars, hidden=self.hidden, rope=self.rope,
+            state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
+            factor=weights.rope_factor, tiles=self.tiles, scalars=state.scalars, hidden=self.hidden, rope=self.rope,
         )  # fmt: skip
         row = plain.Row(state, weights.rope_factor)
         plain.note_token(state, row)

@@ -1,6 +1,7 @@
 """Generating with an engine: draw, append, stop. Tokens stay on the device unless somebody must look at them.
 
-Whoever looks at a token does so while its own step is under way: a drawn token is in the stream in any case.
+Whoever looks at a token does so while its own step is under way: a drawn token is in the stream in any case. The
+likeliest token is drawn by the step itself.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from sinkstream.engine.layout import LIKELIEST
 from sinkstream.engine.sampling import Sampler
 
 Callback = Callable[[int, int], bool | None]
@@ -86,16 +88,19 @@ class Writer(ABC):
     """Chooses the tokens of a generation and says when a stream ends."""
 
     @abstractmethod
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """Next token of every stream, ``(streams,)`` int64, from logits ``(streams, vocab)``, both on the device."""
+    def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Next token of every stream, ``(streams,)`` int64, from logits ``(streams, vocab)``, both on the device.
+
+        None: the likeliest one, which the step finds by itself.
+        """
 
     @abstractmethod
-    def shown(self) -> torch.Tensor | None:
-        """What the host must see of the tokens drawn last; None if it need not see anything."""
+    def look(self) -> Callable[[], list] | None:
+        """How the host sees what it must of the tokens drawn last, once their step is launched; None if it need not."""
 
     @abstractmethod
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
-        """Which of the active streams end with the tokens drawn last; `shown` as a list."""
+        """Which of the active streams end with the tokens drawn last; `shown` is what was seen."""
 
 
 @torch.no_grad()
@@ -104,16 +109,15 @@ def write(engine, writer: Writer, streams: Sequence[int], max_new_tokens: int) -
     active = list(streams)
     for _ in range(max_new_tokens):
         tokens = writer.draw(engine.state.logits)
-        shown = writer.shown()
-        shown = None if shown is None else _OnItsWay(shown)
+        look = writer.look()
         engine.advance(tokens, active)
-        ended = [] if shown is None else writer.ended(shown.tolist(), active)
+        ended = [] if look is None else writer.ended(look(), active)
         active = [s for s in active if s not in ended]
         if not active:
             return
 
 
-class _OnItsWay:
+class OnItsWay:
     """A small tensor that is copied to the host while the device goes on with what is launched next."""
 
     def __init__(self, tensor: torch.Tensor):
@@ -135,9 +139,10 @@ class SamplingWriter(Writer):
     Parameters
     ----------
     state : StreamState
+    recorder : Recorder
+        Open from the first token on.
     prompts : dict of Tensor, (tokens,), int64
         By stream: tokens that a repetition penalty counts as seen.
-    max_new_tokens : int
     sampler : Sampler
     stop : StopRule
     seed : int
@@ -150,26 +155,27 @@ class SamplingWriter(Writer):
         By stream; `tokens` are complete after `finish`.
     """
 
-    def __init__(self, state, prompts, max_new_tokens: int, sampler: Sampler, stop: StopRule, seed: int, streamer):
-        self.sampler, self.stop, self.streamer = sampler, stop, streamer
+    def __init__(self, state, recorder, prompts, sampler: Sampler, stop: StopRule, seed: int, streamer):
+        self.recorder, self.sampler, self.stop, self.streamer = recorder, sampler, stop, streamer
         self.found = {s: Generation() for s in prompts}
         self._generator = torch.Generator(state.device).manual_seed(seed)
-        self._drawn = torch.zeros((max_new_tokens, state.streams), dtype=torch.int64, device=state.device)
-        self._count, self._lengths = 0, dict.fromkeys(prompts, max_new_tokens)
+        self._drawn: torch.Tensor | None = None
         self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
         if self._seen is not None:
             for stream, ids in prompts.items():
                 self._seen[stream, ids] = True
 
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        tokens = self._drawn[self._count] = self.sampler.draw(logits, self._seen, self._generator)
+    def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
+        if not self.sampler.bare:
+            self._drawn = self.sampler.draw(logits, self._seen, self._generator)
         if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
-        self._count += 1
-        return tokens
+            self._seen.scatter_(1, self._drawn[:, None], True)
+        return self._drawn
 
-    def shown(self) -> torch.Tensor | None:
-        return self._drawn[self._count - 1] if self.stop.looks or self.streamer is not None else None
+    def look(self) -> Callable[[], list] | None:
+        if not self.stop.looks and self.streamer is None:
+            return None
+        return self.recorder.latest if self._drawn is None else OnItsWay(self._drawn).tolist
 
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
         ended = []
@@ -180,15 +186,15 @@ class SamplingWriter(Writer):
                 self.streamer.put(torch.tensor([shown[s]]))
             reason = self.stop.reason(tokens, s)
             if reason:
-                self.found[s].reason, self._lengths[s] = reason, self._count
+                self.found[s].reason = reason
                 ended.append(s)
         return ended
 
     def finish(self) -> dict[int, Generation]:
         """What every stream wrote."""
-        written = self._drawn[: self._count].tolist()
+        written = self.recorder.tokens().tolist()
         for s, generation in self.found.items():
-            generation.tokens = [row[s] for row in written[: self._lengths[s]]]
+            generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
             generation.text = self.stop.text(generation.tokens)
         return self.found
 
@@ -219,10 +225,11 @@ def generate(
             streamer.put(ids[None].cpu())
         if len(ids):
             engine.prefill(ids, stream=stream)
-    writer = SamplingWriter(engine.state, prompts, max_new_tokens, sampler, stop, seed, streamer)
-    try:
-        write(engine, writer, list(prompts), max_new_tokens)
-    finally:
-        if streamer is not None:
-            streamer.end()
-    return writer.finish()
+    with engine.state.recording(looks=stop.looks or streamer is not None) as recorder:
+        writer = SamplingWriter(engine.state, recorder, prompts, sampler, stop, seed, streamer)
+        try:
+            write(engine, writer, list(prompts), max_new_tokens)
+        finally:
+            if streamer is not None:
+                streamer.end()
+        return writer.finish()

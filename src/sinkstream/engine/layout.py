@@ -15,9 +15,11 @@ FRAME_POSITION = 2  # of its query, against pinned keys
 PINNED = 3  # pinned entries visible
 FIRST = 4  # ring index of the oldest visible window token
 LENGTH = 5  # visible window tokens, the new one included
-TOKEN = 6  # token id
+TOKEN = 6  # id of the token; LIKELIEST until the step has begun
 QUERY = 7  # token index modulo the observed queries; -1 marks the first token of a stream
 FIELDS = 8
+
+LIKELIEST = -1  # in place of a token id: the likeliest token of the logits that the step finds
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Geometry:
     def idle_row(self) -> list[int]:
         """Scalars of a stream that sits a step out: everything it touches is slot 0."""
         row = [0] * FIELDS
+        row[TOKEN] = LIKELIEST
         row[PINNED], row[LENGTH] = (1, 0) if self.pinned_slots else (0, 1)
         return row
 
@@ -134,5 +137,5 @@ class Counters:
         row[SLOT], row[WINDOW_POSITION] = g.slot(t), t - self.base
         row[FRAME_POSITION] = t - self.base if g.original else self.kept - 1
         row[PINNED], row[FIRST], row[LENGTH] = self.pinned, (self.first_window - g.sink) % g.ring, self.window
-        row[QUERY] = t % max(1, queries) if t else -1
+        row[TOKEN], row[QUERY] = LIKELIEST, t % max(1, queries) if t else -1
         return row

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
-from sinkstream.engine.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, WINDOW_POSITION
+from sinkstream.engine.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.policies import SIGNALS
 
@@ -50,6 +50,11 @@ class Row:
     def slot(self) -> torch.Tensor:
         """Slots of the new tokens, ``(streams,)`` int64."""
         return self.scalars[:, SLOT]
+
+    @cached_property
+    def token(self) -> torch.Tensor:
+        """Ids of the new tokens, ``(streams,)`` int64; never `LIKELIEST`."""
+        return self.scalars[:, TOKEN]
 
     @cached_property
     def query_place(self) -> torch.Tensor:
@@ -143,16 +148,15 @@ def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Ten
 
 def note_token(state, row: Row) -> None:
     """Fill the channels of the token that is appended: its structure, its own NLL and the entropy it was drawn from."""
-    channels, tokens = state.channels, state.tokens
-    found = {}
+    channels, found = state.channels, {}
     if "accumulated" in channels:
         found["accumulated"] = torch.zeros_like(state.logits[:, 0])
     if "structure" in channels:
-        found["structure"] = state.structure[tokens]
+        found["structure"] = state.structure[row.token]
     if {"nll", "entropy"} & channels.keys():
         log_probs = state.logits.log_softmax(-1)
         first = row.scalars[:, QUERY] < 0
-        found["nll"] = (-log_probs.gather(1, tokens[:, None])[:, 0]).masked_fill(first, 0.0)
+        found["nll"] = (-log_probs.gather(1, row.token[:, None])[:, 0]).masked_fill(first, 0.0)
         found["entropy"] = SIGNALS["entropy"](log_probs).masked_fill(first, 0.0)
     for name in channels.keys() & found.keys():
         channels[name][:, row.stream, :, row.slot] = found[name][:, None, None]
@@ -183,11 +187,11 @@ def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tenso
 
 
 def decode(state, weights: PackedWeights) -> None:
-    """One step of all streams: append ``state.tokens`` and leave the next-token logits in ``state.logits``."""
+    """One step of all streams: append what ``state.tokens`` says; leave the next-token logits in ``state.logits``."""
     state.begin_row()
     row = Row(state, weights.rope_factor)
     note_token(state, row)
-    x = F.embedding(state.tokens, weights.embedding)
+    x = F.embedding(row.token, weights.embedding)
     for i, layer in enumerate(weights.layers):
         x = (neox_layer if isinstance(layer, NeoxLayer) else llama_layer)(state, row, i, layer, x)
     state.logits.copy_(F.linear(norm(x, weights.final_norm), weights.head))

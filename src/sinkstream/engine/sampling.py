@@ -58,6 +58,11 @@ class Sampler:
         return self.temperature == GREEDY_TEMPERATURE
 
     @property
+    def bare(self) -> bool:
+        """Whether the likeliest token of the logits as they are is taken, which a step does by itself."""
+        return self.greedy and not self.remembers
+
+    @property
     def remembers(self) -> bool:
         """Whether tokens seen before matter."""
         return self.repetition_penalty != 1.0

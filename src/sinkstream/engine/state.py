@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.layout import FIELDS, Counters, Geometry
+from sinkstream.engine.layout import FIELDS, LIKELIEST, TOKEN, Counters, Geometry
 from sinkstream.engine.ops.begin_step import read_plan
+from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
@@ -51,9 +52,9 @@ class StreamState:
         Latest queries, at their window positions; the query of token t in place ``t % kept``.
     logits : Tensor, (streams, vocab), float32
     tokens : Tensor, (streams,), int64
-        Token ids that the next step appends.
+        Token ids that the next step appends; a negative one means the likeliest of the stream's logits.
     plan : Tensor, (256, streams, 8), int32
-        Scalars of the coming steps.
+        Scalars of the coming steps, and the token ids of those that have begun.
     cursor : Tensor, (streams,), int64
         Row of the plan that the latest step read; -1 before the first. The same for all streams.
     scalars : Tensor, (streams, 8), int32
@@ -78,6 +79,8 @@ class StreamState:
         self.structure = None if structure is None else structure.to(device)
         self.signals = sorted(PruneSchedule(policy).signals())
         self.last_steps: list[Step | None] = []
+        self._recorders: list[Recorder] = []
+        self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
         with torch.inference_mode(False):
             for name, (shape, dtype) in self._shapes(vocab).items():
                 setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
@@ -105,6 +108,7 @@ class StreamState:
         if stream is None:
             self.schedules = [PruneSchedule(self.policy) for _ in which]
             self.counters = [Counters(self.geometry) for _ in which]
+            self._keep_recorded()
             for buffer in self._buffers().values():
                 buffer.zero_()
             self._discard_plan()
@@ -125,6 +129,57 @@ class StreamState:
         parts |= {f"channel_{name}": c[:, stream : stream + 1] for name, c in self.channels.items()}
         return parts | {"logits": self.logits[stream : stream + 1]}
 
+    # ---- which tokens ----
+
+    def choose(self, tokens: torch.Tensor | None) -> None:
+        """Say what the next step appends.
+
+        Parameters
+        ----------
+        tokens : Tensor or None, (streams,), int64, on the device
+            None: the likeliest token of each stream; nothing is launched if the step before was told so too.
+        """
+        if tokens is not None:
+            self.tokens.copy_(tokens)
+        elif self._filled != self.tokens._version:  # every write counts, whoever did it
+            self.tokens.fill_(LIKELIEST)
+            self._filled = self.tokens._version
+
+    @contextmanager
+    def recording(self, *, looks: bool = False):
+        """Gives a `Recorder`, which tells the token ids that are appended from now on, while the context lasts.
+
+        Parameters
+        ----------
+        looks : bool
+            Whether tokens will be looked at one by one; otherwise no step pays for it.
+        """
+        recorder = Recorder(self, looks)
+        self._recorders.append(recorder)
+        try:
+            yield recorder
+        finally:
+            self._recorders.remove(recorder)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the present plan that have been launched; their rows hold the token ids."""
+        return self._row
+
+    def appended(self, first: int) -> torch.Tensor:
+        """Token ids that the steps of the present plan appended, from its step `first` on.
+
+        Returns
+        -------
+        Tensor, (steps, streams), int64
+            A copy on the device; `LIKELIEST` where the stream sat out.
+        """
+        ids = self.plan[first : self._row, :, TOKEN].long()
+        for s in range(self.streams):
+            if s not in self._active:
+                ids[:, s] = LIKELIEST
+        return ids
+
     # ---- the life of one step ----
 
     @contextmanager
@@ -134,13 +189,15 @@ class StreamState:
         Parameters
         ----------
         active : sequence of int
-            Streams that append the token in `tokens`.
+            Streams that append what `tokens` says.
         """
         active = tuple(active)
         if self._row == self._planned or active != self._active:
             self._plan(active)
         idle = [self._touched(s) for s in range(self.streams) if s not in active]
         kept = [[part.clone() for part in parts] for parts in idle]
+        for recorder in self._recorders:
+            recorder.due()
         try:
             yield
         except BaseException:
@@ -163,11 +220,12 @@ class StreamState:
                 for s in self._active:
                     for signal, risk in zip(self.signals, row[s]):
                         self.schedules[s].observe(signal, risk)
+        self._keep_recorded()
         self._discard_plan()
 
     def begin_row(self) -> None:
-        """First thing in a step, on the device: the scalars of this step (the op `begin_step` does the same)."""
-        read_plan(self.tokens, self.plan, self.cursor, self.scalars)
+        """First thing in a step, on the device: its tokens and scalars (the op `begin_step` does the same)."""
+        read_plan(self.tokens, self.logits, self.plan, self.cursor, self.scalars)
 
     def end_row(self) -> None:
         """Last thing in a step, on the device: note what adaptive triggers read in the logits."""
@@ -198,6 +256,10 @@ class StreamState:
             table = table.pin_memory()
         self.plan[:count].copy_(table, non_blocking=True)
         self._planned, self._active = count, active
+
+    def _keep_recorded(self) -> None:
+        for recorder in self._recorders:
+            recorder.keep()
 
     def _discard_plan(self) -> None:
         self._row = self._planned = 0

@@ -40,7 +40,7 @@ class StepFunction(ABC):
 
     @abstractmethod
     def __call__(self) -> None:
-        """Append ``state.tokens`` to all streams; the logits are in ``state.logits`` afterwards."""
+        """Append what ``state.tokens`` says to all streams; the logits are in ``state.logits`` afterwards."""
 
 
 @STEPS.register("ring")

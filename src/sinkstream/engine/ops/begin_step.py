@@ -1,15 +1,18 @@
-"""What a step begins with: its row of the plan, the embedding of every token, the rotations of its query.
+"""What a step begins with: its row of the plan, its tokens and their embeddings, the rotations of its query.
 
-The plan holds the scalars of many steps. A cursor on the device says which of its rows is next, so that one captured
-graph can run step after step without the host.
+The plan holds the scalars of many steps. A cursor on the device says which of its rows is next, and a negative token id
+means the likeliest token of the logits, so that one captured graph can run step after step without the host. The ids
+are written back to the row, where the host can read them later.
 """
 
 import torch
 
 from sinkstream.engine.layout import FIELDS, FRAME_POSITION, TOKEN, WINDOW_POSITION
+from sinkstream.engine.ops.likeliest import Tiles, likeliest_of_tiles
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     check_tensor,
+    gdc_wait,
     jit,
     launch,
     tl,
@@ -20,23 +23,21 @@ from sinkstream.engine.ops.runtime import (
 
 @jit
 def _begin_step_kernel(
-    token_ptr, plan_ptr, cursor_ptr, embedding_ptr, freq_ptr, scalar_ptr, hidden_ptr, rope_ptr, rows, hidden, factor,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr,
-    POSITIONS: tl.constexpr, PDL: tl.constexpr,
+    token_ptr, value_ptr, index_ptr, plan_ptr, cursor_ptr, embedding_ptr, freq_ptr, scalar_ptr, hidden_ptr, rope_ptr,
+    tiles, vocab, rows, hidden, factor, HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr,
+    SIZE: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr, POSITIONS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a stream. Angles are formed in float64."""
+    """One program a stream. Angles are formed in float64.
+
+    Until it waits it may run beside the kernel that fills the tiles, which reads nothing that is written here.
+    """
     stream = tl.program_id(0)
     at = (tl.load(cursor_ptr + stream) + 1) % rows
     tl.debug_barrier()  # all threads have read the cursor before one of them moves it
     tl.store(cursor_ptr + stream, at)
-    token = tl.load(token_ptr + stream).to(tl.int64)
     source = plan_ptr + (at * tl.num_programs(0) + stream) * FIELDS
     field = tl.arange(0, FIELDS)
-    scalars = tl.where(field == TOKEN, token.to(tl.int32), tl.load(source + field))
-    tl.store(scalar_ptr + stream * FIELDS + field, scalars)
-    columns = tl.arange(0, BLOCK)
-    row = tl.load(embedding_ptr + token * hidden + columns, mask=columns < hidden, other=0.0)
-    tl.store(hidden_ptr + stream * hidden + columns, row.to(hidden_ptr.dtype.element_ty), mask=columns < hidden)
+    planned = tl.load(source + field)
     pair = tl.arange(0, ANGLES)
     freq = tl.load(freq_ptr + pair, mask=pair < HALF, other=0.0)
     for frame in tl.static_range(2):
@@ -44,28 +45,44 @@ def _begin_step_kernel(
         place = rope_ptr + (stream * 2 + frame) * 2 * HALF + pair
         tl.store(place, tl.cos(angle).to(tl.float32) * factor, mask=pair < HALF)
         tl.store(place + HALF, tl.sin(angle).to(tl.float32) * factor, mask=pair < HALF)
+    if PDL:
+        gdc_wait()
+    token = tl.load(token_ptr + stream).to(tl.int64)
+    if token < 0:
+        token = likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE)
+    tl.store(source + TOKEN, token.to(tl.int32))
+    tl.store(scalar_ptr + stream * FIELDS + field, tl.where(field == TOKEN, token.to(tl.int32), planned))
+    columns = tl.arange(0, BLOCK)
+    row = tl.load(embedding_ptr + token * hidden + columns, mask=columns < hidden, other=0.0)
+    tl.store(hidden_ptr + stream * hidden + columns, row.to(hidden_ptr.dtype.element_ty), mask=columns < hidden)
 
 
 def begin_step(
     tokens: torch.Tensor,
+    logits: torch.Tensor,
     plan: torch.Tensor,
     cursor: torch.Tensor,
     embedding: torch.Tensor,
     inv_freq: torch.Tensor,
     *,
     factor: float = 1.0,
+    tiles: Tiles | None = None,
     scalars: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Move the cursor, copy that row of the plan, gather embeddings, compute cosines and sines of both frames.
+    """Move the cursor, choose tokens, copy that row of the plan, gather embeddings, compute the angles of both frames.
 
     Parameters
     ----------
     tokens : Tensor, (streams,), int64 or int32
+        A negative one means the likeliest token of the stream's logits, as in `likeliest`.
+    logits : Tensor, (streams, vocab), float32
+        Of the step before; not read where the token is given.
     plan : Tensor, (rows, streams, 8), int32
-        Scalars of the coming steps, see `sinkstream.engine.layout`; after the last row comes the first.
+        Scalars of the coming steps, see `sinkstream.engine.layout`; after the last row comes the first. The token ids
+        are written to the row.
     cursor : Tensor, (streams,), int64
         Row of the step before, -1 before the first. All values are alike: each stream moves its own.
     embedding : Tensor, (vocab, width)
@@ -73,6 +90,8 @@ def begin_step(
         Radians per position.
     factor : float
         What rotated dimensions are multiplied by (yarn).
+    tiles : Tiles, optional
+        Room for the search, for these logits; default: a new one.
     scalars : Tensor, (streams, 8), int32, optional
         Written in place, with the token ids filled in.
     hidden : Tensor, (streams, width), optional
@@ -90,6 +109,7 @@ def begin_step(
     """
     streams, device, width, half = len(tokens), tokens.device, embedding.shape[1], len(inv_freq)
     check_tensor("tokens", tokens, (None,), dtypes=(torch.int64, torch.int32), device=device)
+    check_tensor("logits", logits, (streams, None), dtypes=(torch.float32,), device=device, contiguous=False)
     check_tensor("plan", plan, (None, streams, FIELDS), dtypes=(torch.int32,), device=device)
     check_tensor("cursor", cursor, (streams,), dtypes=(torch.int64,), device=device)
     check_tensor("embedding", embedding, (None, None), dtypes=FLOAT_DTYPES, device=device)
@@ -104,21 +124,29 @@ def begin_step(
     check_tensor("hidden", hidden, (streams, width), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("rope", rope, (streams, 2, 2, half), dtypes=(torch.float32,), device=device)
     if not use_triton(backend, tokens):
-        read_plan(tokens, plan, cursor, scalars)
-        return scalars, hidden.copy_(embedding[tokens]), rope.copy_(rope_twin(scalars, inv_freq, factor))
+        read_plan(tokens, logits, plan, cursor, scalars)
+        hidden.copy_(embedding[scalars[:, TOKEN].long()])
+        return scalars, hidden, rope.copy_(rope_twin(scalars, inv_freq, factor))
+    tiles = Tiles(*logits.shape, device) if tiles is None else tiles
+    early = tiles.find(logits, tokens)
     launch(
-        _begin_step_kernel, (streams,), tokens, plan, cursor, embedding, inv_freq, scalars, hidden, rope, len(plan),
-        width, factor, HALF=half, BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half),
-        FIELDS=FIELDS, TOKEN=TOKEN, POSITIONS=WINDOW_POSITION, num_warps=4, pdl=False,
+        _begin_step_kernel, (streams,), tokens, tiles.values, tiles.indices, plan, cursor, embedding, inv_freq,
+        scalars, hidden, rope, tiles.count, logits.shape[1], len(plan), width, factor, HALF=half,
+        BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half),
+        SIZE=triton.next_power_of_2(tiles.count), FIELDS=FIELDS, TOKEN=TOKEN, POSITIONS=WINDOW_POSITION, num_warps=4,
+        pdl=early,
     )  # fmt: skip
     return scalars, hidden, rope
 
 
-def read_plan(tokens: torch.Tensor, plan: torch.Tensor, cursor: torch.Tensor, scalars: torch.Tensor) -> None:
-    """Move the cursor and fill `scalars` from its row of the plan and `tokens`; in plain PyTorch."""
+def read_plan(
+    tokens: torch.Tensor, logits: torch.Tensor, plan: torch.Tensor, cursor: torch.Tensor, scalars: torch.Tensor
+) -> None:
+    """Move the cursor, choose tokens, fill `scalars` from its row of the plan and write the ids there; the twin."""
     cursor.add_(1).remainder_(len(plan))
     scalars.copy_(plan.index_select(0, cursor[:1])[0])
-    scalars[:, TOKEN] = tokens
+    scalars[:, TOKEN] = torch.where(tokens < 0, logits.argmax(-1), tokens)
+    plan.index_copy_(0, cursor[:1], scalars[None])
 
 
 def rope_twin(scalars, inv_freq, factor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The likeliest token of every stream, in two small kernels: one program alone is slow on a row of logits."""
+"""The likeliest token of every stream, in two small kernels: one program alone is slow on a row of logits.
+
+In a decode step the first of them comes before `begin_step`, whose kernel does what the second does.
+"""
 
 import torch
 
@@ -26,31 +29,88 @@ def _first_largest(values, indices, none):
 
 
 @jit
+def likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE: tl.constexpr):
+    """What the tiles of one stream come to, int64; to be called once they are final."""
+    column = tl.arange(0, SIZE)
+    place = stream * tiles + column
+    values = tl.load(value_ptr + place, mask=column < tiles, other=-float("inf"))
+    indices = tl.load(index_ptr + place, mask=column < tiles, other=vocab - 1)
+    return _first_largest(values, indices, vocab - 1)[1].to(tl.int64)
+
+
+@jit
 def _tiles_kernel(
-    logit_ptr, value_ptr, index_ptr, vocab, stride, TILE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr
-):
-    """Program (tile, stream). EARLY: the kernel after it may start before it has ended."""
+    token_ptr, logit_ptr, value_ptr, index_ptr, vocab, stride, ALL: tl.constexpr, TILE: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, stream); without ALL only for streams without a token. EARLY: the next kernel may start now."""
     tile, stream = tl.program_id(0), tl.program_id(1)
     if EARLY:
         gdc_launch_dependents()
-    columns = tile * TILE + tl.arange(0, TILE)
-    values = tl.load(logit_ptr + stream * stride + columns, mask=columns < vocab, other=-float("inf"))
-    top, index = _first_largest(values, columns, vocab - 1)
-    place = stream * tl.num_programs(0) + tile
-    tl.store(value_ptr + place, top)
-    tl.store(index_ptr + place, index)
+    wanted = ALL
+    if not ALL:
+        wanted = tl.load(token_ptr + stream) < 0
+    if wanted:
+        columns = tile * TILE + tl.arange(0, TILE)
+        values = tl.load(logit_ptr + stream * stride + columns, mask=columns < vocab, other=-float("inf"))
+        top, index = _first_largest(values, columns, vocab - 1)
+        place = stream * tl.num_programs(0) + tile
+        tl.store(value_ptr + place, top)
+        tl.store(index_ptr + place, index)
 
 
 @jit
 def _streams_kernel(value_ptr, index_ptr, out_ptr, tiles, vocab, SIZE: tl.constexpr, PDL: tl.constexpr):
     """One program a stream."""
-    stream, column = tl.program_id(0), tl.arange(0, SIZE)
+    stream = tl.program_id(0)
     if PDL:
         gdc_wait()
-    place = stream * tiles + column
-    values = tl.load(value_ptr + place, mask=column < tiles, other=-float("inf"))
-    indices = tl.load(index_ptr + place, mask=column < tiles, other=vocab - 1)
-    tl.store(out_ptr + stream, _first_largest(values, indices, vocab - 1)[1].to(tl.int64))
+    tl.store(out_ptr + stream, likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE))
+
+
+class Tiles:
+    """Room for the largest logit of every tile, and its index.
+
+    Parameters
+    ----------
+    streams, vocab : int
+        Axes of the logits.
+    device : torch.device
+
+    Attributes
+    ----------
+    values, indices : Tensor, (streams, tiles), float32 and int32
+    count : int
+        Tiles of one stream.
+    """
+
+    def __init__(self, streams: int, vocab: int, device: torch.device):
+        self.count = -(-vocab // TILE)
+        self.values = torch.zeros(streams, self.count, dtype=torch.float32, device=device)
+        self.indices = torch.zeros(streams, self.count, dtype=torch.int32, device=device)
+
+    def find(self, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> bool:
+        """Launch the first half of the search.
+
+        Parameters
+        ----------
+        logits : Tensor, (streams, vocab), float32
+        tokens : Tensor, (streams,), int64 or int32, optional
+            Only streams with a negative one are searched.
+
+        Returns
+        -------
+        bool
+            Whether the next kernel is to be launched early. Every program of it must then wait, whether it reads the
+            tiles or not, so that what follows it finds this kernel ended as well.
+        """
+        streams, vocab = logits.shape
+        early = has_dependent_launch(logits.device)
+        launch(
+            _tiles_kernel, (self.count, streams), logits if tokens is None else tokens, logits, self.values,
+            self.indices, vocab, logits.stride(0), ALL=tokens is None, TILE=TILE, EARLY=early, num_warps=8, pdl=False,
+        )  # fmt: skip
+        return early
 
 
 def likeliest(logits: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -74,17 +134,11 @@ def likeliest(logits: torch.Tensor, *, backend: str | None = None) -> torch.Tens
     if not use_triton(backend, logits):
         return logits.argmax(-1)
     streams, vocab = logits.shape
-    tiles = triton.cdiv(vocab, TILE)
-    values = torch.empty(streams, tiles, device=logits.device)
-    indices = torch.empty(streams, tiles, dtype=torch.int32, device=logits.device)
+    tiles = Tiles(streams, vocab, logits.device)
     out = torch.empty(streams, dtype=torch.int64, device=logits.device)
-    early = has_dependent_launch(logits.device)
+    early = tiles.find(logits)
     launch(
-        _tiles_kernel, (tiles, streams), logits, values, indices, vocab, logits.stride(0), TILE=TILE, EARLY=early,
-        num_warps=8, pdl=False,
-    )  # fmt: skip
-    launch(
-        _streams_kernel, (streams,), values, indices, out, tiles, vocab, SIZE=triton.next_power_of_2(tiles),
-        num_warps=1, pdl=early,
+        _streams_kernel, (streams,), tiles.values, tiles.indices, out, tiles.count, vocab,
+        SIZE=triton.next_power_of_2(tiles.count), num_warps=1, pdl=early,
     )  # fmt: skip
     return out

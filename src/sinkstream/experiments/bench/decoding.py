@@ -162,7 +162,7 @@ class Lane:
                 chosen = self.source.row(self.position)
                 nll[i] = torch.nn.functional.cross_entropy(self.logits.float(), chosen, reduction="none")
             else:
-                chosen = self.logits.argmax(-1)
+                chosen = self.decoder.choose(self.logits)
             self.logits = self.decoder.feed(chosen)
             self.clock.tick()
             self.position += 1

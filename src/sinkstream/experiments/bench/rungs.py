@@ -39,9 +39,19 @@ class Decoder(ABC):
     def prefill(self, ids: torch.Tensor, stream: int) -> torch.Tensor:
         """Append a prompt (tokens,) to one stream; logits (1, vocab)."""
 
+    def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The likeliest token of every stream, (streams,), by the latest logits; None where the step finds it."""
+        return logits.argmax(-1)
+
     @abstractmethod
-    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append one token to every stream, (streams,); logits (streams, vocab), which the next call may overwrite."""
+    def feed(self, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Append one token to every stream, (streams,), or what `choose` gave.
+
+        Returns
+        -------
+        Tensor, (streams, vocab)
+            Logits, which the next call may overwrite.
+        """
 
     @abstractmethod
     def last_step(self) -> Step:
@@ -193,7 +203,10 @@ class EngineDecoder(Decoder):
     def prefill(self, ids: torch.Tensor, stream: int) -> torch.Tensor:
         return self.engine.prefill(ids, stream=stream)[None]
 
-    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor) -> None:
+        """Nothing: every step finds the likeliest token by itself."""
+
+    def feed(self, tokens: torch.Tensor | None) -> torch.Tensor:
         self.engine.advance(tokens, self._streams)
         return self.engine.state.logits
 

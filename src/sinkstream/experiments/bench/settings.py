@@ -19,7 +19,8 @@ MOST_CHUNKS = 4000
 DEFINITIONS = {
     "tpot": (
         "wall seconds of the steady tokens over their number, host included: every token is chosen on the device (the"
-        " likeliest, or the text's next one with its NLL) and appended; the device is waited for once a chunk"
+        " likeliest, which a step of the engine finds itself, or the text's next one with its NLL) and appended; the"
+        " device is waited for once a chunk"
     ),
     "latency": (
         "time between two tokens, CUDA events on a GPU and the clock on a CPU; the first token of every chunk, which"
