@@ -36,9 +36,9 @@ precision_of() {
   run eval "${shared[@]}" --backend hf --dtype float32 --evaluate blocks
 }
 blocks_of() {
-  local shared=(--model "$1" --text "$first_text" --cap 512 --dtype float32 --policy window-only,strict,lazy --out "$out/blocks")
-  run eval "${shared[@]}" --tokens 2048 --evaluate steps
-  run eval "${shared[@]}" --tokens 2048 --evaluate blocks
+  local shared=(--model "$1" --text "$first_text" --cap 512 --dtype float32 --policy strict,lazy --out "$out/blocks")
+  run eval "${shared[@]}" --tokens 1536 --evaluate steps
+  run eval "${shared[@]}" --tokens 1536 --evaluate blocks
   run eval "${shared[@]}" --tokens 20000 --evaluate blocks
 }
 every_policy() {
