@@ -64,7 +64,7 @@ class FusedDecode:
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
         with torch.inference_mode(False):
-            self.hidden = self._buffer(weights.embedding.shape[1])
+            self.hidden, self.other = (self._buffer(weights.embedding.shape[1]) for _ in range(2))
             self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
             self.middle = self._buffer(spec.decoder.config.intermediate_size)
@@ -108,9 +108,10 @@ class FusedDecode:
         )  # fmt: skip
         self._observe(row, i)
         linear_residual(
-            self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, residual=self.hidden, out=self.hidden,
+            self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, residual=self.hidden, out=self.other,
             prefetch=self._next_layer("out", i), **self._how("out", early=not self.observes),
         )  # fmt: skip
+        self._flip()
 
     def _llama_layer(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
         self._norm_linear(
@@ -119,17 +120,23 @@ class FusedDecode:
         )  # fmt: skip
         self._attention(row, i, layer)
         linear_residual(
-            self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.hidden,
+            self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.other,
             prefetch=self._gate_up("o", layer), **self._how("o", early=not self.observes),
         )  # fmt: skip
+        self._flip()
         self._norm_linear(
             "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
             out=self.middle, prefetch=Prefetch.of_rows(layer.weight_down, self.plan["gate_up"].prefetch),
         )  # fmt: skip
         linear_residual(
-            self.middle, layer.weight_down, bias=layer.bias_down, residual=self.hidden, out=self.hidden,
+            self.middle, layer.weight_down, bias=layer.bias_down, residual=self.hidden, out=self.other,
             prefetch=self._next_layer("down", i), **self._how("down"),
         )  # fmt: skip
+        self._flip()
+
+    def _flip(self) -> None:
+        """The residual stream goes on in the other buffer: no kernel writes the lines that it is reading."""
+        self.hidden, self.other = self.other, self.hidden
 
     def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more) -> None:
         """One row range behind one norm."""
