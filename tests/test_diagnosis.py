@@ -382,7 +382,10 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert pictures | {"diagnosis.html", "01-lazy-r-16-tokens.csv", "01-lazy-r-16-events.csv"} <= files
     page = (tmp_path / "out" / "diagnosis.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * len(DIAGNOSIS_PICTURES) + 1
-    assert not re.search(r'(src|href)="(?!data:)', page), "the page refers to no other file"
+    assert not re.search(r'(src|href)="(?!data:|#policy-)', page), "the page refers to no other file"
+    found = [re.findall(rf'{attribute}([^"]+)"', page) for attribute in ('href="#', 'id="')]
+    assert found == [["policy-0", "policy-1"]] * 2
+    assert len(page) < 2 * 150_000 + 50_000, "twenty policies stay under three megabytes"
     with (tmp_path / "out" / "tables" / "01-lazy-r-16-tokens.csv").open() as file:
         rows = list(csv.DictReader(file))
     lazy = next(r for r in runs if r.policy["name"] == "lazy")
