@@ -263,7 +263,7 @@ def build(store, label="lazy R=64", **keywords):
         [entry],
         arguments={},
         command=["sinkstream", "diagnose"],
-        environment=run.environment,
+        git=run.environment["git"],
         created="2026-01-01T00:00:00+00:00",
         seed=0,
     )
@@ -303,6 +303,18 @@ def test_other_records_are_refused(store, tmp_path, change, message):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         load_diagnosis(tmp_path / "broken.json")
+
+
+def test_records_of_a_gpu_are_diagnosed_on_a_machine_without_one(store, tmp_path):
+    """The environment is that of the runs; what diagnosed them is told beside it."""
+    strict = store("strict", "strict", strict_arrays(), device="cuda")
+    lazy = store("policy", "lazy", lazy_arrays(), device="cuda")
+    out = tmp_path / "out"
+    assert main(["diagnose", str(strict.path), str(lazy.path), "--out", str(out)]) == 0
+    (diagnosis,) = load_diagnoses(out)
+    assert diagnosis.environment == lazy.environment and diagnosis.environment["gpu"]["name"] == "Test GPU"
+    assert set(diagnosis.protocol["diagnosis_git"]) == {"commit", "dirty", "reason"}
+    assert "Test GPU" in markdown_diagnosis(diagnosis)
 
 
 def test_tables_and_headline_come_from_the_record(store, tmp_path):
@@ -399,6 +411,12 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert [float(row["control_nll"]) for row in rows[:9]] == pytest.approx(strict.arrays["nll"][:9].tolist(), abs=1e-5)
     assert [row["event"] for row in rows].count("1") == diagnosis.policies[0]["period"]["events"]
     assert sum(row["time_ms"] != "" for row in rows) == 90
+    with (tmp_path / "out" / "tables" / "02-max-drop-r-16-max-drop-4-events.csv").open() as file:
+        events = list(csv.DictReader(file))
+    assert len(events) == diagnosis.policies[1]["period"]["events"]
+    assert {(e["drop_size"], e["kv_len"]) for e in events} == {("4", "45")}, "one step drops at most four"
+    whole = {(e["drop_steps"], e["dropped"], e["tokens_to_next"]) for e in events[:-1]}
+    assert len(whole) == 1 and whole.pop()[1:] == ("20", "20"), "all that an event drops, though not at once"
     again = cli(f"{LINE} --timed-tokens 90 --resume")
     assert again.code == 0 and again.out.count("taken from") == len(runs)
     first, second = load_diagnoses(tmp_path / "out")
@@ -407,6 +425,7 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     read = cli("", shared="out/runs --out again")
     assert read.code == 0, read.err
     assert load_diagnoses(tmp_path / "again")[0].policies == first.policies, "records give the same figures"
+    assert "run records hold no text" in read.out and "run records hold no text" not in done.out
 
 
 def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch):
@@ -434,12 +453,14 @@ def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch)
         ("--tokens 600 --policy full", "'full' has no prune events"),
         ("--tokens 600 --policy strict", "'strict' is the control"),
         ("--tokens 5000 --policy lazy", "too short: it has 900 tokens"),
+        ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
         ("nosuch.json", "nosuch.json: there is no such record"),
         ("notes.json", "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
     (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
+    (tmp_path / "empty").mkdir()
     done = cli(line)
     assert done.code == 2
     assert re.fullmatch(r"sinkstream diagnose: error: .+\n", done.err) and message in done.err
