@@ -327,6 +327,9 @@ def test_tables_and_headline_come_from_the_record(store, tmp_path):
     table = render_tables(tmp_path)["diagnosis-pg19-smollm2"]
     assert table == markdown_diagnosis(diagnosis) and "| lazy R=64 |" in table and "no-go: spike" in table
     assert all(text in table for text in PARTS.values())
+    overview = render_tables(tmp_path)["diagnosis-overview"]
+    assert "| SmolLM2-135M, PG19 (20,000) |" in overview and table.splitlines()[4].split(" | ")[1] in overview
+    assert "*no records yet*: neox-27m-sink, PG19; " in overview
     widths = [{line.count("|") for line in part.splitlines()} for part in table.split("\n\n")[1:]]
     assert all(len(width) == 1 for width in widths)
 
@@ -345,7 +348,9 @@ def test_without_records_keys_are_absent_and_tables_say_so(tmp_path):
     assert render_tables(tmp_path)["diagnosis-pg19-smollm2"] == "*no records yet*"
     summary = write_summary(tmp_path)
     assert not summary.headlines and set(DIAGNOSIS_HEADLINES) <= set(summary.missing)
-    assert len(DIAGNOSIS_TABLES) == 7
+    assert len(DIAGNOSIS_TABLES) == 8
+    overview = render_tables(tmp_path)["diagnosis-overview"]
+    assert overview.startswith("*no records yet*: SmolLM2-135M, PG19; ") and overview.count(";") == 5
 
 
 # ---- the command ----

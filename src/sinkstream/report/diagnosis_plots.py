@@ -171,7 +171,7 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
 
 def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one group of bars a policy."""
-    figure, (axis,) = new_figure(1, height=1.4 + 0.75 * len(entries))
+    figure, (axis,) = new_figure(1, height=1.4 + 0.55 * len(entries))
     parts = zip(PARTS.items(), (BLUE, SKY, PINK, RED, ORANGE))
     rows = [("total", "all of it", "white"), *((name, text, colour) for (name, text), colour in parts)]
     for offset, (name, text, colour) in zip(np.linspace(0.35, -0.35, len(rows)), rows):
