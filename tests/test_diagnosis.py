@@ -202,6 +202,8 @@ def test_pairing_refuses_what_cannot_be_diagnosed(store):
         pair_runs([lazy, store("shorter", "strict", strict_arrays(), cap=192)])
     with pytest.raises(ValueError, match="no policy to diagnose among the records \\(full, strict\\)"):
         pair_runs([store("strict", "strict", strict_arrays()), store("full", "full")])
+    with pytest.raises(ValueError, match=r"several values of cap .256, 192.*accepted: policies of one cap"):
+        pair_runs([lazy, store("small", "lazy", lazy_arrays(), cap=192), store("other", "strict", strict_arrays())])
     with pytest.raises(ValueError, match="no run records"):
         pair_runs([])
 

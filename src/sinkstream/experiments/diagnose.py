@@ -105,8 +105,8 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
     Raises
     ------
     ValueError
-        Runs of several texts or models, runs that are not complete, no policy with events, or a policy without a
-        strict run at its cap.
+        Runs of several texts or models, runs that are not complete, no policy with events, policies of several caps,
+        prefills or precisions, or a policy without a strict run at its cap.
     """
     if not records:
         raise ValueError("no run records to diagnose")
@@ -129,6 +129,13 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
             f"no policy to diagnose among the records ({names}): strict streaming is the control and baselines have no"
             " prune events; accepted: also the record of another policy, as in lazy"
         )
+    for name in ("cap", "prefill_tokens", "dtype"):
+        values = list(dict.fromkeys(str(record.protocol[name]) for record in policies))
+        if len(values) > 1:
+            raise ValueError(
+                f"the policies' records have several values of {name} ({', '.join(values)}); a diagnosis"
+                f" compares at one; accepted: policies of one {name}, with strict runs at any cap"
+            )
     return [(record, _controls(record, records)) for record in policies]
 
 
