@@ -25,7 +25,7 @@ import sinkstream.cli.report as report_command
 import sinkstream.evaluation.run as run_module
 import sinkstream.measure.files as files_module
 from sinkstream import __version__
-from sinkstream.cli import COMMANDS, build_parser, main
+from sinkstream.cli import COMMANDS, build_parser, command_summaries, main
 from sinkstream.cli.options import policy_option_specs
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.evaluation.settings import method_names
@@ -624,11 +624,27 @@ def named(word: str, text: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) is not None
 
 
+@pytest.mark.parametrize("line", ["--help", "--version", "nosuch"])
+def test_what_needs_no_command_imports_none(line):
+    """Torch and transformers take seconds to import; a command's own help does need them, for its choices."""
+    program = """
+import sys
+from sinkstream.cli import main
+try:
+    main([LINE])
+except SystemExit:
+    pass
+print(sorted({"torch", "transformers", "numpy", "sinkstream.cli.eval"} & set(sys.modules)))
+""".replace("LINE", repr(line))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+
+
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
 def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     text = help_text(cli, "")
-    assert all(named(name, text) and COMMANDS.summary(name)[:20] in text for name in COMMANDS)
+    assert all(named(name, text) and summary[:20] in text for name, summary in command_summaries().items())
     text = help_text(cli, "eval")
     wanted = [*method_names(), *SCORERS, "--policy", "--cap"]
     wanted += ["--" + spec.name.replace("_", "-") for spec in policy_option_specs()]
@@ -649,8 +665,10 @@ COMMAND_NAMES = ["eval", "bench", "diagnose", "recall", "cliff", "demo", "env", 
 @pytest.mark.parametrize("command", COMMAND_NAMES)
 def test_every_option_has_a_help_text(cli, command):
     text = help_text(cli, command)
-    assert set(COMMANDS) == set(COMMAND_NAMES), "a new command: name it above"
-    parser = next(a for a in build_parser()._actions if a.dest == "command").choices[command]
+    summaries = command_summaries()
+    assert set(summaries) == set(COMMAND_NAMES), "a new command: name it above"
+    parser = next(a for a in build_parser()._actions if a.dest == "command").choices[command].load()
+    assert summaries[command] == COMMANDS.summary(command)
     for action in parser._actions:
         assert action.help, action.dest
         assert all(named(flag, text) for flag in action.option_strings)

@@ -128,6 +128,10 @@ def test_table_headline_and_picture(store, tmp_path):
     assert value == pytest.approx(0.909, abs=1e-3) and record_id == "outside"
     table = render_tables(tmp_path)["cliff-neox-sink"]
     assert "outside cap" in table and "T = 8,192 trained positions" in table
+    overview = render_tables(tmp_path)["cliff-overview"].splitlines()
+    assert len(overview) == 2 + 3 and sum(NONE_YET in line for line in overview) == 2
+    cells = next(line for line in overview if "8,192" in line).strip("| ").split(" | ")
+    assert cells[1:3] == ["8,192", "256"] and cells[4:] == outside[6:8] + outside[9:], "the grid's own figures"
     assert draw_cliff(records, tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no complete records"):
         draw_cliff([], tmp_path / "c.png")

@@ -202,6 +202,8 @@ def test_pairing_refuses_what_cannot_be_diagnosed(store):
         pair_runs([lazy, store("shorter", "strict", strict_arrays(), cap=192)])
     with pytest.raises(ValueError, match="no policy to diagnose among the records \\(full, strict\\)"):
         pair_runs([store("strict", "strict", strict_arrays()), store("full", "full")])
+    with pytest.raises(ValueError, match=r"several values of cap .256, 192.*accepted: policies of one cap"):
+        pair_runs([lazy, store("small", "lazy", lazy_arrays(), cap=192), store("other", "strict", strict_arrays())])
     with pytest.raises(ValueError, match="no run records"):
         pair_runs([])
 
@@ -263,7 +265,7 @@ def build(store, label="lazy R=64", **keywords):
         [entry],
         arguments={},
         command=["sinkstream", "diagnose"],
-        environment=run.environment,
+        git=run.environment["git"],
         created="2026-01-01T00:00:00+00:00",
         seed=0,
     )
@@ -305,6 +307,18 @@ def test_other_records_are_refused(store, tmp_path, change, message):
         load_diagnosis(tmp_path / "broken.json")
 
 
+def test_records_of_a_gpu_are_diagnosed_on_a_machine_without_one(store, tmp_path):
+    """The environment is that of the runs; what diagnosed them is told beside it."""
+    strict = store("strict", "strict", strict_arrays(), device="cuda")
+    lazy = store("policy", "lazy", lazy_arrays(), device="cuda")
+    out = tmp_path / "out"
+    assert main(["diagnose", str(strict.path), str(lazy.path), "--out", str(out)]) == 0
+    (diagnosis,) = load_diagnoses(out)
+    assert diagnosis.environment == lazy.environment and diagnosis.environment["gpu"]["name"] == "Test GPU"
+    assert set(diagnosis.protocol["diagnosis_git"]) == {"commit", "dirty", "reason"}
+    assert "Test GPU" in markdown_diagnosis(diagnosis)
+
+
 def test_tables_and_headline_come_from_the_record(store, tmp_path):
     write_diagnosis(build(store, model="SmolLM2-135M-Instruct.Q4_1", text="pg19_dragons_blood"), tmp_path)
     (diagnosis,) = load_diagnoses(tmp_path)
@@ -315,6 +329,9 @@ def test_tables_and_headline_come_from_the_record(store, tmp_path):
     table = render_tables(tmp_path)["diagnosis-pg19-smollm2"]
     assert table == markdown_diagnosis(diagnosis) and "| lazy R=64 |" in table and "no-go: spike" in table
     assert all(text in table for text in PARTS.values())
+    overview = render_tables(tmp_path)["diagnosis-overview"]
+    assert "| SmolLM2-135M, PG19 (20,000) |" in overview and table.splitlines()[4].split(" | ")[1] in overview
+    assert "*no records yet*: neox-27m-sink, PG19; " in overview
     widths = [{line.count("|") for line in part.splitlines()} for part in table.split("\n\n")[1:]]
     assert all(len(width) == 1 for width in widths)
 
@@ -333,7 +350,9 @@ def test_without_records_keys_are_absent_and_tables_say_so(tmp_path):
     assert render_tables(tmp_path)["diagnosis-pg19-smollm2"] == "*no records yet*"
     summary = write_summary(tmp_path)
     assert not summary.headlines and set(DIAGNOSIS_HEADLINES) <= set(summary.missing)
-    assert len(DIAGNOSIS_TABLES) == 7
+    assert len(DIAGNOSIS_TABLES) == 8
+    overview = render_tables(tmp_path)["diagnosis-overview"]
+    assert overview.startswith("*no records yet*: SmolLM2-135M, PG19; ") and overview.count(";") == 5
 
 
 # ---- the command ----
@@ -382,7 +401,10 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert pictures | {"diagnosis.html", "01-lazy-r-16-tokens.csv", "01-lazy-r-16-events.csv"} <= files
     page = (tmp_path / "out" / "diagnosis.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * len(DIAGNOSIS_PICTURES) + 1
-    assert not re.search(r'(src|href)="(?!data:)', page), "the page refers to no other file"
+    assert not re.search(r'(src|href)="(?!data:|#policy-)', page), "the page refers to no other file"
+    found = [re.findall(rf'{attribute}([^"]+)"', page) for attribute in ('href="#', 'id="')]
+    assert found == [["policy-0", "policy-1"]] * 2
+    assert len(page) < 2 * 150_000 + 50_000, "twenty policies stay under three megabytes"
     with (tmp_path / "out" / "tables" / "01-lazy-r-16-tokens.csv").open() as file:
         rows = list(csv.DictReader(file))
     lazy = next(r for r in runs if r.policy["name"] == "lazy")
@@ -396,6 +418,12 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert [float(row["control_nll"]) for row in rows[:9]] == pytest.approx(strict.arrays["nll"][:9].tolist(), abs=1e-5)
     assert [row["event"] for row in rows].count("1") == diagnosis.policies[0]["period"]["events"]
     assert sum(row["time_ms"] != "" for row in rows) == 90
+    with (tmp_path / "out" / "tables" / "02-max-drop-r-16-max-drop-4-events.csv").open() as file:
+        events = list(csv.DictReader(file))
+    assert len(events) == diagnosis.policies[1]["period"]["events"]
+    assert {(e["drop_size"], e["kv_len"]) for e in events} == {("4", "45")}, "one step drops at most four"
+    whole = {(e["drop_steps"], e["dropped"], e["tokens_to_next"]) for e in events[:-1]}
+    assert len(whole) == 1 and whole.pop()[1:] == ("20", "20"), "all that an event drops, though not at once"
     again = cli(f"{LINE} --timed-tokens 90 --resume")
     assert again.code == 0 and again.out.count("taken from") == len(runs)
     first, second = load_diagnoses(tmp_path / "out")
@@ -404,6 +432,7 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     read = cli("", shared="out/runs --out again")
     assert read.code == 0, read.err
     assert load_diagnoses(tmp_path / "again")[0].policies == first.policies, "records give the same figures"
+    assert "run records hold no text" in read.out and "run records hold no text" not in done.out
 
 
 def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch):
@@ -431,12 +460,14 @@ def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch)
         ("--tokens 600 --policy full", "'full' has no prune events"),
         ("--tokens 600 --policy strict", "'strict' is the control"),
         ("--tokens 5000 --policy lazy", "too short: it has 900 tokens"),
+        ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
         ("nosuch.json", "nosuch.json: there is no such record"),
         ("notes.json", "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
     (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
+    (tmp_path / "empty").mkdir()
     done = cli(line)
     assert done.code == 2
     assert re.fullmatch(r"sinkstream diagnose: error: .+\n", done.err) and message in done.err

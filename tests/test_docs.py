@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sinkstream.cli import main
+from sinkstream.report.docs import generated_names
+from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
@@ -40,6 +42,22 @@ def test_document_holds(document):
     assert not machine_paths(text)
     assert not dead_links(document, text)
     assert not unknown_targets(text)
+
+
+def test_the_readme_leads_to_every_document():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {(ROOT / target.partition("#")[0]).resolve() for target in LINK.findall(readme)}
+    assert set((ROOT / "docs").glob("*.md")) <= named
+
+
+def test_the_diagnosis_is_two_pages_and_its_tables_have_a_section_for_every_record():
+    page, tables = (ROOT / "docs" / name for name in ("diagnosis.md", "diagnosis-tables.md"))
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 2 * 66, "two pages of 66 lines, tables and all"
+    assert {"diagnosis-overview", "cliff-overview", "recall-overview"} <= set(generated_names(page))
+    models = DIAGNOSED_MODELS.values()
+    wanted = {f"diagnosis-{text.lower()}-{model}" for text in DIAGNOSED_TEXTS for model in models}
+    wanted |= {name for model in models for name in (f"cliff-{model}", f"recall-{model}-512")}
+    assert wanted <= set(generated_names(tables))
 
 
 def test_no_source_names_a_machine_path():

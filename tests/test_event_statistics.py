@@ -96,6 +96,15 @@ def test_too_few_events_give_no_interval_but_a_reason(n_events):
     assert curve.area.low is None and curve.area.reason and not curve.found
 
 
+@pytest.mark.parametrize("n_events", [2, 6])
+def test_few_events_have_figures_where_the_run_begins_with_one(n_events):
+    """Before the first event there is no text, so that one event fewer has a level; that is no reason to give none."""
+    values = np.tile(np.r_[np.full(4, 0.5), np.zeros(60)], n_events)
+    curve = event_curve(values, np.arange(values.size), np.arange(n_events) * 64)
+    assert curve.area.value == pytest.approx(2) and curve.peak.value == pytest.approx(0.5)
+    assert curve.area.low is None and f"{n_events} groups" in curve.area.reason and not curve.found
+
+
 def test_no_difference_at_all_is_exactly_none():
     curve = event_curve(np.zeros(6400), np.arange(6400), np.arange(0, 6400, 64))
     assert (curve.peak.value, curve.peak.low, curve.peak.high, curve.area.high) == (0, 0, 0, 0)

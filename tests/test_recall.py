@@ -259,6 +259,9 @@ def test_documents_have_a_table_with_or_without_records(tmp_path):
         batch.run([RunSettings(name, 512, evaluate="blocks") for name in ("strict", "full")], Console(quiet=True))
     table = render_tables(tmp_path)["recall-neox-sink-512"]
     assert re.search(r"\| full \| – .*\n\| strict \| 10,000", table) and "cap (512 slots)" in table
+    overview = render_tables(tmp_path)["recall-overview"].splitlines()
+    assert overview[0] == "| Model | Policy | 0.25 × | 2 × |" and sum(NONE_YET in line for line in overview) == 2
+    assert [line.split(" | ")[1] for line in overview if "neox-27m-sink" in line] == ["full", "strict"]
 
 
 # ---- command line ----

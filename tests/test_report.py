@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from record_factory import make_arrays, make_record
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
-from sinkstream.report.plots import COLOURS, line_formats, nll_over_tokens
+from sinkstream.report.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
 from sinkstream.report.selection import is_plain, policy_name, select
 from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.report.tables import comparison_rows, markdown_table, rich_table
@@ -104,6 +105,18 @@ def test_plot_is_a_png_with_a_line_a_record(store, tmp_path):
     assert int.from_bytes(alone.read_bytes()[20:24], "big") < height, "one record needs no difference panel"
     with pytest.raises(ValueError, match="no records"):
         nll_over_tokens([], tmp_path / "none.png")
+
+
+def test_pictures_keep_their_colours_in_a_palette(tmp_path):
+    """Even of thin lines; a palette chosen by frequency would lose them beside what covers the picture."""
+    figure, (axis,) = new_figure(1)
+    for number, colour in enumerate(COLOURS):
+        axis.axvline(number, color=colour, linewidth=2)
+        axis.axhspan(number, number + 1, color=colour, alpha=0.2)
+    picture = Image.open(save(figure, tmp_path / "colours.png"))
+    assert picture.mode == "P" and (tmp_path / "colours.png").stat().st_size < 40_000
+    seen = {colour for _, colour in picture.convert("RGB").getcolors()}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS} <= seen
 
 
 def test_many_lines_stay_distinct():

@@ -4,10 +4,14 @@ A user's mistake ends with one message on stderr and exit code 2, an interrupt w
 """
 
 import argparse
+import ast
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from sinkstream import __version__
 from sinkstream.measure.files import WriteError
@@ -35,37 +39,64 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if says_something else action.help
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each command module adds its own options."""
-    from sinkstream.cli import (  # noqa: F401  (they register their commands)
-        bench,
-        cliff,
-        demo,
-        diagnose,
-        env,
-        eval,
-        recall,
-        report,
-    )
+class CommandParser(Parser):
+    """The parser of one command: imports its module and adds its options when it is first asked to parse.
 
+    The modules take seconds to import, because of torch, and only one of them is needed.
+    """
+
+    def __init__(self, *, command: str, **options: Any):
+        super().__init__(**options)
+        self.command = command
+
+    def load(self) -> "CommandParser":
+        """Import the command and add its options, once; returns itself."""
+        if self.get_default("run") is None:
+            import_module(f"{__name__}.{self.command}")
+            command = COMMANDS[self.command]
+            self.description = command.__doc__
+            command.add_arguments(self)
+            self.set_defaults(run=command.run)
+        return self
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        self.load()
+        return super().parse_known_args(args, namespace)
+
+
+def command_summaries() -> dict[str, str]:
+    """Name of every command -> what it does, from the sources of this folder's modules, none of which is imported."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    registered = [
+        (mark.args[0].value, ast.get_docstring(node))
+        for node in classes
+        for mark in node.decorator_list
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "COMMANDS.register"
+    ]
+    return {name: docstring.splitlines()[0].rstrip(".") for name, docstring in registered}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each command module adds its own options once it is needed."""
     parser = Parser(
         prog="sinkstream",
         description="Language models that stream for ever in a fixed amount of memory.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    for name, summary in command_summaries().items():
+        commands.add_parser(
             name,
-            help=COMMANDS.summary(name),
-            description=command.__doc__,
+            command=name,
+            help=summary,
             allow_abbrev=False,
             usage=f"sinkstream {name} [options]",
             formatter_class=HelpFormatter,
         )
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
     return parser
 
 

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS
@@ -24,7 +23,6 @@ from sinkstream.data import load_text, tokenize
 from sinkstream.diagnosis import Diagnosis
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.diagnose import diagnosis_settings, pair_runs, write_diagnosis_files
-from sinkstream.measure.environment import environment
 from sinkstream.measure.records import Record, load_records
 from sinkstream.report.diagnosis_tables import rich_diagnosis
 
@@ -39,7 +37,11 @@ class Diagnose:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options of this command."""
         parser.add_argument(
-            "records", nargs="*", type=Path, metavar="RECORD", help="diagnose these run records instead of running"
+            "records",
+            nargs="*",
+            type=Path,
+            metavar="RECORD",
+            help="diagnose these run records instead of running; options of model, policy and protocol are then unused",
         )
         add_model_options(parser)
         add_policy_options(parser)
@@ -65,7 +67,7 @@ class Diagnose:
         """Run the policies and their controls, or read their records; write the diagnosis."""
         console = wide_console()
         if args.records:
-            return _write(args, load_records(args.records), None, console)
+            return _write(args, _given_records(args.records), None, console)
         timing = (
             {"evaluate": "steps", "timed_tokens": args.timed_tokens} if args.timed_tokens else {"evaluate": "blocks"}
         )
@@ -91,6 +93,17 @@ class Diagnose:
         return _write(args, records, texts, console)
 
 
+def _given_records(paths: list[Path]) -> list[Record]:
+    """The run records at the given paths. Raises ValueError if there are none, or as `load_records`."""
+    records = load_records(paths)
+    if not records:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: there are no run records; accepted: records that sinkstream eval or"
+            " diagnose wrote, or folders with them"
+        )
+    return records
+
+
 def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | None, console: Console) -> int:
     """Diagnose, write all files, print the table and the verdicts."""
     pairs = pair_runs(records)
@@ -101,7 +114,6 @@ def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | N
             texts,
             arguments=all_arguments(args),
             command=args.argv,
-            environment=environment(torch.device(str(pairs[0][0].protocol["device"]).partition(":")[0])),
             seed=args.seed,
         )
     _show(diagnosis, console)

@@ -41,7 +41,7 @@ def build_diagnosis(
     *,
     arguments,
     command,
-    environment,
+    git,
     created,
     seed: int,
 ) -> dict[str, Any]:
@@ -53,8 +53,11 @@ def build_diagnosis(
         The diagnosed runs, in the order of `policies`; model, text and protocol are those of the first.
     policies : sequence of dict
         What `diagnose` returned for each.
-    arguments, command, environment, created
+    arguments, command, created
         As in a run record; of the diagnosis, not of the runs.
+    git : dict
+        Revision that the diagnosis was computed with, as `git_revision` tells it. The `environment` is that of the
+        first run: where its figures were measured, which may be another machine than the one that reads its record.
     seed : int
         Of the resampling.
     """
@@ -65,10 +68,10 @@ def build_diagnosis(
         "created": created,
         "command": command,
         "arguments": arguments,
-        "environment": environment,
+        "environment": first.environment,
         "model": first.model,
         "data": first.data,
-        "protocol": {**protocol, "resampling_seed": seed, "confidence": 0.95},
+        "protocol": {**protocol, "resampling_seed": seed, "confidence": 0.95, "diagnosis_git": git},
         "policies": list(policies),
     }
 

@@ -14,7 +14,7 @@ from sinkstream.measure.records import Record
 
 TOKEN_COLUMNS = ("index", "token", "nll", "control_nll", "time_ms", "kv_len", "event", "drop_size")
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\0": r"\0"})
-EVENT_COLUMNS = ("index", "drop_size", "kv_len", "tokens_to_next", "mean_difference")
+EVENT_COLUMNS = ("index", "drop_size", "drop_steps", "dropped", "kv_len", "tokens_to_next", "mean_difference")
 
 
 def write_token_table(record: Record, control: Record, texts: Sequence[str] | None, path: Path | str) -> Path:
@@ -44,8 +44,13 @@ def write_token_table(record: Record, control: Record, texts: Sequence[str] | No
 
 
 def write_event_table(record: Record, control: Record, path: Path | str) -> Path:
-    """Write one row a prune event: where, what it dropped, what is seen after it, tokens to the next event, and the
-    mean paired difference in nats over its first 32 tokens."""
+    """Write one row a prune event, the list of a run's prune steps.
+
+    `index`: the first token predicted after it; `drop_size`: tokens that its first step dropped; `drop_steps` and
+    `dropped`: steps with a drop, and tokens dropped, until the next event (more than one step with ``max_drop``);
+    `kv_len`: tokens seen after the first step; `tokens_to_next`: tokens to the next event; `mean_difference`: mean
+    paired difference over its first 32 tokens, in nats.
+    """
     arrays, events = record.arrays, event_positions(record)
     at = np.flatnonzero(arrays["event"])
     index, here, there = np.intersect1d(
@@ -57,9 +62,18 @@ def write_event_table(record: Record, control: Record, path: Path | str) -> Path
     known = np.isfinite(table).sum(axis=1)
     means = np.where(known > 0, np.nansum(table, axis=1) / np.maximum(known, 1), np.nan)
     gaps = [*np.diff(events).tolist(), ""]
+    drops = [part[part > 0] for part in np.split(arrays["drop_size"], at)[1:]]
     lines = [
-        (int(index), int(arrays["drop_size"][row]), int(arrays["kv_length"][row]), gap, _cell(mean, 6))
-        for index, row, gap, mean in zip(events, at, gaps, means)
+        (
+            int(index),
+            int(arrays["drop_size"][row]),
+            part.size,
+            part.sum(),
+            arrays["kv_length"][row],
+            gap,
+            _cell(mean, 6),
+        )
+        for index, row, part, gap, mean in zip(events, at, drops, gaps, means)
     ]
     return _write(EVENT_COLUMNS, lines, path)
 

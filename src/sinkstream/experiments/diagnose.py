@@ -15,7 +15,7 @@ from sinkstream.diagnosis import (
     write_token_table,
 )
 from sinkstream.evaluation.settings import BASELINES, RunSettings
-from sinkstream.measure.environment import utc_now
+from sinkstream.measure.environment import git_revision, utc_now
 from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
 from sinkstream.report.diagnosis_page import write_page
@@ -105,8 +105,8 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
     Raises
     ------
     ValueError
-        Runs of several texts or models, runs that are not complete, no policy with events, or a policy without a
-        strict run at its cap.
+        Runs of several texts or models, runs that are not complete, no policy with events, policies of several caps,
+        prefills or precisions, or a policy without a strict run at its cap.
     """
     if not records:
         raise ValueError("no run records to diagnose")
@@ -125,7 +125,17 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
     policies = [r for r in evicting if not _is_strict(r)]
     if not policies:
         names = ", ".join(sorted({policy_name(r) for r in records}))
-        raise ValueError(f"no policy to diagnose among the records ({names}): baselines have no prune events")
+        raise ValueError(
+            f"no policy to diagnose among the records ({names}): strict streaming is the control and baselines have no"
+            " prune events; accepted: also the record of another policy, as in lazy"
+        )
+    for name in ("cap", "prefill_tokens", "dtype"):
+        values = list(dict.fromkeys(str(record.protocol[name]) for record in policies))
+        if len(values) > 1:
+            raise ValueError(
+                f"the policies' records have several values of {name} ({', '.join(values)}); a diagnosis"
+                f" compares at one; accepted: policies of one {name}, with strict runs at any cap"
+            )
     return [(record, _controls(record, records)) for record in policies]
 
 
@@ -190,7 +200,6 @@ def write_diagnosis_files(
     *,
     arguments: dict[str, Any],
     command: list[str],
-    environment: dict[str, Any],
     seed: int,
 ) -> tuple[Diagnosis, list[str]]:
     """Diagnose every policy and write record, tables, pictures and page below `out`.
@@ -201,7 +210,7 @@ def write_diagnosis_files(
         From `pair_runs`.
     texts : sequence of str or None
         Text of every token, for the per-token tables.
-    arguments, command, environment, seed
+    arguments, command, seed
         For the record.
 
     Returns
@@ -220,7 +229,7 @@ def write_diagnosis_files(
         entries,
         arguments=arguments,
         command=command,
-        environment=environment,
+        git=git_revision(),
         created=utc_now(),
         seed=seed,
     )
@@ -230,6 +239,8 @@ def write_diagnosis_files(
         write_event_table(record, controls.strict, out / TABLES / f"{slug}-events.csv")
     diagnosis = load_diagnosis(write_diagnosis(content, out))
     told = [f"record: {diagnosis.path}, tables: {out / TABLES}"]
+    if texts is None:
+        told.append("run records hold no text: the column 'token' of the tables is empty")
     try:
         drawn = [
             draw_policy(record, controls.strict, entry, out / PICTURES, slug)

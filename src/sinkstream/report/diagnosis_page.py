@@ -1,6 +1,7 @@
 """The page of a diagnosis: one HTML file that carries its figures and pictures in itself."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,10 +16,11 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 75rem; margin: 2rem auto;
        padding: 0 1rem; }
 table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.87rem; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: right; vertical-align: top; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.5rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #111; }
 .wide { overflow-x: auto; }
+.whole { white-space: nowrap; }
 .verdict { border-left: 4px solid #0072B2; padding-left: 0.7rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
 img { max-width: 100%; height: auto; }
@@ -44,9 +46,13 @@ def write_page(
         The HTML file; it refers to no other file.
     """
     title = escape(f"Diagnosis: {diagnosis.model['name']} on {diagnosis.data['name']}")
-    sections = [_section(entry, mine) for entry, mine in zip(diagnosis.policies, pictures)]
+    anchors = [f"policy-{number}" for number in range(len(diagnosis.policies))]
+    sections = [_section(*one) for one in zip(diagnosis.policies, pictures, anchors)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in NOTES)
-    verdicts = [f"<li><b>{escape(e['label'])}</b>: {escape(e['verdict']['line'])}</li>" for e in diagnosis.policies]
+    verdicts = [
+        f'<li><a href="#{anchor}">{escape(entry["label"])}</a>: {escape(entry["verdict"]["line"])}</li>'
+        for entry, anchor in zip(diagnosis.policies, anchors)
+    ]
     overview = "".join(_table([header for header, _ in columns], cells(diagnosis, columns)) for columns in TABLES)
     body = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -63,11 +69,11 @@ def write_page(
     return write_atomically(path, body)
 
 
-def _section(entry: Entry, pictures: Mapping[str, Path]) -> str:
+def _section(entry: Entry, pictures: Mapping[str, Path], anchor: str) -> str:
     tables = [_differences(entry), _spikes(entry), _parts(entry), _plain(entry), _lengths(entry), _latency(entry)]
     shown = [_picture(path, f"{entry['label']}: {name}") for name, path in pictures.items()]
     return (
-        f"<details open><summary>{escape(entry['label'])}</summary>"
+        f'<details open id="{anchor}"><summary>{escape(entry["label"])}</summary>'
         f'<p class="verdict">{escape(entry["verdict"]["line"])}</p>'
         f'<div class="figures">{"".join(f"<div>{table}</div>" for table in tables)}</div>{"".join(shown)}</details>'
     )
@@ -80,10 +86,10 @@ def _differences(entry: Entry) -> str:
         ["second half minus first half of the text (nats)", interval(entry["long_run"]["growth"], 4)],
     ]
     seen = entry["resolution"]
-    if seen:
-        needed = ", ".join(f"{size}: {tokens:,}" for size, tokens in seen["tokens_needed"].items())
-        effect = EMPTY if seen["effect_size"] is None else f"{seen['effect_size']:+.4f} a token, z = {seen['z']:+.1f}"
-        rows += [["effect size against noise", effect], ["tokens needed to resolve a ΔPPL of", needed]]
+    if seen and seen["effect_size"] is not None:
+        needed = [f"{size}: {tokens:,}" for size, tokens in seen["tokens_needed"].items()]
+        effect = f"{seen['effect_size']:+.4f} a token, z = {seen['z']:+.1f} over {seen['tokens']:,} tokens"
+        rows += [["effect size against noise", effect], ["tokens needed to resolve a ΔPPL of", " · ".join(needed)]]
     return _table(["Difference", "figure [95 %]"], rows)
 
 
@@ -147,8 +153,13 @@ def _numbers(figures: Mapping[str, Any], keys: Sequence[str], digits: int) -> st
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in header)
-    lines = ["<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(f"<td>{_unbroken(escape(text))}</td>" for text in row) + "</tr>" for row in rows]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _unbroken(text: str) -> str:
+    """The text with every interval, "[low, high]", and every share, "(3 %)", on one line."""
+    return re.sub(r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>', text)
 
 
 def _picture(path: Path, description: str) -> str:

@@ -11,13 +11,16 @@ from sinkstream.evaluation.statistics import AFTER, BLOCK_TOKENS, block_sums
 from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
 from sinkstream.registry import Registry
-from sinkstream.report.plots import COLOURS, new_figure, save
+from sinkstream.report.plots import COLOURS, SHADE, new_figure, save
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
 DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")
 BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK = COLOURS
+GREY = "#b3b3b3"
 ZOOM_PERIODS, ZOOM_TOKENS = 6, 512
-DPI = 110  # the page holds five pictures a policy
+CLOSE_BEFORE, CLOSE_AFTER = 64, 128  # tokens around an event that are shown one by one
+MOST_MARKS = 400  # more prune events would cover the axis
+DPI = 96  # the page holds five pictures a policy
 
 
 def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
@@ -38,28 +41,29 @@ def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: 
 
 @DIAGNOSIS_PICTURES.register("nll")
 def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> Any:
-    """NLL over the token index: the whole text in block means, and a stretch token by token with prune marks."""
-    figure, (whole, zoom, paired) = new_figure(3, share_x=False, height=9)
-    runs = ((control, "strict", BLACK, "--"), (record, entry["label"], RED, "-"))
-    first, last = _stretch(record)
-    for run, name, colour, style in runs:
+    """NLL over the token index: the whole text in block means, and around one event token by token, prunes marked."""
+    figure, (whole, zoom, paired) = new_figure(3, share_x=False, height=7.5)
+    runs = ((control, "strict", {"color": GREY, "linewidth": 3.2}), (record, entry["label"], {"color": RED}))
+    first, last = _close_up(record)
+    for run, name, style in runs:
         index, nll = run.arrays["index"], run.arrays["nll"]
         starts, sums, counts = block_sums(nll, index, BLOCK_TOKENS)
-        whole.plot(starts + BLOCK_TOKENS / 2, sums / counts, color=colour, linestyle=style, linewidth=1.3, label=name)
+        whole.plot(starts + BLOCK_TOKENS / 2, sums / counts, label=name, **{"linewidth": 1.2, **style})
         shown = (index >= first) & (index <= last)
-        zoom.plot(index[shown], nll[shown], color=colour, linestyle=style, linewidth=0.9)
+        zoom.plot(index[shown], nll[shown], **{"linewidth": 1, **style})
     index, nll, control_nll = common_tokens(record, control)
     shown = (index >= first) & (index <= last)
-    paired.vlines(index[shown], 0, (nll - control_nll)[shown], color=BLUE, linewidth=1.4)
+    paired.vlines(index[shown], 0, (nll - control_nll)[shown], color=BLUE, linewidth=1.8)
     for axis in (zoom, paired):
         _marks(axis, record, first, last, label="prune event" if axis is zoom else None)
+    told = _ticks(whole, record)
     whole.axvspan(first, last, color=SKY, alpha=0.3, linewidth=0, label="stretch below")
-    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: means of {BLOCK_TOKENS} tokens")
-    zoom.set(ylabel="NLL (nats per token)", title="the stretch, token by token")
-    paired.set(ylabel="NLL difference (nats)", title="the same tokens, policy minus strict")
+    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: means of {BLOCK_TOKENS} tokens{told}")
+    zoom.set(ylabel="NLL (nats per token)", title=f"the stretch of {last - first + 1} tokens, one by one")
+    paired.set(ylabel="difference (nats per token)", title="the same tokens, NLL of the policy minus NLL of strict")
     paired.axhline(0, color=BLACK, linewidth=0.8)
     paired.set_xlabel("token index in the text")
-    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+    _legend(figure)
     return figure
 
 
@@ -74,9 +78,13 @@ def paired_curve(record: Record, control: Record, entry: dict[str, Any]) -> Any:
         _draw_curve(axis, curve)
         axis.set_title(f"{entry['label']} minus {name}: mean over {curve['n_events']:,} events, 95 % pointwise band")
     axes[-1].set_xlabel("tokens since the prune event (negative: before the next one)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, handlelength=3)
+    _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
+
+
+def _legend(figure: Any, *handles_and_labels: Any) -> None:
+    """A legend below the panels, in one line, so that neither it nor a long title takes room from them."""
+    figure.legend(*handles_and_labels, loc="outside lower center", ncols=5, frameon=False, handlelength=3)
 
 
 def _draw_curve(axis: Any, curve: dict[str, Any]) -> None:
@@ -113,7 +121,7 @@ def latency_with_marks(record: Record, control: Record, entry: dict[str, Any]) -
     cut = f" ({above} of {timed.sum()} tokens lie above the axis)" if above else ""
     axis.set(xlabel="token index in the text", ylabel="latency (ms per token)")
     axis.set_title(f"{entry['label']}: latency of the timed tokens{cut}")
-    figure.legend(loc="outside right upper", frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -140,7 +148,7 @@ def visible_length(record: Record, control: Record, entry: dict[str, Any]) -> An
         axis.axhline(trained, color=PINK, linewidth=1.6, linestyle=":", label=f"trained length {trained:,}")
     axis.set(xlabel="token index in the text", ylabel="visible KV length (tokens)")
     axis.set_title(f"{entry['label']}: sees {kv['min']:,} to {kv['max']:,} tokens")
-    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+    _legend(figure)
     return figure
 
 
@@ -163,7 +171,7 @@ def drop_histogram(record: Record, control: Record, entry: dict[str, Any]) -> An
 
 def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw the parts of every policy's ΔPPL as bars with 95 % intervals, one group of bars a policy."""
-    figure, (axis,) = new_figure(1, height=1.4 + 0.75 * len(entries))
+    figure, (axis,) = new_figure(1, height=1.4 + 0.55 * len(entries))
     parts = zip(PARTS.items(), (BLUE, SKY, PINK, RED, ORANGE))
     rows = [("total", "all of it", "white"), *((name, text, colour) for (name, text), colour in parts)]
     for offset, (name, text, colour) in zip(np.linspace(0.35, -0.35, len(rows)), rows):
@@ -176,6 +184,8 @@ def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
             axis.barh(y, 100 * (estimate["value"] or 0), height=0.12, color=colour, label=label, **edge)
             if estimate["low"] is not None:
                 axis.plot([100 * estimate["low"], 100 * estimate["high"]], [y, y], color="#555555", linewidth=1)
+    for number in range(0, len(entries), 2):
+        axis.axhspan(number - 0.5, number + 0.5, color=SHADE, linewidth=0, zorder=0)
     axis.axvline(0, color=BLACK, linewidth=0.8)
     axis.set_yticks(range(len(entries)), [entry["label"] for entry in reversed(entries)])
     axis.set_ylim(-0.6, len(entries) - 0.4)
@@ -208,6 +218,23 @@ def _stretch(record: Record) -> tuple[int, int]:
     length = int(min(max(ZOOM_PERIODS * typical, 96), max(ZOOM_TOKENS, 3 * typical), index.size))
     begin = (index.size - length) // 2
     return int(index[begin]), int(index[begin + length - 1])
+
+
+def _close_up(record: Record) -> tuple[int, int]:
+    """First and last index of the tokens around the event nearest to the middle of the run."""
+    index, events = record.arrays["index"], record.arrays["index"][record.arrays["event"]]
+    middle = index[index.size // 2]
+    event = events[np.abs(events - middle).argmin()] if events.size else middle
+    return int(max(index[0], event - CLOSE_BEFORE)), int(min(index[-1], event + CLOSE_AFTER - 1))
+
+
+def _ticks(axis: Any, record: Record) -> str:
+    """Short marks at the foot of the picture, one a prune event of the whole run; returns what the title adds."""
+    events = record.arrays["index"][record.arrays["event"]]
+    if events.size > MOST_MARKS:
+        return f", {events.size:,} prune events (too many to mark)"
+    axis.vlines(events, 0, 0.05, color=GREEN, linewidth=1.1, transform=axis.get_xaxis_transform())
+    return f", {events.size:,} prune events marked at the foot"
 
 
 def _marks(axis: Any, record: Record, first: int, last: int, label: str | None = "prune event") -> None:

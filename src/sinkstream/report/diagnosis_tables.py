@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sinkstream.diagnosis import PARTS, Diagnosis, load_diagnoses
 from sinkstream.registry import Registry
-from sinkstream.report.selection import normalised
+from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
 from sinkstream.report.tables import EMPTY
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
@@ -145,7 +145,7 @@ def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap
         one
         for one in diagnoses
         if normalised(model) in normalised(one.model["name"])
-        and text in normalised(one.data["name"]).replace("-", "")
+        and text.lower() in normalised(one.data["name"]).replace("-", "")
         and one.protocol["cap"] == cap
     ]
     return max(reversed(found), key=lambda one: one.protocol["decode_tokens"], default=None)
@@ -160,9 +160,9 @@ def _register_table(name: str, **selection: Any) -> None:
     DIAGNOSIS_TABLES.register(name)(render)
 
 
-for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink"), ("neox-27m-nosink", "neox-nosink")):
-    for _text in ("pg19", "wikitext"):
-        _register_table(f"diagnosis-{_text}-{_short}", model=_model, text=_text, cap=512)
+for _model, _short in DIAGNOSED_MODELS.items():
+    for _text in DIAGNOSED_TEXTS:
+        _register_table(f"diagnosis-{_text.lower()}-{_short}", model=_model, text=_text, cap=512)
 
 
 @DIAGNOSIS_TABLES.register("diagnosis-notes")

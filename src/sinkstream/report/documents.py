@@ -15,16 +15,16 @@ from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
 from sinkstream.report import cliff, recall
 from sinkstream.report.bench_tables import render_bench
-from sinkstream.report.diagnosis_tables import render_diagnoses
+from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, NONE_YET, render_diagnoses
 from sinkstream.report.markdown import grid
+from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
-from sinkstream.report.selection import has_model, policy_name, same_conditions, select
+from sinkstream.report.selection import DIAGNOSED_MODELS, has_model, policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 
 DOCUMENT_TABLES: Registry = Registry("document table")
 RECALL_TABLES: Registry = Registry("document table of recall records")
-NONE_YET = "*no records yet*"
 
 
 def render_tables(results: Path) -> dict[str, str]:
@@ -147,6 +147,11 @@ def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> st
     return f"{told}\n\n{grid(*recall.recall_rows(mine))}\n\n{recall.footnote(mine)}"
 
 
+DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
+RECALL_TABLES.register("recall-overview")(recall_overview)
+DOCUMENT_TABLES.register("cliff-overview")(cliff_overview)
+
+
 def _register(registry: Registry, name: str, table: Callable[..., str], **selection: Any) -> None:
     def render(records: Sequence[Record] | Sequence[RecallRecord]) -> str:
         return table(records, **selection)
@@ -156,7 +161,7 @@ def _register(registry: Registry, name: str, table: Callable[..., str], **select
     registry.register(name)(render)
 
 
-for _model, _short in (("smollm2-135m", "smollm2"), ("neox-27m-sink", "neox-sink"), ("neox-27m-nosink", "neox-nosink")):
+for _model, _short in DIAGNOSED_MODELS.items():
     for _cap in (512, 1024):
         _register(
             DOCUMENT_TABLES, f"pg19-{_short}-{_cap}", quality_table, model=_model, text="pg19", cap=_cap, device="cuda"

@@ -16,6 +16,7 @@ from sinkstream.report.tables import display_name, find_control
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1.5, 1.5, 1.5, 1.5)))
+GRID, SHADE, TINTS = "#dddddd", "#f2f2f2", 10
 DIFFERENCE_TICKS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -80,10 +81,28 @@ def nll_over_tokens(
 
 
 def save(figure: Any, path: Path | str, dpi: int = 150) -> Path:
-    """Write a figure as PNG, `dpi` dots per inch, atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return write_atomically(path, buffer.getvalue())
+    """Write a figure as PNG, `dpi` dots per inch, atomically.
+
+    The file has a fixed palette, at a quarter of the size of true colour: `COLOURS` as they are, and `TINTS` steps from
+    each to white for soft edges and bands. (A palette chosen by frequency would give two thin lines one colour.)
+    """
+    from PIL import Image  # comes with matplotlib
+
+    drawn, written = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(_palette())
+    picture = Image.open(drawn).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
+    picture.save(written, format="PNG", optimize=True)
+    return write_atomically(path, written.getvalue())
+
+
+def _palette() -> bytes:
+    """Red, green and blue of white, of the two light greys, and of every tint of every colour."""
+    base = np.array([list(bytes.fromhex(colour[1:])) for colour in ("#ffffff", GRID, SHADE, *COLOURS)], dtype=np.uint8)
+    strength = np.arange(1, TINTS + 1)[:, None, None] / TINTS
+    tints = np.rint(255 - strength * (255.0 - base[3:])).astype(np.uint8)
+    return base[:3].tobytes() + tints.tobytes()
 
 
 def _limits(axis: Any) -> tuple[float, float]:
@@ -109,7 +128,7 @@ def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = No
     FigureCanvasAgg(figure)
     axes = figure.subplots(n_panels, 1, sharex=share_x, squeeze=False)[:, 0]
     for axis in axes:
-        axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.grid(True, color=GRID, linewidth=0.7)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

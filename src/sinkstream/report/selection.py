@@ -7,6 +7,10 @@ from typing import Any
 from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
 
+#: Models that documents have a section of -> the short name in the names of its tables; and texts, longest first.
+DIAGNOSED_MODELS = {"SmolLM2-135M": "smollm2", "neox-27m-sink": "neox-sink", "neox-27m-nosink": "neox-nosink"}
+DIAGNOSED_TEXTS = ("PG19", "WikiText")
+
 #: Names that mean the same policy in a selection.
 POLICY_ALIASES = {
     "full-cache": "full",

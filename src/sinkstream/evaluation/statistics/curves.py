@@ -152,7 +152,7 @@ def event_curve(
         )
     lags, table = event_cycles(values, positions, events, before)
     known = np.isfinite(table)
-    enough = known.sum(axis=0) >= min(MIN_BLOCKS, max(1, len(table)))
+    enough = known.sum(axis=0) >= min(MIN_BLOCKS, max(1, len(table) - 1))  # before the first event there may be no text
     lags, table, known = lags[enough], table[:, enough], known[:, enough]
     counts, totals = known.sum(axis=0), np.nansum(table, axis=0)
     mean = totals / np.maximum(counts, 1)
