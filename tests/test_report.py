@@ -196,6 +196,21 @@ def test_blocks_pair_with_the_same_run_step_by_step(store):
     assert not block_pairs([*others, blocks])
 
 
+def test_steps_may_be_the_beginning_of_the_blocks(store):
+    short = make_arrays(noise=0.0)
+    short = {name: values[:320] for name, values in short.items()}
+    short["seconds"] = np.full(320, 0.02)
+    made = {"evaluate": "steps", "options": {"compress_every": 1}}
+    steps = store("short", "strict", short, text="blocks", **made)
+    other = store("other", "strict", short, text="another", **made)
+    later = {name: values[320:] for name, values in make_arrays(noise=0.0).items()} | {"seconds": np.full(960, 0.02)}
+    end = store("end", "strict", later, text="blocks", **made)
+    blocks = store_evaluated(store, "blocks", "strict", "blocks")
+    (pair,) = block_pairs([steps, other, end, blocks])
+    assert pair.steps == steps and pair.speedup == pytest.approx(0.02 / (2 / 1280))
+    assert 1e-7 < pair.max_abs_nll_difference < 1e-5
+
+
 def test_the_slower_of_two_block_speedups_counts_on_the_cpu(store, tmp_path):
     for policy, every, total in (("strict", 1, 2.5), ("lazy", 32, 4.5)):
         store_evaluated(store, f"{policy}-steps", policy, "steps", every)

@@ -10,6 +10,13 @@ def same_text_and_model(record: Record, control: Record) -> bool:
     return (record.data["sha256"], record.model["hash"]) == (control.data["sha256"], control.model["hash"])
 
 
+def same_whole_text(record: Record, control: Record) -> bool:
+    """Whether they are of one text and model, however much of the text either run took."""
+    texts = [one.data.get("text_sha256") for one in (record, control)]
+    alike = texts[0] == texts[1] if None not in texts else record.data["sha256"] == control.data["sha256"]
+    return alike and record.model["hash"] == control.model["hash"]
+
+
 def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
 

@@ -5,29 +5,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinkstream.measure.pairing import same_whole_text
 from sinkstream.measure.records import Record
-from sinkstream.report.selection import same_conditions
+from sinkstream.report.selection import conditions
 
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A run in blocks and the same run step by step: same tokens, model, policy, precision and hardware."""
+    """A run in blocks and the same run step by step: same model, policy, precision and hardware.
+
+    The tokens are the same, or those of the steps are the beginning of those of the blocks.
+    """
 
     blocks: Record
     steps: Record
 
     @property
     def speedup(self) -> float:
-        """Seconds of all timed steps over the seconds that blocks took for the same tokens, scoring included."""
-        return self.steps.summary["decode_sec"] / (
-            self.blocks.summary["total_sec"] - self.blocks.summary["prefill_sec"]
-        )
+        """Seconds that a step took over seconds that blocks took for a token, scoring included."""
+        steps, blocks = self.steps.summary, self.blocks.summary
+        of_blocks = (blocks["total_sec"] - blocks["prefill_sec"]) / blocks["decode_tokens"]
+        return steps["decode_sec"] / steps["decode_tokens"] / of_blocks
 
     @property
     def max_abs_nll_difference(self) -> float:
         """Largest difference of one token's NLL, in nats."""
-        blocks, steps = (one.arrays["nll"].astype(np.float64) for one in (self.blocks, self.steps))
-        return float(np.abs(blocks - steps).max())
+        steps = self.steps.arrays["nll"].astype(np.float64)
+        return float(np.abs(self.blocks.arrays["nll"][: len(steps)] - steps).max())
 
 
 def block_pairs(records: Sequence[Record]) -> list[BlockPair]:
@@ -55,11 +59,18 @@ def _all_timed(record: Record) -> bool:
     return record.summary["timed_tokens"] == record.summary["decode_tokens"]
 
 
-def _same_run(one: Record, other: Record) -> bool:
+def _same_run(blocks: Record, steps: Record) -> bool:
     keys = ("cap", "prefill_tokens")
     return (
-        same_conditions(one, other)
-        and one.policy["name"] == other.policy["name"]
-        and one.policy["options"] == other.policy["options"]
-        and all(one.protocol[key] == other.protocol[key] for key in keys)
+        _begins_like(blocks, steps)
+        and conditions(blocks) == conditions(steps)
+        and blocks.policy["name"] == steps.policy["name"]
+        and blocks.policy["options"] == steps.policy["options"]
+        and all(blocks.protocol[key] == steps.protocol[key] for key in keys)
     )
+
+
+def _begins_like(blocks: Record, steps: Record) -> bool:
+    """Whether the tokens of the steps are the first ones of the blocks."""
+    count = len(steps.arrays["index"])
+    return same_whole_text(blocks, steps) and np.array_equal(blocks.arrays["index"][:count], steps.arrays["index"])

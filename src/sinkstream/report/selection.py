@@ -79,13 +79,18 @@ def select(
     ]
 
 
+def conditions(record: Record) -> tuple[Any, ...]:
+    """What two latencies that are compared must share, text and model left out: precision, hardware, switches."""
+    hardware = record.environment["gpu"]["name"] or record.environment["cpu"]["model"]
+    protocol = {"interleaved": 1, "cudnn_attention": None, **record.protocol}
+    keys = ("backend", "dtype", "device", "tf32", "interleaved", "cudnn_attention")
+    return (hardware, *(protocol[key] for key in keys))
+
+
 def same_conditions(record: Record, control: Record) -> bool:
-    """Whether two latencies can be compared: text, model, backend, precision, device and hardware are the same."""
-
-    def conditions(one: Record) -> tuple[Any, ...]:
-        hardware = one.environment["gpu"]["name"] or one.environment["cpu"]["model"]
-        protocol = {"interleaved": 1, "cudnn_attention": None, **one.protocol}
-        keys = ("backend", "dtype", "device", "tf32", "decode_tokens", "interleaved", "cudnn_attention")
-        return (hardware, *(protocol[key] for key in keys))
-
-    return same_text_and_model(record, control) and conditions(record) == conditions(control)
+    """Whether two latencies can be compared: tokens, model, backend, precision, device and hardware are the same."""
+    return (
+        same_text_and_model(record, control)
+        and record.protocol["decode_tokens"] == control.protocol["decode_tokens"]
+        and conditions(record) == conditions(control)
+    )

@@ -139,25 +139,32 @@ def attention_beside(
         config = default_beside(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
         )
-    linear = config.linear
-    check_tile(linear, hidden, weight)
-    grid, arguments, constants = launch_arguments(
+    check_tile(config.linear, hidden, weight)
+    cut = launch_arguments(
         qkv, keys, values, scalars, rope, *attention.values(), None, None, 0.0, out, workspace, config.attention
     )
-    attending = grid[0] * grid[1]
+    linear = (x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out)
+    _launch(*cut, *linear, config, wait, prefetch, pdl)
+    return out, linear_out
+
+
+def _launch(
+    grid, arguments, constants, x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out, config, wait,
+    prefetch, pdl,
+):  # fmt: skip
+    (rows, hidden), linear, attending = weight.shape, config.linear, grid[0] * grid[1]
     room = multiprocessors(x.device) * linear.per_sm - attending
     serving = max(1, min(-(-rows // linear.rows), max(room, multiprocessors(x.device))))
     launch(
         _attention_beside_kernel, (attending + serving,), grid[0], grid[1], *arguments,
         x[0], weight, weight if bias is None else bias, norm_weight, norm_weight if norm_bias is None else norm_bias,
-        linear_out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
+        out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
         K=hidden, BN=linear.rows, BK=linear.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None, EVEN=rows % linear.rows == 0,
         EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, HOLD=linear.hold,
         LATE=config.attention.late, ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch),
         num_warps=linear.warps, pdl=pdl,
     )  # fmt: skip
-    return out, linear_out
 
 
 def _room(name: str, tensor: torch.Tensor | None, width: int, like: torch.Tensor) -> torch.Tensor:
