@@ -427,6 +427,8 @@ def test_tables_of_the_documents_show_the_records(tmp_path):
         ("graph", "strict", "2.200"),
         ("graph", "lazy R=64", "2.000"),
     ], "of every configuration the newest, the slowest first"
+    for figure in ("**2.20 ms**", "1.10 × the time", "2.5 × faster", "11.0 × faster", "costs 1.100 ×"):
+        assert figure in tables["headline-speed"]
     assert "1.1000 [1.1000 – 1.1000]" in tables["bench-policies"]
     assert "llama-3.2-1b bfloat16" in tables["bench-shapes"] and "| 9.0 |" in tables["bench-long"]
     assert "(3,000 GB/s, R² 1.0000)" in tables["bench-caps"]

@@ -234,7 +234,7 @@ def headline_sentence(records: Sequence[Record]) -> str:
         f"Measured: {strict.model['name']} over {strict.summary['decode_tokens']:,} tokens of a PG19 book with"
         f" {strict.protocol['cap']} KV slots has a perplexity of **{ppl['strict']['value']:.2f}**, where recomputing"
         f" the window for every token gives {ppl['recompute']['value']:.2f} and a window without sinks collapses to"
-        f" {ppl['window_only']['value']:.2f}; and on an H100 a token of the Pythia-2.8B shape takes"
+        f" {ppl['window_only']['value']:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
         f" {ratio['value']:.2f} × the time that it takes without any eviction."
     )
 
