@@ -40,6 +40,12 @@ def test_a_planted_spike_is_found_at_its_size(shape):
     assert inside > 0.9, "the pointwise band lies around the truth"
 
 
+def test_a_peak_amid_a_loss_has_no_width():
+    (curve,) = curves(*noise_with(np.r_[2.0, np.full(20, -0.5)], repetitions=1))
+    assert curve.peak.above_zero and curve.area.value < 0
+    assert curve.width.value is None and "the area" in curve.width.reason
+
+
 @pytest.mark.parametrize(("period", "n_tokens"), [(64, 6400), (16, 6400), (256, 3584)])
 def test_noise_gives_findings_at_no_more_than_the_stated_rate(period, n_tokens):
     found = curves(*noise_with([], repetitions=150, n_tokens=n_tokens, period=period, level=0.3))

@@ -38,7 +38,7 @@ class EventCurve:
     peak_lag : int or None
         Where the peak lies.
     width : Estimate
-        Equivalent width, area over peak, in tokens; only where the interval of the peak is above zero.
+        Equivalent width, area over peak, in tokens; only where the interval of the peak, and the area, are above zero.
     area : Estimate
         Sum of the excess over the first `AFTER` lags, in nats an event.
     n_events, n_blocks : int
@@ -194,8 +194,8 @@ def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: i
     peak = Estimate(float(excess[at]), float((excess - margin).max()), float((excess + margin).max()))
     areas = drawn.sum(axis=1)
     area_low, area_high = np.quantile(areas, _widened(confidence, n_blocks))
-    width = Estimate(reason="the interval of the peak is not above zero")
-    if peak.above_zero:
+    width = Estimate(reason="the interval of the peak is not above zero, or the area is not")
+    if peak.above_zero and excess.sum() > 0:
         low, high = np.quantile(areas / drawn[:, at], _widened(confidence, n_blocks))
         width = Estimate(float(excess.sum() / excess[at]), float(low), float(high))
     area = Estimate(float(excess.sum()), float(area_low), float(area_high))
