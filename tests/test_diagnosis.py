@@ -460,18 +460,30 @@ def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch)
         ("--tokens 600 --policy full", "'full' has no prune events"),
         ("--tokens 600 --policy strict", "'strict' is the control"),
         ("--tokens 5000 --policy lazy", "too short: it has 900 tokens"),
-        ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
-        ("nosuch.json", "nosuch.json: there is no such record"),
-        ("notes.json", "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
-    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
-    (tmp_path / "empty").mkdir()
     done = cli(line)
     assert done.code == 2
     assert re.fullmatch(r"sinkstream diagnose: error: .+\n", done.err) and message in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
+        ("empty --out=x --cap 64", "--cap changes nothing about runs that are records already; accepted together with"),
+        ("nosuch.json", "nosuch.json: there is no such record"),
+        ("notes.json", "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'"),
+    ],
+)
+def test_mistakes_about_records_are_told_in_one_line(cli, tmp_path, line, message):
+    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
+    (tmp_path / "empty").mkdir()
+    done = cli(line, shared="")
+    assert done.code == 2
+    assert re.fullmatch(r"sinkstream diagnose: error: .+\n", done.err) and message in done.err
 
 
 def test_the_script_is_the_command(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """``sinkstream diagnose``."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from sinkstream.measure.records import Record, load_records
 from sinkstream.report.diagnosis_tables import rich_diagnosis
 
 RUNS = "runs"
+BESIDE_RECORDS = ("--out", "--seed")
 
 
 @COMMANDS.register("diagnose")
@@ -41,7 +43,7 @@ class Diagnose:
             nargs="*",
             type=Path,
             metavar="RECORD",
-            help="diagnose these run records instead of running; options of model, policy and protocol are then unused",
+            help="diagnose these run records instead of running; only --out and --seed go with them",
         )
         add_model_options(parser)
         add_policy_options(parser)
@@ -67,6 +69,7 @@ class Diagnose:
         """Run the policies and their controls, or read their records; write the diagnosis."""
         console = wide_console()
         if args.records:
+            _check_alone(args.argv)
             return _write(args, _given_records(args.records), None, console)
         timing = (
             {"evaluate": "steps", "timed_tokens": args.timed_tokens} if args.timed_tokens else {"evaluate": "blocks"}
@@ -91,6 +94,17 @@ class Diagnose:
             return exit_code(records)
         texts = [loaded.tokenizer.decode([token]) for token in stream.ids.tolist()]
         return _write(args, records, texts, console)
+
+
+def _check_alone(argv: Sequence[str]) -> None:
+    """Raise ValueError if an option is given that the records have settled already."""
+    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    unused = [option for option in given if option not in BESIDE_RECORDS]
+    if unused:
+        raise ValueError(
+            f"{unused[0]} changes nothing about runs that are records already; accepted together with RECORD:"
+            f" {', '.join(BESIDE_RECORDS)}"
+        )
 
 
 def _given_records(paths: list[Path]) -> list[Record]:
