@@ -67,12 +67,21 @@ recall_of() {
 cliff_of() {
   run cliff --model "$1" --text "$first_text" --tokens 20000 --caps 0.25,0.5,1,1.25 --compress-every 128,1024 --out "$out/cliff/$2" --resume
 }
-tests() { PYTHON=$python make test-gpu 2>&1 | tee "$out/test-gpu.txt"; }
+tests() {
+  local many=
+  "$python" -c 'import xdist' 2>/dev/null && many='-n 8'
+  PYTHON=$python make test-gpu ARGS="$many" 2>&1 | tee "$out/test-gpu.txt"
+}
+SANITIZED='triton and (agree or rings or every_way or combined or any_width or negative or cursor or 520-65-dtype0-1
+ or 200-38-True-swiglu-1 or 200-520-dtype0-1)'  # every kernel, few shapes: each is compiled and watched
 sanitizer() {
+  local tool
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q -m 'not slow' tests/test_ops_attention_beside.py \
-      tests/test_ops_attention_decode.py tests/test_ops_likeliest.py tests/test_ops_begin_step.py 2>&1 | tail -n 20 | tee "$out/$tool.txt"
+    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q -m 'not slow' -k "${SANITIZED//$'\n'/}" \
+      tests/test_ops_*.py 2>&1 | tail -n 20 >"$out/$tool.txt" &
   done
+  wait
+  tail -n 5 "$out/memcheck.txt" "$out/racecheck.txt"
 }
 
 mkdir -p "$out"
