@@ -16,8 +16,8 @@ from sinkstream.engine.ops.norm_linear import (
     held_products,
     held_rows,
     load_chunks,
-    row_bias,
     row_products,
+    row_terms,
 )
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
@@ -65,14 +65,14 @@ def _linear_residual_kernel(
             prefetch_l2(w_ptr, first, rows.to(tl.int64) * w_stride * 2, tile_bytes)
     if HOLD:
         r = start * BN + tl.arange(0, BN)
-        bias = row_bias(b_ptr, r, rows, HAS_BIAS)
+        terms = row_terms(b_ptr, r, rows, HAS_BIAS)
         held = held_rows(w_ptr, r, rows, w_stride, KA, BK, EVEN, EVICT)
         if KF > 0:
             held_f = held_rows(w_ptr + KA, r, rows, w_stride, KF, BK, EVEN, EVICT)
     if PDL:
         gdc_wait()
     if HOLD:
-        bias += row_bias(r_ptr, r, rows, HAS_RESIDUAL)
+        terms += row_terms(r_ptr, r, rows, HAS_RESIDUAL)
     xa = as_float(load_chunks(a_ptr, KA, BK))
     if KF > 0:
         xf = as_float(load_chunks(f_ptr, KF, BK))
@@ -80,11 +80,11 @@ def _linear_residual_kernel(
         acc = held_products(held, xa)
         if KF > 0:
             acc += held_products(held_f, xf)
-        tl.store(y_ptr + r, bias + tl.sum(acc, 1), mask=r < rows)
+        tl.store(y_ptr + r, terms + tl.sum(acc, 1), mask=r < rows)
         start += programs
     for tile in tl.range(start, tl.cdiv(rows, BN), programs, num_stages=STAGES):
         r = tile * BN + tl.arange(0, BN)
-        y = row_bias(b_ptr, r, rows, HAS_BIAS) + row_bias(r_ptr, r, rows, HAS_RESIDUAL)
+        y = row_terms(b_ptr, r, rows, HAS_BIAS) + row_terms(r_ptr, r, rows, HAS_RESIDUAL)
         acc = row_products(w_ptr, r, rows, w_stride, xa, KA, BK, EVEN, EVICT)
         if KF > 0:
             acc += row_products(w_ptr + KA, r, rows, w_stride, xf, KF, BK, EVEN, EVICT)

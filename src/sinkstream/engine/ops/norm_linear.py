@@ -118,13 +118,13 @@ def row_products(
 
 
 @jit
-def row_bias(b_ptr, r, rows, HAS_BIAS: tl.constexpr):
-    """Bias of rows `r`, float32; zeros without one."""
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+def row_terms(term_ptr, r, rows, GIVEN: tl.constexpr):
+    """What is added to the products of rows `r` (a bias, a residual), float32; zeros where none is given."""
+    if GIVEN:
+        terms = tl.load(term_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
     else:
-        bias = tl.zeros((r.shape[0],), tl.float32)
-    return bias
+        terms = tl.zeros((r.shape[0],), tl.float32)
+    return terms
 
 
 @jit
@@ -163,10 +163,10 @@ def serve_tiles(
     if HOLD:
         r = start * BN + tl.arange(0, BN)
         held = held_rows(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
-        bias = row_bias(b_ptr, r, rows, HAS_BIAS)
+        bias = row_terms(b_ptr, r, rows, HAS_BIAS)
         if GATED:
             held_up = held_rows(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
-            bias_up = row_bias(b_up, r, rows, HAS_BIAS)
+            bias_up = row_terms(b_up, r, rows, HAS_BIAS)
     gammas = load_chunks(gamma_ptr, K, BK)
     betas = gammas
     if HAS_BETA:
@@ -183,11 +183,11 @@ def serve_tiles(
         start += step
     for tile in tl.range(start, end, step, num_stages=STAGES):
         r = tile * BN + tl.arange(0, BN)
-        y = row_bias(b_ptr, r, rows, HAS_BIAS)
+        y = row_terms(b_ptr, r, rows, HAS_BIAS)
         y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
         up = y
         if GATED:
-            up = row_bias(b_up, r, rows, HAS_BIAS)
+            up = row_terms(b_up, r, rows, HAS_BIAS)
             up += tl.sum(row_products(w_up, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
     if PDL and LATE:
