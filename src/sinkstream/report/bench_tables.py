@@ -15,12 +15,10 @@ from sinkstream.report.bench_summary import (
     strict_over_lazy,
     tpot_over_floor,
 )
-from sinkstream.report.markdown import grid
+from sinkstream.report.markdown import EMPTY, NONE_YET, grid
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry = Registry("benchmark table")
-NONE_YET = "*no records yet*"
-EMPTY = "–"
 PROFILE_ROWS = 20
 KERNEL_WIDTH = 80
 

@@ -22,9 +22,9 @@ from rich.table import Table
 from sinkstream.evaluation.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
 from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
+from sinkstream.report.markdown import EMPTY
 from sinkstream.report.plots import COLOURS, new_figure, save
 from sinkstream.report.selection import has_model
-from sinkstream.report.tables import EMPTY
 
 HEADER = (
     *("Positions", "Cap", "R", "Growth", "KV min – max", "PPL", "ΔPPL %"),

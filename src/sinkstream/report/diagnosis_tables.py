@@ -8,13 +8,12 @@ from rich.table import Table
 
 from sinkstream.diagnosis import PARTS, Diagnosis, load_diagnoses
 from sinkstream.registry import Registry
+from sinkstream.report.markdown import EMPTY, NONE_YET
 from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
-from sinkstream.report.tables import EMPTY
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
 DIAGNOSIS_TABLES = Registry("diagnosis table")
 DIAGNOSIS_HEADLINES = Registry("diagnosis headline")
-NONE_YET = "*no records yet*"
 
 Entry = Mapping[str, Any]
 

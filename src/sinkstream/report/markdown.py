@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+EMPTY = "–"  # in place of a figure that there is not
+NONE_YET = "*no records yet*"  # in place of a table
+
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Header and rows as a Markdown table."""

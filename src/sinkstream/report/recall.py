@@ -10,9 +10,9 @@ from rich.table import Table
 
 from sinkstream.evaluation.statistics import Estimate, mean_interval
 from sinkstream.measure.recall import RecallRecord
+from sinkstream.report.markdown import EMPTY
 from sinkstream.report.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.report.selection import normalised
-from sinkstream.report.tables import EMPTY
 
 MOST_BANDS = 5
 _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}

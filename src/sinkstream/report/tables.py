@@ -8,9 +8,9 @@ from rich.table import Table
 from sinkstream.evaluation.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
 from sinkstream.measure.pairing import common_tokens
 from sinkstream.measure.records import Record
+from sinkstream.report.markdown import EMPTY
 
 Row = dict[str, Any]
-EMPTY = "–"
 
 
 def display_name(record: Record) -> str:
