@@ -14,6 +14,11 @@ NEEDS_TRITON = pytest.mark.skipif(
 )
 BACKENDS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 HALF = [torch.float16, torch.bfloat16]
+EARLY = [  # what a linear kernel has on its way before it waits for the kernel before
+    pytest.param({}, id="nothing"),
+    pytest.param({"hold": True}, id="hold"),
+    pytest.param({"fill": True}, id="fill"),
+]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
 
 

@@ -137,10 +137,11 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, tmp
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_prompt_takes_at_most_a_tenth_on_top():
+    before = torch.cuda.memory_allocated()  # by earlier tests in this process
     model = load_model("random:pythia-160m", dtype=torch.float16, device="cuda").model
     e = Engine(model, cap=2048)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     e.prefill(token_ids(3000).cuda())
     weights = sum(p.nbytes for p in model.parameters())
-    assert torch.cuda.max_memory_allocated() <= 1.1 * (weights + kv_bytes(e))
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * (weights + kv_bytes(e))

@@ -11,6 +11,7 @@ SMALL = BesideConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(r
 ODD_ROWS = BesideConfig(
     AttentionConfig(splits=3, tile=16, warps=4), LinearConfig(rows=8, columns=256, stages=1, hold=True)
 )
+FILLED = BesideConfig(SMALL.attention, LinearConfig(rows=2, columns=256, warps=4, fill=True))
 
 
 def layer(head_dim=80, heads=2, hidden=160, rows=322, dtype=torch.float16, streams=1):
@@ -41,7 +42,7 @@ def expected_rows(linear):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("config", [SMALL, ODD_ROWS])
+@pytest.mark.parametrize("config", [SMALL, ODD_ROWS, FILLED])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_both_results_agree_with_float64(backend, config, dtype):
     torch.manual_seed(0)

@@ -5,23 +5,23 @@ One stream goes through the kernel, several through the library.
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, HALF, TOLERANCE, draw, error
+from ops_cases import BACKENDS, DEVICE, EARLY, HALF, TOLERANCE, draw, error
 
 from sinkstream.engine.ops import LinearConfig, linear_residual
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("early", EARLY)
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "n", "m"), [(64, 64, 0), (37, 80, 200), (96, 200, 520), (5, 8, 64)])
-def test_against_float64(hidden, n, m, dtype, streams, hold, backend):
+def test_against_float64(hidden, n, m, dtype, streams, early, backend):
     a, wide = draw(streams, n, dtype=dtype), draw(streams, 16 + m, dtype=dtype)
     f = wide[:, 16:] if m else None
     weight, bias = draw(hidden, n + m, scale=(n + m) ** -0.5, dtype=dtype), draw(hidden, scale=0.2, dtype=dtype)
     residual = draw(streams, hidden, dtype=dtype)
     out = torch.full_like(residual, float("nan"))
-    config = LinearConfig(rows=2, columns=64, hold=hold)
+    config = LinearConfig(rows=2, columns=64, **early)
     linear_residual(a, weight, f=f, bias=bias, residual=residual, out=out, config=config, backend=backend)
     joined = torch.cat([a, f], 1) if m else a
     product = joined.double() @ weight.double().T

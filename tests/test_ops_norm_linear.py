@@ -5,7 +5,7 @@ One stream goes through the kernel, several through the library.
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, HALF, TOLERANCE, draw, error
+from ops_cases import BACKENDS, DEVICE, EARLY, HALF, TOLERANCE, draw, error
 from torch.nn import functional as F
 
 from sinkstream.engine.ops import LinearConfig, norm_linear
@@ -34,16 +34,16 @@ def case(hidden, rows, dtype, with_bias, streams=1):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("early", EARLY)
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "rows"), SHAPES)
-def test_layer_norm_and_gelu(hidden, rows, dtype, streams, hold, backend):
+def test_layer_norm_and_gelu(hidden, rows, dtype, streams, early, backend):
     x, weight, gamma, beta, bias = case(hidden, rows, dtype, True, streams)
     out = torch.full((streams, rows), float("nan"), dtype=dtype, device=DEVICE)
     norm_linear(
         x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, activation="gelu", out=out,
-        config=LinearConfig(rows=4, columns=64, hold=hold), backend=backend,
+        config=LinearConfig(rows=4, columns=64, **early), backend=backend,
     )  # fmt: skip
     assert error(out, reference(x, weight, gamma, beta, bias, 1e-5, "layer", "gelu")) < TOLERANCE[dtype]
     other = reference(x, weight, gamma, -beta, bias, 1e-5, "layer", "gelu")
@@ -51,16 +51,16 @@ def test_layer_norm_and_gelu(hidden, rows, dtype, streams, hold, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("early", EARLY)
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("hidden", "rows"), [(64, 96), (200, 38)])
-def test_rms_norm(hidden, rows, with_bias, activation, streams, hold, backend):
+def test_rms_norm(hidden, rows, with_bias, activation, streams, early, backend):
     x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, with_bias, streams)
     out = norm_linear(
         x, weight, norm_weight=gamma, bias=bias, eps=1e-6, norm="rms", activation=activation,
-        config=LinearConfig(rows=2, columns=64, hold=hold), backend=backend,
+        config=LinearConfig(rows=2, columns=64, **early), backend=backend,
     )  # fmt: skip
     expected = reference(x, weight, gamma, None, bias, 1e-6, "rms", activation)
     assert out.shape == (streams, rows // 2 if activation == "swiglu" else rows)

@@ -40,7 +40,7 @@ from sinkstream.engine.ops.runtime import set_compile_only
 from sinkstream.measure.bandwidth import memory_bandwidth
 
 SINK = 4
-H100 = (227 * 1024 - 4096, 132)  # shared memory of a multiprocessor that programs can count on, multiprocessors
+H100 = (228 * 1024, 132)  # shared memory of a multiprocessor, multiprocessors
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -306,7 +306,9 @@ def neighbours_of(config) -> list:
     found += [
         replace(config, **{f: max(int(f != "ahead"), getattr(config, f) + by)}) for f in counted for by in (-1, 1)
     ]
-    found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict", "hold") if hasattr(config, f)]
+    found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
+    if isinstance(config, LinearConfig):
+        found += [replace(config, hold=early == "hold", fill=early == "fill") for early in ("", "hold", "fill")]
     return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
 
 

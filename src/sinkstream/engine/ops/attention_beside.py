@@ -40,8 +40,8 @@ def _attention_beside_kernel(
     KIND: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
-    ROW_STAGES: tl.constexpr, HOLD: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr, WAIT: tl.constexpr,
-    NEXT: tl.constexpr, PDL: tl.constexpr,
+    ROW_STAGES: tl.constexpr, HOLD: tl.constexpr, FILL: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr,
+    WAIT: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first splits * kv_heads programs attend, the others serve rows of the linear layer."""
     pid = tl.program_id(0)
@@ -59,7 +59,7 @@ def _attention_beside_kernel(
         serve_tiles(
             pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending,
             x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
-            K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, HOLD, ROWS_LATE, PDL, WAIT,
+            K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, HOLD, FILL, ROWS_LATE, PDL, WAIT,
         )  # fmt: skip
         if NEXT:
             share = (pid - attending).to(tl.int64)
@@ -161,7 +161,7 @@ def _launch(
         out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
         K=hidden, BN=linear.rows, BK=linear.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None, EVEN=rows % linear.rows == 0,
-        EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, HOLD=linear.hold,
+        EVICT="evict_first" if linear.evict else "", ROW_STAGES=linear.stages, HOLD=linear.hold, FILL=linear.fill,
         LATE=config.attention.late, ROWS_LATE=linear.late, WAIT=wait, NEXT=bool(prefetch),
         num_warps=linear.warps, pdl=pdl,
     )  # fmt: skip

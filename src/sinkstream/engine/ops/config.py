@@ -6,6 +6,7 @@ Plans for whole steps, measured, are in `plans`. A configuration that the caller
 from dataclasses import dataclass, replace
 
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
+OWN_BYTES = 2048  # shared memory of a program beside its ring: 1 KB that the driver keeps, and room for reductions
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class LinearConfig:
     columns : int
         Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
     warps, stages : int
-        Warps of a program; tiles in flight (1: no shared-memory ring, plain loads).
+        Warps of a program; its tiles, the one in use and those in flight (1: no shared-memory ring, plain loads).
     per_sm : int
         Programs a multiprocessor.
     ahead : int
@@ -30,6 +31,8 @@ class LinearConfig:
         Let the next kernel start at this one's last tile instead of at once.
     hold : bool
         Read a program's first tile to registers before it waits for the kernel before.
+    fill : bool
+        Have the ring's tiles in flight before waiting for the kernel before; not together with `hold`.
     """
 
     rows: int = 4
@@ -41,6 +44,11 @@ class LinearConfig:
     evict: bool = True
     late: bool = False
     hold: bool = False
+    fill: bool = False
+
+    def __post_init__(self):
+        if self.hold and self.fill:
+            raise ValueError("hold and fill in one configuration; accepted: the first tile in registers or in the ring")
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,9 @@ BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1,
 
 
 def tile_bytes(config: LinearConfig, *widths: int) -> int:
-    """Shared memory of one program, bytes: `stages` tiles of half-precision rows, each part padded to whole chunks."""
+    """Shared memory of one tile of half-precision rows, bytes, each part padded to whole chunks; 0 without a ring."""
     chunks = sum(-(-width // config.columns) for width in widths)
-    return config.stages * config.rows * chunks * config.columns * 2 if config.stages > 1 else 0
+    return config.rows * chunks * config.columns * 2 if config.stages > 1 else 0
 
 
 def fit_shared_memory(config: LinearConfig, shared_bytes: int, *widths: int) -> LinearConfig:
@@ -118,7 +126,7 @@ def fit_shared_memory(config: LinearConfig, shared_bytes: int, *widths: int) -> 
     ----------
     config : LinearConfig
     shared_bytes : int
-        Shared memory that one multiprocessor can give its programs.
+        Shared memory of one multiprocessor.
     *widths : int
         Values of a weight row, part by part.
 
@@ -126,12 +134,17 @@ def fit_shared_memory(config: LinearConfig, shared_bytes: int, *widths: int) -> 
     -------
     LinearConfig
     """
-    while tile_bytes(config, *widths) > shared_bytes and config.rows > 1:
+    room = shared_bytes - OWN_BYTES
+    while config.stages * tile_bytes(config, *widths) > room and config.rows > 1:
         config = replace(config, rows=config.rows // 2)
-    while tile_bytes(config, *widths) > shared_bytes:  # ends at one stage, which needs no shared memory
+    while config.stages * tile_bytes(config, *widths) > room:  # ends at one stage, which needs no shared memory
         config = replace(config, stages=config.stages - 1)
-    used = tile_bytes(config, *widths)
-    return replace(config, per_sm=min(config.per_sm, shared_bytes // used)) if used else config
+    return replace(config, per_sm=min(config.per_sm, shared_bytes // program_bytes(config, *widths)))
+
+
+def program_bytes(config: LinearConfig, *widths: int) -> int:
+    """Shared memory of one program, bytes: Triton keeps a tile less than there are stages."""
+    return (config.stages - 1) * tile_bytes(config, *widths) + OWN_BYTES
 
 
 def default_norm_linear(hidden: int, gated: bool, shared_bytes: int) -> LinearConfig:

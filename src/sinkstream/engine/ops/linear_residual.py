@@ -16,6 +16,7 @@ from sinkstream.engine.ops.norm_linear import (
     held_products,
     held_rows,
     load_chunks,
+    no_chunks,
     row_products,
     row_terms,
 )
@@ -51,9 +52,9 @@ def _linear_residual_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    HOLD: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    HOLD: tl.constexpr, FILL: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles pid, pid + programs, ... of the output rows. HOLD: the first of them as in `serve_tiles`."""
+    """One program: tiles pid, pid + programs, ... of the output rows. HOLD, FILL: as in `serve_tiles`."""
     start = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
@@ -61,7 +62,7 @@ def _linear_residual_kernel(
             gdc_launch_dependents()
         tile_bytes = BN * w_stride * 2
         for i in range(ahead):
-            first = (start + (i + HOLD) * programs).to(tl.int64) * tile_bytes
+            first = (start + (i + HOLD + FILL * (STAGES - 1)) * programs).to(tl.int64) * tile_bytes
             prefetch_l2(w_ptr, first, rows.to(tl.int64) * w_stride * 2, tile_bytes)
     if HOLD:
         r = start * BN + tl.arange(0, BN)
@@ -69,13 +70,17 @@ def _linear_residual_kernel(
         held = held_rows(w_ptr, r, rows, w_stride, KA, BK, EVEN, EVICT)
         if KF > 0:
             held_f = held_rows(w_ptr + KA, r, rows, w_stride, KF, BK, EVEN, EVICT)
-    if PDL:
-        gdc_wait()
-    if HOLD:
-        terms += row_terms(r_ptr, r, rows, HAS_RESIDUAL)
-    xa = as_float(load_chunks(a_ptr, KA, BK))
-    if KF > 0:
-        xf = as_float(load_chunks(f_ptr, KF, BK))
+    if FILL:
+        xa = no_chunks(KA, BK)
+        xf = no_chunks(KF, BK)
+    else:
+        if PDL:
+            gdc_wait()
+        if HOLD:
+            terms += row_terms(r_ptr, r, rows, HAS_RESIDUAL)
+        xa = as_float(load_chunks(a_ptr, KA, BK))
+        if KF > 0:
+            xf = as_float(load_chunks(f_ptr, KF, BK))
     if HOLD:
         acc = held_products(held, xa)
         if KF > 0:
@@ -83,8 +88,15 @@ def _linear_residual_kernel(
         tl.store(y_ptr + r, terms + tl.sum(acc, 1), mask=r < rows)
         start += programs
     for tile in tl.range(start, tl.cdiv(rows, BN), programs, num_stages=STAGES):
+        if FILL:  # noqa: SIM102 - known when this is compiled, unlike the next condition
+            if tile == start:
+                if PDL:
+                    gdc_wait()
+                xa = as_float(load_chunks(a_ptr, KA, BK))
+                if KF > 0:
+                    xf = as_float(load_chunks(f_ptr, KF, BK))
         r = tile * BN + tl.arange(0, BN)
-        y = row_terms(b_ptr, r, rows, HAS_BIAS) + row_terms(r_ptr, r, rows, HAS_RESIDUAL)
+        y = row_terms(b_ptr, r, rows, HAS_BIAS) + row_terms(r_ptr, r, rows, HAS_RESIDUAL, FILL)
         acc = row_products(w_ptr, r, rows, w_stride, xa, KA, BK, EVEN, EVICT)
         if KF > 0:
             acc += row_products(w_ptr + KA, r, rows, w_stride, xf, KF, BK, EVEN, EVICT)
@@ -197,6 +209,6 @@ def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
         *prefetch.arguments(weight, programs),
         KA=n, KF=m, BN=config.rows, BK=config.columns, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, EVEN=rows % config.rows == 0,
-        EVICT="evict_first" if config.evict else "", STAGES=config.stages, HOLD=config.hold,
+        EVICT="evict_first" if config.evict else "", STAGES=config.stages, HOLD=config.hold, FILL=config.fill,
         NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip

@@ -43,6 +43,15 @@ def load_chunks(ptr, K: tl.constexpr, BK: tl.constexpr):
 
 
 @jit
+def no_chunks(K: tl.constexpr, BK: tl.constexpr):
+    """A chunked vector of zeros, float32."""
+    out = ()
+    for _ in tl.static_range((K + BK - 1) // BK):
+        out = out + (tl.zeros((BK,), tl.float32),)
+    return out
+
+
+@jit
 def normalise(xs, gammas, betas, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, HAS_BETA: tl.constexpr):
     """LayerNorm (or RMSNorm) of a chunked vector, in float32: chunks, and what their products are still multiplied by.
 
@@ -118,10 +127,13 @@ def row_products(
 
 
 @jit
-def row_terms(term_ptr, r, rows, GIVEN: tl.constexpr):
-    """What is added to the products of rows `r` (a bias, a residual), float32; zeros where none is given."""
+def row_terms(term_ptr, r, rows, GIVEN: tl.constexpr, IN_PLACE: tl.constexpr = False):
+    """What is added to the products of rows `r` (a bias, a residual), float32; zeros where none is given.
+
+    IN_PLACE: read where the program says so, never earlier in a pipeline.
+    """
     if GIVEN:
-        terms = tl.load(term_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+        terms = tl.load(term_ptr + r, mask=r < rows, other=0.0, volatile=IN_PLACE).to(tl.float32)
     else:
         terms = tl.zeros((r.shape[0],), tl.float32)
     return terms
@@ -142,11 +154,12 @@ def serve_tiles(
     start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    HOLD: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
+    HOLD: tl.constexpr, FILL: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
     WAIT: x comes from the kernel before. HOLD: the first tile's weights are on their way to registers while it waits.
+    FILL: those of the first STAGES - 1 tiles on their way to the ring, since the pipeline begins before its first turn.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
@@ -154,7 +167,7 @@ def serve_tiles(
     if PDL:
         tile_bytes = BN * w_stride * 2
         for i in range(ahead):
-            tile = start + (i + HOLD) * step
+            tile = start + (i + HOLD + FILL * (STAGES - 1)) * step
             first = tile.to(tl.int64) * tile_bytes
             end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
             prefetch_l2(w_ptr, first, end_byte, tile_bytes)
@@ -171,9 +184,12 @@ def serve_tiles(
     betas = gammas
     if HAS_BETA:
         betas = load_chunks(beta_ptr, K, BK)
-    if PDL and WAIT:
-        gdc_wait()
-    xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
+    if FILL:
+        xs, scale = no_chunks(K, BK), 1.0
+    else:
+        if PDL and WAIT:
+            gdc_wait()
+        xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
     if HOLD:
         y = bias + tl.sum(held_products(held, xs), 1) * scale
         up = y
@@ -182,6 +198,11 @@ def serve_tiles(
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
         start += step
     for tile in tl.range(start, end, step, num_stages=STAGES):
+        if FILL:  # noqa: SIM102 - known when this is compiled, unlike the next condition
+            if tile == start:
+                if PDL and WAIT:
+                    gdc_wait()
+                xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
         r = tile * BN + tl.arange(0, BN)
         y = row_terms(b_ptr, r, rows, HAS_BIAS)
         y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
@@ -200,13 +221,14 @@ def _norm_linear_kernel(
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
-    HOLD: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    HOLD: tl.constexpr, FILL: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile."""
     pid = tl.program_id(0)
     serve_tiles(
         pid, tl.cdiv(rows, BN), tl.num_programs(0), x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps,
-        w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, HOLD, LATE, PDL, True,
+        w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, HOLD, FILL, LATE, PDL,
+        True,
     )  # fmt: skip
     if NEXT:
         prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
@@ -370,5 +392,5 @@ def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out,
         K=hidden, BN=config.rows, BK=config.columns, LAYER=norm == "layer", ACT=activation == "gelu",
         GATED=activation == "swiglu", HAS_BIAS=bias is not None, HAS_BETA=norm_bias is not None,
         EVEN=rows % config.rows == 0, EVICT="evict_first" if config.evict else "", STAGES=config.stages,
-        HOLD=config.hold, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+        HOLD=config.hold, FILL=config.fill, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip

@@ -109,10 +109,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that the programs of a multiprocessor can count on; elsewhere than on CUDA that of an H100."""
+    """Shared memory of a multiprocessor: 1 KB more than one program may ask for. Elsewhere than on CUDA an H100's."""
     if device.type == "cuda":
-        return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"] - 4096
-    return 227 * 1024 - 4096
+        return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"] + 1024
+    return 228 * 1024
 
 
 @jit
