@@ -68,6 +68,11 @@ def format_environment(info: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
 
+def hardware(info: dict[str, Any]) -> str:
+    """What an environment computed on: its GPU, or its CPU where that did the work."""
+    return info["gpu"]["name"] or info["cpu"]["model"]
+
+
 def git_revision(package_directory: Path = _PACKAGE_DIRECTORY) -> dict[str, Any]:
     """Commit of the checkout that the package's source is tracked in, and whether the source differs from it.
 

@@ -64,6 +64,15 @@ def newest(records: Iterable[BenchRecord]) -> list[BenchRecord]:
     return list({configuration(record): record for record in records}.values())
 
 
+def together(records: Sequence[BenchRecord]) -> list[BenchRecord]:
+    """One record of every configuration: that of the command that timed most of them, else the latest."""
+    configurations: dict[str, set[tuple[Any, ...]]] = {}
+    for record in records:
+        configurations.setdefault(record.session, set()).add(configuration(record))
+    widest = max(reversed(configurations), key=lambda session: len(configurations[session]), default=None)
+    return newest([*records, *(r for r in records if r.session == widest)])
+
+
 def comparable(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """Those that share their conditions with the latest one."""
     latest = max(records, key=lambda r: r.created, default=None)

@@ -8,7 +8,16 @@ from rich.table import Table
 from sinkstream.measure.bench_records import BenchRecord, load_bench_records
 from sinkstream.measure.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 from sinkstream.registry import Registry
-from sinkstream.report.bench_selection import LADDER_SHAPE, SHAPES, comparable, fastest_rung, newest, pairs, select
+from sinkstream.report.bench_selection import (
+    LADDER_SHAPE,
+    SHAPES,
+    comparable,
+    fastest_rung,
+    newest,
+    pairs,
+    select,
+    together,
+)
 from sinkstream.report.bench_summary import (
     speedup_over_hf_lazy,
     speedup_over_static_compile,
@@ -204,8 +213,8 @@ def headline_speed(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-ladder")
 def ladder_table(records: Sequence[BenchRecord]) -> str:
     """Every rung on the Pythia-2.8B shape, float16, one stream, 2,052 slots, the slowest first."""
-    rows = newest(select(records, model=LADDER_SHAPE, cap=2052, streams=1, dtype="float16", short=True))
-    rows = comparable(rows)
+    rows = select(records, model=LADDER_SHAPE, cap=2052, streams=1, dtype="float16", short=True)
+    rows = together(comparable(rows))
     ordered = sorted(rows, key=lambda r: -r.steady["tpot_ms"])
     fastest = ordered[-1].steady["tpot_ms"] if ordered else None
     times: Column = ("× the fastest", lambda r: f"{r.steady['tpot_ms'] / fastest:.2f}")
@@ -232,9 +241,10 @@ def shapes_table(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("bench-caps")
 def caps_table(records: Sequence[BenchRecord]) -> str:
-    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape."""
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", streams=1, rung=fastest_rung(records), short=True)
-    found = sorted(comparable(newest(chosen)), key=lambda r: r.protocol["cap"])
+    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape, float16."""
+    fastest = fastest_rung(records)
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", streams=1, rung=fastest, dtype="float16", short=True)
+    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["cap"])
     if len(found) < 2:
         return NONE_YET
     kv: Column = ("KV (GB)", lambda r: f"{r.floor['kv_bytes'] / 1e9:.3f}")
@@ -243,9 +253,10 @@ def caps_table(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("bench-streams")
 def streams_table(records: Sequence[BenchRecord]) -> str:
-    """Independent streams stepped together, Pythia-2.8B shape, strict, 2,052 slots; the weights are read once."""
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", cap=2052, rung=fastest_rung(records), short=True)
-    found = sorted(comparable(newest(chosen)), key=lambda r: r.protocol["streams"])
+    """Streams stepped together, Pythia-2.8B shape, float16, strict, 2,052 slots; the weights are read once."""
+    fastest = fastest_rung(records)
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", cap=2052, rung=fastest, dtype="float16", short=True)
+    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["streams"])
     if len(found) < 2:
         return NONE_YET
     rate: Column = ("tokens/s, all streams", lambda r: f"{r.steady['tokens_per_sec']:,.0f}")

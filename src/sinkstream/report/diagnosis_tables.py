@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from sinkstream.diagnosis import PARTS, Diagnosis, load_diagnoses
+from sinkstream.measure.environment import hardware
 from sinkstream.registry import Registry
 from sinkstream.report.markdown import EMPTY, NONE_YET
 from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
@@ -123,12 +124,12 @@ def markdown_diagnosis(diagnosis: Diagnosis) -> str:
 def origin(diagnosis: Diagnosis) -> str:
     """One line on what a diagnosis was made from; strict streaming's own PPL is in it."""
     protocol, environment = diagnosis.protocol, diagnosis.environment
-    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
     strict = diagnosis.policies[0]["strict"]
     return (
         f"{diagnosis.model['name']}, {diagnosis.data['name']}, {diagnosis.data['tokens']:,} tokens of which"
-        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']}, {hardware}, commit"
-        f" `{(environment['git']['commit'] or 'unknown')[:10]}`; strict PPL {strict['ppl']:.2f}."
+        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']},"
+        f" {hardware(environment)}, commit `{(environment['git']['commit'] or 'unknown')[:10]}`;"
+        f" strict PPL {strict['ppl']:.2f}."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
+from sinkstream.measure.environment import hardware
 from sinkstream.measure.recall import RecallRecord, load_recalls
 from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
@@ -119,11 +120,10 @@ def _origin(record: Record) -> str:
 def _machine(record: Record | RecallRecord) -> str:
     """The end of the line on what a table was measured with."""
     environment = record.environment
-    hardware = environment["gpu"]["name"] or environment["cpu"]["model"]
     versions = environment["versions"]
     return (
-        f"{record.protocol['dtype']}, {hardware}, torch {versions['torch']}, transformers {versions['transformers']},"
-        f" commit `{(environment['git']['commit'] or 'unknown')[:10]}`."
+        f"{record.protocol['dtype']}, {hardware(environment)}, torch {versions['torch']},"
+        f" transformers {versions['transformers']}, commit `{(environment['git']['commit'] or 'unknown')[:10]}`."
     )
 
 
@@ -209,6 +209,7 @@ def precision_table(records: Sequence[Record]) -> str:
             p.record.data["name"],
             label(p.record),
             f"{p.record.protocol['backend']} {p.record.protocol['dtype']}",
+            hardware(p.record.environment),
             f"{p.tokens:,}",
             f"{p.ppl:.4f}",
             f"{p.control_ppl:.4f}",
@@ -217,7 +218,18 @@ def precision_table(records: Sequence[Record]) -> str:
         ]
         for p in precision_runs(records)
     ]
-    header = ["model", "text", "policy", "engine", "tokens", "PPL", "PPL hf float32", "error %", "same top token %"]
+    header = [
+        "model",
+        "text",
+        "policy",
+        "engine",
+        "on",
+        "tokens",
+        "PPL",
+        "PPL hf float32",
+        "error %",
+        "same top token %",
+    ]
     return grid(header, rows) if rows else NONE_YET
 
 

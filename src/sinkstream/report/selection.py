@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from sinkstream.measure.environment import hardware
 from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.records import Record
 
@@ -81,10 +82,9 @@ def select(
 
 def conditions(record: Record) -> tuple[Any, ...]:
     """What two latencies that are compared must share, text and model left out: precision, hardware, switches."""
-    hardware = record.environment["gpu"]["name"] or record.environment["cpu"]["model"]
     protocol = {"interleaved": 1, "cudnn_attention": None, **record.protocol}
     keys = ("backend", "dtype", "device", "tf32", "interleaved", "cudnn_attention")
-    return (hardware, *(protocol[key] for key in keys))
+    return (hardware(record.environment), *(protocol[key] for key in keys))
 
 
 def same_conditions(record: Record, control: Record) -> bool:
