@@ -4,8 +4,9 @@ import time
 
 import pytest
 import torch
+from ops_cases import NEEDS_TRITON
 
-from sinkstream.engine.bench_ops import SHAPES, Bench, attention_grid, candidates, neighbours_of
+from sinkstream.engine.bench_ops import SHAPES, TOLERANCE, Bench, attention_grid, candidates, neighbours_of
 
 
 @pytest.fixture(params=["smoke-neox", "smoke-llama"])
@@ -42,6 +43,16 @@ def test_every_op_has_configurations_to_try():
         if not shape.name.startswith("smoke"):
             assert all(len(candidates(shape, op)) > 8 for op in shape.ops)
             assert len(attention_grid(shape)) == len(set(attention_grid(shape)))
+
+
+@NEEDS_TRITON
+def test_a_step_with_filled_rings_gives_the_same_logits(bench):
+    measured = bench.measured_plan() | {"next": {}}
+    plans = [plan for _, plan in bench.filled_plans(measured)]
+    assert len({str(plan) for plan in plans}) == len(plans) > 4
+    linear = [op for op in plans[-1] if getattr(plans[-1][op], "fill", False)]
+    assert set(linear) >= {"qkv", "head"} and plans[-1]["head"].stages > plans[0]["head"].stages
+    assert bench.check_step(plans[-1]) < TOLERANCE[bench.shape.dtype]
 
 
 def test_climbing_tries_every_neighbour_of_the_measured_plan_and_keeps_what_helps(bench, monkeypatch):

@@ -6,7 +6,8 @@ The ceiling comes first: the bandwidth of a large device-to-device copy. Every o
 poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
 event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
 configurations on: each knob is tried in turn and kept if the step gets faster. With --climb this begins at the measured
-plan (`sinkstream.engine.ops.plans`) instead, and every neighbour of every configuration is tried until none is faster.
+plan (`sinkstream.engine.ops.plans`) instead, or at a plan in which every ring is filled before the wait, and every
+neighbour of every configuration is tried until none is faster.
 Several processes compile the kernels.
 """
 
@@ -35,9 +36,11 @@ from sinkstream.engine.ops import (
     norm_linear,
 )
 from sinkstream.engine.ops.likeliest import Tiles
-from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, measured_plan
+from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, fitted, measured_plan
 from sinkstream.engine.ops.runtime import set_compile_only
 from sinkstream.measure.bandwidth import memory_bandwidth
+from sinkstream.models.shapes import SHAPES as PUBLISHED
+from sinkstream.models.shapes import shape_config
 
 SINK = 4
 H100 = (228 * 1024, 132)  # shared memory of a multiprocessor, multiprocessors
@@ -61,6 +64,20 @@ class Shape:
     dtype: torch.dtype
     cap: int = 2052
 
+    @classmethod
+    def published(cls, name: str) -> "Shape":
+        """The shape that `random:NAME` loads; GPT-NeoX in float16, Llama-like ones in bfloat16."""
+        config = shape_config(name)
+        neox, heads = config.model_type == "gpt_neox", config.num_attention_heads
+        head_dim = config.hidden_size // heads
+        rotary = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        dtype = torch.float16 if neox else torch.bfloat16
+        return cls(
+            name, neox, config.num_hidden_layers, config.hidden_size, heads,
+            getattr(config, "num_key_value_heads", heads), head_dim, config.intermediate_size, config.vocab_size,
+            rotary, dtype,
+        )  # fmt: skip
+
     @property
     def ops(self) -> list[str]:
         """Kernels of a layer, in order."""
@@ -83,6 +100,14 @@ class Shape:
         return cached + (0 if op == "attention" else self.widths[op][0] * self.widths[op][1] * 2)
 
     @property
+    def sizes(self) -> Sizes:
+        """What a plan is fitted to, on an H100."""
+        ring = self.cap - SINK
+        return Sizes(
+            self.hidden, self.intermediate, self.heads, self.kv_heads, self.head_dim, ring, SINK, *H100
+        )  # fmt: skip
+
+    @property
     def step_bytes(self) -> int:
         return self.layers * sum(map(self.bytes_of, self.ops)) + self.bytes_of("head")
 
@@ -90,9 +115,7 @@ class Shape:
 SHAPES = {
     s.name: s
     for s in (
-        Shape("pythia-2.8b", True, 32, 2560, 32, 32, 80, 10240, 50304, 20, torch.float16),
-        Shape("llama-3.2-1b", False, 16, 2048, 32, 8, 64, 8192, 128256, 64, torch.bfloat16),
-        Shape("llama-3.1-8b", False, 32, 4096, 32, 8, 128, 14336, 128256, 128, torch.bfloat16),
+        *map(Shape.published, PUBLISHED),
         Shape("smoke-neox", True, 2, 160, 2, 2, 80, 320, 200, 20, torch.float16, 45),
         Shape("smoke-llama", False, 2, 128, 4, 2, 64, 256, 200, 64, torch.bfloat16, 45),
     )
@@ -308,6 +331,8 @@ def neighbours_of(config) -> list:
     ]
     found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
     if isinstance(config, LinearConfig):
+        rows, warps = max(1, config.rows // 2), max(1, config.warps // 2)
+        found.append(replace(config, rows=rows, warps=warps, per_sm=2 * config.per_sm))  # half as large, twice as many
         found += [replace(config, hold=early == "hold", fill=early == "fill") for early in ("", "hold", "fill")]
     return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
 
@@ -516,18 +541,41 @@ class Bench:
         return self.finish(plan, best)
 
     def climb(self) -> dict:
-        """Whole steps from the measured plan on: every neighbour in turn, until a whole round brings nothing."""
-        s = self.shape
-        sizes = Sizes(s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.cap - SINK, SINK, *H100)
-        measured = measured_plan(s.neox, sizes)
-        plan = {op: p.config for op, p in measured.items()}
-        plan |= {"pdl": True, "next": {op: p.prefetch for op, p in measured.items() if p.prefetch}}
+        """Whole steps from the best whole plan on: every neighbour in turn, until a whole round brings nothing."""
+        plan = self.measured_plan()
         best, before = self.time_step(plan, "measured plan"), float("inf")
         print(f"  measured plan {best:.3f} ms", flush=True)
+        for label, trial in self.filled_plans(plan):
+            ms = self.time_step(trial, label)
+            print(f"  {label} {ms:.3f} ms", flush=True)
+            if ms < best * 1.01:  # slower by so little, it still has more to gain from its neighbours
+                plan, best = trial, ms
         while best < before and self.left() > 10:
             before = best
             best = self.keep_what_helps(plan, best, self.neighbours(plan))
         return self.finish(plan, best)
+
+    def measured_plan(self) -> dict:
+        """The measured plan of the nearest width, as `Model.step` takes it."""
+        measured = measured_plan(self.shape.neox, self.shape.sizes)
+        plan = {op: p.config for op, p in measured.items()}
+        return plan | {"pdl": True, "next": {op: p.prefetch for op, p in measured.items() if p.prefetch}}
+
+    def filled_plans(self, plan: dict):
+        """Whole plans whose rings are filled before the wait, shallow and deep: one op at a time may show no gain."""
+        linear = [op for op in (*self.shape.ops, "head") if op not in ("attention", "beside") and not plan[op].hold]
+        plans = []
+        for stages, late in product((3, 4, 6, 8), (False, True)):
+            trial = dict(plan)
+            for op in linear:
+                filled = replace(plan[op], stages=stages, ahead=0, late=late, fill=True)
+                trial[op] = fitted(op, filled, self.shape.sizes)
+            if self.shape.neox:  # so that the rows beside attention need not wait
+                trial["qkv"] = replace(trial["qkv"], late=True)
+            plans.append((f"rings of {stages}, {'late' if late else 'early'}", trial))
+        jobs = [(op, trial[op], True, bool(plan["next"].get(op))) for _, trial in plans for op in linear]
+        list(self.compiled(list(dict.fromkeys(jobs)), self.left() / 4))
+        yield from plans
 
     def neighbours(self, plan: dict):
         """Changes of one field of one configuration, as their kernels become available; then prefetches."""

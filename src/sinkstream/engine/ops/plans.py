@@ -98,10 +98,11 @@ def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpPlan]:
     """A plan for every op of a layer and for "head", for a GPU with programmatic dependent launch."""
     plans = NEOX_PLANS if neox else LLAMA_PLANS
     nearest = min(plans, key=lambda hidden: abs(math.log(hidden / sizes.hidden)))
-    return {op: replace(plan, config=_fitted(op, plan.config, sizes), pdl=True) for op, plan in plans[nearest].items()}
+    return {op: replace(plan, config=fitted(op, plan.config, sizes), pdl=True) for op, plan in plans[nearest].items()}
 
 
-def _fitted(op: str, config, sizes: Sizes):
+def fitted(op: str, config, sizes: Sizes):
+    """The configuration of an op, cut down to what fits these sizes."""
     slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
     if op == "beside":
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
