@@ -1,10 +1,13 @@
-"""What every test shares: offline, seeded, one thread a worker; without CUDA kernels are interpreted."""
+"""What every test shares: offline, seeded, interruptible, one thread a worker; without CUDA kernels are interpreted."""
 
 import os
+import signal
 
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[_name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # subprocesses of a test inherit it; torch's own setting is below
     os.environ["OMP_NUM_THREADS"] = "1"
 
