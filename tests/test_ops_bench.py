@@ -1,6 +1,7 @@
 """The benchmark of the ops: its checks start from the same inputs whatever ran before, and find a wrong result."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_a_step_with_filled_rings_gives_the_same_logits(bench):
     linear = [op for op in plans[-1] if getattr(plans[-1][op], "fill", False)]
     assert set(linear) >= {"qkv", "head"} and plans[-1]["head"].stages > plans[0]["head"].stages
     assert bench.check_step(plans[-1]) < TOLERANCE[bench.shape.dtype]
+
+
+def test_what_comes_early_is_replaced_whatever_was_kept_before(bench):
+    plan, op, filled = bench.measured_plan(), bench.shape.ops[-1], []
+    plan[op] = replace(plan[op], hold=False, fill=False)
+    for _, trial in bench.neighbours(plan):
+        if trial[op].hold:
+            plan.update(trial)  # as one that helped
+        elif trial[op].fill:
+            filled.append(trial)
+    assert plan[op].hold and filled
 
 
 def test_climbing_tries_every_neighbour_of_the_measured_plan_and_keeps_what_helps(bench, monkeypatch):

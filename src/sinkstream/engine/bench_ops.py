@@ -561,7 +561,7 @@ class Bench:
         plan = {op: p.config for op, p in measured.items()}
         return plan | {"pdl": True, "next": {op: p.prefetch for op, p in measured.items() if p.prefetch}}
 
-    def filled_plans(self, plan: dict):
+    def filled_plans(self, plan: dict) -> list[tuple[str, dict]]:
         """Whole plans whose rings are filled before the wait, shallow and deep: one op at a time may show no gain."""
         linear = [op for op in (*self.shape.ops, "head") if op not in ("attention", "beside") and not plan[op].hold]
         plans = []
@@ -575,15 +575,17 @@ class Bench:
             plans.append((f"rings of {stages}, {'late' if late else 'early'}", trial))
         jobs = [(op, trial[op], True, bool(plan["next"].get(op))) for _, trial in plans for op in linear]
         list(self.compiled(list(dict.fromkeys(jobs)), self.left() / 4))
-        yield from plans
+        return plans
 
     def neighbours(self, plan: dict):
-        """Changes of one field of one configuration, as their kernels become available; then prefetches."""
+        """Small changes of one configuration, as their kernels become available; then prefetches."""
         ops = [*self.shape.ops, "head"]
         jobs = [(op, config, True, bool(plan["next"].get(op))) for op in ops for config in neighbours_of(plan[op])]
         begun = dict(plan)
         for op, config, _, _ in self.compiled(jobs, self.left() / 2):
             moved = {f: v for f, v in vars(config).items() if v != getattr(begun[op], f)}
+            if moved.keys() & {"hold", "fill"}:  # one takes the other's place, whatever the plan has by now
+                moved |= {"hold": config.hold, "fill": config.fill}
             yield f"{op} {short(config)}", plan | {op: replace(plan[op], **moved)}
         for op, size in product(self.shape.ops, (0, MB, 2 * MB, 4 * MB, 6 * MB, 10 * MB, 16 * MB)):
             if size != plan["next"].get(op, 0):
