@@ -37,8 +37,10 @@ def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline:
     """TPOT of another rung over the fastest one's, newest record that has such a rival, in the same command if any."""
     found = [(record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16"))]
     found = [(record, other) for record, other in found if other is not None]
-    record, other = min(found, key=lambda pair: pair[0].session != pair[1].session, default=(None, None))
-    return None if record is None else (other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id)
+    beside = [(record, other) for record, other in found if other.session == record.session]
+    for record, other in beside or found:
+        return other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id
+    return None
 
 
 @SPEED_HEADLINES.register("engine.tpot_over_floor")

@@ -47,6 +47,12 @@ def as_float(chunks):
 
 
 @jit
+def load_inputs(a_ptr, f_ptr, KA: tl.constexpr, KF: tl.constexpr, BK: tl.constexpr):
+    """Both inputs in float32 chunks; none of f where KF is 0."""
+    return as_float(load_chunks(a_ptr, KA, BK)), as_float(load_chunks(f_ptr, KF, BK))
+
+
+@jit
 def _linear_residual_kernel(
     a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, rows, w_stride, ahead,
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
@@ -78,9 +84,7 @@ def _linear_residual_kernel(
             gdc_wait()
         if HOLD:
             terms += row_terms(r_ptr, r, rows, HAS_RESIDUAL)
-        xa = as_float(load_chunks(a_ptr, KA, BK))
-        if KF > 0:
-            xf = as_float(load_chunks(f_ptr, KF, BK))
+        xa, xf = load_inputs(a_ptr, f_ptr, KA, KF, BK)
     if HOLD:
         acc = held_products(held, xa)
         if KF > 0:
@@ -92,9 +96,7 @@ def _linear_residual_kernel(
             if tile == start:
                 if PDL:
                     gdc_wait()
-                xa = as_float(load_chunks(a_ptr, KA, BK))
-                if KF > 0:
-                    xf = as_float(load_chunks(f_ptr, KF, BK))
+                xa, xf = load_inputs(a_ptr, f_ptr, KA, KF, BK)
         r = tile * BN + tl.arange(0, BN)
         y = row_terms(b_ptr, r, rows, HAS_BIAS) + row_terms(r_ptr, r, rows, HAS_RESIDUAL, FILL)
         acc = row_products(w_ptr, r, rows, w_stride, xa, KA, BK, EVEN, EVICT)
