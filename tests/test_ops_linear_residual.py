@@ -1,6 +1,6 @@
-"""`linear_residual` against float64: one input or two, strided views, aliasing; kernel, library and twin alike.
+"""`linear_residual` against float64: one input or two, strided views, aliasing; kernels, library and twin alike.
 
-One stream goes through the kernel, several through the library.
+One stream goes through one kernel, up to 16 through another, more through the library.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from sinkstream.engine.ops import LinearConfig, linear_residual
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("early", EARLY)
-@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("streams", [1, 3, 17])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "n", "m"), [(64, 64, 0), (37, 80, 200), (96, 200, 520), (5, 8, 64)])
 def test_against_float64(hidden, n, m, dtype, streams, early, backend):
@@ -30,7 +30,7 @@ def test_against_float64(hidden, n, m, dtype, streams, early, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("streams", "tolerance"), [(1, 1e-5), (2, TOLERANCE[torch.float16])])
+@pytest.mark.parametrize(("streams", "tolerance"), [(1, 1e-5), (2, 1e-5), (17, TOLERANCE[torch.float16])])
 def test_in_place_with_a_float32_residual(streams, tolerance, backend):
     a, weight = draw(streams, 64, dtype=torch.float16), draw(40, 64, dtype=torch.float16)
     residual = draw(streams, 40)

@@ -1,6 +1,6 @@
-"""`norm_linear` against float64: both norms, activations, awkward shapes; kernel, library, twin alike.
+"""`norm_linear` against float64: both norms, activations, awkward shapes; kernels, library, twin alike.
 
-One stream goes through the kernel, several through the library.
+One stream goes through one kernel, up to 16 through others, more through the library.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sinkstream.engine.ops import LinearConfig, norm_linear
 
 SHAPES = [(64, 96), (80, 40), (200, 37), (520, 65)]  # (hidden, rows)
-STREAMS = [1, 3]
+STREAMS = [1, 3, 17]
 
 
 def reference(x, weight, gamma, beta, bias, eps, norm, activation):

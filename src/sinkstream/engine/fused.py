@@ -19,7 +19,7 @@ from sinkstream.engine.ops import (
     norm_linear,
 )
 from sinkstream.engine.ops.attention_decode import split_qkv
-from sinkstream.engine.ops.config import MAX_SPLITS, count_programs, default_attention
+from sinkstream.engine.ops.config import MAX_SHARED, MAX_SPLITS, count_programs, default_attention
 from sinkstream.engine.ops.likeliest import Tiles
 from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
 from sinkstream.engine.ops.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
@@ -170,10 +170,10 @@ class FusedDecode:
         """Options of one launch; `early`: whether it may start before the kernel before it has ended.
 
         The first op of layer 0 may not: attention, one kernel later, must find the scalars final. Nor may an op that
-        comes after PyTorch's, which need not end in a kernel.
+        comes after PyTorch's, which need not end in a kernel; those of more than `MAX_SHARED` streams are PyTorch's.
         """
         plan = self.plan[op]
-        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams == 1}
+        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_SHARED}
 
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""

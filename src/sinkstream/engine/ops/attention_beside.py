@@ -9,9 +9,10 @@ import torch
 
 from sinkstream.engine.ops.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
 from sinkstream.engine.ops.attention_decode import check_inputs as check_attention
-from sinkstream.engine.ops.config import BesideConfig, default_beside
+from sinkstream.engine.ops.chunks import check_tile
+from sinkstream.engine.ops.config import BesideConfig, default_beside, several_attention
 from sinkstream.engine.ops.norm_linear import check_inputs as check_linear
-from sinkstream.engine.ops.norm_linear import check_tile, norm_linear, serve_tiles
+from sinkstream.engine.ops.norm_linear import norm_linear, serve_tiles
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -127,7 +128,17 @@ def attention_beside(
     if len(qkv) > 1 or not use_triton(backend, qkv):
         linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
         how = {"pdl": pdl, "backend": backend}
-        out = attention_decode(qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, **how)
+        few = several_attention(
+            len(qkv),
+            keys.shape[1],
+            keys.shape[3],
+            keys.shape[2] - pinned_slots,
+            pinned_slots,
+            multiprocessors(x.device),
+        )
+        out = attention_decode(
+            qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, config=few, **how
+        )  # fmt: skip
         linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
         return out, linear_out
     rows, hidden = weight.shape
@@ -154,7 +165,7 @@ def _launch(
 ):  # fmt: skip
     (rows, hidden), linear, attending = weight.shape, config.linear, grid[0] * grid[1]
     room = multiprocessors(x.device) * linear.per_sm - attending
-    serving = max(1, min(-(-rows // linear.rows), max(room, multiprocessors(x.device))))
+    serving = min(-(-rows // linear.rows), room if room > 0 else multiprocessors(x.device))
     launch(
         _attention_beside_kernel, (attending + serving,), grid[0], grid[1], *arguments,
         x[0], weight, weight if bias is None else bias, norm_weight, norm_weight if norm_bias is None else norm_bias,

@@ -5,6 +5,7 @@ Plans for whole steps, measured, are in `plans`. A configuration that the caller
 
 from dataclasses import dataclass, replace
 
+MAX_SHARED = 16  # streams of one product: the narrowest tile of the matrix units, and the widest that is used
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
 OWN_BYTES = 2048  # shared memory of a program beside its ring: 1 KB that the driver keeps, and room for reductions
 
@@ -104,12 +105,48 @@ class BesideConfig:
             )
 
 
+@dataclass(frozen=True)
+class SharedConfig:
+    """How a product of several streams is cut up. Changes speed only, never values beyond the order of additions.
+
+    Attributes
+    ----------
+    rows : int
+        Weight rows of one tile (a power of two, at least 16).
+    columns : int
+        Columns of a chunk (a power of two, at least 16).
+    warps, stages : int
+        Warps of a program; its chunks, the one in use and those in flight.
+    per_sm : int
+        Programs a multiprocessor.
+    ahead : int
+        Bytes of each row of its first tile that a program asks for before it waits for the kernel before, a multiple
+        of 16 (programmatic dependent launch only).
+    late : bool
+        Let the next kernel start when this one's rows are done instead of at once.
+    """
+
+    rows: int = 16
+    columns: int = 128
+    warps: int = 2
+    stages: int = 6
+    per_sm: int = 5
+    ahead: int = 1024
+    late: bool = True
+
+
 # What a call gets that brings none. Chosen so that the compiler spills no registers at head sizes 64 to 256.
 LINEAR = LinearConfig()
 RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
 UNGROUPED = AttentionConfig()
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
+SHARED = SharedConfig()
+FEW_HEADS = AttentionConfig(
+    splits=MAX_SPLITS, warps=4, late=True
+)  # of several streams, ungrouped: one wave of programs
+MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)
+WAVE = 3  # programs of FEW_HEADS that a multiprocessor holds at a time
 BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
 
 
@@ -158,10 +195,26 @@ def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
     return fit_shared_memory(config, shared_bytes, n, m)
 
 
+def default_shared(gated: bool, shared_bytes: int) -> SharedConfig:
+    """What `shared_product` uses: as many programs a multiprocessor as fit."""
+    parts = SHARED.rows * (2 if gated else 1) + MAX_SHARED
+    program = (SHARED.stages - 1) * parts * SHARED.columns * 2 + OWN_BYTES
+    return replace(SHARED, per_sm=max(1, min(SHARED.per_sm, shared_bytes // program)))
+
+
 def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:
     """What `attention_decode` uses for `group` queries a key-value head."""
     config = UNGROUPED if head_dim <= 96 else WIDE
     return fit_attention(config, group, head_dim, ring, pinned_slots)
+
+
+def several_attention(
+    streams: int, kv_heads: int, head_dim: int, ring: int, pinned_slots: int, multiprocessors: int
+) -> AttentionConfig:
+    """What attention without grouped queries uses for several streams: heads are many, so splits are few."""
+    splits = WAVE * multiprocessors // (streams * kv_heads) - 1  # one program more serves the pinned slots
+    config = MANY_HEADS if splits < 2 else replace(FEW_HEADS, splits=min(splits, MAX_SPLITS // 2))
+    return fit_attention(config, 1, head_dim, ring, pinned_slots)
 
 
 def fit_attention(config: AttentionConfig, group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:

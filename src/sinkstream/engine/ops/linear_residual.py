@@ -2,16 +2,15 @@
 
 GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
 concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. In each program the input
-stays in registers, weight rows stream through a ring of shared-memory stages. The kernel serves one stream; several
-share a library product, which reads the weight once for all of them.
+stays in registers, weight rows stream through a ring of shared-memory stages. The kernel serves one stream; what
+several share is in `shared_product`.
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 import torch.nn.functional as F
 
-from sinkstream.engine.ops.config import LinearConfig, default_linear_residual
-from sinkstream.engine.ops.norm_linear import (
+from sinkstream.engine.ops.chunks import (
     check_tile,
     held_products,
     held_rows,
@@ -20,6 +19,7 @@ from sinkstream.engine.ops.norm_linear import (
     row_products,
     row_terms,
 )
+from sinkstream.engine.ops.config import MAX_SHARED, LinearConfig, default_linear_residual
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -35,6 +35,7 @@ from sinkstream.engine.ops.runtime import (
     tl,
     use_triton,
 )
+from sinkstream.engine.ops.shared_product import refuse_early, shared_product
 
 
 @jit
@@ -127,8 +128,8 @@ def linear_residual(
 ) -> torch.Tensor:
     """out = weight · [a, f] + bias + residual.
 
-    One stream runs the kernel. Several run PyTorch's matmul instead (`config`, `prefetch` and `pdl` mean nothing then),
-    so that the weight is read once for all of them.
+    One stream runs the kernel. Up to 16 run another, which reads the weight once for all of them; more run PyTorch's
+    matmul. `config` and `prefetch` are for one stream.
 
     Parameters
     ----------
@@ -171,8 +172,11 @@ def linear_residual(
     check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
     if not use_triton(backend, a):
         return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
-    if streams > 1:
+    if streams > MAX_SHARED:
+        refuse_early(streams, pdl)
         return linear_residual_library(a, weight, f, bias, residual, out)
+    if streams > 1:
+        return shared_product(a, weight, out, f=f, bias=bias, residual=residual, pdl=pdl)
     if config is None:
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)
@@ -191,7 +195,7 @@ def linear_residual_twin(a, weight, f, bias, residual) -> torch.Tensor:
 
 
 def linear_residual_library(a, weight, f, bias, residual, out) -> torch.Tensor:
-    """The same for several streams: one library product in the model's dtype, the residual added in its own."""
+    """The same for many streams: one library product in the model's dtype, the residual added in its own."""
     x = a if f is None else torch.cat([a, f], -1)
     y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     return out.copy_(y if residual is None else y + residual)

@@ -2,18 +2,27 @@
 
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
 of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
-their first rows are asked for before waiting for it. The kernel serves one stream; several share a library product,
-which reads the weight once for all of them. Paired gate and up rows give silu(gate) · up (SwiGLU).
+their first rows are asked for before waiting for it. The kernel serves one stream; what several share is in
+`shared_product`. Paired gate and up rows give silu(gate) · up (SwiGLU).
 """
 
-# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 import torch.nn.functional as F
 
-from sinkstream.engine.ops.config import LinearConfig, default_norm_linear
+from sinkstream.engine.ops.chunks import (
+    check_tile,
+    held_products,
+    held_rows,
+    load_chunks,
+    no_chunks,
+    normalise,
+    row_products,
+    row_terms,
+    store_tile,
+)
+from sinkstream.engine.ops.config import MAX_SHARED, LinearConfig, default_norm_linear
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
-    HALF_DTYPES,
     NO_PREFETCH,
     Prefetch,
     check_tensor,
@@ -27,126 +36,10 @@ from sinkstream.engine.ops.runtime import (
     tl,
     use_triton,
 )
+from sinkstream.engine.ops.shared_product import norm_rows, refuse_early, shared_product
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 NORMS = ("layer", "rms")
-
-
-@jit
-def load_chunks(ptr, K: tl.constexpr, BK: tl.constexpr):
-    """A vector of K values as a tuple of float32 register chunks of BK, zero past its end."""
-    columns = tl.arange(0, BK)
-    chunks = ()
-    for c in tl.static_range((K + BK - 1) // BK):
-        chunks = chunks + (tl.load(ptr + c * BK + columns, mask=c * BK + columns < K, other=0.0),)
-    return chunks
-
-
-@jit
-def no_chunks(K: tl.constexpr, BK: tl.constexpr):
-    """A chunked vector of zeros, float32."""
-    out = ()
-    for _ in tl.static_range((K + BK - 1) // BK):
-        out = out + (tl.zeros((BK,), tl.float32),)
-    return out
-
-
-@jit
-def normalise(xs, gammas, betas, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, HAS_BETA: tl.constexpr):
-    """LayerNorm (or RMSNorm) of a chunked vector, in float32: chunks, and what their products are still multiplied by.
-
-    The scale of an RMSNorm without an offset is left to the end, so that products need not wait for it.
-    """
-    columns = tl.arange(0, BK)
-    total = tl.zeros((BK,), tl.float32)
-    square = tl.zeros((BK,), tl.float32)
-    mean = 0.0
-    if LAYER:
-        for c in tl.static_range(len(xs)):
-            total += xs[c].to(tl.float32)
-        mean = tl.sum(total) / K
-    for c in tl.static_range(len(xs)):
-        d = tl.where(c * BK + columns < K, xs[c].to(tl.float32) - mean, 0.0)
-        square += d * d
-    scale = 1.0 / tl.sqrt(tl.sum(square) / K + eps)
-    now, later = scale, 1.0
-    if not LAYER and not HAS_BETA:
-        now, later = 1.0, scale
-    out = ()
-    for c in tl.static_range(len(xs)):
-        y = (xs[c].to(tl.float32) - mean) * now * gammas[c].to(tl.float32)
-        if HAS_BETA:
-            y += betas[c].to(tl.float32)
-        out = out + (y,)
-    return out, later
-
-
-@jit
-def load_rows(
-    w_ptr, rows, limit, stride, c: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    EVICT: tl.constexpr,
-):  # fmt: skip
-    """Column chunk c of weight rows: (rows, BK) of the weight's dtype, zero past its end."""
-    columns = tl.arange(0, BK)
-    place = w_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :] + c * BK
-    if EVEN and (c + 1) * BK <= K:
-        w = tl.load(place, eviction_policy=EVICT)
-    else:
-        mask = (rows < limit)[:, None] & (c * BK + columns < K)[None, :]
-        w = tl.load(place, mask=mask, other=0.0, eviction_policy=EVICT)
-    return w
-
-
-@jit
-def held_rows(w_ptr, rows, limit, stride, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
-    """All chunks of weight rows, in registers."""
-    chunks = ()
-    for c in tl.static_range((K + BK - 1) // BK):
-        chunks = chunks + (load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT),)
-    return chunks
-
-
-@jit
-def held_products(held, xs):
-    """Products of held rows and a chunked vector, not yet added up along the row: (rows, BK) float32."""
-    acc = held[0].to(tl.float32) * xs[0][None, :]
-    for c in tl.static_range(1, len(held)):
-        acc += held[c].to(tl.float32) * xs[c][None, :]
-    return acc
-
-
-@jit
-def row_products(
-    w_ptr, rows, limit, stride, xs, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
-):
-    """The same of rows that are still in memory, chunk by chunk."""
-    acc = tl.zeros((rows.shape[0], BK), tl.float32)
-    for c in tl.static_range((K + BK - 1) // BK):
-        acc += load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT).to(tl.float32) * xs[c][None, :]
-    return acc
-
-
-@jit
-def row_terms(term_ptr, r, rows, GIVEN: tl.constexpr, IN_PLACE: tl.constexpr = False):
-    """What is added to the products of rows `r` (a bias, a residual), float32; zeros where none is given.
-
-    IN_PLACE: read where the program says so, never earlier in a pipeline.
-    """
-    if GIVEN:
-        terms = tl.load(term_ptr + r, mask=r < rows, other=0.0, volatile=IN_PLACE).to(tl.float32)
-    else:
-        terms = tl.zeros((r.shape[0],), tl.float32)
-    return terms
-
-
-@jit
-def store_tile(y_ptr, r, y, up, rows, ACT: tl.constexpr, GATED: tl.constexpr):
-    """Activation and store of one tile of outputs."""
-    if GATED:
-        y = y / (1.0 + tl.exp(-y)) * up
-    if ACT:
-        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
-    tl.store(y_ptr + r, y, mask=r < rows)
 
 
 @jit
@@ -253,8 +146,8 @@ def norm_linear(
 ) -> torch.Tensor:
     """y = act(weight · norm(x) + bias).
 
-    One stream runs the kernel. Several run PyTorch's norm, matmul and activation instead (`config`, `prefetch` and
-    `pdl` mean nothing then), so that the weight is read once for all of them.
+    One stream runs the kernel. Up to 16 run a kernel of the norm and one of the product, which reads the weight once
+    for all of them; more run PyTorch's norm, matmul and activation. `config` and `prefetch` are for one stream.
 
     Parameters
     ----------
@@ -277,6 +170,7 @@ def norm_linear(
         Buffers that the next kernel reads first.
     pdl : bool
         Launch before the kernel before has ended. Every kernel launched so waits for it before reading its result.
+        Refused for more streams than the kernels take.
     backend : {"auto", "triton", "torch"}, optional
 
     Returns
@@ -296,8 +190,12 @@ def norm_linear(
     kind = (eps, norm, activation)
     if not use_triton(backend, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    if streams > 1:
+    if streams > MAX_SHARED:
+        refuse_early(streams, pdl)
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
+    if streams > 1:
+        normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
+        return shared_product(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
     if config is None:
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
@@ -338,7 +236,7 @@ def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activat
 
 
 def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out) -> torch.Tensor:
-    """The same for several streams: one library product, norm and activation in the model's dtype.
+    """The same for many streams: one library product, norm and activation in the model's dtype.
 
     Sums inside the norm are formed in float32, as PyTorch does.
     """
@@ -363,21 +261,6 @@ def _library_norm(x, gamma, beta, eps, norm) -> torch.Tensor:
         return F.layer_norm(x, gamma.shape, gamma, beta, eps)
     y = F.rms_norm(x, gamma.shape, gamma, eps)
     return y if beta is None else y + beta
-
-
-def check_tile(config: LinearConfig, hidden: int, weight: torch.Tensor) -> None:
-    """Check what the kernels need of a weight: half precision and rows that 16-byte loads can read."""
-    if weight.dtype not in HALF_DTYPES:
-        raise ValueError(f"weight has dtype {weight.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
-    if hidden % 8 or weight.stride(0) % 8 or weight.data_ptr() % 16:
-        raise ValueError(
-            f"weight rows of {hidden} values with stride {weight.stride(0)} at {weight.data_ptr() % 16} bytes past a"
-            " multiple of 16; accepted: multiples of 8 values, 16-byte aligned"
-        )
-    for name in ("rows", "columns", "warps"):
-        value = getattr(config, name)
-        if value < 1 or value & (value - 1):
-            raise ValueError(f"{name}={value} in the configuration; accepted: a power of two")
 
 
 def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out, config, prefetch, pdl):
