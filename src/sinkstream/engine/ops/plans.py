@@ -14,12 +14,14 @@ from sinkstream.engine.ops.config import (
     AttentionConfig,
     BesideConfig,
     LinearConfig,
+    count_programs,
     fit_attention,
     fit_beside,
     fit_shared_memory,
 )
 
 MB = 1 << 20
+WIDEST_OF_FOUR = 128  # with wider heads a multiprocessor has registers for three programs of attention only
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,35 @@ StepPlan = Mapping[str, OpPlan]
 NEOX_OPS = ("qkv", "beside", "out")
 LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
 
+
+def _beside(per_sm: int, late: bool = False) -> BesideConfig:
+    """Attention in tiles of 32 slots, split as fits, and rows whose first tile is in registers before they wait."""
+    rows = LinearConfig(4, 512, 4, 1, per_sm, ahead=0, late=late, hold=True)
+    return BesideConfig(AttentionConfig(tile=32, warps=4, late=True), rows)
+
+
 NEOX_PLANS = {  # by hidden size
-    2560: {  # Pythia-2.8B, float16: 2.114 ms, 1.070 times the byte floor
+    768: {  # Pythia-160M, float16: 0.212 ms, 1.978 times the byte floor
+        "qkv": OpPlan(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
+        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
+        "out": OpPlan(LinearConfig(1, 4096, 4, 5, 4, ahead=0, late=True, fill=True)),
+        "head": OpPlan(LinearConfig(2, 512, 4, 6, 3, ahead=0, late=True, fill=True)),
+    },
+    1024: {  # Pythia-410M, float16: 0.474 ms, 1.574 times the byte floor
+        "qkv": OpPlan(LinearConfig(1, 1024, 2, 4, 6, ahead=1), 6 * MB),
+        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
+        "out": OpPlan(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
+        "head": OpPlan(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
+    },
+    2560: {  # Pythia-2.8B, float16: 2.097 ms, 1.062 times the byte floor
         "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-        "beside": OpPlan(
-            BesideConfig(
-                AttentionConfig(4, 64, 4, late=True), LinearConfig(4, 512, 4, 1, 3, ahead=0, late=True, hold=True)
-            ),
-            2 * MB,
-        ),
+        "beside": OpPlan(_beside(per_sm=4), 2 * MB),
+        "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
+        "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+    },
+    4096: {  # Pythia-6.9B, float16: 1.038 times the byte floor
+        "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
         "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
         "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
     },
@@ -105,6 +127,8 @@ def fitted(op: str, config, sizes: Sizes):
     """The configuration of an op, cut down to what fits these sizes."""
     slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
     if op == "beside":
+        if sizes.head_dim > WIDEST_OF_FOUR:
+            config = replace(config, linear=replace(config.linear, per_sm=min(3, config.linear.per_sm)))
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
         return fit_beside(replace(config, attention=attention), sizes.hidden, *slots, sizes.shared_bytes)
     if op == "attention":
@@ -116,8 +140,18 @@ def fitted(op: str, config, sizes: Sizes):
 
 
 def _balanced_splits(config: BesideConfig, sizes: Sizes) -> int:
-    """Splits that give attention the share of the programs that it has of the bytes; 4 for Pythia-2.8B, as measured."""
-    cached = 2 * sizes.kv_heads * sizes.ring * sizes.head_dim
-    share = cached / (cached + sizes.hidden * sizes.intermediate)
-    programs = share * sizes.multiprocessors * config.linear.per_sm
-    return min(MAX_SPLITS, max(1, math.ceil(programs / sizes.kv_heads)))
+    """Splits with which attention and the rows beside it end together, all programs running at the same time.
+
+    A program's time is taken for the bytes that it reads. Attention's count more, and it has an even start against it:
+    it waits for the kernel before, rotates and combines (fitted to Pythia-2.8B at twelve caps from 512 to 32,768).
+    """
+    head, rows = 2 * sizes.ring * sizes.head_dim, sizes.hidden * sizes.intermediate
+    programs = sizes.multiprocessors * config.linear.per_sm
+    behind = 0.36 * (sizes.kv_heads * head + rows) / programs
+
+    def time(splits: int) -> float:
+        _, of_ring, of_pinned = count_programs(splits, sizes.ring, sizes.pinned_slots)
+        left = programs - sizes.kv_heads * (of_ring + of_pinned)
+        return max(behind + 1.4 * head / of_ring, rows / left) if left > 0 else math.inf
+
+    return min(range(1, MAX_SPLITS + 1), key=time)
