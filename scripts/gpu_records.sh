@@ -67,18 +67,15 @@ recall_of() {
 cliff_of() {
   run cliff --model "$1" --text "$first_text" --tokens 20000 --caps 0.25,0.5,1,1.25 --compress-every 128,1024 --out "$out/cliff/$2" --resume
 }
-tests() {
-  local many=
-  "$python" -c 'import xdist' 2>/dev/null && many='-n 8'
-  PYTHON=$python make test-gpu ARGS="$many" 2>&1 | tee "$out/test-gpu.txt"
-}
-SANITIZED='triton and (agree or rings or every_way or combined or any_width or negative or cursor or 520-65-dtype0-1
- or 200-38-True-swiglu-1 or 200-520-dtype0-1)'  # every kernel, few shapes: each is compiled and watched
-sanitizer() {
+side_by_side() { "$python" -c 'import xdist' 2>/dev/null && echo "-n $1"; }
+tests() { PYTHON=$python make test-gpu ARGS="$(side_by_side 8)" 2>&1 | tee "$out/test-gpu.txt"; }
+SANITIZED='triton and (agree or rings or every_way or combined or any_width or negative or cursor or 520-65-dtype0-1-
+ or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or products and 3-200 or activations and 48'
+sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q -m 'not slow' -k "${SANITIZED//$'\n'/}" \
-      tests/test_ops_*.py 2>&1 | tail -n 20 >"$out/$tool.txt" &
+    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q $(side_by_side 3) -m 'not slow' \
+      -k "${SANITIZED//$'\n'/}" tests/test_ops_*.py 2>&1 | tail -n 20 >"$out/$tool.txt" &
   done
   wait
   tail -n 5 "$out/memcheck.txt" "$out/racecheck.txt"

@@ -33,6 +33,17 @@ def test_a_wrong_result_is_found(bench):
         bench.check(name, None, backend="torch")
 
 
+def test_several_streams_are_measured(bench):
+    shape = replace(bench.shape, streams=3)
+    several = Bench(shape, "cpu", None, time.monotonic() + 60, 10.0)
+    ops = [*shape.ops, "head"]
+    assert max(several.check(op, None, backend="torch") for op in ops) == 0.0
+    several.model.step(dict.fromkeys(ops) | {"pdl": False, "next": {}}, backend="torch")
+    assert len(several.model.logits) == 3 and several.model.logits.isfinite().all()
+    extra = shape.step_bytes - bench.shape.step_bytes
+    assert extra == 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.cap * shape.head_dim, "keys and values only"
+
+
 def test_an_output_that_is_not_written_is_found(bench, monkeypatch):
     monkeypatch.setattr(bench.model, "call", lambda *a, **how: None)
     with pytest.raises(ArithmeticError, match="relative error nan"):

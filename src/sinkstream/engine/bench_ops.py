@@ -7,7 +7,8 @@ poisoned outputs) and timed over all layers of a model shape, so that nothing st
 event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
 configurations on: each knob is tried in turn and kept if the step gets faster. With --climb this begins at the measured
 plan (`sinkstream.engine.ops.plans`) instead, or at a plan in which every ring is filled before the wait, and every
-neighbour of every configuration is tried until none is faster.
+neighbour of every configuration is tried until none is faster. With --streams N the ops of N streams are measured, each
+alone and in a step, as they are launched by themselves.
 Several processes compile the kernels.
 """
 
@@ -49,7 +50,7 @@ TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `rotary` is the number of rotated dimensions of a head."""
+    """Sizes of a model and its streams; `rotary` is the number of rotated dimensions of a head."""
 
     name: str
     neox: bool
@@ -63,6 +64,7 @@ class Shape:
     rotary: int
     dtype: torch.dtype
     cap: int = 2052
+    streams: int = 1
 
     @classmethod
     def published(cls, name: str) -> "Shape":
@@ -96,7 +98,8 @@ class Shape:
 
     def bytes_of(self, op: str) -> int:
         """Bytes that one call must read: weights, or keys and values."""
-        cached = 2 * self.kv_heads * self.cap * self.head_dim * 2 if op in ("attention", "beside") else 0
+        cached = 2 * self.streams * self.kv_heads * self.cap * self.head_dim * 2
+        cached = cached if op in ("attention", "beside") else 0
         return cached + (0 if op == "attention" else self.widths[op][0] * self.widths[op][1] * 2)
 
     @property
@@ -142,24 +145,24 @@ class Model:
         self.gamma = 1 + self._make(2, s.hidden, scale=0.1)
         self.beta = self._make(2, s.hidden, scale=0.1)
         self.biases = {name: self._make(size[0], scale=0.02) for name, size in widths.items()}
-        kv = (1, s.kv_heads, s.cap, s.head_dim)
+        kv = (s.streams, s.kv_heads, s.cap, s.head_dim)
         self.keys, self.values = ([self._make(*kv) for _ in range(layers)] for _ in "kv")
         at, ring = s.cap - 1, s.cap - SINK
         row = [SINK + 7, at - SINK, at, SINK, 8 % ring, ring, 3, 0]
-        self.scalars = torch.tensor([row], dtype=torch.int32, device=self.device)
-        self.plan, self.cursor = self.scalars[None].clone(), torch.tensor([-1], device=self.device)
-        self.tokens = torch.tensor([3], device=self.device)
+        self.scalars = torch.tensor([row] * s.streams, dtype=torch.int32, device=self.device)
+        self.plan, self.cursor = self.scalars[None].clone(), torch.tensor([-1] * s.streams, device=self.device)
+        self.tokens = torch.tensor([3] * s.streams, device=self.device)
         self.inv_freq = (1e4 ** (-torch.arange(s.rotary // 2).double() / (s.rotary // 2))).to(self.device)
         self.qkv_rows = (s.heads + 2 * s.kv_heads) * s.head_dim
-        self.first = self._make(1, s.widths[s.ops[0]][0])
-        self.hidden = [self._make(1, s.hidden) for _ in range(2)]
-        self.context = self._make(1, s.heads * s.head_dim)
-        self.middle = self._make(1, s.intermediate)
-        self.logits = self._make(1, s.vocab).float()
-        self.rope = torch.zeros(1, 2, 2, s.rotary // 2, device=self.device)
+        self.first = self._make(s.streams, s.widths[s.ops[0]][0])
+        self.hidden = [self._make(s.streams, s.hidden) for _ in range(2)]
+        self.context = self._make(s.streams, s.heads * s.head_dim)
+        self.middle = self._make(s.streams, s.intermediate)
+        self.logits = self._make(s.streams, s.vocab).float()
+        self.rope = torch.zeros(s.streams, 2, 2, s.rotary // 2, device=self.device)
         self.rope[:, :, 0] = 1.0
-        self.workspace = Workspace(1, s.heads, s.kv_heads, s.head_dim, self.device)
-        self.tiles = Tiles(1, s.vocab, self.device)
+        self.workspace = Workspace(s.streams, s.heads, s.kv_heads, s.head_dim, self.device)
+        self.tiles = Tiles(s.streams, s.vocab, self.device)
 
     def _make(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         empty = torch.empty(*size, dtype=self.shape.dtype, device=self.device)
@@ -237,7 +240,7 @@ class Model:
                     continue
                 prefetch = self.next_buffers(op, layer, plan["next"].get(op, 0))
                 pdl = plan["pdl"] and started
-                wait = op != "beside" or leave_out == "qkv" or not plan["qkv"].late
+                wait = op != "beside" or leave_out == "qkv" or not getattr(plan["qkv"], "late", False)
                 self.call(op, layer, plan[op], flip=flip, wait=wait, prefetch=prefetch, pdl=pdl, backend=backend)
                 flip ^= op in ("out", "o", "down")
                 started = True
@@ -302,7 +305,9 @@ def beside_grid() -> list[BesideConfig]:
 
 
 def read_config(op: str, fields: dict):
-    """A configuration from its dictionary."""
+    """A configuration from its dictionary; None as it is."""
+    if fields is None:
+        return None
     if op == "beside":
         return BesideConfig(AttentionConfig(**fields["attention"]), LinearConfig(**fields["linear"]))
     return (AttentionConfig if op == "attention" else LinearConfig)(**fields)
@@ -445,7 +450,8 @@ class Bench:
 
     def measure(self, op: str, config, pdl: bool = False) -> dict:
         """Check and time one configuration over all layers; an error is kept and reported, not raised."""
-        row = {"shape": self.shape.name, "op": op, "config": asdict(config), "pdl": pdl}
+        row = {"shape": self.shape.name, "streams": self.shape.streams, "op": op, "pdl": pdl}
+        row["config"] = None if config is None else asdict(config)
         try:
             how = {"pdl": pdl, "wait": not pdl}
             row["error"] = self.check(op, config, **how)
@@ -503,7 +509,8 @@ class Bench:
 
     def time_step(self, plan: dict, label: str, **how) -> float:
         """Milliseconds of a whole step, recorded."""
-        row = {"shape": self.shape.name, "label": label, "plan": self.describe(plan), **how}
+        row = {"shape": self.shape.name, "streams": self.shape.streams, "label": label} | how
+        row["plan"] = self.describe(plan)
         try:
             row["ms"] = self.time_us(lambda: self.model.step(plan, **how), repeats=15) / 1e3
             row["over_floor"] = row["ms"] / (self.shape.step_bytes / self.copy / 1e6)
@@ -525,6 +532,19 @@ class Bench:
         found = self.model.logits.double().clone()
         self.model.step(plan, backend="torch")
         return float((found - self.model.logits.double()).norm() / self.model.logits.double().norm())
+
+    def measure_streams(self) -> None:
+        """Every op and whole steps of several streams, as launched without a configuration."""
+        ops = [*self.shape.ops, "head"]
+        for op, pdl in product(ops, (False, True)):
+            self.measure(op, None, pdl)
+        self.table()
+        for pdl in (False, True):
+            plan = dict.fromkeys(ops) | {"pdl": pdl, "next": {}}
+            ms = self.time_step(plan, f"{self.shape.streams} streams{', PDL' if pdl else ''}")
+            print(
+                f"  {self.steps[-1]['label']} {ms:.3f} ms, error of the logits {self.check_step(plan):.2g}", flush=True
+            )
 
     def tune_step(self) -> dict:
         """Whole steps: first the best of each op, then one knob after the other."""
@@ -674,6 +694,8 @@ class Bench:
 
 def short(config) -> str:
     """A configuration in a few characters: what differs from false or zero."""
+    if config is None:
+        return "as launched by itself"
     if isinstance(config, BesideConfig):
         return f"{short(config.attention)} | {short(config.linear)}"
     return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))
@@ -685,6 +707,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
     parser.add_argument("--out", required=True, help="JSON file for all numbers")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
+    parser.add_argument("--streams", type=int, default=1, help="measure this many streams (default 1, which is tuned)")
     parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
@@ -706,12 +729,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: no time left")
             break
         budget = left * (SHARES.get(name, 1.0) if name != options.shapes[-1] else 1.0)
-        bench = Bench(SHAPES[name], "cuda" if cuda else "cpu", pool, time.monotonic() + budget, bandwidth.copy_gbs)
-        shape = bench.shape
+        shape = replace(SHAPES[name], streams=options.streams)
+        bench = Bench(shape, "cuda" if cuda else "cpu", pool, time.monotonic() + budget, bandwidth.copy_gbs)
         floor_ms = shape.step_bytes / bandwidth.copy_gbs / 1e6
         print(f"{name}: {shape.step_bytes / 1e9:.3f} GB a step, floor {floor_ms:.3f} ms, {budget:.0f} s", flush=True)
         try:
-            if options.climb:
+            if options.streams > 1:
+                bench.measure_streams()
+            elif options.climb:
                 bench.climb()
             else:
                 bench.sweep(budget * 0.5)
