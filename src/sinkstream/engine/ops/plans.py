@@ -21,7 +21,6 @@ from sinkstream.engine.ops.config import (
 )
 
 MB = 1 << 20
-WIDEST_OF_FOUR = 128  # with wider heads a multiprocessor has registers for three programs of attention only
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,12 @@ def _beside(per_sm: int, late: bool = False) -> BesideConfig:
     return BesideConfig(AttentionConfig(tile=32, warps=4, late=True), rows)
 
 
+_LARGE = {  # measured with wider heads than Pythia-2.8B has
+    "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+    "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
+    "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
+    "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+}
 NEOX_PLANS = {  # by hidden size
     768: {  # Pythia-160M, float16: 0.212 ms, 1.978 times the byte floor
         "qkv": OpPlan(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
@@ -74,12 +79,8 @@ NEOX_PLANS = {  # by hidden size
         "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
         "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
     },
-    4096: {  # Pythia-6.9B, float16: 1.038 times the byte floor
-        "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
-        "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
-    },
+    2048: _LARGE,  # Pythia-1.4B, float16: 1.136 ms, 1.133 times the byte floor
+    4096: _LARGE,  # Pythia-6.9B, float16: 1.038 times the byte floor in an engine
 }
 LLAMA_PLANS = {
     2048: {  # Llama-3.2-1B, bfloat16: 0.953 ms, 1.133 times the byte floor
@@ -127,8 +128,6 @@ def fitted(op: str, config, sizes: Sizes):
     """The configuration of an op, cut down to what fits these sizes."""
     slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
     if op == "beside":
-        if sizes.head_dim > WIDEST_OF_FOUR:
-            config = replace(config, linear=replace(config.linear, per_sm=min(3, config.linear.per_sm)))
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
         return fit_beside(replace(config, attention=attention), sizes.hidden, *slots, sizes.shared_bytes)
     if op == "attention":
@@ -142,16 +141,15 @@ def fitted(op: str, config, sizes: Sizes):
 def _balanced_splits(config: BesideConfig, sizes: Sizes) -> int:
     """Splits with which attention and the rows beside it end together, all programs running at the same time.
 
-    A program's time is taken for the bytes that it reads. Attention's count more, and it has an even start against it:
-    it waits for the kernel before, rotates and combines (fitted to Pythia-2.8B at twelve caps from 512 to 32,768).
+    A program's time is taken for the bytes that it reads, and attention's count more: it waits for the kernel before,
+    rotates and combines. How much more is fitted to Pythia-2.8B at twelve caps from 512 to 32,768.
     """
     head, rows = 2 * sizes.ring * sizes.head_dim, sizes.hidden * sizes.intermediate
-    programs = sizes.multiprocessors * config.linear.per_sm
-    behind = 0.36 * (sizes.kv_heads * head + rows) / programs
+    programs, weight = sizes.multiprocessors * config.linear.per_sm, 1.8 if config.linear.per_sm > 3 else 1.3
 
     def time(splits: int) -> float:
         _, of_ring, of_pinned = count_programs(splits, sizes.ring, sizes.pinned_slots)
         left = programs - sizes.kv_heads * (of_ring + of_pinned)
-        return max(behind + 1.4 * head / of_ring, rows / left) if left > 0 else math.inf
+        return max(weight * head / of_ring, rows / left) if left > 0 else math.inf
 
     return min(range(1, MAX_SPLITS + 1), key=time)
