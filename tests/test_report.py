@@ -14,6 +14,7 @@ from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
+from sinkstream.report.documents import quality_table
 from sinkstream.report.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
 from sinkstream.report.selection import is_plain, policy_name, select
 from sinkstream.report.summary import HEADLINES, write_summary
@@ -239,6 +240,18 @@ def test_ppl_headlines_are_of_comparable_runs(store, tmp_path):
     store("recompute-256", "recompute")
     store("strict-512", "strict", cap=512, created="2026-01-09T00:00:00+00:00")
     assert write_summary(tmp_path).headlines["foundation.ppl_strict"]["record"] == "strict-256"
+
+
+def test_a_table_holds_runs_of_one_way(store):
+    """A newer run of the same policy in blocks, or in another dtype or backend, is another measurement."""
+    way = {"model": "M", "device": "cuda", "cap": 256, "prefill_tokens": 256, "dtype": "float16"}
+    records = [store("control", "recompute", **way), store("steps", "strict", make_arrays(seed=2), **way)]
+    alone = quality_table(records, model="M", text="pg19", cap=256, device="cuda")
+    for name, change in (("b", {"evaluate": "blocks"}), ("d", {"dtype": "float32"}), ("f", {"backend": "fused"})):
+        later = store(name, "strict", make_arrays(shift=0.1), created="2026-01-09T00:00:00+00:00", **way | change)
+        assert quality_table([*records, later], model="M", text="pg19", cap=256, device="cuda") == alone
+    newer = store("newer", "strict", make_arrays(shift=0.1), created="2026-01-09T00:00:00+00:00", **way)
+    assert quality_table([*records, newer], model="M", text="pg19", cap=256, device="cuda") != alone
 
 
 DOCUMENT = """# Title

@@ -43,15 +43,16 @@ def block_pairs(records: Sequence[Record]) -> list[BlockPair]:
         Oldest first, as the pairs are.
     """
     complete = [r for r in records if r.status == "complete" and r.protocol["sample_every"] == 1]
-    stepped = [r for r in complete if _evaluated(r) == "steps" and _all_timed(r)]
+    stepped = [r for r in complete if evaluated(r) == "steps" and _all_timed(r)]
     pairs = []
     for run in complete:
-        if _evaluated(run) == "blocks" and run.summary["total_sec"]:
+        if evaluated(run) == "blocks" and run.summary["total_sec"]:
             pairs += [BlockPair(run, other) for other in stepped if _same_run(run, other)][-1:]
     return pairs
 
 
-def _evaluated(record: Record) -> str:
+def evaluated(record: Record) -> str:
+    """How a run went through its text: "steps" or "blocks"."""
     return record.protocol.get("evaluate", "steps")
 
 

@@ -16,11 +16,12 @@ from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
 from sinkstream.report import cliff, recall
 from sinkstream.report.bench_tables import render_bench
+from sinkstream.report.block_pairs import evaluated
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.report.markdown import NONE_YET, grid
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
-from sinkstream.report.selection import DIAGNOSED_MODELS, has_model, policy_name, same_conditions, select
+from sinkstream.report.selection import DIAGNOSED_MODELS, conditions, has_model, policy_name, same_conditions, select
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 
@@ -92,15 +93,23 @@ def features_table(records: Sequence[Record]) -> str:
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
-    """Comparison of all complete runs of one model on one text at one cap, recompute the control."""
+    """Comparison of all complete runs of one model on one text at one cap, recompute the control.
+
+    Only runs in the control's way: its backend, dtype and hardware, steps or blocks.
+    """
     runs = select(records, model=model, text=text, device=device)
     runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
     controls = [r for r in runs if policy_name(r) == "recompute"]
     if not controls:
         return NONE_YET
-    newest = {label(r): r for r in runs if r.data["sha256"] == controls[-1].data["sha256"]}
+    newest = {label(r): r for r in runs if _way(r) == _way(controls[-1])}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
     return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
+
+
+def _way(record: Record) -> tuple:
+    """What two runs must have in common to stand in one table: the text, and how it was evaluated."""
+    return record.data["sha256"], evaluated(record), conditions(record)
 
 
 def label(record: Record) -> str:
