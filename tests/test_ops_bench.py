@@ -7,7 +7,7 @@ import pytest
 import torch
 from ops_cases import NEEDS_TRITON
 
-from sinkstream.engine.bench_ops import SHAPES, TOLERANCE, Bench, attention_grid, candidates, neighbours_of
+from sinkstream.engine.bench_ops import SHAPES, TOLERANCE, Bench, attention_grid, candidates, main, neighbours_of
 
 
 @pytest.fixture(params=["smoke-neox", "smoke-llama"])
@@ -42,6 +42,16 @@ def test_several_streams_are_measured(bench):
     assert len(several.model.logits) == 3 and several.model.logits.isfinite().all()
     extra = shape.step_bytes - bench.shape.step_bytes
     assert extra == 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.cap * shape.head_dim, "keys and values only"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["0"], "--streams 0; accepted: 1 to 16"), (["17"], "--streams 17"), (["2", "--climb"], "--climb")],
+)
+def test_streams_that_are_not_measured(options, says, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", "unused.json", "--streams", *options])
+    assert says in capsys.readouterr().err
 
 
 def test_an_output_that_is_not_written_is_found(bench, monkeypatch):

@@ -77,6 +77,8 @@ def test_what_is_refused():
         shared_product(x[:2], weight.float(), draw(2, 32))
     with pytest.raises(ValueError, match="rows=24 in the configuration; accepted: a power of two"):
         shared_product(x[:2], weight, draw(2, 32), config=SharedConfig(rows=24))
+    with pytest.raises(ValueError, match="8 rows and 128 columns; accepted: at least 16"):
+        SharedConfig(rows=8)
 
 
 @NEEDS_TRITON

@@ -36,6 +36,7 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
+from sinkstream.engine.ops.config import MAX_SHARED
 from sinkstream.engine.ops.likeliest import Tiles
 from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, fitted, measured_plan
 from sinkstream.engine.ops.runtime import set_compile_only
@@ -707,10 +708,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
     parser.add_argument("--out", required=True, help="JSON file for all numbers")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
-    parser.add_argument("--streams", type=int, default=1, help="measure this many streams (default 1, which is tuned)")
+    parser.add_argument("--streams", type=int, default=1, help="measure this many streams, up to 16 (default 1: tune)")
     parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
+    if not 1 <= options.streams <= MAX_SHARED:
+        parser.error(f"--streams {options.streams}; accepted: 1 to {MAX_SHARED}, which the kernels serve")
+    if options.climb and options.streams > 1:
+        parser.error(f"--climb with --streams {options.streams}; accepted: one stream, whose plans are tuned")
     start = time.monotonic()
     cuda = torch.cuda.is_available()
     pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) if cuda else None

@@ -128,16 +128,12 @@ def attention_beside(
     if len(qkv) > 1 or not use_triton(backend, qkv):
         linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
         how = {"pdl": pdl, "backend": backend}
-        few = several_attention(
-            len(qkv),
-            keys.shape[1],
-            keys.shape[3],
-            keys.shape[2] - pinned_slots,
-            pinned_slots,
-            multiprocessors(x.device),
-        )
+        streams, kv_heads, slots, head_dim = keys.shape
+        split = several_attention(
+            streams, kv_heads, head_dim, slots - pinned_slots, pinned_slots, multiprocessors(x.device)
+        )  # fmt: skip
         out = attention_decode(
-            qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, config=few, **how
+            qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, config=split, **how
         )  # fmt: skip
         linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
         return out, linear_out

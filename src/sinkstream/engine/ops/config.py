@@ -134,6 +134,12 @@ class SharedConfig:
     ahead: int = 1024
     late: bool = True
 
+    def __post_init__(self):
+        if min(self.rows, self.columns) < 16:
+            raise ValueError(
+                f"{self.rows} rows and {self.columns} columns; accepted: at least 16, which matrix units take"
+            )
+
 
 # What a call gets that brings none. Chosen so that the compiler spills no registers at head sizes 64 to 256.
 LINEAR = LinearConfig()
@@ -142,10 +148,8 @@ UNGROUPED = AttentionConfig()
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
 SHARED = SharedConfig()
-FEW_HEADS = AttentionConfig(
-    splits=MAX_SPLITS, warps=4, late=True
-)  # of several streams, ungrouped: one wave of programs
-MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)
+FEW_HEADS = AttentionConfig(splits=MAX_SPLITS, warps=4, late=True)  # of several streams: split to make one wave
+MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)  # where that cannot be
 WAVE = 3  # programs of FEW_HEADS that a multiprocessor holds at a time
 BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
 

@@ -73,13 +73,13 @@ NEOX_PLANS = {  # by hidden size
         "out": OpPlan(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
         "head": OpPlan(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
     },
+    2048: _LARGE,  # Pythia-1.4B, float16: 1.136 ms, 1.133 times the byte floor
     2560: {  # Pythia-2.8B, float16: 2.097 ms, 1.062 times the byte floor
         "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
         "beside": OpPlan(_beside(per_sm=4), 2 * MB),
         "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
         "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
     },
-    2048: _LARGE,  # Pythia-1.4B, float16: 1.136 ms, 1.133 times the byte floor
     4096: _LARGE,  # Pythia-6.9B, float16: 1.038 times the byte floor in an engine
 }
 LLAMA_PLANS = {
