@@ -127,7 +127,8 @@ def activated(y, up, ACT: tl.constexpr, GATED: tl.constexpr):
 @jit
 def store_tile(y_ptr, r, y, up, rows, ACT: tl.constexpr, GATED: tl.constexpr):
     """Activation and store of one tile of outputs."""
-    tl.store(y_ptr + r, activated(y, up, ACT, GATED), mask=r < rows)
+    y = activated(y, up, ACT, GATED)
+    tl.store(y_ptr + r, y, mask=r < rows)
 
 
 def check_tile(config: LinearConfig | SharedConfig, hidden: int, weight: torch.Tensor) -> None:
