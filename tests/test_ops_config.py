@@ -47,6 +47,10 @@ def test_other_shapes_get_the_nearest_plan_cut_to_fit():
     big = measured_plan(True, sizes(4096, 32, 32, 128, 16384))
     wide = measured_plan(True, sizes(2048, 8, 8, 256, 8192))["beside"].config
     assert wide.attention.tile < NEOX_PLANS[2048]["beside"].config.attention.tile
+    small = measured_plan(True, sizes(1024, 16, 16, 64, 4096))
+    assert small["beside"].config.attention.splits > big["beside"].config.attention.splits, (
+        "more of its bytes are cached"
+    )
     assert big["out"].config.per_sm * program_bytes(big["out"].config, 4096, 16384) <= H100_BYTES
     ungrouped = measured_plan(False, sizes(2048, 16, 16, 64, 5632, ring=16, pinned=512))["attention"].config
     assert sum(count_programs(ungrouped.splits, 16, 512)[1:]) <= MAX_SPLITS

@@ -100,6 +100,6 @@ def test_defaults_fit(shared_bytes):
 
 @pytest.mark.parametrize(("streams", "heads", "waves"), [(2, 32, 1), (4, 32, 1), (8, 32, 4), (2, 3, 1), (64, 64, 99)])
 def test_attention_of_several_streams_is_one_wave_where_it_can_be(streams, heads, waves):
-    config = several_attention(streams, heads, 80, 2048, 4, multiprocessors=132)
+    config = several_attention(streams * heads, 80, 2048, 4, multiprocessors=132)
     programs = sum(count_programs(config.splits, 2048, 4)[1:])
     assert programs <= MAX_SPLITS and config.splits > 1 and programs * streams * heads <= waves * 3 * 132

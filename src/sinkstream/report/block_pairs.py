@@ -7,7 +7,7 @@ import numpy as np
 
 from sinkstream.measure.pairing import same_whole_text
 from sinkstream.measure.records import Record
-from sinkstream.report.selection import conditions
+from sinkstream.report.selection import conditions, evaluated
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ def block_pairs(records: Sequence[Record]) -> list[BlockPair]:
         if evaluated(run) == "blocks" and run.summary["total_sec"]:
             pairs += [BlockPair(run, other) for other in stepped if _same_run(run, other)][-1:]
     return pairs
-
-
-def evaluated(record: Record) -> str:
-    """How a run went through its text: "steps" or "blocks"."""
-    return record.protocol.get("evaluate", "steps")
 
 
 def _all_timed(record: Record) -> bool:

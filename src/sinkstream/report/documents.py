@@ -16,12 +16,19 @@ from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.registry import Registry
 from sinkstream.report import cliff, recall
 from sinkstream.report.bench_tables import render_bench
-from sinkstream.report.block_pairs import evaluated
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.report.markdown import NONE_YET, grid
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
-from sinkstream.report.selection import DIAGNOSED_MODELS, conditions, has_model, policy_name, same_conditions, select
+from sinkstream.report.selection import (
+    DIAGNOSED_MODELS,
+    conditions,
+    evaluated,
+    has_model,
+    policy_name,
+    same_conditions,
+    select,
+)
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 

@@ -80,6 +80,11 @@ def select(
     ]
 
 
+def evaluated(record: Record) -> str:
+    """How a run went through its text: "steps" or "blocks"."""
+    return record.protocol.get("evaluate", "steps")
+
+
 def conditions(record: Record) -> tuple[Any, ...]:
     """What two latencies that are compared must share, text and model left out: precision, hardware, switches."""
     protocol = {"interleaved": 1, "cudnn_attention": None, **record.protocol}

@@ -10,7 +10,7 @@ import torch
 from sinkstream.engine.ops.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
 from sinkstream.engine.ops.attention_decode import check_inputs as check_attention
 from sinkstream.engine.ops.chunks import check_tile
-from sinkstream.engine.ops.config import BesideConfig, default_beside, several_attention
+from sinkstream.engine.ops.config import BesideConfig, default_beside
 from sinkstream.engine.ops.norm_linear import check_inputs as check_linear
 from sinkstream.engine.ops.norm_linear import norm_linear, serve_tiles
 from sinkstream.engine.ops.runtime import (
@@ -128,13 +128,7 @@ def attention_beside(
     if len(qkv) > 1 or not use_triton(backend, qkv):
         linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
         how = {"pdl": pdl, "backend": backend}
-        streams, kv_heads, slots, head_dim = keys.shape
-        split = several_attention(
-            streams, kv_heads, head_dim, slots - pinned_slots, pinned_slots, multiprocessors(x.device)
-        )  # fmt: skip
-        out = attention_decode(
-            qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, config=split, **how
-        )  # fmt: skip
+        out = attention_decode(qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, **how)
         linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
         return out, linear_out
     rows, hidden = weight.shape

@@ -11,18 +11,25 @@ import math
 
 import torch
 
-from sinkstream.engine.ops.config import MAX_SPLITS, AttentionConfig, count_programs, default_attention
+from sinkstream.engine.ops.config import (
+    MAX_SPLITS,
+    AttentionConfig,
+    count_programs,
+    default_attention,
+    several_attention,
+)
 from sinkstream.engine.ops.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
-    INTERPRETED,
     NO_PREFETCH,
     Prefetch,
     check_tensor,
+    dot_kind,
     gdc_launch_dependents,
     gdc_wait,
     jit,
     launch,
+    multiprocessors,
     prefetch_l2,
     tl,
     triton,
@@ -423,7 +430,11 @@ def attention_decode(
     if not use_triton(backend, qkv):
         return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest))
     if config is None:
-        config = default_attention(query_heads // kv_heads, head_dim, slots - pinned_slots, pinned_slots)
+        sizes = head_dim, slots - pinned_slots, pinned_slots
+        if streams > 1 and query_heads == kv_heads:
+            config = several_attention(streams * kv_heads, *sizes, multiprocessors(keys.device))
+        else:
+            config = default_attention(query_heads // kv_heads, *sizes)
     grid, arguments, constants = launch_arguments(qkv, keys, values, scalars, rope, *rest, out, workspace, config)
     launch(
         _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
@@ -545,8 +556,7 @@ def launch_arguments(
     heads = query_heads
     bases = (head_dim, 2 * head_dim, 3 * head_dim) if order == "per-head" else (
         heads * head_dim, (heads + kv_heads) * head_dim, head_dim)  # fmt: skip
-    half = tl.float16 if keys.dtype == torch.float16 else tl.bfloat16
-    kind = half if dot and not INTERPRETED else tl.float32  # the interpreter multiplies bfloat16 matrices wrongly
+    kind = dot_kind(keys.dtype) if dot else tl.float32
     scale = head_dim**-0.5 * 1.4426950408889634
     norms = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
     parts, size = triton.next_power_of_2(programs), triton.next_power_of_2(head_dim)

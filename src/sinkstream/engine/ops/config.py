@@ -212,11 +212,9 @@ def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -
     return fit_attention(config, group, head_dim, ring, pinned_slots)
 
 
-def several_attention(
-    streams: int, kv_heads: int, head_dim: int, ring: int, pinned_slots: int, multiprocessors: int
-) -> AttentionConfig:
-    """What attention without grouped queries uses for several streams: heads are many, so splits are few."""
-    splits = WAVE * multiprocessors // (streams * kv_heads) - 1  # one program more serves the pinned slots
+def several_attention(heads: int, head_dim: int, ring: int, pinned_slots: int, multiprocessors: int) -> AttentionConfig:
+    """What `attention_decode` uses for the key-value heads of several streams, one query each: few splits."""
+    splits = WAVE * multiprocessors // heads - 1  # one program more serves the pinned slots
     config = MANY_HEADS if splits < 2 else replace(FEW_HEADS, splits=min(splits, MAX_SPLITS // 2))
     return fit_attention(config, 1, head_dim, ring, pinned_slots)
 

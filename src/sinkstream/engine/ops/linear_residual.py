@@ -25,6 +25,7 @@ from sinkstream.engine.ops.runtime import (
     NO_PREFETCH,
     Prefetch,
     check_tensor,
+    even_programs,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -205,9 +206,7 @@ def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
     n, m, rows = a.shape[1], 0 if f is None else f.shape[1], weight.shape[0]
     for size in (n, m):
         check_tile(config, size, weight)
-    tiles = (rows + config.rows - 1) // config.rows
-    rounds = -(-tiles // (multiprocessors(a.device) * config.per_sm))
-    programs = -(-tiles // rounds)
+    programs = even_programs(-(-rows // config.rows), multiprocessors(a.device) * config.per_sm)
     launch(
         _linear_residual_kernel, (programs,),
         a, a if f is None else f, weight, weight if bias is None else bias, a if residual is None else residual, out,

@@ -108,6 +108,18 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if _settings["compile_only"] else 3
 
 
+def even_programs(tiles: int, most: int) -> int:
+    """Programs, at most `most`, that serve the tiles in as few rounds as these would, with no round half empty."""
+    return -(-tiles // -(-tiles // most))
+
+
+def dot_kind(dtype: torch.dtype):
+    """What matrix units multiply: `dtype` itself; float32 when interpreted, where products of bfloat16 go wrong."""
+    if INTERPRETED:
+        return tl.float32
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
 def shared_bytes(device: torch.device) -> int:
     """Shared memory of a multiprocessor: 1 KB more than one program may ask for. Elsewhere than on CUDA an H100's."""
     if device.type == "cuda":

@@ -10,7 +10,8 @@ import torch
 from sinkstream.engine.ops.chunks import activated, check_tile, load_chunks, normalise
 from sinkstream.engine.ops.config import MAX_SHARED, SharedConfig, default_shared
 from sinkstream.engine.ops.runtime import (
-    INTERPRETED,
+    dot_kind,
+    even_programs,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -168,18 +169,15 @@ def shared_product(
     for part in (a, f):
         if part is not None:
             check_tile(config, part.shape[1], weight)
-    tiles = -(-rows // config.rows)
-    rounds = -(-tiles // (multiprocessors(a.device) * config.per_sm))
-    half = tl.float16 if weight.dtype == torch.float16 else tl.bfloat16
+    programs = even_programs(-(-rows // config.rows), multiprocessors(a.device) * config.per_sm)
     launch(
-        _shared_product_kernel, (-(-tiles // rounds),),
+        _shared_product_kernel, (programs,),
         a, a if f is None else f, weight, weight if bias is None else bias, a if residual is None else residual, out,
         rows, streams, a.stride(0), 0 if f is None else f.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), config.ahead,
         KA=n, KF=0 if f is None else f.shape[1], BN=config.rows, BK=config.columns, S=MAX_SHARED,
         ACT=activation == "gelu", GATED=gated, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         EVEN=rows % config.rows == 0, EVICT="evict_first", STAGES=config.stages,
-        KIND=tl.float32 if INTERPRETED else half,  # the interpreter multiplies bfloat16 matrices wrongly
-        LATE=config.late, num_warps=config.warps, pdl=pdl,
+        KIND=dot_kind(weight.dtype), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip
     return out
