@@ -48,7 +48,10 @@ def _norm_rows_kernel(
 
 @jit
 def load_tile(w_ptr, r, rows, columns, w_stride, K: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
-    """Columns of weight rows `r`, zero past the end of either."""
+    """Columns of weight rows `r`, zero past the end of either.
+
+    Like `load_rows`, but for columns that vary in a loop: there they are known, and the compiler makes offsets of them.
+    """
     place = w_ptr + r.to(tl.int64)[:, None] * w_stride + columns[None, :]
     if EVEN:
         w = tl.load(place, eviction_policy=EVICT)
