@@ -11,6 +11,7 @@ from oracle.rules import Rule
 from transformers import LogitsProcessor
 
 from sinkstream.cache import StreamingCache
+from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, SCORERS
 
 TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle
@@ -55,7 +56,7 @@ def feed(model, cache: StreamingCache, ids: torch.Tensor, sizes: Iterable[int] =
     """
     logits, fed = [], 0
     for size in chain(sizes, repeat(1)):
-        logits.append(model(ids[:, fed : fed + size], past_key_values=cache).logits)
+        logits.append(model(ids[:, fed : fed + size], **with_cache(model, cache)).logits)
         fed += logits[-1].shape[1]
         if seen:
             seen(cache)
@@ -89,7 +90,7 @@ def generate_text(model, cache: StreamingCache, ids: torch.Tensor, prompt: int =
     """Logits (batch, T - prompt, vocab) of tokens prompt - 1 .. T - 2, through generate() that follows the text."""
     out = model.generate(
         ids[:, :prompt],
-        past_key_values=cache,
+        **with_cache(model, cache),
         max_new_tokens=ids.shape[1] - prompt,
         do_sample=False,
         logits_processor=[Follow(ids)],

@@ -29,6 +29,7 @@ LAYERS = {
     "measure": 0,
     "data": 0,
     "models": 0,
+    "compat": -1,
     "registry": -1,
 }
 EXTRA_ALLOWED = {

@@ -14,6 +14,7 @@ from streams import TOLERANCE, feed, make_cache, nll_of, oracle_run, small_polic
 from sinkstream.cache import StreamingCache, chunks
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.chunks import PinnedCopies, TwoFrames
+from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, EvictionPolicy
 
 TOKENS = 160
@@ -46,7 +47,7 @@ def score(model, cache: StreamingCache, ids: torch.Tensor, block_tokens: int) ->
     """NLL (T - 1,), steps of all tokens and the length of every forward."""
     logits, steps, sizes, fed = [], [], [], 0
     for size in cache.chunks(len(ids), block_tokens):
-        out = model(ids[None, fed : fed + size], past_key_values=cache).logits
+        out = model(ids[None, fed : fed + size], **with_cache(model, cache)).logits
         sizes.append(size)
         steps += cache.last_steps
         logits.append(out[:, : len(cache.last_steps)])
@@ -126,7 +127,7 @@ def test_rows_of_a_batch_in_blocks():
     model, ids, options = build("qwen2"), token_ids(120, batch=3), small_policy("lazy")
     cache = block_cache(model, options, 120)
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **with_cache(model, cache)).logits
     for row, found in zip(ids, nll_of(logits, ids), strict=True):
         assert worst(found, by_steps(model, options, row)[0]) < TOLERANCE
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from sinkstream.cache import StreamingCache
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.streaming import REBASE_AT
+from sinkstream.compat import with_cache
 from sinkstream.policies import SCORERS, Scorer
 
 ATTENTION = ("refresh-window-attention", "refresh-accumulated-attention")
@@ -83,7 +84,7 @@ def test_after_200_000_tokens_pinned_keys_are_as_exact_as_after_the_first_prune_
     fed, first, furthest, sizes = 0, None, 0, set()
     with torch.no_grad():
         for size in cache.chunks(len(ids)):
-            model.model(ids[None, fed : fed + size], past_key_values=cache)
+            model.model(ids[None, fed : fed + size], **with_cache(model, cache))
             fed += size
             furthest = max(furthest, cache.ring.seen - cache.ring.base)
             if cache.ring.pinned:
@@ -165,10 +166,10 @@ def test_a_forward_that_raises_leaves_no_trace(policy, place, error):
         for size in cache.chunks(150, 9):
             seen = cache.stats()["seen"]
             try:
-                out = model(ids[:, fed : fed + size], past_key_values=cache)
+                out = model(ids[:, fed : fed + size], **with_cache(model, cache))
             except error:
                 assert cache.stats()["seen"] == seen
-                out = model(ids[:, fed : fed + size], past_key_values=cache)
+                out = model(ids[:, fed : fed + size], **with_cache(model, cache))
             logits.append(out.logits)
             fed += size
     handle.remove()
@@ -180,12 +181,12 @@ def test_a_first_call_that_raises_does_not_fix_the_batch():
     model, ids = build("llama"), token_ids(150)[None]
     cache = make_cache(model, small_policy("lazy"))
     with pytest.raises(ValueError, match="logits_to_keep=1"):
-        model(torch.zeros(3, 2000, dtype=torch.int64), past_key_values=cache)
+        model(torch.zeros(3, 2000, dtype=torch.int64), **with_cache(model, cache))
     handle = model.lm_head.register_forward_hook(Stumble(RuntimeError))
     with pytest.raises(RuntimeError, match="stumbled"):
         for _ in range(4):
             cache.reset()
-            model(ids[:, :5].expand(2, -1), past_key_values=cache)
+            model(ids[:, :5].expand(2, -1), **with_cache(model, cache))
     handle.remove()
     assert_close(feed(model, cache, ids), stream(model, "lazy", ids))
 
@@ -196,7 +197,7 @@ def test_a_first_call_that_raises_does_not_fix_the_batch():
 def test_no_graph_grows_along_with_the_stream_outside_no_grad():
     model, ids = build("llama"), token_ids(120)[None]
     cache = make_cache(model, small_policy("refresh-window-attention"))
-    logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(120)]
+    logits = [model(ids[:, i : i + 1], **with_cache(model, cache)).logits for i in range(120)]
     assert logits[-1].requires_grad
     kept = [cache.ring.keys, cache.ring.values, cache.ring.pinned_keys, *cache.observer.queries.values()]
     assert not any(t.requires_grad for t in kept)
@@ -231,11 +232,11 @@ def test_caches_on_one_model_do_not_disturb_each_other(policies):
     with torch.no_grad():
         for i in range(140):
             for cache, ids, out in zip(caches, texts, logits):
-                out.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-            model(alone[:, i : i + 1], past_key_values=plain)
+                out.append(model(ids[:, i : i + 1], **with_cache(model, cache)).logits)
+            model(alone[:, i : i + 1], **with_cache(model, plain))
         for out, want in zip(logits, expected):
             assert_close(torch.cat(out, 1), want)
-        again = model(alone[:, :1], past_key_values=plain).logits
+        again = model(alone[:, :1], **with_cache(model, plain)).logits
         assert_close(again, model(torch.cat([alone, alone[:, :1]], 1)).logits[:, -1:])
 
 
@@ -267,13 +268,13 @@ def test_closing_one_of_several_attention_caches_leaves_the_others_observing():
     policy = "refresh-accumulated-attention"
     whole, decoder = make_cache(model, small_policy(policy)), make_cache(model.model, small_policy(policy))
     with torch.no_grad():
-        model.model(ids[:, :20], past_key_values=decoder)
+        model.model(ids[:, :20], **with_cache(model, decoder))
     decoder.close()
     assert_close(feed(model, whole, ids), stream(build("llama"), policy, ids))
     whole.close()
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="not attached"):
-        model(ids, past_key_values=whole)
+        model(ids, **with_cache(model, whole))
 
 
 @pytest.mark.parametrize("policy", ATTENTION)

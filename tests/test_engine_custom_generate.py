@@ -8,6 +8,7 @@ from test_generate import PAD, Collect, prompt_of
 from tiny_model import tokenizer
 from transformers import LogitsProcessor, StoppingCriteria, StopStringCriteria
 
+from sinkstream.compat import with_cache
 from sinkstream.engine import Engine
 from sinkstream.policies import PRESETS
 
@@ -31,7 +32,7 @@ def both(family: str, policy: str, ids: torch.Tensor, **more) -> tuple:
         given = more | {k: v() for k, v in more.items() if k in ("logits_processor", "stopping_criteria")}
         torch.manual_seed(5)
         if use == "cache":
-            given |= {"past_key_values": make_cache(model, small_policy(policy))}
+            given |= with_cache(model, make_cache(model, small_policy(policy)))
         else:
             e = engine(model, policy, streams=len(ids) * more.get("num_return_sequences", 1))
             given |= {"custom_generate": e.custom_generate}
@@ -203,8 +204,8 @@ def test_a_cache_an_assistant_and_another_model_are_refused():
     model, other, ids = build("llama"), build("llama", seed=1), prompt_of(20)
     e = engine(model)
     cache = make_cache(model, small_policy("lazy"))
-    with pytest.raises(ValueError, match=r"past_key_values: .*the engine holds the streams itself"):
-        model.generate(ids, custom_generate=e.custom_generate, past_key_values=cache, **options())
+    with pytest.raises(ValueError, match=r"a cache of the caller's own: .*the engine holds the streams itself"):
+        model.generate(ids, custom_generate=e.custom_generate, **with_cache(model, cache), **options())
     with pytest.raises(ValueError, match="assist"):
         model.generate(ids, custom_generate=e.custom_generate, assistant_model=other, **options())
     with pytest.raises(ValueError, match="given another model"):

@@ -7,6 +7,7 @@ from streams import FakeTokenizer, make_cache, small_policy
 from tiny_model import tokenizer
 from transformers import TextIteratorStreamer
 
+from sinkstream.compat import with_cache
 from sinkstream.engine import Engine
 from sinkstream.engine.generation import StopRule
 from sinkstream.policies import PRESETS
@@ -44,7 +45,7 @@ def cache_text(model, options: dict, prompt: torch.Tensor, tokens: int) -> list[
     out = model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
-        past_key_values=cache,
+        **with_cache(model, cache),
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,

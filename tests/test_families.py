@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from sinkstream.cache import FAMILIES, ROPE_TYPES, StreamingCache, describe
+from sinkstream.compat import cache_argument
 
 TINY = {
     "vocab_size": 97,
@@ -89,7 +90,7 @@ def test_a_supported_model_is_described(family):
     assert spec.trained_positions == MAX_POSITIONS and spec.dtype == torch.float32 and spec.attention == "sdpa"
     keys = {}
     with torch.no_grad():
-        past = model(token_ids(3)[None]).past_key_values
+        past = getattr(model(token_ids(3)[None]), cache_argument(model))
     for i, layer in enumerate(past.layers):
         keys[i] = layer.keys.shape
     assert keys == {i: (1, spec.kv_heads, 3, spec.head_dim) for i in range(spec.layers)}

@@ -11,6 +11,7 @@ from streams import FakeTokenizer, feed, make_cache, small_policy
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.cache import StreamingCache
+from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS
 
 PAD = 96  # not in the prompts: generate() takes it for padding
@@ -24,7 +25,7 @@ def prompt_of(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
 
 def generate(model, ids: torch.Tensor, cache=None, new: int = 40, **options) -> torch.Tensor:
     """Greedy generate() unless the options say otherwise: prompt and new tokens, (batch, T)."""
-    given = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": new, "past_key_values": cache, **options}
+    given = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": new, **with_cache(model, cache), **options}
     return model.generate(ids, **given)
 
 
@@ -34,7 +35,7 @@ def greedy(model, ids: torch.Tensor, cache: StreamingCache, new: int) -> torch.T
     last = feed(model, cache, ids)[:, -1:].argmax(-1)
     for _ in range(new - 1):
         ids = torch.cat([ids, last], 1)
-        last = model(last, past_key_values=cache).logits.argmax(-1)
+        last = model(last, **with_cache(model, cache)).logits.argmax(-1)
     return torch.cat([ids, last], 1)
 
 
@@ -120,7 +121,7 @@ def test_long_prompts_come_in_chunks(policy):
     cache = make_cache(model, options)  # and by itself, whatever the policy: generate() asks for the last logits only
     assert torch.equal(generate(model, ids, cache), expected) and cache.stats()["seen"] == 739
     with pytest.raises(ValueError, match=r"700 tokens in one call.*cache.prefill"):
-        model(ids, past_key_values=make_cache(model, options))
+        model(ids, **with_cache(model, make_cache(model, options)))
 
 
 def generate_after(model, ids: torch.Tensor, cache: StreamingCache, chunk: int) -> torch.Tensor:
@@ -189,11 +190,11 @@ def pads_in_the_prompt(model, ids, cache):
 
 
 def own_positions(model, ids, cache):
-    model(ids[:, :3], position_ids=torch.arange(3)[None], past_key_values=cache)
+    model(ids[:, :3], position_ids=torch.arange(3)[None], **with_cache(model, cache))
 
 
 def own_mask(model, ids, cache):
-    model(ids[:, :3], attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool), past_key_values=cache)
+    model(ids[:, :3], attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool), **with_cache(model, cache))
 
 
 def nothing_new(model, ids, cache):
@@ -201,23 +202,19 @@ def nothing_new(model, ids, cache):
 
 
 def too_long(model, ids, cache):
-    model(prompt_of(900), past_key_values=cache)
+    model(prompt_of(900), **with_cache(model, cache))
 
 
 def no_tokens(model, ids, cache):
-    model(ids[:, :0], past_key_values=cache)
+    model(ids[:, :0], **with_cache(model, cache))
 
 
 def other_batch(model, ids, cache):
-    model(ids.repeat(2, 1), past_key_values=cache)
+    model(ids.repeat(2, 1), **with_cache(model, cache))
 
 
 def other_model(model, ids, cache):
-    build("llama", seed=1)(ids[:, :3], past_key_values=cache)
-
-
-def not_by_name(model, ids, cache):
-    model.model(ids[:, :3], None, None, cache)
+    build("llama", seed=1)(ids[:, :3], **with_cache(model, cache))
 
 
 def copied(model, ids, cache):
@@ -245,7 +242,6 @@ REFUSED = {
     no_tokens: "0 tokens",
     other_batch: "batch of 2, but this cache holds 1 streams",
     other_model: "not attached to the model",
-    not_by_name: "by name: past_key_values=cache",
     copied: "cannot be copied",
     repeated: "change its batch",
     selected: "change its batch",
@@ -282,7 +278,7 @@ def test_policies_that_read_logits_need_the_causal_model(policy):
     cache = make_cache(model, small_policy(policy))
     feed(model, cache, ids[:, :40])
     with pytest.raises(ValueError, match="not its decoder alone"):
-        model.model(ids[:, 40:41], past_key_values=cache)
+        model.model(ids[:, 40:41], **with_cache(model, cache))
     expected = feed(model, make_cache(model, small_policy(policy)), ids)
     assert torch.equal(feed(model, cache, ids[:, 40:]), expected[:, 40:])
 
@@ -291,7 +287,9 @@ def test_the_decoder_alone_will_do_for_other_policies():
     model, ids = build("llama"), prompt_of(60)
     cache = make_cache(model.model, small_policy("lazy"))
     with torch.no_grad():
-        hidden = torch.cat([model.model(part, past_key_values=cache).last_hidden_state for part in ids.split(7, 1)], 1)
+        hidden = torch.cat(
+            [model.model(part, **with_cache(model, cache)).last_hidden_state for part in ids.split(7, 1)], 1
+        )
         whole = feed(model, make_cache(model, small_policy("lazy")), ids, [7] * 9)
         torch.testing.assert_close(model.lm_head(hidden), whole, rtol=0, atol=1e-5)
 
@@ -304,9 +302,9 @@ def test_embeddings_will_do_unless_the_scorer_reads_tokens(policy, allowed):
     with torch.no_grad():
         if not allowed:
             with pytest.raises(ValueError, match="reads token ids; inputs_embeds are not supported"):
-                model(inputs_embeds=embedded[:, :5], past_key_values=cache)
+                model(inputs_embeds=embedded[:, :5], **with_cache(model, cache))
             return
-        logits = torch.cat([model(inputs_embeds=e, past_key_values=cache).logits for e in embedded.split(1, 1)], 1)
+        logits = torch.cat([model(inputs_embeds=e, **with_cache(model, cache)).logits for e in embedded.split(1, 1)], 1)
     assert torch.equal(logits, feed(model, make_cache(model, small_policy(f"refresh-{policy}")), ids))
 
 

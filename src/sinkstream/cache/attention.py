@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sinkstream.cache.chunks import TwoFrames
 from sinkstream.cache.observe import AttentionObserver
+from sinkstream.compat import attention_implementation
 
 SINKSTREAM_SDPA = "sinkstream_sdpa"
 
@@ -36,7 +37,7 @@ class Forward:
 
 _PLAIN = Forward()
 running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
-_users: WeakKeyDictionary = WeakKeyDictionary()
+_users: WeakKeyDictionary[PreTrainedModel, set[object]] = WeakKeyDictionary()
 
 
 def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
@@ -48,22 +49,25 @@ def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def switch_attention(decoder: PreTrainedModel) -> None:
-    """Switch a decoder from sdpa to this module's function; counted, so that several caches can ask for it."""
-    if _users.get(decoder, 0) == 0:
+def switch_attention(decoder: PreTrainedModel, user: object) -> None:
+    """Switch a decoder from sdpa to this module's function, for one user; several caches can ask for it."""
+    users = _users.setdefault(decoder, set())
+    users.add(user)
+    if not is_switched(decoder):
         AttentionInterface.register(SINKSTREAM_SDPA, _sinkstream_sdpa)
         AttentionMaskInterface.register(SINKSTREAM_SDPA, sdpa_mask)
         decoder.set_attn_implementation(SINKSTREAM_SDPA)
-    _users[decoder] = _users.get(decoder, 0) + 1
 
 
-def release_attention(decoder: PreTrainedModel) -> None:
-    """Undo one `switch_attention`; the last one switches the decoder back to sdpa."""
-    _users[decoder] -= 1
-    if _users[decoder] == 0:
-        decoder.set_attn_implementation("sdpa")
+def release_attention(decoder: PreTrainedModel, user: object) -> None:
+    """Undo `switch_attention` of one user; the last one switches the decoder back to sdpa."""
+    users = _users.get(decoder, set())
+    if user in users:
+        users.discard(user)
+        if not users:
+            decoder.set_attn_implementation("sdpa")
 
 
 def is_switched(decoder: PreTrainedModel) -> bool:
     """Whether this module's function computes the decoder's attention now."""
-    return decoder.config._attn_implementation == SINKSTREAM_SDPA
+    return attention_implementation(decoder.config) == SINKSTREAM_SDPA

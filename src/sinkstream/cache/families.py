@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.rope import Rope
+from sinkstream.compat import attention_implementation
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -45,7 +46,7 @@ class ModelSpec:
     attention : {"sdpa", "eager"}
     dtype : torch.dtype
     decoder : Module
-        The decoder whose forward receives ``past_key_values``.
+        The decoder whose forward receives the cache.
     """
 
     family: str
@@ -116,5 +117,5 @@ def _check_config(config) -> None:
 
 
 def _attention_of(config) -> str:
-    name = config._attn_implementation
+    name = attention_implementation(config)
     return "sdpa" if name == SINKSTREAM_SDPA else name

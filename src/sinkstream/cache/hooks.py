@@ -1,35 +1,109 @@
-"""The hooks that a streaming cache puts on the one model it was made for.
+"""The hooks that streaming caches put on the model that they were made for.
 
-They look at ``past_key_values`` of each call and act only on their own cache. The cache is held weakly: when it is
-closed or collected the hooks are gone and the model is as it was.
+A model has one pair of hooks, however many caches live: put on with the first cache and taken off with the last. A hook
+looks for a streaming cache among the arguments of a call and acts only on a cache that was made for this very model.
+The hooks are plain functions of this module, so that a model with hooks can be copied and pickled.
 """
 
+import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import Cache, PreTrainedModel
 
-from sinkstream.cache.attention import release_attention, switch_attention
+from sinkstream import compat
+from sinkstream.cache.attention import release_attention, running, switch_attention
+from sinkstream.cache.families import ModelSpec
 
 
-def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable[[], None]:
-    """Put the hooks of `cache` on `model`.
+class HookedCache(Cache):
+    """What the hooks ask of a cache.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+    model : weak reference or None
+        To the model the cache was made for; None before `attach` and after it is detached.
+    """
+
+    spec: ModelSpec
+    model: "weakref.ref[nn.Module] | None" = None
+
+    @property
+    @abstractmethod
+    def seen_tokens(self) -> int:
+        """Tokens appended since the beginning of the stream."""
+
+    @property
+    @abstractmethod
+    def needs_logits(self) -> bool:
+        """Whether the logits of every token must be shown to `commit_forward`."""
+
+    @abstractmethod
+    def max_chunk_tokens(self) -> int:
+        """The most tokens that the next forward may append."""
+
+    @abstractmethod
+    def prefill(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feed ``(batch, tokens)`` new token ids of any number."""
+
+    @abstractmethod
+    def enter_model(self) -> None:
+        """The causal language model is called; its decoder will be."""
+
+    @abstractmethod
+    def begin_forward(
+        self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The decoder is called: returns (position_ids, attention mask or None) of the coming tokens."""
+
+    @abstractmethod
+    def end_decoder(self) -> None:
+        """The decoder has returned; the forward ends here unless the causal language model was called."""
+
+    @abstractmethod
+    def commit_forward(self, logits: torch.Tensor) -> None:
+        """The causal language model has returned."""
+
+    @abstractmethod
+    def abort_forward(self) -> None:
+        """The forward raised: its tokens never came."""
+
+
+class _Hooked:
+    """The hooks of one module and the caches that need them."""
+
+    def __init__(self) -> None:
+        self.users: set[object] = set()
+        self.handles: list[Any] = []
+
+
+_hooked: "weakref.WeakKeyDictionary[nn.Module, _Hooked]" = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # re-entrant: a cache may be collected, and detached, while another one is attached
+
+
+def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Callable[[], None]:
+    """Put the hooks on `model` unless they are there, and let them act on `cache`.
 
     Parameters
     ----------
     attention : bool
-        Whether the model's attention must be switched to `cache.attention`.
+        Whether the model's attention must be switched to `sinkstream.cache.attention`.
 
     Returns
     -------
     callable
-        Takes the hooks off; safe to call more than once.
+        Detaches the cache, and takes the hooks off with the last one; safe to call more than once.
 
     Raises
     ------
     ValueError
-        If logits are needed and this model cannot show them, or the attention to be switched is not sdpa.
+        If logits are needed and this model cannot show them, the attention to be switched is not sdpa, or the model's
+        arguments are not those of a tested release of transformers.
     """
     if attention and cache.spec.attention != "sdpa":
         raise ValueError(f"attention scorers need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}")
@@ -38,106 +112,126 @@ def install_hooks(cache, model: PreTrainedModel, *, attention: bool) -> Callable
         raise ValueError(
             f"this policy reads the logits; {type(model).__name__} has none, give the causal language model"
         )
-    mine = weakref.ref(cache)
-    handles = [
-        decoder.register_forward_pre_hook(_before_decoder(mine), with_kwargs=True),
-        decoder.register_forward_hook(_after_decoder(mine), with_kwargs=True, always_call=True),
-    ]
+    compat.warn_if_untested()
+    compat.check_forward(decoder)
     if model is not decoder:
-        handles += [
-            model.register_forward_pre_hook(_before_model(mine), with_kwargs=True),
-            model.register_forward_hook(_after_model(mine), with_kwargs=True, always_call=True),
-        ]
-    if attention:
-        switch_attention(decoder)
-    close = weakref.finalize(cache, _remove, handles, decoder if attention else None)
+        compat.check_forward(model, needed=("logits_to_keep",) if cache.needs_logits else ())
+    modules, user = [decoder] if model is decoder else [decoder, model], object()
+    with _lock:
+        for module in modules:
+            hooked = _hooked.setdefault(module, _Hooked())
+            hooked.users.add(user)
+            if not hooked.handles:
+                hooked.handles = _register(module, is_decoder=module is decoder)
+        if attention:
+            switch_attention(decoder, user)
+    cache.model = weakref.ref(model)
+    kept = [weakref.ref(module) for module in modules]
+    close = weakref.finalize(cache, _detach, user, kept, decoder if attention else None)
     close.atexit = False
     return close
 
 
-def _remove(handles: list, switched: PreTrainedModel | None) -> None:
-    for handle in handles:
-        handle.remove()
-    if switched is not None:
-        release_attention(switched)
+def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
+    before, after = (_before_decoder, _after_decoder) if is_decoder else (_before_model, _after_model)
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
 
 
-def _before_decoder(mine: weakref.ref):
-    def hook(module, args, kwargs):
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return None
-        ids = args[0] if args else kwargs.get("input_ids")
-        given = ids if ids is not None else kwargs.get("inputs_embeds")
-        if given is None:
-            return None  # the decoder itself refuses that
-        batch, tokens = given.shape[:2]
-        _check_mask_and_positions(kwargs, cache.seen_tokens, tokens)
-        positions, mask = cache._begin(batch, tokens, ids, given.device)
-        return args, kwargs | {"position_ids": positions, "attention_mask": mask}
-
-    return hook
+def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: PreTrainedModel | None) -> None:
+    with _lock:
+        for hooked in (_hooked.get(module) for module in (ref() for ref in modules) if module is not None):
+            if hooked is None:
+                continue
+            hooked.users.discard(user)
+            if not hooked.users:
+                handles, hooked.handles = hooked.handles, []
+                for handle in handles:
+                    handle.remove()
+        if switched is not None:
+            release_attention(switched, user)
 
 
-def _after_decoder(mine: weakref.ref):
-    def hook(module, args, kwargs, output):
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return
-        if output is None:
-            cache._abort()
-        elif not cache._in_model:
-            cache._commit()
+def _decoders_cache(decoder: nn.Module, args: tuple, kwargs: dict[str, Any] | None) -> HookedCache | None:
+    """The cache of a call of the decoder; None for a call with another cache or none.
 
-    return hook
+    A call that begins while another thread takes the hooks off has its keyword arguments withheld: it is of no cache,
+    since a cache that lives keeps the hooks on.
+    """
+    cache = None if kwargs is None else compat.find_argument(HookedCache, args, kwargs)
+    return cache if cache is not None and cache.model is not None and cache.spec.decoder is decoder else None
 
 
-def _before_model(mine: weakref.ref):
-    def hook(module, args, kwargs):
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return None
-        cache._abort()
-        prefilled = _prefill_all_but_last(cache, module, args, kwargs)
-        args, kwargs = prefilled or (args, kwargs)
-        cache._in_model = True
-        if cache.needs_logits:
-            return args, kwargs | {"logits_to_keep": 0}
-        return prefilled
-
-    return hook
+def _models_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None) -> HookedCache | None:
+    """The cache of a call of the causal language model that the cache was made for."""
+    cache = None if kwargs is None else compat.find_argument(HookedCache, args, kwargs)
+    return cache if cache is not None and cache.model is not None and cache.model() is model else None
 
 
-def _prefill_all_but_last(cache, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _before_decoder(module, args, kwargs=None):
+    running.set(None)  # an interrupt may have ended the forward before without a word
+    cache = _decoders_cache(module, args, kwargs)
+    if cache is None:
+        return None
+    named = compat.named_arguments(module, args, kwargs, cache)
+    ids = named.get("input_ids")
+    given = ids if ids is not None else named.get("inputs_embeds")
+    if given is None:
+        return None  # the decoder itself refuses that
+    batch, tokens = given.shape[:2]
+    _check_mask_and_positions(named, cache.seen_tokens, tokens)
+    positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
+    return (), named | {"position_ids": positions, "attention_mask": mask}
+
+
+def _after_decoder(module, args, kwargs=None, output=None):
+    cache = _decoders_cache(module, args, kwargs)
+    if cache is None:
+        return
+    if output is None:
+        cache.abort_forward()
+    else:
+        cache.end_decoder()
+
+
+def _before_model(module, args, kwargs=None):
+    cache = _models_cache(module, args, kwargs)
+    if cache is None:
+        return None
+    cache.abort_forward()
+    named = _prefill_all_but_last(cache, module, compat.named_arguments(module, args, kwargs, cache))
+    cache.enter_model()
+    return (), named | {"logits_to_keep": 0} if cache.needs_logits else named
+
+
+def _prefill_all_but_last(cache: HookedCache, model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
     """Where only the last logits are asked for (as generate() asks of a prompt), feed a long prompt chunk by chunk.
 
-    Returns the call that is left, that of the last token; None if the tokens fit one call as they are.
+    Returns the call that is left, that of the last token; the same call if the tokens fit one call as they are.
     """
-    ids = args[0] if args else kwargs.get("input_ids")
-    if ids is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
-        return None
-    _check_mask_and_positions(kwargs, cache.seen_tokens, ids.shape[1])
+    ids = named.get("input_ids")
+    if ids is None or named.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
+        return named
+    _check_mask_and_positions(named, cache.seen_tokens, ids.shape[1])
     cache.prefill(model, ids[:, :-1])
-    left = {"attention_mask": None, "position_ids": None} | ({} if args else {"input_ids": ids[:, -1:]})
-    return (ids[:, -1:], *args[1:]) if args else (), kwargs | left
+    return named | {"attention_mask": None, "position_ids": None, "input_ids": ids[:, -1:]}
 
 
-def _after_model(mine: weakref.ref):
-    def hook(module, args, kwargs, output):
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return
-        if output is None:  # the head raised, or something after it: then the tokens never came
-            cache._abort()
-        else:
-            cache._commit(output.logits if hasattr(output, "logits") else output[0])
-
-    return hook
+def _after_model(module, args, kwargs=None, output=None):
+    cache = _models_cache(module, args, kwargs)
+    if cache is None:
+        return
+    if output is None:  # the head raised, or something after it: then the tokens never came
+        cache.abort_forward()
+    else:
+        cache.commit_forward(output.logits if hasattr(output, "logits") else output[0])
 
 
-def _check_mask_and_positions(kwargs: dict, seen: int, tokens: int) -> None:
+def _check_mask_and_positions(named: dict[str, Any], seen: int, tokens: int) -> None:
     """Refuse padding, custom masks and positions of the caller's own: the cache owns both."""
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or all ones (2-D)"

@@ -1,7 +1,7 @@
 """`StreamingCache`: a transformers cache that never grows past its cap.
 
     cache = StreamingCache.for_model(model, sink=4, window=2044)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=100_000)
+    model.generate(**inputs, cache=cache, max_new_tokens=100_000)  # past_key_values=cache before transformers 5.24
 
 The cache is a subclass of transformers' public `Cache`. Two module hooks on the model it was made for tell it which
 tokens are coming and put positions and masks right; they act on calls with this very cache only, and go with it.
@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkstream.cache.attention import Forward, is_switched, running
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.families import ModelSpec, describe
-from sinkstream.cache.hooks import install_hooks
+from sinkstream.cache.hooks import HookedCache, attach
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.ring import Channel, SoftRing
+from sinkstream.compat import with_cache
 from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
 
 POSITIONS = ("cache", "original")
@@ -71,7 +72,7 @@ class _Pending:
     crossing: PinnedCopies | TwoFrames | None
 
 
-class StreamingCache(Cache):
+class StreamingCache(HookedCache):
     """Attention sinks, pinned tokens and a window of KV entries, under an eviction policy.
 
     Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, batch rows of
@@ -160,7 +161,7 @@ class StreamingCache(Cache):
         )
         observed = bool({"attention", "accumulated"} & policy.needs)
         in_blocks = block_tokens > 0 and spec.attention == "sdpa"
-        cache._close = install_hooks(cache, model, attention=observed or in_blocks)
+        cache._close = attach(cache, model, attention=observed or in_blocks)
         return cache
 
     @property
@@ -196,6 +197,7 @@ class StreamingCache(Cache):
     def close(self) -> None:
         """Take the hooks off the model. Happens by itself when the cache is collected."""
         self._close()
+        self.model = None
 
     def chunks(self, tokens: int, chunk_tokens: int = 256) -> Iterator[int]:
         """Sizes of the forwards that feed `tokens` tokens: at most `chunk_tokens`, cut where the policy must decide.
@@ -262,7 +264,7 @@ class StreamingCache(Cache):
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}; accepted: (batch, tokens) with tokens > 0")
         fed = 0
         for size in self.chunks(input_ids.shape[1], chunk_tokens):
-            out = model(input_ids[:, fed : fed + size], past_key_values=self, logits_to_keep=1)
+            out = model(input_ids[:, fed : fed + size], **with_cache(model, self), logits_to_keep=1)
             fed += len(self.last_steps)
         return out.logits[:, : len(self.last_steps)][:, -1]
 
@@ -309,10 +311,10 @@ class StreamingCache(Cache):
         self._log_probs: torch.Tensor | None = None
         self._in_model = False  # whether the causal model, not its decoder alone, is being called
 
-    def _begin(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
+    def begin_forward(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
         """Prune if it is time, make room, and return (position_ids, mask or None) for the coming tokens."""
         if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
-            self._abort()
+            self.abort_forward()
         self._check_call(batch, tokens, input_ids)
         if self.seen_tokens == 0:
             self._allocate(batch, device)
@@ -345,16 +347,16 @@ class StreamingCache(Cache):
         if self._pending is None:
             raise ValueError(
                 "this cache is not attached to the model that is using it;"
-                " make one with StreamingCache.for_model(model, …) and pass it by name: past_key_values=cache"
+                " make one with StreamingCache.for_model(model, …)"
             )
         visible = self.ring.write(layer, keys, values)
         crossing = self._pending.crossing
         return crossing.extend(layer, *visible) if isinstance(crossing, PinnedCopies) else visible
 
-    def _commit(self, logits: torch.Tensor | None = None) -> None:
-        """The model has returned: count the tokens, do the prunes that fell inside the chunk, observe the logits."""
+    def commit_forward(self, logits: torch.Tensor | None = None) -> None:
+        """The called model has returned: count the tokens, do the prunes inside the chunk, observe the logits."""
         pending, ring = self._pending, self.ring
-        self._abort()
+        self.abort_forward()
         if pending is None:
             return
         begun, log_probs = pending.tokens, None
@@ -369,7 +371,16 @@ class StreamingCache(Cache):
         self._events += sum(s.event for s in pending.steps)
         self.last_steps = pending.steps
 
-    def _abort(self) -> None:
+    def enter_model(self) -> None:
+        """The causal language model, not its decoder alone, is being called: `commit_forward` comes after its head."""
+        self._in_model = True
+
+    def end_decoder(self) -> None:
+        """The decoder has returned; if it was called alone, the forward ends here."""
+        if not self._in_model:
+            self.commit_forward()
+
+    def abort_forward(self) -> None:
         """No forward is under way; if one was and is not committed, its tokens never came."""
         self._pending, self._in_model = None, False
         running.set(None)

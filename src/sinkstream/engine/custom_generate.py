@@ -1,6 +1,5 @@
 """Decoding for transformers' generate(): its logits processors and stopping criteria around the engine's steps."""
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,27 +8,12 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from sinkstream import compat
 from sinkstream.engine.generation import OnItsWay, Writer, write
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine
-KNOWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
-NOT_PASSED = ("streamer", "assistant_model", "negative_prompt_ids", "synced_gpus")
-
-
-def not_passed(frame: types.FrameType | None, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of generate() that it does not pass to a callable (transformers 5.17 to 5.23), read where they stand.
-
-    A streamer that is passed over would never end, and whoever reads from it would wait for ever.
-
-    Parameters
-    ----------
-    frame : frame or None
-        Of the caller of the callable; anything but generate() gives no arguments.
-    """
-    if frame is None or frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model:
-        return {}
-    return {name: frame.f_locals[name] for name in NOT_PASSED if frame.f_locals.get(name) is not None}
+KNOWN = ("attention_mask", "position_ids", *compat.CACHE_NAMES, "use_cache", "logits_to_keep", "cache_position")
 
 
 def run(
@@ -74,7 +58,7 @@ class ProcessorsWriter(Writer):
         self._tokens = input_ids.new_zeros(streams)
         self._done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         self._processors, self._criteria, self._config, self._streamer = processors, criteria, config, streamer
-        self._pad = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        self._pad = compat.pad_token(config) if any(hasattr(c, "eos_token_id") for c in criteria) else None
         self._looks = streamer is not None or any(not isinstance(c, MaxLengthCriteria) for c in criteria)
         kept = config.return_dict_in_generate
         self._scores = [] if kept and config.output_scores else None
@@ -128,20 +112,20 @@ def check(
     Parameters
     ----------
     given : dict
-        Model arguments, and what `not_passed` found.
+        Model arguments, and what `compat.generate_arguments` found.
     """
     if model is not engine.model:
         raise ValueError("custom_generate of an engine was given another model; accepted: the model it was made with")
     _check_config(config)
-    unknown = [k for k, v in given.items() if v is not None and k not in (*KNOWN, *NOT_PASSED)]
+    unknown = [k for k, v in given.items() if v is not None and k not in (*KNOWN, *compat.NOT_PASSED)]
     for name in ("assistant_model", "negative_prompt_ids", *unknown):
         if given.get(name) is not None:
             _refuse(name, "no such argument")
     _check_shape(engine, input_ids)
     if given.get("synced_gpus"):
         _refuse("synced_gpus=True", "synced_gpus=False")
-    if getattr(given.get("past_key_values"), "_is_user_defined", False):
-        _refuse("past_key_values", "no cache: the engine holds the streams itself")
+    if any(compat.is_callers_cache(value) for value in given.values()):
+        _refuse("a cache of the caller's own", "no cache: the engine holds the streams itself")
     mask, positions, tokens = given.get("attention_mask"), given.get("position_ids"), input_ids.shape[1]
     if mask is not None and (mask.shape != input_ids.shape or not bool((mask != 0).all())):
         _refuse("an attention_mask with zeros or of another shape", "rows of equal length without padding")

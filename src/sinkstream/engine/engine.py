@@ -16,11 +16,11 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from sinkstream import compat
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.custom_generate import check as check_custom_generate
-from sinkstream.engine.custom_generate import not_passed
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.generation import Callback, Generation, StopRule, generate
 from sinkstream.engine.handover import give_to_cache, take_from_cache
@@ -353,7 +353,7 @@ class Engine:
             Naming what the engine cannot do: beams, an assistant, padding, a cache, embeddings or positions of the
             caller's own, more rows than streams, another model. The streams are as they were then.
         """
-        extra = not_passed(inspect.currentframe().f_back, model)
+        extra = compat.generate_arguments(inspect.currentframe().f_back, model)
         check_custom_generate(
             self, model, input_ids, generation_config, {"synced_gpus": synced_gpus, **model_kwargs, **extra}
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.numerics import numerics
 from sinkstream.evaluation.run import RunResult
@@ -23,7 +24,7 @@ def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings
         "model_hash": loaded.hash,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": device.type,
-        "attention": loaded.model.config._attn_implementation,
+        "attention": attention_implementation(loaded.model.config),
         "data_sha256": stream.sha256,
         "settings": settings.record(),
         **numerics(),

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkstream.cache import StreamingCache
+from sinkstream.compat import with_cache
 from sinkstream.engine import STEPS, Engine
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.models import LoadedModel
@@ -103,7 +104,7 @@ class StreamingSession(Session):
         )
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        out = self.model(ids[None], past_key_values=self.cache, logits_to_keep=1 if last_only else 0)
+        out = self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0)
         return out.logits[0, -1:] if last_only else out.logits[0, : len(self.cache.last_steps)]
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
@@ -182,7 +183,9 @@ class FullSession(Session):
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         seen = self.cache.get_seq_length()
         self._steps = [Step(0, False, seen + i + 1) for i in range(len(ids))]
-        return self.model(ids[None], past_key_values=self.cache, logits_to_keep=1 if last_only else 0).logits[0]
+        return self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0).logits[
+            0
+        ]
 
     def steps(self) -> list[Step]:
         return self._steps

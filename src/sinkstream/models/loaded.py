@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkstream.compat import attention_implementation
 from sinkstream.registry import Registry
 
 
@@ -88,7 +89,7 @@ class LoadedModel:
             "weight_bytes": self.weight_bytes,
             "trained_positions": self.trained_positions,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "attn_implementation": config._attn_implementation,
+            "attn_implementation": attention_implementation(config),
             "shape": shape,
         }
 

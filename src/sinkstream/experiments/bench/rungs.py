@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from sinkstream.compat import attention_implementation
 from sinkstream.engine import STEPS, Engine, GraphedStep
 from sinkstream.evaluation.sessions import BACKENDS, Session, engine_options
 from sinkstream.evaluation.settings import RunSettings
@@ -108,7 +109,7 @@ class SessionDecoder(Decoder):
     def __init__(self, session: Session, attention: str | None):
         self.session, self.model = session, session.model
         self.weight_bytes = step_weight_bytes(self.model)
-        self._attention_before = self.model.config._attn_implementation
+        self._attention_before = attention_implementation(self.model.config)
         if attention:
             self.model.set_attn_implementation(attention)
 
@@ -123,7 +124,7 @@ class SessionDecoder(Decoder):
 
     def close(self) -> None:
         self.session.close()
-        if self.model.config._attn_implementation != self._attention_before:
+        if attention_implementation(self.model.config) != self._attention_before:
             self.model.set_attn_implementation(self._attention_before)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.numerics import numerics
 from sinkstream.experiments.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
@@ -211,7 +212,7 @@ class BenchSession:
             "rung": {
                 "name": run.config.rung,
                 "summary": RUNGS.summary(run.config.rung),
-                "attention": rung.attention or model.config._attn_implementation,
+                "attention": rung.attention or attention_implementation(model.config),
             },
             "protocol": {
                 "dtype": str(model.dtype).removeprefix("torch."),
