@@ -5,6 +5,9 @@
 #   make test ARGS='-k ring -x'     options for pytest
 #   make demo PYTHON=python3.12     another interpreter (3.11 or newer)
 #   make demo TORCH=torch==2.12.1   another torch build; also a wheel's path. Both choices are remembered in .venv.
+#
+# test-oldest, test-newest and test-install make environments of their own beside it: with the oldest accepted releases, with
+# the newest ones, and with the package alone.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,12 +20,14 @@ TORCH ?= $(PINNED_TORCH)
 JOBS ?= 2
 ARGS ?=
 
-PIP := "$(BIN)/python" -m pip install -qq --disable-pip-version-check
+PIP_OPTIONS := -m pip install -qq --disable-pip-version-check
+PIP := "$(BIN)/python" $(PIP_OPTIONS)
 PYTEST := "$(BIN)/python" -m pytest
+RELEASE_TESTS ?= $(wildcard $(addprefix tests/test_,compat.py cache*.py generate.py engine*.py families.py models.py oracle.py))
 READY := $(VENV)/ready-$(firstword $(shell { pwd; echo '$(PYTHON) $(TORCH)'; } | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-policy test-gpu lint format check docs-check clean
+.PHONY: help env demo test test-policy test-gpu test-oldest test-newest test-install lint format check docs-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -64,6 +69,28 @@ test-gpu:  ## run the CUDA tests with the current Python, no .venv
 	  { echo "'$(PYTHON)' has no torch that sees a CUDA device" >&2; exit 2; }
 	@PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m pytest -m gpu $(ARGS)
 
+test-oldest: .venv-oldest/ready  ## run the tests of cache, generate, engine and families with the oldest accepted releases
+	@.venv-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal $(RELEASE_TESTS) $(ARGS)
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	@echo "installing the oldest accepted releases into .venv-oldest"
+	@"$(PYTHON)" -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python $(PIP_OPTIONS) -c constraints-oldest.txt "$(TORCH)" -e '.[demo,test]'
+	@touch $@
+
+test-newest:  ## run them with the newest releases of today, unpinned, in an environment made anew
+	@"$(PYTHON)" -m venv --clear .venv-newest
+	@.venv-newest/bin/python $(PIP_OPTIONS) "$(TORCH)" -e '.[demo,test]'
+	@.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal $(RELEASE_TESTS) $(ARGS)
+
+test-install:  ## install the package alone, unpinned, as a user does, and run the README's examples with it
+	@"$(PYTHON)" -m venv --clear .venv-install
+	@.venv-install/bin/python $(PIP_OPTIONS) "$(TORCH)" .
+	@.venv-install/bin/python -I scripts/check_install.py README.md
+	@.venv-install/bin/python $(PIP_OPTIONS) '.[demo]'
+	@.venv-install/bin/python $(PIP_OPTIONS) --no-deps "$(SMALL_MODEL)"
+	@.venv-install/bin/python -I scripts/check_install.py README.md --builtin
+
 lint: $(READY)  ## check style and format
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -78,5 +105,5 @@ docs-check: $(READY)  ## check links, commands and paths in the documents
 	@$(PYTEST) tests/test_docs.py $(ARGS)
 
 clean:  ## remove .venv and everything else that is made
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """What every test shares: offline, seeded, interruptible, one thread a worker; without CUDA kernels are interpreted."""
 
+import importlib.util
 import os
 import signal
 
@@ -17,9 +18,12 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from interpreter import mend_interpreter  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    mend_interpreter()
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

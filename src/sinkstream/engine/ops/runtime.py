@@ -29,24 +29,6 @@ except ImportError:
 
 
 INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFunction"
-
-
-def _let_interpreter_count() -> None:
-    """Let interpreted loops have bounds computed in the kernel: numpy 2.4 turns no one-element array into an int."""
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
-
-
-if INTERPRETED:
-    _let_interpreter_count()
-
 _settings = {"backend": "auto", "compile_only": False}
 
 
