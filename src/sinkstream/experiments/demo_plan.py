@@ -1,0 +1,215 @@
+"""How long the demo will be: the speed of the machine, what a demo costs at that speed, and what fits the time."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.record import run_identity
+from sinkstream.evaluation.sessions import BACKENDS, Session
+from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
+from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
+from sinkstream.measure.records import load_records
+from sinkstream.measure.timing import timed
+from sinkstream.models import LoadedModel
+
+SECONDS = 150.0  # for the runs; loading, measuring and drawing come to it
+LEAST_CAPS = 4  # a text shorter than four caps says little about eviction
+BLOCK = BLOCK_TOKENS["cpu"]
+SHORT = 32  # tokens of one forward of refresh, whose blocks end at its prunes
+ADAPTIVE_SHORT = 20  # and of the adaptive policy on average, a little less than measured
+FULL_GROWTH = 1 / 7_000  # what attention of the full cache adds to a block, for every token of the text
+STEPS, SHORTS, BLOCKS, WINDOWS = 8, 4, 2, 2  # pieces of each kind that are measured, after one step that is not
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a demo runs.
+
+    Attributes
+    ----------
+    tokens : int
+        Length of the text.
+    sample_every : int
+        Recompute scores every k-th token.
+    timed_tokens : int, optional
+        Tokens of each run that are decoded one by one; default: as in the whole demo.
+    """
+
+    tokens: int = TOKENS
+    sample_every: int = SAMPLE_EVERY
+    timed_tokens: int | None = None
+
+    def settings(self, cap: int) -> list[RunSettings]:
+        """The runs of a demo of this size."""
+        return demo_settings(cap, self.sample_every, self.tokens, self.timed_tokens)
+
+    def windows(self, cap: int) -> int:
+        """Tokens that recompute scores, a window each."""
+        return math.ceil((self.tokens - 1 - cap) / self.sample_every)
+
+
+LADDER = (
+    Size(1_024, 24, 80),
+    Size(1_536, 28, 80),
+    Size(2_048, 32),
+    Size(3_072, 40),
+    Size(4_096, 48),
+    Size(),
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Mean seconds of the pieces that a demo consists of.
+
+    Attributes
+    ----------
+    step : float
+        One token by itself.
+    short, block : float
+        One forward of `SHORT` and of `BLOCK` tokens, scored.
+    window : float
+        One window of recompute.
+    """
+
+    step: float
+    short: float
+    block: float
+    window: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size that was chosen, and the seconds that its runs and those of the whole demo are expected to take."""
+
+    size: Size
+    seconds: float
+    whole_seconds: float
+
+
+def check_choice(seconds: float, cap: int) -> None:
+    """Raise ValueError unless the time for the runs is a number above 0 and the largest size takes that cap."""
+    demo_settings(cap)[0].prefill_tokens(TOKENS)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"--seconds {seconds:g} is not accepted; accepted: a number above 0, or --tokens")
+
+
+def tokens_measured(cap: int) -> int:
+    """Tokens of the text that `measure_speed` takes."""
+    return cap + 1 + STEPS + SHORTS * SHORT + BLOCKS * BLOCK + 1
+
+
+@torch.inference_mode()
+def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
+    """Measure the pieces of a demo on the model itself, which takes a few seconds.
+
+    Parameters
+    ----------
+    ids : Tensor, (tokens,), int64
+        At least `tokens_measured(cap)`.
+    cap : int
+        KV slots, and the window of recompute.
+    """
+    device = loaded.model.device
+    ids = ids.to(device)
+    with closing(_session(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
+        strict.prefill(ids[:cap])
+        strict.feed(ids[cap : cap + 1], last_only=True)
+        means, at = [], cap + 1
+        for size, times in ((1, STEPS), (SHORT, SHORTS), (BLOCK, BLOCKS)):
+            places = range(at, at + times * size, size)
+            pieces = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in places]
+            means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
+            at += times * size
+    with closing(_session(loaded, RunSettings("recompute", cap))) as recompute:
+        recompute.skip(ids[:cap])
+        targets = slice(cap + 1, cap + WINDOWS + 1)
+        _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
+    return Speed(*means, seconds / WINDOWS)
+
+
+def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed) -> float:
+    """Seconds that runs over a text of that many tokens take at a speed."""
+    return sum(_run_seconds(one, tokens, speed) for one in settings)
+
+
+def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | None = None) -> Plan:
+    """The largest size of the ladder whose runs are expected to take at most `seconds`; the smallest if none does.
+
+    Parameters
+    ----------
+    speed : Speed
+    seconds : float
+        Time for the runs.
+    cap : int
+        KV slots. Sizes with fewer tokens than `LEAST_CAPS` caps are left out, except the whole demo.
+    sample_every : int, optional
+        In place of that of the ladder.
+    """
+    sizes = [size for size in LADDER if size.tokens >= LEAST_CAPS * cap or size == LADDER[-1]]
+    if sample_every is not None:
+        sizes = [replace(size, sample_every=sample_every) for size in sizes]
+    costs = [expected_seconds(size.settings(cap), size.tokens, speed) for size in sizes]
+    fitting = [i for i, cost in enumerate(costs) if cost <= seconds]
+    chosen = fitting[-1] if fitting else 0
+    return Plan(sizes[chosen], costs[chosen], costs[-1])
+
+
+def size_of_records(
+    out: Path, loaded: LoadedModel, streams: Callable[[int], TokenStream], cap: int, sample_every: int | None = None
+) -> Size | None:
+    """The size of the newest demo in `out` that a demo of this cap can go on with, None without one.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of records; need not be there.
+    streams : callable
+        The text with a given number of tokens.
+    cap : int
+    sample_every : int, optional
+        In place of that of the records.
+
+    Raises
+    ------
+    ValueError
+        If a record in `out` cannot be read.
+    """
+    for record in reversed(load_records(out) if out.is_dir() else []):
+        identity = record.arguments.get("identity")
+        if record.status != "complete" or record.arguments.get("command") != "demo" or not identity:
+            continue
+        every = record.arguments["sample_every"] if sample_every is None else sample_every
+        size = Size(record.data["tokens"], every, identity["settings"]["timed_tokens"])
+        if identity["settings"]["cap"] != cap:
+            continue
+        stream = streams(size.tokens)
+        if any(identity == run_identity(loaded, stream, one) for one in size.settings(cap)):
+            return size
+    return None
+
+
+def _run_seconds(settings: RunSettings, tokens: int, speed: Speed) -> float:
+    """Prefill, steps and blocks of one run."""
+    prefill = settings.prefill_tokens(tokens)
+    decode = tokens - 1 - prefill
+    if settings.method == "recompute":
+        return speed.window * (1 + math.ceil(decode / settings.sample_every))
+    steps = min(decode, settings.timed_tokens)
+    block = prompt = speed.block / BLOCK
+    if settings.method == "full":
+        block *= 1 + FULL_GROWTH * tokens
+    elif settings.method == "adaptive-entropy":
+        block = prompt = speed.short / ADAPTIVE_SHORT
+    elif settings.method.startswith("refresh"):
+        block = speed.short / SHORT
+    return prefill * prompt + steps * speed.step + (decode - steps) * block
+
+
+def _session(loaded: LoadedModel, settings: RunSettings) -> Session:
+    return BACKENDS[settings.backend](loaded, settings).session()
