@@ -25,7 +25,7 @@ def slower(times: float) -> Speed:
 
 
 def cost(size: Size, speed: Speed) -> float:
-    return expected_seconds(size.settings(CAP), size.tokens, speed)
+    return sum(expected_seconds(size.settings(CAP), size.tokens, speed))
 
 
 # ---- the choice ----
@@ -49,8 +49,8 @@ def test_a_slower_machine_never_runs_more_and_keeps_to_the_time(seconds):
     assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) > 3
     assert (tokens[0], tokens[-1]) == (LADDER[-1].tokens, LADDER[0].tokens)
     for plan in plans:
-        assert plan.seconds <= seconds or plan.size == LADDER[0]
-    assert plans[-1].seconds > seconds, "what does not fit is told by its cost"
+        assert sum(plan.expected) <= seconds or plan.size == LADDER[0]
+    assert plans[0].fits and not plans[-1].fits
 
 
 def test_the_largest_that_fits_is_chosen():
@@ -59,6 +59,16 @@ def test_the_largest_that_fits_is_chosen():
         assert choose(IDLE, exactly).size == size
         assert choose(IDLE, exactly).whole_seconds == cost(LADDER[-1], IDLE)
         assert choose(IDLE, 0.999 * exactly).size == LADDER[max(0, LADDER.index(size) - 1)]
+
+
+def test_a_run_is_late_if_it_would_end_far_after_its_time():
+    plan = demo_plan.Plan(LADDER[0], 100.0, (10.0, 30.0, 40.0), 999.0)
+    assert not plan.is_late([10.0]) and not plan.is_late([10.0, 30.0])
+    assert not plan.is_late([15.0]), "slower, but in time"
+    assert plan.is_late([10.0, 60.0]), "70 s, and 70 more at that pace"
+    assert plan.is_late([90.0]) and not plan.is_late([90.0, 1.0, 1.0]), "nothing comes after the last run"
+    too_long = replace(plan, seconds=1.0)
+    assert not too_long.is_late([10.0]) and too_long.is_late([10.0, 60.0]), "what was told is what counts"
 
 
 @pytest.mark.parametrize("piece", ["step", "short", "block", "window"])
@@ -176,6 +186,16 @@ def test_other_records_do_not_choose(demo, words):
     _, out, _, records = demo(*words, times=100)
     assert "Measured" in out and "taken from" not in out
     assert [record.data["tokens"] for record in records].count(300) == len(records) // 2
+
+
+def test_what_would_be_too_late_is_left_out_and_resumed(demo, monkeypatch):
+    monkeypatch.setattr(demo_plan, "LADDER", SMALL[:1])
+    code, out, err, records = demo("--seconds", "0.001", times=1e-6)
+    labels = [one.label() for one in SMALL[0].settings(SMALL_CAP)]
+    assert (code, err) == (0, "") and [record.policy["label"] for record in records] == labels[:1]
+    assert f"Left out: {', '.join(labels[1:])}. The same command with --resume runs them." in out
+    code, out, err, records = demo("--seconds", "0.001", "--resume", times=None)
+    assert code == 0 and [record.policy["label"] for record in records] == labels and "Left out" not in out
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import tiny_model
 from rich.console import Console
 
-from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.batch import Batch
@@ -33,8 +32,8 @@ def batch(out, **options) -> Batch:
     return Batch(loaded, stream, out, {}, ["sinkstream", "test"], 0, **options)
 
 
-def printed(out, file: io.StringIO, *, console: dict | None = None, row=None, **options) -> str:
-    batch(out, **options).run(SETTINGS, Console(file=file, width=160, **(console or {})), row)
+def printed(out, file: io.StringIO, *, console: dict | None = None, row=None, enough=None, **options) -> str:
+    batch(out, **options).run(SETTINGS, Console(file=file, width=160, **(console or {})), row, enough)
     return file.getvalue()
 
 
@@ -74,6 +73,11 @@ def test_rows_take_the_place_of_the_lines(tmp_path, file):
     assert seen == [1, 2] and shown.count("a row [x]") == 2 and "done in" not in shown
 
 
+def test_a_batch_ends_where_it_is_enough(tmp_path):
+    assert "window-only" not in printed(tmp_path, io.StringIO(), enough=lambda records: len(records) == 1)
+    assert [record.policy["name"] for record in load_records(tmp_path)] == ["strict"]
+
+
 def test_rows_are_lines_of_the_table(tmp_path):
     printed(tmp_path, io.StringIO())
     records = load_records(tmp_path)
@@ -88,11 +92,7 @@ def test_rows_are_lines_of_the_table(tmp_path):
     assert narrow and other.startswith(narrow) and len(narrow) <= 60
 
 
-def test_only_a_terminal_is_live(monkeypatch):
+def test_only_a_terminal_is_live():
     assert is_live(Console(file=Terminal(), force_terminal=True))
     assert not is_live(Console(file=io.StringIO(), force_terminal=True))
     assert not is_live(Console(file=Terminal(), force_terminal=True, force_interactive=False))
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert wide_console().width > 100

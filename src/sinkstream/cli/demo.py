@@ -59,20 +59,29 @@ class Demo:
             check_choice(args.seconds, args.cap)
         loaded = load_model("builtin", dtype=torch.float32, device="cpu")
         streams = partial(tokenize, load_text("builtin"), loaded.tokenizer)
-        size = _size(args, loaded, streams, console)
+        size, plan = _size(args, loaded, streams, console)
         args.tokens, args.sample_every = size.tokens, size.sample_every
         settings = size.settings(args.cap)
         batch = Batch(loaded, streams(size.tokens), args.out, all_arguments(args), args.argv, 0, args.resume)
         lines = RowLines([one.label() for one in settings], console.width)
-        records = batch.run(settings, console, lines.line)
+        late = (lambda records: plan.is_late([r.summary["total_sec"] for r in records])) if plan else None
+        records = batch.run(settings, console, lines.line, late)
+        if len(records) < len(settings) and exit_code(records) == 0:
+            left_out = ", ".join(one.label() for one in settings[len(records) :])
+            _tell(
+                console, f"The machine became slower. Left out: {left_out}. The same command with --resume runs them."
+            )
         title = f"{TITLE}, {args.tokens} tokens, cap {args.cap}"
         show_records(records, console, title)
         draw_nll(records, args.out, console, title)
         return exit_code(records)
 
 
-def _size(args: argparse.Namespace, loaded, streams, console: Console) -> Size:
-    """What is asked for, what the records of a demo that is resumed have, or what fits the time; says which."""
+def _size(args: argparse.Namespace, loaded, streams, console: Console) -> tuple[Size, Plan | None]:
+    """What is asked for, what the records of a demo that is resumed have, or what fits the time; says which.
+
+    There is a plan only in the last case.
+    """
     if args.tokens is not None:
         size = Size(args.tokens, SAMPLE_EVERY if args.sample_every is None else args.sample_every)
         if args.tokens > FULL_FITS:
@@ -81,25 +90,24 @@ def _size(args: argparse.Namespace, loaded, streams, console: Console) -> Size:
                 f"The control is strict: a full cache of {args.tokens:,} tokens goes past the {FULL_FITS:,} positions"
                 f" that the model was trained on. With --tokens {FULL_FITS} or fewer it takes part as the control.",
             )
-        return size
+        return size, None
     found = size_of_records(args.out, loaded, streams, args.cap, args.sample_every) if args.resume else None
     if found:
         _tell(console, f"Resuming: {found.tokens:,} tokens, as in the records of {args.out}.")
-        return found
+        return found, None
     speed = measure_speed(loaded, streams(tokens_measured(args.cap)).ids, args.cap)
     plan = choose(speed, args.seconds, args.cap, args.sample_every)
-    _tell(console, told(speed, plan, args.seconds, args.cap))
-    return plan.size
+    _tell(console, told(speed, plan, args.cap))
+    return plan.size, plan
 
 
-def told(speed: Speed, plan: Plan, seconds: float, cap: int) -> str:
+def told(speed: Speed, plan: Plan, cap: int) -> str:
     """The speed, what was chosen and what that leaves out, in one line."""
     size, whole = plan.size, Size()
     pieces = f"{1e3 * speed.step:.0f} ms a step, {speed.block:.2f} s a block, {speed.window:.2f} s a recomputed window"
-    fits = "which fits" if plan.seconds <= seconds else "the least there is, which does not fit"
-    chosen = (
-        f"Measured: {pieces}. {size.tokens:,} tokens take about {plan.seconds:.0f} s, {fits} --seconds {seconds:g}."
-    )
+    fits = "which fits" if plan.fits else "the least there is, which does not fit"
+    seconds = f"about {sum(plan.expected):.0f} s, {fits} --seconds {plan.seconds:g}"
+    chosen = f"Measured: {pieces}. {size.tokens:,} tokens take {seconds}."
     cut = [
         f"{now:,} of {all_of_it:,} {what}"
         for now, all_of_it, what in (

@@ -7,20 +7,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sinkstream.experiments.progress import is_live
 from sinkstream.measure.recall import RecallRecord
 from sinkstream.measure.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
 
-PIPE_WIDTH = 160
+PIPE_WIDTH = 170
 PICTURE = "nll.png"
 
 
 def wide_console() -> Console:
     """The terminal as it is; a file or pipe, which has no width, gets one that the table fits."""
     console = Console()
-    return console if is_live(console) else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def show_records(records: list[Record], console: Console, title: str) -> None:

@@ -50,7 +50,11 @@ class Batch:
     interleave: bool = False
 
     def run(
-        self, settings: list[RunSettings], console: Console, row: Callable[[list[Record]], str] | None = None
+        self,
+        settings: list[RunSettings],
+        console: Console,
+        row: Callable[[list[Record]], str] | None = None,
+        enough: Callable[[list[Record]], bool] | None = None,
     ) -> list[Record]:
         """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
 
@@ -62,6 +66,8 @@ class Batch:
         row : callable, optional
             Given the records so far after each run, the line to print about the last of them, in place of its bar.
             Not for interleaved runs, which end together.
+        enough : callable, optional
+            Given the records so far after each run, whether to leave the other runs out. Nor this.
 
         Raises
         ------
@@ -90,7 +96,7 @@ class Batch:
                 if row:
                     hide_ended(progress)
                     tell(progress, row(records))
-                if records[-1].status != "complete":
+                if records[-1].status != "complete" or (enough and enough(records)):
                     break
         return records
 

@@ -18,6 +18,7 @@ from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 SECONDS = 150.0  # for the runs; loading, measuring and drawing come to it
+LATE = 1.15  # times that time: runs that would end later are left out
 LEAST_CAPS = 4  # a text shorter than four caps says little about eviction
 BLOCK = BLOCK_TOKENS["cpu"]
 SHORT = 32  # tokens of one forward of refresh, whose blocks end at its prunes
@@ -85,11 +86,42 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """The size that was chosen, and the seconds that its runs and those of the whole demo are expected to take."""
+    """A size that was chosen for a time.
+
+    Attributes
+    ----------
+    size : Size
+    seconds : float
+        Time that there is for the runs.
+    expected : tuple of float
+        Seconds that each run is expected to take, in order.
+    whole_seconds : float
+        Seconds that the runs of the whole demo are expected to take.
+    """
 
     size: Size
     seconds: float
+    expected: tuple[float, ...]
     whole_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the runs are expected to take no longer than there is time."""
+        return sum(self.expected) <= self.seconds
+
+    def is_late(self, taken: Sequence[float]) -> bool:
+        """Whether the next run, as much slower than expected as those so far were, would end far after its time.
+
+        Parameters
+        ----------
+        taken : sequence of float
+            Seconds that the runs so far took.
+        """
+        done = len(taken)
+        if done == len(self.expected):
+            return False
+        slowdown = max(1.0, sum(taken) / sum(self.expected[:done]))
+        return sum(taken) + slowdown * self.expected[done] > LATE * max(self.seconds, sum(self.expected))
 
 
 def check_choice(seconds: float, cap: int) -> None:
@@ -133,9 +165,9 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
     return Speed(*means, seconds / WINDOWS)
 
 
-def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed) -> float:
-    """Seconds that runs over a text of that many tokens take at a speed."""
-    return sum(_run_seconds(one, tokens, speed) for one in settings)
+def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed) -> list[float]:
+    """Seconds that each run over a text of that many tokens takes at a speed."""
+    return [_run_seconds(one, tokens, speed) for one in settings]
 
 
 def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | None = None) -> Plan:
@@ -155,9 +187,8 @@ def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | Non
     if sample_every is not None:
         sizes = [replace(size, sample_every=sample_every) for size in sizes]
     costs = [expected_seconds(size.settings(cap), size.tokens, speed) for size in sizes]
-    fitting = [i for i, cost in enumerate(costs) if cost <= seconds]
-    chosen = fitting[-1] if fitting else 0
-    return Plan(sizes[chosen], costs[chosen], costs[-1])
+    plans = [Plan(size, seconds, tuple(cost), sum(costs[-1])) for size, cost in zip(sizes, costs)]
+    return next((plan for plan in reversed(plans) if plan.fits), plans[0])
 
 
 def size_of_records(
