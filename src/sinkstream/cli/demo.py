@@ -1,6 +1,7 @@
 """``sinkstream demo``."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,22 +11,13 @@ from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import add_output, all_arguments
 from sinkstream.cli.show import draw_nll, show_records, wide_console
-from sinkstream.data import load_text, tokenize
+from sinkstream.data import TokenStream, load_text, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.demo import CAP, FULL_FITS, SAMPLE_EVERY, TIMED_TOKENS, TITLE, TOKENS, demo_settings
-from sinkstream.experiments.demo_plan import (
-    SECONDS,
-    Plan,
-    Size,
-    Speed,
-    check_choice,
-    choose,
-    measure_speed,
-    size_of_records,
-    tokens_measured,
-)
-from sinkstream.models import load_model
+from sinkstream.experiments.demo_plan import SECONDS, Plan, Size, check_choice, choose, size_of_records
+from sinkstream.experiments.demo_speed import Speed, measure_speed, tokens_measured
+from sinkstream.models import LoadedModel, load_model
 from sinkstream.report.tables import RowLines
 
 
@@ -77,7 +69,9 @@ class Demo:
         return exit_code(records)
 
 
-def _size(args: argparse.Namespace, loaded, streams, console: Console) -> tuple[Size, Plan | None]:
+def _size(
+    args: argparse.Namespace, loaded: LoadedModel, streams: Callable[[int], TokenStream], console: Console
+) -> tuple[Size, Plan | None]:
     """What is asked for, what the records of a demo that is resumed have, or what fits the time; says which.
 
     There is a plan only in the last case.

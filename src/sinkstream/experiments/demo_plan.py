@@ -1,30 +1,23 @@
-"""How long the demo will be: the speed of the machine, what a demo costs at that speed, and what fits the time."""
+"""How long the demo will be: what it costs at the speed of the machine, and how much of it fits the time."""
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import run_identity
-from sinkstream.evaluation.sessions import BACKENDS, Session
-from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
+from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
+from sinkstream.experiments.demo_speed import BLOCK, SHORT, Speed
 from sinkstream.measure.records import load_records
-from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 SECONDS = 150.0  # for the runs; loading, measuring and drawing come to it
 LATE = 1.15  # times that time: runs that would end later are left out
 LEAST_CAPS = 4  # a text shorter than four caps says little about eviction
-BLOCK = BLOCK_TOKENS["cpu"]
-SHORT = 32  # tokens of one forward of refresh, whose blocks end at its prunes
-ADAPTIVE_SHORT = 20  # and of the adaptive policy on average, a little less than measured
+ADAPTIVE_SHORT = 20  # tokens of one forward of the adaptive policy on average, a little less than was counted
 FULL_GROWTH = 1 / 7_000  # what attention of the full cache adds to a block, for every token of the text
-STEPS, SHORTS, BLOCKS, WINDOWS = 8, 4, 2, 2  # pieces of each kind that are measured, after one step that is not
 
 
 @dataclass(frozen=True)
@@ -55,33 +48,13 @@ class Size:
 
 
 LADDER = (
-    Size(1_024, 24, 80),
+    Size(1_024, 32, 72),
     Size(1_536, 28, 80),
     Size(2_048, 32),
     Size(3_072, 40),
     Size(4_096, 48),
     Size(),
 )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Mean seconds of the pieces that a demo consists of.
-
-    Attributes
-    ----------
-    step : float
-        One token by itself.
-    short, block : float
-        One forward of `SHORT` and of `BLOCK` tokens, scored.
-    window : float
-        One window of recompute.
-    """
-
-    step: float
-    short: float
-    block: float
-    window: float
 
 
 @dataclass(frozen=True)
@@ -129,40 +102,6 @@ def check_choice(seconds: float, cap: int) -> None:
     demo_settings(cap)[0].prefill_tokens(TOKENS)
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"--seconds {seconds:g} is not accepted; accepted: a number above 0, or --tokens")
-
-
-def tokens_measured(cap: int) -> int:
-    """Tokens of the text that `measure_speed` takes."""
-    return cap + 1 + STEPS + SHORTS * SHORT + BLOCKS * BLOCK + 1
-
-
-@torch.inference_mode()
-def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
-    """Measure the pieces of a demo on the model itself, which takes a few seconds.
-
-    Parameters
-    ----------
-    ids : Tensor, (tokens,), int64
-        At least `tokens_measured(cap)`.
-    cap : int
-        KV slots, and the window of recompute.
-    """
-    device = loaded.model.device
-    ids = ids.to(device)
-    with closing(_session(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
-        strict.prefill(ids[:cap])
-        strict.feed(ids[cap : cap + 1], last_only=True)
-        means, at = [], cap + 1
-        for size, times in ((1, STEPS), (SHORT, SHORTS), (BLOCK, BLOCKS)):
-            places = range(at, at + times * size, size)
-            pieces = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in places]
-            means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
-            at += times * size
-    with closing(_session(loaded, RunSettings("recompute", cap))) as recompute:
-        recompute.skip(ids[:cap])
-        targets = slice(cap + 1, cap + WINDOWS + 1)
-        _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
-    return Speed(*means, seconds / WINDOWS)
 
 
 def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed) -> list[float]:
@@ -240,7 +179,3 @@ def _run_seconds(settings: RunSettings, tokens: int, speed: Speed) -> float:
     elif settings.method.startswith("refresh"):
         block = speed.short / SHORT
     return prefill * prompt + steps * speed.step + (decode - steps) * block
-
-
-def _session(loaded: LoadedModel, settings: RunSettings) -> Session:
-    return BACKENDS[settings.backend](loaded, settings).session()
