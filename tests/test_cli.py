@@ -143,7 +143,7 @@ def test_eval_of_every_policy(cli, here):
         assert record.command[:2] == ["sinkstream", "eval"]
     assert (here / "out" / "nll.png").read_bytes().startswith(PNG)
     assert sorted(p.suffix for p in (here / "out").iterdir()) == sorted([".json", ".npz"] * len(records) + [".png"])
-    assert max(map(len, done.out.splitlines())) <= PIPE_WIDTH == 150
+    assert max(map(len, done.out.splitlines())) <= PIPE_WIDTH == 170
     table = re.sub(r"\s", "", done.out)
     assert all(name in re.sub(r"[│\s]", "", done.out) or name in table for name in ("full", "strict", "lazyR=16"))
     assert "records: out, picture: out/nll.png" in done.out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sinkstream.cli import main
+from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import load_text
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments import demo
@@ -89,5 +90,5 @@ def test_the_control_collapses(small_model, tmp_path, monkeypatch, capsys):
         assert record.summary["timed_tokens"] == (1 if name == "recompute" else 2)
     assert by_name["recompute"].summary["scored_tokens"] == 4
     shown = capsys.readouterr().out
-    assert "cap 112" in shown and "recompute (1 in 40" in shown and max(map(len, shown.splitlines())) <= 150
+    assert "cap 112" in shown and "recompute (1 in 40" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
     assert (tmp_path / "out" / "demo" / "nll.png").read_bytes().startswith(b"\x89PNG")

@@ -1,30 +1,44 @@
 """``sinkstream demo``."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from rich.console import Console
 
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import add_output, all_arguments
 from sinkstream.cli.show import draw_nll, show_records, wide_console
-from sinkstream.data import load_text, tokenize
+from sinkstream.data import TokenStream, load_text, tokenize
 from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.experiments.batch import Batch
-from sinkstream.experiments.demo import CAP, FULL_FITS, SAMPLE_EVERY, TITLE, TOKENS, demo_settings
-from sinkstream.models import load_model
+from sinkstream.experiments.demo import CAP, FULL_FITS, SAMPLE_EVERY, TIMED_TOKENS, TITLE, TOKENS, demo_settings
+from sinkstream.experiments.demo_plan import SECONDS, Plan, Size, check_choice, choose, size_of_records
+from sinkstream.experiments.demo_speed import Speed, measure_speed, tokens_measured
+from sinkstream.models import LoadedModel, load_model
+from sinkstream.report.tables import RowLines
 
 
 @COMMANDS.register("demo")
 class Demo:
-    """Compare all kinds of policy on a small real model, offline, in minutes."""
+    """Compare all kinds of policy on a small real model, offline, in three minutes."""
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options of this command."""
-        parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the built-in text")
+        length = parser.add_mutually_exclusive_group()
+        length.add_argument(
+            "--seconds",
+            type=float,
+            default=SECONDS,
+            help="time for the runs; the speed of the machine says how much fits",
+        )
+        length.add_argument("--tokens", type=int, help=f"tokens of the built-in text, however long it takes ({TOKENS})")
         parser.add_argument("--cap", type=int, default=CAP, help="KV slots of every method")
-        parser.add_argument("--sample-every", type=int, default=SAMPLE_EVERY, help="recompute scores every k-th token")
+        every = f"recompute scores every k-th token ({SAMPLE_EVERY}, or what fits --seconds)"
+        parser.add_argument("--sample-every", type=int, help=every)
         add_output(parser, "out/demo")
 
     @staticmethod
@@ -32,18 +46,75 @@ class Demo:
         """Run the demo on the CPU in float32, so that it gives the same figures everywhere."""
         console = wide_console()
         set_numerics(tf32=False, cudnn_attention=False)
-        settings = demo_settings(args.cap, args.sample_every, args.tokens)
-        if args.tokens > FULL_FITS:
-            console.print(
-                f"The control is strict: a full cache of {args.tokens:,} tokens goes past the {FULL_FITS:,} positions"
-                f" that the model was trained on. With --tokens {FULL_FITS} or fewer it takes part as the control.",
-                highlight=False,
-            )
+        demo_settings(args.cap, SAMPLE_EVERY if args.sample_every is None else args.sample_every)
+        if args.tokens is None:
+            check_choice(args.seconds, args.cap)
         loaded = load_model("builtin", dtype=torch.float32, device="cpu")
-        stream = tokenize(load_text("builtin"), loaded.tokenizer, args.tokens)
-        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, 0, args.resume)
-        records = batch.run(settings, console)
+        streams = partial(tokenize, load_text("builtin"), loaded.tokenizer)
+        size, plan = _size(args, loaded, streams, console)
+        args.tokens, args.sample_every = size.tokens, size.sample_every
+        settings = size.settings(args.cap)
+        batch = Batch(loaded, streams(size.tokens), args.out, all_arguments(args), args.argv, 0, args.resume)
+        lines = RowLines([one.label() for one in settings], console.width)
+        late = (lambda records: plan.is_late([r.summary["total_sec"] for r in records])) if plan else None
+        records = batch.run(settings, console, lines.line, late)
+        if len(records) < len(settings) and exit_code(records) == 0:
+            left_out = ", ".join(one.label() for one in settings[len(records) :])
+            _tell(
+                console, f"The machine became slower. Left out: {left_out}. The same command with --resume runs them."
+            )
         title = f"{TITLE}, {args.tokens} tokens, cap {args.cap}"
         show_records(records, console, title)
         draw_nll(records, args.out, console, title)
         return exit_code(records)
+
+
+def _size(
+    args: argparse.Namespace, loaded: LoadedModel, streams: Callable[[int], TokenStream], console: Console
+) -> tuple[Size, Plan | None]:
+    """What is asked for, what the records of a demo that is resumed have, or what fits the time; says which.
+
+    There is a plan only in the last case.
+    """
+    if args.tokens is not None:
+        size = Size(args.tokens, SAMPLE_EVERY if args.sample_every is None else args.sample_every)
+        if args.tokens > FULL_FITS:
+            _tell(
+                console,
+                f"The control is strict: a full cache of {args.tokens:,} tokens goes past the {FULL_FITS:,} positions"
+                f" that the model was trained on. With --tokens {FULL_FITS} or fewer it takes part as the control.",
+            )
+        return size, None
+    found = size_of_records(args.out, loaded, streams, args.cap, args.sample_every) if args.resume else None
+    if found:
+        _tell(console, f"Resuming: {found.tokens:,} tokens, as in the records of {args.out}.")
+        return found, None
+    speed = measure_speed(loaded, streams(tokens_measured(args.cap)).ids, args.cap)
+    plan = choose(speed, args.seconds, args.cap, args.sample_every)
+    _tell(console, told(speed, plan, args.cap))
+    return plan.size, plan
+
+
+def told(speed: Speed, plan: Plan, cap: int) -> str:
+    """The speed, what was chosen and what that leaves out, in one line."""
+    size, whole = plan.size, Size()
+    pieces = f"{1e3 * speed.step:.0f} ms a step, {speed.block:.2f} s a block, {speed.window:.2f} s a recomputed window"
+    fits = "which fits" if plan.fits else "the least there is, which does not fit"
+    seconds = f"about {sum(plan.expected):.0f} s, {fits} --seconds {plan.seconds:g}"
+    chosen = f"Measured: {pieces}. {size.tokens:,} tokens take {seconds}."
+    cut = [
+        f"{now:,} of {all_of_it:,} {what}"
+        for now, all_of_it, what in (
+            (size.tokens, whole.tokens, "tokens"),
+            (size.windows(cap), whole.windows(cap), "recomputed windows"),
+            (size.timed_tokens or TIMED_TOKENS, TIMED_TOKENS, "timed tokens a run"),
+        )
+        if now < all_of_it
+    ]
+    if not cut:
+        return f"{chosen} Nothing is cut."
+    return f"{chosen} Cut to {', '.join(cut)}. All of it, about {plan.whole_seconds:.0f} s: --tokens {whole.tokens}"
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from sinkstream.measure.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
 
-PIPE_WIDTH = 150
+PIPE_WIDTH = 170
 PICTURE = "nll.png"
 
 

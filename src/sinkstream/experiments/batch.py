@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
 from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
 from sinkstream.evaluation.settings import RunSettings
+from sinkstream.experiments.progress import hide_ended, shown, tell, tell_ended, token_progress
 from sinkstream.measure.files import WriteError
 from sinkstream.measure.records import Record, load_record
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 
@@ -47,8 +49,25 @@ class Batch:
     resume: bool = False
     interleave: bool = False
 
-    def run(self, settings: list[RunSettings], console: Console) -> list[Record]:
+    def run(
+        self,
+        settings: list[RunSettings],
+        console: Console,
+        row: Callable[[list[Record]], str] | None = None,
+        enough: Callable[[list[Record]], bool] | None = None,
+    ) -> list[Record]:
         """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
+
+        Parameters
+        ----------
+        settings : list of RunSettings
+        console : Console
+            Shows the progress; a file gets a line for every run that has ended.
+        row : callable, optional
+            Given the records so far after each run, the line to print about the last of them, in place of its bar.
+            Not for interleaved runs, which end together.
+        enough : callable, optional
+            Given the records so far after each run, whether to leave the other runs out. Nor this.
 
         Raises
         ------
@@ -73,27 +92,39 @@ class Batch:
                 return self._run_in_turn(settings, progress)
             for one in settings:
                 name = one.label() if len(caps) == 1 else f"cap {one.cap}: {one.label()}"
-                records.append(self._run_one(one, progress, name))
-                if records[-1].status != "complete":
+                records.append(self._run_one(one, progress, name, told=row is None))
+                if row:
+                    hide_ended(progress)
+                    tell(progress, row(records))
+                if records[-1].status != "complete" or (enough and enough(records)):
                     break
         return records
 
-    def _run_one(self, settings: RunSettings, progress: Progress, name: str) -> Record:
+    def _run_one(self, settings: RunSettings, progress: Progress, name: str, *, told: bool) -> Record:
         if self.resume:
             found = find_complete(self.out, run_identity(self.loaded, self.stream, settings))
             if found:
-                progress.console.print(f"{name}: taken from {found.id}")
+                tell(progress, f"{name}: taken from {found.id}")
                 return found
-        result = run(self.loaded, self.stream.ids, settings, shown(progress, name))
+        result, seconds = self._timed(run, settings, shown(progress, name))
         with uninterrupted():
-            return load_record(self._save(settings, result))
+            record = load_record(self._save(settings, result))
+        if told:
+            tell_ended(progress, name, record.status, seconds, *_ppl([record]))
+        return record
 
     def _run_in_turn(self, settings: list[RunSettings], progress: Progress) -> list[Record]:
         settings = [replace(one, interleaved=len(settings)) for one in settings]
-        in_turn = shown(progress, f"{len(settings)} in turn")
-        results = run_interleaved(self.loaded, self.stream.ids, settings, in_turn)
+        name = f"{len(settings)} in turn"
+        results, seconds = self._timed(run_interleaved, settings, shown(progress, name))
         with uninterrupted():
-            return [load_record(self._save(one, result)) for one, result in zip(settings, results)]
+            records = [load_record(self._save(one, result)) for one, result in zip(settings, results)]
+        tell_ended(progress, name, records[-1].status, seconds, *_ppl(records))
+        return records
+
+    def _timed(self, how: Callable, settings: RunSettings | list[RunSettings], progress: Callable) -> tuple[Any, float]:
+        """What one of the two kinds of run gives, and its seconds."""
+        return timed(how, self.loaded, self.stream.ids, settings, progress, device=self.loaded.model.device)
 
     def _save(self, settings: RunSettings, result: RunResult) -> Path:
         record = build_record(
@@ -108,10 +139,10 @@ class Batch:
         return save_or_rescue(lambda folder: save_record(record, result, folder), self.out)
 
 
-def token_progress(console: Console) -> Progress:
-    """The progress display of runs: one line a run, counting tokens."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+def _ppl(records: list[Record]) -> list[str]:
+    """The perplexities of runs in words, nothing if none has scored a token."""
+    found = [f"{r.summary['ppl']:,.2f}" for r in records if r.summary["ppl"] is not None]
+    return [f"PPL {' / '.join(found)}"] if found else []
 
 
 def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
@@ -145,12 +176,6 @@ def check_writable(out: Path) -> None:
             probe.flush()
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from error
-
-
-def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
-    """A new line of the progress display, as the callback of a run."""
-    task = progress.add_task(description, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

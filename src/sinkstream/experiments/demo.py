@@ -10,7 +10,9 @@ SAMPLE_EVERY = 56
 TITLE = "SmolLM2-135M over the built-in text"
 
 
-def demo_settings(cap: int = CAP, sample_every: int = SAMPLE_EVERY, tokens: int = TOKENS) -> list[RunSettings]:
+def demo_settings(
+    cap: int = CAP, sample_every: int = SAMPLE_EVERY, tokens: int = TOKENS, timed_tokens: int | None = None
+) -> list[RunSettings]:
     """The demo's runs, the control of the table first: the full cache where it fits, else strict.
 
     Every run times its first tokens one by one and scores the others in blocks.
@@ -23,8 +25,10 @@ def demo_settings(cap: int = CAP, sample_every: int = SAMPLE_EVERY, tokens: int 
         Recompute scores every k-th token only: it forwards the whole window for each.
     tokens : int
         Length of the text.
+    timed_tokens : int, optional
+        Tokens of each run that are timed; default: `TIMED_TOKENS`.
     """
-    shared = {"cap": cap, "timed_tokens": TIMED_TOKENS}
+    shared = {"cap": cap, "timed_tokens": TIMED_TOKENS if timed_tokens is None else timed_tokens}
     lazy = {"compress_every": 32}
     full = [RunSettings("full", **shared)] if tokens <= FULL_FITS else []
     return [

@@ -29,9 +29,11 @@ from sinkstream.evaluation.numerics import numerics
 from sinkstream.evaluation.record import provenance, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.batch import check_writable, save_or_rescue, shown, token_progress, uninterrupted
+from sinkstream.experiments.batch import check_writable, save_or_rescue, uninterrupted
+from sinkstream.experiments.progress import shown, tell, tell_ended, token_progress
 from sinkstream.measure.recall import RecallRecord, load_recall, load_recalls, write_recall
 from sinkstream.measure.records import new_record_id
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
@@ -247,9 +249,11 @@ class RecallBatch:
             for one, its in zip(settings, trials):
                 found = self._find(one) if self.resume else None
                 if found:
-                    progress.console.print(f"{one.label()}: taken from {found.id}")
+                    tell(progress, f"{one.label()}: taken from {found.id}")
                 else:
-                    found = self._run_one(one, its, shown(progress, one.label()))
+                    device = self.loaded.model.device
+                    found, seconds = timed(self._run_one, one, its, shown(progress, one.label()), device=device)
+                    tell_ended(progress, one.label(), found.status, seconds)
                 records.append(found)
                 if records[-1].status != "complete":
                     break

@@ -9,6 +9,7 @@ from typing import Any
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
 from sinkstream.measure.environment import hardware
+from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.recall import RecallRecord, load_recalls
 from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
@@ -273,7 +274,7 @@ def demo_table(records: Sequence[Record]) -> str:
     demos = [r for r in records if "demo" in r.command[:3] and r.status == "complete"]
     if not demos:
         return NONE_YET
-    same = [r for r in demos if r.arguments == demos[-1].arguments or r.command == demos[-1].command]
+    same = [r for r in demos if r.command == demos[-1].command and same_text_and_model(r, demos[-1])]
     newest = {label(r): r for r in same}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
     return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"

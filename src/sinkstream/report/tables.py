@@ -1,5 +1,7 @@
 """Comparison tables: one row a record, each paired against one control record on the same tokens."""
 
+import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,11 +117,28 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("Peak memory (MB)", _number(0, "peak_memory_mb")),
 ]
 
+HEADER_WIDTH = 10  # headers are not broken into less than that
+RUN_SECONDS = ("Run (s)", _number(0, "total_sec"))
+
+#: Columns of the lines that are printed while the runs go on, and their widths.
+LINE_COLUMNS = {
+    "PPL": 8,
+    "ΔPPL % [95 %]": 26,
+    "Steady TPOT mean / P50 / P90 (ms)": 33,
+    "TTFT (ms)": 9,
+    "KV min / mean / max": 19,
+    "Run (s)": 7,
+}
+LINE_GAP = "  "
+
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as text, one cell a column; figures that no row has shrink to one dash."""
-    shown = [[cell(row) for _, cell in COLUMNS] for row in rows]
-    return [[EMPTY if set(text) <= set(f"{EMPTY} /") else text for text in line] for line in shown]
+    return [[_dash_if_empty(cell(row)) for _, cell in COLUMNS] for row in rows]
+
+
+def _dash_if_empty(text: str) -> str:
+    return EMPTY if set(text) <= set(f"{EMPTY} /") else text
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
@@ -133,13 +152,53 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows as a table for the terminal."""
+    """The rows as a table for the terminal; headers are broken to the width of their column's cells."""
     table = Table(title=title, caption="\n".join(footnotes(rows)), caption_justify="left", header_style="bold")
+    lines = cells(rows)
     for number, (header, _) in enumerate(COLUMNS):
-        table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
-    for row, line in zip(rows, cells(rows)):
+        width = max([HEADER_WIDTH, *(len(line[number]) for line in lines)])
+        broken = "\n".join(textwrap.wrap(header, width))
+        table.add_column(broken, justify="left" if number == 0 else "right", overflow="fold")
+    for row, line in zip(rows, lines):
         table.add_row(*(text.replace("[", r"\[") for text in line), style="bold" if row["is_control"] else None)
     return table
+
+
+class RowLines:
+    """The rows of a comparison table as single lines, to be printed each as soon as its run has ended.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The policies that will come.
+    width : int
+        Columns of the terminal; figures that do not fit are left to the table at the end.
+    """
+
+    def __init__(self, names: Sequence[str], width: int):
+        widths = [max(map(len, (*names, "Policy"))), *LINE_COLUMNS.values()]
+        ends = list(itertools.accumulate(widths, lambda a, b: a + len(LINE_GAP) + b))
+        self.widths = [w for number, (w, end) in enumerate(zip(widths, ends)) if end <= width or number == 0]
+
+    def line(self, records: Sequence[Record]) -> str:
+        """The row of the last record, paired with the first one; the headers come above the first."""
+        if len(records) == 1:
+            return "\n".join([self._line(["Policy", *LINE_COLUMNS]), self._row(records[0], records[0])])
+        return self._row(records[-1], records[0])
+
+    def _row(self, record: Record, control: Record) -> str:
+        if not record.summary["scored_tokens"]:
+            return display_name(record)
+        row = _row(record, control, None) | {"total_sec": record.summary["total_sec"]}
+        shown = dict([*COLUMNS, RUN_SECONDS])
+        return self._line([_dash_if_empty(shown[name](row)) for name in ("Policy", *LINE_COLUMNS)])
+
+    def _line(self, texts: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if number else text.ljust(width)
+            for number, (text, width) in enumerate(zip(texts, self.widths))
+        ]
+        return LINE_GAP.join(padded).rstrip()
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

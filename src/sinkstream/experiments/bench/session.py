@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
@@ -21,11 +21,13 @@ from sinkstream.experiments.bench.progress import Progress
 from sinkstream.experiments.bench.record import identity, run_figures, run_protocol
 from sinkstream.experiments.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
 from sinkstream.experiments.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
+from sinkstream.experiments.progress import run_progress, tell, tell_ended
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.bench_records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
 from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
 from sinkstream.measure.records import new_record_id
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 
@@ -94,21 +96,18 @@ class BenchSession:
         outcome = Outcome()
         wanted = [group for group in groups if self._served(group, outcome)]
         self.out.mkdir(parents=True, exist_ok=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-        )
-        with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        with run_progress(console, TextColumn("{task.fields[pace]}")) as bar:
             for group in wanted:
                 found = self._finished(group)
                 if len(found) == len(group):
                     outcome.records += found
-                    console.print(f"{_names(group)}: taken from {', '.join(r.id for r in found)}", markup=False)
+                    tell(bar, f"{_names(group)}: taken from {', '.join(r.id for r in found)}")
                     continue
                 try:
-                    outcome.records += self._time(group, bar)
+                    timed_now, seconds = timed(self._time, group, bar, device=self.loaded.model.device)
+                    pace = " / ".join(f"{r.steady['tpot_ms']:,.2f}" for r in timed_now)
+                    tell_ended(bar, _names(group), timed_now[-1].status, seconds, f"{pace} ms a token")
+                    outcome.records += timed_now
                 except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
                     if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
                         raise

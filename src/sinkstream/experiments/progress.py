@@ -1,0 +1,66 @@
+"""The progress of runs: bars on a terminal; in a file, which cannot take a line back, one line for every ended run."""
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+def is_live(console: Console) -> bool:
+    """Whether the console can redraw what it shows: a terminal can, a file cannot, even one that is to have colours."""
+    return console.is_interactive and console.file.isatty()
+
+
+def run_progress(console: Console, *columns: ProgressColumn) -> Progress:
+    """The progress display of runs: one line a run, with its name, a bar and `columns`; nothing unless `is_live`."""
+    named = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *columns)
+    timed = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*named, *timed, console=console, disable=not is_live(console))
+
+
+def token_progress(console: Console) -> Progress:
+    """The progress display of runs that count tokens."""
+    return run_progress(console, TextColumn("tokens"))
+
+
+def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
+    """A new line of the progress display, as the callback of a run."""
+    task = progress.add_task(description, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def tell(progress: Progress, line: str) -> None:
+    """Print a line as it is, above the bars if there are any."""
+    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figures: str) -> None:
+    """Where no bar says so, print what came of a run: ``lazy R=32: done in 14 s, PPL 13.27``.
+
+    Parameters
+    ----------
+    name : str
+    status : str
+        Of its record; one that is not complete is named instead of "done".
+    seconds : float
+        How long the run took.
+    figures : str
+        What it found, in a few words each.
+    """
+    if progress.disable:
+        ended = f"done in {seconds:.0f} s" if status == "complete" else f"{status} after {seconds:.0f} s"
+        tell(progress, ", ".join([f"{name}: {ended}", *figures]))
+
+
+def hide_ended(progress: Progress) -> None:
+    """Take the bars of the runs so far away: their rows are printed."""
+    for task in progress.tasks:
+        progress.update(task.id, visible=False)
