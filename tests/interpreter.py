@@ -1,7 +1,7 @@
 """Two faults of Triton's interpreter, mended for the tests: kernels that compile must be interpreted too.
 
 With numpy 2.4 an interpreted loop takes no bound that was computed in the kernel, since numpy turns no one-element
-array into an int any more. Triton 3.9 splats the outcome of a comparison of two scalars as int32, and then refuses it as
+array into an int any more. Triton 3.9 splats the outcome of a comparison of two scalars as int32 and then refuses it as
 a mask.
 """
 
