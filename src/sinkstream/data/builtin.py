@@ -3,7 +3,7 @@
 import platform
 from pydoc_data.topics import topics
 
-from .text import TEXTS, Text
+from sinkstream.data.text import TEXTS, Text
 
 
 @TEXTS.register("builtin")

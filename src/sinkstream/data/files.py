@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .text import Text
+from sinkstream.data.text import Text
 
 SUFFIXES = (".txt", ".json")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from huggingface_hub import dataset_info, hf_hub_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-from .text import TEXTS, Text
+from sinkstream.data.text import TEXTS, Text
 
 
 @TEXTS.register("pg19")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from . import builtin, files, hub  # noqa: F401  (they register their texts, in this order)
-from .text import TEXTS, Text
+from sinkstream.data import builtin, files, hub  # noqa: F401  (they register their texts, in this order)
+from sinkstream.data.text import TEXTS, Text
 
 
 def load_text(spec: str) -> Text:

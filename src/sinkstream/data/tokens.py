@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .text import Text
+from sinkstream.data.text import Text
 
 FIRST_CHARACTERS_PER_TOKEN = 6
 SPARE_TOKENS = 64

@@ -1,10 +1,10 @@
 """Where models come from: one `load_model` for published checkpoints, GGUF files, random shapes and a built-in one."""
 
-from .load import load_model, source_name
-from .loaded import MODEL_SOURCES, LoadedModel
-from .placement import resolve_device, resolve_dtype
-from .shapes import SHAPES, shape_config, shape_sizes
-from .size import weight_bytes
+from sinkstream.models.load import load_model, source_name
+from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel
+from sinkstream.models.placement import resolve_device, resolve_dtype
+from sinkstream.models.shapes import SHAPES, shape_config, shape_sizes
+from sinkstream.models.size import weight_bytes
 
 __all__ = [
     "MODEL_SOURCES",

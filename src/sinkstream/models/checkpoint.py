@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .hashing import sha256_of_files
-from .loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+from sinkstream.models.hashing import sha256_of_files
+from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
 
 WEIGHT_FILES = (
     "model.safetensors",

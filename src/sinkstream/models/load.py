@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from . import checkpoint, gguf_file, shapes  # noqa: F401  (they register their sources)
-from .loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+from sinkstream.models import checkpoint, gguf_file, shapes  # noqa: F401  (they register their sources)
+from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from .hashing import sha256_of_json
-from .loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+from sinkstream.models.hashing import sha256_of_json
+from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
 
 PREFIX = "random:"
 RESIDUAL_WRITERS = ("attention.dense", "mlp.dense_4h_to_h", "self_attn.o_proj", "mlp.down_proj")

@@ -7,9 +7,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from .checkpoint import weight_files
-from .load import source_name
-from .shapes import PREFIX, shape_config
+from sinkstream.models.checkpoint import weight_files
+from sinkstream.models.load import source_name
+from sinkstream.models.shapes import PREFIX, shape_config
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
