@@ -23,15 +23,15 @@ from sinkstream.experiments.bench.session import BenchSession
 from sinkstream.experiments.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes, step_weight_bytes
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
 from sinkstream.measure.bench_records import load_bench_record, load_bench_records, write_bench_record
-from sinkstream.measure.comparison import ratio_of_times, time_against_bytes
-from sinkstream.measure.records import load_records, write_record
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes
+from sinkstream.records.records import load_records, write_record
 from sinkstream.report.bench_selection import pairs, rival
 from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.bench_tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines
 from sinkstream.report.precision import precision_runs, worst_relative_error
 from sinkstream.report.summary import write_summary
+from sinkstream.statistics.comparison import ratio_of_times, time_against_bytes
 
 CAP = 24
 CEILING = Bandwidth("host memcpy", 10.0, 11.0, 1 << 20)

@@ -23,15 +23,15 @@ from record_factory import make_arrays, make_record
 
 import sinkstream.cli.report as report_command
 import sinkstream.evaluation.run as run_module
-import sinkstream.measure.files as files_module
+import sinkstream.records.files as files_module
 from sinkstream import __version__
 from sinkstream.cli import COMMANDS, build_parser, command_summaries, main
 from sinkstream.cli.options import policy_option_specs
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.evaluation.settings import method_names
-from sinkstream.measure.records import Record, load_records, write_record
 from sinkstream.models import SHAPES
 from sinkstream.policies import SCORERS
+from sinkstream.records.records import Record, load_records, write_record
 
 TOKENS, CAP = 180, 48
 POISON_AT = 120

@@ -9,8 +9,8 @@ from sinkstream.data import load_text
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments import demo
 from sinkstream.experiments.demo import demo_settings
-from sinkstream.measure.records import load_records
 from sinkstream.models import load_model
+from sinkstream.records.records import load_records
 
 SMALL = ["--tokens", "240", "--cap", "112", "--sample-every", "40"]
 

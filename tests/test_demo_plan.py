@@ -14,7 +14,7 @@ from sinkstream.experiments import batch, demo_plan, demo_speed
 from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TIMED_TOKENS, TOKENS, demo_settings
 from sinkstream.experiments.demo_plan import LADDER, Size, choose, expected_seconds
 from sinkstream.experiments.demo_speed import Speed, measure_speed
-from sinkstream.measure.records import load_records
+from sinkstream.records.records import load_records
 
 IDLE = Speed(step=0.056, short=0.14, block=0.57, window=0.36)  # two cores, with AVX-512
 SMALL = (Size(300, 20, 4), Size(320, 24, 4), Size())

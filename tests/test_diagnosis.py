@@ -29,7 +29,7 @@ from sinkstream.diagnosis import (
 )
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.diagnose import diagnosis_settings, length_caps, pair_runs
-from sinkstream.measure.records import load_record, load_records, write_record
+from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.report.diagnosis_plots import DIAGNOSIS_PICTURES
 from sinkstream.report.diagnosis_tables import (
     DIAGNOSIS_HEADLINES,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sinkstream.cli import main
+from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
 from sinkstream.report.docs import generated_names
-from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])

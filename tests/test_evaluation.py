@@ -16,13 +16,13 @@ from oracle.models import token_ids
 import sinkstream.evaluation.run as run_module
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.engine import STEPS
-from sinkstream.evaluation.numerics import numerics, set_numerics
 from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
 from sinkstream.evaluation.sessions import BACKENDS, NLL_ROWS, RecomputeSession, StreamingSession, token_nll
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names
-from sinkstream.evaluation.statistics import paired_delta_ppl
+from sinkstream.measure.numerics import numerics, set_numerics
 from sinkstream.policies import PRESETS, PruneSchedule
 from sinkstream.policies.options import option_fields
+from sinkstream.statistics import paired_delta_ppl
 
 TOKENS, CAP = 176, 40
 TOLERANCE = 1e-5  # nats a token

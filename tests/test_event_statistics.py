@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_statistics import correlated
 
-from sinkstream.evaluation.statistics import event_curve, event_cycles, paired_delta_ppl, resolution
+from sinkstream.statistics import event_curve, event_cycles, paired_delta_ppl, resolution
 
 PERIOD = 64
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
-from sinkstream.measure.files import WriteError, write_atomically
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise
-from sinkstream.measure.schema import check_environment
 from sinkstream.measure.timing import distribution, latency_summary, timed
+from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.schema import check_environment
 
 
 def test_timed_returns_result_and_covers_the_call():
@@ -181,7 +181,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sinkstream.measure.files.os.fsync", full)
+    monkeypatch.setattr("sinkstream.records.files.os.fsync", full)
     with pytest.raises(WriteError, match=r"a\.txt \(1,000 bytes\): No space left"):
         write_atomically(target, "x" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

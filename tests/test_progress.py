@@ -10,7 +10,7 @@ from sinkstream.data import TokenStream
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.progress import is_live
-from sinkstream.measure.records import load_records
+from sinkstream.records.records import load_records
 from sinkstream.report.tables import RowLines
 
 ESCAPE = "\x1b"

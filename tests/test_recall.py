@@ -23,8 +23,8 @@ from sinkstream.evaluation.sessions import HfBackend, Session
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.recall import GAP, RecallBatch, RecallDesign
 from sinkstream.measure.recall import load_recalls, write_recall
-from sinkstream.measure.records import load_records
 from sinkstream.policies import PruneSchedule, Step
+from sinkstream.records.records import load_records
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.recall import draw_recall, recall_curve, recall_rows, rich_recall_table
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from record_factory import make_arrays, make_record
 
-from sinkstream.measure.records import (
+from sinkstream.records.records import (
     WriteError,
     load_record,
     load_records,
@@ -17,7 +17,7 @@ from sinkstream.measure.records import (
     scrub_paths,
     write_record,
 )
-from sinkstream.measure.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
+from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
 
 
 def dotted(required, prefix=""):
@@ -154,7 +154,7 @@ def test_full_disk_leaves_no_half_record(tmp_path, monkeypatch, failing_call):
         if len(calls) == failing_call:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sinkstream.measure.files.os.fsync", fsync)
+    monkeypatch.setattr("sinkstream.records.files.os.fsync", fsync)
     with pytest.raises(WriteError, match=r"bytes\): No space left on device"):
         write_record(make_record("one"), make_arrays(), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

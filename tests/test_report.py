@@ -9,14 +9,14 @@ from PIL import Image
 from record_factory import make_arrays, make_record
 from rich.console import Console
 
-from sinkstream.measure.records import load_record, write_record
+from sinkstream.records.records import load_record, write_record
+from sinkstream.records.selection import is_plain, policy_name, select
 from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
 from sinkstream.report.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
-from sinkstream.report.selection import is_plain, policy_name, select
 from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.report.tables import comparison_rows, markdown_table, rich_table
 

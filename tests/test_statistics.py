@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkstream.evaluation.statistics import (
+from sinkstream.statistics import (
     MIN_BLOCKS,
     block_sums,
     paired_delta_ppl,

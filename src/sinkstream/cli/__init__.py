@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream import __version__
-from sinkstream.measure.files import WriteError
+from sinkstream.records.files import WriteError
 from sinkstream.registry import Registry
 
 COMMANDS: Registry = Registry("command")

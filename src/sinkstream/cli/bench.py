@@ -18,14 +18,13 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.experiments.bench.rungs import RUNGS, default_rung
 from sinkstream.experiments.bench.session import BenchSession, Outcome
 from sinkstream.experiments.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.memory import free_bytes
-from sinkstream.measure.records import new_record_id
+from sinkstream.measure.numerics import set_numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import (
     SHAPES,
@@ -38,6 +37,7 @@ from sinkstream.models import (
     source_name,
 )
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.records import new_record_id
 from sinkstream.report.bench_tables import profile_table, ratio_table, slope_lines, speed_table
 
 SHAPE = "pythia-2.8b"

@@ -24,7 +24,7 @@ from sinkstream.data import load_text, tokenize
 from sinkstream.diagnosis import Diagnosis
 from sinkstream.experiments.batch import Batch
 from sinkstream.experiments.diagnose import diagnosis_settings, pair_runs, write_diagnosis_files
-from sinkstream.measure.records import Record, load_records
+from sinkstream.records.records import Record, load_records
 from sinkstream.report.diagnosis_tables import rich_diagnosis
 
 RUNS = "runs"

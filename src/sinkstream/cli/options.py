@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.cache import POSITIONS
-from sinkstream.evaluation.numerics import set_numerics
 from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, FIXED, RunSettings, method_names, method_summary
+from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sinkstream.measure.recall import RecallRecord
-from sinkstream.measure.records import Record
+from sinkstream.records.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinkstream.evaluation.statistics import AFTER, BLOCK_TOKENS, Estimate, mean_interval
+from sinkstream.statistics import AFTER, BLOCK_TOKENS, Estimate, mean_interval
 
 PARTS = {
     "fewer_tokens": "seeing fewer tokens on average",

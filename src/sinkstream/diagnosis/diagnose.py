@@ -10,7 +10,9 @@ from sinkstream.diagnosis.attribution import Attribution, attribute
 from sinkstream.diagnosis.drift import drift, latency
 from sinkstream.diagnosis.spikes import event_positions, extreme_events, period, plain_spikes, tokens_since_event
 from sinkstream.diagnosis.verdict import verdict
-from sinkstream.evaluation.statistics import (
+from sinkstream.records.pairing import common_tokens
+from sinkstream.records.records import Record
+from sinkstream.statistics import (
     AFTER,
     EventCurve,
     Resolution,
@@ -20,8 +22,6 @@ from sinkstream.evaluation.statistics import (
     resolution,
     suitable_block_tokens,
 )
-from sinkstream.measure.pairing import common_tokens
-from sinkstream.measure.records import Record
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
-from sinkstream.measure.records import Record, new_record_id, plain_json, scrub_paths
-from sinkstream.measure.schema import check_environment
+from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
+from sinkstream.records.records import Record, new_record_id, plain_json, scrub_paths
+from sinkstream.records.schema import check_environment
 
 SCHEMA = "sinkstream.diagnosis/1"
 FIELDS = ("id", "created", "command", "arguments", "environment", "model", "data", "protocol", "policies")

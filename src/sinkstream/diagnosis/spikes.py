@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.evaluation.statistics import AFTER, event_cycles
-from sinkstream.measure.records import Record
 from sinkstream.measure.timing import distribution
+from sinkstream.records.records import Record
+from sinkstream.statistics import AFTER, event_cycles
 
 EXTREME_NATS = 0.1
 

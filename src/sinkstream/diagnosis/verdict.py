@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sinkstream.diagnosis.attribution import PARTS, Attribution
-from sinkstream.evaluation.statistics import EventCurve, PairedDelta
+from sinkstream.statistics import EventCurve, PairedDelta
 
 VERDICTS = {
     "go": "PPL is not worse than strict streaming's: the interval of ΔPPL does not lie above zero",

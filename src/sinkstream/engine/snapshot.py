@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from sinkstream import __version__
 from sinkstream.engine.layout import Counters
 from sinkstream.engine.state import StreamState
-from sinkstream.measure.files import write_atomically
 from sinkstream.policies import PruneSchedule
+from sinkstream.records.files import write_atomically
 
 FORMAT = 1
 COUNTED = [f.name for f in fields(Counters) if f.name != "geometry"]

@@ -7,12 +7,12 @@ import torch
 
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.numerics import numerics
 from sinkstream.evaluation.run import RunResult
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.environment import environment, package_versions, utc_now
-from sinkstream.measure.records import Record, load_records, new_record_id, write_record
+from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
+from sinkstream.records.records import Record, load_records, new_record_id, write_record
 
 
 def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings) -> dict[str, Any]:

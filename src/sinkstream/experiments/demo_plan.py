@@ -10,8 +10,8 @@ from sinkstream.evaluation.record import run_identity
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
 from sinkstream.experiments.demo_speed import BLOCK, SHORT, Speed
-from sinkstream.measure.records import load_records
 from sinkstream.models import LoadedModel
+from sinkstream.records.records import load_records
 
 SECONDS = 150.0  # for the runs; loading, measuring and drawing come to it
 LATE = 1.15  # times that time: runs that would end later are left out

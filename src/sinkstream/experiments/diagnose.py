@@ -16,11 +16,11 @@ from sinkstream.diagnosis import (
 )
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.environment import git_revision, utc_now
-from sinkstream.measure.pairing import same_text_and_model
-from sinkstream.measure.records import Record
+from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.records import Record
+from sinkstream.records.selection import normalised, policy_name
 from sinkstream.report.diagnosis_page import write_page
 from sinkstream.report.diagnosis_plots import draw_attribution, draw_policy
-from sinkstream.report.selection import normalised, policy_name
 
 TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 

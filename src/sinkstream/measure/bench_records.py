@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
-from sinkstream.measure.records import plain_json, scrub_paths
-from sinkstream.measure.schema import REQUIRED, check_environment, check_keys
+from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
+from sinkstream.records.records import plain_json, scrub_paths
+from sinkstream.records.schema import REQUIRED, check_environment, check_keys
 
 SCHEMA = "sinkstream.bench/1"
 STATUSES = ("complete", "partial")

@@ -30,7 +30,7 @@ def summarise(
     Parameters
     ----------
     arrays : mapping
-        Per-token arrays as `sinkstream.measure.records` defines them: `nll` (natural log, NaN = not scored), `seconds`
+        Per-token arrays as `sinkstream.records.records` defines them: `nll` (natural log, NaN = not scored), `seconds`
         (NaN = not timed), `kv_length` (0 or less = not measured), `event`, `drop_size`. Each (tokens,), may be empty.
     prefill_seconds, ttft_seconds, total_seconds : float or None
         Time of the prefill, from the start to the first token's logits, and of the whole run.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.measure.json_records import check_schema, load_family, read_json, write_json
-from sinkstream.measure.records import plain_json, scrub_paths
-from sinkstream.measure.schema import STATUSES, check_environment
+from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
+from sinkstream.records.records import plain_json, scrub_paths
+from sinkstream.records.schema import STATUSES, check_environment
 
 SCHEMA = "sinkstream.recall/1"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.table import Table
 
 from sinkstream.measure.bench_records import BenchRecord, load_bench_records
-from sinkstream.measure.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 from sinkstream.registry import Registry
 from sinkstream.report.bench_selection import (
     LADDER_SHAPE,
@@ -25,6 +24,7 @@ from sinkstream.report.bench_summary import (
     tpot_over_floor,
 )
 from sinkstream.report.markdown import EMPTY, NONE_YET, grid
+from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry = Registry("benchmark table")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinkstream.measure.pairing import same_whole_text
-from sinkstream.measure.records import Record
-from sinkstream.report.selection import conditions, evaluated
+from sinkstream.records.pairing import same_whole_text
+from sinkstream.records.records import Record
+from sinkstream.records.selection import conditions, evaluated
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sinkstream.evaluation.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
-from sinkstream.measure.pairing import same_text_and_model
-from sinkstream.measure.records import Record
+from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.records import Record
+from sinkstream.records.selection import has_model
 from sinkstream.report.markdown import EMPTY
 from sinkstream.report.plots import COLOURS, new_figure, save
-from sinkstream.report.selection import has_model
+from sinkstream.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
 
 HEADER = (
     *("Positions", "Cap", "R", "Growth", "KV min – max", "PPL", "ΔPPL %"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.diagnosis import PARTS, Diagnosis
-from sinkstream.measure.files import write_atomically
+from sinkstream.records.files import write_atomically
 from sinkstream.report.diagnosis_tables import NOTES, TABLES, Entry, cells, interval, origin
 from sinkstream.report.markdown import EMPTY
 

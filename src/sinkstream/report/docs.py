@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sinkstream.measure.files import write_atomically
+from sinkstream.records.files import write_atomically
 
 _SECTION = re.compile(
     r"(?P<open>^<!-- generated:(?P<name>[\w.-]+) -->\n)"

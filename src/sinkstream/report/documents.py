@@ -9,19 +9,12 @@ from typing import Any
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
 from sinkstream.measure.environment import hardware
-from sinkstream.measure.pairing import same_text_and_model
 from sinkstream.measure.recall import RecallRecord, load_recalls
-from sinkstream.measure.records import Record, load_records
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
-from sinkstream.registry import Registry
-from sinkstream.report import cliff, recall
-from sinkstream.report.bench_tables import render_bench
-from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, render_diagnoses
-from sinkstream.report.markdown import NONE_YET, grid
-from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
-from sinkstream.report.precision import precision_runs
-from sinkstream.report.selection import (
+from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.records import Record, load_records
+from sinkstream.records.selection import (
     DIAGNOSED_MODELS,
     conditions,
     evaluated,
@@ -30,6 +23,13 @@ from sinkstream.report.selection import (
     same_conditions,
     select,
 )
+from sinkstream.registry import Registry
+from sinkstream.report import cliff, recall
+from sinkstream.report.bench_tables import render_bench
+from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, render_diagnoses
+from sinkstream.report.markdown import NONE_YET, grid
+from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
+from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from sinkstream.diagnosis import Diagnosis
 from sinkstream.measure.recall import RecallRecord
-from sinkstream.measure.records import Record
+from sinkstream.records.records import Record
+from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
 from sinkstream.report import cliff, recall
 from sinkstream.report.diagnosis_tables import find_diagnosis, interval
 from sinkstream.report.markdown import EMPTY, NONE_YET, grid
-from sinkstream.report.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
 
 CAP = 512
 RECALL_POLICIES = ("full", "strict", "window-only", "refresh-window-attention")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.evaluation.statistics import BLOCK_TOKENS, block_sums
-from sinkstream.measure.files import write_atomically
-from sinkstream.measure.pairing import common_tokens
-from sinkstream.measure.records import Record
+from sinkstream.records.files import write_atomically
+from sinkstream.records.pairing import common_tokens
+from sinkstream.records.records import Record
 from sinkstream.report.tables import display_name, find_control
+from sinkstream.statistics import BLOCK_TOKENS, block_sums
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")

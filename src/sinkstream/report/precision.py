@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sinkstream.engine import STEPS
-from sinkstream.measure.records import Record
-from sinkstream.report.selection import is_plain, policy_name, same_text_and_model
+from sinkstream.records.records import Record
+from sinkstream.records.selection import is_plain, policy_name, same_text_and_model
 
 HALF = ("float16", "bfloat16")
 LEAST_TOKENS = 1000

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from sinkstream.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.measure.bench_records import BenchRecord, load_bench_records
-from sinkstream.measure.files import write_atomically
-from sinkstream.measure.records import SUMMARY_FILE, Record, load_records
+from sinkstream.records.files import write_atomically
+from sinkstream.records.records import SUMMARY_FILE, Record, load_records
+from sinkstream.records.selection import policy_name, same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.cliff import share_past_trained
 from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.precision import worst_relative_error
-from sinkstream.report.selection import policy_name, same_conditions, select
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
 HEADLINES = Registry("headline")

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from sinkstream.evaluation.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
-from sinkstream.measure.pairing import common_tokens
-from sinkstream.measure.records import Record
+from sinkstream.records.pairing import common_tokens
+from sinkstream.records.records import Record
 from sinkstream.report.markdown import EMPTY
+from sinkstream.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sinkstream.experiments.bench.decoding import Lane, Samples
-from sinkstream.measure.files import write_atomically
+from sinkstream.records.files import write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
 JOINED = ("latency", "nll")

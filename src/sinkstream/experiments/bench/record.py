@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.numerics import numerics
 from sinkstream.experiments.bench.decoding import Samples, TimedRun
 from sinkstream.experiments.bench.settings import DEFINITIONS, BenchConfig, Floor, Protocol
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.environment import package_versions
 from sinkstream.measure.metrics import finite_or_none
+from sinkstream.measure.numerics import numerics
 from sinkstream.measure.timing import distribution
 from sinkstream.models import LoadedModel
 

@@ -14,7 +14,6 @@ from rich.progress import TextColumn
 
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.numerics import numerics
 from sinkstream.experiments.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
 from sinkstream.experiments.bench.profiling import profile_steps
 from sinkstream.experiments.bench.progress import Progress
@@ -26,9 +25,10 @@ from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.bench_records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
 from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
-from sinkstream.measure.records import new_record_id
+from sinkstream.measure.numerics import numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
+from sinkstream.records.records import new_record_id
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.evaluation.statistics.estimate import Estimate
-from sinkstream.measure.bootstrap import ratio_interval
+from sinkstream.statistics.bootstrap import ratio_interval
+from sinkstream.statistics.estimate import Estimate
 
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.measure.json_records import check_schema
+from sinkstream.records.json_files import check_schema
 
 SCHEMA = "sinkstream.run/1"
 STATUSES = ("complete", "partial", "failed")

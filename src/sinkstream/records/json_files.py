@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sinkstream.measure.files import write_atomically
+from sinkstream.records.files import write_atomically
 
 Kind = TypeVar("Kind")
 

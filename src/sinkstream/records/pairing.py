@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sinkstream.measure.records import Record
+from sinkstream.records.records import Record
 
 
 def same_text_and_model(record: Record, control: Record) -> bool:

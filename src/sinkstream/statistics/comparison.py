@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sinkstream.measure.bootstrap import ratio_interval
+from sinkstream.statistics.bootstrap import ratio_interval
 
 MIN_PAIRS = 8
 RESAMPLES = 5000

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.measure.files import WriteError, write_atomically
-from sinkstream.measure.json_records import family_of, read_json, write_json
-from sinkstream.measure.schema import SCHEMA, check_arrays, check_record
+from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.json_files import family_of, read_json, write_json
+from sinkstream.records.schema import SCHEMA, check_arrays, check_record
 
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"

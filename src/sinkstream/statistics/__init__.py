@@ -1,7 +1,7 @@
 """Statistics of paired runs: intervals of ΔPPL and means, event-aligned curves, what a length of text resolves."""
 
-from sinkstream.evaluation.statistics.curves import AFTER, BEFORE, EventCurve, event_curve, event_cycles
-from sinkstream.evaluation.statistics.delta import (
+from sinkstream.statistics.curves import AFTER, BEFORE, EventCurve, event_curve, event_cycles
+from sinkstream.statistics.delta import (
     BLOCK_TOKENS,
     MIN_BLOCKS,
     PairedDelta,
@@ -13,8 +13,8 @@ from sinkstream.evaluation.statistics.delta import (
     share_interval,
     suitable_block_tokens,
 )
-from sinkstream.evaluation.statistics.estimate import Estimate
-from sinkstream.evaluation.statistics.power import Resolution, resolution
+from sinkstream.statistics.estimate import Estimate
+from sinkstream.statistics.power import Resolution, resolution
 
 __all__ = [
     "AFTER",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sinkstream.evaluation.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS, block_sums
+from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS, block_sums
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from sinkstream.measure.environment import hardware
-from sinkstream.measure.pairing import same_text_and_model
-from sinkstream.measure.records import Record
+from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.records import Record
 
 #: Models that documents have a section of -> the short name in the names of its tables; and texts, longest first.
 DIAGNOSED_MODELS = {"SmolLM2-135M": "smollm2", "neox-27m-sink": "neox-sink", "neox-27m-nosink": "neox-nosink"}

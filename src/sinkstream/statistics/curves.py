@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sinkstream.evaluation.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS
-from sinkstream.evaluation.statistics.estimate import Estimate
+from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS
+from sinkstream.statistics.estimate import Estimate
 
 BEFORE = AFTER = 32
 
