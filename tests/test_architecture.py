@@ -35,7 +35,7 @@ LAYERS = {
 EXTRA_ALLOWED = {
     ("report", "sinkstream.statistics"),
     ("diagnosis", "sinkstream.statistics"),
-    ("report", "sinkstream.diagnosis"),
+    ("report", "sinkstream.studies.diagnosis"),
 }
 ABOUT_ITSELF = ("__version__", "__file__", "__path__")  # of the package; whoever likes may read these
 MAX_FUNCTION_LINES = 90
@@ -139,7 +139,7 @@ def test_wrong_imports_are_seen(path, statement):
         ("cli/run.py", "from sinkstream.evaluation import protocol"),
         ("report/table.py", "from sinkstream.statistics import interval"),
         ("report/table.py", "from sinkstream.statistics import delta"),
-        ("report/table.py", "from sinkstream.diagnosis import load_diagnosis"),
+        ("report/table.py", "from sinkstream.studies.diagnosis import load_diagnosis"),
         ("diagnosis/spikes.py", "from sinkstream.statistics import event_curve"),
         ("measure/clock.py", "from sinkstream import __version__"),
         ("measure/clock.py", "import sinkstream\nsinkstream.__version__, sinkstream.__file__"),

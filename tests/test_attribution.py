@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkstream.diagnosis.attribution import PARTS, attribute, nll_at_length
+from sinkstream.studies.diagnosis.attribution import PARTS, attribute, nll_at_length
 
 N, CAP, TRAINED, PERIOD = 6400, 512, 500, 64
 PART_OF = {"near": "near_event", "past": "past_trained", "elsewhere": "elsewhere"}

@@ -8,12 +8,12 @@ import tiny_model
 from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
-from sinkstream.experiments.cliff import cliff_settings
 from sinkstream.records.records import load_record, load_records, write_record
-from sinkstream.report.cliff import HEADER, cliff_rows, decompose, draw_cliff, grid, shares
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
 from sinkstream.statistics import share_interval
+from sinkstream.studies.cliff.run import cliff_settings
+from sinkstream.studies.cliff.tables import HEADER, cliff_rows, decompose, draw_cliff, grid, shares
 
 TRAINED, STRIDE, TOKENS = 8192, 256, 4096  # the first is the record factory's
 EVICTION, WITHIN, PAST = 0.03, -0.01, 0.5

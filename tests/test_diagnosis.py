@@ -17,7 +17,11 @@ from record_factory import make_arrays, make_record
 
 import sinkstream.experiments.batch as batch_module
 from sinkstream.cli import main
-from sinkstream.diagnosis import (
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.records.records import load_record, load_records, write_record
+from sinkstream.report.documents import render_tables
+from sinkstream.report.summary import write_summary
+from sinkstream.studies.diagnosis import (
     PARTS,
     VERDICTS,
     Controls,
@@ -27,18 +31,14 @@ from sinkstream.diagnosis import (
     load_diagnosis,
     write_diagnosis,
 )
-from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.diagnose import diagnosis_settings, length_caps, pair_runs
-from sinkstream.records.records import load_record, load_records, write_record
-from sinkstream.report.diagnosis_plots import DIAGNOSIS_PICTURES
-from sinkstream.report.diagnosis_tables import (
+from sinkstream.studies.diagnosis.plots import DIAGNOSIS_PICTURES
+from sinkstream.studies.diagnosis.run import diagnosis_settings, length_caps, pair_runs
+from sinkstream.studies.diagnosis.tables import (
     DIAGNOSIS_HEADLINES,
     DIAGNOSIS_TABLES,
     find_diagnosis,
     markdown_diagnosis,
 )
-from sinkstream.report.documents import render_tables
-from sinkstream.report.summary import write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS, PERIOD, CAP = 6400, 64, 256
@@ -287,7 +287,7 @@ def test_a_record_reads_back_as_it_was_written(store, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "sinkstream.diagnosis/2"}, "field 'schema' is 'sinkstream.diagnosis/2'"),
+        ({"schema": "sinkstream.studies.diagnosis/2"}, "field 'schema' is 'sinkstream.studies.diagnosis/2'"),
         ({"model": None}, "required field 'model' is missing"),
         ({"policies": []}, "field 'policies' is empty"),
         ({"policies": [{}]}, r"policies\[0\].label"),
@@ -475,11 +475,14 @@ def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
         ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
         ("empty --out=x --cap 64", "--cap changes nothing about runs that are records already; accepted together with"),
         ("nosuch.json", "nosuch.json: there is no such record"),
-        ("notes.json", "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'"),
+        (
+            "notes.json",
+            "notes.json: field 'schema' is 'sinkstream.studies.diagnosis/1'; this version reads 'sinkstream.run/1'",
+        ),
     ],
 )
 def test_mistakes_about_records_are_told_in_one_line(cli, tmp_path, line, message):
-    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
+    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.studies.diagnosis/1"}')
     (tmp_path / "empty").mkdir()
     done = cli(line, shared="")
     assert done.code == 2

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import sinkstream.evaluation.run as run_module
-import sinkstream.experiments.recall as recall_module
+import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.sessions import HfBackend, Session
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.recall import GAP, RecallBatch, RecallDesign
-from sinkstream.measure.recall import load_recalls, write_recall
 from sinkstream.policies import PruneSchedule, Step
 from sinkstream.records.records import load_records
 from sinkstream.report.documents import NONE_YET, render_tables
-from sinkstream.report.recall import draw_recall, recall_curve, recall_rows, rich_recall_table
+from sinkstream.studies.recall.record import load_recalls, write_recall
+from sinkstream.studies.recall.run import GAP, RecallBatch, RecallDesign
+from sinkstream.studies.recall.tables import draw_recall, recall_curve, recall_rows, rich_recall_table
 
 CAP, SINK, SIZE = 100, 4, 16
 WINDOW = CAP - SINK

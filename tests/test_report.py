@@ -13,12 +13,12 @@ from sinkstream.records.records import load_record, write_record
 from sinkstream.records.selection import is_plain, policy_name, select
 from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
-from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
 from sinkstream.report.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
 from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.report.tables import comparison_rows, markdown_table, rich_table
+from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 
 @pytest.fixture

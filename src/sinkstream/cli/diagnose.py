@@ -21,11 +21,11 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.diagnosis import Diagnosis
 from sinkstream.experiments.batch import Batch
-from sinkstream.experiments.diagnose import diagnosis_settings, pair_runs, write_diagnosis_files
 from sinkstream.records.records import Record, load_records
-from sinkstream.report.diagnosis_tables import rich_diagnosis
+from sinkstream.studies.diagnosis import Diagnosis
+from sinkstream.studies.diagnosis.run import diagnosis_settings, pair_runs, write_diagnosis_files
+from sinkstream.studies.diagnosis.tables import rich_diagnosis
 
 RUNS = "runs"
 BESIDE_RECORDS = ("--out", "--seed")

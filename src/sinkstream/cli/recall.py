@@ -23,9 +23,9 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import show_place, show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.experiments.recall import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
-from sinkstream.measure.recall import RecallRecord
-from sinkstream.report.recall import draw_recall, rich_recall_table
+from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
+from sinkstream.studies.recall.tables import draw_recall, rich_recall_table
 
 PICTURE = "recall.png"
 

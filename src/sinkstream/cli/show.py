@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sinkstream.measure.recall import RecallRecord
 from sinkstream.records.records import Record
 from sinkstream.report.plots import nll_over_tokens
 from sinkstream.report.tables import comparison_rows, rich_table
+from sinkstream.studies.recall.record import RecallRecord
 
 PIPE_WIDTH = 170
 PICTURE = "nll.png"

@@ -9,7 +9,6 @@ from typing import Any
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
 from sinkstream.measure.environment import hardware
-from sinkstream.measure.recall import RecallRecord, load_recalls
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.records.pairing import same_text_and_model
@@ -24,14 +23,16 @@ from sinkstream.records.selection import (
     select,
 )
 from sinkstream.registry import Registry
-from sinkstream.report import cliff, recall
+from sinkstream.studies.cliff import tables as cliff
+from sinkstream.studies.recall import tables as recall
 from sinkstream.report.bench_tables import render_bench
-from sinkstream.report.diagnosis_tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.report.markdown import NONE_YET, grid
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
+from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
+from sinkstream.studies.recall.record import RecallRecord, load_recalls
 
 DOCUMENT_TABLES: Registry = Registry("document table")
 RECALL_TABLES: Registry = Registry("document table of recall records")

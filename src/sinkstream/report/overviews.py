@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from sinkstream.diagnosis import Diagnosis
-from sinkstream.measure.recall import RecallRecord
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
-from sinkstream.report import cliff, recall
-from sinkstream.report.diagnosis_tables import find_diagnosis, interval
+from sinkstream.studies.cliff import tables as cliff
+from sinkstream.studies.recall import tables as recall
 from sinkstream.report.markdown import EMPTY, NONE_YET, grid
+from sinkstream.studies.diagnosis import Diagnosis
+from sinkstream.studies.diagnosis.tables import find_diagnosis, interval
+from sinkstream.studies.recall.record import RecallRecord
 
 CAP = 512
 RECALL_POLICIES = ("full", "strict", "window-only", "refresh-window-attention")

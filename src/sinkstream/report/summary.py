@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkstream.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.measure.bench_records import BenchRecord, load_bench_records
 from sinkstream.records.files import write_atomically
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
@@ -13,9 +12,10 @@ from sinkstream.records.selection import policy_name, same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
-from sinkstream.report.cliff import share_past_trained
-from sinkstream.report.diagnosis_tables import DIAGNOSIS_HEADLINES
 from sinkstream.report.precision import worst_relative_error
+from sinkstream.studies.cliff.tables import share_past_trained
+from sinkstream.studies.diagnosis import Diagnosis, load_diagnoses
+from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
 HEADLINES = Registry("headline")

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sinkstream.diagnosis import PARTS, Diagnosis
 from sinkstream.records.files import write_atomically
-from sinkstream.report.diagnosis_tables import NOTES, TABLES, Entry, cells, interval, origin
 from sinkstream.report.markdown import EMPTY
+from sinkstream.studies.diagnosis import PARTS, Diagnosis
+from sinkstream.studies.diagnosis.tables import NOTES, TABLES, Entry, cells, interval, origin
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 75rem; margin: 2rem auto;

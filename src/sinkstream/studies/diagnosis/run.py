@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkstream.diagnosis import (
+from sinkstream.evaluation.settings import BASELINES, RunSettings
+from sinkstream.measure.environment import git_revision, utc_now
+from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.records import Record
+from sinkstream.records.selection import normalised, policy_name
+from sinkstream.studies.diagnosis import (
     Controls,
     Diagnosis,
     build_diagnosis,
@@ -14,13 +19,8 @@ from sinkstream.diagnosis import (
     write_event_table,
     write_token_table,
 )
-from sinkstream.evaluation.settings import BASELINES, RunSettings
-from sinkstream.measure.environment import git_revision, utc_now
-from sinkstream.records.pairing import same_text_and_model
-from sinkstream.records.records import Record
-from sinkstream.records.selection import normalised, policy_name
-from sinkstream.report.diagnosis_page import write_page
-from sinkstream.report.diagnosis_plots import draw_attribution, draw_policy
+from sinkstream.studies.diagnosis.page import write_page
+from sinkstream.studies.diagnosis.plots import draw_attribution, draw_policy
 
 TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 

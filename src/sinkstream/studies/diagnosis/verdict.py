@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from sinkstream.diagnosis.attribution import PARTS, Attribution
 from sinkstream.statistics import EventCurve, PairedDelta
+from sinkstream.studies.diagnosis.attribution import PARTS, Attribution
 
 VERDICTS = {
     "go": "PPL is not worse than strict streaming's: the interval of ΔPPL does not lie above zero",

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sinkstream.measure.recall import RecallRecord
 from sinkstream.records.selection import normalised
 from sinkstream.report.markdown import EMPTY
 from sinkstream.report.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.statistics import Estimate, mean_interval
+from sinkstream.studies.recall.record import RecallRecord
 
 MOST_BANDS = 5
 _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}

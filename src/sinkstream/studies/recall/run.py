@@ -31,10 +31,10 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.experiments.batch import check_writable, save_or_rescue, uninterrupted
 from sinkstream.experiments.progress import shown, tell, tell_ended, token_progress
 from sinkstream.measure.numerics import numerics
-from sinkstream.measure.recall import RecallRecord, load_recall, load_recalls, write_recall
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
+from sinkstream.studies.recall.record import RecallRecord, load_recall, load_recalls, write_recall
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 PASSAGES, PASSAGE_TOKENS = 16, 64

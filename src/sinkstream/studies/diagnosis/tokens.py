@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sinkstream.diagnosis.spikes import event_positions
 from sinkstream.records.files import write_atomically
 from sinkstream.records.records import Record
 from sinkstream.statistics import AFTER, event_cycles
+from sinkstream.studies.diagnosis.spikes import event_positions
 
 TOKEN_COLUMNS = ("index", "token", "nll", "control_nll", "time_ms", "kv_len", "event", "drop_size")
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\0": r"\0"})

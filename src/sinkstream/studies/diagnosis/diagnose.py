@@ -6,10 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.diagnosis.attribution import Attribution, attribute
-from sinkstream.diagnosis.drift import drift, latency
-from sinkstream.diagnosis.spikes import event_positions, extreme_events, period, plain_spikes, tokens_since_event
-from sinkstream.diagnosis.verdict import verdict
 from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
 from sinkstream.statistics import (
@@ -22,6 +18,16 @@ from sinkstream.statistics import (
     resolution,
     suitable_block_tokens,
 )
+from sinkstream.studies.diagnosis.attribution import Attribution, attribute
+from sinkstream.studies.diagnosis.drift import drift, latency
+from sinkstream.studies.diagnosis.spikes import (
+    event_positions,
+    extreme_events,
+    period,
+    plain_spikes,
+    tokens_since_event,
+)
+from sinkstream.studies.diagnosis.verdict import verdict
 
 
 @dataclass(frozen=True)

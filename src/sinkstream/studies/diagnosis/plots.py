@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.diagnosis import PARTS
 from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
 from sinkstream.registry import Registry
 from sinkstream.report.plots import COLOURS, SHADE, new_figure, save
 from sinkstream.statistics import AFTER, BLOCK_TOKENS, block_sums
+from sinkstream.studies.diagnosis import PARTS
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
 DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")

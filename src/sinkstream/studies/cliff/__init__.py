@@ -1,0 +1,1 @@
+"""The cliff: what hard eviction costs, told apart from what a longer visible context gains."""
