@@ -10,25 +10,25 @@ import torch
 from record_factory import make_arrays, make_bench_record, make_record
 from rich.console import Console
 
+import sinkstream.bench.decoding as decoding
 import sinkstream.cli.bench as command
-import sinkstream.experiments.bench.decoding as decoding
+from sinkstream.bench.record import speed
+from sinkstream.bench.records import load_bench_record, load_bench_records, write_bench_record
+from sinkstream.bench.rungs import RUNGS
+from sinkstream.bench.selection import pairs, rival
+from sinkstream.bench.session import BenchSession
+from sinkstream.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes, step_weight_bytes
+from sinkstream.bench.summary import SPEED_HEADLINES
+from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
 from sinkstream.engine.layout import TOKEN
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.bench.record import speed
-from sinkstream.experiments.bench.rungs import RUNGS
-from sinkstream.experiments.bench.session import BenchSession
-from sinkstream.experiments.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes, step_weight_bytes
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
-from sinkstream.measure.bench_records import load_bench_record, load_bench_records, write_bench_record
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes
 from sinkstream.records.records import load_records, write_record
-from sinkstream.report.bench_selection import pairs, rival
-from sinkstream.report.bench_summary import SPEED_HEADLINES
-from sinkstream.report.bench_tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines
 from sinkstream.report.precision import precision_runs, worst_relative_error
 from sinkstream.report.summary import write_summary
 from sinkstream.statistics.comparison import ratio_of_times, time_against_bytes
@@ -159,7 +159,7 @@ def test_a_rung_that_breaks_costs_the_ladder_only_that_rung(session, monkeypatch
 def test_too_little_memory_is_said_before_anything_runs(session, monkeypatch):
     one = session()
     per_token = kv_token_bytes(one.loaded.model)
-    monkeypatch.setattr("sinkstream.experiments.bench.session.free_bytes", lambda device: per_token * CAP * 3)
+    monkeypatch.setattr("sinkstream.bench.session.free_bytes", lambda device: per_token * CAP * 3)
     one._check_memory(configs("ring", "strict"))
     with pytest.raises(ValueError, match=r"keys and values take .* GB beside .* GB of weights, and .* are free"):
         one._check_memory(configs("ring", "strict", "lazy"))

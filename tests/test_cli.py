@@ -390,7 +390,7 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(cli, here, options
     ],
 )
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_run(cli, here, monkeypatch, out, message):
-    monkeypatch.setattr("sinkstream.experiments.batch.run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("sinkstream.evaluation.batch.run", lambda *_: pytest.fail("it ran"))
     done = cli(eval_line(out=out))
     assert done.code == 2
     assert re.fullmatch(rf"sinkstream eval: error: --out {out}: cannot be written: .+\n", done.err)

@@ -15,7 +15,7 @@ import pytest
 import tiny_model
 from record_factory import make_arrays, make_record
 
-import sinkstream.experiments.batch as batch_module
+import sinkstream.evaluation.batch as batch_module
 from sinkstream.cli import main
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.records.records import load_record, load_records, write_record

@@ -7,11 +7,11 @@ import tiny_model
 from rich.console import Console
 
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.batch import Batch
-from sinkstream.experiments.progress import is_live
 from sinkstream.records.records import load_records
 from sinkstream.report.tables import RowLines
+from sinkstream.show.progress import is_live
 
 ESCAPE = "\x1b"
 CAP, TOKENS = 24, 90

@@ -9,9 +9,9 @@ from PIL import Image
 from record_factory import make_arrays, make_record
 from rich.console import Console
 
+from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.records import load_record, write_record
 from sinkstream.records.selection import is_plain, policy_name, select
-from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table

@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sinkstream.bench.rungs import RUNGS, default_rung
+from sinkstream.bench.session import BenchSession, Outcome
+from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
+from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import (
     add_model_options,
@@ -19,9 +23,6 @@ from sinkstream.cli.options import (
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.settings import BASELINES, RunSettings
-from sinkstream.experiments.bench.rungs import RUNGS, default_rung
-from sinkstream.experiments.bench.session import BenchSession, Outcome
-from sinkstream.experiments.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.memory import free_bytes
 from sinkstream.measure.numerics import set_numerics
@@ -38,7 +39,6 @@ from sinkstream.models import (
 )
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.records import new_record_id
-from sinkstream.report.bench_tables import profile_table, ratio_table, slope_lines, speed_table
 
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"

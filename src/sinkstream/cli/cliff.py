@@ -22,7 +22,7 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import show_place, show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.experiments.batch import Batch
+from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record
 from sinkstream.studies.cliff.run import CAPS, SINK, STRIDES, cliff_settings
 from sinkstream.studies.cliff.tables import draw_cliff, rich_cliff_table

@@ -12,10 +12,10 @@ from sinkstream.cli.eval import exit_code
 from sinkstream.cli.options import add_output, all_arguments
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, tokenize
-from sinkstream.experiments.batch import Batch
-from sinkstream.experiments.demo import CAP, FULL_FITS, SAMPLE_EVERY, TIMED_TOKENS, TITLE, TOKENS, demo_settings
-from sinkstream.experiments.demo_plan import SECONDS, Plan, Size, check_choice, choose, size_of_records
-from sinkstream.experiments.demo_speed import Speed, measure_speed, tokens_measured
+from sinkstream.evaluation.batch import Batch
+from sinkstream.evaluation.demo import CAP, FULL_FITS, SAMPLE_EVERY, TIMED_TOKENS, TITLE, TOKENS, demo_settings
+from sinkstream.evaluation.demo_plan import SECONDS, Plan, Size, check_choice, choose, size_of_records
+from sinkstream.evaluation.demo_speed import Speed, measure_speed, tokens_measured
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model
 from sinkstream.report.tables import RowLines

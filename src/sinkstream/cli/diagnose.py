@@ -21,7 +21,7 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.experiments.batch import Batch
+from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record, load_records
 from sinkstream.studies.diagnosis import Diagnosis
 from sinkstream.studies.diagnosis.run import diagnosis_settings, pair_runs, write_diagnosis_files

@@ -16,9 +16,9 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.sessions import BACKENDS
 from sinkstream.evaluation.settings import EVALUATE, RunSettings
-from sinkstream.experiments.batch import Batch
 from sinkstream.models import LoadedModel
 
 RANDOM_TEXT = "random"

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sinkstream.bench.tables import render_bench
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
 from sinkstream.measure.environment import hardware
@@ -23,15 +24,14 @@ from sinkstream.records.selection import (
     select,
 )
 from sinkstream.registry import Registry
-from sinkstream.studies.cliff import tables as cliff
-from sinkstream.studies.recall import tables as recall
-from sinkstream.report.bench_tables import render_bench
 from sinkstream.report.markdown import NONE_YET, grid
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import compute_headlines
 from sinkstream.report.tables import comparison_rows, markdown_table
+from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
+from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord, load_recalls
 
 DOCUMENT_TABLES: Registry = Registry("document table")

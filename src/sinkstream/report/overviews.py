@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
-from sinkstream.studies.cliff import tables as cliff
-from sinkstream.studies.recall import tables as recall
 from sinkstream.report.markdown import EMPTY, NONE_YET, grid
+from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis import Diagnosis
 from sinkstream.studies.diagnosis.tables import find_diagnosis, interval
+from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord
 
 CAP = 512

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkstream.measure.bench_records import BenchRecord, load_bench_records
+from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
 from sinkstream.records.selection import policy_name, same_conditions, select
 from sinkstream.registry import Registry
-from sinkstream.report.bench_summary import SPEED_HEADLINES
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.precision import worst_relative_error
 from sinkstream.studies.cliff.tables import share_past_trained

@@ -25,15 +25,15 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.batch import check_writable, save_or_rescue, uninterrupted
 from sinkstream.evaluation.record import provenance, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.batch import check_writable, save_or_rescue, uninterrupted
-from sinkstream.experiments.progress import shown, tell, tell_ended, token_progress
 from sinkstream.measure.numerics import numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
+from sinkstream.show.progress import shown, tell, tell_ended, token_progress
 from sinkstream.studies.recall.record import RecallRecord, load_recall, load_recalls, write_recall
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)

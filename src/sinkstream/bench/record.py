@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sinkstream.bench.decoding import Samples, TimedRun
+from sinkstream.bench.settings import DEFINITIONS, BenchConfig, Floor, Protocol
 from sinkstream.data import TokenStream
-from sinkstream.experiments.bench.decoding import Samples, TimedRun
-from sinkstream.experiments.bench.settings import DEFINITIONS, BenchConfig, Floor, Protocol
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.environment import package_versions
 from sinkstream.measure.metrics import finite_or_none

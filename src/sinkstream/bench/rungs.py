@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from sinkstream.bench.settings import BenchConfig, Protocol, step_weight_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.engine import STEPS, Engine, GraphedStep
 from sinkstream.evaluation.sessions import BACKENDS, Session, engine_options
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.bench.settings import BenchConfig, Protocol, step_weight_bytes
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.policies import Step

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sinkstream.measure.bench_records import BenchRecord
+from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 from sinkstream.models.shapes import PREFIX
 from sinkstream.registry import Registry
-from sinkstream.report.bench_selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 
 #: Key -> function of all speed records, oldest first, that returns (value, record id), or None if records are missing.
 SPEED_HEADLINES: Registry = Registry("speed headline")

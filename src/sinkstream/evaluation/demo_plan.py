@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
+from sinkstream.evaluation.demo_speed import BLOCK, SHORT, Speed
 from sinkstream.evaluation.record import run_identity
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
-from sinkstream.experiments.demo_speed import BLOCK, SHORT, Speed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import load_records
 

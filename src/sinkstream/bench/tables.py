@@ -5,9 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sinkstream.measure.bench_records import BenchRecord, load_bench_records
-from sinkstream.registry import Registry
-from sinkstream.report.bench_selection import (
+from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.selection import (
     LADDER_SHAPE,
     SHAPES,
     comparable,
@@ -17,12 +16,13 @@ from sinkstream.report.bench_selection import (
     select,
     together,
 )
-from sinkstream.report.bench_summary import (
+from sinkstream.bench.summary import (
     speedup_over_hf_lazy,
     speedup_over_static_compile,
     strict_over_lazy,
     tpot_over_floor,
 )
+from sinkstream.registry import Registry
 from sinkstream.report.markdown import EMPTY, NONE_YET, grid
 from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 

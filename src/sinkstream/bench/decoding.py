@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sinkstream.experiments.bench.rungs import Decoder, Rung
-from sinkstream.experiments.bench.settings import BenchConfig, Protocol, step_weight_bytes
+from sinkstream.bench.rungs import Decoder, Rung
+from sinkstream.bench.settings import BenchConfig, Protocol, step_weight_bytes
 from sinkstream.measure.memory import held_mb
 from sinkstream.measure.timing import TokenClock, timed
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sinkstream.experiments.bench.decoding import Lane, Samples
+from sinkstream.bench.decoding import Lane, Samples
 from sinkstream.records.files import write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")

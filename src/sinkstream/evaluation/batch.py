@@ -17,11 +17,11 @@ from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
 from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.experiments.progress import hide_ended, shown, tell, tell_ended, token_progress
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.files import WriteError
 from sinkstream.records.records import Record, load_record
+from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
 
 
 @dataclass

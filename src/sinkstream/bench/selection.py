@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sinkstream.bench.records import BenchRecord
 from sinkstream.engine import STEPS
-from sinkstream.measure.bench_records import BenchRecord
 from sinkstream.models import SHAPES as PUBLISHED
 from sinkstream.models.shapes import PREFIX
 

@@ -12,23 +12,23 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 
+from sinkstream.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
+from sinkstream.bench.profiling import profile_steps
+from sinkstream.bench.progress import Progress
+from sinkstream.bench.record import identity, run_figures, run_protocol
+from sinkstream.bench.records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
+from sinkstream.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
+from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
-from sinkstream.experiments.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
-from sinkstream.experiments.bench.profiling import profile_steps
-from sinkstream.experiments.bench.progress import Progress
-from sinkstream.experiments.bench.record import identity, run_figures, run_protocol
-from sinkstream.experiments.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
-from sinkstream.experiments.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
-from sinkstream.experiments.progress import run_progress, tell, tell_ended
 from sinkstream.measure.bandwidth import Bandwidth
-from sinkstream.measure.bench_records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
 from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
 from sinkstream.measure.numerics import numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
+from sinkstream.show.progress import run_progress, tell, tell_ended
 
 
 @dataclass

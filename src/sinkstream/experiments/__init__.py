@@ -1,1 +1,0 @@
-"""Experiments: lists of runs that belong together."""
