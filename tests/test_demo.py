@@ -6,9 +6,9 @@ import torch
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import load_text
+from sinkstream.evaluation import demo
 from sinkstream.evaluation.demo import demo_settings
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.evaluation import demo
 from sinkstream.models import load_model
 from sinkstream.records.records import load_records
 

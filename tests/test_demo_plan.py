@@ -10,10 +10,10 @@ import torch
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import load_text, tokenize
+from sinkstream.evaluation import batch, demo_plan, demo_speed
 from sinkstream.evaluation.demo import CAP, SAMPLE_EVERY, TIMED_TOKENS, TOKENS, demo_settings
 from sinkstream.evaluation.demo_plan import LADDER, Size, choose, expected_seconds
 from sinkstream.evaluation.demo_speed import Speed, measure_speed
-from sinkstream.evaluation import batch, demo_plan, demo_speed
 from sinkstream.records.records import load_records
 
 IDLE = Speed(step=0.056, short=0.14, block=0.57, window=0.36)  # two cores, with AVX-512

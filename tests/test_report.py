@@ -15,9 +15,9 @@ from sinkstream.records.selection import is_plain, policy_name, select
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
-from sinkstream.report.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
 from sinkstream.report.summary import HEADLINES, write_summary
-from sinkstream.report.tables import comparison_rows, markdown_table, rich_table
+from sinkstream.show.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
+from sinkstream.show.tables import comparison_rows, markdown_table, rich_table
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 

@@ -23,7 +23,7 @@ from sinkstream.bench.summary import (
     tpot_over_floor,
 )
 from sinkstream.registry import Registry
-from sinkstream.report.markdown import EMPTY, NONE_YET, grid
+from sinkstream.show.markdown import EMPTY, NONE_YET, grid
 from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from sinkstream.records.records import Record
-from sinkstream.report.plots import nll_over_tokens
-from sinkstream.report.tables import comparison_rows, rich_table
+from sinkstream.show.plots import nll_over_tokens
+from sinkstream.show.tables import comparison_rows, rich_table
 from sinkstream.studies.recall.record import RecallRecord
 
 PIPE_WIDTH = 170

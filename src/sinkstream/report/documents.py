@@ -24,11 +24,11 @@ from sinkstream.records.selection import (
     select,
 )
 from sinkstream.registry import Registry
-from sinkstream.report.markdown import NONE_YET, grid
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import compute_headlines
-from sinkstream.report.tables import comparison_rows, markdown_table
+from sinkstream.show.markdown import NONE_YET, grid
+from sinkstream.show.tables import comparison_rows, markdown_table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall

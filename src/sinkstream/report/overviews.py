@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
-from sinkstream.report.markdown import EMPTY, NONE_YET, grid
+from sinkstream.show.markdown import EMPTY, NONE_YET, grid
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis import Diagnosis
 from sinkstream.studies.diagnosis.tables import find_diagnosis, interval

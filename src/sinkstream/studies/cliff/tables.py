@@ -22,8 +22,8 @@ from rich.table import Table
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
-from sinkstream.report.markdown import EMPTY
-from sinkstream.report.plots import COLOURS, new_figure, save
+from sinkstream.show.markdown import EMPTY
+from sinkstream.show.plots import COLOURS, new_figure, save
 from sinkstream.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
 
 HEADER = (

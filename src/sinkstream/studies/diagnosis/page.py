@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.records.files import write_atomically
-from sinkstream.report.markdown import EMPTY
+from sinkstream.show.markdown import EMPTY
 from sinkstream.studies.diagnosis import PARTS, Diagnosis
 from sinkstream.studies.diagnosis.tables import NOTES, TABLES, Entry, cells, interval, origin
 

@@ -9,7 +9,7 @@ import numpy as np
 from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
 from sinkstream.registry import Registry
-from sinkstream.report.plots import COLOURS, SHADE, new_figure, save
+from sinkstream.show.plots import COLOURS, SHADE, new_figure, save
 from sinkstream.statistics import AFTER, BLOCK_TOKENS, block_sums
 from sinkstream.studies.diagnosis import PARTS
 

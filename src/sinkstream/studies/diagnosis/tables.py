@@ -9,7 +9,7 @@ from rich.table import Table
 from sinkstream.measure.environment import hardware
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
 from sinkstream.registry import Registry
-from sinkstream.report.markdown import EMPTY, NONE_YET
+from sinkstream.show.markdown import EMPTY, NONE_YET
 from sinkstream.studies.diagnosis import PARTS, Diagnosis, load_diagnoses
 
 #: Tables of documents that are made from diagnosis records, and headline figures.

@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 
 from sinkstream.records.selection import normalised
-from sinkstream.report.markdown import EMPTY
-from sinkstream.report.plots import COLOURS, line_formats, new_figure, save
+from sinkstream.show.markdown import EMPTY
+from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.statistics import Estimate, mean_interval
 from sinkstream.studies.recall.record import RecallRecord
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
-from sinkstream.report.markdown import EMPTY
+from sinkstream.show.markdown import EMPTY
 from sinkstream.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
 
 Row = dict[str, Any]

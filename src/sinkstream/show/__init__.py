@@ -1,0 +1,1 @@
+"""Showing: tables for terminal and Markdown, pictures, progress."""
