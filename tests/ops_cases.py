@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sinkstream.engine.ops import runtime
+from sinkstream.kernels import runtime
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNNABLE = runtime.triton is not None and (DEVICE.type == "cuda" or runtime.INTERPRETED)

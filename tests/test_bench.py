@@ -23,8 +23,8 @@ from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
-from sinkstream.engine.layout import TOKEN
 from sinkstream.evaluation.settings import RunSettings
+from sinkstream.kernels.layout import TOKEN
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes

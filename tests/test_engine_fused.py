@@ -15,8 +15,8 @@ from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
-from sinkstream.engine.layout import TOKEN
-from sinkstream.engine.ops import set_backend
+from sinkstream.kernels import set_backend
+from sinkstream.kernels.layout import TOKEN
 from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")

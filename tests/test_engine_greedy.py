@@ -8,8 +8,8 @@ from streams import FakeTokenizer, small_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkstream.engine import Engine
-from sinkstream.engine.layout import LIKELIEST
-from sinkstream.engine.ops import set_backend
+from sinkstream.kernels import set_backend
+from sinkstream.kernels.layout import LIKELIEST
 
 CPU_BACKENDS = ("ring", "kernels")  # the latter through the kernels' twins
 POLICIES = ["strict", "lazy", "refresh-uncertainty", "refresh-structural", "refresh-window-attention", "adaptive-top1"]

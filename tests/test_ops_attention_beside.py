@@ -5,7 +5,7 @@ import torch
 from ops_cases import BACKENDS, TOLERANCE, draw, error
 from test_ops_attention_decode import Case
 
-from sinkstream.engine.ops import AttentionConfig, BesideConfig, LinearConfig, attention_beside
+from sinkstream.kernels import AttentionConfig, BesideConfig, LinearConfig, attention_beside
 
 SMALL = BesideConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(rows=4, columns=256, warps=4))
 ODD_ROWS = BesideConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops_cases import BACKENDS, DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error, on_backends
 
-from sinkstream.engine.ops import AttentionConfig, Workspace, attention_decode
+from sinkstream.kernels import AttentionConfig, Workspace, attention_decode
 
 NAN = float("nan")
 

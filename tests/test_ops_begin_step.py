@@ -6,9 +6,9 @@ import pytest
 import torch
 from ops_cases import BACKENDS, DEVICE, NEEDS_TRITON, draw
 
-from sinkstream.engine.layout import TOKEN
-from sinkstream.engine.ops import begin_step
-from sinkstream.engine.ops.likeliest import Tiles
+from sinkstream.kernels import begin_step
+from sinkstream.kernels.layout import TOKEN
+from sinkstream.kernels.likeliest import Tiles
 
 NEAR, FAR = [9, 7, 5, 1, 2, 3, 0, 4], [8, 31000, 2051, 4, 3, 2, 0, -1]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ops_cases import DEVICE, NEEDS_TRITON, TOLERANCE, draw, error
 
-from sinkstream.engine.ops import LinearConfig, linear_residual
-from sinkstream.engine.ops.config import (
+from sinkstream.kernels import LinearConfig, linear_residual
+from sinkstream.kernels.config import (
     MAX_SPLITS,
     OWN_BYTES,
     RESIDUAL,
@@ -19,7 +19,7 @@ from sinkstream.engine.ops.config import (
     program_bytes,
     tile_bytes,
 )
-from sinkstream.engine.ops.plans import LLAMA_PLANS, NEOX_PLANS, Sizes, measured_plan
+from sinkstream.kernels.plans import LLAMA_PLANS, NEOX_PLANS, Sizes, measured_plan
 
 H100_BYTES = 228 * 1024
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_cases import BACKENDS, DEVICE, draw
 
-from sinkstream.engine.ops import likeliest
+from sinkstream.kernels import likeliest
 
 
 def first_largest(row: list[float]) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ops_cases import BACKENDS, DEVICE, EARLY, HALF, TOLERANCE, draw, error
 
-from sinkstream.engine.ops import LinearConfig, linear_residual
+from sinkstream.kernels import LinearConfig, linear_residual
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,7 @@ import torch
 from ops_cases import BACKENDS, DEVICE, EARLY, HALF, TOLERANCE, draw, error
 from torch.nn import functional as F
 
-from sinkstream.engine.ops import LinearConfig, norm_linear
+from sinkstream.kernels import LinearConfig, norm_linear
 
 SHAPES = [(64, 96), (80, 40), (200, 37), (520, 65)]  # (hidden, rows)
 STREAMS = [1, 3, 17]

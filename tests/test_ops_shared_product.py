@@ -5,8 +5,8 @@ import torch
 from ops_cases import DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error
 from torch.nn import functional as F
 
-from sinkstream.engine.ops import linear_residual, norm_linear
-from sinkstream.engine.ops.config import (
+from sinkstream.kernels import linear_residual, norm_linear
+from sinkstream.kernels.config import (
     MAX_SHARED,
     MAX_SPLITS,
     OWN_BYTES,
@@ -15,7 +15,7 @@ from sinkstream.engine.ops.config import (
     default_shared,
     several_attention,
 )
-from sinkstream.engine.ops.shared_product import norm_rows, shared_product
+from sinkstream.kernels.shared_product import norm_rows, shared_product
 
 SMALL = SharedConfig(columns=32, stages=3, per_sm=1)
 WIDE = SharedConfig(rows=32, columns=64, warps=4, per_sm=2, late=False)

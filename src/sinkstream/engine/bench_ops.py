@@ -6,7 +6,7 @@ The ceiling comes first: the bandwidth of a large device-to-device copy. Every o
 poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
 event times. Then whole steps under one graph, with and without programmatic dependent launch, from the best
 configurations on: each knob is tried in turn and kept if the step gets faster. With --climb this begins at the measured
-plan (`sinkstream.engine.ops.plans`) instead, or at a plan in which every ring is filled before the wait, and every
+plan (`sinkstream.kernels.plans`) instead, or at a plan in which every ring is filled before the wait, and every
 neighbour of every configuration is tried until none is faster. With --streams N the ops of N streams are measured, each
 alone and in a step, as they are launched by themselves.
 Several processes compile the kernels.
@@ -23,7 +23,7 @@ from multiprocessing import get_context
 
 import torch
 
-from sinkstream.engine.ops import (
+from sinkstream.kernels import (
     NO_PREFETCH,
     AttentionConfig,
     BesideConfig,
@@ -36,10 +36,10 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.engine.ops.config import MAX_SHARED
-from sinkstream.engine.ops.likeliest import Tiles
-from sinkstream.engine.ops.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, fitted, measured_plan
-from sinkstream.engine.ops.runtime import set_compile_only
+from sinkstream.kernels.config import MAX_SHARED
+from sinkstream.kernels.likeliest import Tiles
+from sinkstream.kernels.plans import LLAMA_OPS, MB, NEOX_OPS, Sizes, fitted, measured_plan
+from sinkstream.kernels.runtime import set_compile_only
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.models.shapes import SHAPES as PUBLISHED
 from sinkstream.models.shapes import shape_config

@@ -8,8 +8,9 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
-from sinkstream.engine.layout import Geometry
-from sinkstream.engine.ops import (
+from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.state import StreamState
+from sinkstream.kernels import (
     Prefetch,
     Workspace,
     attention_beside,
@@ -18,13 +19,12 @@ from sinkstream.engine.ops import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.engine.ops.attention_decode import split_qkv
-from sinkstream.engine.ops.config import MAX_SHARED, MAX_SPLITS, count_programs, default_attention
-from sinkstream.engine.ops.likeliest import Tiles
-from sinkstream.engine.ops.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
-from sinkstream.engine.ops.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
-from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
-from sinkstream.engine.state import StreamState
+from sinkstream.kernels.attention_decode import split_qkv
+from sinkstream.kernels.config import MAX_SHARED, MAX_SPLITS, count_programs, default_attention
+from sinkstream.kernels.layout import Geometry
+from sinkstream.kernels.likeliest import Tiles
+from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
+from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.policies import EvictionPolicy
 
 MAX_GROUP = 16  # query heads of one key-value head

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from sinkstream.engine.layout import LIKELIEST
 from sinkstream.engine.sampling import Sampler
+from sinkstream.kernels.layout import LIKELIEST
 
 Callback = Callable[[int, int], bool | None]
 

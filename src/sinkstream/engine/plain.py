@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
-from sinkstream.engine.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.kernels.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
 from sinkstream.policies import SIGNALS
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sinkstream.engine.layout import TOKEN
+from sinkstream.kernels.layout import TOKEN
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkstream.engine.ops import likeliest
+from sinkstream.kernels import likeliest
 
 GREEDY_TEMPERATURE = 0.0
 

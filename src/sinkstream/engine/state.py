@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.layout import FIELDS, LIKELIEST, TOKEN, Counters, Geometry
-from sinkstream.engine.ops.begin_step import read_plan
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
+from sinkstream.kernels.begin_step import read_plan
+from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN, Counters, Geometry
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
 PLAN_TOKENS = 256

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sinkstream.engine.ops.config import (
+from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
     BesideConfig,

@@ -3,18 +3,18 @@
 Importing this package imports Triton if it is there; without it (or on a CPU) every op runs its twin.
 """
 
-from sinkstream.engine.ops.attention_beside import attention_beside
-from sinkstream.engine.ops.attention_decode import Workspace, attention_decode
-from sinkstream.engine.ops.begin_step import begin_step
-from sinkstream.engine.ops.config import (
+from sinkstream.kernels.attention_beside import attention_beside
+from sinkstream.kernels.attention_decode import Workspace, attention_decode
+from sinkstream.kernels.begin_step import begin_step
+from sinkstream.kernels.config import (
     AttentionConfig,
     BesideConfig,
     LinearConfig,
 )
-from sinkstream.engine.ops.likeliest import likeliest
-from sinkstream.engine.ops.linear_residual import linear_residual
-from sinkstream.engine.ops.norm_linear import norm_linear
-from sinkstream.engine.ops.runtime import NO_PREFETCH, Prefetch, set_backend
+from sinkstream.kernels.likeliest import likeliest
+from sinkstream.kernels.linear_residual import linear_residual
+from sinkstream.kernels.norm_linear import norm_linear
+from sinkstream.kernels.runtime import NO_PREFETCH, Prefetch, set_backend
 
 __all__ = [
     "NO_PREFETCH",

@@ -3,8 +3,8 @@
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 
-from sinkstream.engine.ops.config import LinearConfig, SharedConfig
-from sinkstream.engine.ops.runtime import HALF_DTYPES, jit, tl
+from sinkstream.kernels.config import LinearConfig, SharedConfig
+from sinkstream.kernels.runtime import HALF_DTYPES, jit, tl
 
 
 @jit

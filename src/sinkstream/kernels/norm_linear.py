@@ -9,7 +9,7 @@ their first rows are asked for before waiting for it. The kernel serves one stre
 import torch
 import torch.nn.functional as F
 
-from sinkstream.engine.ops.chunks import (
+from sinkstream.kernels.chunks import (
     check_tile,
     held_products,
     held_rows,
@@ -20,8 +20,8 @@ from sinkstream.engine.ops.chunks import (
     row_terms,
     store_tile,
 )
-from sinkstream.engine.ops.config import MAX_SHARED, LinearConfig, default_norm_linear
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.config import MAX_SHARED, LinearConfig, default_norm_linear
+from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
     Prefetch,
@@ -36,7 +36,7 @@ from sinkstream.engine.ops.runtime import (
     tl,
     use_triton,
 )
-from sinkstream.engine.ops.shared_product import norm_rows, refuse_early, shared_product
+from sinkstream.kernels.shared_product import norm_rows, refuse_early, shared_product
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 NORMS = ("layer", "rms")
@@ -165,7 +165,7 @@ def norm_linear(
     out : Tensor, (streams, outputs), optional
         Written in place; its dtype is that of the result (default: the weight's).
     config : LinearConfig, optional
-        Default: the measured one of `sinkstream.engine.ops.config`.
+        Default: the measured one of `sinkstream.kernels.config`.
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool

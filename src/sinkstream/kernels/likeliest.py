@@ -5,7 +5,7 @@ In a decode step the first of them comes before `begin_step`, whose kernel does 
 
 import torch
 
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.runtime import (
     check_tensor,
     gdc_launch_dependents,
     gdc_wait,

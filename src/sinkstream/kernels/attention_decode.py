@@ -11,14 +11,14 @@ import math
 
 import torch
 
-from sinkstream.engine.ops.config import (
+from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
     count_programs,
     default_attention,
     several_attention,
 )
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
     NO_PREFETCH,

@@ -10,7 +10,7 @@ several share is in `shared_product`.
 import torch
 import torch.nn.functional as F
 
-from sinkstream.engine.ops.chunks import (
+from sinkstream.kernels.chunks import (
     check_tile,
     held_products,
     held_rows,
@@ -19,8 +19,8 @@ from sinkstream.engine.ops.chunks import (
     row_products,
     row_terms,
 )
-from sinkstream.engine.ops.config import MAX_SHARED, LinearConfig, default_linear_residual
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.config import MAX_SHARED, LinearConfig, default_linear_residual
+from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
     Prefetch,
@@ -36,7 +36,7 @@ from sinkstream.engine.ops.runtime import (
     tl,
     use_triton,
 )
-from sinkstream.engine.ops.shared_product import refuse_early, shared_product
+from sinkstream.kernels.shared_product import refuse_early, shared_product
 
 
 @jit

@@ -7,9 +7,9 @@ are written back to the row, where the host can read them later.
 
 import torch
 
-from sinkstream.engine.layout import FIELDS, FRAME_POSITION, TOKEN, WINDOW_POSITION
-from sinkstream.engine.ops.likeliest import Tiles, likeliest_of_tiles
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.layout import FIELDS, FRAME_POSITION, TOKEN, WINDOW_POSITION
+from sinkstream.kernels.likeliest import Tiles, likeliest_of_tiles
+from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     check_tensor,
     gdc_wait,
@@ -81,7 +81,7 @@ def begin_step(
     logits : Tensor, (streams, vocab), float32
         Of the step before; not read where the token is given.
     plan : Tensor, (rows, streams, 8), int32
-        Scalars of the coming steps, see `sinkstream.engine.layout`; after the last row comes the first. The token ids
+        Scalars of the coming steps, see `sinkstream.kernels.layout`; after the last row comes the first. The token ids
         are written to the row.
     cursor : Tensor, (streams,), int64
         Row of the step before, -1 before the first. All values are alike: each stream moves its own.

@@ -7,9 +7,9 @@ the chunks of all inputs. Bias, activation and residual are applied before the r
 
 import torch
 
-from sinkstream.engine.ops.chunks import activated, check_tile, load_chunks, normalise
-from sinkstream.engine.ops.config import MAX_SHARED, SharedConfig, default_shared
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.chunks import activated, check_tile, load_chunks, normalise
+from sinkstream.kernels.config import MAX_SHARED, SharedConfig, default_shared
+from sinkstream.kernels.runtime import (
     dot_kind,
     even_programs,
     gdc_launch_dependents,

@@ -7,13 +7,13 @@ programs, that time is hidden. The rows need nothing from the kernel before, so 
 
 import torch
 
-from sinkstream.engine.ops.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
-from sinkstream.engine.ops.attention_decode import check_inputs as check_attention
-from sinkstream.engine.ops.chunks import check_tile
-from sinkstream.engine.ops.config import BesideConfig, default_beside
-from sinkstream.engine.ops.norm_linear import check_inputs as check_linear
-from sinkstream.engine.ops.norm_linear import norm_linear, serve_tiles
-from sinkstream.engine.ops.runtime import (
+from sinkstream.kernels.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
+from sinkstream.kernels.attention_decode import check_inputs as check_attention
+from sinkstream.kernels.chunks import check_tile
+from sinkstream.kernels.config import BesideConfig, default_beside
+from sinkstream.kernels.norm_linear import check_inputs as check_linear
+from sinkstream.kernels.norm_linear import norm_linear, serve_tiles
+from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
     Prefetch,
