@@ -84,6 +84,7 @@ test-newest:  ## run them with the newest releases of today, unpinned, in an env
 	@.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal $(RELEASE_TESTS) $(ARGS)
 
 test-install:  ## install the package alone, unpinned, as a user does, and run the README's examples with it
+	@rm -rf build  # setuptools would pack modules of earlier builds
 	@"$(PYTHON)" -m venv --clear .venv-install
 	@.venv-install/bin/python $(PIP_OPTIONS) "$(TORCH)" .
 	@.venv-install/bin/python -I scripts/check_install.py README.md

@@ -287,7 +287,7 @@ def test_a_record_reads_back_as_it_was_written(store, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "sinkstream.studies.diagnosis/2"}, "field 'schema' is 'sinkstream.studies.diagnosis/2'"),
+        ({"schema": "sinkstream.diagnosis/2"}, "field 'schema' is 'sinkstream.diagnosis/2'"),
         ({"model": None}, "required field 'model' is missing"),
         ({"policies": []}, "field 'policies' is empty"),
         ({"policies": [{}]}, r"policies\[0\].label"),
@@ -477,12 +477,12 @@ def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
         ("nosuch.json", "nosuch.json: there is no such record"),
         (
             "notes.json",
-            "notes.json: field 'schema' is 'sinkstream.studies.diagnosis/1'; this version reads 'sinkstream.run/1'",
+            "notes.json: field 'schema' is 'sinkstream.diagnosis/1'; this version reads 'sinkstream.run/1'",
         ),
     ],
 )
 def test_mistakes_about_records_are_told_in_one_line(cli, tmp_path, line, message):
-    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.studies.diagnosis/1"}')
+    (tmp_path / "notes.json").write_text('{"schema": "sinkstream.diagnosis/1"}')
     (tmp_path / "empty").mkdir()
     done = cli(line, shared="")
     assert done.code == 2

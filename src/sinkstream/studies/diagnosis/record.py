@@ -9,7 +9,7 @@ from sinkstream.records.json_files import check_schema, load_family, read_json, 
 from sinkstream.records.records import Record, new_record_id, plain_json, scrub_paths
 from sinkstream.records.schema import check_environment
 
-SCHEMA = "sinkstream.studies.diagnosis/1"
+SCHEMA = "sinkstream.diagnosis/1"
 FIELDS = ("id", "created", "command", "arguments", "environment", "model", "data", "protocol", "policies")
 POLICY_KEYS = (
     *("label", "run", "tokens_sha256", "commit", "policy", "cap", "ppl", "controls", "strict", "period", "delta_ppl"),
