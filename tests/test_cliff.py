@@ -8,6 +8,7 @@ import tiny_model
 from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
+from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
@@ -215,7 +216,7 @@ def test_the_command_runs_the_grid_and_takes_it_apart(here, capsys):
         assert (its.past.value != 0) == (run.cap == 1024)
     assert (here / "out" / "cliff.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "cap 128: strict" in shown and "outside cap" in shown and max(map(len, shown.splitlines())) <= 150
+    assert "cap 128: strict" in shown and "outside cap" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
     assert main(line("--positions", "cache", "--resume")) == 0
     assert len(load_records("out")) == 6 and capsys.readouterr().out.count("taken from") == 6
 

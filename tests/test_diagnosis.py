@@ -17,6 +17,7 @@ from record_factory import make_arrays, make_record
 
 import sinkstream.evaluation.batch as batch_module
 from sinkstream.cli import main
+from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.report.documents import render_tables
@@ -395,7 +396,7 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert sorted(r.protocol["cap"] for r in runs if r.policy["name"] == "strict") == [24, 36, 42, 45, 48]
     assert {entry["latency"]["tokens"] for entry in diagnosis.policies} == {90 - 64}
     assert all(entry["verdict"]["line"] in done.out for entry in diagnosis.policies)
-    assert max(map(len, done.out.split("lazy R=16: ")[0].splitlines())) <= 150
+    assert max(map(len, done.out.split("lazy R=16: ")[0].splitlines())) <= PIPE_WIDTH
     files = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
     pictures = {f"01-lazy-r-16-{name}.png" for name in DIAGNOSIS_PICTURES} | {"attribution.png"}
     assert pictures | {"diagnosis.html", "01-lazy-r-16-tokens.csv", "01-lazy-r-16-events.csv"} <= files

@@ -18,6 +18,7 @@ from rich.console import Console
 import sinkstream.evaluation.run as run_module
 import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
+from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.sessions import HfBackend, Session
 from sinkstream.evaluation.settings import RunSettings
@@ -292,7 +293,7 @@ def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
     assert all(np.isfinite(r.passages["nll_again"]).all() for r in records)
     assert (here / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "lazy R=8" in shown and "0.5 ×" in shown and max(map(len, shown.splitlines())) <= 150
+    assert "lazy R=8" in shown and "0.5 ×" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
     assert main(line("--resume", policy="strict,window-only")) == 0
     assert len(load_recalls("out")) == 4 and "strict: taken from recall-tiny" in capsys.readouterr().out
     assert main(line("--resume", seed=1)) == 0
