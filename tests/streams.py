@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 
 import torch
-from oracle.forward import Past, keep_best, run
+from oracle.forward import Past, cache_positions, keep_best, run
 from oracle.models import VOCAB
 from oracle.network import Network
 from oracle.rules import Rule
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 
 from sinkstream.cache import StreamingCache
 from sinkstream.policies import PRESETS, SCORERS
 
-TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle
+TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle: 80 epsilons; stock models take 8 (test_oracle.py)
 SMALL = {  # preset options, shrunk so that 300 tokens bring many prunes
     "compress_every": 12,
     "refresh": 6,
@@ -61,6 +61,33 @@ def feed(model, cache: StreamingCache, ids: torch.Tensor, sizes: Iterable[int] =
             seen(cache)
         if fed >= ids.shape[1]:
             return torch.cat(logits, 1)
+
+
+# ---- what half precision may cost ----
+
+
+def rounding_bound(model) -> float:
+    """Nats by which the NLL of one token may be off: eight roundings a layer, each of half an epsilon to one side."""
+    return 8 * model.config.num_hidden_layers * torch.finfo(model.dtype).eps / 2
+
+
+@torch.no_grad()
+def full_cache_error(model, ids: torch.Tensor) -> torch.Tensor:
+    """Error of the NLL, (T - 1,), of the plain module that is fed ids (T,) token by token and evicts nothing."""
+    cache = DynamicCache(config=model.config)
+    logits = torch.cat([model(token.view(1, 1), past_key_values=cache).logits for token in ids], 1)
+    return nll_of(logits, ids[None])[0] - run(Network(model), ids).nll
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def one_too_far(visible: torch.Tensor) -> torch.Tensor:
+    """For `oracle_run`: positions in the cache, but the first four tokens sit one too far: a wrong rotation."""
+    positions = cache_positions(visible).clone()
+    positions[..., :4] += 1
+    return positions
 
 
 def odd_sizes() -> Iterator[int]:
@@ -194,7 +221,7 @@ class Replay:
         return positions[min(group[0], layers - 1), 0, min(group[1], heads - 1)].tolist()
 
 
-def oracle_run(model, ids: torch.Tensor, options: dict, positions: str = "cache", replay: Replay | None = None):
+def oracle_run(model, ids: torch.Tensor, options: dict, positions="cache", replay: Replay | None = None):
     """The oracle's run of the same policy over ids (T,)."""
     rule = {k: v for k, v in options.items() if k in Rule.__dataclass_fields__ and k != "adaptive"}
     more = {}
