@@ -14,6 +14,15 @@ from sinkstream.models import load_model, weight_bytes
 CHUNK = 16
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """PyTorch's attention on a CPU takes a buffer for every thread: the figures would be those of the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def peak_bytes(call) -> int:
     """The most bytes that a call holds at a time, beyond what was held before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
