@@ -224,7 +224,7 @@ def test_the_attention_function_goes_with_the_cache():
     cache.close()
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
-        assert torch.equal(model(ids[None]).logits, others), "a call without the cache is sdpa's own"
+        assert worst(model(ids[None]).logits, others) < TOLERANCE, "a call without the cache is sdpa's own"
 
 
 def test_eager_models_stay_eager():
