@@ -4,17 +4,19 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 
 import torch
-from oracle.forward import Past, keep_best, run
+from oracle.forward import Past, cache_positions, run
 from oracle.models import VOCAB
 from oracle.network import Network
 from oracle.rules import Rule
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, SCORERS
 
-TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle
+TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle: 80 epsilons; stock models take 8 (test_oracle.py)
+CLEAR = 1e-6  # relative; by how much a decision must be clear, some ten times what float32 takes of it
+UNCLEAR = "rounding decides here, so machines may differ: give the test another text"
 SMALL = {  # preset options, shrunk so that 300 tokens bring many prunes
     "compress_every": 12,
     "refresh": 6,
@@ -64,6 +66,33 @@ def feed(model, cache: StreamingCache, ids: torch.Tensor, sizes: Iterable[int] =
             return torch.cat(logits, 1)
 
 
+# ---- what half precision may cost ----
+
+
+def rounding_bound(model) -> float:
+    """Nats by which the NLL of one token may be off: eight roundings a layer, each of half an epsilon to one side."""
+    return 8 * model.config.num_hidden_layers * torch.finfo(model.dtype).eps / 2
+
+
+@torch.no_grad()
+def full_cache_error(model, ids: torch.Tensor) -> torch.Tensor:
+    """Error of the NLL, (T - 1,), of the plain module that is fed ids (T,) token by token and evicts nothing."""
+    cache = DynamicCache(config=model.config)
+    logits = torch.cat([model(token.view(1, 1), past_key_values=cache).logits for token in ids], 1)
+    return nll_of(logits, ids[None])[0] - run(Network(model), ids).nll
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def one_too_far(visible: torch.Tensor) -> torch.Tensor:
+    """For `oracle_run`: positions in the cache, but the first four tokens sit one too far: a wrong rotation."""
+    positions = cache_positions(visible).clone()
+    positions[..., :4] += 1
+    return positions
+
+
 def odd_sizes() -> Iterator[int]:
     """Forwards of awkward sizes that cross prunes anywhere."""
     while True:
@@ -102,6 +131,13 @@ def generate_text(model, cache: StreamingCache, ids: torch.Tensor, prompt: int =
     return torch.stack(out.logits, 1)
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Likeliest tokens (...,) of logits (..., vocab), on a text where no other may be likeliest on another machine."""
+    first, second = logits.topk(2).values.unbind(-1)
+    assert (first - second).min() > 2 * TOLERANCE, UNCLEAR
+    return logits.argmax(-1)
+
+
 # ---- the same policy for the oracle ----
 
 
@@ -133,7 +169,7 @@ def _bit_reversal(past: Past, tokens, group):
 
 def _key_norm(past: Past, tokens, group):
     """The cache sees keys with the factor of yarn in them."""
-    return -(1000 * (past.key_norm(tokens, group) * past.network.rope_factor).log()).round()
+    return -(1000 * (past.key_norm(tokens, group) * past.network.rope_factor).log())
 
 
 # scorer name -> (options -> score(past, tokens, group), who chooses)
@@ -146,6 +182,26 @@ CHOOSERS = {
     "last-query": (lambda o: lambda p, t, g: p.last_query(t, g), "head"),
     "key-norm": (lambda o: _key_norm, "head"),
 }
+WHOLE = ("uniform", "structural")  # scores that no rounding touches
+ROUNDED = ("key-norm",)  # scores of which only whole numbers count
+
+
+def keep_clearly(score, scorer: str):
+    """`keep_best` by a scorer's score, where what is kept is clear: the same whatever way float32 rounds."""
+
+    def choose(past: Past, candidates: list[int], keep: int, t: int, group) -> list[int]:
+        scores = score(past, candidates, group).double()
+        blur = 0.0 if scorer in WHOLE else CLEAR * scores.abs()
+        known = [scores, scores - blur, scores + blur]
+        exact, least, most = ((s.round() if scorer in ROUNDED else s).tolist() for s in known)
+        least, most = dict(zip(candidates, least)), dict(zip(candidates, most))
+        ranked = [token for _, token in sorted(zip(exact, candidates))]
+        dropped, kept = ranked[:-keep], ranked[-keep:]
+        surely = min((least[token], token) for token in kept)
+        assert all((most[token], token) < surely for token in dropped), UNCLEAR
+        return kept
+
+    return choose
 
 
 class Risk:
@@ -164,9 +220,11 @@ class Risk:
         lower, upper = self.estimates
         if t < 64:
             return gathered >= self.every
-        if self.risk > upper:
-            return gathered >= self.low
-        return self.risk >= lower and gathered >= self.every
+        if gathered < self.low:
+            return False
+        bound = upper if gathered < self.every else min(lower, upper)
+        assert abs(self.risk - bound) > CLEAR * abs(bound), UNCLEAR
+        return self.risk > bound
 
     def _learn(self, value: float) -> None:
         self.risk = value if self.risk is None else self.smoothing * self.risk + (1 - self.smoothing) * value
@@ -195,7 +253,7 @@ class Replay:
         return positions[min(group[0], layers - 1), 0, min(group[1], heads - 1)].tolist()
 
 
-def oracle_run(model, ids: torch.Tensor, options: dict, positions: str = "cache", replay: Replay | None = None):
+def oracle_run(model, ids: torch.Tensor, options: dict, positions="cache", replay: Replay | None = None):
     """The oracle's run of the same policy over ids (T,)."""
     rule = {k: v for k, v in options.items() if k in Rule.__dataclass_fields__ and k != "adaptive"}
     more = {}
@@ -205,7 +263,7 @@ def oracle_run(model, ids: torch.Tensor, options: dict, positions: str = "cache"
     scorer = options.get("scorer")
     if scorer in CHOOSERS:
         make, per = CHOOSERS[scorer]
-        more |= {"choose": keep_best(make(options)), "per": per}
+        more |= {"choose": keep_clearly(make(options), scorer), "per": per}
     elif scorer:
         more |= {"choose": replay, "per": "head"}
     return run(Network(model), ids, Rule(**rule), positions=positions, **more)

@@ -13,10 +13,14 @@ from streams import (
     Replay,
     chunk_sizes,
     feed,
+    full_cache_error,
     generate_text,
     make_cache,
     nll_of,
+    one_too_far,
     oracle_run,
+    root_mean_square,
+    rounding_bound,
     small_policy,
 )
 
@@ -118,6 +122,23 @@ def test_the_rules_of_the_oracle_are_those_of_the_options():
     for name, options in POLICIES.items():
         unknown = {key for key in options if key not in known and not key.startswith("adaptive_")}
         assert not unknown, f"{name}: tell streams.oracle_run what {unknown} means"
+
+
+# ---- half precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", THOROUGH)
+def test_half_precision_costs_what_it_costs_the_module(family, dtype):
+    """Token by token against float64 on the same weights; means would hide errors of opposite sign."""
+    model, ids, options = build(family, dtype, layers=2), token_ids(200), POLICIES["refresh-uniform"]
+    plain, cache = full_cache_error(model, ids), make_cache(model, options)
+    nll = nll_of(feed(model, cache, ids[None], chunk_sizes(cache, 200)), ids[None])[0]
+    found = nll - oracle_run(model, ids, options).nll
+    assert found.abs().max() < rounding_bound(model)
+    assert root_mean_square(found) < 2 * root_mean_square(plain), "not one bit more"
+    wrong = nll - oracle_run(model, ids, options, one_too_far).nll
+    assert wrong.abs().max() > 2 * rounding_bound(model) and root_mean_square(wrong) > 4 * root_mean_square(plain)
 
 
 # ---- the other attention implementation ----

@@ -6,7 +6,16 @@ Also: streams that share the weights and nothing else, positions that are rebase
 import pytest
 import torch
 from oracle.models import FAMILIES, VOCAB, build, token_ids
-from streams import TOLERANCE, FakeTokenizer, oracle_run, small_policy
+from streams import (
+    TOLERANCE,
+    FakeTokenizer,
+    full_cache_error,
+    one_too_far,
+    oracle_run,
+    root_mean_square,
+    rounding_bound,
+    small_policy,
+)
 
 from sinkstream.cache import POSITIONS
 from sinkstream.engine import STEPS, Engine
@@ -144,11 +153,19 @@ def test_rebasing_changes_nothing(positions):
     assert worst(a[1:], b[1:]) < TOLERANCE
 
 
-def test_half_precision_follows_float32():
-    ids = token_ids(200)
-    wide = engine("llama", "refresh-uniform").score(ids)[1:]
-    half = engine(small("llama").to(torch.bfloat16), "refresh-uniform").score(ids)[1:]
-    assert 1e-4 < (wide.mean() - half.mean()).abs() < 0.1
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", THOROUGH)
+def test_half_precision_costs_what_it_costs_the_module(family, dtype, backend):
+    """Token by token against float64 on the same weights; means would hide errors of opposite sign."""
+    model, ids, options = small(family).to(dtype), token_ids(200), POLICIES["refresh-uniform"]
+    plain = full_cache_error(model, ids)
+    nll = engine(model, options, backend=backend).score(ids)[1:].double()
+    found = nll - oracle_run(model, ids, options).nll
+    assert found.abs().max() < rounding_bound(model)
+    assert root_mean_square(found) < 2 * root_mean_square(plain), "not one bit more"
+    wrong = nll - oracle_run(model, ids, options, one_too_far).nll
+    assert wrong.abs().max() > 2 * rounding_bound(model) and root_mean_square(wrong) > 4 * root_mean_square(plain)
 
 
 def test_logits_that_were_handed_out_stay():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle.models import build, token_ids
-from streams import FakeTokenizer, make_cache, small_policy
+from streams import FakeTokenizer, likeliest, make_cache, small_policy
 from tiny_model import tokenizer
 from transformers import TextIteratorStreamer
 
@@ -49,8 +49,10 @@ def cache_text(model, options: dict, prompt: torch.Tensor, tokens: int) -> list[
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    return out[0, len(prompt) :].tolist()
+    return likeliest(torch.stack(out.logits, 1))[0].tolist()
 
 
 def test_a_stream_goes_on_where_it_stopped():

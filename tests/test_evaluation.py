@@ -84,7 +84,7 @@ def hooks_of(model) -> int:
 def test_logits_are_turned_into_figures_slice_by_slice(monkeypatch):
     logits, targets = torch.randn(300, 97), torch.randint(97, (300,))
     whole = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    assert torch.equal(token_nll(logits, targets), whole)
+    torch.testing.assert_close(token_nll(logits, targets), whole, rtol=1e-6, atol=0)  # eight epsilons
     rows = []
     entropy = torch.nn.functional.cross_entropy
     monkeypatch.setattr(
@@ -175,7 +175,7 @@ def test_a_cap_above_the_text_reproduces_the_full_cache(method, healthy):
     more = {"prefill": 30, "evaluate": "blocks"}
     full = run(healthy, text_ids(), settings_of("full", **more)).arrays
     found = run(healthy, text_ids(), settings_of(method, **more | {"cap": TOKENS + 20})).arrays
-    assert worst(found["nll"], full["nll"]) < 2e-6
+    assert worst(found["nll"], full["nll"]) < TOLERANCE  # a cap below the text is off by 1e-2: see above
     assert np.array_equal(found["kv_length"], full["kv_length"])
     assert not found["event"].any() and not found["drop_size"].any()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle.models import FAMILIES as ORACLE_FAMILIES
 from oracle.models import MAX_POSITIONS, build, token_ids
-from oracle.network import rope_frequencies
+from oracle.network import FLOAT32_POWER, rope_frequencies
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -94,7 +94,7 @@ def test_a_supported_model_is_described(family):
     for i, layer in enumerate(past.layers):
         keys[i] = layer.keys.shape
     assert keys == {i: (1, spec.kv_heads, 3, spec.head_dim) for i in range(spec.layers)}
-    torch.testing.assert_close(spec.rope.inv_freq.double(), rope_frequencies(config)[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(spec.rope.inv_freq.double(), rope_frequencies(config)[0], rtol=FLOAT32_POWER, atol=0)
     assert spec.decoder is describe(spec.decoder).decoder
 
 

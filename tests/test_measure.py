@@ -2,27 +2,37 @@
 
 import getpass
 import json
+import os
 import platform
+import socket
 import subprocess
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
-from sinkstream.measure.memory import PeakMemory
+from sinkstream.measure.memory import PeakMemory, held_mb
 from sinkstream.measure.metrics import summarise
 from sinkstream.measure.timing import distribution, latency_summary, timed
 from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.records.schema import check_environment
 
 
-def test_timed_returns_result_and_covers_the_call():
-    result, seconds = timed(lambda a, b: (time.sleep(0.02), a - b)[1], 5, b=3, device="cpu")
-    assert result == 2
-    assert seconds >= 0.02
+def test_timed_returns_result_and_covers_the_call(monkeypatch):
+    """On a clock that stands still but for the call."""
+    now = [7.0]
+    monkeypatch.setattr("sinkstream.measure.timing.time.perf_counter", lambda: now[0])
+
+    def work(a: int, b: int) -> int:
+        now[0] += 0.25
+        return a - b
+
+    assert timed(work, 5, b=3, device="cpu") == (2, 0.25)
 
 
 def test_timed_synchronises_before_both_clock_reads(monkeypatch):
@@ -70,16 +80,43 @@ def test_distribution_of_nothing():
     assert distribution(np.array([np.nan]), with_max=True) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
 
 
-def test_peak_memory_on_cpu_sees_what_was_freed_again():
-    """A reading before and after would miss a buffer that lives only inside the run."""
+class HeldMemory:
+    """Stands in for psutil's process: holds what it is told to, and knows when that has been read."""
+
+    def __init__(self, held_mb: int):
+        self.held_mb, self.lock, self.read = held_mb, threading.Lock(), threading.Event()
+
+    def memory_info(self) -> SimpleNamespace:
+        with self.lock:
+            self.read.set()
+            return SimpleNamespace(rss=self.held_mb * 2**20)
+
+    def hold(self, held_mb: int) -> None:
+        """From now on hold that many MB; returns once somebody has read it."""
+        with self.lock:
+            self.held_mb = held_mb
+            self.read.clear()
+        assert self.read.wait(timeout=600), "nobody reads while the body runs"
+
+
+def test_peak_memory_on_cpu_sees_what_was_freed_again(monkeypatch):
+    """A reading before and after would miss what is held inside the run only."""
+    process = HeldMemory(100)
+    monkeypatch.setattr("sinkstream.measure.memory.psutil.Process", lambda: process)
     with PeakMemory("cpu") as idle:
-        time.sleep(0.15)
+        process.hold(100)
     with PeakMemory("cpu") as busy:
-        buffer = np.ones(200 * 2**20 // 8)
-        time.sleep(0.15)
-        del buffer
-    assert busy.kind == "process_rss_sampled"
-    assert 150 < busy.peak_mb - idle.peak_mb < 300
+        process.hold(300)
+        process.hold(100)
+    assert (idle.peak_mb, busy.peak_mb) == (100, 300)
+
+
+def test_memory_of_this_process_is_in_mb():
+    with PeakMemory("cpu") as memory:
+        held = held_mb("cpu")
+    assert memory.kind == "process_rss_sampled"
+    total = psutil.virtual_memory().total / 2**20
+    assert 1 < held < total and 1 < memory.peak_mb < total, "bytes or GB would be outside"
 
 
 def test_environment_is_complete_and_serialisable():
@@ -91,12 +128,20 @@ def test_environment_is_complete_and_serialisable():
     assert info["git"]["commit"] or info["git"]["reason"]
 
 
-def test_environment_tells_nothing_personal():
+def test_environment_tells_nothing_personal(monkeypatch):
+    """The machine and its user get names that no version or CPU has."""
+    real = os.uname()
+    named = os.uname_result((real.sysname, "host-of-ann", *real[2:]))
+    monkeypatch.setattr(os, "uname", lambda: named)
+    monkeypatch.setattr(platform, "uname", lambda: platform.uname_result(*named))
+    monkeypatch.setattr(socket, "gethostname", lambda: named.nodename)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOSTNAME"):
+        monkeypatch.setenv(name, "ann-of-host")
+    monkeypatch.setenv("HOME", "/homes/ann-of-host")
+    personal = (platform.node(), getpass.getuser(), str(Path.home()), str(Path(__file__).parents[1]))
+    assert personal[:3] == ("host-of-ann", "ann-of-host", "/homes/ann-of-host"), "control: whoever asks is told"
     text = format_environment(environment("cpu"))
-    words = text.replace(":", " ").split()
-    assert platform.node() not in words
-    assert getpass.getuser() not in words
-    assert str(Path.home()) not in text and str(Path(__file__).parents[1]) not in text
+    assert not [name for name in personal if name in text]
     assert "versions torch" in text
 
 
@@ -106,8 +151,14 @@ def _git(directory, *arguments):
 
 
 def test_git_revision_of_a_checkout(tmp_path, monkeypatch):
-    """Only the package's own folder makes a run dirty: records written beside it do not."""
+    """Only the package's own folder makes a run dirty, whatever the user's git is set to: records beside it do not."""
     monkeypatch.delenv("SINKSTREAM_GIT_COMMIT", raising=False)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # set in a git hook
+        monkeypatch.delenv(name, raising=False)
+    settings = tmp_path / "gitconfig"
+    settings.write_text("[status]\n\tshowUntrackedFiles = no\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     package = tmp_path / "src" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle.forward import cache_positions, keep_best, run
 from oracle.models import FAMILIES, build, token_ids
-from oracle.network import Network, rope_frequencies
+from oracle.network import FLOAT32_POWER, Network, rope_frequencies
 from oracle.rules import Rule
 from torch.overrides import TorchFunctionMode
 
@@ -94,7 +94,7 @@ def test_frequencies_equal_those_of_transformers(family):
     model = build(family)
     rotary = getattr(model, model.base_model_prefix).rotary_emb
     frequencies, factor = rope_frequencies(model.config)
-    torch.testing.assert_close(frequencies.float(), rotary.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(frequencies.float(), rotary.inv_freq, rtol=FLOAT32_POWER, atol=0)
     assert factor == pytest.approx(rotary.attention_scaling, abs=1e-12)
     assert (factor != 1) == (family == "llama_yarn")
 

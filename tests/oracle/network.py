@@ -8,6 +8,9 @@ import math
 import torch
 
 F64 = torch.float64
+# What a frequency may be off by where float32 takes base ** exponent, relative: half an ulp of the exponent times the
+# logarithm of 10,000 is 5.5e-7, the power itself two ulps on some machines, each of two divisions half an ulp.
+FLOAT32_POWER = 1e-6
 
 
 def rope_frequencies(config) -> tuple[torch.Tensor, float]:

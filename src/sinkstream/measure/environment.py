@@ -87,7 +87,7 @@ def git_revision(package_directory: Path = _PACKAGE_DIRECTORY) -> dict[str, Any]
     """
     if _git(package_directory, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(package_directory, "rev-parse", "--verify", "HEAD")
-        status = _git(package_directory, "status", "--porcelain", "--", ".")
+        status = _git(package_directory, "status", "--porcelain", "--untracked-files=normal", "--", ".")
         if commit and status is not None:
             return {"commit": commit, "dirty": bool(status), "reason": None}
     stated = os.environ.get(COMMIT_VARIABLE, "").strip()
