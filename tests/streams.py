@@ -78,7 +78,7 @@ def rounding_bound(model) -> float:
 def full_cache_error(model, ids: torch.Tensor) -> torch.Tensor:
     """Error of the NLL, (T - 1,), of the plain module that is fed ids (T,) token by token and evicts nothing."""
     cache = DynamicCache(config=model.config)
-    logits = torch.cat([model(token.view(1, 1), past_key_values=cache).logits for token in ids], 1)
+    logits = torch.cat([model(token.view(1, 1), **with_cache(model, cache)).logits for token in ids], 1)
     return nll_of(logits, ids[None])[0] - run(Network(model), ids).nll
 
 

@@ -129,7 +129,7 @@ def test_pinned_keys_that_are_rotated_again_and_again_would_show(dtype, drifts, 
     cache = make_cache(model, {"sink": 4, "window": 20, "compress_every": 12})
     with torch.no_grad():
         for piece in ids.split(12):
-            model.model(piece[None], past_key_values=cache)
+            model.model(piece[None], **with_cache(model, cache))
     assert cache.stats()["events"] > 1600
     error, (_, rounding) = pinned_error(cache, network, ids).max(), key_rounding(network, dtype)
     assert error > rounding if drifts else error <= rounding

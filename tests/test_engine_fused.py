@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops_cases import NEEDS_TRITON
 from oracle.models import build, token_ids
-from streams import FakeTokenizer, small_policy
+from streams import FakeTokenizer, feed, make_cache, small_policy
 
 from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
@@ -128,11 +128,12 @@ def kernels_only():
 def test_kernels_in_the_interpreter(family, policy, kernels_only):
     model = build(family, torch.float16, layers=1)
     options = small_policy(policy) | {"sink": 2, "window": 3}
-    shrunk = {"refresh": 2, "compress_every": 2} if policy != "strict" else {}
-    ring, kernels = (engine(model=model, policy=options | shrunk, backend=b) for b in ("ring", "kernels"))
-    for token in token_ids(10).tolist():
+    options |= {"refresh": 2, "compress_every": 1} if policy != "strict" else {}  # it observes more than the window
+    ring, kernels = (engine(model=model, policy=options, backend=b) for b in ("ring", "kernels"))
+    cached = feed(model, make_cache(model, options), token_ids(10)[None])[0]
+    for token, by_cache in zip(token_ids(10).tolist(), cached):
         expected, found = ring.step([token]), kernels.step([token])
-        assert worst(expected, found) < 0.02
+        assert worst(expected, found) < 0.02 and worst(by_cache, found[0]) < 0.02
     assert kernels.stats()["events"] >= 1
     assert expected.std() > 0.3, "control: logits are of another size than the tolerance"
 

@@ -259,10 +259,20 @@ def test_visible_sets_per_head_reach_their_head():
     assert last[1, 0].tolist() != last[1, 1].tolist() and last[0, 0].tolist() == last[1, 1].tolist()
 
 
-def test_recent_refuses_queries_that_left_the_window():
-    network, ids = Network(build("llama")), token_ids(60)
-    with pytest.raises(ValueError, match="obs=20"):
-        run(network, ids, Rule(2, 10, 2), choose=keep_best(lambda past, tokens, group: past.recent(tokens, 20, group)))
+@pytest.mark.parametrize("rule", [Rule(2, 10, 6), Rule(3, 1, 5), Rule(0, 2, 4, compress_every=5)], ids=str)
+def test_only_queries_with_a_token_in_the_window_are_asked(rule):
+    """In one layer a transformers pass over the cached tokens shows what each of them gives to each other one."""
+    model, ids = build("llama", layers=1), token_ids(60)
+    network = Network(model)
+    past = run(network, ids, rule, choose=every_third).past
+    cached = past.visible[0, 0].tolist()
+    window = cached[rule.sink + rule.refresh :]
+    assert past.window == window == list(range(60 - len(window), 60))
+    attention = reference(model, ids[None, cached]).attentions[0][0].unflatten(0, (network.kv_heads, -1)).mean((0, 1))
+    for obs in (1, len(window), 32):
+        expected = attention[-min(obs, len(window)) :].sum(0)
+        torch.testing.assert_close(past.recent(cached, obs), expected, rtol=0, atol=1e-9)
+    assert (attention[-len(window) - 1] > 0).any(), "control: an older query would add to the sum"
 
 
 def test_adaptive_run_reads_the_risk_of_the_previous_step():

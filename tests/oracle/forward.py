@@ -32,6 +32,7 @@ class Past:
         self._entropy = torch.zeros(ids.shape, dtype=F64)  # of the output at t
         self._doubt = torch.zeros(ids.shape, dtype=F64)  # 1 - top-1 probability of the output at t
         self.visible: torch.Tensor | None = None  # (layers, kv_heads, n): what is cached before a drop
+        self.window: list[int] = []  # tokens of the window before a drop, those that are about to leave it included
 
     @staticmethod
     def _pick(scores: torch.Tensor, group, tokens) -> torch.Tensor:
@@ -72,15 +73,14 @@ class Past:
     def recent(self, tokens, obs: int, group=None) -> torch.Tensor:
         """Attention received from the latest `obs` queries, re-scored against what is cached now.
 
-        Queries (tokens t - obs .. t - 1) and keys sit at their current positions; queries see window keys causally.
-        Early on there are fewer than `obs` queries; later all of them must still be in the window.
+        Queries and keys sit at their current positions; queries see window keys causally. A query is asked only while
+        its own token is in the window, so there are fewer than `obs` early on and where the window is shorter.
         """
         network, visible = self.network, self.visible
         layers, kv_heads, n = visible.shape
-        newest = int(visible[0, 0, -1])
-        wanted, obs = obs, min(obs, newest + 1)
-        if obs > n or (visible[..., n - obs] != newest - obs + 1).any():
-            raise ValueError(f"obs={wanted} reaches past the window; accepted: at most the tokens still in the window")
+        asking_tokens = [token for token in self.window if token >= int(visible[0, 0, -1]) + 1 - obs]
+        obs = len(asking_tokens)
+        assert (visible[..., n - obs :] == torch.tensor(asking_tokens)).all(), "the window is what every head sees last"
         place = self.positions(visible)
         scores = torch.zeros_like(self._received)
         for layer in range(layers):
@@ -203,7 +203,7 @@ def run(
         visible = _as_tensor(step.visible, network)
         out, attention = _step(network, past, t, visible)
         logits.append(out if keep_logits else None)
-        past.visible = visible
+        past.visible, past.window = visible, list(stream.window)
         traces.append(Trace(visible, step.event, step.drop_size, attention if keep_attention else None))
     nll = past._nll[:, 1:]
     shown = torch.stack(logits, 1) if keep_logits else None

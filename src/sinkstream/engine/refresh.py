@@ -97,13 +97,15 @@ def copy_sinks(state, stream: int) -> None:
 def candidate_attention(state, stream: int, leaving: int) -> torch.Tensor:
     """Attention that the kept queries give to the candidates, at their present places in the cache.
 
+    Queries whose tokens have left the window are passed over: they have no position any more.
+
     Returns
     -------
     Tensor, (layers, 1, kv_heads, candidates), float32
         Summed over the queries, mean over the query heads of a kv head.
     """
     g, counters, rope = state.geometry, state.counters[stream], state.spec.rope
-    count = min(counters.seen, state.observed_queries)
+    count = min(counters.window, state.observed_queries)
     asked = torch.arange(counters.seen - count, counters.seen, device=state.device)
     shift = 0 if g.original else counters.rebased() - counters.base
     frame = rope.angles(torch.tensor(shift, device=state.device))
