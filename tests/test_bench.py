@@ -1,7 +1,14 @@
 """The speed benchmark: real tiny runs on a CPU, the arithmetic against hand numbers, records, tables and headlines."""
 
+import errno
 import io
 import json
+import os
+import re
+import signal
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +19,7 @@ from record_factory import make_arrays, make_bench_record, make_record
 from rich.console import Console
 
 import sinkstream.bench.decoding as decoding
+import sinkstream.bench.session as bench_session
 import sinkstream.cli.bench as command
 from sinkstream.bench.record import speed
 from sinkstream.bench.records import load_bench_record, load_bench_records, write_bench_record
@@ -24,11 +32,13 @@ from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.kernels.layout import TOKEN
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes
+from sinkstream.records.files import WriteError
 from sinkstream.records.records import load_records, write_record
 from sinkstream.report.precision import precision_runs, worst_relative_error
 from sinkstream.report.summary import write_summary
@@ -46,8 +56,10 @@ def session(tmp_path):
         protocol = Protocol(**{"tokens": 20, "warmup": 3} | protocol)
         loaded = tiny_model.loaded(family)
         text = random_tokens(loaded.model.config.vocab_size, 200)
-        more = {"resume": resume, "lenient": lenient, "block_tokens": block_tokens}
-        return BenchSession(loaded, text, protocol, CEILING, 0.5, tmp_path, "s", {}, ["bench"], 0, **more)
+        request = Request(tmp_path, {}, ["bench"], 0, resume)
+        return BenchSession(
+            loaded, text, protocol, CEILING, 0.5, request, "s", lenient=lenient, block_tokens=block_tokens
+        )
 
     return make
 
@@ -230,6 +242,75 @@ def test_an_interrupted_turn_keeps_what_all_have(session, monkeypatch):
         interrupt_after(patched, 0)
         with pytest.raises(KeyboardInterrupt):
             session(tokens=200).run([configs()], console())
+
+
+# ---- what would lose figures ----
+
+
+@pytest.fixture
+def rescued(tmp_path, monkeypatch):
+    """The folder that takes what its own folder does not."""
+    folder = tmp_path.parent / "rescued"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def fill_disk(monkeypatch, folder: Path, kinds: str = ".json .npz .safetensors") -> None:
+    """No file of these kinds can be put into a folder any more."""
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).parent == folder and Path(target).suffix in kinds.split():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(source, target)
+
+    monkeypatch.setattr("sinkstream.records.files.os.replace", full)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_runs(session, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 0)
+    one = session()
+    with pytest.raises(KeyboardInterrupt):
+        one.run([configs()], console())  # the control: without the mistake it would run
+    (tmp_path / "file").write_text("")
+    one.request = replace(one.request, out=tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match="file/x: cannot be written: Not a directory"):
+        one.run([configs()], console())
+
+
+def test_a_full_disk_keeps_every_record_of_a_turn_elsewhere(session, tmp_path, monkeypatch, rescued):
+    fill_disk(monkeypatch, tmp_path)
+    with pytest.raises(WriteError) as failed:
+        session().run([configs("ring", "strict", "lazy")], console())
+    told = re.findall(
+        r"could not write \S+ .*?No space left on device.*?; the record was kept as (\S+?\.json)", str(failed.value)
+    )
+    assert [load_bench_record(path).policy["name"] for path in told] == ["strict", "lazy"]
+    assert all(rescued in Path(path).parents for path in told) and load_bench_records(tmp_path) == []
+
+
+def test_a_disk_that_fills_in_a_long_run_ends_it_with_what_was_measured(session, tmp_path, monkeypatch):
+    fill_disk(monkeypatch, tmp_path, ".safetensors")
+    outcome = session(tokens=250, block_tokens=100).run([configs(), configs("ring", "lazy")], console())
+    (record,) = outcome.records
+    assert outcome.interrupted and (record.status, record.steady["tokens"]) == ("partial", 100)
+    assert re.search(
+        r"interrupted after 100 of 250 steady tokens: could not write .*No space left", record.status_reason
+    )
+
+
+def test_ctrl_c_while_a_record_is_written_acts_afterwards(session, tmp_path, monkeypatch):
+    write = bench_session.write_bench_record
+
+    def pressed(record, folder):
+        signal.raise_signal(signal.SIGINT)
+        return write(record, folder)
+
+    monkeypatch.setattr(bench_session, "write_bench_record", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        session().run([configs("ring", "strict", "lazy"), configs()], console())
+    assert [r.policy["name"] for r in load_bench_records(tmp_path)] == ["strict", "lazy"], "the turn is whole, no more"
 
 
 # ---- arithmetic ----

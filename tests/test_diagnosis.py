@@ -1,12 +1,15 @@
 """The diagnosis of planted runs, its record and reports; the command on a tiny model, and what it refuses."""
 
 import csv
+import errno
 import json
+import os
 import re
 import runpy
 import shlex
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,6 +455,27 @@ def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch)
     monkeypatch.setattr(batch_module, "run", plain)
     done = cli(f"{LINE} --resume")
     assert done.code == 0 and done.out.count("taken from") == 1
+
+
+def test_a_full_disk_keeps_the_diagnosis_elsewhere(cli, tmp_path, monkeypatch):
+    assert cli(LINE).code == 0
+    runs, (whole,) = tmp_path / "out" / "runs", load_diagnoses(tmp_path / "out")
+    refused, rescued, move = tmp_path / "refused", tmp_path / "rescued", os.replace
+    rescued.mkdir()
+
+    def full(source, target):
+        if refused in Path(target).resolve().parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return move(source, target)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(rescued))
+    monkeypatch.setattr("sinkstream.records.files.os.replace", full)
+    done = cli(str(runs), shared=f"--out {refused}")
+    assert done.code == 2 and "No space left on device" in done.err
+    told = re.search(r"; the record was kept as (\S+)\n", done.err).group(1)
+    assert load_diagnosis(told).policies == whole.policies and rescued in Path(told).parents
+    done = cli(str(runs), shared="--out text.txt")
+    assert done.code == 2 and "--out text.txt: cannot be written" in done.err
 
 
 @pytest.mark.parametrize(

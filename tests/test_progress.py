@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.batch import Batch
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.records.records import load_records
 from sinkstream.show.progress import is_live
@@ -25,11 +26,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def batch(out, **options) -> Batch:
+def batch(out, *, resume: bool = False, **options) -> Batch:
     loaded = tiny_model.loaded()
     ids = loaded.tokenizer(tiny_model.SENTENCE * 3)["input_ids"][:TOKENS]
     stream = TokenStream.of(ids, name="sentence", source="test", text_sha256=None)
-    return Batch(loaded, stream, out, {}, ["sinkstream", "test"], 0, **options)
+    return Batch(loaded, stream, Request(out, {}, ["sinkstream", "test"], 0, resume), **options)
 
 
 def printed(out, file: io.StringIO, *, console: dict | None = None, row=None, enough=None, **options) -> str:

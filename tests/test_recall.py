@@ -20,6 +20,7 @@ import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.sessions import HfBackend, Session
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import PruneSchedule, Step
@@ -84,7 +85,7 @@ GAIN = math.log(SURE + (1 - SURE) / 10_000) + math.log(10_000)  # of a token tha
 def batch(tmp_path, monkeypatch):
     """Run policies with the copying model over `DESIGN`'s streams."""
     monkeypatch.setattr(HfBackend, "session", lambda self: CopySession(self.loaded.model, self.settings))
-    return RecallBatch(tiny_model.loaded(), DESIGN.streams(text_of), tmp_path, {}, ["sinkstream", "recall"], 0)
+    return RecallBatch(tiny_model.loaded(), DESIGN.streams(text_of), Request(tmp_path, {}, ["sinkstream", "recall"], 0))
 
 
 def policy(name: str, **options) -> RunSettings:
@@ -256,7 +257,7 @@ def test_documents_have_a_table_with_or_without_records(tmp_path):
     out = tmp_path / "recall"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HfBackend, "session", lambda self: CopySession(self.loaded.model, self.settings))
-        batch = RecallBatch(loaded, design.streams(text_of), out, {}, ["sinkstream", "recall"], 0)
+        batch = RecallBatch(loaded, design.streams(text_of), Request(out, {}, ["sinkstream", "recall"], 0))
         batch.run([RunSettings(name, 512, evaluate="blocks") for name in ("strict", "full")], Console(quiet=True))
     table = render_tables(tmp_path)["recall-neox-sink-512"]
     assert re.search(r"\| full \| – .*\n\| strict \| 10,000", table) and "cap (512 slots)" in table

@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +21,15 @@ from sinkstream.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
 from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
 from sinkstream.measure.numerics import numerics
-from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
+from sinkstream.records.files import WriteError
 from sinkstream.records.records import new_record_id
-from sinkstream.show.progress import run_progress, tell, tell_ended
+from sinkstream.show.progress import run_progress
 
 
 @dataclass
@@ -63,6 +64,8 @@ class BenchSession:
     ceiling : Bandwidth
     load_sec : float
         Seconds that loading the model took.
+    request : Request
+        Where the records go, and what they say of the command.
     name : str
         The same in all records of one command.
     lenient : bool
@@ -74,12 +77,8 @@ class BenchSession:
     protocol: Protocol
     ceiling: Bandwidth
     load_sec: float
-    out: Path
+    request: Request
     name: str
-    arguments: dict[str, Any]
-    command: list[str]
-    seed: int
-    resume: bool = False
     lenient: bool = False
     block_tokens: int = BLOCK_TOKENS
 
@@ -89,34 +88,27 @@ class BenchSession:
         Raises
         ------
         ValueError
-            If a rung refuses a configuration and the session is not lenient; nothing has run then.
+            If a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing has run then.
         WriteError
-            If a record cannot be written.
+            As `Runner.run`.
         """
         outcome = Outcome()
-        wanted = [group for group in groups if self._served(group, outcome)]
-        self.out.mkdir(parents=True, exist_ok=True)
-        with run_progress(console, TextColumn("{task.fields[pace]}")) as bar:
-            for group in wanted:
-                found = self._finished(group)
-                if len(found) == len(group):
-                    outcome.records += found
-                    tell(bar, f"{_names(group)}: taken from {', '.join(r.id for r in found)}")
-                    continue
-                try:
-                    timed_now, seconds = timed(self._time, group, bar, device=self.loaded.model.device)
-                    pace = " / ".join(f"{r.steady['tpot_ms']:,.2f}" for r in timed_now)
-                    tell_ended(bar, _names(group), timed_now[-1].status, seconds, f"{pace} ms a token")
-                    outcome.records += timed_now
-                except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
-                    if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
-                        raise
-                    told = next(iter(str(error).strip().splitlines()), "")
-                    outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
-                _free()
-                if outcome.records and outcome.records[-1].status != "complete":
-                    outcome.interrupted = True
-                    break
+        jobs = [
+            Job(_names(group), partial(self._measure, group, outcome), partial(self._finished, group))
+            for group in groups
+            if self._served(group, outcome)
+        ]
+        runner = Runner(
+            self.request,
+            write_bench_record,
+            load_bench_record,
+            self.loaded.model.device,
+            _paces,
+            lambda console: run_progress(console, TextColumn("{task.fields[pace]}")),
+            _shown,
+        )
+        outcome.records = runner.run(jobs, console)
+        outcome.interrupted = any(record.status != "complete" for record in outcome.records)
         return outcome
 
     def _served(self, group: Sequence[BenchConfig], outcome: Outcome) -> bool:
@@ -145,24 +137,35 @@ class BenchSession:
 
     # ---- one group ----
 
-    def _time(self, group: Sequence[BenchConfig], bar: Bar) -> list[BenchRecord]:
+    def _measure(self, group: Sequence[BenchConfig], outcome: Outcome, report: Report) -> list[Callable]:
+        try:
+            return self._time(group, report)
+        except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
+            if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
+                raise
+            told = next(iter(str(error).strip().splitlines()), "")
+            outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
+            return []
+        finally:
+            _free()
+
+    def _time(self, group: Sequence[BenchConfig], report: Report) -> list[Callable]:
         rung = RUNGS[group[0].rung](self.loaded)
         protocol = rung.fitted(self.protocol, group[0])
         ids = [self._begun(config) or new_record_id("bench", self.loaded.name, config.label) for config in group]
         runs = [TimedRun(config, protocol, record_id, ids[0], len(group)) for config, record_id in zip(group, ids)]
         source = Source(self.text.ids.to(self.loaded.model.device), group[0].streams)
-        shown = _shown(bar, _names(group))
         with PeakMemory(self.loaded.model.device) as memory:
             if isinstance(rung, StaticRung):
                 generate_static(rung, runs[0], source)
                 torch.compiler.reset()
-                shown(runs[0].samples.tokens, protocol.tokens)
+                report(runs[0].samples.tokens, protocol.tokens)
             else:
-                self._time_lanes(rung, runs, source, shown)
-        return [self._write(rung, run, memory) for run in runs]
+                self._time_lanes(rung, runs, source, report)
+        return [partial(self._record, rung, run, memory) for run in runs]
 
     @torch.inference_mode()
-    def _time_lanes(self, rung: Rung, runs: Sequence[TimedRun], source: Source, shown: Callable) -> None:
+    def _time_lanes(self, rung: Rung, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
         progress = self._progress(rung, runs)
         protocol, lanes = runs[0].protocol, []
         try:
@@ -174,15 +177,16 @@ class BenchSession:
                 for lane in lanes:
                     lane.warm_up()
             keep = (lambda: progress.save(lanes[0])) if progress else None
-            decode_in_turns(lanes, block_tokens=self.block_tokens, progress=shown, after_block=keep)
+            decode_in_turns(lanes, block_tokens=self.block_tokens, progress=report, after_block=keep)
             for lane in lanes if protocol.profile else ():
                 lane.run.profile = profile_steps(lane.decode, source.table.device)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WriteError) as error:
             level(runs)
             if len(lanes) < len(runs) or not runs[0].samples.tokens:
                 raise
+            why = f": {error.strerror}" if isinstance(error, WriteError) else ""
             for run in runs:
-                run.reason = f"interrupted after {run.samples.tokens:,} of {protocol.tokens:,} steady tokens"
+                run.reason = f"interrupted after {run.samples.tokens:,} of {protocol.tokens:,} steady tokens{why}"
         else:
             if progress:
                 progress.remove()
@@ -194,18 +198,18 @@ class BenchSession:
         """Where a long run of one stream keeps itself, so that it can be gone on with."""
         long = runs[0].protocol.tokens > self.block_tokens
         one = len(runs) == 1 and isinstance(rung, EngineRung) and runs[0].config.streams == 1
-        return Progress(self.out, runs[0].id) if long and one else None
+        return Progress(self.request.out, runs[0].id) if long and one else None
 
     # ---- records ----
 
-    def _write(self, rung: Rung, run: TimedRun, memory: PeakMemory) -> BenchRecord:
+    def _record(self, rung: Rung, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
         model = self.loaded.model
         record = {
             "status": "complete" if run.reason is None else "partial",
             "created": utc_now(),
             "session": self.name,
-            "command": self.command,
-            "arguments": {**self.arguments, "identity": self._identity(run.config)},
+            "command": self.request.command,
+            "arguments": {**self.request.arguments, "identity": self._identity(run.config)},
             "environment": environment(model.device),
             "model": self.loaded.record(),
             "rung": {
@@ -217,7 +221,7 @@ class BenchSession:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": model.device.type,
                 **numerics(),
-                "seed": self.seed,
+                "seed": self.request.seed,
                 "prefill_tokens": rung.prefill_tokens(run.protocol, run.config),
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
@@ -226,18 +230,17 @@ class BenchSession:
             "memory": {"peak_mb": memory.peak_mb, "kind": memory.kind},
         }
         record["protocol"] |= run_protocol(run)
-        record |= run_figures(run, kv_token_bytes(model), self.ceiling)
-        return load_bench_record(write_bench_record(record, self.out))
+        return record | run_figures(run, kv_token_bytes(model), self.ceiling)
 
     def _identity(self, config: BenchConfig) -> dict[str, Any]:
-        return identity(self.loaded, self.text, config, self.protocol, self.seed)
+        return identity(self.loaded, self.text, config, self.protocol, self.request.seed)
 
     def _earlier(self, config: BenchConfig) -> list[BenchRecord]:
         """Records of the very same configuration, if the session may use them."""
-        if not self.resume:
+        if not self.request.resume:
             return []
         same = self._identity(config)
-        return [r for r in load_bench_records(self.out) if r.arguments.get("identity") == same]
+        return [r for r in load_bench_records(self.request.out) if r.arguments.get("identity") == same]
 
     def _finished(self, group: Sequence[BenchConfig]) -> list[BenchRecord]:
         """A complete record for each configuration, or nothing: those of a group are comparable only together."""
@@ -252,7 +255,7 @@ class BenchSession:
     def _begun(self, config: BenchConfig) -> str | None:
         """The id of an interrupted record that can be gone on with."""
         begun = [r.id for r in self._earlier(config) if r.status == "partial"]
-        return next((i for i in reversed(begun) if Progress(self.out, i).samples() is not None), None)
+        return next((i for i in reversed(begun) if Progress(self.request.out, i).samples() is not None), None)
 
 
 def _names(group: Sequence[BenchConfig]) -> str:
@@ -260,6 +263,11 @@ def _names(group: Sequence[BenchConfig]) -> str:
     first = group[0]
     streams = f", {first.streams} streams" if first.streams > 1 else ""
     return f"{first.rung} {' and '.join(config.run.label() for config in group)}, cap {first.run.cap}{streams}"
+
+
+def _paces(records: list[BenchRecord]) -> list[str]:
+    """Milliseconds a token of the configurations of a group, in words."""
+    return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms a token"]
 
 
 def _shown(bar: Bar, description: str) -> Callable[[int, int], None]:

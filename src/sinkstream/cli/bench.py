@@ -12,10 +12,10 @@ from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
+from sinkstream.cli.eval import request
 from sinkstream.cli.options import (
     add_model_options,
     add_policy_options,
-    all_arguments,
     names_of,
     shared_options,
     whole_numbers,
@@ -109,12 +109,8 @@ class Bench:
                 protocol,
                 ceiling,
                 seconds,
-                args.out,
+                request(args),
                 name,
-                all_arguments(args),
-                args.argv,
-                args.seed,
-                resume=args.resume,
                 lenient=args.ladder,
             )
             outcomes.append(session.run(_groups(args, loaded, rungs), console))

@@ -9,13 +9,12 @@ from rich.markup import escape
 
 from sinkstream.cache import POSITIONS
 from sinkstream.cli import COMMANDS
-from sinkstream.cli.eval import exit_code
+from sinkstream.cli.eval import exit_code, request
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
     add_output,
     add_text,
-    all_arguments,
     block_tokens,
     load_given_model,
     numbers,
@@ -81,8 +80,7 @@ class Cliff:
             sink=args.sink,
             block_tokens=block_tokens(args),
         )
-        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume)
-        records = batch.run(settings, console)
+        records = Batch(loaded, stream, request(args)).run(settings, console)
         _show(records, args.out, console, f"{loaded.name} over {stream.name}, {len(stream):,} tokens")
         return exit_code(records)
 

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS
-from sinkstream.cli.eval import exit_code
-from sinkstream.cli.options import add_output, all_arguments
+from sinkstream.cli.eval import exit_code, request
+from sinkstream.cli.options import add_output
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, tokenize
 from sinkstream.evaluation.batch import Batch
@@ -54,7 +54,7 @@ class Demo:
         size, plan = _size(args, loaded, streams, console)
         args.tokens, args.sample_every = size.tokens, size.sample_every
         settings = size.settings(args.cap)
-        batch = Batch(loaded, streams(size.tokens), args.out, all_arguments(args), args.argv, 0, args.resume)
+        batch = Batch(loaded, streams(size.tokens), request(args, seed=0))
         lines = RowLines([one.label() for one in settings], console.width)
         late = (lambda records: plan.is_late([r.summary["total_sec"] for r in records])) if plan else None
         records = batch.run(settings, console, lines.line, late)

@@ -7,14 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS
-from sinkstream.cli.eval import exit_code
+from sinkstream.cli.eval import exit_code, request
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
     add_output,
     add_policy_options,
     add_text,
-    all_arguments,
     block_tokens,
     load_given_model,
     run_settings,
@@ -86,8 +85,7 @@ class Diagnose:
             sink=getattr(args, "sink", None),
             sample_every=args.sample_every,
         )
-        batch = Batch(loaded, stream, args.out / RUNS, all_arguments(args), args.argv, args.seed, args.resume)
-        records = batch.run(settings, console)
+        records = Batch(loaded, stream, request(args, out=args.out / RUNS)).run(settings, console)
         if records[-1].status != "complete":
             told = f"{records[-1].policy['label']}: {records[-1].status}: {records[-1].status_reason}"
             console.print(f"{told}; --resume continues", style="bold red", markup=False, highlight=False)
@@ -122,14 +120,7 @@ def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | N
     """Diagnose, write all files, print the table and the verdicts."""
     pairs = pair_runs(records)
     with console.status("computing intervals, drawing"):
-        diagnosis, notes = write_diagnosis_files(
-            pairs,
-            args.out,
-            texts,
-            arguments=all_arguments(args),
-            command=args.argv,
-            seed=args.seed,
-        )
+        diagnosis, notes = write_diagnosis_files(pairs, texts, request(args))
     _show(diagnosis, console)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """``sinkstream eval``."""
 
 import argparse
+from pathlib import Path
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.cli.options import (
@@ -17,6 +18,7 @@ from sinkstream.cli.options import (
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.batch import Batch
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.sessions import BACKENDS
 from sinkstream.evaluation.settings import EVALUATE, RunSettings
 from sinkstream.models import LoadedModel
@@ -61,12 +63,18 @@ class Eval:
         stream_first = None if args.text == RANDOM_TEXT else load_text(args.text)
         loaded = load_given_model(args)
         stream = _tokens(args, loaded, stream_first)
-        batch = Batch(loaded, stream, args.out, all_arguments(args), args.argv, args.seed, args.resume, args.interleave)
+        batch = Batch(loaded, stream, request(args), args.interleave)
         records = batch.run(settings, console)
         title = f"{loaded.name} over {stream.name}, {len(stream)} tokens"
         show_records(records, console, title)
         draw_nll(records, args.out, console, title)
         return exit_code(records)
+
+
+def request(args: argparse.Namespace, *, out: Path | None = None, seed: int | None = None) -> Request:
+    """What the command was asked for; `out` and `seed` in place of its options of these names."""
+    out, seed = args.out if out is None else out, args.seed if seed is None else seed
+    return Request(out, all_arguments(args), args.argv, seed, args.resume)
 
 
 def exit_code(records: list) -> int:

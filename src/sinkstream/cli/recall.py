@@ -8,14 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from sinkstream.cli import COMMANDS
-from sinkstream.cli.eval import exit_code
+from sinkstream.cli.eval import exit_code, request
 from sinkstream.cli.options import (
     add_block_tokens,
     add_model_options,
     add_output,
     add_policy_options,
     add_text,
-    all_arguments,
     block_tokens,
     load_given_model,
     numbers,
@@ -65,8 +64,7 @@ class Recall:
         text = load_text(args.text)
         loaded = load_given_model(args)
         streams = design.streams(lambda tokens: tokenize(text, loaded.tokenizer, tokens))
-        batch = RecallBatch(loaded, streams, args.out, all_arguments(args), args.argv, args.seed, args.resume)
-        records = batch.run(settings, console)
+        records = RecallBatch(loaded, streams, request(args)).run(settings, console)
         _show(records, args.out, console, f"{loaded.name} over {text.name}, {len(streams.repeated):,} tokens")
         return exit_code(records)
 

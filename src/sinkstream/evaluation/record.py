@@ -8,6 +8,7 @@ import torch
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.run import RunResult
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.numerics import numerics
@@ -35,10 +36,8 @@ def provenance(
     loaded: LoadedModel,
     stream: TokenStream,
     settings: RunSettings,
-    *,
+    request: Request,
     identity: dict[str, Any],
-    arguments: dict[str, Any],
-    command: list[str],
 ) -> dict[str, Any]:
     """The fields that every kind of record shares: what ran, where, when and how it was asked for.
 
@@ -46,14 +45,12 @@ def provenance(
     ----------
     identity : dict
         As `run_identity` gives it; kept among the arguments, for resuming.
-    arguments, command
-        As in `build_record`.
     """
     policy = settings.policy()
     return {
         "created": utc_now(),
-        "command": command,
-        "arguments": {**arguments, "identity": identity},
+        "command": request.command,
+        "arguments": {**request.arguments, "identity": identity},
         "environment": environment(loaded.model.device),
         "model": loaded.record(),
         "data": stream.record(),
@@ -70,33 +67,22 @@ def build_record(
     loaded: LoadedModel,
     stream: TokenStream,
     settings: RunSettings,
-    *,
-    arguments: dict[str, Any],
-    command: list[str],
-    seed: int,
+    request: Request,
 ) -> dict[str, Any]:
-    """Assemble the record of a run.
-
-    Parameters
-    ----------
-    arguments : dict
-        Every argument of the command, given or default.
-    command : list of str
-        As typed.
-    """
+    """Assemble the record of a run."""
     identity = run_identity(loaded, stream, settings)
     return {
         "id": new_record_id(loaded.name, stream.name, settings.label(), settings.evaluate),
         "status": result.status,
         "status_reason": result.reason,
-        **provenance(loaded, stream, settings, identity=identity, arguments=arguments, command=command),
+        **provenance(loaded, stream, settings, request, identity),
         "protocol": {
             "backend": settings.backend,
             "evaluate": settings.evaluate,
             "dtype": identity["dtype"],
             "device": str(loaded.model.device),
             **numerics(),
-            "seed": seed,
+            "seed": request.seed,
             "cap": settings.cap,
             "cap_accounting": settings.cap_accounting,
             "prefill_tokens": result.prefill_tokens,
@@ -110,14 +96,12 @@ def build_record(
     }
 
 
-def find_complete(directory: Path, identity: dict[str, Any]) -> Record | None:
-    """The newest complete record in `directory` of the very same run, for resuming."""
-    if not directory.is_dir():
-        return None
+def find_complete(directory: Path, identity: dict[str, Any]) -> list[Record]:
+    """The newest complete record in `directory` of the very same run, for resuming; an empty list without one."""
     same = [r for r in load_records(directory) if r.status == "complete" and r.arguments.get("identity") == identity]
-    return same[-1] if same else None
+    return same[-1:]
 
 
 def save_record(record: dict[str, Any], result: RunResult, directory: Path) -> Path:
-    """Write the record and its per-token arrays, both or neither. Raises as `measure.records.write_record`."""
+    """Write the record and its per-token arrays, both or neither. Raises as `records.records.write_record`."""
     return write_record(record, result.arrays, directory)

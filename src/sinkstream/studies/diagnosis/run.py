@@ -1,9 +1,10 @@
 """The diagnosis experiment: the policies' runs and the controls that they are held against."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from sinkstream.evaluation.runner import Request, check_writable, save_or_rescue, uninterrupted
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.environment import git_revision, utc_now
 from sinkstream.records.pairing import same_text_and_model
@@ -194,15 +195,9 @@ def _check(settings: RunSettings, tokens: int) -> None:
 
 
 def write_diagnosis_files(
-    pairs: Sequence[tuple[Record, Controls]],
-    out: Path,
-    texts: Sequence[str] | None,
-    *,
-    arguments: dict[str, Any],
-    command: list[str],
-    seed: int,
+    pairs: Sequence[tuple[Record, Controls]], texts: Sequence[str] | None, request: Request
 ) -> tuple[Diagnosis, list[str]]:
-    """Diagnose every policy and write record, tables, pictures and page below `out`.
+    """Diagnose every policy and write record, tables, pictures and page below the folder of the request.
 
     Parameters
     ----------
@@ -210,8 +205,8 @@ def write_diagnosis_files(
         From `pair_runs`.
     texts : sequence of str or None
         Text of every token, for the per-token tables.
-    arguments, command, seed
-        For the record.
+    request : Request
+        The seed is that of the resampling.
 
     Returns
     -------
@@ -220,34 +215,50 @@ def write_diagnosis_files(
 
     Raises
     ------
-    ValueError, WriteError
-        As `diagnose` and `write_diagnosis`.
+    ValueError
+        As `diagnose` and `write_diagnosis`, or if the folder cannot be written to; nothing is computed then.
+    WriteError
+        If a file cannot be written; for the record the message says where a copy was kept instead.
     """
-    entries = [diagnose(record, controls, seed=seed) for record, controls in pairs]
+    check_writable(request.out)
+    entries = [diagnose(record, controls, seed=request.seed) for record, controls in pairs]
     content = build_diagnosis(
         [record for record, _ in pairs],
         entries,
-        arguments=arguments,
-        command=command,
+        arguments=request.arguments,
+        command=request.command,
         git=git_revision(),
         created=utc_now(),
-        seed=seed,
+        seed=request.seed,
     )
+    with uninterrupted():
+        diagnosis = load_diagnosis(save_or_rescue(partial(write_diagnosis, content), request.out))
     slugs = [f"{number:02d}-{normalised(entry['label'])}" for number, entry in enumerate(entries, 1)]
-    for (record, controls), slug in zip(pairs, slugs):
-        write_token_table(record, controls.strict, texts, out / TABLES / f"{slug}-tokens.csv")
-        write_event_table(record, controls.strict, out / TABLES / f"{slug}-events.csv")
-    diagnosis = load_diagnosis(write_diagnosis(content, out))
-    told = [f"record: {diagnosis.path}, tables: {out / TABLES}"]
+    notes = [f"record: {diagnosis.path}, tables: {_write_tables(pairs, slugs, texts, request.out / TABLES)}"]
     if texts is None:
-        told.append("run records hold no text: the column 'token' of the tables is empty")
+        notes.append("run records hold no text: the column 'token' of the tables is empty")
     try:
-        drawn = [
-            draw_policy(record, controls.strict, entry, out / PICTURES, slug)
-            for (record, controls), entry, slug in zip(pairs, diagnosis.policies, slugs)
-        ]
-        overview = draw_attribution(diagnosis.policies, out / PICTURES / "attribution.png")
+        page = _draw_page(pairs, slugs, diagnosis, request.out)
     except ImportError as error:
-        return diagnosis, [*told, f"no pictures: {error}"]
-    page = write_page(diagnosis, drawn, overview, out / PAGE)
-    return diagnosis, [*told, f"pictures: {out / PICTURES}, page: {page}"]
+        return diagnosis, [*notes, f"no pictures: {error}"]
+    return diagnosis, [*notes, f"pictures: {request.out / PICTURES}, page: {page}"]
+
+
+def _write_tables(
+    pairs: Sequence[tuple[Record, Controls]], slugs: Sequence[str], texts: Sequence[str] | None, folder: Path
+) -> Path:
+    """Write the tables of tokens and of events of every policy; returns their folder."""
+    for (record, controls), slug in zip(pairs, slugs):
+        write_token_table(record, controls.strict, texts, folder / f"{slug}-tokens.csv")
+        write_event_table(record, controls.strict, folder / f"{slug}-events.csv")
+    return folder
+
+
+def _draw_page(pairs: Sequence[tuple[Record, Controls]], slugs: Sequence[str], diagnosis: Diagnosis, out: Path) -> Path:
+    """Draw every picture and write the page that shows them; returns its path. ImportError without matplotlib."""
+    drawn = [
+        draw_policy(record, controls.strict, entry, out / PICTURES, slug)
+        for (record, controls), entry, slug in zip(pairs, diagnosis.policies, slugs)
+    ]
+    overview = draw_attribution(diagnosis.policies, out / PICTURES / "attribution.png")
+    return write_page(diagnosis, drawn, overview, out / PAGE)

@@ -17,7 +17,7 @@ the end of the second, where that fits the trained positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,13 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.batch import check_writable, save_or_rescue, uninterrupted
 from sinkstream.evaluation.record import provenance, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, run
+from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.numerics import numerics
-from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
-from sinkstream.show.progress import shown, tell, tell_ended, token_progress
 from sinkstream.studies.recall.record import RecallRecord, load_recall, load_recalls, write_recall
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
@@ -215,21 +213,13 @@ class RecallBatch:
 
     Attributes
     ----------
-    arguments, command, seed
-        For the records.
-    out : Path
-        Folder of the records.
-    resume : bool
-        Take a complete record of the very same run from `out` instead of running it again.
+    request : Request
+        Where the records go, and what they say of the command.
     """
 
     loaded: LoadedModel
     streams: RecallStreams
-    out: Path
-    arguments: dict[str, Any]
-    command: list[str]
-    seed: int
-    resume: bool = False
+    request: Request
 
     def run(self, settings: list[RunSettings], console: Console) -> list[RecallRecord]:
         """Run all policies in order; an interrupted or failed one is recorded and ends the batch.
@@ -237,27 +227,17 @@ class RecallBatch:
         Raises
         ------
         ValueError
-            If a policy, the model and the streams do not fit together, or `out` cannot be written to; nothing has run
-            then.
+            If a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has run then.
         WriteError
-            If a record cannot be written; it says where a copy was kept instead.
+            As `Runner.run`.
         """
         trials = [self._trials(one) for one in settings]
-        check_writable(self.out)
-        records = []
-        with token_progress(console) as progress:
-            for one, its in zip(settings, trials):
-                found = self._find(one) if self.resume else None
-                if found:
-                    tell(progress, f"{one.label()}: taken from {found.id}")
-                else:
-                    device = self.loaded.model.device
-                    found, seconds = timed(self._run_one, one, its, shown(progress, one.label()), device=device)
-                    tell_ended(progress, one.label(), found.status, seconds)
-                records.append(found)
-                if records[-1].status != "complete":
-                    break
-        return records
+        jobs = [
+            Job(one.label(), partial(self._measure, one, its), partial(self._find, one))
+            for one, its in zip(settings, trials)
+        ]
+        runner = Runner(self.request, write_recall, load_recall, self.loaded.model.device)
+        return runner.run(jobs, console)
 
     def _trials(self, settings: RunSettings) -> list[Trial]:
         if settings.method == "recompute":
@@ -271,9 +251,7 @@ class RecallBatch:
         check_run(self.loaded, len(self.streams.repeated), settings)
         return self.streams.whole()
 
-    def _run_one(
-        self, settings: RunSettings, trials: list[Trial], progress: Callable[[int, int], None]
-    ) -> RecallRecord:
+    def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:
         nll = {name: np.full(len(self.streams.places), np.nan) for name in ("repeated", "control")}
         done, total = 0, 2 * sum(len(trial.control) - 1 - trial.prefill for trial in trials)
         for trial, name in ((trial, name) for trial in trials for name in nll):
@@ -281,16 +259,14 @@ class RecallBatch:
                 self.loaded,
                 getattr(trial, name),
                 replace(settings, prefill=trial.prefill),
-                lambda now, _, before=done: progress(before + now, total),
+                lambda now, _, before=done: report(before + now, total),
             )
             done += len(trial.control) - 1 - trial.prefill
             for number, start in trial.scored:
                 nll[name][number] = self._passage_nll(result, start)
             if result.status != "complete":
                 break
-        with uninterrupted():
-            record = self._record(settings, result, nll)
-            return load_recall(save_or_rescue(lambda folder: write_recall(record, folder), self.out))
+        return [partial(self._record, settings, result, nll)]
 
     def _passage_nll(self, result: RunResult, start: int) -> float:
         """Mean NLL of a passage, its first token left out; NaN if the run did not come that far."""
@@ -306,12 +282,10 @@ class RecallBatch:
             "recall": {**layout, "seed": design.seed, "control_sha256": self.streams.control.sha256},
         }
 
-    def _find(self, settings: RunSettings) -> RecallRecord | None:
-        if not self.out.is_dir():
-            return None
+    def _find(self, settings: RunSettings) -> list[RecallRecord]:
         identity = self._identity(settings)
-        same = [r for r in load_recalls(self.out) if r.status == "complete" and r.arguments["identity"] == identity]
-        return same[-1] if same else None
+        earlier = load_recalls(self.request.out)
+        return [r for r in earlier if r.status == "complete" and r.arguments["identity"] == identity][-1:]
 
     def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
         """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
@@ -323,21 +297,14 @@ class RecallBatch:
             "id": new_record_id("recall", self.loaded.name, streams.repeated.name, settings.label()),
             "status": result.status,
             "status_reason": result.reason,
-            **provenance(
-                self.loaded,
-                streams.repeated,
-                settings,
-                identity=identity,
-                arguments=self.arguments,
-                command=self.command,
-            ),
+            **provenance(self.loaded, streams.repeated, settings, self.request, identity),
             "protocol": {
                 "backend": settings.backend,
                 "evaluate": settings.evaluate,
                 "dtype": identity["dtype"],
                 "device": str(self.loaded.model.device),
                 **numerics(),
-                "seed": self.seed,
+                "seed": self.request.seed,
                 "cap": streams.design.cap,
                 "cap_accounting": settings.cap_accounting,
                 "block_tokens": settings.block_tokens,

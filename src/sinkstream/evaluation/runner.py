@@ -1,0 +1,204 @@
+"""The one runner of commands that keep records: the folder is checked first, and nothing that was measured is lost."""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from sinkstream.measure.timing import timed
+from sinkstream.records.files import WriteError
+from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
+
+R = TypeVar("R")  # a record on disk, with `id` and `status`
+Report = Callable[[int, int], None]  # called with (done, of how many)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked for, as its records keep it.
+
+    Attributes
+    ----------
+    out : Path
+        Folder of the records.
+    arguments : dict
+        Every argument of the command, given or default.
+    command : list of str
+        As typed.
+    seed : int
+    resume : bool
+        Take complete records of the very same work from `out` instead of doing it again.
+    """
+
+    out: Path
+    arguments: dict[str, Any]
+    command: list[str]
+    seed: int
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Job(Generic[R]):
+    """Work that ends in one or several records.
+
+    Attributes
+    ----------
+    name : str
+    measure : callable
+        Does the work, given a `Report`. Returns a callable for each record, which builds its content; none if the
+        work failed and the caller knows.
+    find : callable
+        Returns complete records of the very same work that `out` holds; an empty list without any.
+    """
+
+    name: str
+    measure: Callable[[Report], Sequence[Callable[[], Any]]]
+    find: Callable[[], list[R]]
+
+
+@dataclass
+class Runner(Generic[R]):
+    """Does jobs one after the other, with progress, resuming and records.
+
+    Attributes
+    ----------
+    write : callable
+        Given the content of a record and a folder, writes the record; returns its path.
+    load : callable
+        Reads the record at a path.
+    device : torch.device
+        What the jobs run on.
+    figures : callable
+        What to say of the records of a job that has ended, a few words each.
+    display, line : callable
+        The progress display on a console, and a new line of it as a `Report`.
+    """
+
+    request: Request
+    write: Callable[[Any, Path], Path]
+    load: Callable[[Path], R]
+    device: torch.device
+    figures: Callable[[list[R]], list[str]] = lambda records: []
+    display: Callable[[Console], Progress] = token_progress
+    line: Callable[[Progress, str], Report] = shown
+
+    def run(
+        self,
+        jobs: Sequence[Job[R]],
+        console: Console,
+        row: Callable[[list[R]], str] | None = None,
+        enough: Callable[[list[R]], bool] | None = None,
+    ) -> list[R]:
+        """Do all jobs in order; an interrupted or failed one is recorded and is the last.
+
+        Parameters
+        ----------
+        jobs : sequence of Job
+        console : Console
+            Shows the progress; a file gets a line for every job that has ended.
+        row : callable, optional
+            Given the records so far after each job, the line to print about the last of them, in place of its bar.
+        enough : callable, optional
+            Given the records so far after each job, whether to leave the other jobs out.
+
+        Raises
+        ------
+        ValueError
+            If `out` cannot be written to; nothing has run then.
+        WriteError
+            If a record cannot be written; the message says where a copy was kept instead.
+        KeyboardInterrupt
+            After Ctrl-C while records were being written; they are written.
+        """
+        check_writable(self.request.out)
+        records: list[R] = []
+        with self.display(console) as bars:
+            for job in jobs:
+                found = job.find() if self.request.resume else []
+                if found:
+                    tell(bars, f"{job.name}: taken from {', '.join(record.id for record in found)}")
+                else:
+                    unwritten, seconds = timed(job.measure, self.line(bars, job.name), device=self.device)
+                    found = self._save(unwritten)
+                    if found and row is None:
+                        tell_ended(bars, job.name, found[-1].status, seconds, *self.figures(found))
+                records += found
+                if row:
+                    hide_ended(bars)
+                    tell(bars, row(records))
+                if (found and found[-1].status != "complete") or (enough and enough(records)):
+                    break
+        return records
+
+    def _save(self, unwritten: Sequence[Callable[[], Any]]) -> list[R]:
+        """Write all records, each where it can be; WriteError afterwards if one is not in its folder."""
+        paths, errors = [], []
+        with uninterrupted():
+            for content in [build() for build in unwritten]:
+                try:
+                    paths.append(
+                        save_or_rescue(lambda folder, content=content: self.write(content, folder), self.request.out)
+                    )
+                except WriteError as error:
+                    errors.append(error)
+            if errors:
+                raise WriteError(errors[0].errno, "; ".join(error.strerror for error in errors))
+            return [self.load(path) for path in paths]
+
+
+def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
+    """Write a record with `save(folder)` to `out`; returns its path.
+
+    Raises
+    ------
+    WriteError
+        If that cannot be done; the message says where a copy was kept instead.
+    """
+    try:
+        return save(out)
+    except WriteError as error:
+        raise WriteError(error.errno, f"{error.strerror}; {_rescue(save)}") from error
+
+
+def _rescue(save: Callable[[Path], Path]) -> str:
+    """Write the record to the folder of temporary files; returns what came of it, in words."""
+    try:
+        return f"the record was kept as {save(Path(tempfile.mkdtemp(prefix='sinkstream-rescued-')))}"
+    except OSError as error:
+        return f"and its copy could not be kept either: {error.strerror}"
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError if `out` cannot be written to: fail before hours of work, not after them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(os.urandom(1 << 16))
+            probe.flush()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back while a record is being written; it acts afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held_back = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held_back.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    if held_back:
+        raise KeyboardInterrupt
