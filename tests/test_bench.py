@@ -17,21 +17,24 @@ import tiny_model
 import torch
 from record_factory import make_arrays, make_bench_record, make_record
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkstream.bench.decoding as decoding
 import sinkstream.bench.session as bench_session
 import sinkstream.cli.bench as command
 from sinkstream.bench.record import speed
 from sinkstream.bench.records import load_bench_record, load_bench_records, write_bench_record
-from sinkstream.bench.rungs import RUNGS
+from sinkstream.bench.rungs import rung_runs
 from sinkstream.bench.selection import pairs, rival
 from sinkstream.bench.session import BenchSession
-from sinkstream.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes, step_weight_bytes
+from sinkstream.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
+from sinkstream.evaluation.backends import BACKENDS
+from sinkstream.evaluation.decoders import step_weight_bytes
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.kernels.layout import TOKEN
@@ -135,11 +138,11 @@ def test_streams_read_the_weights_once(session):
 
 def test_every_rung_of_a_cpu_runs_and_the_others_say_why_not(session):
     one = session(tokens=6, lenient=True)
-    runs = {name: RUNGS[name](one.loaded).runs([configs()[0].run]) for name in RUNGS}
-    outcome = one.run([[BenchConfig(name, run) for run in runs[name]] for name in RUNGS], console())
+    runs = {name: rung_runs(name, [configs()[0].run]) for name in BACKENDS}
+    outcome = one.run([[BenchConfig(name, run) for run in runs[name]] for name in BACKENDS], console())
     done = {r.rung["name"]: r for r in outcome.records}
     assert {"hf-recompute-eager", "hf-recompute-sdpa", "hf-full", "hf", "ring"} <= set(done)
-    assert len(done) + len(outcome.refused) == len(RUNGS) and not outcome.failed
+    assert len(done) + len(outcome.refused) == len(BACKENDS) and not outcome.failed
     refused = " ".join(f"{what}: {why}" for what, why in outcome.refused)
     assert "hf-static" in refused and "graph" in refused and "accepted: cuda" in refused
     assert done["hf-recompute-eager"].rung["attention"] == "eager"
@@ -158,10 +161,11 @@ def test_a_rung_asked_for_by_name_is_refused_before_anything_runs(session, tmp_p
 
 
 def test_a_rung_that_breaks_costs_the_ladder_only_that_rung(session, monkeypatch):
-    def broken(self, config):
+    def broken(self):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(RUNGS["hf"], "open", broken)
+    monkeypatch.setattr(BACKENDS["hf"], "open", broken)
+    monkeypatch.setattr(BACKENDS["hf"], "check", lambda self: None)
     outcome = session(lenient=True).run([configs("hf"), configs()], console())
     assert outcome.failed == [(f"hf strict, cap {CAP}", "RuntimeError: no such kernel")]
     assert [r.rung["name"] for r in outcome.records] == ["ring"]
@@ -191,6 +195,35 @@ def test_profile_accounts_for_the_step(session):
     layers = tiny_model.tiny_model().config.num_hidden_layers
     assert next(row for row in record.profile if row["kernel"] == "aten::argmax")["calls"] == 1
     assert next(row for row in record.profile if row["kernel"] == "aten::gelu")["calls"] == layers
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that wait for a device to hand a value to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["greedy", "forced"])
+@pytest.mark.parametrize("rung", ["hf", "hf-full", "ring", "kernels"])
+def test_nothing_in_the_timed_loop_waits_for_the_device(session, monkeypatch, rung, forced):
+    decode, reads = decoding.Lane.decode, Reads()
+
+    def counted(self, tokens):
+        with reads:
+            return decode(self, tokens)
+
+    monkeypatch.setattr(decoding.Lane, "decode", counted)
+    one = session(teacher_forced=forced)
+    (config,) = rung_runs(rung, [configs()[0].run])
+    one.run([[BenchConfig(rung, config)]], console())
+    assert reads.count == 0
+    with reads:
+        torch.ones(1).item()
+    assert reads.count == 1, "the control is not seen"
 
 
 # ---- interrupt and resume ----

@@ -16,9 +16,11 @@ from oracle.models import token_ids
 import sinkstream.evaluation.run as run_module
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.engine import STEPS
+from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
+from sinkstream.evaluation.decoders import RecomputeDecoder, StreamingDecoder
 from sinkstream.evaluation.run import RunResult, check_run, run, run_interleaved
-from sinkstream.evaluation.sessions import BACKENDS, NLL_ROWS, RecomputeSession, StreamingSession, token_nll
 from sinkstream.evaluation.settings import BASELINES, FIXED, RunSettings, method_names
+from sinkstream.measure.metrics import NLL_ROWS, token_nll
 from sinkstream.measure.numerics import numerics, set_numerics
 from sinkstream.policies import PRESETS, PruneSchedule
 from sinkstream.policies.options import option_fields
@@ -291,8 +293,8 @@ def test_nan_logits_between_samples_are_seen_at_the_next_sample(more, healthy, p
 
 
 def test_nan_logits_of_one_forward_only_are_told(healthy, monkeypatch):
-    score = StreamingSession.score
-    monkeypatch.setattr(StreamingSession, "score", lambda *args: float("nan") * score(*args))
+    score = StreamingDecoder.score
+    monkeypatch.setattr(StreamingDecoder, "score", lambda *args: float("nan") * score(*args))
     result = run(healthy, text_ids(), settings_of("strict", evaluate="blocks"))
     assert result.status == "failed"
     assert "tokens 41 to 69 in one forward are not finite, although one by one they are" in result.reason
@@ -347,7 +349,7 @@ def test_ctrl_c_in_the_prefill(healthy, monkeypatch):
     def press(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(StreamingSession, "prefill", press)
+    monkeypatch.setattr(StreamingDecoder, "prefill", press)
     result = run(healthy, text_ids(), settings_of("strict"))
     assert (result.status, result.reason) == ("partial", f"interrupted after token {CAP}")
     assert result.summary["decode_tokens"] == 0 and result.summary["ttft_ms"] is None
@@ -503,13 +505,13 @@ def test_labels_tell_namesakes_apart():
     assert len(labels) == 1 + len(changed)
 
 
-# ---- sessions and switches ----
+# ---- decoders and switches ----
 
 
 def test_recompute_takes_one_token_or_scores(healthy):
-    session = RecomputeSession(healthy.model, settings_of("recompute"))
+    decoder = RecomputeDecoder(healthy.model, settings_of("recompute"))
     with pytest.raises(AssertionError, match="one token at a time"):
-        session.feed(text_ids(), last_only=False)
+        decoder.feed(text_ids(), last_only=False)
 
 
 def test_numerics_are_set_and_read():
@@ -558,6 +560,16 @@ def test_baselines_are_refused_by_the_engine(method, backend, healthy):
             check(healthy, TOKENS, settings)
 
 
+def test_a_rung_of_one_baseline_runs_that_baseline_only(healthy):
+    wanted = run(healthy, text_ids(), settings_of("full", evaluate="blocks"))
+    found = run(healthy, text_ids(), settings_of("full", evaluate="blocks", backend="hf-full"))
+    assert np.array_equal(wanted.arrays["nll"], found.arrays["nll"])
+    with pytest.raises(ValueError, match="runs the baseline 'full' only, and not 'strict'; accepted: --backend hf"):
+        check_run(healthy, TOKENS, settings_of("strict", backend="hf-full"))
+    with pytest.raises(ValueError, match="which only the benchmark times"):
+        run(healthy, text_ids(), settings_of("full", backend="hf-static"))
+
+
 def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
     hooks = hooks_of(healthy.model)
     monkeypatch.setattr("sinkstream.engine.engine.pack", lambda model: pytest.fail("packed"))
@@ -571,7 +583,7 @@ def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
 
 
 def test_every_rung_of_the_engine_is_a_backend():
-    assert BACKENDS.names() == ["hf", *STEPS.names()]
+    assert evaluation_backends() == ["hf", *STEPS.names()] and set(evaluation_backends()) < set(BACKENDS)
     assert all(BACKENDS.summary(name) == STEPS.summary(name) != "" for name in STEPS) and BACKENDS.summary("hf")
 
 

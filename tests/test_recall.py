@@ -20,8 +20,9 @@ import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.backends import HfBackend
+from sinkstream.evaluation.decoders import Decoder
 from sinkstream.evaluation.runner import Request
-from sinkstream.evaluation.sessions import HfBackend, Session
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import PruneSchedule, Step
 from sinkstream.records.records import load_records
@@ -42,7 +43,7 @@ def text_of(tokens: int) -> TokenStream:
     return TokenStream.of(ids, name="permutation", source="test", text_sha256=None)
 
 
-class CopySession(Session):
+class CopyDecoder(Decoder):
     """Predicts the token that followed the present one before, if it is still visible; else any token alike."""
 
     def __init__(self, model, settings):
@@ -84,7 +85,7 @@ GAIN = math.log(SURE + (1 - SURE) / 10_000) + math.log(10_000)  # of a token tha
 @pytest.fixture
 def batch(tmp_path, monkeypatch):
     """Run policies with the copying model over `DESIGN`'s streams."""
-    monkeypatch.setattr(HfBackend, "session", lambda self: CopySession(self.loaded.model, self.settings))
+    monkeypatch.setattr(HfBackend, "open", lambda self: CopyDecoder(self.loaded.model, self.settings))
     return RecallBatch(tiny_model.loaded(), DESIGN.streams(text_of), Request(tmp_path, {}, ["sinkstream", "recall"], 0))
 
 
@@ -256,7 +257,7 @@ def test_documents_have_a_table_with_or_without_records(tmp_path):
     object.__setattr__(loaded, "name", "neox-27m-sink")
     out = tmp_path / "recall"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HfBackend, "session", lambda self: CopySession(self.loaded.model, self.settings))
+        patch.setattr(HfBackend, "open", lambda self: CopyDecoder(self.loaded.model, self.settings))
         batch = RecallBatch(loaded, design.streams(text_of), Request(out, {}, ["sinkstream", "recall"], 0))
         batch.run([RunSettings(name, 512, evaluate="blocks") for name in ("strict", "full")], Console(quiet=True))
     table = render_tables(tmp_path)["recall-neox-sink-512"]

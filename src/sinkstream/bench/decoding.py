@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sinkstream.bench.rungs import Decoder, Rung
-from sinkstream.bench.settings import BenchConfig, Protocol, step_weight_bytes
+from sinkstream.bench.rungs import open_timed, prompt_tokens
+from sinkstream.bench.settings import BenchConfig, Protocol
+from sinkstream.evaluation.decoders import step_weight_bytes
 from sinkstream.measure.memory import held_mb
+from sinkstream.measure.metrics import token_nll
 from sinkstream.measure.timing import TokenClock, timed
+from sinkstream.models import LoadedModel
 
 STREAM_OFFSET = 1009  # tokens between the places where two streams begin in the text
 
@@ -116,19 +119,17 @@ class TimedRun:
 
 
 class Lane:
-    """One configuration of a turn while it runs: its decoder, and where it is."""
+    """One configuration of a turn while it runs: its decoder, which it opens, and where it is."""
 
-    def __init__(self, run: TimedRun, decoder: Decoder, source: Source):
-        self.run, self.decoder, self.source = run, decoder, source
+    def __init__(self, run: TimedRun, loaded: LoadedModel, source: Source):
+        self.run, self.source = run, source
         self.device = source.table.device
         self.clock = TokenClock(self.device)
         self.position = 0
         self.logits: torch.Tensor | None = None
-        run.weight_bytes = decoder.weight_bytes
-        run.setup = dict.fromkeys(SETUP, 0.0) | {
-            "prepare_sec": decoder.prepare_sec,
-            "capture_sec": decoder.capture_sec,
-        }
+        self.decoder, prepare, capture = open_timed(loaded, run.config)
+        run.weight_bytes = self.decoder.weight_bytes
+        run.setup = dict.fromkeys(SETUP, 0.0) | {"prepare_sec": prepare, "capture_sec": capture}
 
     def prefill(self, tokens: int) -> None:
         """Feed every stream its prompt."""
@@ -160,10 +161,10 @@ class Lane:
         for i in range(tokens):
             if self.run.protocol.teacher_forced:
                 chosen = self.source.row(self.position)
-                nll[i] = torch.nn.functional.cross_entropy(self.logits.float(), chosen, reduction="none")
+                nll[i] = token_nll(self.logits, chosen)
             else:
                 chosen = self.decoder.choose(self.logits)
-            self.logits = self.decoder.feed(chosen)
+            self.logits = self.decoder.step(chosen)
             self.clock.tick()
             self.position += 1
             step = self.decoder.last_step()
@@ -254,14 +255,14 @@ class _Stamp(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate_static(rung: Rung, run: TimedRun, source: Source) -> None:
+def generate_static(run: TimedRun, loaded: LoadedModel, source: Source) -> None:
     """Time transformers' generate() with a static cache, which it compiles itself while it warms up.
 
     Its own loop runs, in one chunk; the clock is marked where it hands its scores to a logits processor. The warm-up
     of the set-up holds the prompt and the compiling too.
     """
-    model, device, protocol = rung.loaded.model, source.table.device, run.protocol
-    prompt = rung.prefill_tokens(protocol, run.config)
+    model, device, protocol = loaded.model, source.table.device, run.protocol
+    prompt = prompt_tokens(protocol, run.config)
     clock = TokenClock(device)
     settings = GenerationConfig(
         max_new_tokens=protocol.warmup + protocol.tokens + 1,

@@ -17,10 +17,11 @@ from sinkstream.bench.profiling import profile_steps
 from sinkstream.bench.progress import Progress
 from sinkstream.bench.record import identity, run_figures, run_protocol
 from sinkstream.bench.records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
-from sinkstream.bench.rungs import RUNGS, EngineRung, Rung, StaticRung
+from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
 from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.backends import BACKENDS, EngineBackend, StaticBackend
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.environment import environment, utc_now
@@ -113,9 +114,8 @@ class BenchSession:
 
     def _served(self, group: Sequence[BenchConfig], outcome: Outcome) -> bool:
         try:
-            rung = RUNGS[group[0].rung](self.loaded)
             for config in group:
-                rung.check(config)
+                check_rung(self.loaded, config)
             self._check_memory(group)
         except ValueError as error:
             if not self.lenient:
@@ -150,30 +150,29 @@ class BenchSession:
             _free()
 
     def _time(self, group: Sequence[BenchConfig], report: Report) -> list[Callable]:
-        rung = RUNGS[group[0].rung](self.loaded)
-        protocol = rung.fitted(self.protocol, group[0])
+        protocol = fitted(self.protocol, group[0])
         ids = [self._begun(config) or new_record_id("bench", self.loaded.name, config.label) for config in group]
         runs = [TimedRun(config, protocol, record_id, ids[0], len(group)) for config, record_id in zip(group, ids)]
         source = Source(self.text.ids.to(self.loaded.model.device), group[0].streams)
         with PeakMemory(self.loaded.model.device) as memory:
-            if isinstance(rung, StaticRung):
-                generate_static(rung, runs[0], source)
+            if BACKENDS[group[0].rung] is StaticBackend:
+                generate_static(runs[0], self.loaded, source)
                 torch.compiler.reset()
                 report(runs[0].samples.tokens, protocol.tokens)
             else:
-                self._time_lanes(rung, runs, source, report)
-        return [partial(self._record, rung, run, memory) for run in runs]
+                self._time_lanes(runs, source, report)
+        return [partial(self._record, run, memory) for run in runs]
 
     @torch.inference_mode()
-    def _time_lanes(self, rung: Rung, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
-        progress = self._progress(rung, runs)
+    def _time_lanes(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
+        progress = self._progress(runs)
         protocol, lanes = runs[0].protocol, []
         try:
             for run in runs:
-                lanes.append(Lane(run, rung.open(run.config), source))
+                lanes.append(Lane(run, self.loaded, source))
             if not (progress and progress.restore(lanes[0])):
                 for lane in lanes:
-                    lane.prefill(rung.prefill_tokens(protocol, lane.run.config))
+                    lane.prefill(prompt_tokens(protocol, lane.run.config))
                 for lane in lanes:
                     lane.warm_up()
             keep = (lambda: progress.save(lanes[0])) if progress else None
@@ -194,15 +193,16 @@ class BenchSession:
             for lane in lanes:
                 lane.decoder.close()
 
-    def _progress(self, rung: Rung, runs: Sequence[TimedRun]) -> Progress | None:
+    def _progress(self, runs: Sequence[TimedRun]) -> Progress | None:
         """Where a long run of one stream keeps itself, so that it can be gone on with."""
         long = runs[0].protocol.tokens > self.block_tokens
-        one = len(runs) == 1 and isinstance(rung, EngineRung) and runs[0].config.streams == 1
+        engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
+        one = len(runs) == 1 and engine and runs[0].config.streams == 1
         return Progress(self.request.out, runs[0].id) if long and one else None
 
     # ---- records ----
 
-    def _record(self, rung: Rung, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
+    def _record(self, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
         model = self.loaded.model
         record = {
             "status": "complete" if run.reason is None else "partial",
@@ -214,15 +214,15 @@ class BenchSession:
             "model": self.loaded.record(),
             "rung": {
                 "name": run.config.rung,
-                "summary": RUNGS.summary(run.config.rung),
-                "attention": rung.attention or attention_implementation(model.config),
+                "summary": BACKENDS.summary(run.config.rung),
+                "attention": BACKENDS[run.config.rung].attention or attention_implementation(model.config),
             },
             "protocol": {
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": model.device.type,
                 **numerics(),
                 "seed": self.request.seed,
-                "prefill_tokens": rung.prefill_tokens(run.protocol, run.config),
+                "prefill_tokens": prompt_tokens(run.protocol, run.config),
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
             },

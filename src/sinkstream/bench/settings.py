@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from sinkstream.cache import describe
@@ -138,12 +137,3 @@ def kv_token_bytes(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one cached token."""
     spec = describe(model)
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
-
-
-def step_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters but the input embedding; that one counts where it is the head as well."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    held: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
-    if embedding.data_ptr() != head.data_ptr():
-        del held[embedding.data_ptr()]
-    return sum(p.numel() * p.element_size() for p in held.values())

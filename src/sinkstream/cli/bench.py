@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sinkstream.bench.rungs import RUNGS, default_rung
+from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
@@ -22,6 +22,7 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.memory import free_bytes
@@ -61,10 +62,10 @@ class Bench:
             type=names_of(SHAPES, "shape"),
             help=f"random weights in published shapes A,B; short for --model random:SHAPE (default: {SHAPE})",
         )
-        listed = "\n".join(f"- {name}: {RUNGS.summary(name)}" for name in RUNGS).replace("%", "%%")
+        listed = "\n".join(f"- {name}: {BACKENDS.summary(name)}" for name in BACKENDS).replace("%", "%%")
         group.add_argument(
             "--backend",
-            type=names_of(RUNGS, "rung"),
+            type=names_of(BACKENDS, "rung"),
             metavar="RUNG[,RUNG…]",
             help=f"what is timed (default: the engine's fastest rung on a GPU, its first on a CPU):\n{listed}\n",
         )
@@ -91,9 +92,9 @@ class Bench:
         device = resolve_device(args.device)
         set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
         dtype = resolve_dtype(args.dtype, device)
-        rungs = RUNGS.names() if args.ladder else args.backend or [default_rung(device)]
+        rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
         for rung in () if args.ladder else rungs:
-            RUNGS[rung].check_device(device)
+            BACKENDS[rung].check_device(device)
         least = min(args.cap) * (min(args.streams) + 1) if args.ladder else _most_slots(args)
         for model in models:
             check_fits(model, dtype, device, least)
@@ -184,9 +185,9 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
 def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
     """Configurations that take turns, in the order of the ladder: the transformers rungs see an unpacked model."""
     groups = []
-    for name in sorted(set(rungs), key=RUNGS.names().index):
+    for name in sorted(set(rungs), key=BACKENDS.names().index):
         for cap in args.cap:
-            runs = RUNGS[name](loaded).runs(_policies(args, cap, untrained=loaded.source == "random"))
+            runs = rung_runs(name, _policies(args, cap, untrained=loaded.source == "random"))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
 

@@ -17,9 +17,9 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import draw_nll, show_records, wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.runner import Request
-from sinkstream.evaluation.sessions import BACKENDS
 from sinkstream.evaluation.settings import EVALUATE, RunSettings
 from sinkstream.models import LoadedModel
 
@@ -38,8 +38,9 @@ class Eval:
         group = parser.add_argument_group("protocol")
         add_text(group, random=True)
         group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
-        listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in BACKENDS)
-        group.add_argument("--backend", default="hf", choices=BACKENDS.names(), help=f"what runs the model; {listed}")
+        backends = evaluation_backends()
+        listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in backends)
+        group.add_argument("--backend", default="hf", choices=backends, help=f"what runs the model; {listed}")
         described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
         group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
         group.add_argument(

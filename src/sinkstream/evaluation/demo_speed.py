@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkstream.evaluation.sessions import BACKENDS, Session
+from sinkstream.evaluation.backends import open_decoder
 from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
@@ -53,7 +53,7 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
     """
     device = loaded.model.device
     ids = ids.to(device)
-    with closing(_session(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
+    with closing(open_decoder(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
         strict.prefill(ids[:cap])
         strict.feed(ids[cap : cap + 1], last_only=True)
         means, at = [], cap + 1
@@ -62,12 +62,8 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
             pieces = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in places]
             means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
             at += times * size
-    with closing(_session(loaded, RunSettings("recompute", cap))) as recompute:
+    with closing(open_decoder(loaded, RunSettings("recompute", cap))) as recompute:
         recompute.skip(ids[:cap])
         targets = slice(cap + 1, cap + WINDOWS + 1)
         _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
     return Speed(*means, seconds / WINDOWS)
-
-
-def _session(loaded: LoadedModel, settings: RunSettings) -> Session:
-    return BACKENDS[settings.backend](loaded, settings).session()

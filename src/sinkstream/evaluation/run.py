@@ -1,16 +1,18 @@
-"""The decode loop of the project: one text, one session, per-token arrays out."""
+"""The decode loop of the evaluation: one text, one decoder, per-token arrays out."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from sinkstream.evaluation.sessions import BACKENDS, Session, token_nll
+from sinkstream.evaluation.backends import BACKENDS, open_decoder
+from sinkstream.evaluation.decoders import Decoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
-from sinkstream.measure.metrics import summarise
+from sinkstream.measure.metrics import summarise, token_nll
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.policies import Step
@@ -139,16 +141,16 @@ def run_interleaved(
         _check_full_fits(loaded, one, len(ids))
     ids = ids.to(loaded.model.device)
     rows, times = [TokenRows() for _ in settings], [{} for _ in settings]
-    sessions = [BACKENDS[one.backend](loaded, one).session() for one in settings]
+    decoders = [open_decoder(loaded, one) for one in settings]
 
     def all_in_turn() -> None:
-        for session, mine in zip(sessions, times):
-            _prefill(session, ids[:prefill_tokens], mine)
+        for decoder, mine in zip(decoders, times):
+            _prefill(decoder, ids[:prefill_tokens], mine)
         for t in range(prefill_tokens, len(ids) - 1):
             for turn in range(len(settings)):
                 i = (turn + t) % len(settings)
                 _decode_steps(
-                    sessions[i], ids, prefill_tokens, range(t, t + 1), rows[i], settings[i], lambda done: None
+                    decoders[i], ids, prefill_tokens, range(t, t + 1), rows[i], settings[i], lambda done: None
                 )
             if progress:
                 progress(t + 1 - prefill_tokens, len(ids) - 1 - prefill_tokens)
@@ -156,8 +158,8 @@ def run_interleaved(
     try:
         status, reason = _ended(all_in_turn, lambda: _place([(rows[0], times[0])], prefill_tokens))
     finally:
-        for session in sessions:
-            session.close()
+        for decoder in decoders:
+            decoder.close()
     shortest = min(len(r.rows) for r in rows)
     results = []
     for one, mine, its in zip(settings, rows, times):
@@ -202,22 +204,19 @@ def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
 
 @torch.inference_mode()
 def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> None:
-    session = BACKENDS[settings.backend](loaded, settings).session()
-    try:
+    with closing(open_decoder(loaded, settings)) as decoder:
         prefill = settings.prefill_tokens(len(ids))
-        _prefill(session, ids[:prefill], times)
+        _prefill(decoder, ids[:prefill], times)
         to_decode = len(ids) - 1 - prefill
         one_by_one = min(to_decode, settings.timed_tokens or to_decode) if settings.evaluate == "steps" else 0
-        _decode_steps(session, ids, prefill, range(prefill, prefill + one_by_one), rows, settings, progress)
-        bad_block = _decode_blocks(session, ids, prefill, prefill + one_by_one, rows, settings, progress)
-    finally:
-        session.close()
+        _decode_steps(decoder, ids, prefill, range(prefill, prefill + one_by_one), rows, settings, progress)
+        bad_block = _decode_blocks(decoder, ids, prefill, prefill + one_by_one, rows, settings, progress)
     if bad_block:
         _decode_bad_block(loaded, ids, prefill, bad_block, rows, settings, progress)
 
 
-def _prefill(session: Session, ids: torch.Tensor, times: dict[str, float]) -> None:
-    logits, seconds = timed(session.prefill, ids, device=ids.device)
+def _prefill(decoder: Decoder, ids: torch.Tensor, times: dict[str, float]) -> None:
+    logits, seconds = timed(decoder.prefill, ids, device=ids.device)
     _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=ids.device)
     times["prefill"], times["ttft"] = seconds, seconds + pick_seconds
     if not torch.isfinite(logits).all():
@@ -225,37 +224,37 @@ def _prefill(session: Session, ids: torch.Tensor, times: dict[str, float]) -> No
 
 
 def _decode_steps(
-    session: Session, ids, first: int, tokens: range, rows: TokenRows, settings, progress, *, keep_times: bool = True
+    decoder: Decoder, ids, first: int, tokens: range, rows: TokenRows, settings, progress, *, keep_times: bool = True
 ) -> None:
     """Tokens one by one, each step timed by itself; scoring is left out of the time."""
     for t in tokens:
         token = ids[t : t + 1]
         if settings.sample_every > 1 and (t - first) % settings.sample_every:
-            session.skip(token)
-            rows.add(t + 1, float("nan"), float("nan"), session.steps()[-1])
+            decoder.skip(token)
+            rows.add(t + 1, float("nan"), float("nan"), decoder.steps()[-1])
         else:
-            logits, seconds = timed(session.feed, token, last_only=True, device=ids.device)
+            logits, seconds = timed(decoder.feed, token, last_only=True, device=ids.device)
             nll = token_nll(logits, ids[t + 1 : t + 2]).item()
             if not np.isfinite(nll):
                 raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
             top1 = int(logits.argmax(-1))
-            rows.add(t + 1, nll, seconds if keep_times else float("nan"), session.steps()[-1], top1)
+            rows.add(t + 1, nll, seconds if keep_times else float("nan"), decoder.steps()[-1], top1)
         progress(t + 1 - first)
 
 
-def _decode_blocks(session: Session, ids, first: int, start: int, rows: TokenRows, settings, progress) -> range | None:
+def _decode_blocks(decoder: Decoder, ids, first: int, start: int, rows: TokenRows, settings, progress) -> range | None:
     """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken.
 
     Ends at the first block with a non-finite prediction and returns that block's tokens, none of which got a row.
     """
     last, t = len(ids) - 1, start
-    for size in session.chunk_sizes(last - start):
-        nll = session.score(ids[t : t + size], ids[t + 1 : t + size + 1]).tolist()
+    for size in decoder.chunk_sizes(last - start):
+        nll = decoder.score(ids[t : t + size], ids[t + 1 : t + size + 1]).tolist()
         scored = [value for i, value in enumerate(nll, t - first) if i % settings.sample_every == 0]
         if not np.isfinite(scored).all():
             return range(t, t + size)
-        top1 = [UNKNOWN] * len(nll) if session.top1 is None else session.top1.tolist()
-        for i, (value, step, token) in enumerate(zip(nll, session.steps(), top1, strict=True)):
+        top1 = [UNKNOWN] * len(nll) if decoder.top1 is None else decoder.top1.tolist()
+        for i, (value, step, token) in enumerate(zip(nll, decoder.steps(), top1, strict=True)):
             rows.add(t + i + 1, value, float("nan"), step, token)
         t += len(nll)
         progress(t - first)
@@ -267,12 +266,9 @@ def _decode_bad_block(loaded, ids, first: int, block: range, rows: TokenRows, se
 
     (A masked token has weight 0, and 0 times NaN is NaN.)
     """
-    session = BACKENDS[settings.backend](loaded, settings).session()
-    try:
-        session.prefill(ids[: block.start])
-        _decode_steps(session, ids, first, block, rows, settings, progress, keep_times=False)
-    finally:
-        session.close()
+    with closing(open_decoder(loaded, settings)) as decoder:
+        decoder.prefill(ids[: block.start])
+        _decode_steps(decoder, ids, first, block, rows, settings, progress, keep_times=False)
     raise NonFiniteLogits(
         f"the logits that predict tokens {block.start + 1} to {block.stop} in one forward are not finite,"
         " although one by one they are"

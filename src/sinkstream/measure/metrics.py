@@ -6,9 +6,30 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.timing import WARMUP_TOKENS, distribution, latency_summary
+
+NLL_ROWS = 128  # tokens whose logits are turned into float32 at once
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target, in nats, computed in float32; waits for no device.
+
+    Parameters
+    ----------
+    logits : Tensor, (tokens, vocab)
+    targets : Tensor, (tokens,), int64
+
+    Returns
+    -------
+    Tensor, (tokens,), float32
+    """
+    if len(logits) > NLL_ROWS:
+        slices = zip(logits.split(NLL_ROWS), targets.split(NLL_ROWS), strict=True)
+        return torch.cat([token_nll(*one) for one in slices])
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def finite_or_none(value: float | None) -> float | None:

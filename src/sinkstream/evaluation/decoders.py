@@ -1,51 +1,43 @@
-"""Sessions: one stream through one model by one method, behind one interface.
+"""Decoders: a model under a method behind one interface, which the evaluation and the benchmark feed alike.
 
-Every method, the baselines included, is driven by the same decode loop (`evaluation.run`), so that a difference between
-two figures is a difference between two methods.
+Every method, the baselines included, is driven by the same loops (`evaluation.run`, `bench.decoding`), so that a
+difference between two figures is a difference between two methods.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkstream.cache import StreamingCache
-from sinkstream.compat import with_cache
-from sinkstream.engine import STEPS, Engine
-from sinkstream.evaluation.settings import BASELINES, RunSettings
-from sinkstream.models import LoadedModel
+from sinkstream.compat import attention_implementation, with_cache
+from sinkstream.engine import Engine
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import Step
-from sinkstream.registry import Registry
-
-BACKENDS: Registry = Registry("backend")
-NLL_ROWS = 128  # tokens whose logits are turned into float32 at once
 
 
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats, computed in float32.
-
-    Parameters
-    ----------
-    logits : Tensor, (tokens, vocab)
-    targets : Tensor, (tokens,), int64
-
-    Returns
-    -------
-    Tensor, (tokens,), float32
-    """
-    slices = zip(logits.split(NLL_ROWS), targets.split(NLL_ROWS), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in slices])
+def step_weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters but the input embedding; that one counts where it is the head as well."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    held: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
+    if embedding.data_ptr() != head.data_ptr():
+        del held[embedding.data_ptr()]
+    return sum(p.numel() * p.element_size() for p in held.values())
 
 
-class Session(ABC):
-    """One stream. All ids are ``(tokens,)`` int64 on the device of the model.
+class Decoder(ABC):
+    """A model under a method, open and running. All ids are int64 on the device of the model.
+
+    The evaluation feeds one stream, any number of tokens at a time: `feed`, `steps`, `score`. The benchmark feeds one
+    token to every stream and waits for nothing meanwhile: `choose`, `step`, `last_step`.
 
     Attributes
     ----------
     top1 : Tensor or None, (tokens,), int64
-        The likeliest tokens in place of those that the latest `score` scored, if it knows them.
+        The likeliest tokens in place of those that the latest `score` scored, if the decoder knows them.
     """
 
     top1: torch.Tensor | None = None
@@ -53,13 +45,36 @@ class Session(ABC):
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         self.model, self.settings = model, settings
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that one step reads."""
+        return step_weight_bytes(self.model)
+
     @abstractmethod
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        """Forward new tokens; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
+        """Forward new tokens of one stream; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
 
     @abstractmethod
     def steps(self) -> list[Step]:
         """What happened to the cache at each token of the latest `feed`."""
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The likeliest token of every stream, (streams,), by the latest logits; None where the step finds it."""
+        return logits.argmax(-1)
+
+    def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Append one token to every stream, (streams,), or what `choose` gave.
+
+        Returns
+        -------
+        Tensor, (streams, vocab)
+            Logits, which the next call may overwrite.
+        """
+        return self.feed(tokens, last_only=True)
+
+    def last_step(self) -> Step:
+        """What the latest token did to the cache of the first stream."""
+        return self.steps()[-1]
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
@@ -68,8 +83,8 @@ class Session(ABC):
             yield min(size, tokens)
             tokens -= size
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Feed a prompt of any length; logits ``(1, vocab)`` after its last token."""
+    def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
+        """Feed a prompt of any length to one stream; logits ``(1, vocab)`` after its last token."""
         fed = 0
         for size in self.chunk_sizes(len(ids)):
             logits = self.feed(ids[fed : fed + size], last_only=True)
@@ -79,17 +94,17 @@ class Session(ABC):
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored.
 
-        A session may keep only the first of the tokens: then there are fewer figures (and `steps`) than tokens.
+        A decoder may keep only the first of the tokens: then there are fewer figures (and `steps`) than tokens.
         """
         logits = self.feed(ids, last_only=False)
         self.top1 = logits.argmax(-1)
         return token_nll(logits, targets[: len(logits)])
 
-    def close(self) -> None:  # noqa: B027  (most sessions put nothing on the model)
-        """Free what the session put on the model."""
+    def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
+        """Leave the model as it was."""
 
 
-class StreamingSession(Session):
+class StreamingDecoder(Decoder):
     """A `StreamingCache` under the settings' policy."""
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer):
@@ -107,7 +122,7 @@ class StreamingSession(Session):
         out = self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0)
         return out.logits[0, -1:] if last_only else out.logits[0, : len(self.cache.last_steps)]
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         return self.cache.prefill(self.model, ids[None], self.settings.block_tokens)
 
     def steps(self) -> list[Step]:
@@ -121,31 +136,44 @@ class StreamingSession(Session):
         self.cache.close()
 
 
-class EngineSession(Session):
-    """The engine's decode step, token by token, under the settings' policy; prompts go through its prefill.
+class EngineDecoder(Decoder):
+    """The engine's decode step under the settings' policy; prompts go through its prefill.
 
     `feed` with ``last_only`` returns a view that the next call overwrites.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer, backend: str):
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, **options: Any):
         super().__init__(model, settings)
-        self.engine = Engine(model, backend=backend, **engine_options(settings, tokenizer))
+        self.engine = Engine(model, **options)
+        self._streams = range(self.engine.state.streams)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.engine.weights.step_bytes
+
+    def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
+        return self.engine.prefill(ids, stream=stream)[None]
+
+    def choose(self, logits: torch.Tensor) -> None:
+        """Nothing: every step finds the likeliest token by itself."""
+
+    def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
+        self.engine.advance(tokens, self._streams)
+        return self.engine.state.logits
+
+    def last_step(self) -> Step:
+        return self.engine.last_steps[0]
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        rows = [self._append(ids[i : i + 1], copy=not last_only) for i in self._begin(ids)]
+        rows = [logits if last_only else logits.clone() for logits in self._one_by_one(ids)]
         return rows[-1] if last_only else torch.cat(rows)
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.engine.prefill(ids)[None]
-
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nll, top1 = [], []
-        for i in self._begin(ids):
-            logits = self._append(ids[i : i + 1])
-            nll.append(token_nll(logits, targets[i : i + 1]))
-            top1.append(logits.argmax(-1))
-        self.top1 = torch.cat(top1)
-        return torch.cat(nll)
+        found = [
+            (token_nll(logits, targets[i : i + 1]), logits.argmax(-1)) for i, logits in enumerate(self._one_by_one(ids))
+        ]
+        nll, self.top1 = map(torch.cat, zip(*found))
+        return nll
 
     def steps(self) -> list[Step]:
         return self._steps
@@ -153,27 +181,16 @@ class EngineSession(Session):
     def close(self) -> None:
         self.engine.close()
 
-    def _begin(self, ids: torch.Tensor) -> range:
+    def _one_by_one(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Append the tokens of the only stream; the logits after each, which the next one overwrites."""
         self._steps: list[Step] = []
-        return range(len(ids))
-
-    def _append(self, token: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
-        self.engine.advance(token, (0,))
-        self._steps += self.engine.last_steps
-        return self.engine.state.logits.clone() if copy else self.engine.state.logits
+        for i in range(len(ids)):
+            logits = self.step(ids[i : i + 1])
+            self._steps += self.engine.last_steps
+            yield logits
 
 
-def engine_options(settings: RunSettings, tokenizer) -> dict[str, Any]:
-    """What the settings mean for an `Engine`, its backend left out."""
-    return {
-        "policy": settings.policy(),
-        "positions": settings.positions,
-        "allow_untrained_positions": settings.allow_untrained_positions,
-        "tokenizer": tokenizer,
-    }
-
-
-class FullSession(Session):
+class FullDecoder(Decoder):
     """The full cache: transformers' own `DynamicCache`, which grows for ever."""
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
@@ -191,13 +208,16 @@ class FullSession(Session):
         return self._steps
 
 
-class RecomputeSession(Session):
+class RecomputeDecoder(Decoder):
     """Sliding-window recompute: the last cap tokens are forwarded anew, at positions 0 to cap − 1, for every token."""
 
     batch = 32  # windows of one forward where none is timed
 
-    def __init__(self, model: PreTrainedModel, settings: RunSettings):
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, attention: str | None = None):
         super().__init__(model, settings)
+        self._attention_before = attention_implementation(model.config)
+        if attention:
+            model.set_attn_implementation(attention)
         self.history = torch.empty(0, dtype=torch.int64, device=model.device)
         self.fed = self.prefilled = 0
 
@@ -206,12 +226,16 @@ class RecomputeSession(Session):
         self._remember(ids)
         return self._forward(self.history[None])
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         self.prefilled = len(ids)
         return self.feed(ids, last_only=True)
 
     def steps(self) -> list[Step]:
         return self._steps
+
+    def close(self) -> None:
+        if attention_implementation(self.model.config) != self._attention_before:
+            self.model.set_attn_implementation(self._attention_before)
 
     def skip(self, ids: torch.Tensor) -> None:
         """Take in tokens without computing anything."""
@@ -240,67 +264,3 @@ class RecomputeSession(Session):
         self._steps = [Step(0, False, n) for n in lengths]
         self.fed += len(ids)
         self.history = torch.cat([self.history, ids])[-self.settings.cap :]
-
-
-class Backend(ABC):
-    """One way of running a model, for one model and one run's settings."""
-
-    def __init__(self, loaded: LoadedModel, settings: RunSettings):
-        self.loaded, self.settings = loaded, settings
-
-    @abstractmethod
-    def session(self) -> Session:
-        """A new session. Raises ValueError if settings and model do not fit together."""
-
-    def check(self) -> None:
-        """Raise ValueError as `session` would."""
-        self.session().close()
-
-
-@BACKENDS.register("hf")
-class HfBackend(Backend):
-    """The transformers module itself, with the soft-ring cache (or no cache, or the full one, for the baselines)."""
-
-    def session(self) -> Session:
-        loaded, settings = self.loaded, self.settings
-        _check_positions(loaded, settings)
-        if settings.method == "full":
-            return FullSession(loaded.model, settings)
-        if settings.method == "recompute":
-            return RecomputeSession(loaded.model, settings)
-        return StreamingSession(loaded.model, settings, loaded.tokenizer)
-
-
-class EngineBackend(Backend):
-    """The engine, its decode step done as `step` says; no baselines."""
-
-    step: ClassVar[str]
-
-    def session(self) -> Session:
-        self._check_method()
-        return EngineSession(self.loaded.model, self.settings, self.loaded.tokenizer, self.step)
-
-    def check(self) -> None:
-        self._check_method()
-        Engine.check(self.loaded.model, backend=self.step, **engine_options(self.settings, self.loaded.tokenizer))
-
-    def _check_method(self) -> None:
-        if self.settings.method in BASELINES:
-            raise ValueError(
-                f"policy {self.settings.method!r} is a baseline, which --backend {self.step} does not run;"
-                " accepted: --backend hf, or an eviction policy"
-            )
-
-
-for _name, _step in STEPS.items():
-    BACKENDS.register(_name)(type(_step.__name__, (EngineBackend,), {"step": _name, "__doc__": _step.__doc__}))
-
-
-def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:
-    trained = loaded.trained_positions
-    beyond = settings.method == "recompute" and trained is not None and settings.cap > trained
-    if beyond and not settings.allow_untrained_positions:
-        raise ValueError(
-            f"cap={settings.cap} is above the {trained} positions that {loaded.name} was trained on;"
-            f" accepted: at most {trained}, or --allow-untrained-positions"
-        )

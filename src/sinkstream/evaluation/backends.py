@@ -1,0 +1,190 @@
+"""Every way of decoding, in one registry: the backends of the evaluation and the rungs of the benchmark.
+
+The slowest come first: the order of the ladder.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from sinkstream.engine import STEPS, Engine, GraphedStep
+from sinkstream.evaluation.decoders import Decoder, EngineDecoder, FullDecoder, RecomputeDecoder, StreamingDecoder
+from sinkstream.evaluation.settings import BASELINES, RunSettings
+from sinkstream.models import LoadedModel
+from sinkstream.registry import Registry
+
+BACKENDS: Registry = Registry("backend")
+
+
+class Backend(ABC):
+    """One way of decoding, for one model, one run's settings and a number of streams.
+
+    Attributes
+    ----------
+    baseline : str or None
+        The only method that the backend runs; None: eviction policies (and, with "hf", every method).
+    attention : str or None
+        Implementation in transformers, where the backend sets it.
+    grows : bool
+        Whether the cache grows with every token, so that a run must end.
+    needs_gpu, takes_streams : bool
+        Whether the backend compiles or captures for a GPU, and whether it steps several streams together.
+    evaluates : bool
+        Whether it is a choice of the evaluation; all backends are choices of the benchmark.
+    """
+
+    baseline: ClassVar[str | None] = None
+    attention: ClassVar[str | None] = None
+    grows: ClassVar[bool] = False
+    needs_gpu: ClassVar[bool] = False
+    takes_streams: ClassVar[bool] = False
+    evaluates: ClassVar[bool] = False
+
+    def __init__(self, loaded: LoadedModel, settings: RunSettings, streams: int = 1):
+        self.loaded, self.settings, self.streams = loaded, settings, streams
+
+    @abstractmethod
+    def open(self) -> Decoder:
+        """A decoder, ready to be fed. Raises ValueError if settings and model do not fit together."""
+
+    def check(self) -> None:
+        """Raise ValueError as `open` would."""
+        self.open().close()
+
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Raise ValueError if the backend does not run on `device`, whatever the model."""
+        if cls.needs_gpu and device.type != "cuda":
+            raise ValueError(f"this rung compiles or captures for a GPU and the device is {device}; accepted: cuda")
+
+
+class HfBackend(Backend):
+    """The transformers module itself, with the cache that the method asks for."""
+
+    def open(self) -> Decoder:
+        loaded, settings = self.loaded, self.settings
+        if self.baseline not in (None, settings.method):
+            raise ValueError(
+                f"this backend runs the baseline {self.baseline!r} only, and not {settings.method!r};"
+                " accepted: --backend hf"
+            )
+        _check_positions(loaded, settings)
+        if settings.method == "full":
+            return FullDecoder(loaded.model, settings)
+        if settings.method == "recompute":
+            return RecomputeDecoder(loaded.model, settings, self.attention)
+        return StreamingDecoder(loaded.model, settings, loaded.tokenizer)
+
+
+@BACKENDS.register("hf-recompute-eager")
+class RecomputeEagerBackend(HfBackend):
+    """transformers, the last cap tokens forwarded anew for every token, eager attention."""
+
+    baseline, attention = "recompute", "eager"
+
+
+@BACKENDS.register("hf-recompute-sdpa")
+class RecomputeSdpaBackend(HfBackend):
+    """transformers, the last cap tokens forwarded anew for every token, SDPA."""
+
+    baseline, attention = "recompute", "sdpa"
+
+
+@BACKENDS.register("hf-full")
+class FullBackend(HfBackend):
+    """transformers' DynamicCache, nothing evicted; it sees cap tokens in the middle of the run."""
+
+    baseline, grows = "full", True
+
+
+@BACKENDS.register("hf")
+class StreamingBackend(HfBackend):
+    """transformers with StreamingCache, the soft ring.
+
+    In the evaluation also the baselines, which have the full cache or none.
+    """
+
+    evaluates = True
+
+
+@BACKENDS.register("hf-static")
+class StaticBackend(HfBackend):
+    """transformers' generate(cache_implementation="static"), compiled by itself; it ends when its slots are full."""
+
+    baseline, grows, needs_gpu = "full", True, True
+
+    def open(self) -> Decoder:
+        raise ValueError(
+            "generate() with a static cache runs its own loop, which only the benchmark times; accepted: --backend hf"
+        )
+
+    def check(self) -> None:
+        """Nothing beyond the device: generate() serves every model."""
+
+
+class EngineBackend(Backend):
+    """The engine, its decode step done as the entry `step` of `STEPS` says; no baselines."""
+
+    step: ClassVar[str]
+    takes_streams = evaluates = True
+
+    def open(self) -> Decoder:
+        self._check_method()
+        return EngineDecoder(self.loaded.model, self.settings, **self._options())
+
+    def check(self) -> None:
+        self._check_method()
+        Engine.check(self.loaded.model, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "policy": settings.policy(),
+            "backend": self.step,
+            "streams": self.streams,
+            "positions": settings.positions,
+            "allow_untrained_positions": settings.allow_untrained_positions,
+            "tokenizer": self.loaded.tokenizer,
+        }
+
+    def _check_method(self) -> None:
+        if self.settings.method in BASELINES:
+            raise ValueError(
+                f"policy {self.settings.method!r} is a baseline, which --backend {self.step} does not run;"
+                " accepted: --backend hf, or an eviction policy"
+            )
+
+
+def _engine_backend(name: str) -> type[EngineBackend]:
+    """The backend of an entry of `STEPS`."""
+
+    class OfStep(EngineBackend):
+        __doc__ = STEPS[name].__doc__
+        step, needs_gpu = name, issubclass(STEPS[name], GraphedStep)
+
+    return OfStep
+
+
+for _name in STEPS:
+    BACKENDS.register(_name)(_engine_backend(_name))
+
+
+def evaluation_backends() -> list[str]:
+    """Names of the backends that run an evaluation."""
+    return [name for name, backend in BACKENDS.items() if backend.evaluates]
+
+
+def open_decoder(loaded: LoadedModel, settings: RunSettings) -> Decoder:
+    """A decoder of the settings' backend. Raises ValueError as `Backend.open`."""
+    return BACKENDS[settings.backend](loaded, settings).open()
+
+
+def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:
+    trained = loaded.trained_positions
+    beyond = settings.method == "recompute" and trained is not None and settings.cap > trained
+    if beyond and not settings.allow_untrained_positions:
+        raise ValueError(
+            f"cap={settings.cap} is above the {trained} positions that {loaded.name} was trained on;"
+            f" accepted: at most {trained}, or --allow-untrained-positions"
+        )
