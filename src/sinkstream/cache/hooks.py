@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from sinkstream import compat
-from sinkstream.cache.attention import release_attention, running, switch_attention
+from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
 
 
@@ -28,10 +28,13 @@ class HookedCache(Cache):
     spec : ModelSpec
     model : weak reference or None
         To the model the cache was made for; None before `attach` and after it is detached.
+    checked_frequencies : Tensor or None
+        The rotary frequencies of the model that were last compared with those of `spec`.
     """
 
     spec: ModelSpec
     model: "weakref.ref[nn.Module] | None" = None
+    checked_frequencies: torch.Tensor | None = None
 
     @property
     @abstractmethod
@@ -181,6 +184,8 @@ def _before_decoder(module, args, kwargs=None):
     if given is None:
         return None  # the decoder itself refuses that
     batch, tokens = given.shape[:2]
+    _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
+    _check_frequencies(cache, module.rotary_emb.inv_freq)
     _check_mask_and_positions(named, cache.seen_tokens, tokens)
     positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
     return (), named | {"position_ids": positions, "attention_mask": mask}
@@ -227,6 +232,27 @@ def _after_model(module, args, kwargs=None, output=None):
         cache.abort_forward()
     else:
         cache.commit_forward(output.logits if hasattr(output, "logits") else output[0])
+
+
+def _check_attention(made_for: str, now: str | None) -> None:
+    """Refuse an attention implementation that was switched after the cache was made: masks are made for it."""
+    if now not in (made_for, SINKSTREAM_SDPA if made_for == "sdpa" else made_for):
+        raise ValueError(
+            f"the model's attn_implementation was changed from {made_for!r} to {now!r} after the cache was made;"
+            " change it back, or make the cache again"
+        )
+
+
+def _check_frequencies(cache: HookedCache, now: torch.Tensor) -> None:
+    """Refuse rotary frequencies that are not those the cache rotates by; compared whenever the module has new ones."""
+    if now is cache.checked_frequencies:
+        return
+    if not torch.equal(now.detach().to("cpu", torch.float64), cache.spec.rope.inv_freq):
+        raise ValueError(
+            "the model's rotary frequencies changed after the cache was made (a model that was cast to half precision"
+            " has rounded ones, also when it is cast back); load the model again, or make the cache again"
+        )
+    cache.checked_frequencies = now
 
 
 def _check_mask_and_positions(named: dict[str, Any], seen: int, tokens: int) -> None:

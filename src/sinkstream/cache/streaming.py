@@ -70,6 +70,7 @@ class _Pending:
     schedule: PruneSchedule
     input_ids: torch.Tensor | None
     crossing: PinnedCopies | TwoFrames | None
+    layers_written: int = 0
 
 
 class StreamingCache(HookedCache):
@@ -349,6 +350,12 @@ class StreamingCache(HookedCache):
                 "this cache is not attached to the model that is using it;"
                 " make one with StreamingCache.for_model(model, …)"
             )
+        if keys.dtype != self.spec.dtype and not torch.is_autocast_enabled(keys.device.type):
+            raise ValueError(
+                f"the model's dtype was changed from {self.spec.dtype} to {keys.dtype} after the cache was made;"
+                " change it back, or make the cache again"
+            )
+        self._pending.layers_written += 1
         visible = self.ring.write(layer, keys, values)
         crossing = self._pending.crossing
         return crossing.extend(layer, *visible) if isinstance(crossing, PinnedCopies) else visible
@@ -359,6 +366,12 @@ class StreamingCache(HookedCache):
         self.abort_forward()
         if pending is None:
             return
+        if pending.layers_written != self.spec.layers:
+            raise ValueError(
+                f"{pending.layers_written} of {self.spec.layers} layers wrote their keys and values into the cache, so"
+                " its tokens are not counted: layers with gradient checkpointing pass no cache on in training mode;"
+                " call model.eval(), or model.gradient_checkpointing_disable()"
+            )
         begun, log_probs = pending.tokens, None
         if self.needs_logits:
             log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
