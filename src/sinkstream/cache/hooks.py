@@ -6,6 +6,7 @@ The hooks are plain functions of this module, so that a model with hooks can be 
 """
 
 import threading
+import types
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -53,6 +54,10 @@ class HookedCache(Cache):
     @abstractmethod
     def prefill(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """Feed ``(batch, tokens)`` new token ids of any number."""
+
+    @abstractmethod
+    def check_conversation(self, input_ids: torch.Tensor) -> None:
+        """Raise ValueError unless ``(batch, tokens)`` ids begin with the tokens that the cache has seen."""
 
     @abstractmethod
     def enter_model(self) -> None:
@@ -126,6 +131,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
             hooked.users.add(user)
             if not hooked.handles:
                 hooked.handles = _register(module, is_decoder=module is decoder)
+                _watch_prompts(module)
         if attention:
             switch_attention(decoder, user)
     cache.model = weakref.ref(model)
@@ -145,16 +151,50 @@ def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
 
 def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: PreTrainedModel | None) -> None:
     with _lock:
-        for hooked in (_hooked.get(module) for module in (ref() for ref in modules) if module is not None):
-            if hooked is None:
+        for module in (ref() for ref in modules):
+            hooked = None if module is None else _hooked.get(module)
+            if module is None or hooked is None:
                 continue
             hooked.users.discard(user)
             if not hooked.users:
                 handles, hooked.handles = hooked.handles, []
                 for handle in handles:
                     handle.remove()
+                _unwatch_prompts(module)
         if switched is not None:
             release_attention(switched, user)
+
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+def _watch_prompts(module: nn.Module) -> None:
+    """Let `_prepare` stand in the place of the module's method of the same name, if its class has one.
+
+    It is the one place where generate() shows the whole conversation; the forward gets what lies past the cache.
+    """
+    if hasattr(type(module), _PREPARE) and _PREPARE not in vars(module):
+        setattr(module, _PREPARE, types.MethodType(_prepare, module))
+
+
+def _unwatch_prompts(module: nn.Module) -> None:
+    if getattr(vars(module).get(_PREPARE), "__func__", None) is _prepare:
+        delattr(module, _PREPARE)
+
+
+def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=None, **kwargs):
+    """As the method of the class; a conversation that is passed again must be the one that the cache has seen."""
+    cache = compat.find_argument(HookedCache, args, kwargs)
+    again = (
+        kwargs.get("is_first_iteration") and next_sequence_length is not None and kwargs.get("inputs_embeds") is None
+    )
+    if cache is not None and again and input_ids is not None:
+        cache.check_conversation(input_ids)
+    more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
+    return getattr(type(self), _PREPARE)(self, input_ids, next_sequence_length, *args, **more)
+
+
+_prepare.__name__ = _PREPARE  # generate() reads the signature of the method, and pickle its name
 
 
 def _decoders_cache(decoder: nn.Module, args: tuple, kwargs: dict[str, Any] | None) -> HookedCache | None:

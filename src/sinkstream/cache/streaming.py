@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sinkstream.cache.attention import Forward, is_switched, running
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
+from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.hooks import HookedCache, attach
 from sinkstream.cache.observe import AttentionObserver
@@ -90,12 +91,16 @@ class StreamingCache(HookedCache):
     observer : AttentionObserver or None
     schedule : PruneSchedule
         What the policy has counted and observed.
+    seen_ids : SeenTokens or None
+        Which tokens the cache has seen; None before the first token.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
     speculative : bool
         A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
         keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
+
+    remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
 
     def __init__(
         self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure, block_tokens: int
@@ -188,7 +193,7 @@ class StreamingCache(HookedCache):
             "evicted": self.seen_tokens - self.kept_tokens,
             "events": self._events,
             "rebases": self.ring.rebases if self.ring else 0,
-            "bytes": sum(part.bytes for part in (self.ring, self.observer) if part),
+            "bytes": sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part),
         }
 
     def reset(self) -> None:
@@ -227,6 +232,7 @@ class StreamingCache(HookedCache):
         """
         self.reset()
         self._allocate(batch, device)
+        self.seen_ids = None  # what was seen elsewhere is not known here
         self.schedule = schedule
         if logits is not None:
             self._log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
@@ -269,6 +275,39 @@ class StreamingCache(HookedCache):
             fed += len(self.last_steps)
         return out.logits[:, : len(self.last_steps)][:, -1]
 
+    def continuation(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """New tokens only, as arguments of generate(), which takes what it is given for the whole conversation.
+
+            model.generate(**cache.continuation(new_ids), cache=cache)
+
+        Parameters
+        ----------
+        input_ids : Tensor, (batch, tokens), int64
+
+        Returns
+        -------
+        dict
+            ``input_ids`` as given, and an ``attention_mask`` ``(batch, seen + tokens)`` of ones.
+        """
+        batch, tokens = input_ids.shape
+        return {"input_ids": input_ids, "attention_mask": input_ids.new_ones(batch, self.seen_tokens + tokens)}
+
+    def check_conversation(self, input_ids: torch.Tensor) -> None:
+        """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""
+        seen = self.seen_tokens
+        if not (self.seen_ids and self.seen_ids.complete) or input_ids.shape[1] <= seen:
+            return
+        if len(input_ids) != self.ring.keys.shape[1]:
+            return  # refused when the decoder is called
+        index = self.seen_ids.first_difference(input_ids)
+        if index is not None:
+            raise ValueError(
+                f"the conversation differs from what the cache has seen at token {index} of {seen}; the cache cannot"
+                " go back, so nothing was computed. Ways out: cache.reset() and pass the conversation again"
+                " (also after a chat template has rendered an earlier turn in another way); pass new tokens only, with"
+                " generate(**cache.continuation(new_ids), …) or cache.prefill(model, new_ids)"
+            )
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
         return self._write(layer_idx, key_states, value_states)
@@ -305,6 +344,7 @@ class StreamingCache(HookedCache):
     def _clear(self) -> None:
         self.ring: SoftRing | None = None
         self.observer: AttentionObserver | None = None
+        self.seen_ids: SeenTokens | None = None
         self.last_steps: list[Step] = []
         self.schedule = PruneSchedule(self.policy)
         self._pending: _Pending | None = None
@@ -379,6 +419,9 @@ class StreamingCache(HookedCache):
         if self.observer:
             self.observer.commit(let_go=begun - pending.tokens)
         self._fill_channels(pending, log_probs)
+        if self.seen_ids:
+            ids = pending.input_ids
+            self.seen_ids.append(None if ids is None else ids[:, : pending.tokens])
         ring.advance(pending.tokens, sum(s.drop for s in pending.steps[1:]))
         self.schedule = pending.schedule
         self._events += sum(s.event for s in pending.steps)
@@ -478,6 +521,7 @@ class StreamingCache(HookedCache):
                 rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
                 channels=channels,
             )
+        self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
