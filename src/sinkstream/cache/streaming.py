@@ -18,14 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkstream.cache.attention import Forward, is_switched, running
+from sinkstream.cache.channels import UNCERTAINTY, kept_channels, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.hooks import HookedCache, attach
 from sinkstream.cache.observe import AttentionObserver
-from sinkstream.cache.ring import Channel, SoftRing
+from sinkstream.cache.pinned import Refreshed, refresh
+from sinkstream.cache.ring import SoftRing
 from sinkstream.compat import with_cache
-from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
+from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step, structural_weights
 
 POSITIONS = ("cache", "original")
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
@@ -466,49 +468,27 @@ class StreamingCache(HookedCache):
 
     def _fill_channels(self, pending: _Pending, log_probs: torch.Tensor | None) -> None:
         """What is kept of every new token besides key and value; before the ring counts them."""
-        ring, ids = self.ring, pending.input_ids
-        new = slice(ring.tail, ring.tail + pending.tokens)
-        if "position" in ring.channels:
-            ring.channels["position"][..., new] = torch.arange(
-                ring.seen, ring.seen + pending.tokens, device=ring.keys.device
-            )
-        if "structure" in ring.channels:
-            ring.channels["structure"][..., new] = self.structure[ids[:, : pending.tokens]][:, None]
-        if log_probs is not None:
-            self._fill_uncertainty(new, log_probs[:, : pending.tokens], ids)
+        ring, tokens = self.ring, pending.tokens
+        drawn_from = None if log_probs is None else self._drawn_from(log_probs[:, :tokens])
+        ids = None if pending.input_ids is None else pending.input_ids[:, :tokens]
+        for name, known in token_channels(ring.channels, ids, drawn_from, self.structure).items():
+            ring.channels[name][..., ring.tail : ring.tail + tokens] = known[:, None]
 
-    def _fill_uncertainty(self, new: slice, log_probs: torch.Tensor, ids: torch.Tensor | None) -> None:
-        """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
-        channels, before = self.ring.channels, self._log_probs
-        self._log_probs = log_probs[:, -1:].clone()
-        if not {"nll", "entropy"} & channels.keys():
-            return
-        known = log_probs[:, :-1] if before is None else torch.cat([before, log_probs[:, :-1]], 1)
-        first, drawn_from = slice(new.start, new.stop - known.shape[1]), slice(new.stop - known.shape[1], new.stop)
-        if "nll" in channels:
-            drawn = ids[:, log_probs.shape[1] - known.shape[1] : log_probs.shape[1], None]
-            channels["nll"][..., first] = 0
-            channels["nll"][..., drawn_from] = -known.gather(-1, drawn)[..., 0][:, None]
-        if "entropy" in channels:
-            channels["entropy"][..., first] = 0
-            channels["entropy"][..., drawn_from] = SIGNALS["entropy"](known)[:, None]
+    def _drawn_from(self, log_probs: torch.Tensor) -> torch.Tensor | None:
+        """The distributions that tokens were drawn from, given those that were predicted after them."""
+        if not UNCERTAINTY & self.ring.channels.keys():
+            return None
+        before, self._log_probs = self._log_probs, log_probs[:, -1:].clone()
+        before = torch.zeros_like(self._log_probs) if before is None else before
+        return torch.cat([before, log_probs[:, :-1]], 1)
 
-    def _choose(self, leaving: int) -> torch.Tensor:
-        known = self.ring.candidates(leaving)
-        if "attention" in self.policy.needs:
-            known["attention"] = self.observer.candidate_attention(leaving)
-        if "key_norm" in self.policy.needs:
-            known["key_norm"] = self.ring.candidate_keys(leaving).norm(dim=-1)
-        return select(self.policy.scorer.score(Candidates(**known)), self.policy.refresh)
+    def _choose(self, leaving: int) -> Refreshed:
+        scorer = self.policy.scorer
+        queries = self.observer.latest() if "attention" in scorer.needs else None
+        return refresh(self.ring.held(), leaving, scorer, self.policy.refresh, queries)
 
     def _allocate(self, batch: int, device: torch.device) -> None:
         spec, policy = self.spec, self.policy
-        names = {"position", "structure", "nll", "entropy", "accumulated"} & (policy.needs | {"position"})
-        channels = [
-            Channel(n, torch.int64 if n == "position" else torch.float32, policy.scorer.per_head or n == "accumulated")
-            for n in sorted(names)
-            if policy.scorer is not None
-        ]
         if self.structure is not None:
             self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
@@ -519,7 +499,7 @@ class StreamingCache(HookedCache):
                 sink=policy.sink,
                 original_positions=self.positions == "original",
                 rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
-                channels=channels,
+                channels=kept_channels(policy),
             )
         self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
