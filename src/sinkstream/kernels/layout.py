@@ -6,6 +6,7 @@ Token p < sink lives in pinned slot p. Any later token lives in slot ``pinned_sl
 
 from dataclasses import dataclass
 
+from sinkstream.cache.pinned import window_base
 from sinkstream.policies import EvictionPolicy
 
 # Columns of the per-stream scalars, int32. A ring slot r is visible iff (r - FIRST) mod ring < LENGTH.
@@ -128,7 +129,7 @@ class Counters:
 
     def rebased(self) -> int:
         """The base that puts the oldest window token where it stands in the cache now."""
-        return self.first_window - (0 if self.geometry.original else self.pinned)
+        return window_base(self.first_window, self.pinned, self.geometry.original)
 
     def row(self, queries: int) -> list[int]:
         """Scalars of the token appended last; `queries` is how many of the latest queries are kept."""
