@@ -471,7 +471,7 @@ def press_ctrl_c(monkeypatch, *, run: int, step: int) -> None:
     timed, at = run_module.timed, {"run": 0, "step": 0}
 
     def pressed(fn, *args, **kwargs):
-        if fn.__name__ == "_attempt":
+        if fn.__name__ == "decode":
             at.update(run=at["run"] + 1, step=0)
         at["step"] += fn.__name__ == "feed"
         if (at["run"], at["step"]) == (run, step):

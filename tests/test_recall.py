@@ -15,13 +15,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import sinkstream.evaluation.run as run_module
 import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.backends import HfBackend
 from sinkstream.evaluation.decoders import Decoder
+from sinkstream.evaluation.run import Attempt
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import PruneSchedule, Step
@@ -303,7 +303,7 @@ def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
 
 
 def test_ctrl_c_keeps_what_is_done(here, monkeypatch, capsys):
-    prefill, calls = run_module._prefill, []
+    prefill, calls = Attempt.prefill, []
 
     def pressed(*args):
         calls.append(args)
@@ -312,7 +312,7 @@ def test_ctrl_c_keeps_what_is_done(here, monkeypatch, capsys):
         prefill(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_prefill", pressed)
+        patch.setattr(Attempt, "prefill", pressed)
         assert main(line(policy="strict,lazy:compress_every=8,window-only")) == 130
     records = load_recalls("out")
     assert [(r.policy["name"], r.status, len(r.passages["ratio"])) for r in records] == [

@@ -1,7 +1,7 @@
 """The decode loop of the evaluation: one text, one decoder, per-token arrays out."""
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,27 +94,27 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     ValueError
         If settings, model and text do not fit together; nothing has run then.
     """
-    prefill_tokens = settings.prefill_tokens(len(ids))
-    _check_full_fits(loaded, settings, len(ids))
+    _check_length(loaded, settings, len(ids))
     device = loaded.model.device
     ids = ids.to(device)
-    attempts = [(TokenRows(), {}) for _ in range(settings.repeats)]
-    to_decode = len(ids) - prefill_tokens - 1
+    attempts = [Attempt(loaded, ids, settings) for _ in range(settings.repeats)]
+    to_decode = attempts[0].last - attempts[0].first
 
     def all_attempts() -> None:
-        for repeat, (rows, times) in enumerate(attempts):
-            report = _shifted(progress, repeat * to_decode, settings.repeats * to_decode)
-            times["total"] = timed(_attempt, loaded, ids, settings, rows, report, times, device=device)[1]
+        for repeat, attempt in enumerate(attempts):
+            if progress:
+                attempt.report = _shifted(progress, repeat * to_decode, settings.repeats * to_decode)
+            _, attempt.times["total"] = timed(attempt.decode, device=device)
 
     with PeakMemory(device) as memory:
-        status, reason = _ended(all_attempts, lambda: _place(attempts, prefill_tokens))
-    arrays = attempts[0][0].arrays()
-    whole = [rows.arrays()["seconds"] for rows, times in attempts if "total" in times]
+        status, reason = _ended(all_attempts, attempts)
+    arrays = attempts[0].rows.arrays()
+    whole = [attempt.rows.arrays()["seconds"] for attempt in attempts if "total" in attempt.times]
     if len(whole) > 1:
         arrays["seconds"] = np.median(whole, axis=0).astype(np.float32)
-    medians = {name: _median([times[name] for _, times in attempts if name in times]) for name in TIMES}
+    medians = {name: _median([one.times[name] for one in attempts if name in one.times]) for name in TIMES}
     summary = summarise(arrays, *(medians[name] for name in TIMES), memory, warmup_tokens=settings.warmup_tokens)
-    return RunResult(arrays, summary, status, reason, prefill_tokens)
+    return RunResult(arrays, summary, status, reason, attempts[0].first)
 
 
 @torch.inference_mode()
@@ -136,36 +136,32 @@ def run_interleaved(
     ValueError
         If the settings cannot take turns, or do not fit model and text.
     """
-    prefill_tokens = common_prefill(settings, len(ids))
+    first = common_prefill(settings, len(ids))
     for one in settings:
-        _check_full_fits(loaded, one, len(ids))
+        _check_length(loaded, one, len(ids))
     ids = ids.to(loaded.model.device)
-    rows, times = [TokenRows() for _ in settings], [{} for _ in settings]
-    decoders = [open_decoder(loaded, one) for one in settings]
+    attempts = [Attempt(loaded, ids, one) for one in settings]
 
     def all_in_turn() -> None:
-        for decoder, mine in zip(decoders, times):
-            _prefill(decoder, ids[:prefill_tokens], mine)
-        for t in range(prefill_tokens, len(ids) - 1):
+        for attempt, decoder in zip(attempts, decoders):
+            attempt.prefill(decoder)
+        for t in range(first, len(ids) - 1):
             for turn in range(len(settings)):
                 i = (turn + t) % len(settings)
-                _decode_steps(
-                    decoders[i], ids, prefill_tokens, range(t, t + 1), rows[i], settings[i], lambda done: None
-                )
+                attempts[i].decode_steps(decoders[i], range(t, t + 1))
             if progress:
-                progress(t + 1 - prefill_tokens, len(ids) - 1 - prefill_tokens)
+                progress(t + 1 - first, len(ids) - 1 - first)
 
-    try:
-        status, reason = _ended(all_in_turn, lambda: _place([(rows[0], times[0])], prefill_tokens))
-    finally:
-        for decoder in decoders:
-            decoder.close()
-    shortest = min(len(r.rows) for r in rows)
+    with ExitStack() as stack:
+        decoders = [stack.enter_context(closing(open_decoder(loaded, one))) for one in settings]
+        status, reason = _ended(all_in_turn, attempts[:1])
+    shortest = min(len(attempt.rows.rows) for attempt in attempts)
     results = []
-    for one, mine, its in zip(settings, rows, times):
-        arrays = {name: array[:shortest] for name, array in mine.arrays().items()}
-        summary = summarise(arrays, its.get("prefill"), its.get("ttft"), None, None, warmup_tokens=one.warmup_tokens)
-        results.append(RunResult(arrays, summary, status, reason, prefill_tokens))
+    for attempt in attempts:
+        arrays = {name: array[:shortest] for name, array in attempt.rows.arrays().items()}
+        times = [attempt.times.get(name) for name in ("prefill", "ttft")]
+        summary = summarise(arrays, *times, None, None, warmup_tokens=attempt.settings.warmup_tokens)
+        results.append(RunResult(arrays, summary, status, reason, first))
     return results
 
 
@@ -181,124 +177,136 @@ def common_prefill(settings: list[RunSettings], tokens: int) -> int:
     return lengths.pop()
 
 
-def _ended(work: Callable[[], None], place: Callable[[], str]) -> tuple[str, str | None]:
-    """Do the work of a run; returns its status and, unless it is complete, why it ended."""
+def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
+    """Raise ValueError, as `run` would, if settings, model and a text of that many tokens do not fit together."""
+    _check_length(loaded, settings, tokens)
+    BACKENDS[settings.backend](loaded, settings).check()
+
+
+class Attempt:
+    """One pass over a text: what it measured so far.
+
+    Attributes
+    ----------
+    ids : Tensor, (tokens,), int64, on the device
+    first, last : int
+        The first token that is decoded, after the prefill, and the last of the text, which is only predicted.
+    rows : TokenRows
+    times : dict
+        Seconds of those of `TIMES` that have ended.
+    report : callable
+        Called with the tokens decoded so far.
+    """
+
+    def __init__(self, loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings):
+        self.loaded, self.ids, self.settings = loaded, ids, settings
+        self.first, self.last = settings.prefill_tokens(len(ids)), len(ids) - 1
+        self.rows, self.times = TokenRows(), {}
+        self.report: Callable[[int], None] = lambda done: None
+
+    @torch.inference_mode()
+    def decode(self) -> None:
+        """Prefill, then all tokens: those that are timed one by one, the others in blocks."""
+        to_decode = self.last - self.first
+        one_by_one = min(to_decode, self.settings.timed_tokens or to_decode) if self.settings.evaluate == "steps" else 0
+        with closing(open_decoder(self.loaded, self.settings)) as decoder:
+            self.prefill(decoder)
+            self.decode_steps(decoder, range(self.first, self.first + one_by_one))
+            bad_block = self._decode_blocks(decoder, self.first + one_by_one)
+        if bad_block:
+            self._decode_bad_block(bad_block)
+
+    def prefill(self, decoder: Decoder) -> None:
+        """Feed the prompt and pick a token."""
+        device = self.ids.device
+        logits, seconds = timed(decoder.prefill, self.ids[: self.first], device=device)
+        _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=device)
+        self.times |= {"prefill": seconds, "ttft": seconds + pick_seconds}
+        if not torch.isfinite(logits).all():
+            raise NonFiniteLogits(f"the logits after the prefill of {self.first} tokens are not finite")
+
+    def decode_steps(self, decoder: Decoder, tokens: range, *, keep_times: bool = True) -> None:
+        """Tokens one by one, each step timed by itself; scoring is left out of the time."""
+        for t in tokens:
+            token = self.ids[t : t + 1]
+            if self.settings.sample_every > 1 and (t - self.first) % self.settings.sample_every:
+                decoder.skip(token)
+                self.rows.add(t + 1, float("nan"), float("nan"), decoder.last_step())
+            else:
+                logits, seconds = timed(decoder.feed, token, last_only=True, device=token.device)
+                nll = token_nll(logits, self.ids[t + 1 : t + 2]).item()
+                if not np.isfinite(nll):
+                    raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
+                top1 = int(logits.argmax(-1))
+                self.rows.add(t + 1, nll, seconds if keep_times else float("nan"), decoder.last_step(), top1)
+            self.report(t + 1 - self.first)
+
+    def _decode_blocks(self, decoder: Decoder, start: int) -> range | None:
+        """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken.
+
+        Ends at the first block with a non-finite prediction and returns that block's tokens, none of which got a row.
+        """
+        t = start
+        for size in decoder.chunk_sizes(self.last - start):
+            nll = decoder.score(self.ids[t : t + size], self.ids[t + 1 : t + size + 1]).tolist()
+            scored = [value for i, value in enumerate(nll, t - self.first) if i % self.settings.sample_every == 0]
+            if not np.isfinite(scored).all():
+                return range(t, t + size)
+            top1 = [UNKNOWN] * len(nll) if decoder.top1 is None else decoder.top1.tolist()
+            for i, (value, step, token) in enumerate(zip(nll, decoder.steps(), top1, strict=True)):
+                self.rows.add(t + i + 1, value, float("nan"), step, token)
+            t += len(nll)
+            self.report(t - self.first)
+        return None
+
+    def _decode_bad_block(self, block: range) -> None:
+        """Decode a block again one by one up to its bad token: in one forward a NaN spoils the tokens before it, too.
+
+        (A masked token has weight 0, and 0 times NaN is NaN.)
+        """
+        with closing(open_decoder(self.loaded, self.settings)) as decoder:
+            decoder.prefill(self.ids[: block.start])
+            self.decode_steps(decoder, block, keep_times=False)
+        raise NonFiniteLogits(
+            f"the logits that predict tokens {block.start + 1} to {block.stop} in one forward are not finite,"
+            " although one by one they are"
+        )
+
+
+def _ended(work: Callable[[], None], attempts: list[Attempt]) -> tuple[str, str | None]:
+    """Do the work of a run; returns its status and, unless it is complete, why and where it ended."""
     try:
         work()
     except KeyboardInterrupt:
-        return "partial", f"interrupted {place()}"
+        return "partial", f"interrupted {_place(attempts)}"
     except NonFiniteLogits as error:
         return "failed", str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         told = next(iter(str(error).splitlines()), "")
-        return "failed", f"out of memory {place()}: {told}".rstrip(": ")
+        return "failed", f"out of memory {_place(attempts)}: {told}".rstrip(": ")
     return "complete", None
 
 
-def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
-    """Raise ValueError, as `run` would, if settings, model and a text of that many tokens do not fit together."""
-    settings.prefill_tokens(tokens)
-    _check_full_fits(loaded, settings, tokens)
-    BACKENDS[settings.backend](loaded, settings).check()
-
-
-@torch.inference_mode()
-def _attempt(loaded, ids, settings, rows, progress, times: dict[str, float]) -> None:
-    with closing(open_decoder(loaded, settings)) as decoder:
-        prefill = settings.prefill_tokens(len(ids))
-        _prefill(decoder, ids[:prefill], times)
-        to_decode = len(ids) - 1 - prefill
-        one_by_one = min(to_decode, settings.timed_tokens or to_decode) if settings.evaluate == "steps" else 0
-        _decode_steps(decoder, ids, prefill, range(prefill, prefill + one_by_one), rows, settings, progress)
-        bad_block = _decode_blocks(decoder, ids, prefill, prefill + one_by_one, rows, settings, progress)
-    if bad_block:
-        _decode_bad_block(loaded, ids, prefill, bad_block, rows, settings, progress)
-
-
-def _prefill(decoder: Decoder, ids: torch.Tensor, times: dict[str, float]) -> None:
-    logits, seconds = timed(decoder.prefill, ids, device=ids.device)
-    _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=ids.device)
-    times["prefill"], times["ttft"] = seconds, seconds + pick_seconds
-    if not torch.isfinite(logits).all():
-        raise NonFiniteLogits(f"the logits after the prefill of {len(ids)} tokens are not finite")
-
-
-def _decode_steps(
-    decoder: Decoder, ids, first: int, tokens: range, rows: TokenRows, settings, progress, *, keep_times: bool = True
-) -> None:
-    """Tokens one by one, each step timed by itself; scoring is left out of the time."""
-    for t in tokens:
-        token = ids[t : t + 1]
-        if settings.sample_every > 1 and (t - first) % settings.sample_every:
-            decoder.skip(token)
-            rows.add(t + 1, float("nan"), float("nan"), decoder.steps()[-1])
-        else:
-            logits, seconds = timed(decoder.feed, token, last_only=True, device=ids.device)
-            nll = token_nll(logits, ids[t + 1 : t + 2]).item()
-            if not np.isfinite(nll):
-                raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
-            top1 = int(logits.argmax(-1))
-            rows.add(t + 1, nll, seconds if keep_times else float("nan"), decoder.steps()[-1], top1)
-        progress(t + 1 - first)
-
-
-def _decode_blocks(decoder: Decoder, ids, first: int, start: int, rows: TokenRows, settings, progress) -> range | None:
-    """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken.
-
-    Ends at the first block with a non-finite prediction and returns that block's tokens, none of which got a row.
-    """
-    last, t = len(ids) - 1, start
-    for size in decoder.chunk_sizes(last - start):
-        nll = decoder.score(ids[t : t + size], ids[t + 1 : t + size + 1]).tolist()
-        scored = [value for i, value in enumerate(nll, t - first) if i % settings.sample_every == 0]
-        if not np.isfinite(scored).all():
-            return range(t, t + size)
-        top1 = [UNKNOWN] * len(nll) if decoder.top1 is None else decoder.top1.tolist()
-        for i, (value, step, token) in enumerate(zip(nll, decoder.steps(), top1, strict=True)):
-            rows.add(t + i + 1, value, float("nan"), step, token)
-        t += len(nll)
-        progress(t - first)
-    return None
-
-
-def _decode_bad_block(loaded, ids, first: int, block: range, rows: TokenRows, settings, progress) -> None:
-    """Decode a block again one by one up to its bad token: in one forward a NaN spoils the tokens before it as well.
-
-    (A masked token has weight 0, and 0 times NaN is NaN.)
-    """
-    with closing(open_decoder(loaded, settings)) as decoder:
-        decoder.prefill(ids[: block.start])
-        _decode_steps(decoder, ids, first, block, rows, settings, progress, keep_times=False)
-    raise NonFiniteLogits(
-        f"the logits that predict tokens {block.start + 1} to {block.stop} in one forward are not finite,"
-        " although one by one they are"
-    )
-
-
-def _place(attempts: list[tuple[TokenRows, dict]], prefill_tokens: int) -> str:
+def _place(attempts: list[Attempt]) -> str:
     """Where the runs stopped, in words."""
-    begun = [i for i, (rows, times) in enumerate(attempts) if rows.rows or times] or [0]
-    rows = attempts[begun[-1]][0].rows
-    repeat = f" of repeat {begun[-1] + 1}" if len(attempts) > 1 else ""
-    return f"after token {rows[-1][0] if rows else prefill_tokens}{repeat}"
+    number, latest = [(i, one) for i, one in enumerate(attempts, 1) if i == 1 or one.rows.rows or one.times][-1]
+    repeat = f" of repeat {number}" if len(attempts) > 1 else ""
+    return f"after token {latest.rows.rows[-1][0] if latest.rows.rows else latest.first}{repeat}"
 
 
 def _median(values: list[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _shifted(progress: Progress | None, offset: int, total: int) -> Callable[[int], None]:
-    return lambda done: progress(offset + done, total) if progress else None
+def _shifted(progress: Progress, offset: int, total: int) -> Callable[[int], None]:
+    return lambda done: progress(offset + done, total)
 
 
-def _check_full_fits(loaded: LoadedModel, settings: RunSettings, tokens: int) -> None:
-    trained = loaded.trained_positions
-    if (
-        settings.method == "full"
-        and trained is not None
-        and tokens > trained
-        and not settings.allow_untrained_positions
-    ):
+def _check_length(loaded: LoadedModel, settings: RunSettings, tokens: int) -> None:
+    """Raise ValueError if a text of that many tokens is too short to decode, or too long for the full cache."""
+    settings.prefill_tokens(tokens)
+    trained, full = loaded.trained_positions, settings.method == "full"
+    if full and trained is not None and tokens > trained and not settings.allow_untrained_positions:
         raise ValueError(
             f"the full cache of {tokens} tokens goes past the {trained} positions that {loaded.name} was trained on;"
             f" accepted: --tokens of at most {trained}, or --allow-untrained-positions"
