@@ -473,7 +473,7 @@ def press_ctrl_c(monkeypatch, *, run: int, step: int) -> None:
     def pressed(fn, *args, **kwargs):
         if fn.__name__ == "decode":
             at.update(run=at["run"] + 1, step=0)
-        at["step"] += fn.__name__ == "feed"
+        at["step"] += fn.__name__ == "step"
         if (at["run"], at["step"]) == (run, step):
             raise KeyboardInterrupt
         return timed(fn, *args, **kwargs)
@@ -538,7 +538,7 @@ timed, steps = run_module.timed, 0
 
 def interrupted(fn, *args, **how):
     global steps
-    steps += fn.__name__ == "feed"
+    steps += fn.__name__ == "step"
     if steps == {TOKENS - 1 - CAP + STEPS_UNTIL_SIGINT + 1}:
         signal.raise_signal(signal.SIGINT)
     return timed(fn, *args, **how)

@@ -232,7 +232,7 @@ class FakeTimer:
         self.seconds, self.repeat, self.steps = seconds, -1, 0
 
     def __call__(self, fn, *args, device, **kwargs):
-        kind = {"decode": "total", "prefill": "prefill", "feed": "step"}.get(fn.__name__, "pick")
+        kind = {"decode": "total", "prefill": "prefill", "step": "step"}.get(fn.__name__, "pick")
         if kind == "total":
             self.repeat, self.steps = self.repeat + 1, 0
         result = fn(*args, **kwargs)

@@ -20,7 +20,7 @@ from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.backends import HfBackend
-from sinkstream.evaluation.decoders import Decoder
+from sinkstream.evaluation.decoders import ModuleDecoder
 from sinkstream.evaluation.run import Attempt
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
@@ -43,7 +43,7 @@ def text_of(tokens: int) -> TokenStream:
     return TokenStream.of(ids, name="permutation", source="test", text_sha256=None)
 
 
-class CopyDecoder(Decoder):
+class CopyDecoder(ModuleDecoder):
     """Predicts the token that followed the present one before, if it is still visible; else any token alike."""
 
     def __init__(self, model, settings):

@@ -31,8 +31,7 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
 class Decoder(ABC):
     """A model under a method, open and running. All ids are int64 on the device of the model.
 
-    The evaluation feeds one stream, any number of tokens at a time: `feed`, `steps`, `score`. The benchmark feeds one
-    token to every stream and waits for nothing meanwhile: `choose`, `step`, `last_step`.
+    `step` appends a token and waits for nothing: the loops that time tokens call it. `score` takes many tokens at once.
 
     Attributes
     ----------
@@ -51,17 +50,14 @@ class Decoder(ABC):
         return step_weight_bytes(self.model)
 
     @abstractmethod
-    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        """Forward new tokens of one stream; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
-
-    @abstractmethod
-    def steps(self) -> list[Step]:
-        """What happened to the cache at each token of the latest `feed`."""
+    def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
+        """Feed a prompt (tokens,) of any length to one stream; logits ``(1, vocab)`` after its last token."""
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The likeliest token of every stream, (streams,), by the latest logits; None where the step finds it."""
         return logits.argmax(-1)
 
+    @abstractmethod
     def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
         """Append one token to every stream, (streams,), or what `choose` gave.
 
@@ -70,11 +66,10 @@ class Decoder(ABC):
         Tensor, (streams, vocab)
             Logits, which the next call may overwrite.
         """
-        return self.feed(tokens, last_only=True)
 
+    @abstractmethod
     def last_step(self) -> Step:
         """What the latest token did to the cache of the first stream."""
-        return self.steps()[-1]
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
@@ -83,28 +78,52 @@ class Decoder(ABC):
             yield min(size, tokens)
             tokens -= size
 
+    @abstractmethod
+    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Feed tokens of one stream, (tokens,), and return the NLL of the token that follows each.
+
+        Returns
+        -------
+        Tensor, (tokens,), float32
+            NaN: not scored. A decoder may keep only the first of the tokens: then there are fewer figures (and `steps`)
+            than tokens.
+        """
+
+    @abstractmethod
+    def steps(self) -> list[Step]:
+        """What happened to the cache at each token of the latest `score`."""
+
+    def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
+        """Leave the model as it was."""
+
+
+class ModuleDecoder(Decoder):
+    """The transformers module itself, one stream; what its cache is, subclasses say."""
+
+    @abstractmethod
+    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
+        """Forward new tokens; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
+
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
-        """Feed a prompt of any length to one stream; logits ``(1, vocab)`` after its last token."""
         fed = 0
         for size in self.chunk_sizes(len(ids)):
             logits = self.feed(ids[fed : fed + size], last_only=True)
             fed += size
         return logits
 
-    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Feed tokens and return the NLL of the tokens that follow each, ``(tokens,)`` float32; NaN = not scored.
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.feed(tokens, last_only=True)
 
-        A decoder may keep only the first of the tokens: then there are fewer figures (and `steps`) than tokens.
-        """
+    def last_step(self) -> Step:
+        return self.steps()[-1]
+
+    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.feed(ids, last_only=False)
         self.top1 = logits.argmax(-1)
         return token_nll(logits, targets[: len(logits)])
 
-    def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
-        """Leave the model as it was."""
 
-
-class StreamingDecoder(Decoder):
+class StreamingDecoder(ModuleDecoder):
     """A `StreamingCache` under the settings' policy."""
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer):
@@ -137,10 +156,7 @@ class StreamingDecoder(Decoder):
 
 
 class EngineDecoder(Decoder):
-    """The engine's decode step under the settings' policy; prompts go through its prefill.
-
-    `feed` with ``last_only`` returns a view that the next call overwrites.
-    """
+    """The engine's decode step under the settings' policy; prompts go through its prefill."""
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings, **options: Any):
         super().__init__(model, settings)
@@ -164,16 +180,15 @@ class EngineDecoder(Decoder):
     def last_step(self) -> Step:
         return self.engine.last_steps[0]
 
-    def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
-        rows = [logits if last_only else logits.clone() for logits in self._one_by_one(ids)]
-        return rows[-1] if last_only else torch.cat(rows)
-
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        found = [
-            (token_nll(logits, targets[i : i + 1]), logits.argmax(-1)) for i, logits in enumerate(self._one_by_one(ids))
-        ]
-        nll, self.top1 = map(torch.cat, zip(*found))
-        return nll
+        nll, top1, self._steps = [], [], []
+        for i in range(len(ids)):
+            logits = self.step(ids[i : i + 1])
+            nll.append(token_nll(logits, targets[i : i + 1]))
+            top1.append(logits.argmax(-1))
+            self._steps.append(self.last_step())
+        self.top1 = torch.cat(top1)
+        return torch.cat(nll)
 
     def steps(self) -> list[Step]:
         return self._steps
@@ -181,16 +196,8 @@ class EngineDecoder(Decoder):
     def close(self) -> None:
         self.engine.close()
 
-    def _one_by_one(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Append the tokens of the only stream; the logits after each, which the next one overwrites."""
-        self._steps: list[Step] = []
-        for i in range(len(ids)):
-            logits = self.step(ids[i : i + 1])
-            self._steps += self.engine.last_steps
-            yield logits
 
-
-class FullDecoder(Decoder):
+class FullDecoder(ModuleDecoder):
     """The full cache: transformers' own `DynamicCache`, which grows for ever."""
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
@@ -200,15 +207,14 @@ class FullDecoder(Decoder):
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         seen = self.cache.get_seq_length()
         self._steps = [Step(0, False, seen + i + 1) for i in range(len(ids))]
-        return self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0).logits[
-            0
-        ]
+        out = self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0)
+        return out.logits[0]
 
     def steps(self) -> list[Step]:
         return self._steps
 
 
-class RecomputeDecoder(Decoder):
+class RecomputeDecoder(ModuleDecoder):
     """Sliding-window recompute: the last cap tokens are forwarded anew, at positions 0 to cap − 1, for every token."""
 
     batch = 32  # windows of one forward where none is timed

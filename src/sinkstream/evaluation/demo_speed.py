@@ -55,7 +55,7 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
     ids = ids.to(device)
     with closing(open_decoder(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
         strict.prefill(ids[:cap])
-        strict.feed(ids[cap : cap + 1], last_only=True)
+        strict.step(ids[cap : cap + 1])
         means, at = [], cap + 1
         for size, times in ((1, STEPS), (SHORT, SHORTS), (BLOCK, BLOCKS)):
             places = range(at, at + times * size, size)

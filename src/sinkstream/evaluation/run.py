@@ -233,7 +233,7 @@ class Attempt:
                 decoder.skip(token)
                 self.rows.add(t + 1, float("nan"), float("nan"), decoder.last_step())
             else:
-                logits, seconds = timed(decoder.feed, token, last_only=True, device=token.device)
+                logits, seconds = timed(decoder.step, token, device=token.device)
                 nll = token_nll(logits, self.ids[t + 1 : t + 2]).item()
                 if not np.isfinite(nll):
                     raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
