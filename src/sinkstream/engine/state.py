@@ -12,10 +12,11 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.channels import kept_channels
+from sinkstream.engine.geometry import Counters, Geometry
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.kernels.begin_step import read_plan
-from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN, Counters, Geometry
+from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
 PLAN_TOKENS = 256
