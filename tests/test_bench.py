@@ -210,13 +210,13 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("forced", [False, True], ids=["greedy", "forced"])
 @pytest.mark.parametrize("rung", ["hf", "hf-full", "ring", "kernels"])
 def test_nothing_in_the_timed_loop_waits_for_the_device(session, monkeypatch, rung, forced):
-    decode, reads = decoding.Lane.decode, Reads()
+    decode, reads = decoding.ActiveRun.decode, Reads()
 
     def counted(self, tokens):
         with reads:
             return decode(self, tokens)
 
-    monkeypatch.setattr(decoding.Lane, "decode", counted)
+    monkeypatch.setattr(decoding.ActiveRun, "decode", counted)
     one = session(teacher_forced=forced)
     (config,) = rung_runs(rung, [configs()[0].run])
     one.run([[BenchConfig(rung, config)]], console())
@@ -230,7 +230,7 @@ def test_nothing_in_the_timed_loop_waits_for_the_device(session, monkeypatch, ru
 
 
 def interrupt_after(monkeypatch, turns: int) -> None:
-    turn, count = decoding.Lane.turn, [0]
+    turn, count = decoding.ActiveRun.turn, [0]
 
     def stopping(self, tokens):
         count[0] += 1
@@ -238,7 +238,7 @@ def interrupt_after(monkeypatch, turns: int) -> None:
             raise KeyboardInterrupt
         turn(self, tokens)
 
-    monkeypatch.setattr(decoding.Lane, "turn", stopping)
+    monkeypatch.setattr(decoding.ActiveRun, "turn", stopping)
 
 
 def test_an_interrupted_run_goes_on_where_its_last_block_ended(session, tmp_path, monkeypatch):
@@ -281,10 +281,9 @@ def test_an_interrupted_turn_keeps_what_all_have(session, monkeypatch):
 
 
 @pytest.fixture
-def rescued(tmp_path, monkeypatch):
+def rescued(tmp_path_factory, monkeypatch):
     """The folder that takes what its own folder does not."""
-    folder = tmp_path.parent / "rescued"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("rescued")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
@@ -331,6 +330,18 @@ def test_a_disk_that_fills_in_a_long_run_ends_it_with_what_was_measured(session,
     assert re.search(
         r"interrupted after 100 of 250 steady tokens: could not write .*No space left", record.status_reason
     )
+
+
+def test_a_checkpoint_stays_until_the_record_is_in_its_folder(session, tmp_path, monkeypatch, rescued):
+    how = {"tokens": 250, "block_tokens": 100}
+    with monkeypatch.context() as patched:
+        fill_disk(patched, tmp_path, ".json")
+        with pytest.raises(WriteError, match="the record was kept as"):
+            session(**how).run([configs()], console())
+    assert list(tmp_path.glob("*-200.safetensors")) and load_bench_records(rescued)
+    session(**how).run([configs()], console())
+    (record,) = load_bench_records(tmp_path)
+    assert not list(tmp_path.glob(f"{record.id}*.safetensors")), "the control: once it is written nothing is left"
 
 
 def test_ctrl_c_while_a_record_is_written_acts_afterwards(session, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from sinkstream.bench.rungs import open_timed, prompt_tokens
 from sinkstream.bench.settings import BenchConfig, Protocol
 from sinkstream.evaluation.decoders import step_weight_bytes
+from sinkstream.evaluation.runner import Report
 from sinkstream.measure.memory import held_mb
 from sinkstream.measure.metrics import token_nll
 from sinkstream.measure.timing import TokenClock, timed
@@ -22,7 +23,6 @@ from sinkstream.models import LoadedModel
 
 STREAM_OFFSET = 1009  # tokens between the places where two streams begin in the text
 
-Progress = Callable[[int, int], None]
 SETUP = ("prepare_sec", "capture_sec", "prefill_sec", "warmup_sec")
 
 
@@ -118,7 +118,7 @@ class TimedRun:
     reason: str | None = None
 
 
-class Lane:
+class ActiveRun:
     """One configuration of a turn while it runs: its decoder, which it opens, and where it is."""
 
     def __init__(self, run: TimedRun, loaded: LoadedModel, source: Source):
@@ -143,7 +143,7 @@ class Lane:
         """Decode tokens that count for nothing."""
         _, self.run.setup["warmup_sec"] = timed(self.decode, self.run.protocol.warmup, device=self.device)
 
-    def go_on(self, samples: Samples, position: int, logits: torch.Tensor) -> None:
+    def resume(self, samples: Samples, position: int, logits: torch.Tensor) -> None:
         """Stand where an earlier run stood after `position` tokens."""
         self.run.samples, self.position, self.logits = samples, position, logits
 
@@ -187,37 +187,37 @@ class Lane:
 
 
 def decode_in_turns(
-    lanes: Sequence[Lane],
+    active: Sequence[ActiveRun],
     *,
     block_tokens: int,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     after_block: Callable[[], None] | None = None,
 ) -> None:
-    """Decode the steady tokens of all lanes, a chunk each in turn; lanes that have tokens already go on from there.
+    """Decode the steady tokens of all runs, a chunk each in turn; runs that have tokens already go on from there.
 
     Parameters
     ----------
     block_tokens : int
         After so many tokens the memory is noted, and `after_block` called.
     progress : callable or None
-        Called with (steady tokens of a lane, of how many).
+        Called with (steady tokens of a run, of how many).
     """
-    protocol, first = lanes[0].run.protocol, lanes[0].run.samples
+    protocol, first = active[0].run.protocol, active[0].run.samples
     turn = len(first.chunk_tokens)
-    while first.tokens < protocol.tokens and not _out_of_time(lanes):
+    while first.tokens < protocol.tokens and not _out_of_time(active):
         to_block_end = block_tokens - first.tokens % block_tokens
         tokens = min(protocol.chunk_tokens, protocol.tokens - first.tokens, to_block_end)
-        for i in range(len(lanes)):
-            lanes[(turn + i) % len(lanes)].turn(tokens)
+        for i in range(len(active)):
+            active[(turn + i) % len(active)].turn(tokens)
         turn += 1
         if tokens == to_block_end:
-            _note_memory(lanes)
+            _note_memory(active)
             if after_block:
                 after_block()
         if progress:
             progress(first.tokens, protocol.tokens)
     if first.tokens % block_tokens:
-        _note_memory(lanes)
+        _note_memory(active)
 
 
 def level(runs: Sequence[TimedRun]) -> None:
@@ -229,14 +229,14 @@ def level(runs: Sequence[TimedRun]) -> None:
         del samples.visible[samples.tokens :], samples.event[samples.tokens :]
 
 
-def _note_memory(lanes: Sequence[Lane]) -> None:
-    for lane in lanes:
-        lane.run.samples.memory.append((lane.run.samples.tokens, held_mb(lane.device)))
+def _note_memory(active: Sequence[ActiveRun]) -> None:
+    for one in active:
+        one.run.samples.memory.append((one.run.samples.tokens, held_mb(one.device)))
 
 
-def _out_of_time(lanes: Sequence[Lane]) -> bool:
-    limit = lanes[0].run.protocol.seconds
-    return limit is not None and max(lane.run.samples.seconds for lane in lanes) >= limit
+def _out_of_time(active: Sequence[ActiveRun]) -> bool:
+    limit = active[0].run.protocol.seconds
+    return limit is not None and max(one.run.samples.seconds for one in active) >= limit
 
 
 class _Stamp(LogitsProcessor):

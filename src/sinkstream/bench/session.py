@@ -5,16 +5,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TextColumn
+from rich.progress import Progress, TextColumn
 
-from sinkstream.bench.decoding import Lane, Source, TimedRun, decode_in_turns, generate_static, level
+from sinkstream.bench.checkpoint import Checkpoint
+from sinkstream.bench.decoding import ActiveRun, Source, TimedRun, decode_in_turns, generate_static, level
 from sinkstream.bench.profiling import profile_steps
-from sinkstream.bench.progress import Progress
 from sinkstream.bench.record import identity, run_figures, run_protocol
 from sinkstream.bench.records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
 from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
@@ -101,7 +101,7 @@ class BenchSession:
         ]
         runner = Runner(
             self.request,
-            write_bench_record,
+            _write,
             load_bench_record,
             self.loaded.model.device,
             _paces,
@@ -165,40 +165,37 @@ class BenchSession:
 
     @torch.inference_mode()
     def _time_lanes(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
-        progress = self._progress(runs)
-        protocol, lanes = runs[0].protocol, []
+        checkpoint = self._checkpoint(runs)
+        protocol, active = runs[0].protocol, []
         try:
             for run in runs:
-                lanes.append(Lane(run, self.loaded, source))
-            if not (progress and progress.restore(lanes[0])):
-                for lane in lanes:
-                    lane.prefill(prompt_tokens(protocol, lane.run.config))
-                for lane in lanes:
-                    lane.warm_up()
-            keep = (lambda: progress.save(lanes[0])) if progress else None
-            decode_in_turns(lanes, block_tokens=self.block_tokens, progress=report, after_block=keep)
-            for lane in lanes if protocol.profile else ():
-                lane.run.profile = profile_steps(lane.decode, source.table.device)
+                active.append(ActiveRun(run, self.loaded, source))
+            if not (checkpoint and checkpoint.restore(active[0])):
+                for one in active:
+                    one.prefill(prompt_tokens(protocol, one.run.config))
+                for one in active:
+                    one.warm_up()
+            keep = (lambda: checkpoint.save(active[0])) if checkpoint else None
+            decode_in_turns(active, block_tokens=self.block_tokens, progress=report, after_block=keep)
+            for one in active if protocol.profile else ():
+                one.run.profile = profile_steps(one.decode, source.table.device)
         except (KeyboardInterrupt, WriteError) as error:
             level(runs)
-            if len(lanes) < len(runs) or not runs[0].samples.tokens:
+            if len(active) < len(runs) or not runs[0].samples.tokens:
                 raise
             why = f": {error.strerror}" if isinstance(error, WriteError) else ""
             for run in runs:
                 run.reason = f"interrupted after {run.samples.tokens:,} of {protocol.tokens:,} steady tokens{why}"
-        else:
-            if progress:
-                progress.remove()
         finally:
-            for lane in lanes:
-                lane.decoder.close()
+            for one in active:
+                one.decoder.close()
 
-    def _progress(self, runs: Sequence[TimedRun]) -> Progress | None:
+    def _checkpoint(self, runs: Sequence[TimedRun]) -> Checkpoint | None:
         """Where a long run of one stream keeps itself, so that it can be gone on with."""
         long = runs[0].protocol.tokens > self.block_tokens
         engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
-        one = len(runs) == 1 and engine and runs[0].config.streams == 1
-        return Progress(self.request.out, runs[0].id) if long and one else None
+        single = len(runs) == 1 and runs[0].config.streams == 1
+        return Checkpoint(self.request.out, runs[0].id) if long and engine and single else None
 
     # ---- records ----
 
@@ -255,7 +252,7 @@ class BenchSession:
     def _begun(self, config: BenchConfig) -> str | None:
         """The id of an interrupted record that can be gone on with."""
         begun = [r.id for r in self._earlier(config) if r.status == "partial"]
-        return next((i for i in reversed(begun) if Progress(self.request.out, i).samples() is not None), None)
+        return next((i for i in reversed(begun) if Checkpoint(self.request.out, i).samples() is not None), None)
 
 
 def _names(group: Sequence[BenchConfig]) -> str:
@@ -265,12 +262,20 @@ def _names(group: Sequence[BenchConfig]) -> str:
     return f"{first.rung} {' and '.join(config.run.label() for config in group)}, cap {first.run.cap}{streams}"
 
 
+def _write(record: dict[str, Any], folder: Path) -> Path:
+    """Write a record, then forget the checkpoint beside it if the run is complete."""
+    path = write_bench_record(record, folder)
+    if record["status"] == "complete":
+        Checkpoint(folder, record["id"]).remove()
+    return path
+
+
 def _paces(records: list[BenchRecord]) -> list[str]:
     """Milliseconds a token of the configurations of a group, in words."""
     return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms a token"]
 
 
-def _shown(bar: Bar, description: str) -> Callable[[int, int], None]:
+def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
     """A new line of the progress display, as the callback of a run."""
     task = bar.add_task(description, total=None, pace="")
     first: list[tuple[float, int]] = []

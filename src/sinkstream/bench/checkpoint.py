@@ -5,25 +5,25 @@ from pathlib import Path
 
 import numpy as np
 
-from sinkstream.bench.decoding import Lane, Samples
+from sinkstream.bench.decoding import ActiveRun, Samples
 from sinkstream.records.files import write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
 JOINED = ("latency", "nll")
 
 
-class Progress:
+class Checkpoint:
     """What a run gave up to its latest block, and the snapshot of its stream there; both beside its record."""
 
     def __init__(self, folder: Path, record_id: str):
         self.folder, self.record_id = folder, record_id
         self.arrays = folder / f"{record_id}.progress.npz"
 
-    def save(self, lane: Lane) -> None:
-        """Keep the lane as it stands. A reader finds both old files or both new ones."""
-        samples = lane.run.samples
+    def save(self, active: ActiveRun) -> None:
+        """Keep a run as it stands. A reader finds both old files or both new ones."""
+        samples = active.run.samples
         kept = self._snapshot(samples.tokens)
-        lane.decoder.engine.snapshot(kept)
+        active.decoder.engine.snapshot(kept)
         held = {name: getattr(samples, name) for name in ARRAYS}
         held |= {name: np.concatenate(held[name]) if held[name] else np.empty(0) for name in JOINED}
         buffer = io.BytesIO()
@@ -50,13 +50,13 @@ class Progress:
         )
         return samples if self._snapshot(samples.tokens).is_file() else None
 
-    def restore(self, lane: Lane) -> bool:
-        """Bring a lane to where it was kept; False if nothing was."""
+    def restore(self, active: ActiveRun) -> bool:
+        """Bring a run to where it was kept; False if nothing was."""
         samples = self.samples()
         if samples is None:
             return False
-        lane.decoder.engine.restore(self._snapshot(samples.tokens))
-        lane.go_on(samples, lane.decoder.engine.stats()["seen"], lane.decoder.engine.state.logits)
+        active.decoder.engine.restore(self._snapshot(samples.tokens))
+        active.resume(samples, active.decoder.engine.stats()["seen"], active.decoder.engine.state.logits)
         return True
 
     def remove(self) -> None:
