@@ -152,6 +152,16 @@ def test_every_rung_of_a_cpu_runs_and_the_others_say_why_not(session):
     assert max(weights) < 1.01 * min(weights), "one floor, packed or not"
 
 
+def test_generate_with_a_static_cache_is_timed_token_by_token(session, monkeypatch):
+    """On a CPU generate() compiles nothing; its loop and the marks on the clock are those of a GPU."""
+    monkeypatch.setattr(BACKENDS["hf-static"], "needs_gpu", False)
+    (run,) = rung_runs("hf-static", [configs()[0].run])
+    (record,) = session(tokens=6).run([[BenchConfig("hf-static", run)]], console()).records
+    assert record.status == "complete" and record.steady["tokens"] == record.latency_ms["all"]["tokens"] == 6
+    assert record.protocol["prefill_tokens"] == CAP - 6 - 3, "its slots are full at the end"
+    assert record.floor["visible_mean"] == CAP - 2.5 and record.policy["name"] == "full"
+
+
 def test_a_rung_asked_for_by_name_is_refused_before_anything_runs(session, tmp_path):
     with pytest.raises(ValueError, match="GPU"):
         session().run([configs(), configs("graph")], console())
@@ -652,6 +662,13 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
 def test_mistakes_are_one_line(bench, line, told):
     done = bench(line)
     assert done.code == 2 and told in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(bench, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(command, "load_model", lambda *a, **k: pytest.fail("nothing may be loaded"))
+    done = bench("--shape pythia-14m --cap 128 --out file/x")
+    assert (done.code, done.err) == (2, "sinkstream bench: error: --out file/x: cannot be written: Not a directory\n")
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_made(bench, monkeypatch):

@@ -23,6 +23,7 @@ from sinkstream.cli.options import (
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.backends import BACKENDS
+from sinkstream.evaluation.runner import check_writable
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.memory import free_bytes
@@ -98,6 +99,7 @@ class Bench:
         least = min(args.cap) * (min(args.streams) + 1) if args.ladder else _most_slots(args)
         for model in models:
             check_fits(model, dtype, device, least)
+        check_writable(args.out)
         ceiling = memory_bandwidth(device)
         console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
         name, outcomes = new_record_id("bench"), []

@@ -12,7 +12,7 @@ from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run,
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import Record, load_record
+from sinkstream.records.records import Record, load_record, load_records
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Batch:
         return [partial(self._record, one, result) for one, result in zip(settings, results)]
 
     def _find(self, settings: RunSettings) -> list[Record]:
-        return find_complete(self.request.out, run_identity(self.loaded, self.stream, settings))
+        return find_complete(load_records, self.request.out, run_identity(self.loaded, self.stream, settings))
 
     def _record(self, settings: RunSettings, result: RunResult) -> tuple[dict, RunResult]:
         return build_record(result, self.loaded, self.stream, settings, self.request), result

@@ -1,7 +1,8 @@
 """From a run to a run record: everything that a figure needs to be trusted, in one place."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +14,9 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import Record, load_records, new_record_id, write_record
+from sinkstream.records.records import new_record_id, write_record
+
+R = TypeVar("R")  # a record on disk
 
 
 def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings) -> dict[str, Any]:
@@ -96,10 +99,16 @@ def build_record(
     }
 
 
-def find_complete(directory: Path, identity: dict[str, Any]) -> list[Record]:
-    """The newest complete record in `directory` of the very same run, for resuming; an empty list without one."""
-    same = [r for r in load_records(directory) if r.status == "complete" and r.arguments.get("identity") == identity]
-    return same[-1:]
+def find_complete(load: Callable[[Path], list[R]], directory: Path, identity: dict[str, Any]) -> list[R]:
+    """The newest complete record of the very same work in `directory`, for resuming; an empty list without one.
+
+    Parameters
+    ----------
+    load : callable
+        Reads all records of one kind below a folder, oldest first.
+    """
+    found = load(directory)
+    return [r for r in found if r.status == "complete" and r.arguments.get("identity") == identity][-1:]
 
 
 def save_record(record: dict[str, Any], result: RunResult, directory: Path) -> Path:

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import provenance, run_identity
+from sinkstream.evaluation.record import find_complete, provenance, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
@@ -283,9 +283,7 @@ class RecallBatch:
         }
 
     def _find(self, settings: RunSettings) -> list[RecallRecord]:
-        identity = self._identity(settings)
-        earlier = load_recalls(self.request.out)
-        return [r for r in earlier if r.status == "complete" and r.arguments["identity"] == identity][-1:]
+        return find_complete(load_recalls, self.request.out, self._identity(settings))
 
     def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
         """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
