@@ -35,6 +35,7 @@ from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.decoders import step_weight_bytes
+from sinkstream.evaluation.run import run
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.kernels.layout import TOKEN
@@ -126,6 +127,22 @@ def test_a_fed_text_gives_the_nll_of_the_engine(session):
     assert [b["mean_nll"] for b in record.blocks] == pytest.approx(nll.reshape(3, 10).mean(1).tolist(), rel=1e-6)
     assert all(b["not_finite"] == 0 and b["memory_mb"] > 0 for b in record.blocks)
     assert record.protocol["feed"] == "text"
+
+
+@pytest.mark.parametrize("rung", ["hf-recompute-eager", "hf-recompute-sdpa", "hf-full", "hf", "ring", "kernels"])
+def test_a_fed_text_gives_the_nll_of_the_evaluation(session, rung):
+    """One decoder serves both, in the benchmark's loop and in the evaluation's."""
+    one = session(tokens=12, teacher_forced=True)
+    (config,) = rung_runs(rung, [configs("ring", "lazy")[0].run])
+    (record,) = one.run([[BenchConfig(rung, config)]], console()).records
+    prompt = record.protocol["prefill_tokens"]
+    end = prompt + 3 + 12 + 1
+    found = run(one.loaded, one.text.ids[:end], replace(config, backend=rung, prefill=prompt)).arrays
+    steady = found["index"] >= prompt + 3
+    assert steady.sum() == 13 and found["index"][-1] == end - 1
+    assert record.blocks[0]["mean_nll"] == pytest.approx(found["nll"][steady][:-1].mean(), rel=1e-5)
+    assert record.blocks[0]["mean_nll"] != pytest.approx(found["nll"][steady][1:].mean(), rel=1e-3), "control"
+    assert record.floor["visible_mean"] == pytest.approx(found["kv_length"][-12:].mean())
 
 
 def test_streams_read_the_weights_once(session):

@@ -45,13 +45,16 @@ class Outcome:
         Configurations that a rung does not serve, and why.
     failed : list of (str, str)
         Configurations that ended without figures, and why.
-    interrupted : bool
     """
 
     records: list[BenchRecord] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
-    interrupted: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a configuration was cut short, which is then the last."""
+        return any(record.status != "complete" for record in self.records)
 
 
 @dataclass
@@ -109,7 +112,6 @@ class BenchSession:
             _shown,
         )
         outcome.records = runner.run(jobs, console)
-        outcome.interrupted = any(record.status != "complete" for record in outcome.records)
         return outcome
 
     def _served(self, group: Sequence[BenchConfig], outcome: Outcome) -> bool:
