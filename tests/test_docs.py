@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 from test_architecture import ARROWS
 
 from sinkstream.cli import main
+from sinkstream.compat import NEWEST_TESTED, OLDEST_TESTED
+from sinkstream.models.gguf_file import BUILTIN_INSTALL
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
 from sinkstream.report.docs import generated_names
 
@@ -57,6 +60,17 @@ def test_the_readme_is_one_page_with_the_rival_on_its_best_day():
     assert {"readme-quality", "readme-speed"} <= set(generated_names(ROOT / "README.md"))
     static = next(line for line in readme.splitlines() if "static cache" in line)
     assert "4.76" in static and "3.3 ×" not in readme
+
+
+def test_the_readme_names_the_releases_that_are_accepted():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch_bound = next(bound for bound in project["dependencies"] if bound.startswith("torch>="))
+    python, torch = project["requires-python"].removeprefix(">="), torch_bound.removeprefix("torch>=")
+    named = f"Python {python} or newer, torch {torch} or newer, transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
+    assert named in readme and BUILTIN_INSTALL in readme
+    extras = set(re.findall(r"`(\w+)`", readme.partition("The extras: ")[2].partition("\n\n")[0]))
+    assert set(project["optional-dependencies"]) <= extras
 
 
 def paths_of_the_picture(page: str) -> list[str]:
