@@ -34,7 +34,7 @@ COMPOSED = {
     "refresh-accumulated-attention+max-drop": small_policy("refresh-accumulated-attention", max_drop=5, slack=7),
     "refresh-window-attention+adaptive-top1": small_policy("adaptive-top1")
     | {"refresh": 6, "scorer": "window-attention", "observation": 5},
-    "refresh-uncertainty+entropy": small_policy("refresh-uncertainty", uncertainty="entropy"),
+    "refresh-uncertainty+entropy": small_policy("refresh-uncertainty", uncertainty="entropy", compress_every=11),
     "refresh-key-norm+no-sink": small_policy("refresh-key-norm", sink=0),
 }
 POLICIES = {name: small_policy(name) for name in PRESETS} | COMPOSED
