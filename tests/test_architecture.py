@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import FAST
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "sinkstream"
@@ -182,6 +183,17 @@ def test_nothing_is_left_for_later():
     lines = ((p, n, line) for p in files for n, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1))
     assert not [f"{p.relative_to(ROOT)}:{n}: {line.strip()}" for p, n, line in lines if FORBIDDEN_WORDS.search(line)]
     assert FORBIDDEN_WORDS.search("# TO" + "DO: later"), "the control is not seen"
+
+
+def test_the_quick_tests_that_are_named_exist():
+    folder = Path(__file__).parent
+    sources = {name: (folder / name).read_text(encoding="utf-8") for name in FAST}
+    wanted = [(name, word.partition("[")[0]) for name, words in FAST.items() for word in words]
+    assert not [
+        (name, word)
+        for name, word in wanted
+        if not re.search(rf"def test_\w*{word.removeprefix('test_')}", sources[name])
+    ]
 
 
 PATCH_PROBE = """

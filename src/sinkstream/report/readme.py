@@ -55,11 +55,14 @@ def readme_quality(records: Sequence[Record]) -> str:
 def readme_speed(records: Sequence[BenchRecord]) -> str:
     """Time of a token of the Pythia-2.8B shape: the engine, its nearest rival on its best day, and two ways more."""
     found = tpot_over_floor(records)
-    engine = next((r for r in records if found and r.id == found[1]), None)
-    others = [rival(records, engine, rung) for rung in ("hf-static", "hf", "hf-recompute-sdpa")] if engine else [None]
-    if None in others:
+    if found is None:
         return NONE_YET
-    static, lazy, recompute = (other.steady["tpot_ms"] for other in others)
+    engine = next(r for r in records if r.id == found[1])
+    others = [rival(records, engine, rung) for rung in ("hf-static", "hf", "hf-recompute-sdpa")]
+    tpots = [other.steady["tpot_ms"] for other in others if other is not None]
+    if len(tpots) < len(others):
+        return NONE_YET
+    static, lazy, recompute = tpots
     ours = engine.steady["tpot_ms"]
     best_static = min(static, REPORTED_STATIC_MS)
     rows = [
