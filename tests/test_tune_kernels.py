@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops_cases import NEEDS_TRITON
-
-from sinkstream.engine.bench_ops import SHAPES, TOLERANCE, Bench, attention_grid, candidates, main, neighbours_of
+from tune_kernels import SHAPES, TOLERANCE, Bench, attention_grid, candidates, main, neighbours_of
 
 
 @pytest.fixture(params=["smoke-neox", "smoke-llama"])

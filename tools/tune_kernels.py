@@ -1,6 +1,6 @@
 """Measure and tune the ops of the decode step: every kernel against its own byte floor, then whole steps.
 
-    python -m sinkstream.engine.bench_ops --seconds 230 --out ops.json
+    python tools/tune_kernels.py --seconds 230 --out ops.json
 
 The ceiling comes first: the bandwidth of a large device-to-device copy. Every op is checked against its twin (with
 poisoned outputs) and timed over all layers of a model shape, so that nothing stays in L2, under a CUDA graph, median of
