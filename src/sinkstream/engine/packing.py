@@ -132,7 +132,7 @@ def pack(model: PreTrainedModel) -> PackedWeights:
         return known[0]
     decoder = model.get_decoder()
     neox = model.config.model_type == NEOX
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would switch gradients on again
         layers = tuple((_pack_neox if neox else _pack_llama)(layer) for layer in decoder.layers)
     packed = PackedWeights(
         family=model.config.model_type,

@@ -1,8 +1,8 @@
 """Measured plans: how each op of a decode step is launched, for the shapes that were tuned on an H100.
 
-Every plan is the fastest that was found with the tuner of the kernels (`tools/tune_kernels.py`) on one NVIDIA
-H100 80GB HBM3, one stream, 2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the
-nearest hidden size, cut down to what fits; nothing else depends on it.
+Every plan is the fastest that was found with the tuner of the kernels (`tools/tune_kernels`) on one NVIDIA H100 80GB
+HBM3, one stream, 2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the nearest
+hidden size, cut down to what fits; nothing else depends on it.
 """
 
 import math
