@@ -4,7 +4,7 @@ On a CPU the same calls run the kernels' twins. What a policy needs beyond logit
 PyTorch functions that only such policies pay for; nothing asks the host, so that a whole step fits into a CUDA graph.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +35,7 @@ MAX_GROUP = 16  # query heads of one key-value head
 def plan_sizes(weights: PackedWeights, state: StreamState) -> Sizes:
     """What a plan is fitted to: sizes of the model and its cache, and of the device."""
     g, spec, device = state.geometry, state.spec, state.device
-    config = spec.decoder.config
+    config: Any = spec.decoder.config
     return Sizes(
         config.hidden_size, config.intermediate_size, spec.query_heads, spec.kv_heads, spec.head_dim, g.ring,
         g.pinned_slots, shared_bytes(device), multiprocessors(device),
@@ -71,15 +71,15 @@ class FusedDecode:
         self.neox, self.observes = weights.family == NEOX, plain.observes(state)
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
         self.use(default_plan(weights, state) if plan is None else plan)
-        spec = self.spec
+        spec, config = self.spec, cast(Any, self.spec.decoder.config)
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
         with torch.inference_mode(False):
             self.hidden, self.other = (self._buffer(weights.embedding.shape[1]) for _ in range(2))
             self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
-            self.middle = self._buffer(spec.decoder.config.intermediate_size)
-            self.tiles = Tiles(*state.logits.shape, state.device)
+            self.middle = self._buffer(config.intermediate_size)
+            self.tiles = Tiles(state.streams, state.logits.shape[1], state.device)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
         self._row = plain.Row(state, weights.rope_factor)
@@ -116,12 +116,14 @@ class FusedDecode:
     # ---- the ops ----
 
     def _qkv(self, i: int) -> None:
-        layer, more = self.weights.layers[i], {"early": i > 0, "prefetch": self._slots("qkv", i)}
+        layer = self.weights.layers[i]
         if isinstance(layer, NeoxLayer):
             weight, bias = layer.weight_in[: self.qkv_rows], layer.bias_in[: self.qkv_rows]
         else:
             weight, bias = layer.weight_qkv, layer.bias_qkv
-        self._norm_linear("qkv", layer.attention_norm, weight, bias=bias, out=self.first, **more)
+        self._norm_linear(
+            "qkv", layer.attention_norm, weight, bias=bias, out=self.first, early=i > 0, prefetch=self._slots("qkv", i)
+        )
 
     def _beside(self, i: int) -> None:
         layer, up = self.weights.layers[i], slice(self.qkv_rows, None)
@@ -146,7 +148,11 @@ class FusedDecode:
         """Attention leaves the memory idle while it waits: it prefetches what `gate_up`, two ops later, reads first."""
         state, spec, layer = self.state, self.spec, self.weights.layers[i]
         q_norm, k_norm = layer.q_norm, layer.k_norm
-        norms = {} if q_norm is None else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        norms: dict[str, Any] = (
+            {}
+            if q_norm is None or k_norm is None
+            else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        )
         attention_decode(
             self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
             pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
@@ -170,8 +176,8 @@ class FusedDecode:
 
     def _down(self, i: int) -> None:
         layer = self.weights.layers[i]
-        more = {"bias": layer.bias_down, "prefetch": self._next_layer("down", i)}
-        self._linear_residual("down", self.middle, layer.weight_down, **more)
+        prefetch = self._next_layer("down", i)
+        self._linear_residual("down", self.middle, layer.weight_down, bias=layer.bias_down, prefetch=prefetch)
 
     def _head(self, i: int) -> None:
         self._norm_linear("head", self.weights.final_norm, self.weights.head, out=self.state.logits)

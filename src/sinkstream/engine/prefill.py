@@ -45,7 +45,7 @@ class LentRing(SoftRing):
         for buffer, new, given in zip((self.keys, self.values), self._new, (keys.detach(), values.detach())):
             new[layer, :, :, : given.shape[2]].copy_(given)
             visible.append(torch.cat([buffer[layer, :, :, self.start : self.tail], given], 2))
-        return tuple(visible)
+        return visible[0], visible[1]
 
     def advance(self, tokens: int, drop: int = 0) -> None:
         """Take over the entries of the forward and drop as many as the policy did inside it.

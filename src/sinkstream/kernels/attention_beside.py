@@ -122,14 +122,17 @@ def attention_beside(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    attention = {"query_heads": query_heads, "pinned_slots": pinned_slots, "order": order}
     if activation not in ("none", "gelu"):
         raise ValueError(f"activation={activation!r} beside attention; accepted: none, gelu")
     if len(qkv) > 1 or not use_triton(backend, qkv):
-        linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
-        how = {"pdl": pdl, "backend": backend}
-        out = attention_decode(qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, **how)
-        linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
+        out = attention_decode(
+            qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
+            workspace=workspace, pdl=pdl, backend=backend,
+        )  # fmt: skip
+        linear_out = norm_linear(
+            x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,
+            activation=activation, out=linear_out, prefetch=prefetch, pdl=pdl, backend=backend,
+        )  # fmt: skip
         return out, linear_out
     rows, hidden = weight.shape
     check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
@@ -141,11 +144,14 @@ def attention_beside(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
         )
     check_tile(config.linear, hidden, weight)
-    cut = launch_arguments(
-        qkv, keys, values, scalars, rope, *attention.values(), None, None, 0.0, out, workspace, config.attention
-    )
-    linear = (x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out)
-    _launch(*cut, *linear, config, wait, prefetch, pdl)
+    grid, arguments, constants = launch_arguments(
+        qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, workspace,
+        config.attention,
+    )  # fmt: skip
+    _launch(
+        grid, arguments, constants, x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out, config,
+        wait, prefetch, pdl,
+    )  # fmt: skip
     return out, linear_out
 
 

@@ -127,7 +127,7 @@ def begin_step(
         read_plan(tokens, logits, plan, cursor, scalars)
         hidden.copy_(embedding[scalars[:, TOKEN].long()])
         return scalars, hidden, rope.copy_(rope_twin(scalars, inv_freq, factor))
-    tiles = Tiles(*logits.shape, device) if tiles is None else tiles
+    tiles = Tiles(streams, logits.shape[1], device) if tiles is None else tiles
     early = tiles.find(logits, tokens)
     launch(
         _begin_step_kernel, (streams,), tokens, tiles.values, tiles.indices, plan, cursor, embedding, inv_freq,

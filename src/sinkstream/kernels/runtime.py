@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 set before Triton is imported, ``backend="triton"`` runs the 
 tests, and slow.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -29,19 +30,29 @@ except ImportError:
 
 
 INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFunction"
-_settings = {"backend": "auto", "compile_only": False}
+
+
+@dataclass
+class _Settings:
+    """Of the whole process."""
+
+    backend: str = "auto"
+    compile_only: bool = False
+
+
+_settings = _Settings()
 
 
 def set_backend(name: str) -> None:
     """Override the choice between kernels and twins for the whole process: "auto" (default), "triton" or "torch"."""
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
-    _settings["backend"] = name
+    _settings.backend = name
 
 
 def set_compile_only(on: bool) -> None:
     """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the benchmark)."""
-    _settings["compile_only"] = on
+    _settings.compile_only = on
 
 
 def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
@@ -52,7 +63,7 @@ def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
     ValueError
         If the backend is unknown, or "triton" is asked for where it cannot run.
     """
-    name = backend or _settings["backend"]
+    name = backend or _settings.backend
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
     if name == "torch":
@@ -61,7 +72,7 @@ def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
         if name == "triton":
             raise ValueError("backend='triton' needs the triton package, which cannot be imported; accepted: torch")
         return False
-    runnable = tensor.is_cuda or INTERPRETED or _settings["compile_only"]
+    runnable = tensor.is_cuda or INTERPRETED or _settings.compile_only
     if name == "triton" and not runnable:
         raise ValueError("backend='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
     return runnable if name == "triton" else tensor.is_cuda and runnable
@@ -72,7 +83,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None
     if INTERPRETED:
         kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
         return
-    if _settings["compile_only"]:
+    if _settings.compile_only:
         kernel.warmup(*arguments, PDL=pdl, grid=grid, launch_pdl=pdl, **meta)
         return
     kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
@@ -87,7 +98,7 @@ def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 3 elsewhere, so that interpreted tests see several programs."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if _settings["compile_only"] else 3
+    return 132 if _settings.compile_only else 3
 
 
 def even_programs(tiles: int, most: int) -> int:
