@@ -14,7 +14,7 @@ NEEDS_TRITON = pytest.mark.skipif(
 )
 BACKENDS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 HALF = [torch.float16, torch.bfloat16]
-EARLY = [  # what a linear kernel has on its way before it waits for the kernel before
+EARLY = [  # weights of a linear kernel in flight before its wait for the previous kernel
     pytest.param({}, id="nothing"),
     pytest.param({"hold": True}, id="hold"),
     pytest.param({"fill": True}, id="fill"),

@@ -61,7 +61,7 @@ def test_bytes_and_widths_are_those_of_the_weights_that_the_step_reads(m):
     layer, widths = m.step.weights.layers[0], dict(m.shape.widths)
     assert widths.pop("head") == m.step.weights.head.shape
     if m.shape.neox:
-        rows = widths["qkv"][0] + widths.pop("beside")[0]
+        rows = widths["qkv"][0] + widths.pop("attention_up")[0]
         assert (rows, widths.pop("qkv")[1]) == layer.weight_in.shape
     assert all(size == getattr(layer, f"weight_{op}").shape for op, size in widths.items())
     state = m.step.state

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from sinkstream.kernels.config import MAX_SHARED
+from sinkstream.kernels.config import MAX_STREAMS
 from sinkstream.measure.bandwidth import memory_bandwidth
 from tune_kernels.measure import Measurements, write_report
 from tune_kernels.search import climb, measure_streams, sweep, tune
 from tune_kernels.shapes import SHAPES
 
 SHARES = {"pythia-2.8b": 0.55, "llama-3.2-1b": 0.5, "llama-3.1-8b": 1.0}  # of the time left when its turn comes
-TOLD = ("best of each op", "PDL", "measured plan", "tuned")  # steps that are printed at the end of a shape
+PRINTED = ("best of each op", "PDL", "measured plan", "tuned")  # steps that are printed at the end of a shape
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -46,15 +46,15 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
-    if not 1 <= options.streams <= MAX_SHARED:
-        parser.error(f"--streams {options.streams}; accepted: 1 to {MAX_SHARED}, which the kernels serve")
+    if not 1 <= options.streams <= MAX_STREAMS:
+        parser.error(f"--streams {options.streams}; accepted: 1 to {MAX_STREAMS}, which the kernels serve")
     if options.climb and options.streams > 1:
         parser.error(f"--climb with --streams {options.streams}; accepted: one stream, whose plans are tuned")
     return options
 
 
 def search_plan(m: Measurements, options: argparse.Namespace, budget_s: float) -> None:
-    """What the options ask of one shape; prints the steps that are told."""
+    """Run the search of one shape that the options name, and print its best steps."""
     if options.streams > 1:
         measure_streams(m)
     elif options.climb:
@@ -65,7 +65,7 @@ def search_plan(m: Measurements, options: argparse.Namespace, budget_s: float) -
         tune(m)
     floor_ms = m.shape.step_bytes / m.copy_gbs / 1e6
     for row in m.steps:
-        if row["label"] in TOLD and "ms" in row:
+        if row["label"] in PRINTED and "ms" in row:
             figures = f"{row['ms']:.3f} ms = {row['ms'] / floor_ms:.3f} x floor"
             print(f"  STEP {m.shape.name} {row['label']}: {figures}", flush=True)
 

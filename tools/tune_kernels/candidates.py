@@ -3,10 +3,10 @@
 from dataclasses import asdict, replace
 from itertools import product
 
-from sinkstream.kernels import AttentionConfig, BesideConfig, LinearConfig
+from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
 from tune_kernels.shapes import Shape
 
-Config = LinearConfig | AttentionConfig | BesideConfig
+Config = LinearConfig | AttentionConfig | AttentionLinearConfig
 
 
 def linear_grid(rows, columns, warps, stages, per_sm, width: int, widest: int) -> list[LinearConfig]:
@@ -29,8 +29,8 @@ def candidates(shape: Shape, op: str) -> list:
     """Configurations to try, the most promising first."""
     if op == "attention":
         return attention_grid(shape)
-    if op == "beside":
-        return beside_grid()
+    if op == "attention_up":
+        return attention_linear_grid()
     width = shape.widths[op][1] * (2 if op == "gate_up" else 1)
     if shape.widths[op][1] > 5000 or op == "out":
         grid = linear_grid((1, 2, 4), (1024, 2048, 4096), (4, 8, 16), (4, 3, 6, 2, 1), (1, 2), width, 130)
@@ -47,8 +47,8 @@ def spread(items: list, most: int) -> list:
     return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
 
 
-def beside_grid() -> list[BesideConfig]:
-    """Configurations of attention and the rows beside it: (splits, tile, warps), (rows, columns, stages, per_sm)."""
+def attention_linear_grid() -> list[AttentionLinearConfig]:
+    """Attention and linear layer in one kernel: (splits, tile, warps), (rows, columns, stages, per_sm)."""
     found = []
     rows = [(4, 512, 3, 3), (4, 512, 1, 3), (4, 256, 4, 3), (8, 512, 1, 3), (2, 512, 4, 3), (4, 512, 2, 4)]
     attention = [(4, 64, 4), (4, 32, 4), (8, 32, 4), (3, 64, 4), (6, 32, 4), (2, 64, 4)]
@@ -57,24 +57,24 @@ def beside_grid() -> list[BesideConfig]:
             if tile == 64 and per_sm > 3:
                 continue
             parts = AttentionConfig(splits, tile, warps), LinearConfig(r, c, warps, stages, per_sm, late=True)
-            found.append(BesideConfig(*parts))
+            found.append(AttentionLinearConfig(*parts))
     wide = [(4, 64, 8, 4, 512, 1, 2), (4, 64, 8, 8, 512, 1, 2), (4, 64, 8, 4, 512, 3, 2), (2, 64, 8, 4, 1024, 1, 2)]
     return found + [
-        BesideConfig(AttentionConfig(s, t, w), LinearConfig(r, c, w, stages, per_sm, late=True))
+        AttentionLinearConfig(AttentionConfig(s, t, w), LinearConfig(r, c, w, stages, per_sm, late=True))
         for s, t, w, r, c, stages, per_sm in wide
     ]
 
 
 def changed(config, **changes):
-    """A configuration with other values; beside attention those of the rows."""
-    if isinstance(config, BesideConfig):
+    """A configuration with other values; in a kernel with attention those of the linear layer."""
+    if isinstance(config, AttentionLinearConfig):
         return replace(config, linear=replace(config.linear, **changes))
     return replace(config, **changes)
 
 
 def neighbours_of(config) -> list:
     """Configurations that differ in one field."""
-    if isinstance(config, BesideConfig):
+    if isinstance(config, AttentionLinearConfig):
         parts = (neighbours_of(config.attention), neighbours_of(config.linear))
         attention, linear = ([c for c in part if c.warps == config.linear.warps] for part in parts)
         return [replace(config, attention=c) for c in attention] + [replace(config, linear=c) for c in linear]
@@ -124,6 +124,6 @@ def short(config) -> str:
     """A configuration in a few characters: what differs from false or zero."""
     if config is None:
         return "as launched by itself"
-    if isinstance(config, BesideConfig):
+    if isinstance(config, AttentionLinearConfig):
         return f"{short(config.attention)} | {short(config.linear)}"
     return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))

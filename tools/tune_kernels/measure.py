@@ -23,7 +23,7 @@ _steps: dict[str, RandomStep] = {}  # of a worker process, by shape
 
 
 def alone(shape: Shape, op: str, planned: OpPlan) -> Plan:
-    """A plan for launching one op; with PDL the rows beside attention need not wait for `qkv`."""
+    """A plan for launching one op; with PDL the up-projection in the kernel of attention need not wait for `qkv`."""
     plan = dict.fromkeys(shape.ops, OpPlan())
     if planned.pdl:
         plan["qkv"] = OpPlan(LinearConfig(late=True), pdl=True)

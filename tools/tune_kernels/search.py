@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
-from sinkstream.kernels import BesideConfig
+from sinkstream.kernels import AttentionLinearConfig
 from sinkstream.kernels.plans import MB, OpPlan, fitted, measured_plan
 from tune_kernels.candidates import candidates, changed, neighbours_of, short
 from tune_kernels.measure import Job, Measurements, Plan
@@ -53,12 +53,12 @@ def tune(m: Measurements) -> Plan:
     best = m.time_step(plain, "best of each op")
     print(f"  no PDL {best:.3f} ms, error of the logits {m.checks.logits(plain):.2g}", flush=True)
     plan = {op: OpPlan((m.best(op, True, 1) or m.best(op, False, 1))[0], pdl=True) for op in m.shape.ops}
-    plan = _rows_beside_need_not_wait(m, plan)
+    plan = _with_late_qkv(m, plan)
     return finish(m, *keep_what_helps(m, plan, m.time_step(plan, "PDL"), trials(m, plan)))
 
 
 def climb(m: Measurements) -> Plan:
-    """Whole steps from the measured plan on: every neighbour in turn, until a whole round brings nothing."""
+    """Whole steps from the measured plan on: every neighbour in turn, until a whole round helps no more."""
     plan = measured_plan(m.shape.neox, m.step.sizes)
     best, previous = m.time_step(plan, "measured plan"), float("inf")
     print(f"  measured plan {best:.3f} ms", flush=True)
@@ -105,7 +105,8 @@ def finish(m: Measurements, plan: Plan, best: float) -> Plan:
     return plan
 
 
-def _rows_beside_need_not_wait(m: Measurements, plan: Plan) -> Plan:
+def _with_late_qkv(m: Measurements, plan: Plan) -> Plan:
+    """With a late `qkv` the up-projection in the kernel of attention need not wait."""
     return plan | {"qkv": with_config(plan["qkv"], late=True)} if m.shape.neox else plan
 
 
@@ -113,7 +114,7 @@ def _rows_beside_need_not_wait(m: Measurements, plan: Plan) -> Plan:
 
 
 def with_config(planned: OpPlan, **changes: Any) -> OpPlan:
-    """An op launched with other values in its configuration; beside attention in that of the rows."""
+    """An op launched with other values in its configuration; `attention_up` in that of the up-projection."""
     return replace(planned, config=changed(planned.config, **changes))
 
 
@@ -132,18 +133,18 @@ def trials(m: Measurements, plan: Plan) -> Iterator[Trial]:
     ops, rows = m.shape.ops, [op for op in m.shape.ops if op != "attention"]
     for ahead in (0, 1, 4, 8):
         yield f"ahead {ahead}", linear_changes(rows, ahead=ahead)
-    late = [(op, with_config(plan[op], late=True)) for op in ops if op != "beside"]
-    if "beside" in plan:
-        beside = plan["beside"].config
+    late = [(op, with_config(plan[op], late=True)) for op in ops if op != "attention_up"]
+    if "attention_up" in plan:
+        joined = plan["attention_up"].config
         for of_rows, of_attention in ((False, False), (True, True), (False, True)):
-            attention = replace(beside.attention, late=of_attention)
-            late.append(("beside", OpPlan(replace(changed(beside, late=of_rows), attention=attention), pdl=True)))
+            attention = replace(joined.attention, late=of_attention)
+            late.append(("attention_up", OpPlan(replace(changed(joined, late=of_rows), attention=attention), pdl=True)))
     fetching = [(op, replace(plan[op], prefetch=MB)) for op in ops if op != "head"]
     others = [(op, OpPlan(c, pdl=True)) for op in ops for c in m.best(op, True, 5)[1:]]
     others += [(op, OpPlan(c, pdl=True)) for op in ops for c in m.best(op, False, 12)[5:]]
     ready = set(m.compiled([*late, *fetching, *others], m.left() / 3))
     for op, planned in (job for job in late if job in ready):
-        change = _other_config(op, planned.config) if op == "beside" else linear_changes([op], late=True)
+        change = _other_config(op, planned.config) if op == "attention_up" else linear_changes([op], late=True)
         yield f"{op} late {short(planned.config)}", change
     for size, (op, _) in product((2 * MB, 6 * MB, 16 * MB), [job for job in fetching if job in ready]):
         yield prefetching(op, size)
@@ -164,7 +165,7 @@ def _other_config_as_early(op: str, config: Any) -> Callable[[Plan], Plan]:
 
     def change(plan: Plan) -> Plan:
         old = plan[op].config
-        if isinstance(old, BesideConfig):
+        if isinstance(old, AttentionLinearConfig):
             return plan | {op: replace(plan[op], config=changed(config, ahead=old.linear.ahead))}
         if old.late and op != "qkv":
             return plan
@@ -182,7 +183,7 @@ def filled_plans(m: Measurements, plan: Plan) -> list[tuple[str, Plan]]:
         filled = {op: with_config(plan[op], stages=stages, ahead=0, late=late, fill=True) for op in ops}
         filled = {op: replace(p, config=fitted(op, p.config, m.step.sizes)) for op, p in filled.items()}
         label = f"rings of {stages}, {'late' if late else 'early'}"
-        plans.append((label, _rows_beside_need_not_wait(m, plan | filled)))
+        plans.append((label, _with_late_qkv(m, plan | filled)))
     jobs: list[Job] = [(op, trial[op]) for _, trial in plans for op in ops]
     list(m.compiled(jobs, m.left() / 4))
     return plans

@@ -56,7 +56,7 @@ class Shape:
     @property
     def linear_ops(self) -> tuple[str, ...]:
         """Ops whose configuration is a `LinearConfig`."""
-        return tuple(op for op in self.ops if op not in ("attention", "beside"))
+        return tuple(op for op in self.ops if op not in ("attention", "attention_up"))
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -65,7 +65,7 @@ class Shape:
         h, q, kv = c.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {"qkv": (q + 2 * kv, h), "head": (c.vocab_size, h)}
         if self.neox:
-            return sizes | {"beside": (c.intermediate_size, h), "out": (h, q + c.intermediate_size)}
+            return sizes | {"attention_up": (c.intermediate_size, h), "out": (h, q + c.intermediate_size)}
         return sizes | {"o": (h, q), "gate_up": (2 * c.intermediate_size, h), "down": (h, c.intermediate_size)}
 
     def calls(self, op: str) -> int:
@@ -75,7 +75,9 @@ class Shape:
     def bytes_of(self, op: str) -> int:
         """Bytes that one call must read: weights, keys and values."""
         rows, columns = self.widths.get(op, (0, 0))
-        cached = 2 * self.streams * self.kv_heads * self.cap * self.head_dim if op in ("attention", "beside") else 0
+        cached = (
+            2 * self.streams * self.kv_heads * self.cap * self.head_dim if op in ("attention", "attention_up") else 0
+        )
         return (rows * columns + cached) * self.dtype.itemsize
 
     @property

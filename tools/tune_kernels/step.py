@@ -105,7 +105,7 @@ class RandomStep(FusedDecode):
 
     def _outputs(self, op: str, residual: torch.Tensor) -> list[torch.Tensor]:
         outputs = {"qkv": [self.first], "attention": [self.context], "gate_up": [self.middle]}
-        outputs |= {"beside": [self.context, self.middle], "head": [self.state.logits]}
+        outputs |= {"attention_up": [self.context, self.middle], "head": [self.state.logits]}
         return outputs.get(op, [residual])
 
 

@@ -101,7 +101,7 @@ class ProcessorsWriter(Writer):
         sequences = self._ids[:, : self._length].clone()
         if not self._config.return_dict_in_generate:
             return sequences
-        scores, logits = (None if kept is None else tuple(kept) for kept in (self._scores, self._logits))
+        scores, logits = (cast(Any, None if kept is None else tuple(kept)) for kept in (self._scores, self._logits))
         return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), scores=scores, logits=logits)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -274,12 +274,12 @@ class StreamDecoder:
 def checked_cache(
     model: PreTrainedModel, policy: EvictionPolicy | None, *, backend: str, streams: int, **options: Any
 ) -> PrefillCache:
-    """The cache that prompts go through, empty, once everything that the engine asks for is found to be possible."""
+    """The empty cache that prompts go through, after every check of the engine. Raises ValueError."""
     step = STEPS[backend]
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
     check_packable(model)
-    cache = PrefillCache.for_model(model, policy=policy, **options)
+    cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
         step.check(cache.spec, cache.policy, model.device)
         check_engine(model, cache.spec, cache.policy, streams, model.device)

@@ -15,14 +15,14 @@ from sinkstream.engine.state import StreamState
 from sinkstream.kernels import (
     Prefetch,
     Workspace,
-    attention_beside,
     attention_decode,
+    attention_linear,
     begin_step,
     linear_residual,
     norm_linear,
 )
 from sinkstream.kernels.attention_decode import split_qkv
-from sinkstream.kernels.config import MAX_SHARED, MAX_SPLITS, LinearConfig, count_programs, default_attention
+from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.layout import Geometry
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
@@ -87,7 +87,7 @@ class FusedDecode:
     def use(self, plan: StepPlan) -> None:
         """Launch the ops as another plan says, from the next launch on; a captured graph keeps the plan it has."""
         self.plan = plan
-        first_op = plan["qkv"]  # while it waits, the kernel after it has not begun: the rows beside attention need not
+        first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
         self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 
     def _buffer(self, width: int) -> torch.Tensor:
@@ -125,15 +125,15 @@ class FusedDecode:
             "qkv", layer.attention_norm, weight, bias=bias, out=self.first, early=i > 0, prefetch=self._slots("qkv", i)
         )
 
-    def _beside(self, i: int) -> None:
+    def _attention_up(self, i: int) -> None:
         layer, up = self.weights.layers[i], slice(self.qkv_rows, None)
-        attention_beside(
+        attention_linear(
             self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden,
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
             order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
             bias=layer.bias_in[up], out=self.context, linear_out=self.middle, workspace=self.workspace,
-            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["beside"].prefetch),
-            **self._how("beside"),
+            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+            **self._how("attention_up"),
         )  # fmt: skip
         self._observe(i)
 
@@ -210,11 +210,11 @@ class FusedDecode:
     def _how(self, op: str, *, early: bool = True) -> dict:
         """Options of one launch; `early`: whether it may start before the previous kernel has ended.
 
-        The first op of layer 0 may not: attention, one kernel later, must find the scalars final. Nor may an op that
-        comes after PyTorch's, which need not end in a kernel; those of more than `MAX_SHARED` streams are PyTorch's.
+        The first op of layer 0 may not: attention, one kernel later, reads the scalars before its wait. Nor may an op
+        after one of PyTorch's, which need not end in a kernel; more than `MAX_STREAMS` streams take PyTorch's ops.
         """
         plan = self.plan[op]
-        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_SHARED}
+        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_STREAMS}
 
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""

@@ -1,4 +1,4 @@
-"""What a step begins with: its row of the plan, its tokens and their embeddings, the rotations of its query.
+"""The beginning of a step: its row of the plan, its tokens and their embeddings, the rotations of its query.
 
 The plan holds the scalars of many steps. A cursor on the device says which of its rows is next, and a negative token id
 means the likeliest token of the logits, so that one captured graph can run step after step without the host. The ids
@@ -29,7 +29,7 @@ def _begin_step_kernel(
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64.
 
-    Until it waits it may run beside the kernel that fills the tiles, which reads nothing that is written here.
+    Before its wait it may overlap with the kernel that fills the tiles, which reads nothing that is written here.
     """
     stream = tl.program_id(0)
     at = (tl.load(cursor_ptr + stream) + 1) % rows

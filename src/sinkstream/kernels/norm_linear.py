@@ -1,9 +1,9 @@
 """Norm and linear layer in one kernel: y = act(W · norm(x) + b), reading every weight once at the speed of memory.
 
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
-of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
-their first rows are asked for before waiting for it. The kernel serves one stream; what several share is in
-`shared_product`. Paired gate and up rows give silu(gate) · up (SwiGLU).
+of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the previous kernel,
+so each program prefetches its first rows and then waits for that kernel. The kernel serves one stream; several streams
+take `multi_stream_linear`. Paired gate and up rows give silu(gate) · up (SwiGLU).
 """
 
 import torch
@@ -11,16 +11,17 @@ import torch.nn.functional as F
 
 from sinkstream.kernels.chunks import (
     check_tile,
-    held_products,
-    held_rows,
+    chunk_products,
     load_chunks,
+    load_row_chunks,
     no_chunks,
     normalise,
     row_products,
     row_terms,
     store_tile,
 )
-from sinkstream.kernels.config import MAX_SHARED, LinearConfig, default_norm_linear
+from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, default_norm_linear
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -36,14 +37,13 @@ from sinkstream.kernels.runtime import (
     tl,
     use_triton,
 )
-from sinkstream.kernels.shared_product import norm_rows, refuse_early, shared_product
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 NORMS = ("layer", "rms")
 
 
 @jit
-def serve_tiles(
+def norm_linear_tiles(
     start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
@@ -51,8 +51,9 @@ def serve_tiles(
 ):  # fmt: skip
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
-    WAIT: x comes from the kernel before. HOLD: the first tile's weights are on their way to registers while it waits.
-    FILL: those of the first STAGES - 1 tiles on their way to the ring, since the pipeline begins before its first turn.
+    WAIT: x comes from the previous kernel. HOLD: the first tile's weights are in flight to registers during the wait.
+    FILL: the weights of the first STAGES - 1 tiles are in flight to the ring during the wait, since the prologue of the
+    pipeline comes before the first turn of the loop, and the wait stands in that turn.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
@@ -68,10 +69,10 @@ def serve_tiles(
                 prefetch_l2(w_up, first, end_byte, tile_bytes)
     if HOLD:
         r = start * BN + tl.arange(0, BN)
-        held = held_rows(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
+        first_rows = load_row_chunks(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
         bias = row_terms(b_ptr, r, rows, HAS_BIAS)
         if GATED:
-            held_up = held_rows(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
+            first_up = load_row_chunks(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
             bias_up = row_terms(b_up, r, rows, HAS_BIAS)
     gammas = load_chunks(gamma_ptr, K, BK)
     betas = gammas
@@ -84,10 +85,10 @@ def serve_tiles(
             gdc_wait()
         xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
     if HOLD:
-        y = bias + tl.sum(held_products(held, xs), 1) * scale
+        y = bias + tl.sum(chunk_products(first_rows, xs), 1) * scale
         up = y
         if GATED:
-            up = bias_up + tl.sum(held_products(held_up, xs), 1) * scale
+            up = bias_up + tl.sum(chunk_products(first_up, xs), 1) * scale
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
         start += step
     for tile in tl.range(start, end, step, num_stages=STAGES):
@@ -118,7 +119,7 @@ def _norm_linear_kernel(
 ):  # fmt: skip
     """One program: every num_programs-th tile."""
     pid = tl.program_id(0)
-    serve_tiles(
+    norm_linear_tiles(
         pid, tl.cdiv(rows, BN), tl.num_programs(0), x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps,
         w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, HOLD, FILL, LATE, PDL,
         True,
@@ -169,8 +170,8 @@ def norm_linear(
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool
-        Launch before the kernel before has ended. Every kernel launched so waits for it before reading its result.
-        Refused for more streams than the kernels take.
+        Programmatic dependent launch: the kernel may start before the previous one has ended, and waits for that one
+        before it reads its result. Refused for more streams than the kernels take.
     backend : {"auto", "triton", "torch"}, optional
 
     Returns
@@ -190,12 +191,12 @@ def norm_linear(
     kind = (eps, norm, activation)
     if not use_triton(backend, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    if streams > MAX_SHARED:
+    if streams > MAX_STREAMS:
         refuse_early(streams, pdl)
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if streams > 1:
         normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
-        return shared_product(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
+        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
     if config is None:
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
@@ -223,7 +224,7 @@ def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, activation) -> i
 
 
 def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activation) -> torch.Tensor:
-    """The same in plain PyTorch, float32 (float64 for float64 weights) with the result left in that precision."""
+    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 weights), result in that precision."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     x = x.to(work)
     if norm == "layer":
@@ -236,7 +237,7 @@ def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activat
 
 
 def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out) -> torch.Tensor:
-    """The same for many streams: one library product, norm and activation in the model's dtype.
+    """The op for more streams than the kernels take: PyTorch's norm, matmul and activation in the model's dtype.
 
     Sums inside the norm are formed in float32, as PyTorch does.
     """

@@ -51,7 +51,7 @@ def set_backend(name: str) -> None:
 
 
 def set_compile_only(on: bool) -> None:
-    """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the benchmark)."""
+    """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the tuner)."""
     _settings.compile_only = on
 
 
@@ -61,7 +61,7 @@ def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
     Raises
     ------
     ValueError
-        If the backend is unknown, or "triton" is asked for where it cannot run.
+        If the backend is unknown, or "triton" cannot run here.
     """
     name = backend or _settings.backend
     if name not in BACKENDS:
@@ -90,7 +90,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may start before the one before them has ended (programmatic dependent launch)."""
+    """Whether a kernel may start before the previous one has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -102,7 +102,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def even_programs(tiles: int, most: int) -> int:
-    """Programs, at most `most`, that serve the tiles in as few rounds as these would, with no round half empty."""
+    """The fewest programs, at most `most`, with which tiles take as many waves as with `most` (wave quantisation)."""
     return -(-tiles // -(-tiles // most))
 
 
@@ -122,9 +122,9 @@ def shared_bytes(device: torch.device) -> int:
 
 @jit
 def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
-    """Ask for at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to come to L2; all multiples of 16.
+    """Prefetch at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to L2; all multiples of 16.
 
-    One thread issues one bulk request and nobody waits for it: it costs no register and no shared memory.
+    One thread issues one asynchronous bulk request: it costs no register and no shared memory.
     """
     size = tl.minimum(end_byte - first_byte, most_bytes).to(tl.int32)
     address = pointer.to(tl.int64) + first_byte
@@ -179,7 +179,7 @@ def check_tensor(
 
 
 class Prefetch(tuple):
-    """Buffers that the *next* kernel reads first, brought to L2 by the present one: (tensor, bytes), two at most."""
+    """Buffers that the *next* kernel reads first and the present one prefetches to L2: (tensor, bytes), two at most."""
 
     def __new__(cls, *parts: tuple[torch.Tensor, int]):
         if len(parts) > 2:
@@ -195,7 +195,7 @@ class Prefetch(tuple):
     def of_rows(cls, weight: torch.Tensor, size: int, middle: int = 0) -> "Prefetch":
         """`size` bytes of the first rows of a weight; 0 for none.
 
-        With `middle` they come from both row ranges that the next kernel begins at once, in proportion to their rows.
+        With `middle` they come from both row ranges that the next kernel reads at once, in proportion to their rows.
         """
         if not size:
             return NO_PREFETCH

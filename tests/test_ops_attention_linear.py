@@ -1,21 +1,21 @@
-"""`attention_beside` against the two ops that it joins, and the two against float64 in their own tests."""
+"""`attention_linear` against the two ops that it joins, and the two against float64 in their own tests."""
 
 import pytest
 import torch
 from ops_cases import BACKENDS, TOLERANCE, draw, error
 from test_ops_attention_decode import Case
 
-from sinkstream.kernels import AttentionConfig, BesideConfig, LinearConfig, attention_beside
+from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig, attention_linear
 
-SMALL = BesideConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(rows=4, columns=256, warps=4))
-ODD_ROWS = BesideConfig(
+SMALL = AttentionLinearConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(rows=4, columns=256, warps=4))
+ODD_ROWS = AttentionLinearConfig(
     AttentionConfig(splits=3, tile=16, warps=4), LinearConfig(rows=8, columns=256, stages=1, hold=True)
 )
-FILLED = BesideConfig(SMALL.attention, LinearConfig(rows=2, columns=256, warps=4, fill=True))
+FILLED = AttentionLinearConfig(SMALL.attention, LinearConfig(rows=2, columns=256, warps=4, fill=True))
 
 
 def layer(head_dim=80, heads=2, hidden=160, rows=322, dtype=torch.float16, streams=1):
-    """A case of attention and the rows beside it."""
+    """A case of attention and a linear layer in one kernel."""
     case = Case(
         dtype, query_heads=heads, kv_heads=heads, head_dim=head_dim, rotary=20, pinned_slots=4, ring=41, pinned=4,
         first=30, length=33, order="per-head", streams=streams,
@@ -31,7 +31,7 @@ def layer(head_dim=80, heads=2, hidden=160, rows=322, dtype=torch.float16, strea
 
 
 def call(case, linear, **how):
-    return attention_beside(case.qkv, case.keys, case.values, case.scalars, case.rope, **case.options, **linear, **how)
+    return attention_linear(case.qkv, case.keys, case.values, case.scalars, case.rope, **case.options, **linear, **how)
 
 
 def expected_rows(linear):
@@ -69,4 +69,4 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="accepted: none, gelu"):
         call(case, linear, activation="swiglu")
     with pytest.raises(ValueError, match=r"2 warps for attention and 4 .* accepted: as many"):
-        BesideConfig(AttentionConfig(warps=2), LinearConfig(warps=4))
+        AttentionLinearConfig(AttentionConfig(warps=2), LinearConfig(warps=4))
