@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import BACKENDS, TOLERANCE, draw, error
+from ops_cases import IMPLEMENTATIONS, TOLERANCE, draw, error
 from test_ops_attention_decode import Case
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig, attention_linear
@@ -41,25 +41,25 @@ def expected_rows(linear):
     return torch.nn.functional.gelu(normed @ weight.T + bias)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("config", [SMALL, ODD_ROWS, FILLED])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_both_results_agree_with_float64(backend, config, dtype):
+def test_both_results_agree_with_float64(implementation, config, dtype):
     torch.manual_seed(0)
     case, linear = layer(dtype=dtype)
     context, written = case.expected()
     for _ in range(2):  # twice: the counters must be left as they were found
-        out, rows = call(case, linear, config=config, backend=backend)
+        out, rows = call(case, linear, config=config, implementation=implementation)
         assert error(out, context) < TOLERANCE[dtype]
         assert error(rows, expected_rows(linear)) < TOLERANCE[dtype]
     assert error(case.keys[:, :, case.slot], written) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_streams_take_the_two_ops(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_several_streams_take_the_two_ops(implementation):
     torch.manual_seed(1)
     case, linear = layer(streams=2)
-    out, rows = call(case, linear, backend=backend)
+    out, rows = call(case, linear, implementation=implementation)
     assert error(out, case.expected()[0]) < TOLERANCE[torch.float16]
     assert error(rows, expected_rows(linear)) < TOLERANCE[torch.float16]
 

@@ -122,5 +122,5 @@ def test_the_width_of_pythia(config):
     a, f = draw(1, 2560, dtype=torch.float16), draw(1, 10240, dtype=torch.float16)
     weight = draw(4, 12800, scale=12800**-0.5, dtype=torch.float16)
     out = torch.full((1, 4), float("nan"), dtype=torch.float16, device=DEVICE)
-    linear_residual(a, weight, f=f, out=out, config=config, backend="triton")
+    linear_residual(a, weight, f=f, out=out, config=config, implementation="triton")
     assert error(out, torch.cat([a, f], 1).double() @ weight.double().T) < TOLERANCE[torch.float16]

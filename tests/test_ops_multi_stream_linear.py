@@ -85,9 +85,9 @@ def test_what_is_refused():
 def test_what_goes_to_the_library_does_not_start_early():
     x, weight = draw(17, 64, dtype=torch.float16), draw(64, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
-        norm_linear(x, weight, norm_weight=weight[0], pdl=True, backend="triton")
+        norm_linear(x, weight, norm_weight=weight[0], pdl=True, implementation="triton")
     with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
-        linear_residual(x, weight, pdl=True, backend="triton")
+        linear_residual(x, weight, pdl=True, implementation="triton")
 
 
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 228 * 1024])

@@ -12,13 +12,13 @@ from tune_kernels.__main__ import main
 from tune_kernels.candidates import attention_grid, candidates, neighbours_of
 from tune_kernels.measure import Measurements, write_report
 from tune_kernels.shapes import SHAPES
-from tune_kernels.step import backend
+from tune_kernels.step import implementation
 
 from sinkstream.engine import fused
 from sinkstream.kernels import LinearConfig
-from sinkstream.kernels.plans import OpPlan, measured_plan
+from sinkstream.kernels.plans import OpLaunch, measured_plan
 
-DEFAULT = OpPlan()
+DEFAULT = OpLaunch()
 
 
 def measurements(name: str, *, streams: int = 1, kernels: str = "torch") -> Measurements:
@@ -71,7 +71,7 @@ def test_bytes_and_widths_are_those_of_the_weights_that_the_step_reads(m):
 
 
 def test_every_slot_is_read(m):
-    with backend("torch"):
+    with implementation("torch"):
         m.step()
     assert m.step.state.geometry.slots == m.shape.cap and bool(m.step._row.visible.all())
 
@@ -86,7 +86,7 @@ def test_the_plan_that_is_tried_is_what_the_step_launches(m, monkeypatch):
 
     monkeypatch.setattr(fused, "norm_linear", launch)
     tried = LinearConfig(rows=2)
-    m.measure("qkv", OpPlan(tried, pdl=True))
+    m.measure("qkv", OpLaunch(tried, pdl=True))
     assert launched[-m.shape.layers :] == [(tried, i > 0) for i in range(m.shape.layers)]
     m.measure("qkv", DEFAULT)
     assert launched[-1] == (None, False), "control"
@@ -111,7 +111,7 @@ def test_several_streams_are_measured(m):
 
 
 def test_the_report_keeps_plans(m, tmp_path):
-    m.measure("qkv", OpPlan(LinearConfig(rows=2), prefetch=5))
+    m.measure("qkv", OpLaunch(LinearConfig(rows=2), prefetch=5))
     m.time_step(dict.fromkeys(m.shape.ops, DEFAULT), "defaults")
     write_report(tmp_path / "ops.json", {"ops": m.rows, "steps": m.steps})
     report = json.loads((tmp_path / "ops.json").read_text())
@@ -145,7 +145,7 @@ def plan(m):
 
 
 @NEEDS_TRITON
-def test_a_step_with_filled_rings_gives_the_same_logits(m, plan):
+def test_a_step_with_filled_pipelines_gives_the_same_logits(m, plan):
     plans = [{op: replace(planned, prefetch=0) for op, planned in p.items()} for _, p in search.filled_plans(m, plan)]
     assert len({str(p) for p in plans}) == len(plans) > 4
     filled = [op for op in m.shape.linear_ops if plans[-1][op].config.fill]

@@ -7,7 +7,7 @@ The ceiling comes first: the bandwidth of a large device-to-device copy. Every o
 poisoned outputs) and timed over all layers, so that nothing stays in L2, under a CUDA graph. Then whole steps under one
 graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
 turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
-or at a plan in which every ring is filled before the wait, and every neighbour of every configuration is tried until
+or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
 none is faster. With --streams N the ops of N streams are measured, each alone and in a step.
 Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
 TRITON_INTERPRET=1.

@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.kernels import LinearConfig
-from sinkstream.kernels.plans import OpPlan, StepPlan
+from sinkstream.kernels.plans import LaunchPlan, OpLaunch
 from sinkstream.kernels.runtime import set_compile_only
 from tune_kernels.candidates import short
 from tune_kernels.shapes import SHAPES, Shape
-from tune_kernels.step import Checks, RandomStep, backend, time_ms
+from tune_kernels.step import Checks, RandomStep, implementation, time_ms
 
-Plan = dict[str, OpPlan]
-Job = tuple[str, OpPlan]  # name of an op, and how it is launched
+Plan = dict[str, OpLaunch]
+Job = tuple[str, OpLaunch]  # name of an op, and how it is launched
 _steps: dict[str, RandomStep] = {}  # of a worker process, by shape
 
 
-def alone(shape: Shape, op: str, planned: OpPlan) -> Plan:
+def alone(shape: Shape, op: str, planned: OpLaunch) -> Plan:
     """A plan for launching one op; with PDL the up-projection in the kernel of attention need not wait for `qkv`."""
-    plan = dict.fromkeys(shape.ops, OpPlan())
+    plan = dict.fromkeys(shape.ops, OpLaunch())
     if planned.pdl:
-        plan["qkv"] = OpPlan(LinearConfig(late=True), pdl=True)
+        plan["qkv"] = OpLaunch(LinearConfig(late=True), pdl=True)
     return plan | {op: planned}
 
 
-def compile_one(name: str, op: str, planned: OpPlan) -> None:
+def compile_one(name: str, op: str, planned: OpLaunch) -> None:
     """Compile one kernel into Triton's cache on disk; runs in a worker process."""
     set_compile_only(True)
     if name not in _steps:
         _steps[name] = RandomStep(SHAPES[name], "cpu", initialised=False)
     step = _steps[name]
     step.use(alone(step.shape, op, planned))
-    with backend("triton"):
+    with implementation("triton"):
         step.run(op, step.last)
 
 
@@ -71,7 +71,7 @@ class Measurements:
     Attributes
     ----------
     rows, steps : list of dict
-        Every op and every whole step that was measured, in order; "plan" is an `OpPlan` or a whole plan.
+        Every op and every whole step that was measured, in order; "plan" is an `OpLaunch` or a whole plan.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Measurements:
         """Microseconds in which a copy moves the bytes of an op."""
         return self.shape.bytes_of(op) / self.copy_gbs / 1e3
 
-    def measure(self, op: str, planned: OpPlan) -> dict[str, Any]:
+    def measure(self, op: str, planned: OpLaunch) -> dict[str, Any]:
         """Check and time one op over all layers; an error is kept and reported, not raised."""
         row: dict[str, Any] = {"shape": self.shape.name, "streams": self.shape.streams, "op": op, "plan": planned}
         with failures_in(row):
             plan, calls = alone(self.shape, op, planned), self.shape.calls(op)
             row["error"] = self.checks.op(op, plan)
-            with backend(self.checks.kernels):
+            with implementation(self.checks.kernels):
                 ms = time_ms(lambda: [self.step.run(op, i) for i in range(calls)], self.step.state.device, rep_ms=4)
             us = 1e3 * ms / calls
             gbs = self.shape.bytes_of(op) / us / 1e3
@@ -112,7 +112,7 @@ class Measurements:
         self.rows.append(row)
         return row
 
-    def time_step(self, plan: StepPlan, label: str, *, without: str = "") -> float:
+    def time_step(self, plan: LaunchPlan, label: str, *, without: str = "") -> float:
         """Milliseconds of a whole step with greedy decoding, recorded; infinite if it fails."""
         row: dict[str, Any] = {"shape": self.shape.name, "streams": self.shape.streams, "label": label}
         row["plan"] = dict(plan)
@@ -121,7 +121,7 @@ class Measurements:
         self.step.without = without
         self.step.rows_wait |= without == "qkv"
         try:
-            with failures_in(row), backend(self.checks.kernels):
+            with failures_in(row), implementation(self.checks.kernels):
                 row["ms"] = time_ms(self.step, self.step.state.device, rep_ms=10)
                 row["over_floor"] = row["ms"] / (self.shape.step_bytes / self.copy_gbs / 1e6)
         finally:

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from sinkstream.kernels import AttentionLinearConfig
-from sinkstream.kernels.plans import MB, OpPlan, fitted, measured_plan
+from sinkstream.kernels.plans import MB, OpLaunch, fitted, measured_plan
 from tune_kernels.candidates import candidates, changed, neighbours_of, short
 from tune_kernels.measure import Job, Measurements, Plan
 
@@ -24,14 +24,14 @@ def sweep(m: Measurements, limit_s: float) -> None:
     ops, stop = m.shape.ops, time.monotonic() + limit_s
     grids = {op: candidates(m.shape, op)[: 2 if m.pool is None else None] for op in ops if op != "head"}
     longest = max(map(len, grids.values()))
-    jobs = [(op, OpPlan(grid[i])) for i in range(longest) for op, grid in grids.items() if i < len(grid)]
+    jobs = [(op, OpLaunch(grid[i])) for i in range(longest) for op, grid in grids.items() if i < len(grid)]
     for op, planned in m.compiled(jobs, limit_s):
         m.measure(op, planned)
         if time.monotonic() > stop:
             break
-    jobs = [("head", OpPlan(c)) for c in m.best("qkv", False, 4)]
-    jobs += [(op, OpPlan(c, pdl=True)) for op in ops if op != "head" for c in m.best(op, False, 5)]
-    jobs += [("head", OpPlan(c, pdl=True)) for c in m.best("qkv", False, 4)]
+    jobs = [("head", OpLaunch(c)) for c in m.best("qkv", False, 4)]
+    jobs += [(op, OpLaunch(c, pdl=True)) for op in ops if op != "head" for c in m.best(op, False, 5)]
+    jobs += [("head", OpLaunch(c, pdl=True)) for c in m.best("qkv", False, 4)]
     for op, planned in m.compiled(jobs, 40):
         m.measure(op, planned)
 
@@ -39,20 +39,23 @@ def sweep(m: Measurements, limit_s: float) -> None:
 def measure_streams(m: Measurements) -> None:
     """Time every op and whole steps of several streams, which take no configurations."""
     for op, pdl in product(m.shape.ops, (False, True)):
-        m.measure(op, OpPlan(pdl=pdl))
+        m.measure(op, OpLaunch(pdl=pdl))
     m.table()
     for pdl in (False, True):
-        plan, label = dict.fromkeys(m.shape.ops, OpPlan(pdl=pdl)), f"{m.shape.streams} streams{', PDL' if pdl else ''}"
+        plan, label = (
+            dict.fromkeys(m.shape.ops, OpLaunch(pdl=pdl)),
+            f"{m.shape.streams} streams{', PDL' if pdl else ''}",
+        )
         ms = m.time_step(plan, label)
         print(f"  {label} {ms:.3f} ms, error of the logits {m.checks.logits(plan):.2g}", flush=True)
 
 
 def tune(m: Measurements) -> Plan:
     """Whole steps after a `sweep`: first the best of each op, then one change after the other."""
-    plain = {op: OpPlan((m.best(op, False, 1) or m.best(op, True, 1))[0]) for op in m.shape.ops}
+    plain = {op: OpLaunch((m.best(op, False, 1) or m.best(op, True, 1))[0]) for op in m.shape.ops}
     best = m.time_step(plain, "best of each op")
     print(f"  no PDL {best:.3f} ms, error of the logits {m.checks.logits(plain):.2g}", flush=True)
-    plan = {op: OpPlan((m.best(op, True, 1) or m.best(op, False, 1))[0], pdl=True) for op in m.shape.ops}
+    plan = {op: OpLaunch((m.best(op, True, 1) or m.best(op, False, 1))[0], pdl=True) for op in m.shape.ops}
     plan = _with_late_qkv(m, plan)
     return finish(m, *keep_what_helps(m, plan, m.time_step(plan, "PDL"), trials(m, plan)))
 
@@ -78,7 +81,7 @@ def keep_what_helps(m: Measurements, plan: Plan, best: float, trials: Iterable[T
 
     Returns
     -------
-    plan, best : dict of OpPlan, float
+    plan, best : dict of OpLaunch, float
         The last plan that helped and its time, milliseconds.
     """
     for label, change in trials:
@@ -113,7 +116,7 @@ def _with_late_qkv(m: Measurements, plan: Plan) -> Plan:
 # ---- changes ----
 
 
-def with_config(planned: OpPlan, **changes: Any) -> OpPlan:
+def with_config(planned: OpLaunch, **changes: Any) -> OpLaunch:
     """An op launched with other values in its configuration; `attention_up` in that of the up-projection."""
     return replace(planned, config=changed(planned.config, **changes))
 
@@ -138,10 +141,12 @@ def trials(m: Measurements, plan: Plan) -> Iterator[Trial]:
         joined = plan["attention_up"].config
         for of_rows, of_attention in ((False, False), (True, True), (False, True)):
             attention = replace(joined.attention, late=of_attention)
-            late.append(("attention_up", OpPlan(replace(changed(joined, late=of_rows), attention=attention), pdl=True)))
+            late.append(
+                ("attention_up", OpLaunch(replace(changed(joined, late=of_rows), attention=attention), pdl=True))
+            )
     fetching = [(op, replace(plan[op], prefetch=MB)) for op in ops if op != "head"]
-    others = [(op, OpPlan(c, pdl=True)) for op in ops for c in m.best(op, True, 5)[1:]]
-    others += [(op, OpPlan(c, pdl=True)) for op in ops for c in m.best(op, False, 12)[5:]]
+    others = [(op, OpLaunch(c, pdl=True)) for op in ops for c in m.best(op, True, 5)[1:]]
+    others += [(op, OpLaunch(c, pdl=True)) for op in ops for c in m.best(op, False, 12)[5:]]
     ready = set(m.compiled([*late, *fetching, *others], m.left() / 3))
     for op, planned in (job for job in late if job in ready):
         change = _other_config(op, planned.config) if op == "attention_up" else linear_changes([op], late=True)
@@ -176,13 +181,13 @@ def _other_config_as_early(op: str, config: Any) -> Callable[[Plan], Plan]:
 
 
 def filled_plans(m: Measurements, plan: Plan) -> list[tuple[str, Plan]]:
-    """Whole plans whose rings are filled before the wait, shallow and deep: one op at a time may show no gain."""
+    """Whole plans whose pipelines are filled before the wait, shallow and deep: one op at a time may show no gain."""
     ops = [op for op in m.shape.linear_ops if not plan[op].config.hold]
     plans = []
     for stages, late in product((3, 4, 6, 8), (False, True)):
         filled = {op: with_config(plan[op], stages=stages, ahead=0, late=late, fill=True) for op in ops}
         filled = {op: replace(p, config=fitted(op, p.config, m.step.sizes)) for op, p in filled.items()}
-        label = f"rings of {stages}, {'late' if late else 'early'}"
+        label = f"pipelines of {stages}, {'late' if late else 'early'}"
         plans.append((label, _with_late_qkv(m, plan | filled)))
     jobs: list[Job] = [(op, trial[op]) for _, trial in plans for op in ops]
     list(m.compiled(jobs, m.left() / 4))

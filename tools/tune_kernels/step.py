@@ -12,9 +12,9 @@ from sinkstream.cache.families import describe
 from sinkstream.engine.fused import FusedDecode, plan_sizes
 from sinkstream.engine.packing import pack
 from sinkstream.engine.state import REBASE_AT, StreamState
-from sinkstream.kernels import set_backend
+from sinkstream.kernels import set_implementation
 from sinkstream.kernels.layout import Counters
-from sinkstream.kernels.plans import OpPlan, Sizes, StepPlan
+from sinkstream.kernels.plans import LaunchPlan, OpLaunch, Sizes
 from sinkstream.kernels.runtime import triton
 from sinkstream.models.loaded import LoadRequest
 from sinkstream.models.shapes import empty_model, fill_random
@@ -26,13 +26,13 @@ TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative error of an 
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def implementation(name: str) -> Iterator[None]:
     """All ops run their kernels ("triton") or their twins ("torch") while the context lasts."""
-    set_backend(name)
+    set_implementation(name)
     try:
         yield
     finally:
-        set_backend("auto")
+        set_implementation("auto")
 
 
 class RandomStep(FusedDecode):
@@ -70,7 +70,7 @@ class RandomStep(FusedDecode):
             device=model.device,
             rebase_at=REBASE_AT,
         )
-        super().__init__(pack(model), state, dict.fromkeys(shape.ops, OpPlan()))
+        super().__init__(pack(model), state, dict.fromkeys(shape.ops, OpLaunch()))
         self.last = config.num_hidden_layers - 1
         g = state.geometry
         window = 2 * g.ring  # index of the oldest token in a full window
@@ -119,7 +119,7 @@ class Checks:
     def __init__(self, step: RandomStep, kernels: str):
         self.step, self.kernels, self.tolerance = step, kernels, TOLERANCE[step.shape.dtype]
         step.state.tokens.fill_(3)
-        with backend("torch"):
+        with implementation("torch"):
             step()
             self._hidden = step.hidden, step.other
             self._kept = [(buffer, buffer.clone()) for buffer in (step.first, step.context, step.middle, *self._hidden)]
@@ -135,21 +135,21 @@ class Checks:
             self.step.run(op, self.step.last)
         return self.step.results(op)
 
-    def op(self, op: str, plan: StepPlan) -> float:
+    def op(self, op: str, plan: LaunchPlan) -> float:
         """Relative error of one call against the twin. Raises ArithmeticError if it is too large."""
         self.step.use(plan)
-        with backend(self.kernels):
+        with implementation(self.kernels):
             return self._within(self._run(op), self.expected[op])
 
-    def logits(self, plan: StepPlan) -> float:
+    def logits(self, plan: LaunchPlan) -> float:
         """Relative error of the logits of a whole step against the twins. Raises as `op`."""
         self.step.use(plan)
         self.step.state.tokens.fill_(3)
         self.step.state.logits.fill_(float("nan"))
-        with backend(self.kernels):
+        with implementation(self.kernels):
             self.step()
         found = self.step.results("head")
-        with backend("torch"):
+        with implementation("torch"):
             self.step()
         return self._within(found, self.step.results("head"))
 

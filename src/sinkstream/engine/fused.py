@@ -25,7 +25,7 @@ from sinkstream.kernels.attention_decode import split_qkv
 from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.layout import Geometry
 from sinkstream.kernels.likeliest import Tiles
-from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
+from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.policies import EvictionPolicy
 
@@ -42,11 +42,11 @@ def plan_sizes(weights: PackedWeights, state: StreamState) -> Sizes:
     )  # fmt: skip
 
 
-def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpPlan]:
+def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpLaunch]:
     """The measured plan on a GPU with programmatic dependent launch, and elsewhere the defaults of the ops."""
     neox = weights.family == NEOX
     if not has_dependent_launch(state.device):
-        return {op: OpPlan() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
+        return {op: OpLaunch() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
     return measured_plan(neox, plan_sizes(weights, state))
 
 
@@ -57,7 +57,7 @@ class FusedDecode:
     ----------
     weights : PackedWeights
     state : StreamState
-    plan : mapping of OpPlan, optional
+    plan : mapping of OpLaunch, optional
         By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`.
 
     Attributes
@@ -66,7 +66,7 @@ class FusedDecode:
         Names of the ops of a layer, in order.
     """
 
-    def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
+    def __init__(self, weights: PackedWeights, state: StreamState, plan: LaunchPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
         self.neox, self.observes = weights.family == NEOX, plain.observes(state)
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
@@ -84,7 +84,7 @@ class FusedDecode:
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
         self._row = plain.Row(state, weights.rope_factor)
 
-    def use(self, plan: StepPlan) -> None:
+    def use(self, plan: LaunchPlan) -> None:
         """Launch the ops as another plan says, from the next launch on; a captured graph keeps the plan it has."""
         self.plan = plan
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait

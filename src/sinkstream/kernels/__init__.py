@@ -14,7 +14,7 @@ from sinkstream.kernels.config import (
 from sinkstream.kernels.likeliest import likeliest
 from sinkstream.kernels.linear_residual import linear_residual
 from sinkstream.kernels.norm_linear import norm_linear
-from sinkstream.kernels.runtime import NO_PREFETCH, Prefetch, set_backend
+from sinkstream.kernels.runtime import NO_PREFETCH, Prefetch, set_implementation
 
 __all__ = [
     "NO_PREFETCH",
@@ -29,5 +29,5 @@ __all__ = [
     "likeliest",
     "linear_residual",
     "norm_linear",
-    "set_backend",
+    "set_implementation",
 ]

@@ -381,7 +381,7 @@ def attention_decode(
     config: AttentionConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """Append one token a stream and attend to every visible slot: pinned slots in one frame, the ring in the other.
 
@@ -407,7 +407,7 @@ def attention_decode(
     out : Tensor, (streams, query_heads * head_dim), optional
     workspace : Workspace, optional
         Allocated for this call if missing; a captured graph needs one of its own.
-    config, prefetch, pdl, backend
+    config, prefetch, pdl, implementation
         As in `norm_linear`.
 
     Returns
@@ -427,7 +427,7 @@ def attention_decode(
         "out", out, (streams, query_heads * head_dim), dtypes=FLOAT_DTYPES, device=keys.device, contiguous=False
     )
     rest = (query_heads, pinned_slots, order, q_norm, k_norm, eps)
-    if not use_triton(backend, qkv):
+    if not use_triton(implementation, qkv):
         return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest))
     if config is None:
         sizes = head_dim, slots - pinned_slots, pinned_slots

@@ -93,7 +93,7 @@ def attention_linear(
     wait: bool = True,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_decode` and `norm_linear` of one stream in one kernel.
 
@@ -109,7 +109,7 @@ def attention_linear(
     wait : bool
         With `pdl`: whether the linear layer waits for the previous kernel. It need not if that kernel neither writes x
         nor touches `linear_out`, and triggers this launch only after its own wait (`LinearConfig.late`).
-    config, prefetch, pdl, backend
+    config, prefetch, pdl, implementation
         As in `norm_linear`. The twins, and several streams, take the two ops one after the other.
 
     Returns
@@ -124,14 +124,14 @@ def attention_linear(
     """
     if activation not in ("none", "gelu"):
         raise ValueError(f"activation={activation!r} in a kernel with attention; accepted: none, gelu")
-    if len(qkv) > 1 or not use_triton(backend, qkv):
+    if len(qkv) > 1 or not use_triton(implementation, qkv):
         out = attention_decode(
             qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
-            workspace=workspace, pdl=pdl, backend=backend,
+            workspace=workspace, pdl=pdl, implementation=implementation,
         )  # fmt: skip
         linear_out = norm_linear(
             x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,
-            activation=activation, out=linear_out, prefetch=prefetch, pdl=pdl, backend=backend,
+            activation=activation, out=linear_out, prefetch=prefetch, pdl=pdl, implementation=implementation,
         )  # fmt: skip
         return out, linear_out
     rows, hidden = weight.shape

@@ -70,7 +70,7 @@ def begin_step(
     scalars: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Move the cursor, choose tokens, copy that row of the plan, gather embeddings, compute the angles of both frames.
 
@@ -123,7 +123,7 @@ def begin_step(
     check_tensor("scalars", scalars, (streams, FIELDS), dtypes=(torch.int32,), device=device)
     check_tensor("hidden", hidden, (streams, width), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("rope", rope, (streams, 2, 2, half), dtypes=(torch.float32,), device=device)
-    if not use_triton(backend, tokens):
+    if not use_triton(implementation, tokens):
         read_plan(tokens, logits, plan, cursor, scalars)
         hidden.copy_(embedding[scalars[:, TOKEN].long()])
         return scalars, hidden, rope.copy_(rope_twin(scalars, inv_freq, factor))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 MAX_STREAMS = 16  # streams of one product: the narrowest tile of the matrix units
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
-OWN_BYTES = 2048  # shared memory of a program outside its ring: 1 KB of the driver, and room for reductions
+OWN_BYTES = 2048  # shared memory of a program outside its pipeline: 1 KB of the driver, and room for reductions
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LinearConfig:
     columns : int
         Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
     warps, stages : int
-        Warps of a program; tiles of its shared-memory ring, in use and in flight (1: no ring, plain loads).
+        Warps of a program; tiles of its shared-memory pipeline, in use and in flight (1: no pipeline, plain loads).
     per_sm : int
         Programs a multiprocessor.
     ahead : int
@@ -34,7 +34,7 @@ class LinearConfig:
     hold : bool
         Read a program's first tile to registers before it waits for the previous kernel.
     fill : bool
-        Have the ring's tiles in flight before the wait for the previous kernel; not together with `hold`.
+        Have the pipeline's tiles in flight before the wait for the previous kernel; not together with `hold`.
     """
 
     rows: int = 4
@@ -50,7 +50,7 @@ class LinearConfig:
 
     def __post_init__(self):
         if self.hold and self.fill:
-            raise ValueError("hold and fill in one configuration; accepted: the first tile in registers or in the ring")
+            raise ValueError("hold and fill in one configuration; accepted: one of them at most")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class AttentionConfig:
         Slots of one tile (a power of two, at least 16). Two tiles of keys and values are in flight in registers.
     warps : int
     stages : int
-        0: tiles go through registers, loaded one ahead; 2 or more: through a ring of shared-memory stages.
+        0: tiles go through registers, loaded one ahead; 2 or more: through a pipeline of shared-memory stages.
     dot : bool
         Use the matrix units. Needed for grouped queries; without it, one query per key-value head.
     columns : int
@@ -156,7 +156,7 @@ ATTENTION_LINEAR = AttentionLinearConfig(AttentionConfig(splits=4, warps=4), Lin
 
 
 def tile_bytes(config: LinearConfig, *widths: int) -> int:
-    """Shared memory of one tile of half-precision rows, bytes, each part padded to whole chunks; 0 without a ring."""
+    """Shared memory of one tile of half-precision rows, bytes, parts padded to whole chunks; 0 without a pipeline."""
     chunks = sum(-(-width // config.columns) for width in widths)
     return config.rows * chunks * config.columns * 2 if config.stages > 1 else 0
 

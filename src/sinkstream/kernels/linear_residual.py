@@ -2,7 +2,7 @@
 
 GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
 concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. In each program the input
-stays in registers, weight rows stream through a ring of shared-memory stages. The kernel serves one stream; several
+stays in registers, weight rows stream through a pipeline of shared-memory stages. The kernel serves one stream; several
 streams take `multi_stream_linear`.
 """
 
@@ -125,7 +125,7 @@ def linear_residual(
     config: LinearConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """out = weight · [a, f] + bias + residual.
 
@@ -145,7 +145,7 @@ def linear_residual(
         May be float32.
     out : Tensor, (streams, hidden), optional
         May be `residual` itself. Its dtype is that of the result (default: the residual's, else the weight's).
-    config, prefetch, pdl, backend
+    config, prefetch, pdl, implementation
         As in `norm_linear`.
 
     Returns
@@ -171,7 +171,7 @@ def linear_residual(
     if out is None:
         out = torch.empty(streams, hidden, dtype=(weight if residual is None else residual).dtype, device=a.device)
     check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
-    if not use_triton(backend, a):
+    if not use_triton(implementation, a):
         return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
     if streams > MAX_STREAMS:
         refuse_early(streams, pdl)

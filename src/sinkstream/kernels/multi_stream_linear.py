@@ -1,7 +1,7 @@
 """Linear layers of several streams: the matrix units multiply every weight, read once, by the inputs of all streams.
 
 One stream takes a single kernel for norm and product; several streams take two kernels. The first computes the norms,
-one program a stream. The programs of the second stream tiles of weight rows through a ring of shared-memory stages,
+one program a stream. The programs of the second stream tiles of weight rows through a pipeline of shared-memory stages,
 column chunk by column chunk, along with the chunks of all inputs. The epilogue applies bias, activation and residual.
 """
 

@@ -1,9 +1,9 @@
 """Norm and linear layer in one kernel: y = act(W · norm(x) + b), reading every weight once at the speed of memory.
 
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
-of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the previous kernel,
-so each program prefetches its first rows and then waits for that kernel. The kernel serves one stream; several streams
-take `multi_stream_linear`. Paired gate and up rows give silu(gate) · up (SwiGLU).
+of the packed weight, directly or through a pipeline of shared-memory stages. Weights do not depend on the previous
+kernel, so each program prefetches its first rows and then waits for that kernel. The kernel serves one stream; several
+streams take `multi_stream_linear`. Paired gate and up rows give silu(gate) · up (SwiGLU).
 """
 
 import torch
@@ -52,8 +52,8 @@ def norm_linear_tiles(
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
     WAIT: x comes from the previous kernel. HOLD: the first tile's weights are in flight to registers during the wait.
-    FILL: the weights of the first STAGES - 1 tiles are in flight to the ring during the wait, since the prologue of the
-    pipeline comes before the first turn of the loop, and the wait stands in that turn.
+    FILL: the weights of the first STAGES - 1 tiles are in flight to shared memory during the wait, since the prologue
+    of the pipeline comes before the first turn of the loop, and the wait stands in that turn.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
@@ -143,7 +143,7 @@ def norm_linear(
     config: LinearConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """y = act(weight · norm(x) + bias).
 
@@ -172,7 +172,7 @@ def norm_linear(
     pdl : bool
         Programmatic dependent launch: the kernel may start before the previous one has ended, and waits for that one
         before it reads its result. Refused for more streams than the kernels take.
-    backend : {"auto", "triton", "torch"}, optional
+    implementation : {"auto", "triton", "torch"}, optional
 
     Returns
     -------
@@ -189,7 +189,7 @@ def norm_linear(
         out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
     check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     kind = (eps, norm, activation)
-    if not use_triton(backend, x):
+    if not use_triton(implementation, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
     if streams > MAX_STREAMS:
         refuse_early(streams, pdl)

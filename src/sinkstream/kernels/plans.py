@@ -24,7 +24,7 @@ MB = 1 << 20
 
 
 @dataclass(frozen=True)
-class OpPlan:
+class OpLaunch:
     """How one op is launched. Changes speed only.
 
     Attributes
@@ -42,7 +42,7 @@ class OpPlan:
     pdl: bool = False
 
 
-StepPlan = Mapping[str, OpPlan]
+LaunchPlan = Mapping[str, OpLaunch]
 
 NEOX_OPS = ("qkv", "attention_up", "out")
 LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
@@ -55,49 +55,49 @@ def _attention_up(per_sm: int, late: bool = False) -> AttentionLinearConfig:
 
 
 _LARGE = {  # measured with wider heads than Pythia-2.8B has
-    "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-    "attention_up": OpPlan(_attention_up(per_sm=3, late=True), 2 * MB),
-    "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
-    "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+    "qkv": OpLaunch(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+    "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+    "out": OpLaunch(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
+    "head": OpLaunch(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
 }
 NEOX_PLANS = {  # by hidden size
     768: {  # Pythia-160M, float16: 0.212 ms, 1.978 times the byte floor
-        "qkv": OpPlan(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
-        "attention_up": OpPlan(_attention_up(per_sm=3, late=True), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 4096, 4, 5, 4, ahead=0, late=True, fill=True)),
-        "head": OpPlan(LinearConfig(2, 512, 4, 6, 3, ahead=0, late=True, fill=True)),
+        "qkv": OpLaunch(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 4096, 4, 5, 4, ahead=0, late=True, fill=True)),
+        "head": OpLaunch(LinearConfig(2, 512, 4, 6, 3, ahead=0, late=True, fill=True)),
     },
     1024: {  # Pythia-410M, float16: 0.474 ms, 1.574 times the byte floor
-        "qkv": OpPlan(LinearConfig(1, 1024, 2, 4, 6, ahead=1), 6 * MB),
-        "attention_up": OpPlan(_attention_up(per_sm=3, late=True), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
-        "head": OpPlan(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(1, 1024, 2, 4, 6, ahead=1), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
     },
     2048: _LARGE,  # Pythia-1.4B, float16: 1.136 ms, 1.133 times the byte floor
     2560: {  # Pythia-2.8B, float16: 2.097 ms, 1.062 times the byte floor
-        "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-        "attention_up": OpPlan(_attention_up(per_sm=4), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
-        "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=4), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
     },
     4096: _LARGE,  # Pythia-6.9B, float16: 1.038 times the byte floor in an engine
 }
 LLAMA_PLANS = {
     2048: {  # Llama-3.2-1B, bfloat16: 0.953 ms, 1.133 times the byte floor
-        "qkv": OpPlan(LinearConfig(4, 1024, 4, 4, 3, ahead=0, fill=True), 4 * MB),
-        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=32)),
-        "o": OpPlan(LinearConfig(2, 1024, 2, 1, 8, ahead=0, hold=True)),
-        "gate_up": OpPlan(LinearConfig(2, 1024, 4, 8, 2, ahead=0, fill=True), 6 * MB),
-        "down": OpPlan(LinearConfig(2, 1024, 8, 3, 2, ahead=0, late=True, fill=True), 4 * MB),
-        "head": OpPlan(LinearConfig(4, 1024, 8, 3, 2, ahead=0, late=True, fill=True)),
+        "qkv": OpLaunch(LinearConfig(4, 1024, 4, 4, 3, ahead=0, fill=True), 4 * MB),
+        "attention": OpLaunch(AttentionConfig(16, 128, 4, dot=True, columns=32)),
+        "o": OpLaunch(LinearConfig(2, 1024, 2, 1, 8, ahead=0, hold=True)),
+        "gate_up": OpLaunch(LinearConfig(2, 1024, 4, 8, 2, ahead=0, fill=True), 6 * MB),
+        "down": OpLaunch(LinearConfig(2, 1024, 8, 3, 2, ahead=0, late=True, fill=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(4, 1024, 8, 3, 2, ahead=0, late=True, fill=True)),
     },
     4096: {  # Llama-3.1-8B, bfloat16: 5.340 ms, 1.055 times the byte floor
-        "qkv": OpPlan(LinearConfig(4, 1024, 4, 3, 1, ahead=0)),
-        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=64)),
-        "o": OpPlan(LinearConfig(8, 1024, 8, 1, 2, ahead=0, late=True, hold=True), 2 * MB),
-        "gate_up": OpPlan(LinearConfig(1, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
-        "down": OpPlan(LinearConfig(1, 2048, 8, 3, 2, ahead=0)),
-        "head": OpPlan(LinearConfig(8, 512, 8, 1, 2, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(4, 1024, 4, 3, 1, ahead=0)),
+        "attention": OpLaunch(AttentionConfig(16, 128, 4, dot=True, columns=64)),
+        "o": OpLaunch(LinearConfig(8, 1024, 8, 1, 2, ahead=0, late=True, hold=True), 2 * MB),
+        "gate_up": OpLaunch(LinearConfig(1, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
+        "down": OpLaunch(LinearConfig(1, 2048, 8, 3, 2, ahead=0)),
+        "head": OpLaunch(LinearConfig(8, 512, 8, 1, 2, ahead=0)),
     },
 }
 
@@ -117,7 +117,7 @@ class Sizes:
     multiprocessors: int
 
 
-def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpPlan]:
+def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpLaunch]:
     """A plan for every op of a layer and for "head", for a GPU with programmatic dependent launch."""
     plans = NEOX_PLANS if neox else LLAMA_PLANS
     nearest = min(plans, key=lambda hidden: abs(math.log(hidden / sizes.hidden)))

@@ -1,8 +1,8 @@
-"""Where kernels meet the machine: optional Triton, the choice of backend, launching, prefetching, shape checks.
+"""Triton and the device: optional Triton, the choice between kernel and twin, launching, prefetching, shape checks.
 
 Triton is optional. Without it (or on tensors that live on a CPU) every op runs its plain PyTorch twin. With
-TRITON_INTERPRET=1 set before Triton is imported, ``backend="triton"`` runs the kernels themselves on a CPU; that is for
-tests, and slow.
+TRITON_INTERPRET=1 set before Triton is imported, ``implementation="triton"`` runs the kernels themselves on a CPU; that
+is for tests, and slow.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "torch")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
 
@@ -36,18 +36,18 @@ INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFuncti
 class _Settings:
     """Of the whole process."""
 
-    backend: str = "auto"
+    implementation: str = "auto"
     compile_only: bool = False
 
 
 _settings = _Settings()
 
 
-def set_backend(name: str) -> None:
+def set_implementation(name: str) -> None:
     """Override the choice between kernels and twins for the whole process: "auto" (default), "triton" or "torch"."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
-    _settings.backend = name
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; accepted: {', '.join(IMPLEMENTATIONS)}")
+    _settings.implementation = name
 
 
 def set_compile_only(on: bool) -> None:
@@ -55,26 +55,28 @@ def set_compile_only(on: bool) -> None:
     _settings.compile_only = on
 
 
-def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
+def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
     """Whether an op on `tensor` runs its kernel.
 
     Raises
     ------
     ValueError
-        If the backend is unknown, or "triton" cannot run here.
+        If the implementation is unknown, or "triton" cannot run here.
     """
-    name = backend or _settings.backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    name = implementation or _settings.implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; accepted: {', '.join(IMPLEMENTATIONS)}")
     if name == "torch":
         return False
     if triton is None:
         if name == "triton":
-            raise ValueError("backend='triton' needs the triton package, which cannot be imported; accepted: torch")
+            raise ValueError(
+                "implementation='triton' needs the triton package, which cannot be imported; accepted: torch"
+            )
         return False
     runnable = tensor.is_cuda or INTERPRETED or _settings.compile_only
     if name == "triton" and not runnable:
-        raise ValueError("backend='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
+        raise ValueError("implementation='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
     return runnable if name == "triton" else tensor.is_cuda and runnable
 
 
