@@ -43,6 +43,31 @@ NORMS = ("layer", "rms")
 
 
 @jit
+def prefetch_tiles(
+    w_ptr, w_up, start, end, step, skipped: tl.constexpr, ahead, rows, w_stride, BN: tl.constexpr, GATED: tl.constexpr
+):
+    """Prefetch to L2 the weights of `ahead` tiles of a program, after the first `skipped`; GATED: up rows as well."""
+    tile_bytes = BN * w_stride * 2
+    for i in range(ahead):
+        tile = start + (i + skipped) * step
+        first = tile.to(tl.int64) * tile_bytes
+        end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
+        prefetch_l2(w_ptr, first, end_byte, tile_bytes)
+        if GATED:
+            prefetch_l2(w_up, first, end_byte, tile_bytes)
+
+
+@jit
+def tile_outputs(
+    w_ptr, b_ptr, r, rows, w_stride, xs, scale, K: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Products of weight rows `r` in memory with the normalised input, and their bias: (rows,) float32."""
+    y = row_terms(b_ptr, r, rows, HAS_BIAS)
+    return y + tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+
+
+@jit
 def norm_linear_tiles(
     start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
@@ -59,14 +84,8 @@ def norm_linear_tiles(
         gdc_launch_dependents()
     w_up, b_up = w_ptr + rows.to(tl.int64) * w_stride, b_ptr + rows
     if PDL:
-        tile_bytes = BN * w_stride * 2
-        for i in range(ahead):
-            tile = start + (i + HOLD + FILL * (STAGES - 1)) * step
-            first = tile.to(tl.int64) * tile_bytes
-            end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
-            prefetch_l2(w_ptr, first, end_byte, tile_bytes)
-            if GATED:
-                prefetch_l2(w_up, first, end_byte, tile_bytes)
+        skipped: tl.constexpr = HOLD + FILL * (STAGES - 1)  # tiles in flight to registers or shared memory
+        prefetch_tiles(w_ptr, w_up, start, end, step, skipped, ahead, rows, w_stride, BN, GATED)
     if HOLD:
         r = start * BN + tl.arange(0, BN)
         first_rows = load_row_chunks(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
@@ -98,12 +117,10 @@ def norm_linear_tiles(
                     gdc_wait()
                 xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
         r = tile * BN + tl.arange(0, BN)
-        y = row_terms(b_ptr, r, rows, HAS_BIAS)
-        y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+        y = tile_outputs(w_ptr, b_ptr, r, rows, w_stride, xs, scale, K, BK, HAS_BIAS, EVEN, EVICT)
         up = y
         if GATED:
-            up = row_terms(b_up, r, rows, HAS_BIAS)
-            up += tl.sum(row_products(w_up, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+            up = tile_outputs(w_up, b_up, r, rows, w_stride, xs, scale, K, BK, HAS_BIAS, EVEN, EVICT)
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
     if PDL and LATE:
         gdc_launch_dependents()
