@@ -1,8 +1,8 @@
-"""Decode attention and, beside it in the same kernel, a norm and linear layer that does not depend on it.
+"""Decode attention fused horizontally with an independent norm and linear layer: one kernel, programs of two kinds.
 
-In a GPT-NeoX layer with parallel residual the up-projection needs the residual only. Attention alone leaves the memory
-idle while it rotates, waits for its last program and combines; with the up-projection's rows streaming in other
-programs, that time is hidden. The rows need nothing from the kernel before, so they do not even wait for it.
+In a GPT-NeoX layer with parallel residual the up-projection depends on the residual only. Attention alone leaves the
+memory idle while it rotates, waits for its last program and combines; programs that stream the rows of the
+up-projection hide that time. The rows do not depend on the previous kernel and need not wait for it.
 """
 
 import torch
@@ -10,9 +10,9 @@ import torch
 from sinkstream.kernels.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
 from sinkstream.kernels.attention_decode import check_inputs as check_attention
 from sinkstream.kernels.chunks import check_tile
-from sinkstream.kernels.config import BesideConfig, default_beside
+from sinkstream.kernels.config import AttentionLinearConfig, default_attention_linear
 from sinkstream.kernels.norm_linear import check_inputs as check_linear
-from sinkstream.kernels.norm_linear import norm_linear, serve_tiles
+from sinkstream.kernels.norm_linear import norm_linear, norm_linear_tiles
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -29,7 +29,7 @@ from sinkstream.kernels.runtime import (
 
 
 @jit
-def _attention_beside_kernel(
+def _attention_linear_kernel(
     splits, kv_heads,
     qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
     qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
@@ -57,7 +57,7 @@ def _attention_beside_kernel(
             LATE, PDL,
         )  # fmt: skip
     else:
-        serve_tiles(
+        norm_linear_tiles(
             pid - attending, tl.cdiv(rows, BN), tl.num_programs(0) - attending,
             x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
             K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, HOLD, FILL, ROWS_LATE, PDL, WAIT,
@@ -68,7 +68,7 @@ def _attention_beside_kernel(
             prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
 
 
-def attention_beside(
+def attention_linear(
     qkv: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -89,11 +89,11 @@ def attention_beside(
     out: torch.Tensor | None = None,
     linear_out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
-    config: BesideConfig | None = None,
+    config: AttentionLinearConfig | None = None,
     wait: bool = True,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_decode` and `norm_linear` of one stream in one kernel.
 
@@ -107,10 +107,10 @@ def attention_beside(
     linear_out : Tensor, (streams, rows), optional
         Result of the linear layer.
     wait : bool
-        With `pdl`: whether the linear layer waits for the kernel before. It need not if that kernel neither writes x
-        nor touches `linear_out`, and lets this one start only after it has itself waited (`LinearConfig.late`).
-    config, prefetch, pdl, backend
-        As in `norm_linear`. On the twins, and with several streams, the two ops are called in turn.
+        With `pdl`: whether the linear layer waits for the previous kernel. It need not if that kernel neither writes x
+        nor touches `linear_out`, and triggers this launch only after its own wait (`LinearConfig.late`).
+    config, prefetch, pdl, implementation
+        As in `norm_linear`. The twins, and several streams, take the two ops one after the other.
 
     Returns
     -------
@@ -122,14 +122,17 @@ def attention_beside(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    attention = {"query_heads": query_heads, "pinned_slots": pinned_slots, "order": order}
     if activation not in ("none", "gelu"):
-        raise ValueError(f"activation={activation!r} beside attention; accepted: none, gelu")
-    if len(qkv) > 1 or not use_triton(backend, qkv):
-        linear = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "eps": eps, "norm": norm}
-        how = {"pdl": pdl, "backend": backend}
-        out = attention_decode(qkv, keys, values, scalars, rope, **attention, out=out, workspace=workspace, **how)
-        linear_out = norm_linear(x, weight, **linear, activation=activation, out=linear_out, prefetch=prefetch, **how)
+        raise ValueError(f"activation={activation!r} in a kernel with attention; accepted: none, gelu")
+    if len(qkv) > 1 or not use_triton(implementation, qkv):
+        out = attention_decode(
+            qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
+            workspace=workspace, pdl=pdl, implementation=implementation,
+        )  # fmt: skip
+        linear_out = norm_linear(
+            x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,
+            activation=activation, out=linear_out, prefetch=prefetch, pdl=pdl, implementation=implementation,
+        )  # fmt: skip
         return out, linear_out
     rows, hidden = weight.shape
     check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
@@ -137,15 +140,18 @@ def attention_beside(
     width = query_heads * keys.shape[3]
     out, linear_out = _room("out", out, width, keys), _room("linear_out", linear_out, rows, weight)
     if config is None:
-        config = default_beside(
+        config = default_attention_linear(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
         )
     check_tile(config.linear, hidden, weight)
-    cut = launch_arguments(
-        qkv, keys, values, scalars, rope, *attention.values(), None, None, 0.0, out, workspace, config.attention
-    )
-    linear = (x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out)
-    _launch(*cut, *linear, config, wait, prefetch, pdl)
+    grid, arguments, constants = launch_arguments(
+        qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, workspace,
+        config.attention,
+    )  # fmt: skip
+    _launch(
+        grid, arguments, constants, x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out, config,
+        wait, prefetch, pdl,
+    )  # fmt: skip
     return out, linear_out
 
 
@@ -157,7 +163,7 @@ def _launch(
     room = multiprocessors(x.device) * linear.per_sm - attending
     serving = min(-(-rows // linear.rows), room if room > 0 else multiprocessors(x.device))
     launch(
-        _attention_beside_kernel, (attending + serving,), grid[0], grid[1], *arguments,
+        _attention_linear_kernel, (attending + serving,), grid[0], grid[1], *arguments,
         x[0], weight, weight if bias is None else bias, norm_weight, norm_weight if norm_bias is None else norm_bias,
         out[0], rows, eps, weight.stride(0), linear.ahead, *prefetch.arguments(weight, serving), **constants,
         K=hidden, BN=linear.rows, BK=linear.columns, LAYER=norm == "layer", ACT=activation == "gelu",

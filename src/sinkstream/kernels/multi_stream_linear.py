@@ -1,14 +1,14 @@
-"""Products for several streams at once: every weight is read once and meets all of them on the matrix units.
+"""Linear layers of several streams: the matrix units multiply every weight, read once, by the inputs of all streams.
 
-What one stream gets in a single kernel is two here: the norm of every stream, by one program each, and a product whose
-programs stream tiles of weight rows through a ring of shared-memory stages, column chunk by column chunk, along with
-the chunks of all inputs. Bias, activation and residual are applied before the result is stored.
+One stream takes a single kernel for norm and product; several streams take two kernels. The first computes the norms,
+one program a stream. The programs of the second stream tiles of weight rows through a pipeline of shared-memory stages,
+column chunk by column chunk, along with the chunks of all inputs. The epilogue applies bias, activation and residual.
 """
 
 import torch
 
 from sinkstream.kernels.chunks import activated, check_tile, load_chunks, normalise
-from sinkstream.kernels.config import MAX_SHARED, SharedConfig, default_shared
+from sinkstream.kernels.config import MAX_STREAMS, MultiStreamConfig, default_multi_stream
 from sinkstream.kernels.runtime import (
     dot_kind,
     even_programs,
@@ -83,7 +83,7 @@ def add_products(
 
 
 @jit
-def _shared_product_kernel(
+def _multi_stream_linear_kernel(
     a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, rows, streams, a_stride, f_stride, w_stride, r_stride, y_stride, ahead,
     KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
@@ -130,7 +130,7 @@ def _shared_product_kernel(
 def refuse_early(streams: int, pdl: bool) -> None:
     """Refuse `pdl` where a library product serves the streams. Raises ValueError."""
     if pdl:
-        raise ValueError(f"pdl=True with {streams} streams; accepted: at most {MAX_SHARED}, more take library products")
+        raise ValueError(f"pdl=True with {streams} streams; accepted: at most {MAX_STREAMS}")
 
 
 def norm_rows(x, norm_weight, norm_bias, eps, norm, dtype, pdl) -> torch.Tensor:
@@ -145,7 +145,7 @@ def norm_rows(x, norm_weight, norm_bias, eps, norm, dtype, pdl) -> torch.Tensor:
     return out
 
 
-def shared_product(
+def multi_stream_linear(
     a: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
@@ -154,7 +154,7 @@ def shared_product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str = "none",
-    config: SharedConfig | None = None,
+    config: MultiStreamConfig | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """out = act(weight · [a, f] + bias) + residual for all streams; arguments as in `norm_linear`, `linear_residual`.
@@ -165,20 +165,20 @@ def shared_product(
         If there are more streams than one tile holds, or the weight is not in half precision or not aligned.
     """
     (streams, n), rows, gated = a.shape, out.shape[1], activation == "swiglu"
-    if streams > MAX_SHARED:
-        raise ValueError(f"{streams} streams; accepted by the kernel: at most {MAX_SHARED}")
+    if streams > MAX_STREAMS:
+        raise ValueError(f"{streams} streams; accepted by the kernel: at most {MAX_STREAMS}")
     if config is None:
-        config = default_shared(gated, shared_bytes(a.device))
+        config = default_multi_stream(gated, shared_bytes(a.device))
     for part in (a, f):
         if part is not None:
             check_tile(config, part.shape[1], weight)
     programs = even_programs(-(-rows // config.rows), multiprocessors(a.device) * config.per_sm)
     launch(
-        _shared_product_kernel, (programs,),
+        _multi_stream_linear_kernel, (programs,),
         a, a if f is None else f, weight, weight if bias is None else bias, a if residual is None else residual, out,
         rows, streams, a.stride(0), 0 if f is None else f.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), config.ahead,
-        KA=n, KF=0 if f is None else f.shape[1], BN=config.rows, BK=config.columns, S=MAX_SHARED,
+        KA=n, KF=0 if f is None else f.shape[1], BN=config.rows, BK=config.columns, S=MAX_STREAMS,
         ACT=activation == "gelu", GATED=gated, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         EVEN=rows % config.rows == 0, EVICT="evict_first", STAGES=config.stages,
         KIND=dot_kind(weight.dtype), LATE=config.late, num_warps=config.warps, pdl=pdl,

@@ -7,18 +7,18 @@ from torch.nn import functional as F
 
 from sinkstream.kernels import linear_residual, norm_linear
 from sinkstream.kernels.config import (
-    MAX_SHARED,
     MAX_SPLITS,
+    MAX_STREAMS,
     OWN_BYTES,
-    SharedConfig,
+    MultiStreamConfig,
     count_programs,
-    default_shared,
+    default_multi_stream,
     several_attention,
 )
-from sinkstream.kernels.shared_product import norm_rows, shared_product
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows
 
-SMALL = SharedConfig(columns=32, stages=3, per_sm=1)
-WIDE = SharedConfig(rows=32, columns=64, warps=4, per_sm=2, late=False)
+SMALL = MultiStreamConfig(columns=32, stages=3, per_sm=1)
+WIDE = MultiStreamConfig(rows=32, columns=64, warps=4, per_sm=2, late=False)
 
 
 @NEEDS_TRITON
@@ -32,7 +32,7 @@ def test_products_against_float64(streams, n, m, rows, dtype, config):
     f = wide[:, 8:] if m else None  # rows of a wider buffer
     weight, bias = draw(rows, n + m, scale=(n + m) ** -0.5, dtype=dtype), draw(rows, scale=0.2, dtype=dtype)
     residual, out = draw(streams, rows, dtype=dtype), torch.full((streams + 1, rows), 7.0, dtype=dtype, device=DEVICE)
-    shared_product(a, weight, out[:streams], f=f, bias=bias, residual=residual, config=config)
+    multi_stream_linear(a, weight, out[:streams], f=f, bias=bias, residual=residual, config=config)
     joined = torch.cat([a, f], 1) if m else a
     expected = joined.double() @ weight.double().T + bias.double()
     assert error(out[:streams], expected + residual.double()) < TOLERANCE[dtype]
@@ -50,7 +50,7 @@ def test_activations(rows, activation):
     gate, up = y.chunk(2, 1)
     expected = F.gelu(y) if activation == "gelu" else F.silu(gate) * up
     out = torch.full(expected.shape, float("nan"), device=DEVICE)
-    shared_product(a, weight, out, bias=bias, activation=activation, config=SMALL)
+    multi_stream_linear(a, weight, out, bias=bias, activation=activation, config=SMALL)
     assert error(out, expected) < TOLERANCE[torch.float16]
     assert error(out, y[:, : out.shape[1]]) > 0.1, "the control, no activation, is not told apart"
 
@@ -72,29 +72,29 @@ def test_norms_of_rows(norm, with_beta, hidden):
 def test_what_is_refused():
     x, weight = draw(17, 64, dtype=torch.float16), draw(32, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="17 streams; accepted by the kernel: at most 16"):
-        shared_product(x, weight, draw(17, 32))
+        multi_stream_linear(x, weight, draw(17, 32))
     with pytest.raises(ValueError, match=r"weight has dtype torch\.float32; accepted"):
-        shared_product(x[:2], weight.float(), draw(2, 32))
+        multi_stream_linear(x[:2], weight.float(), draw(2, 32))
     with pytest.raises(ValueError, match="rows=24 in the configuration; accepted: a power of two"):
-        shared_product(x[:2], weight, draw(2, 32), config=SharedConfig(rows=24))
+        multi_stream_linear(x[:2], weight, draw(2, 32), config=MultiStreamConfig(rows=24))
     with pytest.raises(ValueError, match="8 rows and 128 columns; accepted: at least 16"):
-        SharedConfig(rows=8)
+        MultiStreamConfig(rows=8)
 
 
 @NEEDS_TRITON
 def test_what_goes_to_the_library_does_not_start_early():
     x, weight = draw(17, 64, dtype=torch.float16), draw(64, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
-        norm_linear(x, weight, norm_weight=weight[0], pdl=True, backend="triton")
+        norm_linear(x, weight, norm_weight=weight[0], pdl=True, implementation="triton")
     with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
-        linear_residual(x, weight, pdl=True, backend="triton")
+        linear_residual(x, weight, pdl=True, implementation="triton")
 
 
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 228 * 1024])
 def test_defaults_fit(shared_bytes):
-    plain, gated = (default_shared(gate, shared_bytes) for gate in (False, True))
-    assert plain.per_sm >= gated.per_sm >= 1 and plain == SharedConfig(per_sm=plain.per_sm)
-    program = (gated.stages - 1) * (2 * gated.rows + MAX_SHARED) * gated.columns * 2 + OWN_BYTES
+    plain, gated = (default_multi_stream(gate, shared_bytes) for gate in (False, True))
+    assert plain.per_sm >= gated.per_sm >= 1 and plain == MultiStreamConfig(per_sm=plain.per_sm)
+    program = (gated.stages - 1) * (2 * gated.rows + MAX_STREAMS) * gated.columns * 2 + OWN_BYTES
     assert gated.per_sm * program <= shared_bytes < (gated.per_sm + 1) * program or gated.per_sm == 5
 
 
