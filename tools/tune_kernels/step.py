@@ -10,10 +10,10 @@ import torch
 
 from sinkstream.cache.families import describe
 from sinkstream.engine.fused import FusedDecode, plan_sizes
+from sinkstream.engine.geometry import Counters
 from sinkstream.engine.packing import pack
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.kernels import set_implementation
-from sinkstream.kernels.layout import Counters
 from sinkstream.kernels.plans import LaunchPlan, OpLaunch, Sizes
 from sinkstream.kernels.runtime import triton
 from sinkstream.models.loaded import LoadRequest
