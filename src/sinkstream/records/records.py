@@ -2,7 +2,8 @@
 
 Records are the only source of tables, plots, verdicts and headline figures, so a record that lacks any required field
 (see `schema.py`) is refused, on writing as on reading. Both files are written atomically, the JSON file last: an
-`.npz` without its JSON file is no record.
+`.npz` without its JSON file is no record. A record without its `.npz` is one: its block sums (`blocks`) are in the
+JSON file, and only what needs single tokens says that the arrays are absent.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import re
 import secrets
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -20,12 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.records.json_files import family_of, read_json, write_json
-from sinkstream.records.schema import SCHEMA, check_arrays, check_record
+from sinkstream.records.pairs import Pairs
+from sinkstream.records.schema import ARRAYS, REQUIRED, SCHEMA, check_arrays, check_record
 
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"
+
+NAME_LENGTH, HASH_LENGTH = 34, 4  # of a record's name before its time, and of the hash of what was cut
 
 _EMBEDDED_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?(?:/[^\s/,;:'\"()=]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"()=]+")
 
@@ -49,11 +54,42 @@ class Record:
     protocol: dict[str, Any]
     summary: dict[str, Any]
     tokens_file: dict[str, Any]
+    block_sums: dict[str, Any] | None = None
+    pairs: Pairs = field(default_factory=Pairs, compare=False, repr=False)
+
+    @property
+    def tokens_path(self) -> Path:
+        """Where the per-token arrays are, if they are there."""
+        return self.path.parent / self.tokens_file["name"]
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether the per-token arrays lie beside the record."""
+        return self.tokens_path.is_file()
+
+    def absent_arrays(self) -> str:
+        """Says that the per-token arrays are absent, and which they are."""
+        return f"record {self.id!r}: the per-token arrays ({', '.join(ARRAYS)}) are absent: no file {self.tokens_path}"
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """NLL in blocks, from the JSON file, or from the arrays where an older record has only those; None if empty."""
+        if self.block_sums is not None:
+            return Blocks.read(self.block_sums)
+        return Blocks.of(self.arrays["index"], self.arrays["nll"])
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them."""
-        where = self.path.parent / self.tokens_file["name"]
+        """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them.
+
+        Raises
+        ------
+        ValueError
+            The arrays are absent, or not those that the record was written with.
+        """
+        where = self.tokens_path
+        if not self.has_arrays:
+            raise ValueError(self.absent_arrays())
         try:
             with np.load(io.BytesIO(_verified_bytes(where, self.tokens_file["sha256"])), allow_pickle=False) as stored:
                 return check_arrays(dict(stored), str(where))
@@ -64,12 +100,28 @@ class Record:
 def new_record_id(*parts: object) -> str:
     """A readable name that is safe as a file name on every system: the parts, the UTC time, and four random digits.
 
+    It has at most 55 characters. Parts that are longer together are cut, and a hash of them follows.
+
     >>> new_record_id("SmolLM2-135M", "pg19", "lazy R=32")  # doctest: +SKIP
     'smollm2-135m-pg19-lazy-r-32-20260105-101500-9f3a'
     """
-    slug = "-".join(filter(None, (re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts)))
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{slug[:100] or 'run'}-{stamp}-{secrets.token_hex(2)}"
+    return f"{short_name(*parts)}-{stamp}-{secrets.token_hex(2)}"
+
+
+def short_name(*parts: object) -> str:
+    """The parts in lower case, joined by hyphens, at most `NAME_LENGTH` characters; the longest part is cut first."""
+    slugs = [re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts]
+    slugs = [slug for slug in slugs if slug] or ["run"]
+    whole = "-".join(slugs)
+    if len(whole) <= NAME_LENGTH:
+        return whole
+    room = NAME_LENGTH - HASH_LENGTH - len(slugs)
+    while sum(map(len, slugs)) > room:
+        longest = max(range(len(slugs)), key=lambda at: len(slugs[at]))
+        slugs[longest] = slugs[longest][:-1]
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:HASH_LENGTH]
+    return "-".join([*(slug.rstrip("-.") for slug in slugs), digest])
 
 
 def scrub_paths(value: Any) -> Any:
@@ -118,8 +170,8 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     Parameters
     ----------
     record : mapping
-        Every field of `schema.REQUIRED`; `schema` and `tokens_file` are filled in here. Absolute paths are reduced
-        to their last component and NaN becomes null.
+        Every field of `schema.REQUIRED`; `schema`, `blocks` and `tokens_file` are filled in here. Absolute paths are
+        reduced to their last component and NaN becomes null.
     arrays : mapping
         Per-token arrays, cast to the types of `schema.ARRAYS`.
     directory : path
@@ -139,8 +191,9 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     """
     directory = Path(directory)
     where = f"record {record.get('id')!r}"
-    tokens = _npz_bytes(check_arrays(arrays, where))
-    content = {"schema": SCHEMA, **scrub_paths(plain_json(record))}
+    typed = check_arrays(arrays, where)
+    tokens, blocks = _npz_bytes(typed), Blocks.of(typed["index"], typed["nll"])
+    content = {"schema": SCHEMA, **scrub_paths(plain_json(record)), "blocks": blocks and blocks.record()}
     name = str(content.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
@@ -157,14 +210,14 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
         raise
 
 
-def load_record(path: Path | str) -> Record:
-    """Read and check one record.
+def load_record(path: Path | str, pairs: Pairs | None = None) -> Record:
+    """Read and check one record; `pairs` holds the figures that it has with others, default none.
 
     Raises
     ------
     ValueError
         Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
-        file missing or with another content than the record states.
+        file there with another content than the record states, or absent from a record without block sums.
     """
     path = Path(path)
     content = read_json(path)
@@ -172,25 +225,29 @@ def load_record(path: Path | str) -> Record:
     name = content["tokens_file"]["name"]
     if Path(name).name != name:
         raise ValueError(f"{path}: field 'tokens_file.name' is {name!r}; expected a file name without folders")
-    _verified_bytes(path.parent / name, content["tokens_file"]["sha256"])
-    fields = {field: content[field] for field in Record.__dataclass_fields__ if field != "path"}
-    return Record(path=path, **fields)
+    blocks = content.get("blocks")
+    if blocks is None or (path.parent / name).exists():
+        _verified_bytes(path.parent / name, content["tokens_file"]["sha256"])
+    fields = {name: content[name] for name in REQUIRED}
+    return Record(path=path, **fields, block_sums=blocks, pairs=pairs or Pairs())
 
 
-def load_records(source: Path | str | Iterable[Path | str]) -> list[Record]:
+def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None = None) -> list[Record]:
     """Read all records below a folder, or those at the given paths, ordered by creation time and id.
 
     In a folder every `*.json` at any depth must be a record, except `summary.json` and files whose `schema` field
     names another kind of sinkstream file. Paths that are given one by one may be folders as well.
+    All share the figures of `pairs`, default those of the first folder's ``pairs.json``.
     """
-    if isinstance(source, str | Path):
-        source = [source]
+    entries = [Path(source)] if isinstance(source, str | Path) else [Path(entry) for entry in source]
+    folder = next((entry for entry in entries if entry.is_dir()), None)
+    pairs = pairs or (Pairs.beside(folder) if folder else Pairs())
     records = {}
-    for entry in map(Path, source):
+    for entry in entries:
         if not entry.exists():
             raise ValueError(f"{entry}: there is no such record or folder")
         for path in sorted(filter(_may_be_record, entry.rglob("*.json"))) if entry.is_dir() else [entry]:
-            records[path.resolve()] = load_record(path)
+            records[path.resolve()] = load_record(path, pairs)
     return sorted(records.values(), key=lambda record: (record.created, record.id))
 
 

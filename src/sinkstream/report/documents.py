@@ -13,6 +13,7 @@ from sinkstream.measure.environment import hardware
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
 from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import Record, load_records
 from sinkstream.records.selection import (
     DIAGNOSED_MODELS,
@@ -38,15 +39,16 @@ DOCUMENT_TABLES: Registry = Registry("document table")
 RECALL_TABLES: Registry = Registry("document table of recall records")
 
 
-def render_tables(results: Path) -> dict[str, str]:
-    """Markdown of every registered table, by name.
+def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
+    """Markdown of every registered table, by name; `pairs` as in `load_records`.
 
     Raises
     ------
     ValueError
         The folder holds a broken record.
     """
-    records, recalls = (load(results) if results.is_dir() else [] for load in (load_records, load_recalls))
+    there = results.is_dir()
+    records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     return tables | render_diagnoses(results) | render_bench(results)

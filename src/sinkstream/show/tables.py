@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from sinkstream.records.pairing import common_tokens
+from sinkstream.records.pairing import common_tokens, paired_blocks
 from sinkstream.records.records import Record
 from sinkstream.show.markdown import EMPTY
-from sinkstream.statistics import PairedDelta, paired_delta_ppl, suitable_block_tokens
+from sinkstream.statistics import PairedDelta, delta_of_blocks, paired_delta_ppl
 
 Row = dict[str, Any]
 
@@ -28,9 +28,9 @@ def display_name(record: Record) -> str:
 
 def delta_against(record: Record, control: Record, *, block_tokens: int | None = None) -> PairedDelta:
     """ΔPPL of `record` against `control` on their common tokens; default block length: `suitable_block_tokens`."""
-    index, nll, control_nll = common_tokens(record, control)
     if block_tokens is None:
-        block_tokens = suitable_block_tokens(int(index[-1] - index[0]) + 1)
+        return delta_of_blocks(*paired_blocks(record, control))
+    index, nll, control_nll = common_tokens(record, control)
     return paired_delta_ppl(nll, control_nll, positions=index, block_tokens=block_tokens)
 
 

@@ -19,12 +19,21 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.blocks import DIGITS
+from sinkstream.records.pairing import paired_blocks, same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
 from sinkstream.show.markdown import EMPTY
 from sinkstream.show.plots import COLOURS, new_figure, save
-from sinkstream.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
+from sinkstream.statistics import (
+    BLOCK_TOKENS,
+    Estimate,
+    block_sums,
+    delta_of_blocks,
+    mean_interval,
+    mean_of_blocks,
+    share_of_blocks,
+)
 
 HEADER = (
     *("Positions", "Cap", "R", "Growth", "KV min – max", "PPL", "ΔPPL %"),
@@ -128,19 +137,48 @@ def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
     """
     if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
+    total, eviction, past, counts, tokens = _parts(strict, inside, outside)
+    within = total - eviction - past
+    total_mean, *others = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
+    share = share_of_blocks(past, total, counts, tokens) if total_mean.above_zero else Estimate(reason="no loss")
+    return CliffShares(total_mean, *others, share, int(counts.sum()))
+
+
+def _parts(
+    strict: Record, inside: Record, outside: Record
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Sums of total, eviction and length past the trained positions (blocks,), tokens (blocks,) and block length."""
+    blocks = [record.blocks for record in (strict, inside, outside)]
+    if None not in blocks and all(b.pairs_with(blocks[0]) for b in blocks):
+        s, i, o = (b.sums for b in blocks)
+        return o - s, i - s, _past_trained(inside, outside), blocks[0].counts, blocks[0].tokens
     index = outside.arrays["index"]
     for record in (strict, inside):
         index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
     if not index.size:
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
     s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
-    total, eviction, length = o - s, i - s, o - i
+    sums = [block_sums(values, index) for values in (o - s, i - s, _where_past(outside, index, o - i))]
+    return *(its for _, its, _ in sums), sums[0][2], BLOCK_TOKENS
+
+
+def _past_trained(inside: Record, outside: Record) -> np.ndarray:
+    """Sums (blocks,) of the NLL difference at tokens that saw more than the trained positions."""
+    blocks = outside.blocks
+    if outside.summary["kv_length"]["max"] <= outside.model["trained_positions"]:
+        return np.zeros_like(blocks.sums)
+
+    def compute() -> list[float]:
+        o, i = (record.arrays["nll"].astype(np.float64) for record in (outside, inside))
+        past = _where_past(outside, outside.arrays["index"], o - i)
+        return np.round(block_sums(past, outside.arrays["index"], blocks.tokens)[1], DIGITS).tolist()
+
+    return np.array(outside.pairs.figure("length past trained", (inside, outside), compute))
+
+
+def _where_past(outside: Record, index: np.ndarray, values: np.ndarray) -> np.ndarray:
     beyond = _at(outside, "kv_length", index) > outside.model["trained_positions"]
-    past = np.where(beyond, length, 0.0 * length)
-    parts = [mean_interval(values, positions=index) for values in (total, eviction, length - past, past)]
-    total_mean, *others = parts
-    share = share_interval(past, total, positions=index) if total_mean.above_zero else Estimate(reason="no loss")
-    return CliffShares(total_mean, *others, share, int(np.isfinite(total).sum()))
+    return np.where(beyond, values, 0.0 * values)
 
 
 def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
@@ -307,8 +345,7 @@ def _at(record: Record, name: str, index: np.ndarray) -> np.ndarray:
 def _delta(record: Record, control: Record | None) -> str:
     if control is None or control is record:
         return EMPTY if control is None else "control"
-    index = np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True)
-    delta = paired_delta_ppl(_at(record, "nll", index), _at(control, "nll", index), positions=index)
+    delta = delta_of_blocks(*paired_blocks(record, control))
     half = "" if delta.low is None else f" ±{(delta.high - delta.low) / 2:.2f}"
     return f"{delta.delta_percent:+.2f}{half}"
 

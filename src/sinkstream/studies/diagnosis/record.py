@@ -91,7 +91,7 @@ def write_diagnosis(content: Mapping[str, Any], directory: Path | str) -> Path:
     path = Path(directory) / f"{content['id']}.json"
     if path.exists():
         raise ValueError(f"{path} exists already; records are never overwritten")
-    return write_json(path, content, indent=None)
+    return write_json(path, _without_repetition(content))
 
 
 def load_diagnosis(path: Path | str) -> Diagnosis:
@@ -99,12 +99,26 @@ def load_diagnosis(path: Path | str) -> Diagnosis:
     path = Path(path)
     content = read_json(path)
     _check(content, str(path))
-    return Diagnosis(path=path, **{field: content[field] for field in FIELDS})
+    fields = {field: content[field] for field in FIELDS}
+    return Diagnosis(path=path, **fields | {"policies": _policies(content)})
 
 
 def load_diagnoses(directory: Path | str) -> list[Diagnosis]:
     """All diagnosis records below a folder, oldest first; other JSON files are passed over."""
     return load_family(directory, SCHEMA, load_diagnosis)
+
+
+def _policies(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each policy's entry holds, with what `shared` holds for all of them."""
+    return [{**content.get("shared", {}), **entry} for entry in content["policies"]]
+
+
+def _without_repetition(content: dict[str, Any]) -> dict[str, Any]:
+    """What is equal in the entries of all policies, told once, in `shared`."""
+    first, *others = content["policies"] or [{}]
+    shared = {key: value for key, value in first.items() if others and all(e.get(key) == value for e in others)}
+    policies = [{key: value for key, value in entry.items() if key not in shared} for entry in content["policies"]]
+    return {**content, "shared": shared, "policies": policies}
 
 
 def _check(content: Any, where: str) -> None:
@@ -117,7 +131,7 @@ def _check(content: Any, where: str) -> None:
             raise ValueError(f"{where}: required field 'protocol.{key}' is missing")
     if not content["policies"]:
         raise ValueError(f"{where}: field 'policies' is empty")
-    for number, policy in enumerate(content["policies"]):
+    for number, policy in enumerate(_policies(content)):
         for key in POLICY_KEYS:
             if key not in policy:
                 raise ValueError(f"{where}: required field 'policies[{number}].{key}' is missing")
