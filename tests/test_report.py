@@ -95,6 +95,14 @@ def test_tables_show_every_row_and_the_control(store):
     assert "lazy R=32" in text and "[no interval]" in text and "Comparison" in text
 
 
+def test_latency_is_shown_only_of_runs_that_took_turns(store):
+    alone, beside = store("a", "full"), [store(name, "full", interleaved=2) for name in ("b", "c")]
+    assert "TPOT" not in markdown_table(comparison_rows([alone, alone]))
+    assert "TPOT" not in markdown_table(comparison_rows([alone, *beside]))
+    shown = markdown_table(comparison_rows(beside))
+    assert "Steady TPOT mean" in shown and "TTFT" not in shown and "| 24.87 / 24.61 / 29.08 |" in shown
+
+
 def test_plot_is_a_png_with_a_line_a_record(store, tmp_path):
     records = [store(f"r{i}", "lazy", make_arrays(seed=i), options={"R": i}) for i in range(1, 10)]
     path = nll_over_tokens(records, tmp_path / "nll.png")

@@ -64,8 +64,9 @@ def comparison_rows(
     -------
     list of dict
         Keys `id`, `name`, `is_control`, `ppl`, `delta_percent`, `delta_low`, `delta_high`, `delta_tokens`,
-        `delta_reason`, `steady_mean_ms`, `steady_p50_ms`, `steady_p90_ms`, `ttft_ms`, `kv_min`, `kv_mean`, `kv_max`,
-        `events`, `drop_mean`, `drop_max`, `peak_memory_mb`, `peak_memory_kind`. Missing figures are None.
+        `delta_reason`, `in_turn` (whether the runs took turns, so that latencies compare), `steady_mean_ms`,
+        `steady_p50_ms`, `steady_p90_ms`, `kv_min`, `kv_mean`, `kv_max`, `events`, `drop_mean`, `drop_max`,
+        `peak_memory_mb`, `peak_memory_kind`. Missing figures are None.
     """
     control = find_control(records, control_id)
     return [_row(record, control, block_tokens) for record in records]
@@ -81,7 +82,7 @@ def _row(record: Record, control: Record, block_tokens: int | None) -> Row:
     row |= {"delta_percent": delta.delta_percent, "delta_low": delta.low, "delta_high": delta.high}
     row |= {"delta_tokens": delta.n_tokens, "delta_reason": delta.reason}
     row |= {f"steady_{name}_ms": summary["steady_tpot_ms"][name] for name in ("mean", "p50", "p90")}
-    row |= {"ttft_ms": summary["ttft_ms"]}
+    row |= {"in_turn": record.protocol.get("interleaved", 1) > 1}
     row |= {f"kv_{name}": summary["kv_length"][name] for name in ("min", "mean", "max")}
     row |= {"events": summary["events"]}
     row |= {f"drop_{name}": summary["drop_size"][name] for name in ("mean", "max")}
@@ -110,12 +111,13 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("Policy", lambda row: row["name"]),
     ("PPL", _number(2, "ppl")),
     ("ΔPPL % [95 %]", _delta),
-    ("Steady TPOT mean / P50 / P90 (ms)", _number(2, "steady_mean_ms", "steady_p50_ms", "steady_p90_ms")),
-    ("TTFT (ms)", _number(1, "ttft_ms")),
     ("KV min / mean / max", _number(0, "kv_min", "kv_mean", "kv_max")),
     ("Drop mean / max", _number(1, "drop_mean", "drop_max")),
     ("Peak memory (MB)", _number(0, "peak_memory_mb")),
 ]
+
+#: Only of runs that took turns: one after the other, the first pays for the warm-up of all.
+TIMED = ("Steady TPOT mean / P50 / P90 (ms)", _number(2, "steady_mean_ms", "steady_p50_ms", "steady_p90_ms"))
 
 HEADER_WIDTH = 10  # headers are not broken into less than that
 RUN_SECONDS = ("Run (s)", _number(0, "total_sec"))
@@ -124,17 +126,20 @@ RUN_SECONDS = ("Run (s)", _number(0, "total_sec"))
 LINE_COLUMNS = {
     "PPL": 8,
     "ΔPPL % [95 %]": 26,
-    "Steady TPOT mean / P50 / P90 (ms)": 33,
-    "TTFT (ms)": 9,
     "KV min / mean / max": 19,
     "Run (s)": 7,
 }
 LINE_GAP = "  "
 
 
+def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Header and cell of every column of these rows; latency only where all runs took turns."""
+    return [*COLUMNS, TIMED] if rows and all(row["in_turn"] for row in rows) else COLUMNS
+
+
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as text, one cell a column; figures that no row has shrink to one dash."""
-    return [[_dash_if_empty(cell(row)) for _, cell in COLUMNS] for row in rows]
+    return [[_dash_if_empty(cell(row)) for _, cell in columns(rows)] for row in rows]
 
 
 def _dash_if_empty(text: str) -> str:
@@ -155,7 +160,7 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The rows as a table for the terminal; headers are broken to the width of their column's cells."""
     table = Table(title=title, caption="\n".join(footnotes(rows)), caption_justify="left", header_style="bold")
     lines = cells(rows)
-    for number, (header, _) in enumerate(COLUMNS):
+    for number, (header, _) in enumerate(columns(rows)):
         width = max([HEADER_WIDTH, *(len(line[number]) for line in lines)])
         broken = "\n".join(textwrap.wrap(header, width))
         table.add_column(broken, justify="left" if number == 0 else "right", overflow="fold")
@@ -203,7 +208,8 @@ class RowLines:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, footnotes below."""
-    lines = [[header for header, _ in COLUMNS], ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    header = [name for name, _ in columns(rows)]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     lines += [[text.replace("|", r"\|") for text in line] for line in cells(rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n" + "\n".join(footnotes(rows))
