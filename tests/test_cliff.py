@@ -17,7 +17,7 @@ from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
 from sinkstream.statistics import block_sums, share_of_blocks
 from sinkstream.studies.cliff.run import cliff_settings
-from sinkstream.studies.cliff.tables import HEADER, cliff_rows, decompose, draw_cliff, grid, shares
+from sinkstream.studies.cliff.tables import COLUMNS, cliff_table, decompose, draw_cliff, grid, shares
 
 TRAINED, STRIDE, TOKENS = 8192, 256, 4096  # the first is the record factory's
 EVICTION, WITHIN, PAST = 0.03, -0.01, 0.5
@@ -138,8 +138,8 @@ def test_table_headline_and_picture(store, tmp_path):
     records += [*planted(store), store("half", cap=4096), store("lonely", "lazy", stride=64, accounting="published")]
     assert {run.record.id for run in grid(records)} == {"strict", "inside", "outside", "half", "lonely"}
     assert [run.record.id for run, _ in shares(grid(records))] == ["outside"]
-    rows = cliff_rows(records)
-    assert {len(row) for row in rows} == {len(HEADER)}
+    rows = cliff_table(records).rows
+    assert {len(row) for row in rows} == {len(COLUMNS)}
     outside = next(row for row in rows if row[2:4] == ["256", "outside cap"])
     assert outside[7] == "+0.0300 ±0.0000" and outside[9].startswith("+0.2500") and re.match("9[0-9] % ±", outside[10])
     assert next(row for row in rows if row[2] == "1")[6] == "control"

@@ -20,7 +20,7 @@ from sinkstream.records.records import (
     write_record,
 )
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
-from sinkstream.show.tables import delta_against
+from sinkstream.show.comparison import delta_against
 from sinkstream.statistics import block_sums
 
 

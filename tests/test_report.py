@@ -16,8 +16,8 @@ from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
 from sinkstream.report.summary import HEADLINES, write_summary
+from sinkstream.show.comparison import comparison_rows, comparison_table
 from sinkstream.show.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
-from sinkstream.show.tables import comparison_rows, markdown_table, rich_table
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 
@@ -83,23 +83,23 @@ def test_tables_show_every_row_and_the_control(store):
     short = make_arrays(40)
     records = [store("a", "full"), store("b", "lazy", options={"R": 32}), store("c", "strict", short)]
     rows = comparison_rows(records)
-    markdown = markdown_table(rows)
+    markdown = comparison_table(rows).markdown()
     lines = markdown.splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[2].startswith("| full | ") and "| control |" in lines[2]
     assert lines[3].startswith("| lazy R=32 | ")
     assert "[no interval]" in lines[4] and "No interval: 5 blocks of 8 tokens" in markdown
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(rich_table(rows, "Comparison"))
+    console.print(comparison_table(rows, "Comparison"))
     text = console.export_text()
     assert "lazy R=32" in text and "[no interval]" in text and "Comparison" in text
 
 
 def test_latency_is_shown_only_of_runs_that_took_turns(store):
     alone, beside = store("a", "full"), [store(name, "full", interleaved=2) for name in ("b", "c")]
-    assert "TPOT" not in markdown_table(comparison_rows([alone, alone]))
-    assert "TPOT" not in markdown_table(comparison_rows([alone, *beside]))
-    shown = markdown_table(comparison_rows(beside))
+    assert "TPOT" not in comparison_table(comparison_rows([alone, alone])).markdown()
+    assert "TPOT" not in comparison_table(comparison_rows([alone, *beside])).markdown()
+    shown = comparison_table(comparison_rows(beside)).markdown()
     assert "Steady TPOT mean" in shown and "TTFT" not in shown and "| 24.87 / 24.61 / 29.08 |" in shown
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
-from sinkstream.show.tables import display_name, find_control
+from sinkstream.show.comparison import display_name, find_control
 from sinkstream.statistics import BLOCK_TOKENS, block_sums
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.

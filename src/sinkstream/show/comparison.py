@@ -1,15 +1,12 @@
 """Comparison tables: one row a record, each paired against one control record on the same tokens."""
 
 import itertools
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from sinkstream.records.pairing import common_tokens, paired_blocks
 from sinkstream.records.records import Record
-from sinkstream.show.markdown import EMPTY
+from sinkstream.show.table import EMPTY, Column, Table, with_interval
 from sinkstream.statistics import PairedDelta, delta_of_blocks, paired_delta_ppl
 
 Row = dict[str, Any]
@@ -99,15 +96,11 @@ def _number(digits: int, *keys: str) -> Callable[[Row], str]:
 def _delta(row: Row) -> str:
     if row["is_control"]:
         return "control"
-    if row["delta_percent"] is None:
-        return EMPTY
-    if row["delta_low"] is None:
-        return f"{row['delta_percent']:+.2f} [no interval]"
-    return f"{row['delta_percent']:+.2f} [{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"
+    return with_interval(row["delta_percent"], row["delta_low"], row["delta_high"], 2)
 
 
 #: Header, and the cell of a row; headers carry the units.
-COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+COLUMNS: list[Column] = [
     ("Policy", lambda row: row["name"]),
     ("PPL", _number(2, "ppl")),
     ("ΔPPL % [95 %]", _delta),
@@ -119,7 +112,6 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
 #: Only of runs that took turns: one after the other, the first pays for the warm-up of all.
 TIMED = ("Steady TPOT mean / P50 / P90 (ms)", _number(2, "steady_mean_ms", "steady_p50_ms", "steady_p90_ms"))
 
-HEADER_WIDTH = 10  # headers are not broken into less than that
 RUN_SECONDS = ("Run (s)", _number(0, "total_sec"))
 
 #: Columns of the lines that are printed while the runs go on, and their widths.
@@ -132,17 +124,8 @@ LINE_COLUMNS = {
 LINE_GAP = "  "
 
 
-def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """Header and cell of every column of these rows; latency only where all runs took turns."""
-    return [*COLUMNS, TIMED] if rows and all(row["in_turn"] for row in rows) else COLUMNS
-
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows as text, one cell a column; figures that no row has shrink to one dash."""
-    return [[_dash_if_empty(cell(row)) for _, cell in columns(rows)] for row in rows]
-
-
 def _dash_if_empty(text: str) -> str:
+    """Figures that are all missing as one dash."""
     return EMPTY if set(text) <= set(f"{EMPTY} /") else text
 
 
@@ -156,17 +139,12 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes + ([f"Peak memory: {', '.join(kinds).replace('_', ' ')}."] if kinds else [])
 
 
-def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows as a table for the terminal; headers are broken to the width of their column's cells."""
-    table = Table(title=title, caption="\n".join(footnotes(rows)), caption_justify="left", header_style="bold")
-    lines = cells(rows)
-    for number, (header, _) in enumerate(columns(rows)):
-        width = max([HEADER_WIDTH, *(len(line[number]) for line in lines)])
-        broken = "\n".join(textwrap.wrap(header, width))
-        table.add_column(broken, justify="left" if number == 0 else "right", overflow="fold")
-    for row, line in zip(rows, lines):
-        table.add_row(*(text.replace("[", r"\[") for text in line), style="bold" if row["is_control"] else None)
-    return table
+def comparison_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """The rows as a table, control in bold; latency only where all runs took turns."""
+    columns = [*COLUMNS, TIMED] if rows and all(row["in_turn"] for row in rows) else COLUMNS
+    shown = [[_dash_if_empty(cell(row)) for _, cell in columns] for row in rows]
+    bold = [number for number, row in enumerate(rows) if row["is_control"]]
+    return Table([name for name, _ in columns], shown, title, footnotes(rows), bold=bold)
 
 
 class RowLines:
@@ -204,12 +182,3 @@ class RowLines:
             for number, (text, width) in enumerate(zip(texts, self.widths))
         ]
         return LINE_GAP.join(padded).rstrip()
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, footnotes below."""
-    header = [name for name, _ in columns(rows)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[text.replace("|", r"\|") for text in line] for line in cells(rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n" + "\n".join(footnotes(rows))
