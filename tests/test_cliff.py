@@ -12,7 +12,7 @@ from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
-from sinkstream.records.records import load_record, load_records, write_record
+from sinkstream.records.records import BLOCKED, load_record, load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
 from sinkstream.statistics import block_sums, share_of_blocks
@@ -83,7 +83,7 @@ def test_parts_are_of_the_tokens_that_all_three_have(store):
     strict, inside, outside = planted(store)
     for record, kept in ((strict, slice(0, 3000)), (inside, slice(500, None))):
         record.__dict__["arrays"] = {name: array[kept] for name, array in record.arrays.items()}
-        record.__dict__["blocks"] = Blocks.of(record.arrays["index"], record.arrays["nll"])
+        record.__dict__["blocks"] = Blocks.of(*(record.arrays[name] for name in BLOCKED))
     found = decompose(strict, inside, outside)
     assert found.n_tokens == 2500
     assert found.total.value == pytest.approx(

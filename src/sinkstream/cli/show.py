@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sinkstream.records.records import Record
 from sinkstream.show.comparison import comparison_rows, comparison_table
-from sinkstream.show.plots import nll_over_tokens
+from sinkstream.show.plots import memory_and_quality
 from sinkstream.studies.recall.record import RecallRecord
 
 PIPE_WIDTH = 170
@@ -38,9 +38,9 @@ def show_unfinished(records: Sequence[Record | RecallRecord], console: Console) 
 
 
 def draw_nll(records: list[Record], out: Path, console: Console, title: str) -> None:
-    """Draw NLL over tokens of all records that scored something, and say where records and picture are."""
+    """Draw memory and quality of all records that scored something, and say where records and picture are."""
     scored = [r for r in records if r.summary["scored_tokens"]]
-    show_place(out, console, partial(nll_over_tokens, scored, out / PICTURE, title=title) if scored else None)
+    show_place(out, console, partial(memory_and_quality, scored, out / PICTURE, title=title) if scored else None)
 
 
 def show_place(out: Path, console: Console, draw: Callable[[], Path] | None) -> None:

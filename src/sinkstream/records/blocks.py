@@ -27,6 +27,8 @@ class Blocks:
         Scored tokens of each block.
     whole : bool
         Whether every token from `first` to `last` is scored.
+    kv : (blocks,) int or None
+        Most KV entries that a token of each block saw; None in records that were made without it.
     """
 
     tokens: int
@@ -35,10 +37,11 @@ class Blocks:
     sums: np.ndarray
     counts: np.ndarray
     whole: bool
+    kv: np.ndarray | None = None
 
     @classmethod
-    def of(cls, index: np.ndarray, nll: np.ndarray) -> "Blocks | None":
-        """Blocks of `suitable_block_tokens` of an NLL (tokens,) at these indices (tokens,); None without a token."""
+    def of(cls, index: np.ndarray, nll: np.ndarray, kv_length: np.ndarray) -> "Blocks | None":
+        """Blocks of `suitable_block_tokens` of a run's arrays (tokens,), as `schema.ARRAYS` has them; None if empty."""
         if not len(index):
             return None
         first, last = int(index[0]), int(index[-1])
@@ -47,7 +50,9 @@ class Blocks:
         sums, counts = (np.zeros((last - first) // tokens + 1, dtype=dtype) for dtype in (float, int))
         at = (starts - first) // tokens
         sums[at], counts[at] = np.round(some_sums, DIGITS), some_counts
-        return cls(tokens, first, last, sums, counts, bool(counts.sum() == last - first + 1))
+        kv = np.zeros(sums.size, dtype=np.int64)
+        np.maximum.at(kv, (np.asarray(index) - first) // tokens, kv_length)
+        return cls(tokens, first, last, sums, counts, bool(counts.sum() == last - first + 1), kv)
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Blocks":
@@ -56,13 +61,21 @@ class Blocks:
         sums = np.array(content["nll"], dtype=np.float64)
         whole = content["scored"] is None
         full = np.minimum(tokens, last - first + 1 - tokens * np.arange(len(sums)))
-        return cls(tokens, first, last, sums, full if whole else np.array(content["scored"], dtype=np.int64), whole)
+        counts = full if whole else np.array(content["scored"], dtype=np.int64)
+        kv = None if content.get("kv") is None else np.array(content["kv"], dtype=np.int64)
+        return cls(tokens, first, last, sums, counts, whole, kv)
 
     def record(self) -> dict[str, Any]:
         """The field `blocks` of a record: `scored` is null where every token is scored."""
         scored = None if self.whole else self.counts.tolist()
         place = {"tokens": self.tokens, "first": self.first, "last": self.last}
-        return {**place, "nll": np.round(self.sums, DIGITS).tolist(), "scored": scored}
+        kv = None if self.kv is None else self.kv.tolist()
+        return {**place, "nll": np.round(self.sums, DIGITS).tolist(), "scored": scored, "kv": kv}
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Index in the text of the middle of each block (blocks,)."""
+        return self.first + self.tokens * (np.arange(len(self.sums)) + 0.5)
 
     def pairs_with(self, other: "Blocks") -> bool:
         """Whether the differences of the sums are the sums of the differences: both score the same tokens."""

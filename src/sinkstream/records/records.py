@@ -30,6 +30,7 @@ from sinkstream.records.schema import ARRAYS, REQUIRED, SCHEMA, check_arrays, ch
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"
 
+BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
 NAME_LENGTH, HASH_LENGTH = 34, 4  # of a record's name before its time, and of the hash of what was cut
 
 _EMBEDDED_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?(?:/[^\s/,;:'\"()=]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"()=]+")
@@ -76,7 +77,7 @@ class Record:
         """NLL in blocks, from the JSON file, or from the arrays where an older record has only those; None if empty."""
         if self.block_sums is not None:
             return Blocks.read(self.block_sums)
-        return Blocks.of(self.arrays["index"], self.arrays["nll"])
+        return Blocks.of(*(self.arrays[name] for name in BLOCKED))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -192,7 +193,7 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     directory = Path(directory)
     where = f"record {record.get('id')!r}"
     typed = check_arrays(arrays, where)
-    tokens, blocks = _npz_bytes(typed), Blocks.of(typed["index"], typed["nll"])
+    tokens, blocks = _npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
     content = {"schema": SCHEMA, **scrub_paths(plain_json(record)), "blocks": blocks and blocks.record()}
     name = str(content.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
