@@ -8,55 +8,49 @@ JSON file, and only what needs single tokens says that the arrays are absent.
 
 import hashlib
 import io
-import math
 import re
-import secrets
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sinkstream.records.base import BaseRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import WriteError, write_atomically
-from sinkstream.records.json_files import family_of, read_json, write_json
+from sinkstream.records.json_files import family_of, write_json
 from sinkstream.records.pairs import Pairs
-from sinkstream.records.schema import ARRAYS, REQUIRED, SCHEMA, check_arrays, check_record
+from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
+from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
 
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"
 
 BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
-NAME_LENGTH, HASH_LENGTH = 34, 4  # of a record's name before its time, and of the hash of what was cut
-
-_EMBEDDED_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?(?:/[^\s/,;:'\"()=]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"()=]+")
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(BaseRecord):
     """One run: the fields of its JSON file (see `schema.REQUIRED`), and its per-token arrays, read when first used."""
 
-    path: Path
+    SCHEMA, KIND, REQUIRED, NOT_NULL, STATUSES = SCHEMA, "run", REQUIRED, NOT_NULL, STATUSES
+
     schema: str
-    id: str
     status: str
     status_reason: str | None
-    created: str
-    command: list[str]
-    arguments: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
     data: dict[str, Any]
     policy: dict[str, Any]
-    protocol: dict[str, Any]
     summary: dict[str, Any]
     tokens_file: dict[str, Any]
     block_sums: dict[str, Any] | None = None
     pairs: Pairs = field(default_factory=Pairs, compare=False, repr=False)
+
+    @classmethod
+    def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        return super().values(content) | {"block_sums": content.get("blocks")}
 
     @property
     def tokens_path(self) -> Path:
@@ -98,73 +92,6 @@ class Record:
             raise ValueError(f"{where}: not a readable .npz file: {error}") from error
 
 
-def new_record_id(*parts: object) -> str:
-    """A readable name that is safe as a file name on every system: the parts, the UTC time, and four random digits.
-
-    It has at most 55 characters. Parts that are longer together are cut, and a hash of them follows.
-
-    >>> new_record_id("SmolLM2-135M", "pg19", "lazy R=32")  # doctest: +SKIP
-    'smollm2-135m-pg19-lazy-r-32-20260105-101500-9f3a'
-    """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{short_name(*parts)}-{stamp}-{secrets.token_hex(2)}"
-
-
-def short_name(*parts: object) -> str:
-    """The parts in lower case, joined by hyphens, at most `NAME_LENGTH` characters; the longest part is cut first."""
-    slugs = [re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts]
-    slugs = [slug for slug in slugs if slug] or ["run"]
-    whole = "-".join(slugs)
-    if len(whole) <= NAME_LENGTH:
-        return whole
-    room = NAME_LENGTH - HASH_LENGTH - len(slugs)
-    while sum(map(len, slugs)) > room:
-        longest = max(range(len(slugs)), key=lambda at: len(slugs[at]))
-        slugs[longest] = slugs[longest][:-1]
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:HASH_LENGTH]
-    return "-".join([*(slug.rstrip("-.") for slug in slugs), digest])
-
-
-def scrub_paths(value: Any) -> Any:
-    """Replace absolute paths by their last component, in strings, `Path` objects, lists and dicts, at any depth.
-
-    Also inside longer strings (`--out=/a/b/c`, an error message). Relative paths, URLs and hub ids stay.
-    """
-    if isinstance(value, Mapping):
-        return {key: scrub_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [scrub_paths(entry) for entry in value]
-    if isinstance(value, PurePath):
-        return scrub_paths(str(value))
-    if not isinstance(value, str):
-        return value
-    option, equals, rest = value.partition("=")
-    if equals and option.startswith("-"):
-        return f"{option}={scrub_paths(rest)}"
-    if "\n" not in value and PurePosixPath(value).is_absolute():
-        return PurePosixPath(value).name or value
-    if "\n" not in value and PureWindowsPath(value).drive and PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name or value
-    return _EMBEDDED_PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], value)
-
-
-def plain_json(value: Any) -> Any:
-    """The value as plain JSON types: numpy scalars unpacked, arrays and tuples as lists, NaN and infinity as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain_json(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain_json(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return plain_json(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return str(value)
-
-
 def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory: Path | str) -> Path:
     """Write a record and its arrays, both or neither.
 
@@ -190,19 +117,18 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     WriteError
         The files could not be written (an OSError: full disk, permission); neither is left behind.
     """
-    directory = Path(directory)
     where = f"record {record.get('id')!r}"
     typed = check_arrays(arrays, where)
     tokens, blocks = _npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
-    content = {"schema": SCHEMA, **scrub_paths(plain_json(record)), "blocks": blocks and blocks.record()}
-    name = str(content.get("id"))
+    name = str(record.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
-    content["tokens_file"] = {"name": f"{name}.npz", "sha256": hashlib.sha256(tokens).hexdigest()}
-    check_record(content, where)
-    path, tokens_path = directory / f"{name}.json", directory / f"{name}.npz"
+    tokens_file = {"name": f"{name}.npz", "sha256": hashlib.sha256(tokens).hexdigest()}
+    content = Record.build(record, blocks=blocks and blocks.record(), tokens_file=tokens_file)
+    path = Record.place(content, directory)
     if path.exists():
         raise ValueError(f"{where}: {path} exists already; records are never overwritten")
+    tokens_path = path.with_suffix(".npz")
     write_atomically(tokens_path, tokens)
     try:
         return write_json(path, content)
@@ -220,17 +146,13 @@ def load_record(path: Path | str, pairs: Pairs | None = None) -> Record:
         Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
         file there with another content than the record states, or absent from a record without block sums.
     """
-    path = Path(path)
-    content = read_json(path)
-    check_record(content, str(path))
-    name = content["tokens_file"]["name"]
+    record = Record.read(path)
+    name = record.tokens_file["name"]
     if Path(name).name != name:
         raise ValueError(f"{path}: field 'tokens_file.name' is {name!r}; expected a file name without folders")
-    blocks = content.get("blocks")
-    if blocks is None or (path.parent / name).exists():
-        _verified_bytes(path.parent / name, content["tokens_file"]["sha256"])
-    fields = {name: content[name] for name in REQUIRED}
-    return Record(path=path, **fields, block_sums=blocks, pairs=pairs or Pairs())
+    if record.block_sums is None or record.has_arrays:
+        _verified_bytes(record.tokens_path, record.tokens_file["sha256"])
+    return replace(record, pairs=pairs) if pairs else record
 
 
 def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None = None) -> list[Record]:
@@ -286,5 +208,6 @@ __all__ = [
     "new_record_id",
     "plain_json",
     "scrub_paths",
+    "short_name",
     "write_record",
 ]
