@@ -1,7 +1,8 @@
 # Every target works in a fresh clone: it makes .venv first if that is missing or older than the files it is made from.
 #
 #   make demo                       the main job on a small real model, offline after the set-up
-#   make check                      what CI runs: lint and tests
+#   make check                      lint and all tests
+#   make test-fast                  the quick tests of every part
 #   make test ARGS='-k ring -x'     options for pytest
 #   make demo PYTHON=python3.12     another interpreter (3.11 or newer)
 #   make demo TORCH=torch==2.12.1   another torch build; also a wheel's path. Both choices are remembered in .venv.
@@ -27,7 +28,8 @@ RELEASE_TESTS ?= $(wildcard $(addprefix tests/test_,compat.py cache*.py generate
 READY := $(VENV)/ready-$(firstword $(shell { pwd; echo '$(PYTHON) $(TORCH)'; } | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-policy test-gpu test-oldest test-newest test-install lint format check docs-check clean
+.PHONY: help env demo test test-fast test-policy test-gpu test-oldest test-newest test-install lint format typecheck check \
+  docs-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -58,6 +60,9 @@ demo: $(READY)  ## run the main job on a small real model
 
 test: $(READY)  ## run the tests, JOBS of them at a time
 	@$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(READY)  ## run the quick tests of every part: under a minute on two idle cores
+	@$(PYTEST) -n $(JOBS) --dist worksteal -m fast $(ARGS)
 
 test-policy: $(READY)  ## run the tests of one policy: NAME=its registered name
 	@[ -n "$(NAME)" ] || { echo "say which policy: make test-policy NAME=key-norm" >&2; exit 2; }
@@ -100,11 +105,14 @@ format: $(READY)  ## rewrite to the format that lint expects
 	@"$(BIN)/ruff" check --fix .
 	@"$(BIN)/ruff" format .
 
+typecheck: $(READY)  ## check the types of src with mypy
+	@"$(BIN)/python" -m mypy
+
 check: lint test  ## lint and test
 
 docs-check: $(READY)  ## check links, commands and paths in the documents
 	@$(PYTEST) tests/test_docs.py $(ARGS)
 
 clean:  ## remove .venv and everything else that is made
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-install build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

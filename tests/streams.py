@@ -12,7 +12,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
-from sinkstream.policies import PRESETS, SCORERS
+from sinkstream.policies import PRESETS, SCORERS, Candidates, EvictionPolicy, Scorer
 
 TOLERANCE = 1e-5  # nats a token, float32 against the float64 oracle: 80 epsilons; stock models take 8 (test_oracle.py)
 CLEAR = 1e-6  # relative; by how much a decision must be clear, some ten times what float32 takes of it
@@ -167,11 +167,16 @@ def _bit_reversal(past: Past, tokens, group):
     return torch.tensor([-int(f"{token:040b}"[::-1], 2) for token in tokens])
 
 
-def _key_norm(past: Past, tokens, group):
+def _cached_norm(past: Past, tokens, group):
     """The cache sees keys with the factor of yarn in them."""
-    return -(1000 * (past.key_norm(tokens, group) * past.network.rope_factor).log())
+    return past.key_norm(tokens, group) * past.network.rope_factor
 
 
+def _key_norm(past: Past, tokens, group):
+    return -(1000 * _cached_norm(past, tokens, group).log())
+
+
+# What the oracle knows by itself; any other scorer is asked (`AskedScorer`).
 # scorer name -> (options -> score(past, tokens, group), who chooses)
 CHOOSERS = {
     "uniform": (lambda o: _bit_reversal, "shared"),
@@ -236,36 +241,70 @@ class Risk:
             self.estimates[i] += 4 * 0.05 * self.scales[i] * (q - below)
 
 
-class Replay:
-    """For a scorer that the oracle does not know: what the cache chose, so that at least the rest is checked."""
+class AskedScorer:
+    """Lets a registered scorer choose, by its own `score`, on candidates that the oracle works out in float64.
 
-    def __init__(self):
-        self.chosen: list[tuple[int, torch.Tensor]] = []
+    What is known of the candidates and which of them the highest scores keep is thus independent of the cache, for any
+    scorer; what a score ought to be is for a test of that scorer.
+    """
 
-    def watch(self, cache: StreamingCache) -> None:
-        """After a forward of one token: note what is pinned now."""
-        if cache.last_steps[0].drop:
-            self.chosen.append((cache.seen_tokens - 1, cache.ring.pinned_positions[..., cache.ring.sink :].clone()))
+    def __init__(self, scorer: Scorer):
+        self.scorer, self._asked = scorer, (None, None)
 
     def __call__(self, past: Past, candidates: list[int], keep: int, t: int, group) -> list[int]:
-        positions = next(chosen for when, chosen in self.chosen if when == t)
-        layers, _, heads, _ = positions.shape
-        return positions[min(group[0], layers - 1), 0, min(group[1], heads - 1)].tolist()
+        layer, head = group or (0, 0)
+        row = past.visible[layer, head].tolist()
+        first = row.index(candidates[0])
+        assert row[first : first + len(candidates)] == candidates, "candidates stand in a row behind the sinks"
+        if self._asked[0] != t:  # all heads at once: a scorer may look at the others
+            positions = past.visible[..., first : first + len(candidates)]
+            self._asked = t, self.scorer.score(self._known(past, positions))[:, 0]
+        layers, heads, _ = self._asked[1].shape
+        scores = self._asked[1][min(layer, layers - 1), min(head, heads - 1)].tolist()
+        return [token for _, token in sorted(zip(scores, candidates))[-keep:]]
+
+    def _known(self, past: Past, positions: torch.Tensor) -> Candidates:
+        """All fields that the scorer needs, (layers or 1, 1, kv_heads or 1, candidates), float64."""
+        read = {
+            "structure": lambda tokens, group: _structure(past, tokens, group).double(),
+            "nll": lambda tokens, group: past.nll(tokens),
+            "entropy": lambda tokens, group: past.entropy(tokens),
+            "attention": lambda tokens, group: past.recent(tokens, self.scorer.observed_queries, group),
+            "accumulated": past.accumulated,
+            "key_norm": lambda tokens, group: (
+                past.key_norm(tokens, group) * past.network.rope_factor
+            ),  # as it is cached
+        }
+        layers, heads, _ = positions.shape
+        fields = {
+            name: torch.stack(
+                [torch.stack([read[name](positions[i, j], (i, j)) for j in range(heads)]) for i in range(layers)]
+            )[:, None]
+            for name in self.scorer.needs
+        }
+        if not self.scorer.per_head:
+            positions = positions[:1, :1]
+            fields |= {n: fields[n][:1, :, :1] for n in ("structure", "nll", "entropy") if n in fields}
+        return Candidates(position=positions[:, None], **fields)
 
 
-def oracle_run(model, ids: torch.Tensor, options: dict, positions="cache", replay: Replay | None = None):
-    """The oracle's run of the same policy over ids (T,)."""
+def oracle_run(model, ids: torch.Tensor, options: dict, positions: str = "cache", *, ask: bool = False):
+    """The oracle's run of the same policy over ids (T,).
+
+    `ask`: let the registered scorer choose even if the oracle has a chooser of its own; for other scorers it does.
+    """
     rule = {k: v for k, v in options.items() if k in Rule.__dataclass_fields__ and k != "adaptive"}
     more = {}
     if "adaptive" in options:
         more["want_prune"] = Risk(options["adaptive"], options["adaptive_min"], options["adaptive_every"])
         rule |= {"adaptive": True, "compress_every": options["adaptive_max"]}
     scorer = options.get("scorer")
-    if scorer in CHOOSERS:
+    if scorer in CHOOSERS and not ask:
         make, per = CHOOSERS[scorer]
         more |= {"choose": keep_clearly(make(options), scorer), "per": per}
     elif scorer:
-        more |= {"choose": replay, "per": "head"}
+        registered = EvictionPolicy.build(**options).scorer
+        more |= {"choose": AskedScorer(registered), "per": "head" if registered.per_head else "shared"}
     return run(Network(model), ids, Rule(**rule), positions=positions, **more)
 
 

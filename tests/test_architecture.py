@@ -30,7 +30,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "models": LEAVES,
     "policies": LEAVES,
     "cache": LEAVES | {"policies"},
-    "kernels": LEAVES | {"policies"},
+    "kernels": LEAVES,
     "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
     "evaluation": BASE | {"cache", "engine", "show"},
     "bench": BASE | {"cache", "engine", "evaluation", "show"},

@@ -1,15 +1,11 @@
 """The life of a `StreamingCache`: long streams, rebasing, batches, turns, failures, several caches on one model."""
 
 import gc
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
-from oracle.forward import keep_best, run
 from oracle.models import build, token_ids
 from oracle.network import Network
-from oracle.rules import Rule
 from streams import TOLERANCE, chunk_sizes, feed, make_cache, nll_of, oracle_run, small_policy
 from transformers import DynamicCache
 
@@ -17,7 +13,7 @@ from sinkstream.cache import SoftRing, StreamingCache
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.streaming import REBASE_AT
 from sinkstream.compat import with_cache
-from sinkstream.policies import SCORERS, Scorer
+from sinkstream.policies import SCORERS
 
 ATTENTION = ("refresh-window-attention", "refresh-accumulated-attention")
 FLOAT32_ANGLES = 5e-5  # nats; what transformers' own float32 angles cost at position 2,200: 400 epsilons of float32
@@ -325,59 +321,7 @@ def test_attention_that_is_no_longer_seen_is_an_error(policy):
     assert_close(whole, stream(build("llama"), policy, ids))
 
 
-# ---- a scorer of somebody else's ----
-
-
-@pytest.fixture(params=["per head", "for all"])
-def mixed_scorer(request):
-    """A scorer that reads everything, for every head by itself or for all heads together."""
-    per_head_choice = request.param == "per head"
-
-    @dataclass(frozen=True)
-    class Mixed(Scorer):
-        """Reads everything."""
-
-        needs: ClassVar[frozenset[str]] = frozenset({"entropy", "nll", "accumulated", "attention", "key_norm"})
-        per_head: ClassVar[bool] = per_head_choice
-        observed_queries = 6
-
-        def score(self, c):
-            score = c.accumulated + 3 * c.attention + c.nll / 5 + c.entropy / 5 - c.key_norm / 5
-            return score if per_head_choice else score.mean((0, 2), keepdim=True)
-
-    SCORERS.register("mixed")(Mixed)
-    yield "head" if per_head_choice else "shared"
-    del SCORERS._entries["mixed"]
-
-
-@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
-def test_a_scorer_may_mix_everything_that_is_known(family, mixed_scorer):
-    def score(past, tokens, group):
-        attention = past.accumulated(tokens, group) + 3 * past.recent(tokens, 6, group)
-        return attention + past.nll(tokens) / 5 + past.entropy(tokens) / 5 - past.key_norm(tokens, group) / 5
-
-    model, ids = build(family), token_ids(200)
-    rule = {"sink": 3, "window": 20, "refresh": 7, "compress_every": 11}
-    expected = run(Network(model), ids, Rule(**rule), choose=keep_best(score), per=mixed_scorer)
-    cache = StreamingCache.for_model(model, scorer="mixed", **rule)
-    nll = nll_of(feed(model, cache, ids[None], cache.chunks(200)), ids[None])[0]
-    assert (nll - expected.nll).abs().max() < TOLERANCE
-
-
-def test_only_queries_in_the_window_are_asked():
-    """An observation longer than the window is cut to the window: older queries have no position any more."""
-    model, ids = build("llama"), token_ids(200)
-    rule = Rule(sink=2, window=6, refresh=3, compress_every=4)
-
-    def score(past, tokens, group):
-        pinned = 0 if past.visible.shape[-1] == past.visible[0, 0, -1] + 1 else 3
-        return past.recent(tokens, past.visible.shape[-1] - 2 - pinned, group)
-
-    expected = run(Network(model), ids, rule, choose=keep_best(score), per="head").nll
-    options = {"sink": 2, "window": 6, "refresh": 3, "compress_every": 4, "scorer": "window-attention"}
-    cache = make_cache(model, options, observation=30)
-    nll = nll_of(feed(model, cache, ids[None], cache.chunks(200)), ids[None])[0]
-    assert (nll - expected).abs().max() < TOLERANCE
+# ---- what scorers read ----
 
 
 @pytest.mark.parametrize("signal", ["nll", "entropy"])

@@ -8,9 +8,7 @@ import torch
 from oracle.models import FAMILIES, build, token_ids
 from oracle.rules import Rule
 from streams import (
-    CHOOSERS,
     TOLERANCE,
-    Replay,
     chunk_sizes,
     feed,
     full_cache_error,
@@ -36,7 +34,7 @@ COMPOSED = {
     "refresh-accumulated-attention+max-drop": small_policy("refresh-accumulated-attention", max_drop=5, slack=7),
     "refresh-window-attention+adaptive-top1": small_policy("adaptive-top1")
     | {"refresh": 6, "scorer": "window-attention", "observation": 5},
-    "refresh-uncertainty+entropy": small_policy("refresh-uncertainty", uncertainty="entropy"),
+    "refresh-uncertainty+entropy": small_policy("refresh-uncertainty", uncertainty="entropy", compress_every=11),
     "refresh-key-norm+no-sink": small_policy("refresh-key-norm", sink=0),
 }
 POLICIES = {name: small_policy(name) for name in PRESETS} | COMPOSED
@@ -65,11 +63,10 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("policy", "family", "positions", "ways"), jobs())
 def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, ways):
-    options, model, ids = POLICIES[policy], build(family), token_ids(TOKENS)
-    replay, runs = Replay(), {}
-    if "single" in ways or options.get("scorer", "uniform") not in CHOOSERS:
+    options, model, ids, runs = POLICIES[policy], build(family), token_ids(TOKENS), {}
+    if "single" in ways:
         cache = make_cache(model, options, positions=positions)
-        runs["single"] = feed(model, cache, ids[None], seen=replay.watch), cache.stats()
+        runs["single"] = feed(model, cache, ids[None]), cache.stats()
     if "chunks" in ways:
         cache = make_cache(model, options, positions=positions)
         runs["chunks"] = feed(model, cache, ids[None], chunk_sizes(cache, TOKENS)), cache.stats()
@@ -77,7 +74,7 @@ def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, 
         cache = make_cache(model, options, positions=positions)
         logits = generate_text(model, cache, ids[None])
         runs["generate"] = torch.cat([logits, logits[:, -1:]], 1), cache.stats()  # it needs no logits of the last token
-    expected = oracle_run(model, ids, options, positions, replay)
+    expected = oracle_run(model, ids, options, positions)
     events = sum(step.event for step in expected.steps[:-1])
     assert events >= 6
     for way, (logits, stats) in runs.items():
@@ -93,10 +90,10 @@ def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, 
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
     phases = SoftRing.pinned_phases
 
-    def off_by_one(ring, *shift):
+    def off_by_one(ring):
         ring.first_window += 1
         try:
-            return phases(ring, *shift)
+            return phases(ring)
         finally:
             ring.first_window -= 1
 

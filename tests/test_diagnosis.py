@@ -3,10 +3,8 @@
 import csv
 import json
 import re
-import runpy
 import shlex
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -488,12 +486,3 @@ def test_mistakes_about_records_are_told_in_one_line(cli, tmp_path, line, messag
     done = cli(line, shared="")
     assert done.code == 2
     assert re.fullmatch(r"sinkstream diagnose: error: .+\n", done.err) and message in done.err
-
-
-def test_the_script_is_the_command(monkeypatch, capsys):
-    script = ROOT / "experiments" / "diagnose_prune_nll.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--policy", "nosuch"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(script), run_name="__main__")
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and "sinkstream diagnose: error" in told and "'nosuch'" in told

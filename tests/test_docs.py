@@ -4,11 +4,15 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
+from test_architecture import ARROWS
 
 from sinkstream.cli import main
+from sinkstream.compat import NEWEST_TESTED, OLDEST_TESTED
+from sinkstream.models.gguf_file import BUILTIN_INSTALL
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
 from sinkstream.report.docs import generated_names
 
@@ -48,6 +52,41 @@ def test_the_readme_leads_to_every_document():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = {(ROOT / target.partition("#")[0]).resolve() for target in LINK.findall(readme)}
     assert set((ROOT / "docs").glob("*.md")) <= named
+
+
+def test_the_readme_is_one_page_with_the_rival_on_its_best_day():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 125
+    assert {"readme-quality", "readme-speed"} <= set(generated_names(ROOT / "README.md"))
+    static = next(line for line in readme.splitlines() if "static cache" in line)
+    assert "4.76" in static and "3.3 ×" not in readme
+
+
+def test_the_readme_names_the_releases_that_are_accepted():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch_bound = next(bound for bound in project["dependencies"] if bound.startswith("torch>="))
+    python, torch = project["requires-python"].removeprefix(">="), torch_bound.removeprefix("torch>=")
+    named = f"Python {python} or newer, torch {torch} or newer, transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
+    assert named in readme and BUILTIN_INSTALL in readme
+    extras = set(re.findall(r"`(\w+)`", readme.partition("The extras: ")[2].partition("\n\n")[0]))
+    assert set(project["optional-dependencies"]) <= extras
+
+
+def paths_of_the_picture(page: str) -> list[str]:
+    """Files of the package in the code blocks of a page, as in ``engine/state.py`` or ``kernels/attention_*.py``."""
+    blocks = "\n".join(line for line in page.splitlines() if line.startswith("    "))
+    return re.findall(r"(?<![\w/])(?:[a-z]+/)+[\w*]+\.py", blocks)
+
+
+def test_the_architecture_page_names_files_that_exist_and_the_arrows_that_are_tested():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = paths_of_the_picture(page)
+    assert len(named) > 10 and not [path for path in named if not list((ROOT / "src" / "sinkstream").glob(path))]
+    table = page.partition("<!-- arrows -->")[2].partition("<!-- /arrows -->")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    shown = {folder.strip(" `"): frozenset(re.findall(r"`(\w+)`", imports)) for folder, imports in rows}
+    assert shown == ARROWS, "write into docs/architecture.md what ARROWS says"
 
 
 def test_the_diagnosis_is_two_pages_and_its_tables_have_a_section_for_every_record():

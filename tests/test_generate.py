@@ -186,7 +186,7 @@ def padded(model, ids, cache):
 
 
 def pads_in_the_prompt(model, ids, cache):
-    generate(model, torch.full_like(ids, PAD), cache)
+    generate(model, torch.cat([ids[:, :60], torch.full_like(ids[:, 60:], PAD)], 1), cache)
 
 
 def own_positions(model, ids, cache):

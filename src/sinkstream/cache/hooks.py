@@ -6,6 +6,7 @@ The hooks are plain functions of this module, so that a model with hooks can be 
 """
 
 import threading
+import types
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from sinkstream import compat
-from sinkstream.cache.attention import release_attention, running, switch_attention
+from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
 
 
@@ -28,10 +29,13 @@ class HookedCache(Cache):
     spec : ModelSpec
     model : weak reference or None
         To the model the cache was made for; None before `attach` and after it is detached.
+    checked_frequencies : Tensor or None
+        The rotary frequencies of the model that were last compared with those of `spec`.
     """
 
     spec: ModelSpec
     model: "weakref.ref[nn.Module] | None" = None
+    checked_frequencies: torch.Tensor | None = None
 
     @property
     @abstractmethod
@@ -50,6 +54,10 @@ class HookedCache(Cache):
     @abstractmethod
     def prefill(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """Feed ``(batch, tokens)`` new token ids of any number."""
+
+    @abstractmethod
+    def check_conversation(self, input_ids: torch.Tensor) -> None:
+        """Raise ValueError unless ``(batch, tokens)`` ids begin with the tokens that the cache has seen."""
 
     @abstractmethod
     def enter_model(self) -> None:
@@ -123,6 +131,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
             hooked.users.add(user)
             if not hooked.handles:
                 hooked.handles = _register(module, is_decoder=module is decoder)
+                _watch_prompts(module)
         if attention:
             switch_attention(decoder, user)
     cache.model = weakref.ref(model)
@@ -142,16 +151,50 @@ def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
 
 def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: PreTrainedModel | None) -> None:
     with _lock:
-        for hooked in (_hooked.get(module) for module in (ref() for ref in modules) if module is not None):
-            if hooked is None:
+        for module in (ref() for ref in modules):
+            hooked = None if module is None else _hooked.get(module)
+            if module is None or hooked is None:
                 continue
             hooked.users.discard(user)
             if not hooked.users:
                 handles, hooked.handles = hooked.handles, []
                 for handle in handles:
                     handle.remove()
+                _unwatch_prompts(module)
         if switched is not None:
             release_attention(switched, user)
+
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+def _watch_prompts(module: nn.Module) -> None:
+    """Let `_prepare` stand in the place of the module's method of the same name, if its class has one.
+
+    It is the one place where generate() shows the whole conversation; the forward gets what lies past the cache.
+    """
+    if hasattr(type(module), _PREPARE) and _PREPARE not in vars(module):
+        setattr(module, _PREPARE, types.MethodType(_prepare, module))
+
+
+def _unwatch_prompts(module: nn.Module) -> None:
+    if getattr(vars(module).get(_PREPARE), "__func__", None) is _prepare:
+        delattr(module, _PREPARE)
+
+
+def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=None, **kwargs):
+    """As the method of the class; a conversation that is passed again must be the one that the cache has seen."""
+    cache = compat.find_argument(HookedCache, args, kwargs)
+    again = (
+        kwargs.get("is_first_iteration") and next_sequence_length is not None and kwargs.get("inputs_embeds") is None
+    )
+    if cache is not None and again and input_ids is not None:
+        cache.check_conversation(input_ids)
+    more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
+    return getattr(type(self), _PREPARE)(self, input_ids, next_sequence_length, *args, **more)
+
+
+_prepare.__name__ = _PREPARE  # generate() reads the signature of the method, and pickle its name
 
 
 def _decoders_cache(decoder: nn.Module, args: tuple, kwargs: dict[str, Any] | None) -> HookedCache | None:
@@ -181,6 +224,8 @@ def _before_decoder(module, args, kwargs=None):
     if given is None:
         return None  # the decoder itself refuses that
     batch, tokens = given.shape[:2]
+    _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
+    _check_frequencies(cache, module.rotary_emb.inv_freq)
     _check_mask_and_positions(named, cache.seen_tokens, tokens)
     positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
     return (), named | {"position_ids": positions, "attention_mask": mask}
@@ -227,6 +272,27 @@ def _after_model(module, args, kwargs=None, output=None):
         cache.abort_forward()
     else:
         cache.commit_forward(output.logits if hasattr(output, "logits") else output[0])
+
+
+def _check_attention(made_for: str, now: str | None) -> None:
+    """Refuse an attention implementation that was switched after the cache was made: masks are made for it."""
+    if now not in (made_for, SINKSTREAM_SDPA if made_for == "sdpa" else made_for):
+        raise ValueError(
+            f"the model's attn_implementation was changed from {made_for!r} to {now!r} after the cache was made;"
+            " change it back, or make the cache again"
+        )
+
+
+def _check_frequencies(cache: HookedCache, now: torch.Tensor) -> None:
+    """Refuse rotary frequencies that are not those the cache rotates by; compared whenever the module has new ones."""
+    if now is cache.checked_frequencies:
+        return
+    if not torch.equal(now.detach().to("cpu", torch.float64), cache.spec.rope.inv_freq):
+        raise ValueError(
+            "the model's rotary frequencies changed after the cache was made (a model that was cast to half precision"
+            " has rounded ones, also when it is cast back); load the model again, or make the cache again"
+        )
+    cache.checked_frequencies = now
 
 
 def _check_mask_and_positions(named: dict[str, Any], seen: int, tokens: int) -> None:

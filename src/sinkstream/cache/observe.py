@@ -1,10 +1,11 @@
-"""What scorers need from attention: the latest queries, and attention accumulated per cached token.
+"""What scorers read of attention: the latest queries, and attention accumulated per cached token.
 
 `cache.attention` shows the observer of the running forward the queries of every layer.
 """
 
 import torch
 
+from sinkstream.cache.pinned import Queries, attention_received, turned_back
 from sinkstream.cache.ring import SoftRing
 
 
@@ -84,39 +85,14 @@ class AttentionObserver:
             joined = query if older is None else torch.cat([older, query], dim=2)
             self._new_queries[layer] = joined[:, :, -(self.keep + self._spare) :].clone()
         if self.accumulate:
-            visible = key.shape[2]
-            index = torch.arange(visible, device=key.device)
-            self._new_weights[layer] = self._weights(query, key, index, index[visible - query.shape[2] :])
+            index = torch.arange(key.shape[2], device=key.device)
+            hidden = index > index[key.shape[2] - query.shape[2] :, None]
+            self._new_weights[layer] = attention_received(query, key, hidden, scaling)
 
     def rebase(self, delta: int) -> None:
         """Move the kept queries with a rebase of the window."""
-        cos, sin = self.ring.rope.angles(torch.tensor(delta, device=self.ring.keys.device))
-        self.queries = {i: self.ring.rope.unrotate(q, cos, sin).to(q.dtype) for i, q in self.queries.items()}
+        self.queries = {i: turned_back(self.ring.rope, q, delta).to(q.dtype) for i, q in self.queries.items()}
 
-    def candidate_attention(self, leaving: int) -> torch.Tensor:
-        """Attention that the kept queries give to the candidates, at their present cache positions.
-
-        Queries whose tokens have left the window are passed over: they have no position any more.
-
-        Returns
-        -------
-        Tensor, (layers, batch, kv_heads, candidates), float32
-        """
-        ring = self.ring
-        slots = torch.arange(ring.live, device=ring.keys.device)
-        index = torch.where(slots < ring.pinned, -1, ring.first_window + slots - ring.pinned)
-        rows = []
-        for layer, query in sorted(self.queries.items()):
-            query = query[:, :, -(ring.seen - ring.first_window) :]
-            asked = ring.seen - query.shape[2] + torch.arange(query.shape[2], device=query.device)
-            rows.append(self._weights(query, ring.keys[layer, :, :, ring.start : ring.tail], index, asked))
-        return torch.stack(rows)[..., ring.sink : ring.pinned + leaving]
-
-    def _weights(self, query, key, key_index, query_index) -> torch.Tensor:
-        """Attention summed over queries, mean over the heads of a group: ``(batch, kv_heads, visible)``, float32."""
-        batch, heads, new, dim = query.shape
-        groups = heads // key.shape[1]
-        grouped = query.float().view(batch, key.shape[1], groups, new, dim)
-        logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key.float()) * self.scaling
-        logits = logits.masked_fill(key_index > query_index[:, None], float("-inf"))
-        return logits.softmax(-1).sum(3).mean(2)
+    def latest(self) -> Queries:
+        """The kept queries."""
+        return Queries(self.keep, self.scaling, lambda layer, count: self.queries[layer].narrow(2, -count, count))

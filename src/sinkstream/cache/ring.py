@@ -9,30 +9,21 @@ prune, from an unrotated float32 copy, so that their error never accumulates.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from sinkstream.cache.channels import Channel
+from sinkstream.cache.pinned import (
+    SLOT_AXIS,
+    Held,
+    Refreshed,
+    frame_phases,
+    turned_back,
+    unrotated,
+    window_base,
+    write_rotated,
+)
 from sinkstream.cache.rope import Rope
-
-SLOT_AXIS = 3
-
-
-@dataclass(frozen=True)
-class Channel:
-    """A quantity kept for every cached token besides its key and value.
-
-    Attributes
-    ----------
-    name : str
-    dtype : torch.dtype
-    per_head : bool
-        Shape ``(layers, batch, kv_heads, slots)`` if true, ``(1, batch, 1, slots)`` otherwise.
-    """
-
-    name: str
-    dtype: torch.dtype
-    per_head: bool
 
 
 class SoftRing:
@@ -66,7 +57,7 @@ class SoftRing:
         sink: int,
         original_positions: bool,
         rebase_at: int,
-        channels,
+        channels: list[Channel],
         storage: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         layers, batch, heads, self.capacity, dim = shape
@@ -74,7 +65,7 @@ class SoftRing:
         self.channels = {
             c.name: torch.zeros(
                 (layers if c.per_head else 1, batch, heads if c.per_head else 1, self.capacity),
-                dtype=c.dtype,
+                dtype=torch.float32,
                 device=device,
             )
             for c in channels
@@ -83,7 +74,6 @@ class SoftRing:
         self.original_positions = original_positions
         self.pinned_keys = torch.zeros((layers, batch, heads, 0, dim), dtype=torch.float32, device=device)
         self.pinned_values = torch.zeros((layers, batch, heads, 0, dim), dtype=dtype, device=device)
-        self.pinned_channels = {n: c[..., :0].clone() for n, c in self.channels.items()}
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
         self.start = self.tail = self.base = self.first_window = 0
         self.rebases = 0
@@ -106,8 +96,7 @@ class SoftRing:
     @property
     def bytes(self) -> int:
         """Memory held, in bytes: buffers, channels and pinned copies."""
-        held = [self.keys, self.values, self.pinned_keys, self.pinned_values]
-        held += [*self.channels.values(), *self.pinned_channels.values()]
+        held = [self.keys, self.values, self.pinned_keys, self.pinned_values, *self.channels.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
     @property
@@ -153,7 +142,6 @@ class SoftRing:
         self.first_window, self.pinned_positions = first_window, pinned_positions
         self._keep_pinned_keys(pinned_keys.clone())
         self.pinned_values = self._pinned_slots(self.values).clone()
-        self.pinned_channels = {n: self._pinned_slots(c).clone() for n, c in self.channels.items()}
         self._write_pinned()
 
     def open(self, tokens: int) -> None:
@@ -216,18 +204,17 @@ class SoftRing:
             row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
 
     def _rebase(self) -> int:
-        base = self.first_window - (0 if self.original_positions else self.pinned)
+        base = window_base(self.first_window, self.pinned, self.original_positions)
         delta = base - self.base
-        cos, sin = self.rope.angles(torch.tensor(delta, device=self.keys.device))
         for layer in self.keys:
             window = layer[:, :, self.start + self.pinned : self.tail]
-            window.copy_(self.rope.unrotate(window, cos, sin))
+            window.copy_(turned_back(self.rope, window, delta))
         self.base = base
         self.rebases += 1
         self._write_pinned()
         return delta
 
-    def prune(self, drop: int, refresh: int = 0, choose: Callable[[int], torch.Tensor] | None = None) -> None:
+    def prune(self, drop: int, refresh: int = 0, choose: Callable[[int], Refreshed] | None = None) -> None:
         """Drop entries: the sinks stay, the best older tokens stay pinned, the oldest of the rest go.
 
         Parameters
@@ -237,86 +224,64 @@ class SoftRing:
         refresh : int
             Older tokens to keep pinned after this prune.
         choose : callable or None
-            Called with the number of tokens that leave the window; returns which candidates stay, as a Tensor
-            ``(layers or 1, batch or 1, kv_heads or 1, refresh)`` of ascending indices into pinned-then-leaving tokens.
+            Called with the number of tokens that leave the window; returns the tokens that stay pinned.
         """
         first = self.pinned == 0 and self.first_window == 0
         window = self.live - drop - self.sink - refresh
         if first:
             self._pin_sinks()
-        self.pinned_channels = {n: self._pinned_slots(c).clone() for n, c in self.channels.items()}
         leaving = self.live - self.pinned - window
-        if refresh:
-            self._pin(choose(leaving), leaving)
+        channels = self._pin(choose(leaving)) if refresh else {}
         self.first_window += leaving
         self.start = self.tail - window - self.pinned
         self._write_pinned()
-        for name, channel in self.channels.items():
-            self._pinned_slots(channel).copy_(self.pinned_channels[name])
+        for name, pinned in channels.items():
+            self._pinned_slots(self.channels[name]).copy_(pinned)
 
-    def candidates(self, leaving: int) -> dict[str, torch.Tensor]:
-        """Channels of the pinned tokens (sinks left out) and of the `leaving` oldest window tokens, in stream order."""
-        count = self.pinned - self.sink + leaving
-        return {n: c.narrow(SLOT_AXIS, self.start + self.sink, count) for n, c in self.channels.items()}
-
-    def candidate_keys(self, leaving: int) -> torch.Tensor:
-        """Unrotated float32 keys of the candidates, ``(layers, batch, kv_heads, candidates, head_dim)``."""
-        slots = self._leaving(self.keys, leaving)
-        positions = torch.arange(leaving, device=slots.device) + (self.first_window - self.base)
-        return torch.cat(
-            [self.pinned_keys[..., self.sink :, :], self.rope.unrotate(slots, *self.rope.angles(positions))],
-            dim=SLOT_AXIS,
+    def held(self) -> Held:
+        """What is cached now, for the choice of pinned tokens; views, good until something moves."""
+        return Held(
+            rope=self.rope,
+            sink=self.sink,
+            pinned=self.pinned,
+            window=self.live - self.pinned,
+            first_window=self.first_window,
+            base=self.base,
+            frame_shift=0,
+            keys=self.keys,
+            values=self.values,
+            channels=self.channels,
+            pinned_keys=self.pinned_keys,
+            refreshed=self.pinned_positions[..., self.sink :],
+            read=lambda buffer, first, count: buffer.narrow(SLOT_AXIS, self.start + first, count),
         )
 
-    def pinned_phases(self, shift: int | None = None) -> torch.Tensor:
-        """Rotations of the pinned frame, relative to the base.
-
-        Parameters
-        ----------
-        shift : int or None
-            By how much the frame lies forward of the base; default: where it lies now. Ignored with original positions.
-        """
-        if self.original_positions:
-            return self.rope.phases(self.pinned_positions - self.base)
-        shift = self.first_window - self.pinned - self.base if shift is None else shift
-        return self.rope.phases_from(shift, self.pinned, self.keys.device)
+    def pinned_phases(self) -> torch.Tensor:
+        """Rotations of the pinned frame, relative to the base: it ends where the window begins."""
+        first = None if self.original_positions else self.first_window - self.pinned - self.base
+        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=first)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
 
-    def _leaving(self, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
-        return buffer.narrow(SLOT_AXIS, self.start + self.pinned, leaving)
-
-    def _join(self, pinned: torch.Tensor, buffer: torch.Tensor, leaving: int) -> torch.Tensor:
-        older = pinned.narrow(SLOT_AXIS, self.sink, self.pinned - self.sink)
-        return torch.cat([older, self._leaving(buffer, leaving)], dim=SLOT_AXIS)
-
     def _pin_sinks(self) -> None:
-        sink = self.sink
-        positions = torch.arange(sink, device=self.keys.device)
-        slots = self.keys[..., self.start : self.start + sink, :]
-        self._keep_pinned_keys(self.rope.unrotate(slots, *self.rope.angles(positions - self.base)))
-        self.pinned_values = self.values[..., self.start : self.start + sink, :].clone()
-        self.pinned_positions = positions.view(1, 1, 1, sink)
-        self.first_window = sink
+        slots = slice(self.start, self.start + self.sink)
+        self._keep_pinned_keys(unrotated(self.rope, self.keys[..., slots, :], -self.base))
+        self.pinned_values = self.values[..., slots, :].clone()
+        self.pinned_positions = torch.arange(self.sink, device=self.keys.device).view(1, 1, 1, self.sink)
+        self.first_window = self.sink
 
-    def _pin(self, index: torch.Tensor, leaving: int) -> None:
-        kept = index.shape[-1]
-        keys, channels = self.candidate_keys(leaving), self.candidates(leaving)
-        values = self._join(self.pinned_values, self.values, leaving)
-        lead = keys.shape[:SLOT_AXIS]
-        wide = index.expand(*lead, kept)[..., None].expand(*lead, kept, keys.shape[-1])
-        sinks = self.pinned_keys[..., : self.sink, :]
-        self._keep_pinned_keys(torch.cat([sinks, keys.gather(SLOT_AXIS, wide)], SLOT_AXIS))
-        self.pinned_values = torch.cat(
-            [self.pinned_values[..., : self.sink, :], values.gather(SLOT_AXIS, wide)], SLOT_AXIS
-        )
-        for name, channel in channels.items():
-            kept_channel = channel.gather(SLOT_AXIS, index.expand(*channel.shape[:SLOT_AXIS], kept))
-            self.pinned_channels[name] = torch.cat(
-                [self.pinned_channels[name][..., : self.sink], kept_channel], SLOT_AXIS
-            )
-        self.pinned_positions = self.pinned_channels["position"]
+    def _pin(self, chosen: Refreshed) -> dict[str, torch.Tensor]:
+        """Pin other tokens behind the sinks; returns the channels of all pinned tokens, not yet in their slots."""
+        sink = self.sink
+        self._keep_pinned_keys(torch.cat([self.pinned_keys[..., :sink, :], chosen.keys], SLOT_AXIS))
+        self.pinned_values = torch.cat([self.pinned_values[..., :sink, :], chosen.values], SLOT_AXIS)
+        sinks = self.pinned_positions[..., :sink].expand(*chosen.positions.shape[:SLOT_AXIS], sink)
+        self.pinned_positions = torch.cat([sinks, chosen.positions], SLOT_AXIS)
+        return {
+            name: torch.cat([channel.narrow(SLOT_AXIS, self.start, sink), chosen.channels[name]], SLOT_AXIS)
+            for name, channel in self.channels.items()
+        }
 
     def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
         """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
@@ -326,9 +291,6 @@ class SoftRing:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
-        keys = self.keys.narrow(SLOT_AXIS, self.start, self.pinned)
-        rotary = self.rope.rotary_dim
-        self.rope.write_rotated(keys, self._pinned_pairs, self.pinned_phases())
-        if rotary < keys.shape[-1]:
-            keys[..., rotary:].copy_(self.pinned_keys[..., rotary:])
-        self.values.narrow(SLOT_AXIS, self.start, self.pinned).copy_(self.pinned_values)
+        slots = self._pinned_slots(self.keys)
+        write_rotated(self.rope, slots, self.pinned_keys, self.pinned_phases(), self._pinned_pairs)
+        self._pinned_slots(self.values).copy_(self.pinned_values)

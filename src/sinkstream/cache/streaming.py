@@ -18,13 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkstream.cache.attention import Forward, is_switched, running
+from sinkstream.cache.channels import UNCERTAINTY, kept_channels, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
+from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.hooks import HookedCache, attach
 from sinkstream.cache.observe import AttentionObserver
-from sinkstream.cache.ring import Channel, SoftRing
+from sinkstream.cache.pinned import Refreshed, refresh
+from sinkstream.cache.ring import SoftRing
 from sinkstream.compat import with_cache
-from sinkstream.policies import SIGNALS, Candidates, EvictionPolicy, PruneSchedule, Step, select, structural_weights
+from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step, structural_weights
 
 POSITIONS = ("cache", "original")
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
@@ -70,6 +73,7 @@ class _Pending:
     schedule: PruneSchedule
     input_ids: torch.Tensor | None
     crossing: PinnedCopies | TwoFrames | None
+    layers_written: int = 0
 
 
 class StreamingCache(HookedCache):
@@ -89,12 +93,16 @@ class StreamingCache(HookedCache):
     observer : AttentionObserver or None
     schedule : PruneSchedule
         What the policy has counted and observed.
+    seen_ids : SeenTokens or None
+        Which tokens the cache has seen; None before the first token.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
     speculative : bool
         A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
         keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
+
+    remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
 
     def __init__(
         self, spec: ModelSpec, policy: EvictionPolicy, *, positions: str, rebase_at: int, structure, block_tokens: int
@@ -187,7 +195,7 @@ class StreamingCache(HookedCache):
             "evicted": self.seen_tokens - self.kept_tokens,
             "events": self._events,
             "rebases": self.ring.rebases if self.ring else 0,
-            "bytes": sum(part.bytes for part in (self.ring, self.observer) if part),
+            "bytes": sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part),
         }
 
     def reset(self) -> None:
@@ -226,6 +234,7 @@ class StreamingCache(HookedCache):
         """
         self.reset()
         self._allocate(batch, device)
+        self.seen_ids = None  # what was seen elsewhere is not known here
         self.schedule = schedule
         if logits is not None:
             self._log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
@@ -268,6 +277,39 @@ class StreamingCache(HookedCache):
             fed += len(self.last_steps)
         return out.logits[:, : len(self.last_steps)][:, -1]
 
+    def continuation(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """New tokens only, as arguments of generate(), which takes what it is given for the whole conversation.
+
+            model.generate(**cache.continuation(new_ids), cache=cache)
+
+        Parameters
+        ----------
+        input_ids : Tensor, (batch, tokens), int64
+
+        Returns
+        -------
+        dict
+            ``input_ids`` as given, and an ``attention_mask`` ``(batch, seen + tokens)`` of ones.
+        """
+        batch, tokens = input_ids.shape
+        return {"input_ids": input_ids, "attention_mask": input_ids.new_ones(batch, self.seen_tokens + tokens)}
+
+    def check_conversation(self, input_ids: torch.Tensor) -> None:
+        """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""
+        seen = self.seen_tokens
+        if not (self.seen_ids and self.seen_ids.complete) or input_ids.shape[1] <= seen:
+            return
+        if len(input_ids) != self.ring.keys.shape[1]:
+            return  # refused when the decoder is called
+        index = self.seen_ids.first_difference(input_ids)
+        if index is not None:
+            raise ValueError(
+                f"the conversation differs from what the cache has seen at token {index} of {seen}; the cache cannot"
+                " go back, so nothing was computed. Ways out: cache.reset() and pass the conversation again"
+                " (also after a chat template has rendered an earlier turn in another way); pass new tokens only, with"
+                " generate(**cache.continuation(new_ids), …) or cache.prefill(model, new_ids)"
+            )
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
         return self._write(layer_idx, key_states, value_states)
@@ -304,6 +346,7 @@ class StreamingCache(HookedCache):
     def _clear(self) -> None:
         self.ring: SoftRing | None = None
         self.observer: AttentionObserver | None = None
+        self.seen_ids: SeenTokens | None = None
         self.last_steps: list[Step] = []
         self.schedule = PruneSchedule(self.policy)
         self._pending: _Pending | None = None
@@ -349,6 +392,12 @@ class StreamingCache(HookedCache):
                 "this cache is not attached to the model that is using it;"
                 " make one with StreamingCache.for_model(model, …)"
             )
+        if keys.dtype != self.spec.dtype and not torch.is_autocast_enabled(keys.device.type):
+            raise ValueError(
+                f"the model's dtype was changed from {self.spec.dtype} to {keys.dtype} after the cache was made;"
+                " change it back, or make the cache again"
+            )
+        self._pending.layers_written += 1
         visible = self.ring.write(layer, keys, values)
         crossing = self._pending.crossing
         return crossing.extend(layer, *visible) if isinstance(crossing, PinnedCopies) else visible
@@ -359,6 +408,12 @@ class StreamingCache(HookedCache):
         self.abort_forward()
         if pending is None:
             return
+        if pending.layers_written != self.spec.layers:
+            raise ValueError(
+                f"{pending.layers_written} of {self.spec.layers} layers wrote their keys and values into the cache, so"
+                " its tokens are not counted: layers with gradient checkpointing pass no cache on in training mode;"
+                " call model.eval(), or model.gradient_checkpointing_disable()"
+            )
         begun, log_probs = pending.tokens, None
         if self.needs_logits:
             log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
@@ -366,6 +421,9 @@ class StreamingCache(HookedCache):
         if self.observer:
             self.observer.commit(let_go=begun - pending.tokens)
         self._fill_channels(pending, log_probs)
+        if self.seen_ids:
+            ids = pending.input_ids
+            self.seen_ids.append(None if ids is None else ids[:, : pending.tokens])
         ring.advance(pending.tokens, sum(s.drop for s in pending.steps[1:]))
         self.schedule = pending.schedule
         self._events += sum(s.event for s in pending.steps)
@@ -410,49 +468,27 @@ class StreamingCache(HookedCache):
 
     def _fill_channels(self, pending: _Pending, log_probs: torch.Tensor | None) -> None:
         """What is kept of every new token besides key and value; before the ring counts them."""
-        ring, ids = self.ring, pending.input_ids
-        new = slice(ring.tail, ring.tail + pending.tokens)
-        if "position" in ring.channels:
-            ring.channels["position"][..., new] = torch.arange(
-                ring.seen, ring.seen + pending.tokens, device=ring.keys.device
-            )
-        if "structure" in ring.channels:
-            ring.channels["structure"][..., new] = self.structure[ids[:, : pending.tokens]][:, None]
-        if log_probs is not None:
-            self._fill_uncertainty(new, log_probs[:, : pending.tokens], ids)
+        ring, tokens = self.ring, pending.tokens
+        drawn_from = None if log_probs is None else self._drawn_from(log_probs[:, :tokens])
+        ids = None if pending.input_ids is None else pending.input_ids[:, :tokens]
+        for name, known in token_channels(ring.channels, ids, drawn_from, self.structure).items():
+            ring.channels[name][..., ring.tail : ring.tail + tokens] = known[:, None]
 
-    def _fill_uncertainty(self, new: slice, log_probs: torch.Tensor, ids: torch.Tensor | None) -> None:
-        """NLL and entropy of the distributions that the new tokens were drawn from; 0 for the first of the stream."""
-        channels, before = self.ring.channels, self._log_probs
-        self._log_probs = log_probs[:, -1:].clone()
-        if not {"nll", "entropy"} & channels.keys():
-            return
-        known = log_probs[:, :-1] if before is None else torch.cat([before, log_probs[:, :-1]], 1)
-        first, drawn_from = slice(new.start, new.stop - known.shape[1]), slice(new.stop - known.shape[1], new.stop)
-        if "nll" in channels:
-            drawn = ids[:, log_probs.shape[1] - known.shape[1] : log_probs.shape[1], None]
-            channels["nll"][..., first] = 0
-            channels["nll"][..., drawn_from] = -known.gather(-1, drawn)[..., 0][:, None]
-        if "entropy" in channels:
-            channels["entropy"][..., first] = 0
-            channels["entropy"][..., drawn_from] = SIGNALS["entropy"](known)[:, None]
+    def _drawn_from(self, log_probs: torch.Tensor) -> torch.Tensor | None:
+        """The distributions that tokens were drawn from, given those that were predicted after them."""
+        if not UNCERTAINTY & self.ring.channels.keys():
+            return None
+        before, self._log_probs = self._log_probs, log_probs[:, -1:].clone()
+        before = torch.zeros_like(self._log_probs) if before is None else before
+        return torch.cat([before, log_probs[:, :-1]], 1)
 
-    def _choose(self, leaving: int) -> torch.Tensor:
-        known = self.ring.candidates(leaving)
-        if "attention" in self.policy.needs:
-            known["attention"] = self.observer.candidate_attention(leaving)
-        if "key_norm" in self.policy.needs:
-            known["key_norm"] = self.ring.candidate_keys(leaving).norm(dim=-1)
-        return select(self.policy.scorer.score(Candidates(**known)), self.policy.refresh)
+    def _choose(self, leaving: int) -> Refreshed:
+        scorer = self.policy.scorer
+        queries = self.observer.latest() if "attention" in scorer.needs else None
+        return refresh(self.ring.held(), leaving, scorer, self.policy.refresh, queries)
 
     def _allocate(self, batch: int, device: torch.device) -> None:
         spec, policy = self.spec, self.policy
-        names = {"position", "structure", "nll", "entropy", "accumulated"} & (policy.needs | {"position"})
-        channels = [
-            Channel(n, torch.int64 if n == "position" else torch.float32, policy.scorer.per_head or n == "accumulated")
-            for n in sorted(names)
-            if policy.scorer is not None
-        ]
         if self.structure is not None:
             self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
@@ -463,8 +499,9 @@ class StreamingCache(HookedCache):
                 sink=policy.sink,
                 original_positions=self.positions == "original",
                 rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
-                channels=channels,
+                channels=kept_channels(policy),
             )
+        self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)

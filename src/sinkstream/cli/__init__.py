@@ -4,20 +4,39 @@ A user's mistake ends with one message on stderr and exit code 2, an interrupt w
 """
 
 import argparse
-import ast
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from sinkstream import __version__
 from sinkstream.records.files import WriteError
 from sinkstream.registry import Registry
 
-COMMANDS: Registry = Registry("command")
+#: Name of every command -> the module of this folder that has its class, and what the command does.
+#: A module is imported when its command is used: importing torch takes seconds, and only one command is needed.
+COMMAND_TABLE: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Compare all kinds of policy on a small real model, offline, in three minutes"),
+    "eval": ("eval", "Stream a text through a model under one or several policies and record quality and speed"),
+    "bench": ("bench", "Time the rungs of decoding against the bytes that a step must read"),
+    "diagnose": (
+        "diagnose",
+        "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
+    ),
+    "recall": ("recall", "Measure what each policy recalls of a passage, by how far back it was seen"),
+    "cliff": (
+        "cliff",
+        "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions",
+    ),
+    "env": ("env", "Print versions and hardware, for bug reports"),
+    "report": (
+        "report",
+        "Compute the headline figures from the records and write the generated tables of the documents",
+    ),
+}
+COMMANDS: Registry = Registry("command")  # the classes of the commands whose modules have been imported
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -40,10 +59,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(Parser):
-    """The parser of one command: imports its module and adds its options when it is first asked to parse.
-
-    The modules take seconds to import, because of torch, and only one of them is needed.
-    """
+    """The parser of one command: imports its module and adds its options when it is first asked to parse."""
 
     def __init__(self, *, command: str, **options: Any):
         super().__init__(**options)
@@ -52,7 +68,7 @@ class CommandParser(Parser):
     def load(self) -> "CommandParser":
         """Import the command and add its options, once; returns itself."""
         if self.get_default("run") is None:
-            import_module(f"{__name__}.{self.command}")
+            import_module(f"{__name__}.{COMMAND_TABLE[self.command][0]}")
             command = COMMANDS[self.command]
             self.description = command.__doc__
             command.add_arguments(self)
@@ -66,19 +82,6 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
 
-def command_summaries() -> dict[str, str]:
-    """Name of every command -> what it does, from the sources of this folder's modules, none of which is imported."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-    registered = [
-        (mark.args[0].value, ast.get_docstring(node))
-        for node in classes
-        for mark in node.decorator_list
-        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "COMMANDS.register"
-    ]
-    return {name: docstring.splitlines()[0].rstrip(".") for name, docstring in registered}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command module adds its own options once it is needed."""
     parser = Parser(
@@ -88,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for name, summary in command_summaries().items():
+    for name, (_, summary) in COMMAND_TABLE.items():
         commands.add_parser(
             name,
             command=name,
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read our output has enough of it
+    except BrokenPipeError:  # the reader of the output closed its end of the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:

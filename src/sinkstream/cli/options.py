@@ -33,12 +33,15 @@ def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str],
         metavar="NAME[:OPTION=VALUE…][,NAME…]",
         help=f"one or several, each with options of its own (lazy:compress_every=64:sink=8):\n{listed}\n",
     )
-    group.add_argument("--cap", type=caps, help="KV slots, growth included; the window is what the rest leaves of it")
+    group.add_argument("--cap", type=caps, help="KV slots, growth included; the window is the cap less all other parts")
     group.add_argument("--cap-accounting", default="peak", choices=CAP_ACCOUNTING.names(), help="whether growth counts")
     group.add_argument(
-        "--positions", default="cache", choices=POSITIONS, help="positions inside the cache, or gaps kept"
+        "--positions",
+        default="cache",
+        choices=POSITIONS,
+        help="places in the cache, or indices in the stream (gaps kept)",
     )
-    group.add_argument("--scorer", choices=SCORERS.names(), help="what chooses the pinned tokens; goes with --refresh")
+    group.add_argument("--scorer", choices=SCORERS.names(), help="what chooses the pinned tokens; needs --refresh")
     group.add_argument(
         "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
     )
@@ -57,7 +60,7 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
 def shared_options(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """The policy options that were given, for one of the methods of ``--policy``.
 
-    Where there are several, what they share leaves out those that it would make into something else.
+    With several methods, an option that defines a method (``compress_every`` of strict) is not passed to that method.
     """
     shared = policy_options(args)
     if len(args.policy) > 1:
@@ -66,7 +69,7 @@ def shared_options(args: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def run_settings(args: argparse.Namespace, method: str, options: dict[str, Any], **protocol: Any) -> RunSettings:
-    """Settings of one of the given policies; `options` are its own, `protocol` goes to `RunSettings` as it is."""
+    """Settings of one of the given policies; `options` are the policy's own, `protocol` is passed to `RunSettings`."""
     return RunSettings(
         method,
         cap=args.cap,
@@ -79,7 +82,7 @@ def run_settings(args: argparse.Namespace, method: str, options: dict[str, Any],
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model`` and where and how it runs."""
+    """Add ``--model`` and the options of its placement and precision."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="builtin", help="hub id, directory, .gguf file, builtin, or random:SHAPE")
     group.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on the CPU")
@@ -89,13 +92,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cudnn-attention",
         action="store_true",
-        help="allow cuDNN attention (it builds a plan for every new length)",
+        help="allow cuDNN attention (cuDNN builds an execution plan for every new length)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
 
 
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
-    """``--text``, and ``--tokens`` if its length is a choice; `random`: random tokens are a text too."""
+    """Add ``--text``, with `tokens` also ``--tokens``; with `random`, random tokens are accepted as a text."""
     kinds = "pg19, wikitext, builtin, random" if random else "pg19, wikitext, builtin"
     group.add_argument("--text", default="builtin", help=f"{kinds}, or a .txt or .json file")
     if tokens:
@@ -103,13 +106,13 @@ def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bo
 
 
 def add_output(group: argparse._ActionsContainer, out: str, what: str = "the records and the picture") -> None:
-    """``--out`` and ``--resume`` of commands that keep run records."""
+    """Add ``--out`` and ``--resume``, for commands that write run records."""
     group.add_argument("--out", type=Path, default=Path(out), help=f"folder of {what}")
-    group.add_argument("--resume", action="store_true", help="take complete records of the same runs from --out")
+    group.add_argument("--resume", action="store_true", help="use complete records of the same runs in --out")
 
 
 def add_block_tokens(group: argparse._ArgumentGroup) -> None:
-    """``--block-tokens``; `block_tokens` says what it comes to."""
+    """Add ``--block-tokens``; `block_tokens` gives its value."""
     sizes = ", ".join(f"{device} {size:,}" for device, size in BLOCK_TOKENS.items())
     group.add_argument(
         "--block-tokens", type=int, help=f"most tokens of one forward; bounds peak memory (default: {sizes})"
@@ -117,14 +120,14 @@ def add_block_tokens(group: argparse._ArgumentGroup) -> None:
 
 
 def block_tokens(args: argparse.Namespace) -> int:
-    """The block size that was given, or the device's own."""
+    """The block size that was given, or the default of the device."""
     if args.block_tokens is None:
         return BLOCK_TOKENS.get(resolve_device(args.device).type, RunSettings.block_tokens)
     return args.block_tokens
 
 
 def load_given_model(args: argparse.Namespace) -> LoadedModel:
-    """Set the numeric switches and load the model that the options of `add_model_options` ask for."""
+    """Set the numeric switches and load the model named by the options of `add_model_options`."""
     device = resolve_device(args.device)
     set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
     return load_model(

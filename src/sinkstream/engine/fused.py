@@ -8,6 +8,7 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
+from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels import (
@@ -21,7 +22,6 @@ from sinkstream.kernels import (
 )
 from sinkstream.kernels.attention_decode import split_qkv
 from sinkstream.kernels.config import MAX_SHARED, MAX_SPLITS, count_programs, default_attention
-from sinkstream.kernels.layout import Geometry
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
+from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.kernels.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
-from sinkstream.policies import SIGNALS
 
 
 def norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
@@ -148,18 +148,18 @@ def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Ten
 
 def note_token(state, row: Row) -> None:
     """Fill the channels of the token that is appended: its structure, its own NLL and the entropy it was drawn from."""
-    channels, found = state.channels, {}
+    channels = state.channels
+    if not channels:
+        return
+    log_probs = None
+    if UNCERTAINTY & channels.keys():
+        first = row.scalars[:, QUERY, None] < 0
+        log_probs = state.logits.log_softmax(-1).masked_fill(first, 0.0)[:, None]
+    found = token_channels(channels, row.token[:, None], log_probs, state.structure)
     if "accumulated" in channels:
-        found["accumulated"] = torch.zeros_like(state.logits[:, 0])
-    if "structure" in channels:
-        found["structure"] = state.structure[row.token]
-    if {"nll", "entropy"} & channels.keys():
-        log_probs = state.logits.log_softmax(-1)
-        first = row.scalars[:, QUERY] < 0
-        found["nll"] = (-log_probs.gather(1, row.token[:, None])[:, 0]).masked_fill(first, 0.0)
-        found["entropy"] = SIGNALS["entropy"](log_probs).masked_fill(first, 0.0)
-    for name in channels.keys() & found.keys():
-        channels[name][:, row.stream, :, row.slot] = found[name][:, None, None]
+        found["accumulated"] = torch.zeros_like(state.logits[:, :1])
+    for name, known in found.items():
+        channels[name][:, row.stream, :, row.slot] = known[..., None]
 
 
 def neox_layer(state, row: Row, layer: int, weights: NeoxLayer, x: torch.Tensor) -> torch.Tensor:

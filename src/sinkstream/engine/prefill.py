@@ -86,6 +86,7 @@ class PrefillCache(StreamingCache):
     """
 
     chunk_tokens = 128
+    remembers_ids = False  # a stream may go on with either side's tokens
     storage: tuple[torch.Tensor, torch.Tensor]
 
     def max_chunk_tokens(self) -> int:

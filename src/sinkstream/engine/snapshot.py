@@ -13,8 +13,8 @@ from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
 from sinkstream import __version__
+from sinkstream.engine.geometry import Counters
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.layout import Counters
 from sinkstream.policies import PruneSchedule
 from sinkstream.records.files import write_atomically
 

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
+from sinkstream.cache.channels import kept_channels
+from sinkstream.engine.geometry import Counters, Geometry
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.kernels.begin_step import read_plan
-from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN, Counters, Geometry
+from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
 PLAN_TOKENS = 256
@@ -314,11 +316,9 @@ class StreamState:
         }
 
     def _channel_shapes(self) -> dict[str, tuple[int, ...]]:
-        layers, heads = self._choosers()
-        wide = (self.spec.layers, self.spec.kv_heads)
-        needed = sorted({"structure", "nll", "entropy", "accumulated"} & self.policy.needs)
-        sizes = {name: wide if name == "accumulated" else (layers, heads) for name in needed}
-        return {name: (n, self.streams, h, self.geometry.slots) for name, (n, h) in sizes.items()}
+        wide, slots = (self.spec.layers, self.spec.kv_heads), self.geometry.slots
+        sizes = {c.name: wide if c.per_head else (1, 1) for c in kept_channels(self.policy)}
+        return {name: (layers, self.streams, heads, slots) for name, (layers, heads) in sizes.items()}
 
     def _choosers(self) -> tuple[int, int]:
         """Layers and kv heads that choose their pinned tokens for themselves."""

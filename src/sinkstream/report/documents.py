@@ -28,6 +28,7 @@ from sinkstream.records.selection import (
 from sinkstream.registry import Registry
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
+from sinkstream.report.readme import readme_quality
 from sinkstream.report.summary import compute_headlines
 from sinkstream.show.comparison import comparison_rows, comparison_table
 from sinkstream.show.table import NONE_YET, Table
@@ -152,6 +153,7 @@ def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> st
 DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
 RECALL_TABLES.register("recall-overview")(recall_overview)
 DOCUMENT_TABLES.register("cliff-overview")(cliff_overview)
+DOCUMENT_TABLES.register("readme-quality")(readme_quality)
 
 
 def _register(registry: Registry, name: str, table: Callable[..., str], **selection: Any) -> None:

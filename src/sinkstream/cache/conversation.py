@@ -1,0 +1,76 @@
+"""Which tokens a cache has seen: enough of them to tell a conversation that goes on from one that is another.
+
+`generate()` is given the whole conversation and hands on what lies past the length of the cache, whatever the tokens
+before it are. So the cache remembers what it saw: the latest ids themselves, all earlier ones as one hash a row.
+"""
+
+import torch
+
+REMEMBERED = 8_192  # the latest ids, at least; the oldest half of the buffer is hashed when it is full
+MULTIPLIER = 6_364_136_223_846_793_005  # of a polynomial hash modulo 2 ** 64
+
+
+class SeenTokens:
+    """The token ids of a cache's streams, in bounded memory on the device of the cache; nothing here waits for it.
+
+    Parameters
+    ----------
+    batch : int
+    device : torch.device
+    """
+
+    def __init__(self, batch: int, device: torch.device):
+        self._ids = torch.zeros(batch, 2 * REMEMBERED, dtype=torch.int32, device=device)
+        self._hash = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._hashed = self._count = 0
+        self.complete = True
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self._ids, self._hash))
+
+    def append(self, ids: torch.Tensor | None) -> None:
+        """Remember new tokens ``(batch, new)``; None where the caller gave embeddings: then nothing can be compared."""
+        if ids is None:
+            self.complete = False
+            return
+        for part in ids.split(REMEMBERED, dim=1):
+            if self._count + part.shape[1] > self._ids.shape[1]:
+                self._hash_oldest()
+            self._ids[:, self._count : self._count + part.shape[1]] = part
+            self._count += part.shape[1]
+
+    def first_difference(self, ids: torch.Tensor) -> int | None:
+        """Index of the first token of ``(batch, tokens)``, at least as many as were seen, that is not the one seen.
+
+        Returns
+        -------
+        int or None
+            None if all agree. A difference among tokens that are known by their hash only is told as the index of the
+            last of them.
+        """
+        ids = ids.to(self._ids.device)
+        seen = self._hashed + self._count
+        older = (_fold(torch.zeros_like(self._hash), ids[:, : self._hashed]) != self._hash).any()
+        different = (ids[:, self._hashed : seen] != self._ids[:, : self._count]).any(0)
+        found = torch.cat([older[None], different]).nonzero()[:1, 0].tolist()
+        return None if not found else max(0, self._hashed - 1 + found[0])
+
+    def _hash_oldest(self) -> None:
+        kept = self._count - REMEMBERED
+        leaving = self._count if kept <= 0 else REMEMBERED
+        self._hash = _fold(self._hash, self._ids[:, :leaving])
+        rest = self._ids[:, leaving : self._count].clone()
+        self._ids[:, : rest.shape[1]] = rest
+        self._hashed, self._count = self._hashed + leaving, rest.shape[1]
+
+
+def _fold(hashed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Go on with a hash ``(batch,)`` over ids ``(batch, tokens)``, int64 arithmetic modulo 2 ** 64."""
+    for part in ids.split(REMEMBERED, dim=1):
+        factors = torch.full((part.shape[1] + 1,), MULTIPLIER, dtype=torch.int64, device=ids.device)
+        factors[0] = 1
+        powers = factors.cumprod(0).flip(0)
+        hashed = hashed * powers[0] + ((part.long() + 1) * powers[1:]).sum(1)
+    return hashed

@@ -1,0 +1,141 @@
+"""Where a token lives in the static ring, and how far a stream is: host integers only.
+
+Token p < sink lives in pinned slot p. Any later token lives in slot ``pinned_slots + (p - sink) % ring``. Slots from
+``sink`` to ``pinned_slots - 1`` belong to refreshed tokens and are empty until the first prune with refresh.
+"""
+
+from dataclasses import dataclass
+
+from sinkstream.cache.pinned import window_base
+from sinkstream.kernels.layout import (
+    FIELDS,
+    FIRST,
+    FRAME_POSITION,
+    LENGTH,
+    LIKELIEST,
+    PINNED,
+    QUERY,
+    SLOT,
+    TOKEN,
+    WINDOW_POSITION,
+)
+from sinkstream.policies import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Slots of one stream.
+
+    Attributes
+    ----------
+    sink, refresh : int
+        Pinned slots of either kind.
+    ring : int
+        Slots of the ring: what the largest window needs.
+    original : bool
+        Whether positions are indices in the stream instead of places in the cache.
+    """
+
+    sink: int
+    refresh: int
+    ring: int
+    original: bool
+
+    @classmethod
+    def of(cls, policy: EvictionPolicy, positions: str) -> "Geometry":
+        """The slots that a policy needs."""
+        return cls(policy.sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original")
+
+    @property
+    def pinned_slots(self) -> int:
+        """Slots in front of the ring."""
+        return self.sink + self.refresh
+
+    @property
+    def slots(self) -> int:
+        """All slots of one stream."""
+        return self.pinned_slots + self.ring
+
+    def slot(self, token: int) -> int:
+        """Slot of a token, by its index in the stream."""
+        return token if token < self.sink else self.pinned_slots + (token - self.sink) % self.ring
+
+    def idle_row(self) -> list[int]:
+        """Scalars of a stream that sits a step out: everything it touches is slot 0."""
+        row = [0] * FIELDS
+        row[TOKEN] = LIKELIEST
+        row[PINNED], row[LENGTH] = (1, 0) if self.pinned_slots else (0, 1)
+        return row
+
+
+@dataclass
+class Counters:
+    """How far one stream is.
+
+    Attributes
+    ----------
+    seen : int
+        Tokens appended since the beginning.
+    first_window : int
+        Index of the oldest window token; the window is everything from there on.
+    pruned : bool
+        Whether a prune has happened: from then on all pinned slots are in use.
+    base : int
+        Token index that window position 0 stands for.
+    events, rebases : int
+        Counts.
+    refreshed_at : int
+        Token index before which pinned tokens were last chosen, so that no prune chooses twice; -1: never.
+    """
+
+    geometry: Geometry
+    seen: int = 0
+    first_window: int = 0
+    pruned: bool = False
+    base: int = 0
+    events: int = 0
+    rebases: int = 0
+    refreshed_at: int = -1
+
+    def __post_init__(self):
+        self.first_window = max(self.first_window, self.geometry.sink)
+
+    @property
+    def pinned(self) -> int:
+        """Pinned entries cached now."""
+        return self.geometry.pinned_slots if self.pruned else min(self.seen, self.geometry.sink)
+
+    @property
+    def window(self) -> int:
+        """Window entries cached now."""
+        return max(0, self.seen - self.first_window)
+
+    @property
+    def kept(self) -> int:
+        """All entries cached now."""
+        return self.pinned + self.window
+
+    def leaving(self, drop: int) -> int:
+        """How many tokens leave the window if the cache shrinks by `drop`: the first prune also fills the refresh."""
+        return drop + (0 if self.pruned else self.geometry.refresh)
+
+    def append(self, drop: int) -> None:
+        """Account for one token and the drop before it."""
+        if drop:
+            self.first_window += self.leaving(drop)
+            self.pruned = True
+        self.seen += 1
+
+    def rebased(self) -> int:
+        """The base that puts the oldest window token where it stands in the cache now."""
+        return window_base(self.first_window, self.pinned, self.geometry.original)
+
+    def row(self, queries: int) -> list[int]:
+        """Scalars of the token appended last; `queries` is how many of the latest queries are kept."""
+        g, t = self.geometry, self.seen - 1
+        row = [0] * FIELDS
+        row[SLOT], row[WINDOW_POSITION] = g.slot(t), t - self.base
+        row[FRAME_POSITION] = t - self.base if g.original else self.kept - 1
+        row[PINNED], row[FIRST], row[LENGTH] = self.pinned, (self.first_window - g.sink) % g.ring, self.window
+        row[TOKEN], row[QUERY] = LIKELIEST, t % max(1, queries) if t else -1
+        return row
