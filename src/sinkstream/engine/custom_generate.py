@@ -30,11 +30,7 @@ def run(
         decoder.reset(stream=row)
         decoder.prefill(ids, stream=row)
     writer = ProcessorsWriter(decoder.state.streams, input_ids, processors, criteria, config, streamer)
-    try:
-        write(decoder, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
-    finally:
-        if streamer is not None:
-            streamer.end()
+    write(decoder, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
     return writer.result()
 
 

@@ -18,7 +18,7 @@ from sinkstream import compat
 from sinkstream.engine.custom_generate import check as check_custom_generate
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.decoder import StreamDecoder, checked_cache
-from sinkstream.engine.generation import Generation, generate
+from sinkstream.engine.generation import Generation, ending, generate
 from sinkstream.engine.inputs import Ids
 from sinkstream.engine.memory import check_weights
 from sinkstream.models import load_model, resolve_device, resolve_dtype, weight_bytes
@@ -139,8 +139,10 @@ class Engine(StreamDecoder):
         """
         frame = inspect.currentframe()
         extra = compat.generate_arguments(frame.f_back if frame else None, model)
-        check_custom_generate(
-            self, model, input_ids, generation_config, {"synced_gpus": synced_gpus, **model_kwargs, **extra}
-        )
+        given = {"synced_gpus": synced_gpus, **model_kwargs, **extra}
         streamer = streamer if streamer is not None else extra.get("streamer")
-        return run_custom_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        with ending(streamer):
+            check_custom_generate(self, model, input_ids, generation_config, given)
+            return run_custom_generate(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer
+            )

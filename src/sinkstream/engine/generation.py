@@ -5,7 +5,8 @@ drawn token is appended whatever the host finds. Greedy decoding draws inside th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.inputs import Ids, end_tokens
 from sinkstream.engine.recorder import Recorder
-from sinkstream.engine.sampling import Sampler
+from sinkstream.engine.sampling import NO_TOKEN, Sampler
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.layout import LIKELIEST
 
@@ -174,6 +175,7 @@ class SamplingWriter(Writer):
         self.generations = {s: Generation() for s in prompts}
         self._generator = torch.Generator(state.device).manual_seed(seed)
         self._drawn: torch.Tensor | None = None
+        self._least: torch.Tensor | None = None  # of the ids drawn by each stream, where none is read one by one
         self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
         if self._seen is not None:
             for stream, ids in prompts.items():
@@ -184,11 +186,17 @@ class SamplingWriter(Writer):
             return None
         self._drawn = self.sampler.draw(logits, self._seen, self._generator)
         if self._seen is not None:
-            self._seen.scatter_(1, self._drawn[:, None], True)
+            self._seen.scatter_(1, self._drawn[:, None].clamp(min=0), True)
+        if not self._looks:
+            self._least = self._drawn if self._least is None else torch.minimum(self._least, self._drawn)
         return self._drawn
 
+    @property
+    def _looks(self) -> bool:
+        return self.stop.looks or self.streamer is not None
+
     def look(self) -> Callable[[], list] | None:
-        if not self.stop.looks and self.streamer is None:
+        if not self._looks:
             return None
         return self.recorder.latest if self._drawn is None else CopyInFlight(self._drawn).tolist
 
@@ -196,6 +204,8 @@ class SamplingWriter(Writer):
         ended = []
         for s in active:
             tokens = self.generations[s].tokens
+            if shown[s] == NO_TOKEN:
+                _refuse_logits(f"new token {len(tokens)}", s)
             tokens.append(shown[s])
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([shown[s]]))
@@ -208,6 +218,10 @@ class SamplingWriter(Writer):
     def finish(self) -> dict[int, Generation]:
         """What every stream wrote."""
         written = self.recorder.tokens().tolist()
+        if self._least is not None:
+            least = self._least.tolist()
+            for s in (s for s in self.generations if least[s] == NO_TOKEN):
+                _refuse_logits(f"one of the {len(written)} new tokens", s)
         for s, generation in self.generations.items():
             generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
             generation.text = self.stop.text(generation.tokens)
@@ -240,11 +254,28 @@ def generate(
     Raises
     ------
     ValueError
-        If an option or a prompt is not accepted; nothing has been fed then.
+        If an option or a prompt is not accepted: nothing has been fed then. If there is nothing to draw a token from
+        because its logits are not numbers: the streams hold what was written before.
     """
+    with ending(streamer):
+        return _generate(
+            decoder, prompts, max_new_tokens, stop, stop_tokens, callback, streamer, seed, Sampler.of(sampling)
+        )
+
+
+def _generate(
+    decoder: StreamDecoder,
+    prompts: dict[int, Ids | str],
+    max_new_tokens: int,
+    stop: str | Sequence[str],
+    stop_tokens: Sequence[int] | None,
+    callback: Callback | None,
+    streamer: BaseStreamer | None,
+    seed: int,
+    sampler: Sampler,
+) -> dict[int, Generation]:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not accepted; accepted: a whole number from 1")
-    sampler = Sampler.of(sampling)
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"streamer= takes the text of one stream, and there are {len(prompts)} prompts")
     strings = [stop] if isinstance(stop, str) else list(stop)
@@ -259,9 +290,22 @@ def generate(
             decoder.prefill(ids, stream=stream)
     with decoder.state.recording(looks=rule.looks or streamer is not None) as recorder:
         writer = SamplingWriter(decoder.state, recorder, fed, sampler, rule, seed, streamer)
-        try:
-            write(decoder, writer, list(fed), max_new_tokens)
-        finally:
-            if streamer is not None:
-                streamer.end()
+        write(decoder, writer, list(fed), max_new_tokens)
         return writer.finish()
+
+
+@contextmanager
+def ending(streamer: BaseStreamer | None) -> Iterator[None]:
+    """End a streamer whatever happens inside, so that its reader never waits for a call that has failed."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+def _refuse_logits(which: str, stream: int) -> None:
+    raise ValueError(
+        f"{which} of stream {stream} cannot be drawn: a logit is NaN or infinite (an overflow in half precision, or"
+        " weights that are not numbers); reset the stream, and load the model in bfloat16 or float32"
+    )

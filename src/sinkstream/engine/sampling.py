@@ -12,6 +12,8 @@ from sinkstream.kernels import likeliest
 
 GREEDY_TEMPERATURE = 0.0
 
+NO_TOKEN = -1  # drawn where the logits are no distribution; the step takes the likeliest token in its place
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -112,13 +114,17 @@ class Sampler:
     def draw(
         self, logits: torch.Tensor, seen: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`."""
+        """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`.
+
+        `NO_TOKEN` where a logit is NaN or plus infinity: then there is no distribution to draw from.
+        """
         logits = self.process(logits, seen)
         if self.greedy:
             return likeliest(logits)
         probabilities = logits.softmax(-1)
         races = torch.empty_like(probabilities).exponential_(generator=generator)
-        return (probabilities / races).argmax(-1)  # the first of exponential races, one a token
+        first = (probabilities / races).max(-1)  # of exponential races, one a token
+        return torch.where(first.values.isnan(), NO_TOKEN, first.indices)
 
 
 def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -1,0 +1,109 @@
+"""Generating that fails: the reader of a streamer gets an end, and logits that are not numbers are an error."""
+
+import pytest
+import torch
+from oracle.models import build, token_ids
+from transformers.generation.streamers import BaseStreamer
+
+from sinkstream.engine import Engine, Sampler
+from sinkstream.engine.sampling import NO_TOKEN
+
+
+class Ends(BaseStreamer):
+    """Counts how often it is ended."""
+
+    def __init__(self):
+        self.ended, self.tokens = 0, []
+
+    def put(self, value):
+        assert not self.ended
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+def engine(model=None, **options) -> Engine:
+    return Engine(model or build("llama"), sink=4, window=20, backend="ring", **options)
+
+
+def fail(*_):
+    raise MemoryError("the prompt does not fit")
+
+
+FAILURES = {
+    "option": ({"temperature": -1}, ValueError),
+    "unknown option": ({"top_q": 1}, ValueError),
+    "length": ({"max_new_tokens": 0}, ValueError),
+    "prompt": ({"prompt": [5000]}, ValueError),
+    "forward": ({"fails": True}, MemoryError),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_streamer_is_ended_once_whatever_fails(failure):
+    options, error = FAILURES[failure]
+    options = {"prompt": token_ids(30), "max_new_tokens": 5} | options
+    model, streamer = build("llama"), Ends()
+    if options.pop("fails", False):
+        model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        engine(model).generate(options.pop("prompt"), streamer=streamer, stop_tokens=(), **options)
+    assert streamer.ended == 1
+
+
+def test_a_streamer_is_ended_once_when_all_is_well_and_through_transformers():
+    e, streamer = engine(), Ends()
+    out = e.generate(token_ids(30), max_new_tokens=5, stop_tokens=(), streamer=streamer)
+    assert streamer.ended == 1 and streamer.tokens[30:] == out.tokens
+    for more, ok in (({}, True), ({"guidance_scale": 3.0}, False)):
+        streamer = Ends()
+        given = {"custom_generate": e.custom_generate, "streamer": streamer, "max_new_tokens": 3, "pad_token_id": 0}
+        if ok:
+            e.model.generate(token_ids(30)[None], **given)
+        else:
+            with pytest.raises(ValueError, match="guidance_scale"):
+                e.model.generate(token_ids(30)[None], **given, **more)
+        assert streamer.ended == 1
+
+
+SAMPLED = [
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", SAMPLED)
+def test_nothing_is_drawn_from_logits_that_are_not_numbers(options, bad):
+    logits = torch.randn(3, 50)
+    seen = torch.zeros(3, 50, dtype=torch.bool)
+    logits[1, 7] = bad
+    drawn = Sampler(**options).draw(logits, seen)
+    assert drawn[1] == NO_TOKEN and min(drawn[0], drawn[2]) >= 0
+    logits[1] = float("-inf")
+    logits[1, 7] = 0.0
+    assert Sampler(**options).draw(logits, seen)[1] == 7, "minus infinity is a number to a sampler"
+
+
+@pytest.mark.parametrize("options", SAMPLED)
+def test_the_index_of_the_token_is_told(options):
+    e = engine()
+    e.prefill(token_ids(30))
+    counted = []
+
+    def poison(token: int, stream: int) -> None:
+        counted.append(token)
+        if len(counted) == 3:
+            e.state.logits[0, 5] = float("nan")
+
+    with pytest.raises(ValueError, match="new token 3 of stream 0 cannot be drawn: a logit is NaN or infinite"):
+        e.generate([], max_new_tokens=8, stop_tokens=(), callback=poison, **options)
+    assert len(counted) == 3
+    e.reset(stream=0)
+    assert len(e.generate(token_ids(30), max_new_tokens=8, stop_tokens=(), **options).tokens) == 8
+    e.state.logits[0, 5] = float("nan")
+    with pytest.raises(ValueError, match="one of the 8 new tokens of stream 0 cannot be drawn"):
+        e.generate([], max_new_tokens=8, stop_tokens=(), **options)
