@@ -12,9 +12,9 @@ NEEDS_TRITON = pytest.mark.skipif(
     reason="the kernel itself is not run: triton has no release for this machine, or there is neither a CUDA device nor"
     " TRITON_INTERPRET=1",
 )
-BACKENDS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
+IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 HALF = [torch.float16, torch.bfloat16]
-EARLY = [  # what a linear kernel has on its way before it waits for the kernel before
+EARLY = [  # weights of a linear kernel in flight before its wait for the previous kernel
     pytest.param({}, id="nothing"),
     pytest.param({"hold": True}, id="hold"),
     pytest.param({"fill": True}, id="fill"),
@@ -22,8 +22,8 @@ EARLY = [  # what a linear kernel has on its way before it waits for the kernel 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
 
 
-def on_backends(cases: list, quick: int) -> list:
-    """(case, backend) for every backend; the kernel on all cases but the first `quick` is marked slow."""
+def on_implementations(cases: list, quick: int) -> list:
+    """(case, implementation) for every implementation; the kernel on all cases but the first `quick` is marked slow."""
     kernels = [
         pytest.param(case, "triton", marks=[NEEDS_TRITON, *([pytest.mark.slow] if i >= quick else [])])
         for i, case in enumerate(cases)

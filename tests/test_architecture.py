@@ -25,7 +25,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "compat": frozenset(),
     "measure": frozenset(),
     "statistics": frozenset(),
-    "records": frozenset({"measure"}),
+    "records": frozenset({"measure", "statistics"}),
     "show": frozenset({"records", "statistics"}),
     "data": LEAVES,
     "models": LEAVES,

@@ -691,7 +691,7 @@ def test_the_sources_of_texts_and_models_can_be_found(cli):
 def test_report_writes_the_summary_and_the_tables(cli, here, monkeypatch):
     record = make_record("demo-run", command=("sinkstream", "demo"))
     write_record(record, make_arrays(), here / "results" / "foundation")
-    monkeypatch.setattr(report_command, "render_tables", lambda results: {"figures": "| new |"})
+    monkeypatch.setattr(report_command, "render_tables", lambda results, pairs: {"figures": "| new |"})
     done = cli("report")
     assert (done.code, done.err) == (0, "")
     summary = json.loads((here / "results" / "summary.json").read_text())

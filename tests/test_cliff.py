@@ -1,6 +1,7 @@
 """The cliff: the grid of runs, and a loss of known parts that is taken apart again."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
-from sinkstream.records.records import load_record, load_records, write_record
+from sinkstream.records.blocks import Blocks
+from sinkstream.records.pairs import PAIRS_FILE, Pairs
+from sinkstream.records.records import BLOCKED, load_record, load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
-from sinkstream.statistics import share_interval
+from sinkstream.statistics import block_sums, share_of_blocks
 from sinkstream.studies.cliff.run import cliff_settings
-from sinkstream.studies.cliff.tables import HEADER, cliff_rows, decompose, draw_cliff, grid, shares
+from sinkstream.studies.cliff.tables import COLUMNS, cliff_table, decompose, draw_cliff, grid, shares
 
 TRAINED, STRIDE, TOKENS = 8192, 256, 4096  # the first is the record factory's
 EVICTION, WITHIN, PAST = 0.03, -0.01, 0.5
@@ -57,16 +60,30 @@ def test_planted_parts_are_found_and_add_up(store):
     found = decompose(*planted(store))
     parts = (found.eviction.value, found.within.value, found.past.value)
     assert parts == pytest.approx((EVICTION, WITHIN / 2, PAST / 2), abs=1e-5)
-    assert found.total.value == pytest.approx(sum(parts), abs=1e-12)
+    assert found.total.value == pytest.approx(sum(parts), abs=1e-9)
     assert found.share_past.value == pytest.approx(PAST / 2 / (EVICTION + (WITHIN + PAST) / 2), abs=1e-4)
     assert found.share_past.low <= found.share_past.value <= found.share_past.high
     assert found.n_tokens == TOKENS and found.total.above_zero
+
+
+def test_the_parts_are_the_same_from_records_without_their_arrays(store, tmp_path):
+    records, pairs = planted(store), Pairs.beside(tmp_path)
+    with_arrays = decompose(*(replace(record, pairs=pairs) for record in records))
+    (tmp_path / PAIRS_FILE).write_text(pairs.text())
+    for record in records:
+        record.tokens_path.unlink()
+    found = decompose(*sorted(load_records(tmp_path), key=lambda record: [r.id for r in records].index(record.id)))
+    assert found == with_arrays
+    (tmp_path / PAIRS_FILE).unlink()
+    with pytest.raises(ValueError, match=r"'inside'.*absent.*pairs\.json does not hold 'length past trained'"):
+        decompose(*map(load_record, (record.path for record in records)))
 
 
 def test_parts_are_of_the_tokens_that_all_three_have(store):
     strict, inside, outside = planted(store)
     for record, kept in ((strict, slice(0, 3000)), (inside, slice(500, None))):
         record.__dict__["arrays"] = {name: array[kept] for name, array in record.arrays.items()}
+        record.__dict__["blocks"] = Blocks.of(*(record.arrays[name] for name in BLOCKED))
     found = decompose(strict, inside, outside)
     assert found.n_tokens == 2500
     assert found.total.value == pytest.approx(
@@ -101,7 +118,8 @@ def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says():
     rng, held = np.random.default_rng(0), 0
     for seed in range(100):
         part, rest = rng.normal(0.3, 1.0, 2000), rng.normal(0.1, 1.0, 2000)
-        found = share_interval(part, part + rest, block_tokens=8, resamples=400, seed=seed)
+        (_, parts, counts), (_, wholes, _) = (block_sums(values, block_tokens=8) for values in (part, part + rest))
+        found = share_of_blocks(parts, wholes, counts, 8, resamples=400, seed=seed)
         held += found.low <= 0.75 <= found.high
     assert 88 <= held <= 100
 
@@ -120,8 +138,8 @@ def test_table_headline_and_picture(store, tmp_path):
     records += [*planted(store), store("half", cap=4096), store("lonely", "lazy", stride=64, accounting="published")]
     assert {run.record.id for run in grid(records)} == {"strict", "inside", "outside", "half", "lonely"}
     assert [run.record.id for run, _ in shares(grid(records))] == ["outside"]
-    rows = cliff_rows(records)
-    assert {len(row) for row in rows} == {len(HEADER)}
+    rows = cliff_table(records).rows
+    assert {len(row) for row in rows} == {len(COLUMNS)}
     outside = next(row for row in rows if row[2:4] == ["256", "outside cap"])
     assert outside[7] == "+0.0300 ±0.0000" and outside[9].startswith("+0.2500") and re.match("9[0-9] % ±", outside[10])
     assert next(row for row in rows if row[2] == "1")[6] == "control"

@@ -290,7 +290,7 @@ def test_a_record_reads_back_as_it_was_written(store, tmp_path):
     ("change", "message"),
     [
         ({"schema": "sinkstream.diagnosis/2"}, "field 'schema' is 'sinkstream.diagnosis/2'"),
-        ({"model": None}, "required field 'model' is missing"),
+        ({"model": None}, "field 'model' is null"),
         ({"policies": []}, "field 'policies' is empty"),
         ({"policies": [{}]}, r"policies\[0\].label"),
         ({"protocol": {}}, "protocol.backend"),

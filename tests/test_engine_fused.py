@@ -15,7 +15,7 @@ from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
-from sinkstream.kernels import set_backend
+from sinkstream.kernels import set_implementation
 from sinkstream.kernels.layout import TOKEN
 from sinkstream.policies import EvictionPolicy
 
@@ -117,9 +117,9 @@ def test_only_policies_that_read_more_pay_for_it(policy, monkeypatch):
 @pytest.fixture
 def kernels_only():
     """Ops that cannot run their kernels raise."""
-    set_backend("triton")
+    set_implementation("triton")
     yield
-    set_backend("auto")
+    set_implementation("auto")
 
 
 @NEEDS_TRITON

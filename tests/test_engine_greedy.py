@@ -8,7 +8,7 @@ from streams import FakeTokenizer, small_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkstream.engine import Engine
-from sinkstream.kernels import set_backend
+from sinkstream.kernels import set_implementation
 from sinkstream.kernels.layout import LIKELIEST
 
 CPU_BACKENDS = ("ring", "kernels")  # the latter through the kernels' twins
@@ -122,7 +122,7 @@ def test_kernels_in_the_interpreter():
     for e in (alone, fed):
         e.prefill([3, 5], stream=0)
         e.prefill([8], stream=1)
-    set_backend("triton")
+    set_implementation("triton")
     try:
         for _ in range(4):
             fed.advance(given(fed), (0, 1))
@@ -130,7 +130,7 @@ def test_kernels_in_the_interpreter():
             assert torch.equal(alone.state.logits, fed.state.logits)
             assert torch.equal(alone.state.scalars, fed.state.scalars)
     finally:
-        set_backend("auto")
+        set_implementation("auto")
 
 
 # ---- what is launched, and what is not ----

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine, memory
-from sinkstream.models import load_model, weight_bytes
+from sinkstream.models import load_model, resolve_dtype, weight_bytes
 
 CHUNK = 16
 
@@ -153,3 +153,20 @@ def test_on_a_gpu_a_prompt_takes_at_most_a_tenth_on_top():
     e.prefill(token_ids(3000).cuda())
     weights = sum(p.nbytes for p in model.parameters())
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * (weights + kv_bytes(e))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float16), ("cpu", torch.float32)])
+def test_a_model_is_loaded_in_the_dtype_of_the_commands(device, dtype, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(spec, **how):
+        assert how == {"dtype": dtype, "device": torch.device(device)}
+        raise Loaded
+
+    monkeypatch.setattr("sinkstream.engine.engine.resolve_device", lambda name: torch.device(device))
+    monkeypatch.setattr("sinkstream.engine.engine.check_weights", lambda *a: None)
+    monkeypatch.setattr("sinkstream.engine.engine.load_model", load)
+    with pytest.raises(Loaded):
+        Engine.from_pretrained("random:pythia-14m", cap=100)
+    assert resolve_dtype(None, device) is dtype

@@ -572,7 +572,7 @@ def test_a_rung_of_one_baseline_runs_that_baseline_only(healthy):
 
 def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
     hooks = hooks_of(healthy.model)
-    monkeypatch.setattr("sinkstream.engine.engine.pack", lambda model: pytest.fail("packed"))
+    monkeypatch.setattr("sinkstream.engine.decoder.pack", lambda model: pytest.fail("packed"))
     check_run(healthy, TOKENS, settings_of("refresh-structural", backend="ring"))
     with pytest.raises(ValueError, match="trained on"):
         check_run(healthy, 4 * TOKENS, settings_of("strict", cap=2000, prefill=8, backend="ring"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error, on_backends
+from ops_cases import DEVICE, HALF, IMPLEMENTATIONS, NEEDS_TRITON, TOLERANCE, draw, error, on_implementations
 
 from sinkstream.kernels import AttentionConfig, Workspace, attention_decode
 
@@ -83,13 +83,18 @@ class Case:
         out = torch.einsum("bht,bhtd->bhd", scores.softmax(-1), torch.stack(values, 2))
         return out.flatten(1), rotate(k, at, self.inv_freq)
 
-    def run(self, backend, **config):
+    def run(self, implementation, **config):
         streams, kv_heads, _, dim = self.keys.shape
         workspace = Workspace(streams, self.options["query_heads"], kv_heads, dim, DEVICE)
         out = torch.full((streams, self.options["query_heads"] * dim), NAN, dtype=self.keys.dtype, device=DEVICE)
         arguments = self.qkv, self.keys, self.values, self.scalars, self.rope
         attention_decode(
-            *arguments, **self.options, out=out, workspace=workspace, config=AttentionConfig(**config), backend=backend
+            *arguments,
+            **self.options,
+            out=out,
+            workspace=workspace,
+            config=AttentionConfig(**config),
+            implementation=implementation,
         )
         assert not workspace.counters.any(), "the counters are not back at zero"
         return out
@@ -112,55 +117,55 @@ def ring(values):
     return dict(zip(("pinned_slots", "ring", "pinned", "first", "length"), values))
 
 
-@pytest.mark.parametrize(("values", "backend"), on_backends(RINGS, quick=3))
+@pytest.mark.parametrize(("values", "implementation"), on_implementations(RINGS, quick=3))
 @pytest.mark.parametrize("family", ["neox", "neox-dot", "llama"])
-def test_rings(values, family, backend):
+def test_rings(values, family, implementation):
     heads = LLAMA if family == "llama" else NEOX
     case = Case(torch.float16, **heads, head_dim=80, rotary=20, **ring(values))
     expected, key = case.expected()
-    out = case.run(backend, splits=2, tile=16, dot=family != "neox")
+    out = case.run(implementation, splits=2, tile=16, dot=family != "neox")
     assert error(out, expected) < TOLERANCE[torch.float16]
     assert error(case.keys[:, :, case.slot], key) < TOLERANCE[torch.float16]
     assert torch.equal(case.values[:, :, case.slot].double(), case.parts()[2])
 
 
-@pytest.mark.parametrize(("sizes", "backend"), on_backends(HEADS, quick=2))
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(HEADS, quick=2))
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("norms", [False, True])
-def test_head_sizes(sizes, dtype, norms, backend):
+def test_head_sizes(sizes, dtype, norms, implementation):
     head_dim, rotary = sizes
     case = Case(dtype, **LLAMA, head_dim=head_dim, rotary=rotary, norms=norms, **ring((4, 30, 4, 11, 30)))
     expected, key = case.expected()
-    out = case.run(backend, splits=1, tile=16, columns=64)
+    out = case.run(implementation, splits=1, tile=16, columns=64)
     assert error(out, expected) < TOLERANCE[dtype]
     assert error(case.keys[:, :, case.slot], key) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
-    ("config", "backend"),
-    on_backends([{"splits": 3, "tile": 16, "stages": 2}, {"splits": 1, "tile": 16}, {"splits": 20}], quick=1),
+    ("config", "implementation"),
+    on_implementations([{"splits": 3, "tile": 16, "stages": 2}, {"splits": 1, "tile": 16}, {"splits": 20}], quick=1),
 )
-def test_every_way_to_cut_it(config, backend):
+def test_every_way_to_cut_it(config, implementation):
     case = Case(torch.float16, **NEOX, head_dim=64, rotary=64, **ring((4, 150, 4, 77, 140)))
     expected, _ = case.expected()
-    assert error(case.run(backend, **config), expected) < TOLERANCE[torch.float16]
+    assert error(case.run(implementation, **config), expected) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_token_that_is_itself_a_sink(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_token_that_is_itself_a_sink(implementation):
     case = Case(torch.float16, **NEOX, head_dim=64, rotary=16, **ring((4, 20, 3, 0, 0)), sink_slot=2)
     expected, key = case.expected()
-    assert error(case.run(backend, splits=2, tile=16), expected) < TOLERANCE[torch.float16]
+    assert error(case.run(implementation, splits=2, tile=16), expected) < TOLERANCE[torch.float16]
     assert error(case.keys[:, :, 2], key) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_frames_matter(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_frames_matter(implementation):
     """The control: with one frame for everything, as if nothing had been evicted, the result is another one."""
     case = Case(torch.float16, **NEOX, head_dim=64, rotary=64, **ring((4, 20, 4, 3, 20)))
     expected, _ = case.expected()
     case.rope[:, 1] = case.rope[:, 0]
-    assert error(case.run(backend, splits=2, tile=16), expected) > 5 * TOLERANCE[torch.float16]
+    assert error(case.run(implementation, splits=2, tile=16), expected) > 5 * TOLERANCE[torch.float16]
 
 
 def test_mistakes_are_named():
@@ -185,12 +190,15 @@ def test_the_default_configuration(heads):
     case = Case(torch.float16, **heads, head_dim=80, rotary=20, streams=1, **ring((4, 30, 4, 7, 28)))
     expected, _ = case.expected()
     arguments = case.qkv, case.keys, case.values, case.scalars, case.rope
-    assert error(attention_decode(*arguments, **case.options, backend="triton"), expected) < TOLERANCE[torch.float16]
+    assert (
+        error(attention_decode(*arguments, **case.options, implementation="triton"), expected)
+        < TOLERANCE[torch.float16]
+    )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_many_queries_are_combined_in_turns(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_many_queries_are_combined_in_turns(implementation):
     case = Case(torch.float16, query_heads=12, kv_heads=2, order="blocks", head_dim=128, rotary=32, streams=1,
                 **ring((4, 128, 4, 7, 120)))  # fmt: skip
     expected, _ = case.expected()
-    assert error(case.run(backend, splits=16, tile=16, columns=64), expected) < TOLERANCE[torch.float16]
+    assert error(case.run(implementation, splits=16, tile=16, columns=64), expected) < TOLERANCE[torch.float16]

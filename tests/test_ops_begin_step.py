@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, NEEDS_TRITON, draw
+from ops_cases import DEVICE, IMPLEMENTATIONS, NEEDS_TRITON, draw
 
 from sinkstream.kernels import begin_step
 from sinkstream.kernels.layout import TOKEN
@@ -17,15 +17,15 @@ def plan_of(*rows) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("half", [5, 32])
-def test_rows_and_angles(half, backend):
+def test_rows_and_angles(half, implementation):
     embedding = draw(11, 72, dtype=torch.float16)
     tokens, cursor = torch.tensor([3, 10], device=DEVICE), torch.tensor([0, 0], device=DEVICE)
     plan = plan_of([FAR, NEAR], [NEAR, FAR])
     inv_freq = 1e4 ** (-torch.arange(half, device=DEVICE).double() / half)
     given = tokens, draw(2, 11), plan, cursor, embedding, inv_freq
-    scalars, hidden, rope = begin_step(*given, factor=1.5, backend=backend)
+    scalars, hidden, rope = begin_step(*given, factor=1.5, implementation=implementation)
     assert cursor.tolist() == [1, 1]
     assert scalars.tolist() == [[*NEAR[:6], 3, NEAR[7]], [*FAR[:6], 10, FAR[7]]]
     assert torch.equal(hidden, embedding[[3, 10]])
@@ -37,8 +37,8 @@ def test_rows_and_angles(half, backend):
     assert math.isclose(rope[1, 0, 0, 0], 1.5 * math.cos(31000), abs_tol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_cursor_goes_round(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_cursor_goes_round(implementation):
     rows = [[[i] * 8] for i in range(3)]
     cursor = torch.tensor([-1], device=DEVICE)
     arguments = (
@@ -49,7 +49,7 @@ def test_the_cursor_goes_round(backend):
         draw(4, 8),
         torch.ones(4, device=DEVICE).double(),
     )
-    seen = [begin_step(*arguments, backend=backend)[0][0].tolist() for _ in range(5)]
+    seen = [begin_step(*arguments, implementation=implementation)[0][0].tolist() for _ in range(5)]
     assert [row[0] for row in seen] == [0, 1, 2, 0, 1] and all(row[6] == 2 for row in seen)
 
 
@@ -64,22 +64,22 @@ def searched(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return torch.tensor([-1, 3, -1, -1, -1], device=DEVICE), logits, [vocab // 2, 3, vocab - 2, 0, vocab - 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("vocab", [7, 2048, 5000])
-def test_a_negative_token_is_the_likeliest_of_the_logits(vocab, backend):
+def test_a_negative_token_is_the_likeliest_of_the_logits(vocab, implementation):
     tokens, logits, expected = searched(vocab)
     plan, cursor = torch.randint(9, (3, 5, 8), dtype=torch.int32).to(DEVICE), torch.zeros(5, dtype=torch.int64)
     embedding, tiles = draw(vocab, 8), Tiles(5, vocab, DEVICE)
     before = plan.clone()
     given = plan, cursor.to(DEVICE), embedding, torch.ones(4, device=DEVICE).double()
-    scalars, hidden, _ = begin_step(tokens, logits, *given, tiles=tiles, backend=backend)
+    scalars, hidden, _ = begin_step(tokens, logits, *given, tiles=tiles, implementation=implementation)
     assert scalars[:, TOKEN].tolist() == expected
     assert torch.equal(hidden, embedding[expected])
     before[1, :, TOKEN] = scalars[:, TOKEN]
     assert torch.equal(plan, before), "the ids are written to the row of this step, and nothing else is"
     assert torch.equal(scalars, before[1])
     tokens, logits, expected = tokens.int(), logits.flip(0).contiguous(), [vocab - 1, 3, vocab - 2, 0, vocab // 2]
-    again, hidden, _ = begin_step(tokens, logits, *given, tiles=tiles, backend=backend)
+    again, hidden, _ = begin_step(tokens, logits, *given, tiles=tiles, implementation=implementation)
     assert again[:, TOKEN].tolist() == plan[2, :, TOKEN].tolist() == expected, "nothing is left of the search before"
 
 

@@ -30,9 +30,9 @@ def sizes(hidden, heads, kv_heads, head_dim, intermediate, ring=2048, pinned=4, 
 
 def test_the_measured_shapes_get_what_was_measured():
     pythia = measured_plan(True, sizes(2560, 32, 32, 80, 10240))
-    beside = NEOX_PLANS[2560]["beside"].config
-    beside = replace(beside, attention=replace(beside.attention, splits=7))
-    expected = {op: p.config for op, p in NEOX_PLANS[2560].items()} | {"beside": beside}
+    joined = NEOX_PLANS[2560]["attention_up"].config
+    joined = replace(joined, attention=replace(joined.attention, splits=7))
+    expected = {op: p.config for op, p in NEOX_PLANS[2560].items()} | {"attention_up": joined}
     assert {op: plan.config for op, plan in pythia.items()} == expected
     for hidden, head_dim, intermediate in [(2048, 64, 8192), (4096, 128, 14336)]:
         llama = measured_plan(False, sizes(hidden, 32, 8, head_dim, intermediate))
@@ -45,10 +45,10 @@ def test_the_measured_shapes_get_what_was_measured():
 def test_other_shapes_get_the_nearest_plan_cut_to_fit():
     assert measured_plan(False, sizes(576, 9, 3, 64, 1536))["o"].config == LLAMA_PLANS[2048]["o"].config
     big = measured_plan(True, sizes(4096, 32, 32, 128, 16384))
-    wide = measured_plan(True, sizes(2048, 8, 8, 256, 8192))["beside"].config
-    assert wide.attention.tile < NEOX_PLANS[2048]["beside"].config.attention.tile
+    wide = measured_plan(True, sizes(2048, 8, 8, 256, 8192))["attention_up"].config
+    assert wide.attention.tile < NEOX_PLANS[2048]["attention_up"].config.attention.tile
     small = measured_plan(True, sizes(1024, 16, 16, 64, 4096))
-    assert small["beside"].config.attention.splits > big["beside"].config.attention.splits, (
+    assert small["attention_up"].config.attention.splits > big["attention_up"].config.attention.splits, (
         "more of its bytes are cached"
     )
     assert big["out"].config.per_sm * program_bytes(big["out"].config, 4096, 16384) <= H100_BYTES
@@ -56,18 +56,18 @@ def test_other_shapes_get_the_nearest_plan_cut_to_fit():
     assert sum(count_programs(ungrouped.splits, 16, 512)[1:]) <= MAX_SPLITS
 
 
-def test_attention_and_the_rows_beside_it_share_one_wave_of_programs():
+def test_attention_and_the_up_projection_share_one_wave_of_programs():
     """Splits of Pythia-2.8B that were fastest, or within 1 % of that, of those timed at each cap."""
     fastest = {512: 3, 1024: 4, 1536: 6, 2052: 7, 3072: 8, 4096: 9, 8192: 11, 12288: 12, 16384: 13, 32768: 14}
     for cap, splits in fastest.items():
-        beside = measured_plan(True, sizes(2560, 32, 32, 80, 10240, ring=cap - 4))["beside"].config
-        assert beside.attention.splits == splits
-        assert 32 * (splits + 1) < 132 * beside.linear.per_sm, "no room for the rows"
+        joined = measured_plan(True, sizes(2560, 32, 32, 80, 10240, ring=cap - 4))["attention_up"].config
+        assert joined.attention.splits == splits
+        assert 32 * (splits + 1) < 132 * joined.linear.per_sm, "no room for the rows"
     others = {9: (2048, 16, 16, 128, 8192), 3: (4096, 32, 32, 128, 16384), 13: (1024, 16, 16, 64, 4096)}
     for splits, shape in others.items():
-        assert measured_plan(True, sizes(*shape))["beside"].config.attention.splits == splits, "not as measured"
+        assert measured_plan(True, sizes(*shape))["attention_up"].config.attention.splits == splits, "not as measured"
     few = replace(sizes(2560, 32, 32, 80, 10240), multiprocessors=4)
-    crowded = measured_plan(True, few)["beside"].config
+    crowded = measured_plan(True, few)["attention_up"].config
     assert crowded.attention.splits == 1
 
 
@@ -122,5 +122,5 @@ def test_the_width_of_pythia(config):
     a, f = draw(1, 2560, dtype=torch.float16), draw(1, 10240, dtype=torch.float16)
     weight = draw(4, 12800, scale=12800**-0.5, dtype=torch.float16)
     out = torch.full((1, 4), float("nan"), dtype=torch.float16, device=DEVICE)
-    linear_residual(a, weight, f=f, out=out, config=config, backend="triton")
+    linear_residual(a, weight, f=f, out=out, config=config, implementation="triton")
     assert error(out, torch.cat([a, f], 1).double() @ weight.double().T) < TOLERANCE[torch.float16]

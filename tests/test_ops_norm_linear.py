@@ -5,7 +5,7 @@ One stream goes through one kernel, up to 16 through others, more through the li
 
 import pytest
 import torch
-from ops_cases import BACKENDS, DEVICE, EARLY, HALF, TOLERANCE, draw, error
+from ops_cases import DEVICE, EARLY, HALF, IMPLEMENTATIONS, TOLERANCE, draw, error
 from torch.nn import functional as F
 
 from sinkstream.kernels import LinearConfig, norm_linear
@@ -33,58 +33,60 @@ def case(hidden, rows, dtype, with_bias, streams=1):
     return x, weight, gamma, beta, draw(rows, scale=0.2, dtype=dtype) if with_bias else None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("early", EARLY)
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("hidden", "rows"), SHAPES)
-def test_layer_norm_and_gelu(hidden, rows, dtype, streams, early, backend):
+def test_layer_norm_and_gelu(hidden, rows, dtype, streams, early, implementation):
     x, weight, gamma, beta, bias = case(hidden, rows, dtype, True, streams)
     out = torch.full((streams, rows), float("nan"), dtype=dtype, device=DEVICE)
     norm_linear(
         x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, activation="gelu", out=out,
-        config=LinearConfig(rows=4, columns=64, **early), backend=backend,
+        config=LinearConfig(rows=4, columns=64, **early), implementation=implementation,
     )  # fmt: skip
     assert error(out, reference(x, weight, gamma, beta, bias, 1e-5, "layer", "gelu")) < TOLERANCE[dtype]
     other = reference(x, weight, gamma, -beta, bias, 1e-5, "layer", "gelu")
     assert error(out, other) > 5 * TOLERANCE[dtype], "the control, another norm, is not told apart"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("early", EARLY)
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("hidden", "rows"), [(64, 96), (200, 38)])
-def test_rms_norm(hidden, rows, with_bias, activation, streams, early, backend):
+def test_rms_norm(hidden, rows, with_bias, activation, streams, early, implementation):
     x, weight, gamma, _, bias = case(hidden, rows, torch.bfloat16, with_bias, streams)
     out = norm_linear(
         x, weight, norm_weight=gamma, bias=bias, eps=1e-6, norm="rms", activation=activation,
-        config=LinearConfig(rows=2, columns=64, **early), backend=backend,
+        config=LinearConfig(rows=2, columns=64, **early), implementation=implementation,
     )  # fmt: skip
     expected = reference(x, weight, gamma, None, bias, 1e-6, "rms", activation)
     assert out.shape == (streams, rows // 2 if activation == "swiglu" else rows)
     assert error(out, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("streams", STREAMS)
-def test_float32_hidden_state_and_strided_rows(streams, backend):
+def test_float32_hidden_state_and_strided_rows(streams, implementation):
     x, wide, gamma, beta, bias = case(64, 40, torch.float16, True, streams)
     padded = torch.zeros(40, 128, dtype=torch.float16, device=DEVICE)
     padded[:, :64] = wide
     out = torch.empty(streams, 40, device=DEVICE)
     norm_linear(
         x.float(), padded[:, :64], norm_weight=gamma, norm_bias=beta, bias=bias, out=out,
-        config=LinearConfig(rows=4, columns=64), backend=backend,
+        config=LinearConfig(rows=4, columns=64), implementation=implementation,
     )  # fmt: skip
     assert error(out, reference(x.float(), wide, gamma, beta, bias, 1e-5, "layer", "none")) < 1e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rms_norm_with_an_offset(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rms_norm_with_an_offset(implementation):
     x, weight, gamma, beta, bias = case(80, 40, torch.float16, True)
-    out = norm_linear(x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, norm="rms", backend=backend)
+    out = norm_linear(
+        x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, norm="rms", implementation=implementation
+    )
     x, weight, gamma, beta, bias = (t.double() for t in (x, weight, gamma, beta, bias))
     expected = F.linear(F.rms_norm(x, gamma.shape, gamma, 1e-5) + beta, weight, bias)
     assert error(out, expected) < TOLERANCE[torch.float16]
@@ -92,7 +94,7 @@ def test_rms_norm_with_an_offset(backend):
 
 def test_float32_weights_run_the_twin():
     x, weight, gamma, beta, bias = case(80, 40, torch.float32, True)
-    out = norm_linear(x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, backend="torch")
+    out = norm_linear(x, weight, norm_weight=gamma, norm_bias=beta, bias=bias, implementation="torch")
     assert error(out, reference(x, weight, gamma, beta, bias, 1e-5, "layer", "none")) < 1e-5
 
 
@@ -105,7 +107,7 @@ def test_float32_weights_run_the_twin():
         ({"bias": torch.zeros(3)}, "bias has shape"),
         ({"norm_weight": torch.zeros(1, 64)}, "norm_weight has shape"),
         ({"out": torch.zeros(2, 39)}, "out has shape"),
-        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"implementation": "cuda"}, "implementation='cuda'"),
     ],
 )
 def test_mistakes_are_named(change, says):

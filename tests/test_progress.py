@@ -11,8 +11,8 @@ from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.records.records import load_records
+from sinkstream.show.comparison import RowLines
 from sinkstream.show.progress import is_live
-from sinkstream.show.tables import RowLines
 
 ESCAPE = "\x1b"
 CAP, TOKENS = 24, 90

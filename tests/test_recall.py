@@ -29,7 +29,7 @@ from sinkstream.records.records import load_records
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.studies.recall.record import load_recalls, write_recall
 from sinkstream.studies.recall.run import GAP, RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import draw_recall, recall_curve, recall_rows, rich_recall_table
+from sinkstream.studies.recall.tables import draw_recall, recall_curve, recall_table
 
 CAP, SINK, SIZE = 100, 4, 16
 WINDOW = CAP - SINK
@@ -228,12 +228,13 @@ def test_curve_table_and_picture(batch, tmp_path):
     records = batch.run([policy("full"), policy("strict")], Console(quiet=True))
     point = recall_curve(records[1])[0]
     assert (point.ratio, point.distance) == (0.25, 25) and point.gain.low <= point.gain.value <= point.gain.high
-    header, rows = recall_rows(records)
+    table = recall_table(records, title="T")
+    header, rows = table.header, table.rows
     assert header[3:] == ["0.25 ×", "0.96 ×", "0.97 ×", "2 ×", "4 ×"]
     assert [row[0] for row in rows] == ["full", "strict"] and rows[1][-1] == "+0.00 ±0.00"
     assert rows[1][3] == f"{GAIN:+.2f} ±0.00"
     console = Console(width=150, record=True, quiet=True)
-    console.print(rich_recall_table(records, title="T"))
+    console.print(table)
     assert draw_recall(records, tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert draw_recall(3 * records, tmp_path / "many.png").exists()
     with pytest.raises(ValueError, match="no recall records"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from record_factory import make_arrays, make_record
 
+from sinkstream.records.pairs import PAIRS_FILE
 from sinkstream.records.records import (
     WriteError,
     load_record,
@@ -15,9 +16,12 @@ from sinkstream.records.records import (
     new_record_id,
     plain_json,
     scrub_paths,
+    short_name,
     write_record,
 )
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
+from sinkstream.show.comparison import delta_against
+from sinkstream.statistics import block_sums
 
 
 def dotted(required, prefix=""):
@@ -44,6 +48,51 @@ def test_round_trip(tmp_path):
         np.testing.assert_array_equal(loaded.arrays[name], arrays[name].astype(dtype))
     assert loaded.arrays["entropy"].dtype == np.float32
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.npz"]
+
+
+def test_a_record_without_its_arrays_has_its_blocks_and_says_what_is_absent(tmp_path):
+    arrays = make_arrays(1300, noise=0)
+    paths = [write_record(make_record("one"), arrays, tmp_path)]
+    paths += [write_record(make_record("two"), arrays | {"nll": arrays["nll"] + 0.25}, tmp_path)]
+    before = delta_against(*map(load_record, reversed(paths)))
+    for path in paths:
+        path.with_suffix(".npz").unlink()
+    one, two = map(load_record, paths)
+    index, sums, counts = block_sums(arrays["nll"].astype(np.float32), arrays["index"])
+    assert one.blocks.first == index[0] and one.blocks.counts.tolist() == counts.tolist()
+    np.testing.assert_allclose(one.blocks.sums, sums, atol=1e-5)
+    assert delta_against(two, one) == before and before.delta_percent == pytest.approx(100 * np.expm1(0.25), abs=1e-3)
+    with pytest.raises(ValueError, match=r"'one': the per-token arrays \(index, nll, .*\) are absent: .*one\.npz"):
+        one.arrays  # noqa: B018
+    with pytest.raises(ValueError, match="arrays"):
+        delta_against(two, one, block_tokens=32)
+
+
+def test_runs_that_scored_other_tokens_pair_by_what_was_kept_of_them(tmp_path):
+    arrays = make_arrays(1300)
+    sparse = np.where(np.arange(1300) % 8 == 0, arrays["nll"] + 0.1, np.nan)
+    paths = [write_record(make_record("one"), arrays, tmp_path)]
+    paths += [write_record(make_record("sampled", "recompute"), arrays | {"nll": sparse}, tmp_path)]
+    one, sampled = load_records(tmp_path)
+    before = delta_against(sampled, one)
+    (tmp_path / PAIRS_FILE).write_text(one.pairs.text())
+    for path in paths:
+        path.with_suffix(".npz").unlink()
+    one, sampled = load_records(tmp_path)
+    assert not sampled.blocks.whole and sampled.blocks.counts.sum() == 163
+    assert delta_against(sampled, one) == before and before.n_tokens == 163
+    with pytest.raises(ValueError, match=r"pairs\.json does not hold 'paired blocks' of one sampled"):
+        delta_against(one, sampled)
+
+
+def test_a_record_of_before_the_block_sums_loads(written):
+    content = json.loads(written.read_text())
+    blocks = content.pop("blocks")
+    written.write_text(json.dumps(content))
+    assert load_record(written).blocks.record() == blocks
+    written.with_suffix(".npz").unlink()
+    with pytest.raises(ValueError, match=r"one\.npz: .*can not be read"):
+        load_record(written)
 
 
 def test_record_is_frozen(written):
@@ -79,7 +128,7 @@ def test_loader_refuses_null_where_the_origin_would_be_lost(written, field):
         ({"status": "partial"}, "'status_reason'"),
         ({"status_reason": "stopped"}, "'status_reason'"),
         ({"tokens_file": {"name": "../one.npz", "sha256": "0"}}, "without folders"),
-        ({"tokens_file": {"name": "two.npz", "sha256": "0"}}, "can not be read"),
+        ({"tokens_file": {"name": "two.npz", "sha256": "0"}, "blocks": None}, "can not be read"),
         ({"tokens_file": {"name": "one.npz", "sha256": "0"}}, "'tokens_file.sha256' is 0"),
         ({"summary": []}, "'summary' must be an object"),
     ],
@@ -186,6 +235,13 @@ def test_record_ids_are_readable_safe_and_distinct():
     assert len(ids) == 20
     assert all(name.startswith("smollm2-135m-a-b-c-lazy-r-32-") for name in ids)
     assert new_record_id("..", "/").startswith("run-")
+
+
+def test_a_long_name_is_cut_to_what_fits_every_listing():
+    parts = ("SmolLM2-135M-Instruct.Q4_1", "pg19_dragons_blood", "lazy R=1024 S=4 growth outside cap", "blocks")
+    names = [short_name(*parts), short_name(*parts[:3], "steps")]
+    assert names[0] != names[1] and names[0].startswith("smollm-pg19-dr-lazy-r-blocks-")
+    assert all(len(f"{new_record_id(*parts[:n])}.json") <= 60 for n in range(1, 5))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
 from sinkstream.report.summary import HEADLINES, write_summary
-from sinkstream.show.plots import COLOURS, line_formats, new_figure, nll_over_tokens, save
-from sinkstream.show.tables import comparison_rows, markdown_table, rich_table
+from sinkstream.show import plots
+from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 
@@ -83,29 +84,64 @@ def test_tables_show_every_row_and_the_control(store):
     short = make_arrays(40)
     records = [store("a", "full"), store("b", "lazy", options={"R": 32}), store("c", "strict", short)]
     rows = comparison_rows(records)
-    markdown = markdown_table(rows)
+    markdown = comparison_table(rows).markdown()
     lines = markdown.splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[2].startswith("| full | ") and "| control |" in lines[2]
     assert lines[3].startswith("| lazy R=32 | ")
     assert "[no interval]" in lines[4] and "No interval: 5 blocks of 8 tokens" in markdown
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(rich_table(rows, "Comparison"))
+    console.print(comparison_table(rows, "Comparison"))
     text = console.export_text()
     assert "lazy R=32" in text and "[no interval]" in text and "Comparison" in text
 
 
+def test_latency_is_shown_only_of_runs_that_took_turns(store):
+    alone, beside = store("a", "full"), [store(name, "full", interleaved=2) for name in ("b", "c")]
+    assert "TPOT" not in comparison_table(comparison_rows([alone, alone])).markdown()
+    assert "TPOT" not in comparison_table(comparison_rows([alone, *beside])).markdown()
+    shown = comparison_table(comparison_rows(beside)).markdown()
+    assert "Steady TPOT mean" in shown and "TTFT" not in shown and "| 24.87 / 24.61 / 29.08 |" in shown
+
+
 def test_plot_is_a_png_with_a_line_a_record(store, tmp_path):
     records = [store(f"r{i}", "lazy", make_arrays(seed=i), options={"R": i}) for i in range(1, 10)]
-    path = nll_over_tokens(records, tmp_path / "nll.png")
+    path = memory_and_quality(records, tmp_path / "nll.png")
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert width > 1000 and height > 500
-    alone = nll_over_tokens(records[:1], tmp_path / "one.png")
+    alone = memory_and_quality(records[:1], tmp_path / "one.png")
     assert int.from_bytes(alone.read_bytes()[20:24], "big") < height, "one record needs no difference panel"
     with pytest.raises(ValueError, match="no records"):
-        nll_over_tokens([], tmp_path / "none.png")
+        memory_and_quality([], tmp_path / "none.png")
+
+
+def test_the_picture_holds_what_fits_and_leaves_the_rest_to_the_table(store, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(plots, "_label_ends", lambda axis, labels: told.append([text for _, text, _ in labels]))
+    grown = make_arrays() | {"kv_length": np.arange(10, 1290)}
+    records = [store("full", "full", grown), store("collapsed", "window-only", make_arrays(seed=9, shift=2.0))]
+    records += [store(f"r{i}", "lazy", make_arrays(seed=i, shift=i / 100), options={"R": i}) for i in range(1, 9)]
+    sampled_nll = np.where(np.arange(1280) % 8 == 0, make_arrays()["nll"], np.nan)
+    records.append(store("sampled", "recompute", make_arrays() | {"nll": sampled_nll}, sample_every=8))
+    memory_and_quality(records, tmp_path / "p.png")
+    memory, quality = told
+    assert memory == ["full: 1,289 entries", "5 policies: 256 entries"]
+    assert quality[0] == "full" and [line.split(":")[0] for line in quality[1:]] == [
+        *(f"lazy R={i}" for i in (1, 3, 5, 7)),
+        "window-only",
+    ]
+    assert "off the axis" in quality[-1] and not [line for line in quality[:-1] if "off" in line]
+
+
+def test_bytes_of_a_token_come_from_the_shape(store):
+    record = store("a", dtype="float16")
+    assert kv_token_bytes(record) is None, "the record does not say the shape"
+    record.model["shape"] = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3} | {
+        "hidden_size": 576
+    }
+    assert kv_token_bytes(record) == 2 * 30 * 3 * 64 * 2
 
 
 def test_pictures_keep_their_colours_in_a_palette(tmp_path):

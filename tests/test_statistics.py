@@ -6,8 +6,8 @@ import pytest
 from sinkstream.statistics import (
     MIN_BLOCKS,
     block_sums,
+    mean_interval,
     paired_delta_ppl,
-    ppl_interval,
     suitable_block_tokens,
 )
 
@@ -98,19 +98,19 @@ def test_blocks_follow_the_text_across_gaps():
     assert sums.tolist() == [3, 8, 6] and counts.tolist() == [2, 2, 1]
 
 
-def test_ppl_interval_holds_the_truth_and_is_reproducible():
+def test_the_interval_of_a_mean_holds_the_truth_and_is_reproducible():
     rng = np.random.default_rng(3)
     nll = 3 + 0.5 * correlated((8192,), rng)
-    found = ppl_interval(nll)
-    assert found.low < np.exp(3) < found.high
-    assert found.ppl == pytest.approx(np.exp(nll.mean()))
-    assert found == ppl_interval(nll) != ppl_interval(nll, seed=1)
+    found = mean_interval(nll)
+    assert found.low < 3 < found.high
+    assert found.value == pytest.approx(nll.mean())
+    assert found == mean_interval(nll) != mean_interval(nll, seed=1)
 
 
 def test_wider_confidence_is_a_wider_interval():
     nll = np.random.default_rng(4).gamma(4, 0.8, 2000)
-    narrow, wide = ppl_interval(nll, confidence=0.8), ppl_interval(nll, confidence=0.99)
-    assert wide.low < narrow.low < narrow.ppl < narrow.high < wide.high
+    narrow, wide = mean_interval(nll, confidence=0.8), mean_interval(nll, confidence=0.99)
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
 @pytest.mark.parametrize(("n_tokens", "expected"), [(20_000, 64), (400, 20), (100, 8), (0, 8)])

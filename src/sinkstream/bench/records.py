@@ -6,15 +6,10 @@ not complete (interrupted) may be replaced by its own continuation, a complete o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
-from sinkstream.records.records import plain_json, scrub_paths
-from sinkstream.records.schema import REQUIRED, check_environment, check_keys
-
-SCHEMA = "sinkstream.bench/1"
-STATUSES = ("complete", "partial")
+from sinkstream.records.base import BaseRecord
+from sinkstream.records.schema import REQUIRED
 
 _LATENCY = dict.fromkeys(("tokens", "mean", "p50", "p90", "p99", "max"))
 
@@ -44,22 +39,16 @@ BENCH_REQUIRED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class BenchRecord:
+class BenchRecord(BaseRecord):
     """One timed configuration: the fields of its JSON file (see `BENCH_REQUIRED`)."""
 
-    path: Path
-    id: str
+    SCHEMA, KIND, REQUIRED, STATUSES = "sinkstream.bench/1", "speed", BENCH_REQUIRED, ("complete", "partial")
+
     status: str
     status_reason: str | None
-    created: str
     session: str
-    command: list[str]
-    arguments: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
     rung: dict[str, Any]
     policy: dict[str, Any]
-    protocol: dict[str, Any]
     ceiling: dict[str, Any]
     floor: dict[str, Any]
     setup: dict[str, Any]
@@ -76,54 +65,10 @@ class BenchRecord:
         gpu = self.environment["gpu"]["name"]
         return gpu if self.protocol["device"] == "cuda" else f"CPU ({self.environment['cpu']['model']})"
 
-
-def check_bench_record(content: Any, where: str) -> None:
-    """Raise ValueError, naming `where` and the field, unless `content` is a speed record of this schema."""
-    check_schema(content, SCHEMA, "speed", where)
-    check_keys(content, BENCH_REQUIRED, where)
-    if content["status"] not in STATUSES:
-        raise ValueError(f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(STATUSES)}")
-    if (content["status"] == "complete") != (content["status_reason"] is None):
-        raise ValueError(f"{where}: field 'status_reason' must be null for complete records and say why for all others")
-    if len(content["chunks"]["tokens"]) != len(content["chunks"]["seconds"]):
-        raise ValueError(f"{where}: field 'chunks' has tokens and seconds of different lengths")
-    check_environment(content["environment"], str(content["protocol"]["device"]), where)
+    @classmethod
+    def check_own(cls, content: Mapping[str, Any], where: str) -> None:
+        if len(content["chunks"]["tokens"]) != len(content["chunks"]["seconds"]):
+            raise ValueError(f"{where}: field 'chunks' has tokens and seconds of different lengths")
 
 
-def write_bench_record(record: Mapping[str, Any], directory: Path | str) -> Path:
-    """Write a speed record as ``<id>.json``; `schema` is filled in, paths are cut, NaN becomes null.
-
-    Raises
-    ------
-    ValueError
-        A required field is missing or malformed, or a complete record of that id is there already.
-    WriteError
-        The file could not be written.
-    """
-    content = {"schema": SCHEMA, **scrub_paths(plain_json(record))}
-    where = f"speed record {record.get('id')!r}"
-    check_bench_record(content, where)
-    path = Path(directory) / f"{content['id']}.json"
-    if path.exists() and load_bench_record(path).status == "complete":
-        raise ValueError(f"{where}: {path} exists already; complete records are never overwritten")
-    return write_json(path, content)
-
-
-def load_bench_record(path: Path | str) -> BenchRecord:
-    """Read and check one speed record. Raises ValueError naming the file and the field."""
-    path = Path(path)
-    content = read_json(path)
-    check_bench_record(content, str(path))
-    fields = {field: content[field] for field in BenchRecord.__dataclass_fields__ if field != "path"}
-    return BenchRecord(path=path, **fields)
-
-
-def load_bench_records(folder: Path | str) -> list[BenchRecord]:
-    """All speed records below a folder, by creation time and id; other JSON files are left alone.
-
-    Raises
-    ------
-    ValueError
-        A file calls itself a speed record and is of another version, or lacks a field.
-    """
-    return load_family(folder, SCHEMA, load_bench_record)
+write_bench_record, load_bench_record, load_bench_records = BenchRecord.write, BenchRecord.read, BenchRecord.below

@@ -1,9 +1,7 @@
 """Tables of speed records: for the terminal, and the generated ones of the documents."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.table import Table
 
 from sinkstream.bench.records import BenchRecord, load_bench_records
 from sinkstream.bench.selection import (
@@ -22,16 +20,15 @@ from sinkstream.bench.summary import (
     strict_over_lazy,
     tpot_over_floor,
 )
+from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
-from sinkstream.show.markdown import EMPTY, NONE_YET, grid
+from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
 from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry = Registry("benchmark table")
 PROFILE_ROWS = 20
 KERNEL_WIDTH = 80
-
-Column = tuple[str, Callable[[BenchRecord], str]]
 
 
 def _latency(name: str) -> Callable[[BenchRecord], str]:
@@ -84,14 +81,14 @@ def speed_table(records: Sequence[BenchRecord], title: str) -> Table:
         f"{first.hardware}, {first.protocol['dtype']}; floor: bytes a step must read at the speed of the {ceiling};"
         " TPOT: wall time over tokens, host included; P50, P99: between two tokens"
     )
-    return _table(f"{title}: decode speed", [name for name, _ in TERMINAL], _rows(records, TERMINAL), caption)
+    return Table.of(records, TERMINAL, title=f"{title}: decode speed", notes=[caption], left=2)
 
 
 def ratio_table(records: Sequence[BenchRecord]) -> Table | None:
     """Policies that took turns, each over the one in front; None without any."""
     rows = _ratio_rows(records)
     caption = "95 % bootstrap intervals over pairs of chunks that took turns"
-    return _table("TPOT of policies that took turns", RATIO_HEADER, rows, caption) if rows else None
+    return Table(RATIO_HEADER, rows, "TPOT of policies that took turns", [caption], 2) if rows else None
 
 
 def profile_table(record: BenchRecord) -> Table | None:
@@ -106,7 +103,7 @@ def profile_table(record: BenchRecord) -> Table | None:
     total = sum(row["us"] for row in record.profile)
     title = f"{record.rung['name']} {record.policy['label']}, cap {record.protocol['cap']}: one step"
     caption = f"all {len(record.profile)}: {total:,.1f} µs; TPOT {1e3 * record.steady['tpot_ms']:,.1f} µs"
-    return _table(title, [kind, "calls", "µs", "share"], rows, caption)
+    return Table([kind, "calls", "µs", "share"], rows, title, [caption])
 
 
 def slope_lines(records: Sequence[BenchRecord]) -> list[str]:
@@ -116,19 +113,6 @@ def slope_lines(records: Sequence[BenchRecord]) -> list[str]:
         f" ({line.gbs:,.0f} GB/s, R² {line.r_squared:.4f})"
         for (rung, label), line in _lines(records)
     ]
-
-
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
-    table = Table(title=title, caption=caption, caption_justify="left", header_style="bold")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return table
-
-
-def _rows(records: Iterable[BenchRecord], columns: Sequence[Column]) -> list[list[str]]:
-    return [[cell(record) for _, cell in columns] for record in records]
 
 
 # ---- what several records say together ----
@@ -175,21 +159,15 @@ def render_bench(results: Path) -> dict[str, str]:
 def _document_table(records: Sequence[BenchRecord], columns: Sequence[Column], after: str = "") -> str:
     if not records:
         return NONE_YET
-    text = f"{_origin(records)}\n\n{grid([name for name, _ in columns], _rows(records, columns))}"
-    return f"{text}\n\n{after}" if after else text
+    notes = [after] if after else []
+    return f"{_origin(records)}\n\n{Table.of(records, columns, notes=notes).markdown()}"
 
 
 def _origin(records: Sequence[BenchRecord]) -> str:
-    """One line on what a table was measured with."""
-    last = max(records, key=lambda r: r.created)
+    """One line on what a table was measured with, the ceiling in it."""
     copies = sorted({round(r.ceiling["copy_gbs"]) for r in records})
-    versions = last.environment["versions"]
-    commits = sorted({(r.environment["git"]["commit"] or "unknown")[:10] for r in records})
     copied = f"{copies[0]:,}" + (f" – {copies[-1]:,}" if len(copies) > 1 else "")
-    return (
-        f"{last.hardware}, {last.ceiling['kind']} {copied} GB/s, torch"
-        f" {versions['torch']}, transformers {versions['transformers']}, commit {', '.join(f'`{c}`' for c in commits)}."
-    )
+    return machine(records, f"{records[0].ceiling['kind']} {copied} GB/s")
 
 
 @BENCH_TABLES.register("headline-speed")
@@ -227,7 +205,7 @@ def policies_table(records: Sequence[BenchRecord]) -> str:
     found = [pair for pair in pairs(select(records, streams=1))]
     latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
     used = [record for pair in latest.values() for record in pair]
-    return f"{_origin(used)}\n\n{grid(RATIO_HEADER, _ratio_rows(used))}" if used else NONE_YET
+    return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else NONE_YET
 
 
 @BENCH_TABLES.register("bench-shapes")
@@ -283,4 +261,4 @@ def long_run_table(records: Sequence[BenchRecord]) -> str:
     header = ["steady tokens", "TPOT (ms)", "memory held (MB)", "mean NLL (nats)", "not finite"]
     fed = "greedy" if record.protocol["feed"] == "greedy" else f"{record.protocol['text']}, repeated"
     named = f"{SHAPE[1](record)}, {RUNG[1](record)}, {record.policy['label']}, cap {CAP[1](record)}, {fed}"
-    return f"{named}. {_origin([record])}\n\n{grid(header, rows)}"
+    return f"{named}. {_origin([record])}\n\n{Table(header, rows, left=0).markdown()}"

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from sinkstream.cache import POSITIONS
 from sinkstream.cli import COMMANDS
@@ -24,7 +23,7 @@ from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record
 from sinkstream.studies.cliff.run import CAPS, SINK, STRIDES, cliff_settings
-from sinkstream.studies.cliff.tables import draw_cliff, rich_cliff_table
+from sinkstream.studies.cliff.tables import cliff_table, draw_cliff
 
 PICTURE = "cliff.png"
 
@@ -88,6 +87,6 @@ class Cliff:
 def _show(records: list[Record], out: Path, console: Console, title: str) -> None:
     complete = [record for record in records if record.status == "complete"]
     if complete:
-        console.print(rich_cliff_table(complete, title=escape(title)))
+        console.print(cliff_table(complete, title=title))
     show_unfinished(records, console)
     show_place(out, console, partial(draw_cliff, complete, out / PICTURE, title=title) if complete else None)

@@ -18,7 +18,7 @@ from sinkstream.evaluation.demo_plan import SECONDS, Plan, Size, check_choice, c
 from sinkstream.evaluation.demo_speed import Speed, measure_speed, tokens_measured
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model
-from sinkstream.show.tables import RowLines
+from sinkstream.show.comparison import RowLines
 
 
 @COMMANDS.register("demo")

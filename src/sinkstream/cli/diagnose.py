@@ -24,7 +24,7 @@ from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record, load_records
 from sinkstream.studies.diagnosis import Diagnosis
 from sinkstream.studies.diagnosis.run import diagnosis_settings, pair_runs, write_diagnosis_files
-from sinkstream.studies.diagnosis.tables import rich_diagnosis
+from sinkstream.studies.diagnosis.tables import diagnosis_tables
 
 RUNS = "runs"
 BESIDE_RECORDS = ("--out", "--seed")
@@ -128,7 +128,7 @@ def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | N
 
 
 def _show(diagnosis: Diagnosis, console: Console) -> None:
-    for table in rich_diagnosis(diagnosis):
+    for table in diagnosis_tables(diagnosis):
         console.print(table)
     for entry in diagnosis.policies:
         console.print(f"{entry['label']}: {entry['verdict']['line']}", markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from sinkstream.cli import COMMANDS
 from sinkstream.cli.eval import exit_code, request
@@ -24,7 +23,7 @@ from sinkstream.cli.show import show_place, show_unfinished, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import draw_recall, rich_recall_table
+from sinkstream.studies.recall.tables import draw_recall, recall_table
 
 PICTURE = "recall.png"
 
@@ -73,6 +72,6 @@ def _show(records: list[RecallRecord], out: Path, console: Console, title: str) 
     """Print the table, draw the picture of what was measured, and say where both and the records are."""
     measured = [r for r in records if len(r.passages["ratio"])]
     if measured:
-        console.print(rich_recall_table(measured, title=escape(title)))
+        console.print(recall_table(measured, title=title))
     show_unfinished(records, console)
     show_place(out, console, partial(draw_recall, measured, out / PICTURE, title=title) if measured else None)

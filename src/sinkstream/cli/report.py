@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sinkstream.cli import COMMANDS, EXIT_FAILED
+from sinkstream.records.files import write_atomically
+from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import summary_is_current, write_summary
@@ -25,18 +27,23 @@ class Report:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Write (or check) summary and tables."""
-        console = Console()
+        console, pairs = Console(), Pairs.beside(args.results)
         if not args.check:
-            summary = write_summary(args.results)
+            summary = write_summary(args.results, pairs)
             console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
             for key, why in summary.missing.items():
                 console.print(f"  {key} is missing: {why}")
-        stale, tables = [], render_tables(args.results)
+        stale, tables = [], render_tables(args.results, pairs)
         for path in args.docs:
             mine = {name: _table(tables, name, path) for name in generated_names(path)}
             stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]
-        if args.check and not summary_is_current(args.results):
+        if args.check and not summary_is_current(args.results, pairs):
             stale.append(f"{args.results}: summary.json")
+        path = args.results / PAIRS_FILE
+        if pairs.used and not (path.is_file() and path.read_text(encoding="utf-8") == pairs.text()):
+            stale.append(str(path))
+            if not args.check:
+                write_atomically(path, pairs.text())
         for name in stale:
             console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
         return EXIT_FAILED if args.check and stale else 0

@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from sinkstream.records.records import Record
-from sinkstream.show.plots import nll_over_tokens
-from sinkstream.show.tables import comparison_rows, rich_table
+from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.plots import memory_and_quality
 from sinkstream.studies.recall.record import RecallRecord
 
 PIPE_WIDTH = 170
@@ -26,7 +25,7 @@ def show_records(records: list[Record], console: Console, title: str) -> None:
     """Print the comparison table of all records that scored something; the first one is the control."""
     scored = [r for r in records if r.summary["scored_tokens"]]
     if scored:
-        console.print(rich_table(comparison_rows(scored), title=escape(title)))
+        console.print(comparison_table(comparison_rows(scored), title))
     show_unfinished(records, console)
 
 
@@ -39,9 +38,9 @@ def show_unfinished(records: Sequence[Record | RecallRecord], console: Console) 
 
 
 def draw_nll(records: list[Record], out: Path, console: Console, title: str) -> None:
-    """Draw NLL over tokens of all records that scored something, and say where records and picture are."""
+    """Draw memory and quality of all records that scored something, and say where records and picture are."""
     scored = [r for r in records if r.summary["scored_tokens"]]
-    show_place(out, console, partial(nll_over_tokens, scored, out / PICTURE, title=title) if scored else None)
+    show_place(out, console, partial(memory_and_quality, scored, out / PICTURE, title=title) if scored else None)
 
 
 def show_place(out: Path, console: Console, draw: Callable[[], Path] | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sinkstream.data.text import Text
 
@@ -43,7 +44,7 @@ def _text_of_json(raw: str, path: Path) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"text file {str(path)!r} is not valid JSON: {error}") from error
     parts = value if isinstance(value, list) else [value]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if isinstance(value, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"text file {str(path)!r} has another form; accepted: an object with a string under 'text', "

@@ -1,7 +1,7 @@
 """Decoding for transformers' generate(): its logits processors and stopping criteria around the engine's steps."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -9,7 +9,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream import compat
-from sinkstream.engine.generation import OnItsWay, Writer, write
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.engine.generation import CopyInFlight, Writer, write
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine
@@ -17,7 +18,7 @@ KNOWN = ("attention_mask", "position_ids", *compat.CACHE_NAMES, "use_cache", "lo
 
 
 def run(
-    engine,
+    decoder: StreamDecoder,
     input_ids: torch.Tensor,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
@@ -26,11 +27,11 @@ def run(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Start over with a stream for each row and let all of them write; `check` comes before. See `custom_generate`."""
     for row, ids in enumerate(input_ids):
-        engine.reset(stream=row)
-        engine.prefill(ids, stream=row)
-    writer = ProcessorsWriter(engine.state.streams, input_ids, processors, criteria, config, streamer)
+        decoder.reset(stream=row)
+        decoder.prefill(ids, stream=row)
+    writer = ProcessorsWriter(decoder.state.streams, input_ids, processors, criteria, config, streamer)
     try:
-        write(engine, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
+        write(decoder, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
     finally:
         if streamer is not None:
             streamer.end()
@@ -61,8 +62,8 @@ class ProcessorsWriter(Writer):
         self._pad = compat.pad_token(config) if any(hasattr(c, "eos_token_id") for c in criteria) else None
         self._looks = streamer is not None or any(not isinstance(c, MaxLengthCriteria) for c in criteria)
         kept = config.return_dict_in_generate
-        self._scores = [] if kept and config.output_scores else None
-        self._logits = [] if kept and config.output_logits else None
+        self._scores: list[torch.Tensor] | None = [] if kept and config.output_scores else None
+        self._logits: list[torch.Tensor] | None = [] if kept and config.output_logits else None
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits[: len(self._ids)].clone()  # processors may write into them
@@ -78,14 +79,14 @@ class ProcessorsWriter(Writer):
             tokens = torch.where(self._done, self._pad, tokens)
         self._ids[:, self._length] = self._tokens[: len(tokens)] = tokens
         self._length += 1
-        kept = None if self._scores is None else tuple(self._scores)
-        self._done = self._done | self._criteria(self._ids[:, : self._length], kept)
+        so_far = None if self._scores is None else tuple(self._scores)
+        self._done = self._done | self._criteria(self._ids[:, : self._length], so_far)
         return self._tokens
 
     def look(self) -> Callable[[], list] | None:
         if not self._looks:
             return None
-        return OnItsWay(torch.stack([self._tokens[: len(self._done)], self._done.long()])).tolist
+        return CopyInFlight(torch.stack([self._tokens[: len(self._done)], self._done.long()])).tolist
 
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
         tokens, done = shown
@@ -100,12 +101,16 @@ class ProcessorsWriter(Writer):
         sequences = self._ids[:, : self._length].clone()
         if not self._config.return_dict_in_generate:
             return sequences
-        scores, logits = (None if kept is None else tuple(kept) for kept in (self._scores, self._logits))
-        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)
+        scores, logits = (cast(Any, None if kept is None else tuple(kept)) for kept in (self._scores, self._logits))
+        return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), scores=scores, logits=logits)
 
 
 def check(
-    engine, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, given: dict[str, Any]
+    decoder: StreamDecoder,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    given: dict[str, Any],
 ) -> None:
     """Refuse, by name, what the engine cannot do for generate(); nothing has been touched then. Raises ValueError.
 
@@ -114,14 +119,14 @@ def check(
     given : dict
         Model arguments, and what `compat.generate_arguments` found.
     """
-    if model is not engine.model:
+    if model is not decoder.model:
         raise ValueError("custom_generate of an engine was given another model; accepted: the model it was made with")
     _check_config(config)
     unknown = [k for k, v in given.items() if v is not None and k not in (*KNOWN, *compat.NOT_PASSED)]
     for name in ("assistant_model", "negative_prompt_ids", *unknown):
         if given.get(name) is not None:
             _refuse(name, "no such argument")
-    _check_shape(engine, input_ids)
+    _check_shape(decoder, input_ids)
     if given.get("synced_gpus"):
         _refuse("synced_gpus=True", "synced_gpus=False")
     if any(compat.is_callers_cache(value) for value in given.values()):
@@ -135,8 +140,8 @@ def check(
             _refuse("position_ids of the caller's own", "no position_ids")
 
 
-def _check_shape(engine, input_ids: torch.Tensor) -> None:
-    streams, device = engine.state.streams, engine.state.device
+def _check_shape(decoder: StreamDecoder, input_ids: torch.Tensor) -> None:
+    streams, device = decoder.state.streams, decoder.state.device
     if input_ids.device != device:
         _refuse(f"input_ids on {input_ids.device}", f"input_ids on {device}")
     if len(input_ids) > streams:

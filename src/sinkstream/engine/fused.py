@@ -1,46 +1,53 @@
-"""The decode step through the kernels of `ops`: three a GPT-NeoX layer, five a Llama-like one.
+"""The decode step through the ops of `kernels`: three a GPT-NeoX layer, five a Llama-like one.
 
 On a CPU the same calls run the kernels' twins. What a policy needs beyond logits happens on the device too, in plain
 PyTorch functions that only such policies pay for; nothing asks the host, so that a whole step fits into a CUDA graph.
 """
+
+from typing import Any, cast
 
 import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.geometry import Geometry
-from sinkstream.engine.packing import NEOX, LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.packing import NEOX, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels import (
     Prefetch,
     Workspace,
-    attention_beside,
     attention_decode,
+    attention_linear,
     begin_step,
     linear_residual,
     norm_linear,
 )
 from sinkstream.kernels.attention_decode import split_qkv
-from sinkstream.kernels.config import MAX_SHARED, MAX_SPLITS, count_programs, default_attention
+from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.likeliest import Tiles
-from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, OpPlan, Sizes, StepPlan, measured_plan
+from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.policies import EvictionPolicy
 
 MAX_GROUP = 16  # query heads of one key-value head
 
 
-def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpPlan]:
-    """The measured plan on a GPU with programmatic dependent launch, and elsewhere what the ops do by themselves."""
-    neox, device, spec = weights.family == NEOX, state.device, state.spec
-    if not has_dependent_launch(device):
-        return {op: OpPlan() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
-    g, config = state.geometry, spec.decoder.config
-    sizes = Sizes(
+def plan_sizes(weights: PackedWeights, state: StreamState) -> Sizes:
+    """What a plan is fitted to: sizes of the model and its cache, and of the device."""
+    g, spec, device = state.geometry, state.spec, state.device
+    config: Any = spec.decoder.config
+    return Sizes(
         config.hidden_size, config.intermediate_size, spec.query_heads, spec.kv_heads, spec.head_dim, g.ring,
         g.pinned_slots, shared_bytes(device), multiprocessors(device),
     )  # fmt: skip
-    return measured_plan(neox, sizes)
+
+
+def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpLaunch]:
+    """The measured plan on a GPU with programmatic dependent launch, and elsewhere the defaults of the ops."""
+    neox = weights.family == NEOX
+    if not has_dependent_launch(state.device):
+        return {op: OpLaunch() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
+    return measured_plan(neox, plan_sizes(weights, state))
 
 
 class FusedDecode:
@@ -50,27 +57,38 @@ class FusedDecode:
     ----------
     weights : PackedWeights
     state : StreamState
-    plan : mapping of OpPlan, optional
+    plan : mapping of OpLaunch, optional
         By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`.
+
+    Attributes
+    ----------
+    ops : tuple of str
+        Names of the ops of a layer, in order.
     """
 
-    def __init__(self, weights: PackedWeights, state: StreamState, plan: StepPlan | None = None):
+    def __init__(self, weights: PackedWeights, state: StreamState, plan: LaunchPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
-        self.plan = default_plan(weights, state) if plan is None else plan
         self.neox, self.observes = weights.family == NEOX, plain.observes(state)
-        first_op = self.plan["qkv"]  # while it waits, the kernel after it has not begun, so that rows beside need not
-        self.rows_wait = not (first_op.pdl and first_op.config is not None and first_op.config.late)
-        spec = self.spec
+        self.ops = NEOX_OPS if self.neox else LLAMA_OPS
+        self.use(default_plan(weights, state) if plan is None else plan)
+        spec, config = self.spec, cast(Any, self.spec.decoder.config)
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
         with torch.inference_mode(False):
             self.hidden, self.other = (self._buffer(weights.embedding.shape[1]) for _ in range(2))
             self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
-            self.middle = self._buffer(spec.decoder.config.intermediate_size)
-            self.tiles = Tiles(*state.logits.shape, state.device)
+            self.middle = self._buffer(config.intermediate_size)
+            self.tiles = Tiles(state.streams, state.logits.shape[1], state.device)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
+        self._row = plain.Row(state, weights.rope_factor)
+
+    def use(self, plan: LaunchPlan) -> None:
+        """Launch the ops as another plan says, from the next launch on; a captured graph keeps the plan it has."""
+        self.plan = plan
+        first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
+        self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 
     def _buffer(self, width: int) -> torch.Tensor:
         """Room for ``(streams, width)``, dtype of the model."""
@@ -83,62 +101,88 @@ class FusedDecode:
             state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
             factor=weights.rope_factor, tiles=self.tiles, scalars=state.scalars, hidden=self.hidden, rope=self.rope,
         )  # fmt: skip
-        row = plain.Row(state, weights.rope_factor)
-        plain.note_token(state, row)
-        for i, layer in enumerate(weights.layers):
-            (self._neox_layer if self.neox else self._llama_layer)(row, i, layer)
-        self._norm_linear("head", weights.final_norm, weights.head, out=state.logits)
+        self._row = plain.Row(state, weights.rope_factor)
+        plain.note_token(state, self._row)
+        for i in range(len(weights.layers)):
+            for op in self.ops:
+                self.run(op, i)
+        self.run("head", len(weights.layers))
         state.end_row()
 
-    # ---- the ops of a layer ----
+    def run(self, op: str, layer: int) -> None:
+        """Launch one op of one layer, from the buffers that the op before it leaves; "head" has no layer."""
+        getattr(self, f"_{op}")(layer)
 
-    def _neox_layer(self, row: plain.Row, i: int, layer: NeoxLayer) -> None:
-        up = layer.weight_in[self.qkv_rows :]
-        self._norm_linear(
-            "qkv", layer.attention_norm, layer.weight_in[: self.qkv_rows], bias=layer.bias_in[: self.qkv_rows],
-            out=self.first, early=i > 0, prefetch=self._slots("qkv", i),
-        )  # fmt: skip
-        attention_beside(
-            self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden, up,
-            query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots, order="per-head",
-            norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
-            bias=layer.bias_in[self.qkv_rows :], out=self.context, linear_out=self.middle, workspace=self.workspace,
-            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["beside"].prefetch),
-            **self._how("beside"),
-        )  # fmt: skip
-        self._observe(row, i)
-        linear_residual(
-            self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, residual=self.hidden, out=self.other,
-            prefetch=self._next_layer("out", i), **self._how("out", early=not self.observes),
-        )  # fmt: skip
-        self._flip()
+    # ---- the ops ----
 
-    def _llama_layer(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
+    def _qkv(self, i: int) -> None:
+        layer = self.weights.layers[i]
+        if isinstance(layer, NeoxLayer):
+            weight, bias = layer.weight_in[: self.qkv_rows], layer.bias_in[: self.qkv_rows]
+        else:
+            weight, bias = layer.weight_qkv, layer.bias_qkv
         self._norm_linear(
-            "qkv", layer.attention_norm, layer.weight_qkv, bias=layer.bias_qkv, out=self.first, early=i > 0,
-            prefetch=self._slots("qkv", i),
+            "qkv", layer.attention_norm, weight, bias=bias, out=self.first, early=i > 0, prefetch=self._slots("qkv", i)
+        )
+
+    def _attention_up(self, i: int) -> None:
+        layer, up = self.weights.layers[i], slice(self.qkv_rows, None)
+        attention_linear(
+            self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden,
+            layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
+            order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
+            bias=layer.bias_in[up], out=self.context, linear_out=self.middle, workspace=self.workspace,
+            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+            **self._how("attention_up"),
         )  # fmt: skip
-        self._attention(row, i, layer)
-        linear_residual(
-            self.context, layer.weight_o, bias=layer.bias_o, residual=self.hidden, out=self.other,
-            prefetch=self._gate_up("o", layer), **self._how("o", early=not self.observes),
+        self._observe(i)
+
+    def _out(self, i: int) -> None:
+        layer = self.weights.layers[i]
+        self._linear_residual(
+            "out", self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, early=not self.observes,
+            prefetch=self._next_layer("out", i),
         )  # fmt: skip
-        self._flip()
+
+    def _attention(self, i: int) -> None:
+        """Attention leaves the memory idle while it waits: it prefetches what `gate_up`, two ops later, reads first."""
+        state, spec, layer = self.state, self.spec, self.weights.layers[i]
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        norms: dict[str, Any] = (
+            {}
+            if q_norm is None or k_norm is None
+            else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        )
+        attention_decode(
+            self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
+            pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
+            prefetch=self._gate_up_rows("attention", i), **norms, **self._how("attention"),
+        )  # fmt: skip
+        self._observe(i, q_norm)
+
+    def _o(self, i: int) -> None:
+        layer = self.weights.layers[i]
+        self._linear_residual(
+            "o", self.context, layer.weight_o, bias=layer.bias_o, early=not self.observes,
+            prefetch=self._gate_up_rows("o", i),
+        )  # fmt: skip
+
+    def _gate_up(self, i: int) -> None:
+        layer = self.weights.layers[i]
         self._norm_linear(
             "gate_up", layer.mlp_norm, layer.weight_gate_up, bias=layer.bias_gate_up, activation="swiglu",
             out=self.middle, prefetch=Prefetch.of_rows(layer.weight_down, self.plan["gate_up"].prefetch),
         )  # fmt: skip
-        linear_residual(
-            self.middle, layer.weight_down, bias=layer.bias_down, residual=self.hidden, out=self.other,
-            prefetch=self._next_layer("down", i), **self._how("down"),
-        )  # fmt: skip
-        self._flip()
 
-    def _flip(self) -> None:
-        """The residual stream goes on in the other buffer: no kernel writes the lines that it is reading."""
-        self.hidden, self.other = self.other, self.hidden
+    def _down(self, i: int) -> None:
+        layer = self.weights.layers[i]
+        prefetch = self._next_layer("down", i)
+        self._linear_residual("down", self.middle, layer.weight_down, bias=layer.bias_down, prefetch=prefetch)
 
-    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more) -> None:
+    def _head(self, i: int) -> None:
+        self._norm_linear("head", self.weights.final_norm, self.weights.head, out=self.state.logits)
+
+    def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more: Any) -> None:
         """One row range behind one norm."""
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
@@ -146,42 +190,40 @@ class FusedDecode:
             **self._how(op, early=early),
         )  # fmt: skip
 
-    def _attention(self, row: plain.Row, i: int, layer: LlamaLayer) -> None:
-        """Attention leaves the memory idle while it waits: it asks for what the op after the next one reads first."""
-        state, spec, q_norm, k_norm = self.state, self.spec, layer.q_norm, layer.k_norm
-        norms = {} if q_norm is None else {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
-        attention_decode(
-            self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
-            pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
-            prefetch=self._gate_up("attention", layer), **norms, **self._how("attention"),
-        )  # fmt: skip
-        self._observe(row, i, q_norm)
+    def _linear_residual(
+        self, op: str, a: torch.Tensor, weight: torch.Tensor, *, early: bool = True, **more: Any
+    ) -> None:
+        """The residual stream goes from one buffer to the other: no kernel writes the lines that it is reading."""
+        how = self._how(op, early=early)
+        linear_residual(a, weight, residual=self.hidden, out=self.other, **more, **how)
+        self.hidden, self.other = self.other, self.hidden
 
-    def _observe(self, row: plain.Row, i: int, q_norm: Norm | None = None) -> None:
+    def _observe(self, i: int, q_norm: Norm | None = None) -> None:
         """What scorers keep of this layer's queries and attention; only policies with such a scorer pay for it."""
         if self.observes:
             spec, order = self.spec, "per-head" if self.neox else "blocks"
             query = split_qkv(self.first, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
-            plain.observe(self.state, row, i, query if q_norm is None else plain.norm(query, q_norm))
+            plain.observe(self.state, self._row, i, query if q_norm is None else plain.norm(query, q_norm))
 
     # ---- how they are launched ----
 
     def _how(self, op: str, *, early: bool = True) -> dict:
-        """Options of one launch; `early`: whether it may start before the kernel before it has ended.
+        """Options of one launch; `early`: whether it may start before the previous kernel has ended.
 
-        The first op of layer 0 may not: attention, one kernel later, must find the scalars final. Nor may an op that
-        comes after PyTorch's, which need not end in a kernel; those of more than `MAX_SHARED` streams are PyTorch's.
+        The first op of layer 0 may not: attention, one kernel later, reads the scalars before its wait. Nor may an op
+        after one of PyTorch's, which need not end in a kernel; more than `MAX_STREAMS` streams take PyTorch's ops.
         """
         plan = self.plan[op]
-        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_SHARED}
+        return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_STREAMS}
 
     def _slots(self, op: str, i: int) -> Prefetch:
         """What attention reads first."""
         return Prefetch.of_slots(self.state.keys[i], self.state.values[i], self.plan[op].prefetch)
 
-    def _gate_up(self, op: str, layer: LlamaLayer) -> Prefetch:
+    def _gate_up_rows(self, op: str, i: int) -> Prefetch:
         """What the gated op reads first."""
-        return Prefetch.of_rows(layer.weight_gate_up, self.plan[op].prefetch, len(layer.weight_gate_up) // 2)
+        weight = self.weights.layers[i].weight_gate_up
+        return Prefetch.of_rows(weight, self.plan[op].prefetch, len(weight) // 2)
 
     def _next_layer(self, op: str, i: int) -> Prefetch:
         """What the first op after layer i reads first."""

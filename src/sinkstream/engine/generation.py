@@ -1,17 +1,22 @@
-"""Generating with an engine: draw, append, stop. Tokens stay on the device unless somebody must look at them.
+"""Generating with an engine: draw, append, stop. Tokens stay on the device unless the host needs their ids.
 
-Whoever looks at a token does so while its own step is under way: a drawn token is in the stream in any case. The
-likeliest token is drawn by the step itself.
+Each step is launched before the host reads the tokens that the step appends, so that reading overlaps with the step. A
+drawn token is appended whatever the host finds. Greedy decoding draws inside the step.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.engine.inputs import Ids, end_tokens
+from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.sampling import Sampler
+from sinkstream.engine.state import StreamState
 from sinkstream.kernels.layout import LIKELIEST
 
 Callback = Callable[[int, int], bool | None]
@@ -96,34 +101,34 @@ class Writer(ABC):
 
     @abstractmethod
     def look(self) -> Callable[[], list] | None:
-        """How the host sees what it must of the tokens drawn last, once their step is launched; None if it need not."""
+        """A function that reads on the host, once the step is launched, what `ended` needs; None: nothing is read."""
 
     @abstractmethod
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
-        """Which of the active streams end with the tokens drawn last; `shown` is what was seen."""
+        """Which of the active streams end with the tokens drawn last; `shown` is what `look` has read."""
 
 
 @torch.no_grad()
-def write(engine, writer: Writer, streams: Sequence[int], max_new_tokens: int) -> None:
-    """Let streams write, stepped together; those that end sit out the rest. Every token drawn is in its stream."""
+def write(decoder: StreamDecoder, writer: Writer, streams: Sequence[int], max_new_tokens: int) -> None:
+    """Let streams write, stepped together; those that end are idle from then on. Every drawn token is appended."""
     active = list(streams)
     for _ in range(max_new_tokens):
-        tokens = writer.draw(engine.state.logits)
+        tokens = writer.draw(decoder.state.logits)
         look = writer.look()
-        engine.advance(tokens, active)
+        decoder.advance(tokens, active)
         ended = [] if look is None else writer.ended(look(), active)
         active = [s for s in active if s not in ended]
         if not active:
             return
 
 
-class OnItsWay:
-    """A small tensor that is copied to the host while the device goes on with what is launched next."""
+class CopyInFlight:
+    """An asynchronous copy of a small tensor to the host, which overlaps with what is launched next."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._host, self._arrived = tensor.to("cpu", non_blocking=True), None  # to pinned memory
-        if tensor.is_cuda:
-            self._arrived = torch.cuda.Event()
+        self._host = tensor.to("cpu", non_blocking=True)  # to pinned memory
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
             self._arrived.record()
 
     def tolist(self) -> list:
@@ -151,13 +156,22 @@ class SamplingWriter(Writer):
 
     Attributes
     ----------
-    found : dict of Generation
+    generations : dict of Generation
         By stream; `tokens` are complete after `finish`.
     """
 
-    def __init__(self, state, recorder, prompts, sampler: Sampler, stop: StopRule, seed: int, streamer):
+    def __init__(
+        self,
+        state: StreamState,
+        recorder: Recorder,
+        prompts: dict[int, torch.Tensor],
+        sampler: Sampler,
+        stop: StopRule,
+        seed: int,
+        streamer: BaseStreamer | None,
+    ):
         self.recorder, self.sampler, self.stop, self.streamer = recorder, sampler, stop, streamer
-        self.found = {s: Generation() for s in prompts}
+        self.generations = {s: Generation() for s in prompts}
         self._generator = torch.Generator(state.device).manual_seed(seed)
         self._drawn: torch.Tensor | None = None
         self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
@@ -166,8 +180,9 @@ class SamplingWriter(Writer):
                 self._seen[stream, ids] = True
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
-        if not self.sampler.bare:
-            self._drawn = self.sampler.draw(logits, self._seen, self._generator)
+        if self.sampler.bare:
+            return None
+        self._drawn = self.sampler.draw(logits, self._seen, self._generator)
         if self._seen is not None:
             self._seen.scatter_(1, self._drawn[:, None], True)
         return self._drawn
@@ -175,60 +190,77 @@ class SamplingWriter(Writer):
     def look(self) -> Callable[[], list] | None:
         if not self.stop.looks and self.streamer is None:
             return None
-        return self.recorder.latest if self._drawn is None else OnItsWay(self._drawn).tolist
+        return self.recorder.latest if self._drawn is None else CopyInFlight(self._drawn).tolist
 
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
         ended = []
         for s in active:
-            tokens = self.found[s].tokens
+            tokens = self.generations[s].tokens
             tokens.append(shown[s])
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([shown[s]]))
             reason = self.stop.reason(tokens, s)
             if reason:
-                self.found[s].reason = reason
+                self.generations[s].reason = reason
                 ended.append(s)
         return ended
 
     def finish(self) -> dict[int, Generation]:
         """What every stream wrote."""
         written = self.recorder.tokens().tolist()
-        for s, generation in self.found.items():
+        for s, generation in self.generations.items():
             generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
             generation.text = self.stop.text(generation.tokens)
-        return self.found
+        return self.generations
 
 
 @torch.no_grad()
 def generate(
-    engine,
-    prompts: dict[int, torch.Tensor],
-    *,
+    decoder: StreamDecoder,
+    prompts: dict[int, Ids | str],
     max_new_tokens: int,
-    sampler: Sampler,
-    stop: StopRule,
-    seed: int,
-    streamer: BaseStreamer | None,
+    *,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    streamer: BaseStreamer | None = None,
+    seed: int = 0,
+    **sampling: Any,
 ) -> dict[int, Generation]:
-    """Feed each stream its prompt and let all of them write.
+    """Feed each stream its prompt and let all of them write, stepped together.
 
     Parameters
     ----------
-    engine : Engine
-    prompts : dict of Tensor, (tokens,), int64
-        By stream; an empty prompt goes on with a stream that has begun.
-    streamer : BaseStreamer or None
-        As that of transformers' generate(); for one stream.
+    decoder : StreamDecoder
+    prompts : dict
+        By stream: token ids or text; an empty prompt goes on with a stream that has begun.
+    **more
+        As in `Engine.generate`; a streamer is for one stream.
+
+    Raises
+    ------
+    ValueError
+        If an option or a prompt is not accepted; nothing has been fed then.
     """
-    for stream, ids in prompts.items():
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} is not accepted; accepted: a whole number from 1")
+    sampler = Sampler.of(sampling)
+    if streamer is not None and len(prompts) > 1:
+        raise ValueError(f"streamer= takes the text of one stream, and there are {len(prompts)} prompts")
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    rule = StopRule(
+        end_tokens(decoder.model) if stop_tokens is None else stop_tokens, strings, callback, decoder.tokenizer
+    )
+    fed = {s: decoder.prompt_ids(prompt, s) for s, prompt in prompts.items()}
+    for stream, ids in fed.items():
         if streamer is not None:
             streamer.put(ids[None].cpu())
         if len(ids):
-            engine.prefill(ids, stream=stream)
-    with engine.state.recording(looks=stop.looks or streamer is not None) as recorder:
-        writer = SamplingWriter(engine.state, recorder, prompts, sampler, stop, seed, streamer)
+            decoder.prefill(ids, stream=stream)
+    with decoder.state.recording(looks=rule.looks or streamer is not None) as recorder:
+        writer = SamplingWriter(decoder.state, recorder, fed, sampler, rule, seed, streamer)
         try:
-            write(engine, writer, list(prompts), max_new_tokens)
+            write(decoder, writer, list(fed), max_new_tokens)
         finally:
             if streamer is not None:
                 streamer.end()

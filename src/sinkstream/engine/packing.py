@@ -6,6 +6,7 @@ computes what it computed before; to write it to disk, save it first or copy its
 """
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -130,16 +131,18 @@ def pack(model: PreTrainedModel) -> PackedWeights:
     known = _packed.get(model)
     if known is not None and known[1] == _addresses(model):
         return known[0]
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     neox = model.config.model_type == NEOX
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would switch gradients on again
         layers = tuple((_pack_neox if neox else _pack_llama)(layer) for layer in decoder.layers)
     packed = PackedWeights(
         family=model.config.model_type,
         layers=layers,
-        embedding=model.get_input_embeddings().weight.detach(),
+        embedding=embedding.weight.detach(),
         final_norm=_norm(decoder.final_layer_norm if neox else decoder.norm),
-        head=model.get_output_embeddings().weight.detach(),
+        head=head.weight.detach(),
         rope_factor=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
     )
     _packed[model] = packed, _addresses(model)
@@ -186,9 +189,11 @@ def check_packable(model: PreTrainedModel) -> None:
         )
 
 
-def _pack_neox(layer: nn.Module) -> NeoxLayer:
+def _pack_neox(layer: Any) -> NeoxLayer:
     attention, mlp = layer.attention, layer.mlp
-    weight_in, bias_in = _stack_rows(attention.query_key_value, mlp.dense_h_to_4h, want_bias=True)
+    weight_in, bias_in = _stack_rows(attention.query_key_value, mlp.dense_h_to_4h)
+    if bias_in is None:
+        bias_in = weight_in.new_zeros(len(weight_in))
     weight_out = _stack_columns(attention.dense, mlp.dense_4h_to_h)
     biases = [m.bias for m in (attention.dense, mlp.dense_4h_to_h) if m.bias is not None]
     bias_out = torch.stack([b.float() for b in biases]).sum(0).to(weight_out.dtype)
@@ -202,7 +207,7 @@ def _pack_neox(layer: nn.Module) -> NeoxLayer:
     )
 
 
-def _pack_llama(layer: nn.Module) -> LlamaLayer:
+def _pack_llama(layer: Any) -> LlamaLayer:
     attention, mlp = layer.self_attn, layer.mlp
     weight_qkv, bias_qkv = _stack_rows(attention.q_proj, attention.k_proj, attention.v_proj)
     weight_gate_up, bias_gate_up = _stack_rows(mlp.gate_proj, mlp.up_proj)
@@ -223,17 +228,17 @@ def _pack_llama(layer: nn.Module) -> LlamaLayer:
     )
 
 
-def _stack_rows(*modules: nn.Linear, want_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One weight whose rows are those of the modules in turn, and one bias (0 where a module has none)."""
+def _stack_rows(*modules: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight whose rows are those of the modules in turn, and their bias if any has one (0 where one has none)."""
     first = modules[0].weight
     sizes = [m.weight.shape[0] for m in modules]
     weight = first.new_empty((sum(sizes), first.shape[1]))
-    has_bias = want_bias or any(m.bias is not None for m in modules)
+    has_bias = any(m.bias is not None for m in modules)
     bias = first.new_zeros(sum(sizes)) if has_bias else None
     for i, module in enumerate(modules):
         rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
         _move(module.weight, weight[rows])
-        if module.bias is not None:
+        if module.bias is not None and bias is not None:
             _move(module.bias, bias[rows])
     return weight, bias
 
@@ -248,18 +253,18 @@ def _stack_columns(*modules: nn.Linear) -> torch.Tensor:
     return weight
 
 
-def _move(parameter: nn.Parameter, place: torch.Tensor) -> None:
+def _move(parameter: torch.Tensor, place: torch.Tensor) -> None:
     """Copy a parameter to its place and make it a view of it; its own storage is freed."""
     place.copy_(parameter)
     parameter.data = place
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
     return Norm(module.weight.detach(), _detached(getattr(module, "bias", None)), eps)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
+def _is_rms_norm(module: Any) -> bool:
     return hasattr(module, "variance_epsilon") and module.weight.ndim == 1
 
 

@@ -4,6 +4,8 @@ Nothing is held twice: beside the ring there are the entries of one chunk (which
 are computed) and what attention sees of one layer.
 """
 
+from typing import Any
+
 import torch
 
 from sinkstream.cache import StreamingCache
@@ -11,7 +13,7 @@ from sinkstream.cache.ring import SLOT_AXIS, SoftRing
 
 
 class LentRing(SoftRing):
-    """A soft ring in buffers of somebody else, with room for what is cached and none for what is new.
+    """A soft ring in the buffers of a stream, which have room for the cached entries; new entries have buffers here.
 
     Parameters
     ----------
@@ -23,17 +25,25 @@ class LentRing(SoftRing):
         As for `SoftRing`.
     """
 
-    def __init__(self, shape, dtype, device, *, storage: tuple[torch.Tensor, torch.Tensor], **more):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        storage: tuple[torch.Tensor, torch.Tensor],
+        **more: Any,
+    ):
         super().__init__(shape, dtype, device, storage=storage, **more)
         self.capacity = storage[0].shape[SLOT_AXIS]
         layers, batch, heads, whole, dim = shape
         new = (layers, batch, heads, whole - self.capacity, dim)
-        self._new = [torch.zeros(new, dtype=dtype, device=device) for _ in storage]
+        self._chunk = [torch.zeros(new, dtype=dtype, device=device) for _ in storage]
 
     @property
     def chunk_tokens(self) -> int:
-        """The most entries that one forward may bring."""
-        return self._new[0].shape[SLOT_AXIS]
+        """The most entries that one forward may append."""
+        return self._chunk[0].shape[SLOT_AXIS]
 
     def open(self, tokens: int) -> None:
         """Nothing to cut: what is visible is put together layer by layer."""
@@ -42,10 +52,10 @@ class LentRing(SoftRing):
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep new entries of one layer and return copies of everything visible. As `SoftRing.write`."""
         visible = []
-        for buffer, new, given in zip((self.keys, self.values), self._new, (keys.detach(), values.detach())):
+        for buffer, new, given in zip((self.keys, self.values), self._chunk, (keys.detach(), values.detach())):
             new[layer, :, :, : given.shape[2]].copy_(given)
             visible.append(torch.cat([buffer[layer, :, :, self.start : self.tail], given], 2))
-        return tuple(visible)
+        return visible[0], visible[1]
 
     def advance(self, tokens: int, drop: int = 0) -> None:
         """Take over the entries of the forward and drop as many as the policy did inside it.
@@ -62,7 +72,7 @@ class LentRing(SoftRing):
             if self.tail + rest > self.capacity:
                 self._compact()
             fits = min(rest, self.capacity - self.tail)
-            for buffer, new in zip((self.keys, self.values), self._new):
+            for buffer, new in zip((self.keys, self.values), self._chunk):
                 buffer[..., self.tail : self.tail + fits, :] = new[..., taken : taken + fits, :]
             self.tail += fits
             taken += fits
@@ -97,7 +107,7 @@ class PrefillCache(StreamingCache):
         """Slots of the ring, and one chunk."""
         return self.storage[0].shape[SLOT_AXIS] + self.chunk_tokens
 
-    def _new_ring(self, shape: tuple[int, ...], device: torch.device, *, rebase_at: int, **more) -> SoftRing:
+    def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
         # a wrap comes with every chunk here: rebased as rarely as in a larger ring, keys are rounded as rarely
-        rebase_at += self.policy.peak
-        return LentRing(shape, self.spec.dtype, device, storage=self.storage, rebase_at=rebase_at, **more)
+        more["rebase_at"] += self.policy.peak
+        return LentRing(shape, self.spec.dtype, device, storage=self.storage, **more)

@@ -1,8 +1,21 @@
-"""Which tokens the steps appended: read from the plan, where every step leaves the ids, without a kernel a token."""
+"""Which tokens the steps appended: read from the plan, to which every step writes the ids, without a kernel a token."""
+
+from typing import Protocol
 
 import torch
 
 from sinkstream.kernels.layout import TOKEN
+
+
+class PlannedSteps(Protocol):
+    """What a recorder reads of `StreamState`, which has the meaning of each."""
+
+    plan: torch.Tensor
+
+    @property
+    def steps_done(self) -> int: ...
+
+    def appended(self, first: int) -> torch.Tensor: ...
 
 
 class Recorder:
@@ -12,15 +25,16 @@ class Recorder:
     ----------
     state : StreamState
     looks : bool
-        Whether `latest` will be asked.
+        Whether `latest` will be called.
     """
 
-    def __init__(self, state, looks: bool):
-        self._state, self._first, self._parts = state, state.steps_done, []
-        self._glimpse = _Glimpse(state.plan) if looks and state.plan.is_cuda else None
+    def __init__(self, state: PlannedSteps, looks: bool):
+        self._state, self._first = state, state.steps_done
+        self._parts: list[torch.Tensor] = []
+        self._reader = _EarlyReader(state.plan) if looks and state.plan.is_cuda else None
 
     def tokens(self) -> torch.Tensor:
-        """All of them so far, ``(steps, streams)`` int64 on the device; `LIKELIEST` where the stream sat out."""
+        """All of them so far, ``(steps, streams)`` int64 on the device; `LIKELIEST` where the stream was idle."""
         self.keep()
         self._first = self._state.steps_done
         return torch.cat(self._parts)
@@ -28,27 +42,27 @@ class Recorder:
     def latest(self) -> list[int]:
         """What the latest step appended to each stream; waits until that step has begun, not until it has ended."""
         row = self._state.plan[self._state.steps_done - 1]
-        return row[:, TOKEN].tolist() if self._glimpse is None else self._glimpse.read(row)
+        return row[:, TOKEN].tolist() if self._reader is None else self._reader.read(row)
 
     # ---- for the state ----
 
     def due(self) -> None:
-        """A step is about to be launched."""
-        if self._glimpse is not None:
-            self._glimpse.due()
+        """Called before a step is launched."""
+        if self._reader is not None:
+            self._reader.due()
 
     def keep(self) -> None:
-        """The plan is about to be discarded."""
+        """Called before the plan is discarded."""
         self._parts.append(self._state.appended(self._first))
         self._first = 0
 
 
-class _Glimpse:
-    """Reads a row of the plan on a CUDA device while the step that the row is for is under way.
+class _EarlyReader:
+    """Reads a row of the plan on a CUDA device while the step of that row is running.
 
-    A step of one CUDA graph ends before anything launched after it begins, and an event inside cannot be waited for.
-    So the row is copied on a stream of its own, from where the step may begin, until the ids are there: as a rule the
-    first or the second time.
+    On the stream of the steps a copy would wait for the end of the step's CUDA graph, and no event inside a graph can
+    be waited for. So the row is copied on a second stream, again and again from the launch of the step on, until it
+    holds the token ids: as a rule the first or the second copy does.
     """
 
     def __init__(self, plan: torch.Tensor):
@@ -57,7 +71,7 @@ class _Glimpse:
         self._due, self._arrived = torch.cuda.Event(), torch.cuda.Event()
 
     def due(self) -> None:
-        """The row is planned and its step is launched next."""
+        """Called when the row is planned and before its step is launched."""
         self._due.record(torch.cuda.current_stream(self._device))
 
     def read(self, row: torch.Tensor) -> list[int]:

@@ -4,6 +4,7 @@ The order and the meaning of each option are those of transformers' logits proce
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,6 +53,14 @@ class Sampler:
         if self.greedy and any(o is not None for o in (self.top_k, self.top_p, self.min_p)):
             raise ValueError("top_k, top_p and min_p change nothing at temperature=0; give a temperature above 0")
 
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "Sampler":
+        """The sampler with these options. Raises ValueError also for a name that is no option."""
+        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; accepted: {', '.join(cls.__dataclass_fields__)}")
+        return cls(**options)
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
@@ -82,6 +91,8 @@ class Sampler:
         """
         logits = logits.float()
         if self.remembers:
+            if seen is None:
+                raise ValueError(f"repetition_penalty={self.repetition_penalty} needs `seen`, the tokens seen before")
             punished = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(seen, punished, logits)
         if self.greedy:

@@ -98,7 +98,7 @@ def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
 
 
 def _header(metadata: Mapping[str, str] | None, path) -> dict[str, Any]:
-    if "sinkstream" not in (metadata or {}):
+    if metadata is None or "sinkstream" not in metadata:
         raise ValueError(f"{str(path)!r} is not a snapshot of a sinkstream engine")
     try:
         header = json.loads(metadata["sinkstream"])

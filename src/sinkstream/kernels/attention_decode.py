@@ -1,9 +1,9 @@
 """Decode attention over two frames in one kernel: rotate, write the new key and value, split attention, combine.
 
-Programs share the ring of one key-value head. Each reads its run of slots with all loads in flight at once (they do not
-depend on the kernel before, so they are issued before waiting for it), and the last to finish combines the partial
-results. The first program of a head also serves the pinned slots, with the query rotated to its frame position; the
-last one also writes the new token and attends to it from registers. An eviction moves no memory.
+Programs share the ring of one key-value head: split-K along the slots. The loads of a program are all in flight at
+once, and are issued before the wait for the previous kernel, on which they do not depend. The last program to finish
+combines the partial results. Programs of their own serve the pinned slots, with the query rotated to its frame
+position; the last of them also writes the new token and attends to it from registers. An eviction moves no memory.
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
@@ -38,7 +38,7 @@ from sinkstream.kernels.runtime import (
 
 FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, spare
 ORDERS = ("per-head", "blocks")
-COMBINED_VALUES = 64  # partial results that a thread holds at a time when it combines them, those loaded ahead included
+COMBINED_VALUES = 64  # partial results in a thread's registers while it combines them, those in flight included
 
 
 @jit
@@ -112,11 +112,11 @@ def load_slots(keys, values, start, end, first, length, ring, skip, C: tl.conste
 
 
 @jit
-def absorb(q, k, v, seen, scale, m, s, a, DOT: tl.constexpr, KIND: tl.constexpr):
-    """One tile more in a running softmax, base 2: maxima m, sums s, weighted values a (a tuple of chunks).
+def online_softmax_update(q, k, v, seen, scale, m, s, a, DOT: tl.constexpr, KIND: tl.constexpr):
+    """Online softmax, base 2: one tile more in maxima m, sums s and weighted values a (a tuple of chunks).
 
-    With DOT there is one running softmax per query. Without it there is one per *row of the tile*: lanes need not talk
-    to each other until the end, when `gather_rows` adds the rows up.
+    With DOT there is one softmax per query. Without it there is one per *row of the tile*, so that threads exchange
+    nothing until `gather_rows` merges the rows at the end.
     """
     if DOT:
         z = tl.dot(q[0], tl.trans(k[0].to(KIND)))
@@ -149,8 +149,8 @@ def absorb(q, k, v, seen, scale, m, s, a, DOT: tl.constexpr, KIND: tl.constexpr)
 
 
 @jit
-def nothing(ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """A running softmax of ROWS rows that has seen nothing."""
+def online_softmax_init(ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """An online softmax of ROWS rows before its first tile."""
     a = ()
     for _ in tl.static_range(D // C):
         a = a + (tl.zeros((ROWS, C), tl.float32),)
@@ -159,7 +159,7 @@ def nothing(ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
 
 @jit
 def gather_rows(m, s, a):
-    """One running softmax from those of all rows of a tile: shapes (1,), (1,) and a tuple of (1, C)."""
+    """One online softmax from those of all rows of a tile: shapes (1,), (1,) and a tuple of (1, C)."""
     top = tl.max(m, 0)
     weight = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top))
     out = ()
@@ -169,8 +169,8 @@ def gather_rows(m, s, a):
 
 
 @jit
-def absorb_new(q, k, v, scale, m, s, a):
-    """The new token itself, from registers; k and v are tuples of (1, C)."""
+def online_softmax_update_new(q, k, v, scale, m, s, a):
+    """Online softmax: the new token, from registers; k and v are tuples of (1, C)."""
     z = tl.sum(q[0].to(tl.float32) * k[0], 1)
     for c in tl.static_range(1, len(k)):
         z += tl.sum(q[c].to(tl.float32) * k[c], 1)
@@ -184,27 +184,27 @@ def absorb_new(q, k, v, scale, m, s, a):
 
 
 @jit
-def absorb_run(
+def online_softmax_run(
     k, v, seen, keys, values, start, end, first, length, ring, skip, q, scale, m, s, a, C: tl.constexpr,
     D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of one program. Without STAGES the first tile is in registers already, and the next is always ahead."""
+    """All tiles of one program. Without STAGES k and v hold the first tile, and the next one is in flight."""
     if STAGES > 0:
         for t in tl.range(0, TILES, num_stages=STAGES):
             k, v, seen = load_slots(keys, values, start + t * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = absorb(q, k, v, seen, scale, m, s, a, DOT, KIND)
+            m, s, a = online_softmax_update(q, k, v, seen, scale, m, s, a, DOT, KIND)
     elif TILES <= 4:
         for t in tl.static_range(TILES):
             old_k, old_v, old_seen = k, v, seen
             if t + 1 < TILES:
                 k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = absorb(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
+            m, s, a = online_softmax_update(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
     else:
         for t in tl.range(0, TILES):
             old_k, old_v, old_seen = k, v, seen
             k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = absorb(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
+            m, s, a = online_softmax_update(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
     return m, s, a
 
 
@@ -223,7 +223,7 @@ def store_partial(part, m, s, a, ROWS: tl.constexpr, G: tl.constexpr, C: tl.cons
 def load_partials(
     part, programs, g, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr
 ):
-    """What all programs found for queries g .. g + GC - 1: maxima and sums (SP, GC), weighted values (SP, GC, SIZE)."""
+    """Partial results of all programs for queries g .. g + GC - 1: m and s (SP, GC), weighted values (SP, GC, SIZE)."""
     width: tl.constexpr = G * D + 2 * G
     row, query = tl.arange(0, SP)[:, None], g + tl.arange(0, GC)[None, :]
     columns = tl.arange(0, SIZE)[None, None, :]
@@ -239,7 +239,7 @@ def load_partials(
 def combine(
     part, out_ptr, programs, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Put the partial results of all programs of a head together, GC queries at a time, the next ones loaded ahead."""
+    """Reduce the partial results of all programs of a head, GC queries at a time; the next queries are in flight."""
     query, columns = tl.arange(0, GC)[:, None], tl.arange(0, SIZE)[None, :]
     m, s, a = load_partials(part, programs, 0, G, GC, D, SP, SIZE)
     for g in tl.static_range(0, G, GC):
@@ -295,12 +295,12 @@ def attend_split(
     q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
     new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
     newest = split == programs - 1
-    if DOT:  # asked for along with the query; without matrix units registers are too few for that
-        new_k, held_k, new_v = load_newest(
+    if DOT:  # loaded along with the query; without matrix units registers are too few for that
+        new_k, kept_k, new_v = load_newest(
             new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
         )  # fmt: skip
-    m, s, a = nothing(16 if DOT else BT, C, D)
-    m, s, a = absorb_run(
+    m, s, a = online_softmax_init(16 if DOT else BT, C, D)
+    m, s, a = online_softmax_run(
         k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES,
         DOT, KIND,
     )  # fmt: skip
@@ -310,14 +310,14 @@ def attend_split(
         m, s, a = gather_rows(m, s, a)
     if newest:
         if not DOT:
-            new_k, held_k, new_v = load_newest(
+            new_k, kept_k, new_v = load_newest(
                 new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
             )  # fmt: skip
         place = (base + slot) * D + tl.arange(0, C)[None, :]
         for c in tl.static_range(D // C):
-            tl.store(key_ptr + place + c * C, held_k[c].to(key_ptr.dtype.element_ty))
+            tl.store(key_ptr + place + c * C, kept_k[c].to(key_ptr.dtype.element_ty))
             tl.store(value_ptr + place + c * C, new_v[c].to(value_ptr.dtype.element_ty))
-        m, s, a = absorb_new(q, new_k, new_v, scale, m, s, a)
+        m, s, a = online_softmax_update_new(q, new_k, new_v, scale, m, s, a)
     part = part_ptr + which.to(tl.int64) * programs * (G * D + 2 * G)
     store_partial(part + split * (G * D + 2 * G), m, s, a, QR, G, C, D)
     tl.debug_barrier()
@@ -381,9 +381,9 @@ def attention_decode(
     config: AttentionConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
-    """Append one token a stream and attend to all that is visible, pinned slots in one frame, the ring in the other.
+    """Append one token a stream and attend to every visible slot: pinned slots in one frame, the ring in the other.
 
     Parameters
     ----------
@@ -393,8 +393,8 @@ def attention_decode(
         One layer's slots, pinned ones first; keys rotated. Written in place at each stream's slot.
     scalars : Tensor, (streams, 8), int32
         Slot to write, -, -, pinned entries visible, ring index of the oldest visible window token, visible window
-        length with the new token, -, -. Slots are read before the kernel waits for the one before it, so with `pdl` the
-        scalars must be final before that kernel starts.
+        length with the new token, -, -. The kernel reads slots before it waits for the previous kernel, so with `pdl`
+        the scalars must be final before the previous kernel starts.
     rope : Tensor, (streams, 2, 2, rotary_dim / 2), float32
         Cosine and sine at the window position of the query, then at its frame position (`rope_frames`).
     query_heads : int
@@ -407,7 +407,7 @@ def attention_decode(
     out : Tensor, (streams, query_heads * head_dim), optional
     workspace : Workspace, optional
         Allocated for this call if missing; a captured graph needs one of its own.
-    config, prefetch, pdl, backend
+    config, prefetch, pdl, implementation
         As in `norm_linear`.
 
     Returns
@@ -427,7 +427,7 @@ def attention_decode(
         "out", out, (streams, query_heads * head_dim), dtypes=FLOAT_DTYPES, device=keys.device, contiguous=False
     )
     rest = (query_heads, pinned_slots, order, q_norm, k_norm, eps)
-    if not use_triton(backend, qkv):
+    if not use_triton(implementation, qkv):
         return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest))
     if config is None:
         sizes = head_dim, slots - pinned_slots, pinned_slots
@@ -480,7 +480,7 @@ def split_qkv(qkv, query_heads: int, kv_heads: int, head_dim: int, order: str):
 def attention_decode_twin(
     qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps
 ) -> torch.Tensor:
-    """The same in plain PyTorch, float32 (float64 for float64 inputs) with the result left in that precision."""
+    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 inputs), result in that precision."""
     work = torch.float64 if keys.dtype == torch.float64 else torch.float32
     streams, kv_heads, slots, head_dim = keys.shape
     q, k, v = (part.to(work) for part in split_qkv(qkv, query_heads, kv_heads, head_dim, order))
@@ -506,8 +506,8 @@ def attention_decode_twin(
         dim=-1,
     )
     weights = (scores * head_dim**-0.5).masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-    held = values.to(work).masked_fill(~seen[:, None, :, None], 0.0)
-    return (weights @ held).flatten(1)
+    visible = values.to(work).masked_fill(~seen[:, None, :, None], 0.0)
+    return (weights @ visible).flatten(1)
 
 
 def _rotate(x, cos, sin):
@@ -560,8 +560,8 @@ def launch_arguments(
     scale = head_dim**-0.5 * 1.4426950408889634
     norms = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
     parts, size = triton.next_power_of_2(programs), triton.next_power_of_2(head_dim)
-    together, held = triton.next_power_of_2(group), parts * size / (32 * config.warps)
-    while together > 1 and held * together * (1 if together >= group else 2) > COMBINED_VALUES:
+    together, registers = triton.next_power_of_2(group), parts * size / (32 * config.warps)
+    while together > 1 and registers * together * (1 if together >= group else 2) > COMBINED_VALUES:
         together //= 2
     grid = (programs, kv_heads, streams)
     arguments = [

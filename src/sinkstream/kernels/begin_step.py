@@ -1,4 +1,4 @@
-"""What a step begins with: its row of the plan, its tokens and their embeddings, the rotations of its query.
+"""The beginning of a step: its row of the plan, its tokens and their embeddings, the rotations of its query.
 
 The plan holds the scalars of many steps. A cursor on the device says which of its rows is next, and a negative token id
 means the likeliest token of the logits, so that one captured graph can run step after step without the host. The ids
@@ -29,7 +29,7 @@ def _begin_step_kernel(
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64.
 
-    Until it waits it may run beside the kernel that fills the tiles, which reads nothing that is written here.
+    Before its wait it may overlap with the kernel that fills the tiles, which reads nothing that is written here.
     """
     stream = tl.program_id(0)
     at = (tl.load(cursor_ptr + stream) + 1) % rows
@@ -70,7 +70,7 @@ def begin_step(
     scalars: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Move the cursor, choose tokens, copy that row of the plan, gather embeddings, compute the angles of both frames.
 
@@ -123,11 +123,11 @@ def begin_step(
     check_tensor("scalars", scalars, (streams, FIELDS), dtypes=(torch.int32,), device=device)
     check_tensor("hidden", hidden, (streams, width), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("rope", rope, (streams, 2, 2, half), dtypes=(torch.float32,), device=device)
-    if not use_triton(backend, tokens):
+    if not use_triton(implementation, tokens):
         read_plan(tokens, logits, plan, cursor, scalars)
         hidden.copy_(embedding[scalars[:, TOKEN].long()])
         return scalars, hidden, rope.copy_(rope_twin(scalars, inv_freq, factor))
-    tiles = Tiles(*logits.shape, device) if tiles is None else tiles
+    tiles = Tiles(streams, logits.shape[1], device) if tiles is None else tiles
     early = tiles.find(logits, tokens)
     launch(
         _begin_step_kernel, (streams,), tokens, tiles.values, tiles.indices, plan, cursor, embedding, inv_freq,

@@ -1,9 +1,9 @@
-"""Vectors and weight rows in chunks of columns, as kernels of linear layers hold them: loads, products, the norm."""
+"""Vectors and weight rows in chunks of columns: loads, the norm, products and the epilogue of the linear kernels."""
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 
-from sinkstream.kernels.config import LinearConfig, SharedConfig
+from sinkstream.kernels.config import LinearConfig, MultiStreamConfig
 from sinkstream.kernels.runtime import HALF_DTYPES, jit, tl
 
 
@@ -28,9 +28,9 @@ def no_chunks(K: tl.constexpr, BK: tl.constexpr):
 
 @jit
 def normalise(xs, gammas, betas, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, HAS_BETA: tl.constexpr):
-    """LayerNorm (or RMSNorm) of a chunked vector, in float32: chunks, and what their products are still multiplied by.
+    """LayerNorm (or RMSNorm) of a chunked vector, in float32: chunks, and a factor that the epilogue multiplies by.
 
-    The scale of an RMSNorm without an offset is left to the end, so that products need not wait for it.
+    The factor is the scale of an RMSNorm without an offset, so that products need not wait for it; otherwise it is 1.
     """
     columns = tl.arange(0, BK)
     total = tl.zeros((BK,), tl.float32)
@@ -73,8 +73,10 @@ def load_rows(
 
 
 @jit
-def held_rows(w_ptr, rows, limit, stride, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):
-    """All chunks of weight rows, in registers."""
+def load_row_chunks(
+    w_ptr, rows, limit, stride, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
+):
+    """All column chunks of weight rows, in registers."""
     chunks = ()
     for c in tl.static_range((K + BK - 1) // BK):
         chunks = chunks + (load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT),)
@@ -82,11 +84,11 @@ def held_rows(w_ptr, rows, limit, stride, K: tl.constexpr, BK: tl.constexpr, EVE
 
 
 @jit
-def held_products(held, xs):
-    """Products of held rows and a chunked vector, not yet added up along the row: (rows, BK) float32."""
-    acc = held[0].to(tl.float32) * xs[0][None, :]
-    for c in tl.static_range(1, len(held)):
-        acc += held[c].to(tl.float32) * xs[c][None, :]
+def chunk_products(chunks, xs):
+    """Products of row chunks and a chunked vector, not yet reduced along the row: (rows, BK) float32."""
+    acc = chunks[0].to(tl.float32) * xs[0][None, :]
+    for c in tl.static_range(1, len(chunks)):
+        acc += chunks[c].to(tl.float32) * xs[c][None, :]
     return acc
 
 
@@ -94,7 +96,7 @@ def held_products(held, xs):
 def row_products(
     w_ptr, rows, limit, stride, xs, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
 ):
-    """The same of rows that are still in memory, chunk by chunk."""
+    """`chunk_products` of rows in memory, loaded chunk by chunk."""
     acc = tl.zeros((rows.shape[0], BK), tl.float32)
     for c in tl.static_range((K + BK - 1) // BK):
         acc += load_rows(w_ptr, rows, limit, stride, c, K, BK, EVEN, EVICT).to(tl.float32) * xs[c][None, :]
@@ -103,9 +105,9 @@ def row_products(
 
 @jit
 def row_terms(term_ptr, r, rows, GIVEN: tl.constexpr, IN_PLACE: tl.constexpr = False):
-    """What is added to the products of rows `r` (a bias, a residual), float32; zeros where none is given.
+    """A bias or residual of rows `r`, float32; zeros without GIVEN.
 
-    IN_PLACE: read where the program says so, never earlier in a pipeline.
+    IN_PLACE: loaded where the program says so; the compiler's pipeline does not load it ahead.
     """
     if GIVEN:
         terms = tl.load(term_ptr + r, mask=r < rows, other=0.0, volatile=IN_PLACE).to(tl.float32)
@@ -131,7 +133,7 @@ def store_tile(y_ptr, r, y, up, rows, ACT: tl.constexpr, GATED: tl.constexpr):
     tl.store(y_ptr + r, y, mask=r < rows)
 
 
-def check_tile(config: LinearConfig | SharedConfig, hidden: int, weight: torch.Tensor) -> None:
+def check_tile(config: LinearConfig | MultiStreamConfig, hidden: int, weight: torch.Tensor) -> None:
     """Check what the kernels need of a weight: half precision and rows that 16-byte loads can read."""
     if weight.dtype not in HALF_DTYPES:
         raise ValueError(f"weight has dtype {weight.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")

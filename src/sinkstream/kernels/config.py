@@ -1,13 +1,13 @@
-"""How the kernels are cut up: the configurations, what fits, and which one a call gets that brings none.
+"""How the kernels are cut up: the configurations, what fits the device, and the defaults.
 
-Plans for whole steps, measured, are in `plans`. A configuration that the caller brings is used as it is.
+Measured plans of whole steps are in `plans`. A configuration that is passed to an op is used unchanged.
 """
 
 from dataclasses import dataclass, replace
 
-MAX_SHARED = 16  # streams of one product: the narrowest tile of the matrix units, and the widest that is used
+MAX_STREAMS = 16  # streams of one product: the narrowest tile of the matrix units
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
-OWN_BYTES = 2048  # shared memory of a program beside its ring: 1 KB that the driver keeps, and room for reductions
+OWN_BYTES = 2048  # shared memory of a program outside its pipeline: 1 KB of the driver, and room for reductions
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,20 @@ class LinearConfig:
     columns : int
         Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
     warps, stages : int
-        Warps of a program; its tiles, the one in use and those in flight (1: no shared-memory ring, plain loads).
+        Warps of a program; tiles of its shared-memory pipeline, in use and in flight (1: no pipeline, plain loads).
     per_sm : int
         Programs a multiprocessor.
     ahead : int
-        Tiles a program asks for before it waits for the kernel before (programmatic dependent launch only).
+        Tiles that a program prefetches to L2 before it waits for the previous kernel (programmatic dependent launch
+        only).
     evict : bool
-        Mark the weights as first to leave L2.
+        Evict-first policy for the weights in L2.
     late : bool
-        Let the next kernel start at this one's last tile instead of at once.
+        Trigger the launch of the next kernel at this kernel's last tile instead of at once.
     hold : bool
-        Read a program's first tile to registers before it waits for the kernel before.
+        Read a program's first tile to registers before it waits for the previous kernel.
     fill : bool
-        Have the ring's tiles in flight before waiting for the kernel before; not together with `hold`.
+        Have the pipeline's tiles in flight before the wait for the previous kernel; not together with `hold`.
     """
 
     rows: int = 4
@@ -49,7 +50,7 @@ class LinearConfig:
 
     def __post_init__(self):
         if self.hold and self.fill:
-            raise ValueError("hold and fill in one configuration; accepted: the first tile in registers or in the ring")
+            raise ValueError("hold and fill in one configuration; accepted: one of them at most")
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class AttentionConfig:
         Slots of one tile (a power of two, at least 16). Two tiles of keys and values are in flight in registers.
     warps : int
     stages : int
-        0: tiles go through registers, loaded one ahead; 2 or more: through a ring of shared-memory stages.
+        0: tiles go through registers, loaded one ahead; 2 or more: through a pipeline of shared-memory stages.
     dot : bool
         Use the matrix units. Needed for grouped queries; without it, one query per key-value head.
     columns : int
         Widest column chunk of a tile (a power of two, at least 16); the widest that divides head_dim is used.
     late : bool
-        Let the next kernel start when the slots have been read instead of at once.
+        Trigger the launch of the next kernel when the slots have been read instead of at once.
     """
 
     splits: int = 16
@@ -83,13 +84,13 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class BesideConfig:
-    """How attention and the linear layer beside it are cut up; both have the same number of warps.
+class AttentionLinearConfig:
+    """How attention and a linear layer in one kernel are cut up; both have the same number of warps.
 
     Attributes
     ----------
     attention : AttentionConfig
-        With few splits: its programs must leave room for the rows beside them on every multiprocessor.
+        With few splits: its programs must leave room for those of the linear layer on every multiprocessor.
     linear : LinearConfig
         ``per_sm`` counts the programs of both.
     """
@@ -100,13 +101,13 @@ class BesideConfig:
     def __post_init__(self):
         if self.attention.warps != self.linear.warps:
             raise ValueError(
-                f"{self.attention.warps} warps for attention and {self.linear.warps} for the rows beside it;"
-                " accepted: as many"
+                f"{self.attention.warps} warps for attention and {self.linear.warps} for the linear layer in the"
+                " same kernel; accepted: as many"
             )
 
 
 @dataclass(frozen=True)
-class SharedConfig:
+class MultiStreamConfig:
     """How a product of several streams is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -120,10 +121,10 @@ class SharedConfig:
     per_sm : int
         Programs a multiprocessor.
     ahead : int
-        Bytes of each row of its first tile that a program asks for before it waits for the kernel before, a multiple
-        of 16 (programmatic dependent launch only).
+        Bytes of each row of its first tile that a program prefetches to L2 before it waits for the previous kernel, a
+        multiple of 16 (programmatic dependent launch only).
     late : bool
-        Let the next kernel start when this one's rows are done instead of at once.
+        Trigger the launch of the next kernel when this kernel's rows are done instead of at once.
     """
 
     rows: int = 16
@@ -141,21 +142,21 @@ class SharedConfig:
             )
 
 
-# What a call gets that brings none. Chosen so that the compiler spills no registers at head sizes 64 to 256.
+# Defaults, chosen so that the compiler spills no registers at head sizes 64 to 256.
 LINEAR = LinearConfig()
 RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
 UNGROUPED = AttentionConfig()
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
-SHARED = SharedConfig()
-FEW_HEADS = AttentionConfig(splits=MAX_SPLITS, warps=4, late=True)  # of several streams: split to make one wave
-MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)  # where that cannot be
-WAVE = 3  # programs of FEW_HEADS that a multiprocessor holds at a time
-BESIDE = BesideConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
+MULTI_STREAM = MultiStreamConfig()
+FEW_HEADS = AttentionConfig(splits=MAX_SPLITS, warps=4, late=True)  # of several streams: splits for one wave
+MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)  # where one wave has no room for two splits
+WAVE = 3  # occupancy of FEW_HEADS, programs a multiprocessor
+ATTENTION_LINEAR = AttentionLinearConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
 
 
 def tile_bytes(config: LinearConfig, *widths: int) -> int:
-    """Shared memory of one tile of half-precision rows, bytes, each part padded to whole chunks; 0 without a ring."""
+    """Shared memory of one tile of half-precision rows, bytes, parts padded to whole chunks; 0 without a pipeline."""
     chunks = sum(-(-width // config.columns) for width in widths)
     return config.rows * chunks * config.columns * 2 if config.stages > 1 else 0
 
@@ -199,11 +200,11 @@ def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
     return fit_shared_memory(config, shared_bytes, n, m)
 
 
-def default_shared(gated: bool, shared_bytes: int) -> SharedConfig:
-    """What `shared_product` uses: as many programs a multiprocessor as fit."""
-    parts = SHARED.rows * (2 if gated else 1) + MAX_SHARED
-    program = (SHARED.stages - 1) * parts * SHARED.columns * 2 + OWN_BYTES
-    return replace(SHARED, per_sm=max(1, min(SHARED.per_sm, shared_bytes // program)))
+def default_multi_stream(gated: bool, shared_bytes: int) -> MultiStreamConfig:
+    """What `multi_stream_linear` uses: as many programs a multiprocessor as fit."""
+    parts = MULTI_STREAM.rows * (2 if gated else 1) + MAX_STREAMS
+    program = (MULTI_STREAM.stages - 1) * parts * MULTI_STREAM.columns * 2 + OWN_BYTES
+    return replace(MULTI_STREAM, per_sm=max(1, min(MULTI_STREAM.per_sm, shared_bytes // program)))
 
 
 def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:
@@ -226,19 +227,21 @@ def fit_attention(config: AttentionConfig, group: int, head_dim: int, ring: int,
     return _fit_splits(config, ring, pinned_slots)
 
 
-def default_beside(hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int) -> BesideConfig:
-    """What `attention_beside` uses."""
-    return fit_beside(BESIDE, hidden, head_dim, ring, pinned_slots, shared_bytes)
+def default_attention_linear(
+    hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int
+) -> AttentionLinearConfig:
+    """What `attention_linear` uses."""
+    return fit_attention_linear(ATTENTION_LINEAR, hidden, head_dim, ring, pinned_slots, shared_bytes)
 
 
-def fit_beside(
-    config: BesideConfig, hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int
-) -> BesideConfig:
+def fit_attention_linear(
+    config: AttentionLinearConfig, hidden: int, head_dim: int, ring: int, pinned_slots: int, shared_bytes: int
+) -> AttentionLinearConfig:
     """The configuration with smaller tiles for wide heads (two of them are held in registers) and what else fits."""
     attention = _fit_splits(config.attention, ring, pinned_slots)
     while attention.tile > 16 and attention.tile * head_dim > 64 * 96:
         attention = replace(attention, tile=attention.tile // 2)
-    return BesideConfig(attention, fit_shared_memory(config.linear, shared_bytes, hidden))
+    return AttentionLinearConfig(attention, fit_shared_memory(config.linear, shared_bytes, hidden))
 
 
 def _fit_splits(config: AttentionConfig, ring: int, pinned_slots: int) -> AttentionConfig:

@@ -113,13 +113,13 @@ class Tiles:
         return early
 
 
-def likeliest(logits: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def likeliest(logits: torch.Tensor, *, implementation: str | None = None) -> torch.Tensor:
     """Index of the largest logit of every stream, the first of equals; one that is not a number counts as largest.
 
     Parameters
     ----------
     logits : Tensor, (streams, vocab), float32
-    backend : {"auto", "triton", "torch"}, optional
+    implementation : {"auto", "triton", "torch"}, optional
 
     Returns
     -------
@@ -131,7 +131,7 @@ def likeliest(logits: torch.Tensor, *, backend: str | None = None) -> torch.Tens
         Naming the argument that the op cannot serve and what is accepted.
     """
     check_tensor("logits", logits, (None, None), dtypes=(torch.float32,), device=logits.device, contiguous=False)
-    if not use_triton(backend, logits):
+    if not use_triton(implementation, logits):
         return logits.argmax(-1)
     streams, vocab = logits.shape
     tiles = Tiles(streams, vocab, logits.device)

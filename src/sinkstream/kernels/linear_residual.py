@@ -2,8 +2,8 @@
 
 GPT-NeoX adds attention output and feed-forward to the same residual, so the two projections are one product over the
 concatenated input, with the packed weight [W_a | W_f]. Llama uses one input. In each program the input
-stays in registers, weight rows stream through a ring of shared-memory stages. The kernel serves one stream; what
-several share is in `shared_product`.
+stays in registers, weight rows stream through a pipeline of shared-memory stages. The kernel serves one stream; several
+streams take `multi_stream_linear`.
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
@@ -12,14 +12,15 @@ import torch.nn.functional as F
 
 from sinkstream.kernels.chunks import (
     check_tile,
-    held_products,
-    held_rows,
+    chunk_products,
     load_chunks,
+    load_row_chunks,
     no_chunks,
     row_products,
     row_terms,
 )
-from sinkstream.kernels.config import MAX_SHARED, LinearConfig, default_linear_residual
+from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, default_linear_residual
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -36,7 +37,6 @@ from sinkstream.kernels.runtime import (
     tl,
     use_triton,
 )
-from sinkstream.kernels.shared_product import refuse_early, shared_product
 
 
 @jit
@@ -62,7 +62,7 @@ def _linear_residual_kernel(
     HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
     HOLD: tl.constexpr, FILL: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles pid, pid + programs, ... of the output rows. HOLD, FILL: as in `serve_tiles`."""
+    """One program: tiles pid, pid + programs, ... of the output rows. HOLD, FILL: as in `norm_linear_tiles`."""
     start = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
@@ -75,9 +75,9 @@ def _linear_residual_kernel(
     if HOLD:
         r = start * BN + tl.arange(0, BN)
         terms = row_terms(b_ptr, r, rows, HAS_BIAS)
-        held = held_rows(w_ptr, r, rows, w_stride, KA, BK, EVEN, EVICT)
+        first_rows = load_row_chunks(w_ptr, r, rows, w_stride, KA, BK, EVEN, EVICT)
         if KF > 0:
-            held_f = held_rows(w_ptr + KA, r, rows, w_stride, KF, BK, EVEN, EVICT)
+            first_f = load_row_chunks(w_ptr + KA, r, rows, w_stride, KF, BK, EVEN, EVICT)
     if FILL:
         xa = no_chunks(KA, BK)
         xf = no_chunks(KF, BK)
@@ -88,9 +88,9 @@ def _linear_residual_kernel(
             terms += row_terms(r_ptr, r, rows, HAS_RESIDUAL)
         xa, xf = load_inputs(a_ptr, f_ptr, KA, KF, BK)
     if HOLD:
-        acc = held_products(held, xa)
+        acc = chunk_products(first_rows, xa)
         if KF > 0:
-            acc += held_products(held_f, xf)
+            acc += chunk_products(first_f, xf)
         tl.store(y_ptr + r, terms + tl.sum(acc, 1), mask=r < rows)
         start += programs
     for tile in tl.range(start, tl.cdiv(rows, BN), programs, num_stages=STAGES):
@@ -125,7 +125,7 @@ def linear_residual(
     config: LinearConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """out = weight · [a, f] + bias + residual.
 
@@ -145,7 +145,7 @@ def linear_residual(
         May be float32.
     out : Tensor, (streams, hidden), optional
         May be `residual` itself. Its dtype is that of the result (default: the residual's, else the weight's).
-    config, prefetch, pdl, backend
+    config, prefetch, pdl, implementation
         As in `norm_linear`.
 
     Returns
@@ -171,13 +171,13 @@ def linear_residual(
     if out is None:
         out = torch.empty(streams, hidden, dtype=(weight if residual is None else residual).dtype, device=a.device)
     check_tensor("out", out, (streams, hidden), dtypes=FLOAT_DTYPES, device=a.device, contiguous=False)
-    if not use_triton(backend, a):
+    if not use_triton(implementation, a):
         return out.copy_(linear_residual_twin(a, weight, f, bias, residual))
-    if streams > MAX_SHARED:
+    if streams > MAX_STREAMS:
         refuse_early(streams, pdl)
         return linear_residual_library(a, weight, f, bias, residual, out)
     if streams > 1:
-        return shared_product(a, weight, out, f=f, bias=bias, residual=residual, pdl=pdl)
+        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, pdl=pdl)
     if config is None:
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)
@@ -185,7 +185,7 @@ def linear_residual(
 
 
 def linear_residual_twin(a, weight, f, bias, residual) -> torch.Tensor:
-    """The same in plain PyTorch, float32 (float64 for float64 weights) with the result left in that precision."""
+    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 weights), result in that precision."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     x = a if f is None else torch.cat([a.to(work), f.to(work)], dim=-1)
     y = x.to(work) @ weight.to(work).T
@@ -196,7 +196,7 @@ def linear_residual_twin(a, weight, f, bias, residual) -> torch.Tensor:
 
 
 def linear_residual_library(a, weight, f, bias, residual, out) -> torch.Tensor:
-    """The same for many streams: one library product in the model's dtype, the residual added in its own."""
+    """The op for more streams than the kernels take: PyTorch's matmul in the model's dtype, the residual in its own."""
     x = a if f is None else torch.cat([a, f], -1)
     y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     return out.copy_(y if residual is None else y + residual)

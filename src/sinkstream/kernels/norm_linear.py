@@ -1,9 +1,9 @@
 """Norm and linear layer in one kernel: y = act(W · norm(x) + b), reading every weight once at the speed of memory.
 
 A few programs a multiprocessor. Each computes the norm once, keeps the normalised input in registers, and streams rows
-of the packed weight, directly or through a ring of shared-memory stages. Weights do not depend on the kernel before, so
-their first rows are asked for before waiting for it. The kernel serves one stream; what several share is in
-`shared_product`. Paired gate and up rows give silu(gate) · up (SwiGLU).
+of the packed weight, directly or through a pipeline of shared-memory stages. Weights do not depend on the previous
+kernel, so each program prefetches its first rows and then waits for that kernel. The kernel serves one stream; several
+streams take `multi_stream_linear`. Paired gate and up rows give silu(gate) · up (SwiGLU).
 """
 
 import torch
@@ -11,16 +11,17 @@ import torch.nn.functional as F
 
 from sinkstream.kernels.chunks import (
     check_tile,
-    held_products,
-    held_rows,
+    chunk_products,
     load_chunks,
+    load_row_chunks,
     no_chunks,
     normalise,
     row_products,
     row_terms,
     store_tile,
 )
-from sinkstream.kernels.config import MAX_SHARED, LinearConfig, default_norm_linear
+from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, default_norm_linear
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -36,14 +37,38 @@ from sinkstream.kernels.runtime import (
     tl,
     use_triton,
 )
-from sinkstream.kernels.shared_product import norm_rows, refuse_early, shared_product
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 NORMS = ("layer", "rms")
 
 
 @jit
-def serve_tiles(
+def prefetch_tiles(
+    w_ptr, w_up, start, end, step, skipped: tl.constexpr, ahead, rows, w_stride, BN: tl.constexpr, GATED: tl.constexpr
+):
+    """Prefetch to L2 the weights of `ahead` tiles of a program, after the first `skipped`; GATED: up rows as well."""
+    tile_bytes = BN * w_stride * 2
+    for i in range(ahead):
+        tile = start + (i + skipped) * step
+        first = tile.to(tl.int64) * tile_bytes
+        end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
+        prefetch_l2(w_ptr, first, end_byte, tile_bytes)
+        if GATED:
+            prefetch_l2(w_up, first, end_byte, tile_bytes)
+
+
+@jit
+def tile_outputs(
+    w_ptr, b_ptr, r, rows, w_stride, xs, scale, K: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Products of weight rows `r` in memory with the normalised input, and their bias: (rows,) float32."""
+    y = row_terms(b_ptr, r, rows, HAS_BIAS)
+    return y + tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+
+
+@jit
+def norm_linear_tiles(
     start, end, step, x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
@@ -51,27 +76,22 @@ def serve_tiles(
 ):  # fmt: skip
     """Tiles start, start + step, ... of y. `rows` counts outputs; gate rows are 0.., up rows rows..
 
-    WAIT: x comes from the kernel before. HOLD: the first tile's weights are on their way to registers while it waits.
-    FILL: those of the first STAGES - 1 tiles on their way to the ring, since the pipeline begins before its first turn.
+    WAIT: x comes from the previous kernel. HOLD: the first tile's weights are in flight to registers during the wait.
+    FILL: the weights of the first STAGES - 1 tiles are in flight to shared memory during the wait, since the prologue
+    of the pipeline comes before the first turn of the loop, and the wait stands in that turn.
     """
     if PDL and not LATE:
         gdc_launch_dependents()
     w_up, b_up = w_ptr + rows.to(tl.int64) * w_stride, b_ptr + rows
     if PDL:
-        tile_bytes = BN * w_stride * 2
-        for i in range(ahead):
-            tile = start + (i + HOLD + FILL * (STAGES - 1)) * step
-            first = tile.to(tl.int64) * tile_bytes
-            end_byte = tl.where(tile < end, rows.to(tl.int64) * w_stride * 2, 0)
-            prefetch_l2(w_ptr, first, end_byte, tile_bytes)
-            if GATED:
-                prefetch_l2(w_up, first, end_byte, tile_bytes)
+        skipped: tl.constexpr = HOLD + FILL * (STAGES - 1)  # tiles in flight to registers or shared memory
+        prefetch_tiles(w_ptr, w_up, start, end, step, skipped, ahead, rows, w_stride, BN, GATED)
     if HOLD:
         r = start * BN + tl.arange(0, BN)
-        held = held_rows(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
+        first_rows = load_row_chunks(w_ptr, r, rows, w_stride, K, BK, EVEN, EVICT)
         bias = row_terms(b_ptr, r, rows, HAS_BIAS)
         if GATED:
-            held_up = held_rows(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
+            first_up = load_row_chunks(w_up, r, rows, w_stride, K, BK, EVEN, EVICT)
             bias_up = row_terms(b_up, r, rows, HAS_BIAS)
     gammas = load_chunks(gamma_ptr, K, BK)
     betas = gammas
@@ -84,10 +104,10 @@ def serve_tiles(
             gdc_wait()
         xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
     if HOLD:
-        y = bias + tl.sum(held_products(held, xs), 1) * scale
+        y = bias + tl.sum(chunk_products(first_rows, xs), 1) * scale
         up = y
         if GATED:
-            up = bias_up + tl.sum(held_products(held_up, xs), 1) * scale
+            up = bias_up + tl.sum(chunk_products(first_up, xs), 1) * scale
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
         start += step
     for tile in tl.range(start, end, step, num_stages=STAGES):
@@ -97,12 +117,10 @@ def serve_tiles(
                     gdc_wait()
                 xs, scale = normalise(load_chunks(x_ptr, K, BK), gammas, betas, eps, K, BK, LAYER, HAS_BETA)
         r = tile * BN + tl.arange(0, BN)
-        y = row_terms(b_ptr, r, rows, HAS_BIAS)
-        y += tl.sum(row_products(w_ptr, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+        y = tile_outputs(w_ptr, b_ptr, r, rows, w_stride, xs, scale, K, BK, HAS_BIAS, EVEN, EVICT)
         up = y
         if GATED:
-            up = row_terms(b_up, r, rows, HAS_BIAS)
-            up += tl.sum(row_products(w_up, r, rows, w_stride, xs, K, BK, EVEN, EVICT), 1) * scale
+            up = tile_outputs(w_up, b_up, r, rows, w_stride, xs, scale, K, BK, HAS_BIAS, EVEN, EVICT)
         store_tile(y_ptr, r, y, up, rows, ACT, GATED)
     if PDL and LATE:
         gdc_launch_dependents()
@@ -118,7 +136,7 @@ def _norm_linear_kernel(
 ):  # fmt: skip
     """One program: every num_programs-th tile."""
     pid = tl.program_id(0)
-    serve_tiles(
+    norm_linear_tiles(
         pid, tl.cdiv(rows, BN), tl.num_programs(0), x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps,
         w_stride, ahead, K, BN, BK, LAYER, ACT, GATED, HAS_BIAS, HAS_BETA, EVEN, EVICT, STAGES, HOLD, FILL, LATE, PDL,
         True,
@@ -142,7 +160,7 @@ def norm_linear(
     config: LinearConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
-    backend: str | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """y = act(weight · norm(x) + bias).
 
@@ -169,9 +187,9 @@ def norm_linear(
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool
-        Launch before the kernel before has ended. Every kernel launched so waits for it before reading its result.
-        Refused for more streams than the kernels take.
-    backend : {"auto", "triton", "torch"}, optional
+        Programmatic dependent launch: the kernel may start before the previous one has ended, and waits for that one
+        before it reads its result. Refused for more streams than the kernels take.
+    implementation : {"auto", "triton", "torch"}, optional
 
     Returns
     -------
@@ -188,14 +206,14 @@ def norm_linear(
         out = torch.empty(streams, outputs, dtype=weight.dtype, device=x.device)
     check_tensor("out", out, (streams, outputs), dtypes=FLOAT_DTYPES, device=x.device, contiguous=False)
     kind = (eps, norm, activation)
-    if not use_triton(backend, x):
+    if not use_triton(implementation, x):
         return out.copy_(norm_linear_twin(x, weight, norm_weight, norm_bias, bias, *kind))
-    if streams > MAX_SHARED:
+    if streams > MAX_STREAMS:
         refuse_early(streams, pdl)
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if streams > 1:
         normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
-        return shared_product(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
+        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
     if config is None:
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
@@ -223,7 +241,7 @@ def check_inputs(x, weight, norm_weight, norm_bias, bias, norm, activation) -> i
 
 
 def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activation) -> torch.Tensor:
-    """The same in plain PyTorch, float32 (float64 for float64 weights) with the result left in that precision."""
+    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 weights), result in that precision."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     x = x.to(work)
     if norm == "layer":
@@ -236,7 +254,7 @@ def norm_linear_twin(x, weight, norm_weight, norm_bias, bias, eps, norm, activat
 
 
 def norm_linear_library(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out) -> torch.Tensor:
-    """The same for many streams: one library product, norm and activation in the model's dtype.
+    """The op for more streams than the kernels take: PyTorch's norm, matmul and activation in the model's dtype.
 
     Sums inside the norm are formed in float32, as PyTorch does.
     """

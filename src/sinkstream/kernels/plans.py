@@ -1,8 +1,8 @@
 """Measured plans: how each op of a decode step is launched, for the shapes that were tuned on an H100.
 
-Every plan is the fastest that was found with the benchmark of the kernels (`sinkstream.engine.bench_ops`) on one NVIDIA
-H100 80GB HBM3, one stream, 2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the
-nearest hidden size, cut down to what fits; nothing else depends on it.
+Every plan is the fastest that was found with the tuner of the kernels (`tools/tune_kernels`) on one NVIDIA H100 80GB
+HBM3, one stream, 2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the nearest
+hidden size, cut down to what fits; nothing else depends on it.
 """
 
 import math
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
-    BesideConfig,
+    AttentionLinearConfig,
     LinearConfig,
     count_programs,
     fit_attention,
-    fit_beside,
+    fit_attention_linear,
     fit_shared_memory,
 )
 
@@ -24,80 +24,80 @@ MB = 1 << 20
 
 
 @dataclass(frozen=True)
-class OpPlan:
+class OpLaunch:
     """How one op is launched. Changes speed only.
 
     Attributes
     ----------
-    config : LinearConfig, AttentionConfig, BesideConfig or None
+    config : LinearConfig, AttentionConfig, AttentionLinearConfig or None
         None: the op's own default.
     prefetch : int
-        Bytes that it brings to L2 of what the next op reads first.
+        Bytes, read first by the next op, that this op prefetches to L2.
     pdl : bool
-        Whether it may start before the kernel before it has ended.
+        Whether it may start before the previous kernel has ended (programmatic dependent launch).
     """
 
-    config: LinearConfig | AttentionConfig | BesideConfig | None = None
+    config: LinearConfig | AttentionConfig | AttentionLinearConfig | None = None
     prefetch: int = 0
     pdl: bool = False
 
 
-StepPlan = Mapping[str, OpPlan]
+LaunchPlan = Mapping[str, OpLaunch]
 
-NEOX_OPS = ("qkv", "beside", "out")
+NEOX_OPS = ("qkv", "attention_up", "out")
 LLAMA_OPS = ("qkv", "attention", "o", "gate_up", "down")
 
 
-def _beside(per_sm: int, late: bool = False) -> BesideConfig:
-    """Attention in tiles of 32 slots, split as fits, and rows whose first tile is in registers before they wait."""
+def _attention_up(per_sm: int, late: bool = False) -> AttentionLinearConfig:
+    """Attention in tiles of 32 slots, splits to be fitted; rows with their first tile in registers before the wait."""
     rows = LinearConfig(4, 512, 4, 1, per_sm, ahead=0, late=late, hold=True)
-    return BesideConfig(AttentionConfig(tile=32, warps=4, late=True), rows)
+    return AttentionLinearConfig(AttentionConfig(tile=32, warps=4, late=True), rows)
 
 
 _LARGE = {  # measured with wider heads than Pythia-2.8B has
-    "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-    "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
-    "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
-    "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+    "qkv": OpLaunch(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+    "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+    "out": OpLaunch(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True), 4 * MB),
+    "head": OpLaunch(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
 }
 NEOX_PLANS = {  # by hidden size
     768: {  # Pythia-160M, float16: 0.212 ms, 1.978 times the byte floor
-        "qkv": OpPlan(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
-        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 4096, 4, 5, 4, ahead=0, late=True, fill=True)),
-        "head": OpPlan(LinearConfig(2, 512, 4, 6, 3, ahead=0, late=True, fill=True)),
+        "qkv": OpLaunch(LinearConfig(2, 1024, 4, 6, 3, ahead=1), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 4096, 4, 5, 4, ahead=0, late=True, fill=True)),
+        "head": OpLaunch(LinearConfig(2, 512, 4, 6, 3, ahead=0, late=True, fill=True)),
     },
     1024: {  # Pythia-410M, float16: 0.474 ms, 1.574 times the byte floor
-        "qkv": OpPlan(LinearConfig(1, 1024, 2, 4, 6, ahead=1), 6 * MB),
-        "beside": OpPlan(_beside(per_sm=3, late=True), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
-        "head": OpPlan(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(1, 1024, 2, 4, 6, ahead=1), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=3, late=True), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 2048, 4, 3, 3, ahead=0, late=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(4, 1024, 4, 3, 3, ahead=0)),
     },
     2048: _LARGE,  # Pythia-1.4B, float16: 1.136 ms, 1.133 times the byte floor
     2560: {  # Pythia-2.8B, float16: 2.097 ms, 1.062 times the byte floor
-        "qkv": OpPlan(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
-        "beside": OpPlan(_beside(per_sm=4), 2 * MB),
-        "out": OpPlan(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
-        "head": OpPlan(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(2, 1024, 4, 3, 3, ahead=0, late=True), 6 * MB),
+        "attention_up": OpLaunch(_attention_up(per_sm=4), 2 * MB),
+        "out": OpLaunch(LinearConfig(1, 4096, 8, 3, 2, ahead=0, late=True, hold=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(2, 512, 4, 3, 3, ahead=0)),
     },
     4096: _LARGE,  # Pythia-6.9B, float16: 1.038 times the byte floor in an engine
 }
 LLAMA_PLANS = {
     2048: {  # Llama-3.2-1B, bfloat16: 0.953 ms, 1.133 times the byte floor
-        "qkv": OpPlan(LinearConfig(4, 1024, 4, 4, 3, ahead=0, fill=True), 4 * MB),
-        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=32)),
-        "o": OpPlan(LinearConfig(2, 1024, 2, 1, 8, ahead=0, hold=True)),
-        "gate_up": OpPlan(LinearConfig(2, 1024, 4, 8, 2, ahead=0, fill=True), 6 * MB),
-        "down": OpPlan(LinearConfig(2, 1024, 8, 3, 2, ahead=0, late=True, fill=True), 4 * MB),
-        "head": OpPlan(LinearConfig(4, 1024, 8, 3, 2, ahead=0, late=True, fill=True)),
+        "qkv": OpLaunch(LinearConfig(4, 1024, 4, 4, 3, ahead=0, fill=True), 4 * MB),
+        "attention": OpLaunch(AttentionConfig(16, 128, 4, dot=True, columns=32)),
+        "o": OpLaunch(LinearConfig(2, 1024, 2, 1, 8, ahead=0, hold=True)),
+        "gate_up": OpLaunch(LinearConfig(2, 1024, 4, 8, 2, ahead=0, fill=True), 6 * MB),
+        "down": OpLaunch(LinearConfig(2, 1024, 8, 3, 2, ahead=0, late=True, fill=True), 4 * MB),
+        "head": OpLaunch(LinearConfig(4, 1024, 8, 3, 2, ahead=0, late=True, fill=True)),
     },
     4096: {  # Llama-3.1-8B, bfloat16: 5.340 ms, 1.055 times the byte floor
-        "qkv": OpPlan(LinearConfig(4, 1024, 4, 3, 1, ahead=0)),
-        "attention": OpPlan(AttentionConfig(16, 128, 4, dot=True, columns=64)),
-        "o": OpPlan(LinearConfig(8, 1024, 8, 1, 2, ahead=0, late=True, hold=True), 2 * MB),
-        "gate_up": OpPlan(LinearConfig(1, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
-        "down": OpPlan(LinearConfig(1, 2048, 8, 3, 2, ahead=0)),
-        "head": OpPlan(LinearConfig(8, 512, 8, 1, 2, ahead=0)),
+        "qkv": OpLaunch(LinearConfig(4, 1024, 4, 3, 1, ahead=0)),
+        "attention": OpLaunch(AttentionConfig(16, 128, 4, dot=True, columns=64)),
+        "o": OpLaunch(LinearConfig(8, 1024, 8, 1, 2, ahead=0, late=True, hold=True), 2 * MB),
+        "gate_up": OpLaunch(LinearConfig(1, 1024, 4, 3, 2, ahead=1, late=True), 6 * MB),
+        "down": OpLaunch(LinearConfig(1, 2048, 8, 3, 2, ahead=0)),
+        "head": OpLaunch(LinearConfig(8, 512, 8, 1, 2, ahead=0)),
     },
 }
 
@@ -117,7 +117,7 @@ class Sizes:
     multiprocessors: int
 
 
-def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpPlan]:
+def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpLaunch]:
     """A plan for every op of a layer and for "head", for a GPU with programmatic dependent launch."""
     plans = NEOX_PLANS if neox else LLAMA_PLANS
     nearest = min(plans, key=lambda hidden: abs(math.log(hidden / sizes.hidden)))
@@ -127,9 +127,9 @@ def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpPlan]:
 def fitted(op: str, config, sizes: Sizes):
     """The configuration of an op, cut down to what fits these sizes."""
     slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
-    if op == "beside":
+    if op == "attention_up":
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
-        return fit_beside(replace(config, attention=attention), sizes.hidden, *slots, sizes.shared_bytes)
+        return fit_attention_linear(replace(config, attention=attention), sizes.hidden, *slots, sizes.shared_bytes)
     if op == "attention":
         return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
     context = sizes.query_heads * sizes.head_dim
@@ -138,11 +138,12 @@ def fitted(op: str, config, sizes: Sizes):
     return fit_shared_memory(config, sizes.shared_bytes, *widths.get(op, [sizes.hidden]))
 
 
-def _balanced_splits(config: BesideConfig, sizes: Sizes) -> int:
-    """Splits with which attention and the rows beside it end together, all programs running at the same time.
+def _balanced_splits(config: AttentionLinearConfig, sizes: Sizes) -> int:
+    """Splits with which attention and the linear layer in its kernel end together, all programs in one wave.
 
-    A program's time is taken for the bytes that it reads, and attention's count more: it waits for the kernel before,
-    rotates and combines. How much more is fitted to Pythia-2.8B at twelve caps from 512 to 32,768.
+    The model of a program's time is the number of bytes that it reads. Those of attention have a larger weight, because
+    attention waits for the previous kernel, rotates and combines; the weight is fitted to Pythia-2.8B at twelve caps
+    from 512 to 32,768.
     """
     head, rows = 2 * sizes.ring * sizes.head_dim, sizes.hidden * sizes.intermediate
     programs, weight = sizes.multiprocessors * config.linear.per_sm, 1.8 if config.linear.per_sm > 3 else 1.3

@@ -1,15 +1,16 @@
-"""Where kernels meet the machine: optional Triton, the choice of backend, launching, prefetching, shape checks.
+"""Triton and the device: optional Triton, the choice between kernel and twin, launching, prefetching, shape checks.
 
 Triton is optional. Without it (or on tensors that live on a CPU) every op runs its plain PyTorch twin. With
-TRITON_INTERPRET=1 set before Triton is imported, ``backend="triton"`` runs the kernels themselves on a CPU; that is for
-tests, and slow.
+TRITON_INTERPRET=1 set before Triton is imported, ``implementation="triton"`` runs the kernels themselves on a CPU; that
+is for tests, and slow.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "torch")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
 
@@ -29,41 +30,53 @@ except ImportError:
 
 
 INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFunction"
-_settings = {"backend": "auto", "compile_only": False}
 
 
-def set_backend(name: str) -> None:
+@dataclass
+class _Settings:
+    """Of the whole process."""
+
+    implementation: str = "auto"
+    compile_only: bool = False
+
+
+_settings = _Settings()
+
+
+def set_implementation(name: str) -> None:
     """Override the choice between kernels and twins for the whole process: "auto" (default), "triton" or "torch"."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
-    _settings["backend"] = name
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; accepted: {', '.join(IMPLEMENTATIONS)}")
+    _settings.implementation = name
 
 
 def set_compile_only(on: bool) -> None:
-    """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the benchmark)."""
-    _settings["compile_only"] = on
+    """While on, `launch` compiles the kernel into Triton's cache and runs nothing (used by the tuner)."""
+    _settings.compile_only = on
 
 
-def use_triton(backend: str | None, tensor: torch.Tensor) -> bool:
+def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
     """Whether an op on `tensor` runs its kernel.
 
     Raises
     ------
     ValueError
-        If the backend is unknown, or "triton" is asked for where it cannot run.
+        If the implementation is unknown, or "triton" cannot run here.
     """
-    name = backend or _settings["backend"]
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    name = implementation or _settings.implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; accepted: {', '.join(IMPLEMENTATIONS)}")
     if name == "torch":
         return False
     if triton is None:
         if name == "triton":
-            raise ValueError("backend='triton' needs the triton package, which cannot be imported; accepted: torch")
+            raise ValueError(
+                "implementation='triton' needs the triton package, which cannot be imported; accepted: torch"
+            )
         return False
-    runnable = tensor.is_cuda or INTERPRETED or _settings["compile_only"]
+    runnable = tensor.is_cuda or INTERPRETED or _settings.compile_only
     if name == "triton" and not runnable:
-        raise ValueError("backend='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
+        raise ValueError("implementation='triton' on a CPU tensor needs TRITON_INTERPRET=1; accepted here: torch")
     return runnable if name == "triton" else tensor.is_cuda and runnable
 
 
@@ -72,14 +85,14 @@ def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None
     if INTERPRETED:
         kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
         return
-    if _settings["compile_only"]:
+    if _settings.compile_only:
         kernel.warmup(*arguments, PDL=pdl, grid=grid, launch_pdl=pdl, **meta)
         return
     kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may start before the one before them has ended (programmatic dependent launch)."""
+    """Whether a kernel may start before the previous one has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -87,11 +100,11 @@ def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 3 elsewhere, so that interpreted tests see several programs."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if _settings["compile_only"] else 3
+    return 132 if _settings.compile_only else 3
 
 
 def even_programs(tiles: int, most: int) -> int:
-    """Programs, at most `most`, that serve the tiles in as few rounds as these would, with no round half empty."""
+    """The fewest programs, at most `most`, with which tiles take as many waves as with `most` (wave quantisation)."""
     return -(-tiles // -(-tiles // most))
 
 
@@ -111,9 +124,9 @@ def shared_bytes(device: torch.device) -> int:
 
 @jit
 def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
-    """Ask for at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to come to L2; all multiples of 16.
+    """Prefetch at most `most_bytes` of bytes [first_byte, end_byte) of a buffer to L2; all multiples of 16.
 
-    One thread issues one bulk request and nobody waits for it: it costs no register and no shared memory.
+    One thread issues one asynchronous bulk request: it costs no register and no shared memory.
     """
     size = tl.minimum(end_byte - first_byte, most_bytes).to(tl.int32)
     address = pointer.to(tl.int64) + first_byte
@@ -168,7 +181,7 @@ def check_tensor(
 
 
 class Prefetch(tuple):
-    """Buffers that the *next* kernel reads first, brought to L2 by the present one: (tensor, bytes), two at most."""
+    """Buffers that the *next* kernel reads first and the present one prefetches to L2: (tensor, bytes), two at most."""
 
     def __new__(cls, *parts: tuple[torch.Tensor, int]):
         if len(parts) > 2:
@@ -184,7 +197,7 @@ class Prefetch(tuple):
     def of_rows(cls, weight: torch.Tensor, size: int, middle: int = 0) -> "Prefetch":
         """`size` bytes of the first rows of a weight; 0 for none.
 
-        With `middle` they come from both row ranges that the next kernel begins at once, in proportion to their rows.
+        With `middle` they come from both row ranges that the next kernel reads at once, in proportion to their rows.
         """
         if not size:
             return NO_PREFETCH

@@ -116,9 +116,10 @@ def tf32_switches() -> dict[str, bool]:
 
     Reads the `fp32_precision` attributes, because reading `allow_tf32` raises once a program has set the newer ones.
     """
+    cudnn: Any = torch.backends.cudnn  # which declares no `conv`
     return {
         "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
-        "cudnn": torch.backends.cudnn.conv.fp32_precision == "tf32",
+        "cudnn": cudnn.conv.fp32_precision == "tf32",
     }
 
 
@@ -167,5 +168,5 @@ def _cpu_model() -> str | None:
 
 def _platform() -> str:
     """System, kernel version without a distributor's suffix, architecture and C library."""
-    kernel = re.match(r"[\d.]*", platform.release()).group()
+    kernel = re.split(r"[^\d.]", platform.release(), maxsplit=1)[0]
     return " ".join(part for part in (platform.system(), kernel, platform.machine(), *platform.libc_ver()) if part)

@@ -16,8 +16,9 @@ def set_numerics(*, tf32: bool, cudnn_attention: bool) -> None:
         Allow cuDNN's attention. It builds a plan for every new cache length, which costs tens of milliseconds a token
         while a cache grows; the protocol leaves it out, so that a growing cache is not charged for it.
     """
+    cudnn: Any = torch.backends.cudnn  # which declares no `conv`
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 

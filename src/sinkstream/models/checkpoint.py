@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
@@ -68,7 +69,7 @@ def read_checkpoint(
     """Read model and tokenizer of a directory; a weight that its files lack is an error, never a random fill."""
     try:
         with hidden_progress():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=request.dtype,
                 attn_implementation=request.attn_implementation,
@@ -79,6 +80,7 @@ def read_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_tokenizer(path) else None
     except LOAD_ERRORS as error:
         raise ValueError(f"model {label!r} cannot be loaded: {first_line(error)}") from error
+    model, info = loaded
     refuse_missing(info, label)
     return model.to(request.device), tokenizer
 

@@ -11,6 +11,7 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -107,7 +108,7 @@ def _dequantise(path: Path, label: str) -> tuple[PreTrainedModel, PreTrainedToke
     folder, file = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
             dtype=torch.float32,
@@ -117,6 +118,7 @@ def _dequantise(path: Path, label: str) -> tuple[PreTrainedModel, PreTrainedToke
         )
     except (*LOAD_ERRORS, IndexError, ArithmeticError, struct.error) as error:
         raise ValueError(f"model {label!r} is broken or of an unsupported kind: {first_line(error)}") from error
+    model, info = loaded
     refuse_missing(info, label)
     return model, tokenizer
 

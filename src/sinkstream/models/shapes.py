@@ -8,8 +8,7 @@ Weights are drawn on the target device in the wanted dtype; nothing is ever held
 from math import sqrt
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sinkstream.models.hashing import sha256_of_json
@@ -125,20 +124,25 @@ def shape_sizes(name: str) -> tuple[int, int]:
 def load_random(spec: str, request: LoadRequest) -> LoadedModel:
     """`random:SHAPE`: a published shape with seeded random weights, no tokenizer."""
     name = spec.removeprefix(PREFIX)
-    config = shape_config(name)
-    with torch.device(request.device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=request.dtype, attn_implementation=request.attn_implementation
-        )
-    model.tie_weights()
+    model = empty_model(shape_config(name), request)
     fill_random(model, request.seed)
     return LoadedModel.of(
         model, None, name=spec, source="random", hash=sha256_of_json({"shape": SHAPES[name], "seed": request.seed})
     )
 
 
+def empty_model(config: PreTrainedConfig, request: LoadRequest) -> PreTrainedModel:
+    """A model of a configuration whose weights are allocated and not initialised; `fill_random` draws them."""
+    with torch.device(request.device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=request.dtype, attn_implementation=request.attn_implementation
+        )
+    model.tie_weights()
+    return model
+
+
 @torch.no_grad()
-def fill_random(model: nn.Module, seed: int) -> None:
+def fill_random(model: PreTrainedModel, seed: int) -> None:
     """Draw every parameter in place, as Pythia's training started: biases 0, norms 1, the rest normal.
 
     The deviation is sqrt(2 / (5 d)), and 2 / (layers sqrt(d)) for the matrices that write to the residual stream

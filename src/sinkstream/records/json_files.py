@@ -20,9 +20,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = 1) -> Path:
+def as_text(content: Mapping[str, Any]) -> str:
+    """Content of a record's file: one line a field."""
+    lines = (f"{json.dumps(name)}: {_one_line(value)}" for name, value in content.items())
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _one_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a record's file atomically; returns its path. Raises WriteError if it could not be written."""
-    return write_atomically(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_atomically(path, as_text(content))
 
 
 def check_schema(content: Any, schema: str, kind: str, where: str) -> None:

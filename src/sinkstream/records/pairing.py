@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from sinkstream.records.blocks import DIGITS
 from sinkstream.records.records import Record
+from sinkstream.statistics import block_sums, suitable_block_tokens
 
 
 def same_text_and_model(record: Record, control: Record) -> bool:
@@ -17,6 +19,42 @@ def same_whole_text(record: Record, control: Record) -> bool:
     return alike and record.model["hash"] == control.model["hash"]
 
 
+def check_pair(record: Record, control: Record) -> None:
+    """Raise ValueError if the records are of another text or another model."""
+    if not same_text_and_model(record, control):
+        raise ValueError(
+            f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with control "
+            f"{control.id!r} ({control.model['name']} on {control.data['name']}): another text or another model"
+        )
+
+
+def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, int]:
+    """NLL of `record` less that of `control` on the tokens that both scored, in blocks.
+
+    Returns
+    -------
+    (sums, counts, block_tokens) : (blocks,) float in nats, (blocks,) int, int
+
+    Raises
+    ------
+    ValueError
+        As `common_tokens`; or the records score other tokens, so that arrays are needed, and these are absent.
+    """
+    check_pair(record, control)
+    mine, its = record.blocks, control.blocks
+    if mine and its and mine.pairs_with(its):
+        return mine.sums - its.sums, mine.counts, mine.tokens
+
+    def compute() -> dict[str, list | int]:
+        index, nll, control_nll = common_tokens(record, control)
+        tokens = suitable_block_tokens(int(index[-1] - index[0]) + 1)
+        _, sums, counts = block_sums(nll.astype(np.float64) - control_nll, index, tokens)
+        return {"tokens": tokens, "difference": np.round(sums, DIGITS).tolist(), "scored": counts.tolist()}
+
+    found = record.pairs.figure("paired blocks", (record, control), compute)
+    return np.array(found["difference"]), np.array(found["scored"]), found["tokens"]
+
+
 def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
 
@@ -25,11 +63,7 @@ def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
     ValueError
         If the records are of another text or another model, or share no token.
     """
-    if not same_text_and_model(record, control):
-        raise ValueError(
-            f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with control "
-            f"{control.id!r} ({control.model['name']} on {control.data['name']}): another text or another model"
-        )
+    check_pair(record, control)
     index, here, there = np.intersect1d(
         record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
     )

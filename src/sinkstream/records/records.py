@@ -2,114 +2,94 @@
 
 Records are the only source of tables, plots, verdicts and headline figures, so a record that lacks any required field
 (see `schema.py`) is refused, on writing as on reading. Both files are written atomically, the JSON file last: an
-`.npz` without its JSON file is no record.
+`.npz` without its JSON file is no record. A record without its `.npz` is one: its block sums (`blocks`) are in the
+JSON file, and only what needs single tokens says that the arrays are absent.
 """
 
 import hashlib
 import io
-import math
 import re
-import secrets
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sinkstream.records.base import BaseRecord
+from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import WriteError, write_atomically
-from sinkstream.records.json_files import family_of, read_json, write_json
-from sinkstream.records.schema import SCHEMA, check_arrays, check_record
+from sinkstream.records.json_files import family_of, write_json
+from sinkstream.records.pairs import Pairs
+from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
+from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
 
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"
 
-_EMBEDDED_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?(?:/[^\s/,;:'\"()=]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"()=]+")
+BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(BaseRecord):
     """One run: the fields of its JSON file (see `schema.REQUIRED`), and its per-token arrays, read when first used."""
 
-    path: Path
+    SCHEMA, KIND, REQUIRED, NOT_NULL, STATUSES = SCHEMA, "run", REQUIRED, NOT_NULL, STATUSES
+
     schema: str
-    id: str
     status: str
     status_reason: str | None
-    created: str
-    command: list[str]
-    arguments: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
     data: dict[str, Any]
     policy: dict[str, Any]
-    protocol: dict[str, Any]
     summary: dict[str, Any]
     tokens_file: dict[str, Any]
+    block_sums: dict[str, Any] | None = None
+    pairs: Pairs = field(default_factory=Pairs, compare=False, repr=False)
+
+    @classmethod
+    def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        return super().values(content) | {"block_sums": content.get("blocks")}
+
+    @property
+    def tokens_path(self) -> Path:
+        """Where the per-token arrays are, if they are there."""
+        return self.path.parent / self.tokens_file["name"]
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether the per-token arrays lie beside the record."""
+        return self.tokens_path.is_file()
+
+    def absent_arrays(self) -> str:
+        """Says that the per-token arrays are absent, and which they are."""
+        return f"record {self.id!r}: the per-token arrays ({', '.join(ARRAYS)}) are absent: no file {self.tokens_path}"
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """NLL in blocks, from the JSON file, or from the arrays where an older record has only those; None if empty."""
+        if self.block_sums is not None:
+            return Blocks.read(self.block_sums)
+        return Blocks.of(*(self.arrays[name] for name in BLOCKED))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them."""
-        where = self.path.parent / self.tokens_file["name"]
+        """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them.
+
+        Raises
+        ------
+        ValueError
+            The arrays are absent, or not those that the record was written with.
+        """
+        where = self.tokens_path
+        if not self.has_arrays:
+            raise ValueError(self.absent_arrays())
         try:
             with np.load(io.BytesIO(_verified_bytes(where, self.tokens_file["sha256"])), allow_pickle=False) as stored:
                 return check_arrays(dict(stored), str(where))
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"{where}: not a readable .npz file: {error}") from error
-
-
-def new_record_id(*parts: object) -> str:
-    """A readable name that is safe as a file name on every system: the parts, the UTC time, and four random digits.
-
-    >>> new_record_id("SmolLM2-135M", "pg19", "lazy R=32")  # doctest: +SKIP
-    'smollm2-135m-pg19-lazy-r-32-20260105-101500-9f3a'
-    """
-    slug = "-".join(filter(None, (re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts)))
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{slug[:100] or 'run'}-{stamp}-{secrets.token_hex(2)}"
-
-
-def scrub_paths(value: Any) -> Any:
-    """Replace absolute paths by their last component, in strings, `Path` objects, lists and dicts, at any depth.
-
-    Also inside longer strings (`--out=/a/b/c`, an error message). Relative paths, URLs and hub ids stay.
-    """
-    if isinstance(value, Mapping):
-        return {key: scrub_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [scrub_paths(entry) for entry in value]
-    if isinstance(value, PurePath):
-        return scrub_paths(str(value))
-    if not isinstance(value, str):
-        return value
-    option, equals, rest = value.partition("=")
-    if equals and option.startswith("-"):
-        return f"{option}={scrub_paths(rest)}"
-    if "\n" not in value and PurePosixPath(value).is_absolute():
-        return PurePosixPath(value).name or value
-    if "\n" not in value and PureWindowsPath(value).drive and PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name or value
-    return _EMBEDDED_PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], value)
-
-
-def plain_json(value: Any) -> Any:
-    """The value as plain JSON types: numpy scalars unpacked, arrays and tuples as lists, NaN and infinity as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain_json(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain_json(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return plain_json(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return str(value)
 
 
 def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory: Path | str) -> Path:
@@ -118,8 +98,8 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     Parameters
     ----------
     record : mapping
-        Every field of `schema.REQUIRED`; `schema` and `tokens_file` are filled in here. Absolute paths are reduced
-        to their last component and NaN becomes null.
+        Every field of `schema.REQUIRED`; `schema`, `blocks` and `tokens_file` are filled in here. Absolute paths are
+        reduced to their last component and NaN becomes null.
     arrays : mapping
         Per-token arrays, cast to the types of `schema.ARRAYS`.
     directory : path
@@ -137,18 +117,18 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     WriteError
         The files could not be written (an OSError: full disk, permission); neither is left behind.
     """
-    directory = Path(directory)
     where = f"record {record.get('id')!r}"
-    tokens = _npz_bytes(check_arrays(arrays, where))
-    content = {"schema": SCHEMA, **scrub_paths(plain_json(record))}
-    name = str(content.get("id"))
+    typed = check_arrays(arrays, where)
+    tokens, blocks = _npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
+    name = str(record.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
-    content["tokens_file"] = {"name": f"{name}.npz", "sha256": hashlib.sha256(tokens).hexdigest()}
-    check_record(content, where)
-    path, tokens_path = directory / f"{name}.json", directory / f"{name}.npz"
+    tokens_file = {"name": f"{name}.npz", "sha256": hashlib.sha256(tokens).hexdigest()}
+    content = Record.build(record, blocks=blocks and blocks.record(), tokens_file=tokens_file)
+    path = Record.place(content, directory)
     if path.exists():
         raise ValueError(f"{where}: {path} exists already; records are never overwritten")
+    tokens_path = path.with_suffix(".npz")
     write_atomically(tokens_path, tokens)
     try:
         return write_json(path, content)
@@ -157,40 +137,40 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
         raise
 
 
-def load_record(path: Path | str) -> Record:
-    """Read and check one record.
+def load_record(path: Path | str, pairs: Pairs | None = None) -> Record:
+    """Read and check one record; `pairs` holds the figures that it has with others, default none.
 
     Raises
     ------
     ValueError
         Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
-        file missing or with another content than the record states.
+        file there with another content than the record states, or absent from a record without block sums.
     """
-    path = Path(path)
-    content = read_json(path)
-    check_record(content, str(path))
-    name = content["tokens_file"]["name"]
+    record = Record.read(path)
+    name = record.tokens_file["name"]
     if Path(name).name != name:
         raise ValueError(f"{path}: field 'tokens_file.name' is {name!r}; expected a file name without folders")
-    _verified_bytes(path.parent / name, content["tokens_file"]["sha256"])
-    fields = {field: content[field] for field in Record.__dataclass_fields__ if field != "path"}
-    return Record(path=path, **fields)
+    if record.block_sums is None or record.has_arrays:
+        _verified_bytes(record.tokens_path, record.tokens_file["sha256"])
+    return replace(record, pairs=pairs) if pairs else record
 
 
-def load_records(source: Path | str | Iterable[Path | str]) -> list[Record]:
+def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None = None) -> list[Record]:
     """Read all records below a folder, or those at the given paths, ordered by creation time and id.
 
     In a folder every `*.json` at any depth must be a record, except `summary.json` and files whose `schema` field
     names another kind of sinkstream file. Paths that are given one by one may be folders as well.
+    All share the figures of `pairs`, default those of the first folder's ``pairs.json``.
     """
-    if isinstance(source, str | Path):
-        source = [source]
+    entries = [Path(source)] if isinstance(source, str | Path) else [Path(entry) for entry in source]
+    folder = next((entry for entry in entries if entry.is_dir()), None)
+    pairs = pairs or (Pairs.beside(folder) if folder else Pairs())
     records = {}
-    for entry in map(Path, source):
+    for entry in entries:
         if not entry.exists():
             raise ValueError(f"{entry}: there is no such record or folder")
         for path in sorted(filter(_may_be_record, entry.rglob("*.json"))) if entry.is_dir() else [entry]:
-            records[path.resolve()] = load_record(path)
+            records[path.resolve()] = load_record(path, pairs)
     return sorted(records.values(), key=lambda record: (record.created, record.id))
 
 
@@ -228,5 +208,6 @@ __all__ = [
     "new_record_id",
     "plain_json",
     "scrub_paths",
+    "short_name",
     "write_record",
 ]

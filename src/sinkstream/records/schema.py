@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.json_files import check_schema
-
 SCHEMA = "sinkstream.run/1"
 STATUSES = ("complete", "partial", "failed")
 
@@ -71,20 +69,6 @@ OPTIONAL_ARRAYS = {
     "token_id": np.int32,
     "top1": np.int32,  # the token that was likeliest in place of the scored one; -1 = not known
 }
-
-
-def check_record(content: Any, where: str) -> None:
-    """Raise ValueError, naming `where` and the field, unless `content` is a complete record of this schema."""
-    check_schema(content, SCHEMA, "run", where)
-    check_keys(content, REQUIRED, where)
-    for field in NOT_NULL:
-        if field_value(content, field) is None:
-            raise ValueError(f"{where}: field {field!r} is null; a record must state it")
-    if content["status"] not in STATUSES:
-        raise ValueError(f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(STATUSES)}")
-    if (content["status"] == "complete") != (content["status_reason"] is None):
-        raise ValueError(f"{where}: field 'status_reason' must be null for complete runs and say why for all others")
-    check_environment(content["environment"], str(content["protocol"]["device"]), where)
 
 
 def check_environment(environment: Mapping[str, Any], device: str, where: str) -> None:

@@ -30,8 +30,12 @@ class BlockPair:
     @property
     def max_abs_nll_difference(self) -> float:
         """Largest difference of one token's NLL, in nats."""
-        steps = self.steps.arrays["nll"].astype(np.float64)
-        return float(np.abs(self.blocks.arrays["nll"][: len(steps)] - steps).max())
+
+        def compute() -> float:
+            steps = self.steps.arrays["nll"].astype(np.float64)
+            return float(np.abs(self.blocks.arrays["nll"][: len(steps)] - steps).max())
+
+        return self.blocks.pairs.figure("largest NLL difference", (self.blocks, self.steps), compute)
 
 
 def block_pairs(records: Sequence[Record]) -> list[BlockPair]:
@@ -68,5 +72,6 @@ def _same_run(blocks: Record, steps: Record) -> bool:
 
 def _begins_like(blocks: Record, steps: Record) -> bool:
     """Whether the tokens of the steps are the first ones of the blocks."""
-    count = len(steps.arrays["index"])
-    return same_whole_text(blocks, steps) and np.array_equal(blocks.arrays["index"][:count], steps.arrays["index"])
+    mine, its = blocks.blocks, steps.blocks
+    begins = mine and its and mine.whole and its.whole and mine.first == its.first and mine.last >= its.last
+    return bool(begins) and same_whole_text(blocks, steps)

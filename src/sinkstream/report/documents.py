@@ -12,7 +12,9 @@ from sinkstream.data import TEXTS
 from sinkstream.measure.environment import hardware
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
+from sinkstream.records.origin import machine, text_and_machine
 from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import Record, load_records
 from sinkstream.records.selection import (
     DIAGNOSED_MODELS,
@@ -28,8 +30,8 @@ from sinkstream.report.overviews import cliff_overview, diagnosis_overview, reca
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.readme import readme_quality
 from sinkstream.report.summary import compute_headlines
-from sinkstream.show.markdown import NONE_YET, grid
-from sinkstream.show.tables import comparison_rows, markdown_table
+from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.table import NONE_YET, Table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall
@@ -39,15 +41,16 @@ DOCUMENT_TABLES: Registry = Registry("document table")
 RECALL_TABLES: Registry = Registry("document table of recall records")
 
 
-def render_tables(results: Path) -> dict[str, str]:
-    """Markdown of every registered table, by name.
+def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
+    """Markdown of every registered table, by name; `pairs` as in `load_records`.
 
     Raises
     ------
     ValueError
         The folder holds a broken record.
     """
-    records, recalls = (load(results) if results.is_dir() else [] for load in (load_records, load_recalls))
+    there = results.is_dir()
+    records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     return tables | render_diagnoses(results) | render_bench(results)
@@ -66,7 +69,7 @@ def policies_table(records: Sequence[Record]) -> str:
     for name, preset in PRESETS.items():
         options = ", ".join(f"{option}={value}" for option, value in preset().items())
         rows.append([f"`{name}`", PRESETS.summary(name), f"`{options}`"])
-    return grid(["`--policy`", "what it does", "options it sets"], rows)
+    return Table(["`--policy`", "what it does", "options it sets"], rows, left=3).markdown()
 
 
 @DOCUMENT_TABLES.register("parts")
@@ -77,7 +80,7 @@ def parts_table(records: Sequence[Record]) -> str:
         for registry in (TRIGGERS, SCORERS)
         for name, cls in registry.items()
     ]
-    return grid(["part", "name", "what it does", "source"], rows)
+    return Table(["part", "name", "what it does", "source"], rows, left=4).markdown()
 
 
 @DOCUMENT_TABLES.register("features")
@@ -99,7 +102,7 @@ def features_table(records: Sequence[Record]) -> str:
         ["model sources", names(*MODEL_SOURCES)],
         ["texts", names(*TEXTS, ".txt", ".json")],
     ]
-    return grid(["feature", "accepted"], rows)
+    return Table(["feature", "accepted"], rows, left=2).markdown()
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
@@ -114,7 +117,7 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
         return NONE_YET
     newest = {label(r): r for r in runs if _way(r) == _way(controls[-1])}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
-    return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
+    return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"
 
 
 def _way(record: Record) -> tuple:
@@ -127,25 +130,6 @@ def label(record: Record) -> str:
     return record.policy.get("label") or record.policy["name"]
 
 
-def _origin(record: Record) -> str:
-    """One line on what a table was measured with."""
-    protocol = record.protocol
-    return (
-        f"{record.model['name']}, {record.data['name']}, {record.data['tokens']:,} tokens of which"
-        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {_machine(record)}"
-    )
-
-
-def _machine(record: Record | RecallRecord) -> str:
-    """The end of the line on what a table was measured with."""
-    environment = record.environment
-    versions = environment["versions"]
-    return (
-        f"{record.protocol['dtype']}, {hardware(environment)}, torch {versions['torch']},"
-        f" transformers {versions['transformers']}, commit `{(environment['git']['commit'] or 'unknown')[:10]}`."
-    )
-
-
 def cliff_table(records: Sequence[Record], *, model: str) -> str:
     """The newest grid of ``sinkstream cliff`` of a model."""
     mine = [r for r in records if has_model(r, model)]
@@ -153,8 +137,9 @@ def cliff_table(records: Sequence[Record], *, model: str) -> str:
     if not runs:
         return NONE_YET
     newest = runs[-1].record
-    told = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens, {_machine(newest)}"
-    return f"{told}\n\n{grid(cliff.HEADER, cliff.cliff_rows(mine))}\n\n{cliff.footnote(mine)}"
+    named = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens"
+    origin = f"{named}, {newest.protocol['dtype']}, {machine([newest])}"
+    return f"{origin}\n\n{cliff.cliff_table(mine).markdown()}"
 
 
 def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> str:
@@ -162,8 +147,7 @@ def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> st
     mine = recall.select_recalls(records, model=model, cap=cap)
     if not mine:
         return NONE_YET
-    told = f"{mine[0].model['name']}, {mine[0].data['name']}, {mine[0].data['tokens']:,} tokens, {_machine(mine[0])}"
-    return f"{told}\n\n{grid(*recall.recall_rows(mine))}\n\n{recall.footnote(mine)}"
+    return f"{text_and_machine(mine[0])}\n\n{recall.recall_table(mine).markdown()}"
 
 
 DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
@@ -217,7 +201,7 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
-    return f"{_origin(fulls[-1])} Random weights: speed only.\n\n{grid(header, rows)}"
+    return f"{text_and_machine(fulls[-1])} Random weights: speed only.\n\n{Table(header, rows).markdown()}"
 
 
 @DOCUMENT_TABLES.register("engine-precision")
@@ -250,7 +234,7 @@ def precision_table(records: Sequence[Record]) -> str:
         "error %",
         "same top token %",
     ]
-    return grid(header, rows) if rows else NONE_YET
+    return Table(header, rows, left=5).markdown() if rows else NONE_YET
 
 
 @DOCUMENT_TABLES.register("headline")
@@ -280,4 +264,4 @@ def demo_table(records: Sequence[Record]) -> str:
     same = [r for r in demos if r.command == demos[-1].command and same_text_and_model(r, demos[-1])]
     newest = {label(r): r for r in same}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
-    return f"{_origin(ordered[0])}\n\n{markdown_table(comparison_rows(ordered))}"
+    return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
-from sinkstream.show.markdown import EMPTY, NONE_YET, grid
+from sinkstream.show.table import EMPTY, NONE_YET, Table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis import Diagnosis
 from sinkstream.studies.diagnosis.tables import find_diagnosis, interval
@@ -13,12 +13,11 @@ from sinkstream.studies.recall.record import RecallRecord
 
 CAP = 512
 RECALL_POLICIES = ("full", "strict", "window-only", "refresh-window-attention")
-PUBLISHED_JUMP = "128"  # the R at which the published tables jump
+PUBLISHED_JUMP = 128  # the R at which the published tables jump
 CLIFF_HEADER = (
     *("Model", "T", "R", "ΔPPL % inside the cap", "ΔPPL % outside", "Eviction (nats)", "Length > T (nats)"),
     "Share of length > T",
 )
-OUTSIDE_COLUMNS = ("ΔPPL %", "Eviction (nats)", "Length > T (nats)", "Share of length > T")
 
 
 def diagnosis_overview(diagnoses: Sequence[Diagnosis]) -> str:
@@ -33,7 +32,7 @@ def diagnosis_overview(diagnoses: Sequence[Diagnosis]) -> str:
     missing = [head for head, column in columns.items() if not column]
     policies = list(dict.fromkeys(label for column in known.values() for label in column))
     rows = [[label, *(column.get(label, EMPTY) for column in known.values())] for label in policies]
-    told = [grid(["ΔPPL % against strict [95 %]", *known], rows)] if rows else []
+    told = [Table(["ΔPPL % against strict [95 %]", *known], rows).markdown()] if rows else []
     if missing:
         told.append(f"{NONE_YET}: {'; '.join(missing)}.")
     return "\n\n".join(told)
@@ -46,15 +45,14 @@ def _deltas(diagnosis: Diagnosis | None) -> dict[str, str]:
 
 def recall_overview(records: Sequence[RecallRecord]) -> str:
     """Recall gain by distance of the policies that differ, all models."""
-    lines = []
-    for model in DIAGNOSED_MODELS:
-        mine = [r for r in recall.select_recalls(records, model=model, cap=CAP) if r.policy["name"] in RECALL_POLICIES]
-        header, rows = recall.recall_rows(mine) if mine else ([], [[NONE_YET]])
-        header = ["Policy", *header[1:]]
-        lines += [{"Model": model, **dict(zip(header, row))} for row in rows]
-    ratios = {name for line in lines for name in line if name.endswith("×")}
-    header = ["Model", "Policy", *sorted(ratios, key=lambda name: float(name.split()[0]))]
-    return grid(header, [[line.get(name, EMPTY) for name in header] for line in lines])
+    found = {model: recall.select_recalls(records, model=model, cap=CAP) for model in DIAGNOSED_MODELS}
+    found = {model: [r for r in its if r.policy["name"] in RECALL_POLICIES] for model, its in found.items()}
+    ratios = recall.ratios_of([record for its in found.values() for record in its])
+    rows = []
+    for model, its in found.items():
+        rows += [[model, recall.display_name(record), *recall.gains_text(record, ratios)] for record in its]
+        rows += [] if its else [[model, NONE_YET, *[EMPTY] * len(ratios)]]
+    return Table(["Model", "Policy", *(f"{ratio:g} ×" for ratio in ratios)], rows, left=2).markdown()
 
 
 def cliff_overview(records: Sequence[Record]) -> str:
@@ -63,20 +61,21 @@ def cliff_overview(records: Sequence[Record]) -> str:
     for model in DIAGNOSED_MODELS:
         mine = [r for r in records if has_model(r, model)]
         rows += _cliff_rows(model, mine) or [[model, NONE_YET, *[EMPTY] * (len(CLIFF_HEADER) - 2)]]
-    return grid(CLIFF_HEADER, rows)
+    return Table(CLIFF_HEADER, rows).markdown()
 
 
 def _cliff_rows(model: str, records: Sequence[Record]) -> list[list[str]]:
-    runs = cliff.grid(records)
-    if not runs:
+    lines = cliff.cliff_lines(records)
+    if not lines:
         return []
-    trained = f"{runs[-1].record.model['trained_positions']:,}"
-    lines = [dict(zip(cliff.HEADER, row)) for row in cliff.cliff_rows(records)]
-    lines = [line for line in lines if (line["Positions"], line["Cap"]) == ("cache", trained)]
-    inside, outside = ({x["R"]: x for x in lines if x["Growth"] == f"{side} cap"} for side in ("inside", "outside"))
+    trained = lines[-1].run.record.model["trained_positions"]
+    lazy = [x for x in lines if (x.run.positions, x.run.cap) == ("cache", trained) and x.run.stride > 1]
+    inside, outside = ({x.run.stride: x for x in lazy if x.run.accounting == one} for one in ("peak", "published"))
     both = [stride for stride in outside if stride in inside]
-    shown = [stride for stride in both if stride in (PUBLISHED_JUMP, max(both, key=int))]
-    return [
-        [model, trained, stride, inside[stride]["ΔPPL %"], *(outside[stride][name] for name in OUTSIDE_COLUMNS)]
-        for stride in shown
-    ]
+    rows = []
+    for stride in both:
+        if stride in (PUBLISHED_JUMP, max(both)):
+            eviction, _, past, share = outside[stride].parts_text
+            deltas = [side[stride].delta_text for side in (inside, outside)]
+            rows.append([model, f"{trained:,}", str(stride), *deltas, eviction, past, share])
+    return rows

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,11 @@ def precision_runs(records: Sequence[Record]) -> list[Precision]:
 
 def compare(record: Record, control: Record) -> Precision | None:
     """Both on the tokens that both scored; None with fewer than 1,000 of them."""
+    found = record.pairs.figure("precision", (record, control), lambda: _figures(record, control))
+    return None if found is None else Precision(record, control, **found)
+
+
+def _figures(record: Record, control: Record) -> dict[str, Any] | None:
     _, here, there = np.intersect1d(
         record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
     )
@@ -58,15 +64,10 @@ def compare(record: Record, control: Record) -> Precision | None:
     if both.sum() < LEAST_TOKENS:
         return None
     ppl, control_ppl = (float(np.exp(values[both].mean())) for values in (nll, control_nll))
-    return Precision(
-        record,
-        control,
-        int(both.sum()),
-        ppl,
-        control_ppl,
-        ppl / control_ppl - 1,
-        _agreement(record, control, here, there),
-    )
+    agreement = _agreement(record, control, here, there)
+    error = ppl / control_ppl - 1
+    figures = {"tokens": int(both.sum()), "ppl": ppl, "control_ppl": control_ppl}
+    return {**figures, "relative_error": error, "agreement": agreement}
 
 
 def worst_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:

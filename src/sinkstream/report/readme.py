@@ -9,8 +9,8 @@ from sinkstream.bench.tables import BENCH_TABLES
 from sinkstream.measure.environment import hardware
 from sinkstream.records.records import Record
 from sinkstream.records.selection import conditions, evaluated, policy_name, select
-from sinkstream.show.markdown import NONE_YET, grid
-from sinkstream.show.tables import comparison_rows
+from sinkstream.show.comparison import comparison_rows
+from sinkstream.show.table import NONE_YET, Table, with_interval
 
 CAP = 512
 POLICIES = {
@@ -42,13 +42,13 @@ def readme_quality(records: Sequence[Record]) -> str:
     for row in rows:
         delta = "control"
         if not row["is_control"]:
-            delta = f"{row['delta_percent']:+.2f} [{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"
+            delta = with_interval(row["delta_percent"], row["delta_low"], row["delta_high"], 2)
         cells.append([POLICIES[row["name"]], f"{row['ppl']:.2f}", delta])
     origin = (
         f"{control.model['name']}, {control.summary['decode_tokens']:,} tokens of a PG19 book, {CAP} KV slots,"
         f" {control.protocol['dtype']}, {hardware(control.environment)}."
     )
-    return f"{origin}\n\n{grid(['policy', 'perplexity', 'ΔPPL % [95 %]'], cells)}"
+    return f"{origin}\n\n{Table(['policy', 'perplexity', 'ΔPPL % [95 %]'], cells).markdown()}"
 
 
 @BENCH_TABLES.register("readme-speed")
@@ -85,7 +85,8 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
         f" process with {REPORTED_ENGINE_MS:.2f} ms of the engine: {REPORTED_STATIC_MS / REPORTED_ENGINE_MS:.2f} × as"
         f" long. The committed record has {static:.2f} ms."
     )
-    return f"{origin}\n\n{grid(['way of decoding', 'ms a token', '÷ floor', '× the engine'], rows)}\n\n{note}"
+    table = Table(["way of decoding", "ms a token", "÷ floor", "× the engine"], rows, notes=[note])
+    return f"{origin}\n\n{table.markdown()}"
 
 
 def _row(engine: BenchRecord, name: str, tpot_ms: float) -> list[str]:

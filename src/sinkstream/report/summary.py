@@ -8,6 +8,7 @@ from pathlib import Path
 from sinkstream.bench.records import BenchRecord, load_bench_records
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
+from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
 from sinkstream.records.selection import policy_name, same_conditions, select
 from sinkstream.registry import Registry
@@ -47,14 +48,16 @@ def compute_headlines(
     return headlines, missing
 
 
-def _headlines_below(directory: Path) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
+def _headlines_below(
+    directory: Path, pairs: Pairs | None = None
+) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: not a folder with records")
-    return compute_headlines(load_records(directory), load_diagnoses(directory), load_bench_records(directory))
+    return compute_headlines(load_records(directory, pairs), load_diagnoses(directory), load_bench_records(directory))
 
 
-def write_summary(results_dir: Path | str) -> Summary:
-    """Compute the headline figures from all records below `results_dir` and write its summary.json.
+def write_summary(results_dir: Path | str, pairs: Pairs | None = None) -> Summary:
+    """Compute the headline figures from all records below `results_dir` and write its summary.json; see `load_records`.
 
     Nothing of an older file is kept: a key whose records are gone disappears.
 
@@ -64,14 +67,14 @@ def write_summary(results_dir: Path | str) -> Summary:
         The folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
-    headlines, missing = _headlines_below(directory)
+    headlines, missing = _headlines_below(directory, pairs)
     return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
-def summary_is_current(results_dir: Path | str) -> bool:
+def summary_is_current(results_dir: Path | str, pairs: Pairs | None = None) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
     path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = _headlines_below(Path(results_dir))
+    headlines, _ = _headlines_below(Path(results_dir), pairs)
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
 
 

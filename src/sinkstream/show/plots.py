@@ -2,22 +2,31 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import write_atomically
-from sinkstream.records.pairing import common_tokens
-from sinkstream.records.records import Record
-from sinkstream.show.tables import display_name, find_control
-from sinkstream.statistics import BLOCK_TOKENS, block_sums
+from sinkstream.records.pairing import paired_blocks
+from sinkstream.records.records import BLOCKED, Record
+from sinkstream.show.comparison import delta_against, display_name, find_control
+from sinkstream.statistics import PairedDelta
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1.5, 1.5, 1.5, 1.5)))
 GRID, SHADE, TINTS = "#dddddd", "#f2f2f2", 10
-DIFFERENCE_TICKS = (-10, -5, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+MOST_LINES = 5  # policies of a picture beside its control; the others are in the table
+LINE_COLOURS = ("#009E73", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")  # from the lowest ΔPPL to the highest
+OUTLIER = 6  # times the median ΔPPL: beyond, a line leaves the axis
+ALIKE = 0.03  # of the axis of memory: lines that end nearer share a label
+BAR_STEP = 0.006  # of the length of the text: bars of intervals stand beside each other
+LABEL_HEIGHT = 0.075  # of the axis
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MB = 1 << 20
 
 
 def line_formats() -> Iterator[dict[str, Any]]:
@@ -28,15 +37,14 @@ def line_formats() -> Iterator[dict[str, Any]]:
         number += 1
 
 
-def nll_over_tokens(
-    records: Sequence[Record],
-    path: Path | str,
-    block_tokens: int = BLOCK_TOKENS,
-    *,
-    control_id: str | None = None,
-    title: str | None = None,
+def memory_and_quality(
+    records: Sequence[Record], path: Path | str, *, control_id: str | None = None, title: str | None = None
 ) -> Path:
-    """Draw block-averaged NLL over the token index, one line a record, and below it the difference from a control.
+    """Draw what the runs hold in memory over the text, and below it what that costs: ΔPPL so far against a control.
+
+    Up to `MOST_LINES` policies are drawn, from the lowest ΔPPL to the highest; policies that were sampled are left to
+    the table. The bar at the end of a line is its 95 % interval. A policy whose loss would flatten all others leaves
+    the axis at the top, and its label says where it ends.
 
     Parameters
     ----------
@@ -44,40 +52,156 @@ def nll_over_tokens(
         All of one text and one model.
     path : path
         PNG file to write, atomically.
-    block_tokens : int, default=64
-        Tokens that one point averages over.
     control_id : str, optional
-        Record that the lower panel subtracts token by token; default the first one. With one record there is no lower
-        panel. Its axis is linear up to 0.2 nats and logarithmic beyond, so that a collapse does not hide the rest.
+        Record that the others are paired with; default the first one. With one record there is no lower panel.
 
     Raises
     ------
     ValueError
-        No records, an unknown control, or records that can not be paired with it.
+        No records, an unknown control, or records that can not be paired with it; or the arrays of an older record are
+        absent.
     ImportError
         matplotlib is not installed.
     """
     control = find_control(records, control_id)
-    figure, axes = new_figure(2 if len(records) > 1 else 1)
-    for record, style in zip(records, line_formats()):
-        starts, sums, counts = block_sums(record.arrays["nll"], record.arrays["index"], block_tokens)
-        axes[0].plot(starts + block_tokens / 2, sums / counts, label=display_name(record), linewidth=1.6, **style)
-        if len(axes) > 1 and record is not control:
-            index, nll, control_nll = common_tokens(record, control)
-            starts, sums, counts = block_sums(nll.astype(np.float64) - control_nll, index, block_tokens)
-            axes[1].plot(starts + block_tokens / 2, sums / counts, linewidth=1.6, **style)
-    axes[0].set_ylabel("NLL (nats per token)")
-    if len(axes) > 1:
-        axes[1].axhline(0, color=COLOURS[0], linewidth=1)
-        axes[1].set_yscale("symlog", linthresh=0.2, linscale=1.5)
-        axes[1].set_yticks(DIFFERENCE_TICKS, [f"{tick:+g}" if tick else "0" for tick in DIFFERENCE_TICKS])
-        axes[1].set_ylim(*_limits(axes[1]))
-        axes[1].set_ylabel("NLL difference (nats per token)")
-        axes[1].set_title(f"difference from {display_name(control)} on the same tokens", fontsize="medium")
-    axes[-1].set_xlabel(f"token index in the text (points average {block_tokens} tokens)")
-    axes[0].set_title(title or f"{control.model['name']} on {control.data['name']}")
-    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    lines = _lines(records, control)
+    figure, axes = new_figure(2 if lines else 1)
+    _draw_memory(axes[0], control, lines)
+    if lines:
+        _draw_quality(axes[1], control, lines, others=len(records) - 1 - len(lines))
+    axes[0].set_title(title or f"{control.model['name']} on {control.data['name']}", loc="left")
+    axes[-1].set_xlabel("token of the text")
+    axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return save(figure, path)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A policy of the picture: its record and colour, and ΔPPL so far in percent at the centres of the blocks."""
+
+    record: Record
+    delta: PairedDelta
+    so_far: np.ndarray
+    colour: str = COLOURS[0]
+
+    @property
+    def percent(self) -> str:
+        return f"{self.delta.delta_percent:+.1f} %"
+
+
+def _lines(records: Sequence[Record], control: Record) -> list[_Line]:
+    """The policies to draw, the lowest ΔPPL first; of those that end alike one."""
+    found = []
+    for record in records:
+        if record is control or not (record.blocks.whole and control.blocks.pairs_with(record.blocks)):
+            continue
+        sums, counts, _ = paired_blocks(record, control)
+        with np.errstate(over="ignore"):
+            line = _Line(record, delta_against(record, control), 100 * np.expm1(np.cumsum(sums) / np.cumsum(counts)))
+        found += [line] if line.delta.delta_percent is not None else []
+    found.sort(key=lambda line: line.delta.delta_percent)
+    found = [line for at, line in enumerate(found) if at == 0 or line.percent != found[at - 1].percent]
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(MOST_LINES, len(found))).round().astype(int))
+    return [replace(found[at], colour=colour) for at, colour in zip(chosen, LINE_COLOURS)]
+
+
+def _draw_memory(axis: Any, control: Record, lines: Sequence[_Line]) -> None:
+    """The most KV entries so far, in MB where the model's shape is known; lines that end alike share a label."""
+    token_bytes = kv_token_bytes(control)
+    scale, unit = (1, "entries") if token_bytes is None else (token_bytes / MB, "MB")
+    axis.set_ylabel(f"KV cache, most so far ({unit})")
+    runs = [(control, COLOURS[0]), *((line.record, line.colour) for line in lines)]
+    held = [scale * np.maximum.accumulate(_kv(record)) for record, _ in runs]
+    top = max(float(most[-1]) for most in held)
+    groups: list[list[int]] = []
+    for at, (most, (record, colour)) in enumerate(zip(held, runs)):
+        axis.plot(record.blocks.centres, most, color=colour, linewidth=2.2 if record is control else 1.6)
+        alike = next((group for group in groups if abs(held[group[0]][-1] - most[-1]) <= ALIKE * top), None)
+        groups.append([at]) if alike is None else alike.append(at)
+    axis.set_ylim(0, 1.08 * top)
+    labels = []
+    for group in groups:
+        name, colour = display_name(runs[group[0]][0]), runs[group[0]][1]
+        end = max(float(held[at][-1]) for at in group)
+        digits = 0 if end >= 100 or token_bytes is None else 1
+        name, colour = (name, colour) if len(group) == 1 else (f"{len(group)} policies", "#444444")
+        labels.append((end, f"{name}: {end:,.{digits}f} {unit}", colour))
+    _label_ends(axis, labels)
+
+
+def _draw_quality(axis: Any, control: Record, lines: Sequence[_Line], others: int) -> None:
+    """ΔPPL so far, on a linear axis that the lines of ordinary size fill."""
+    ends = [line.delta.delta_percent for line in lines]
+    sizes = sorted(map(abs, ends))
+    usual = [size for size in sizes if size <= OUTLIER * max(1.0, float(np.median(sizes)))]
+    inside = [line for line in lines if abs(line.delta.delta_percent) in usual]
+    skipped = max(1, len(control.blocks.sums) // 20)  # the first means are of few tokens
+    reach = np.concatenate(
+        [np.r_[0.0, line.so_far[3 * skipped :], line.delta.low or 0, line.delta.high or 0] for line in inside]
+    )
+    reach = reach[np.isfinite(reach)]
+    low, high = min(reach.min(), -0.5), max(reach.max(), 0.5)
+    margin = 0.12 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
+    axis.axhline(0, color=COLOURS[0], linewidth=2.2)
+    labels = [(0.0, display_name(control), COLOURS[0])]
+    x = control.blocks.centres
+    for number, line in enumerate(lines):
+        axis.plot(x[skipped:], line.so_far[skipped:], color=line.colour, linewidth=1.8)
+        end, outside = line.delta.delta_percent, line not in inside
+        if line.delta.low is not None and not outside:
+            at = x[-1] + (number + 1) * BAR_STEP * (x[-1] - x[0])
+            axis.vlines(at, line.delta.low, line.delta.high, color=line.colour, linewidth=3, alpha=0.6)
+        text = f"{display_name(line.record)}: {line.percent}" + (" (off the axis)" if outside else "")
+        labels.append((float(np.clip(end, low - margin, high + margin)), text, line.colour))
+    axis.set_ylabel("ΔPPL so far (%)")
+    more = f"; {others} more in the table" if others else ""
+    told = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
+    axis.set_title(told, fontsize="medium", loc="left")
+    _label_ends(axis, labels)
+
+
+def _label_ends(axis: Any, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the right of the axis, each near its height, moved apart where they would touch."""
+    low, high = axis.get_ylim()
+    wanted = sorted(labels)
+    heights = [(value - low) / (high - low) for value, _, _ in wanted]
+    for _ in range(len(heights)):
+        for at in range(1, len(heights)):
+            heights[at] = max(heights[at], heights[at - 1] + LABEL_HEIGHT)
+        excess = heights[-1] - 1
+        heights = [height - max(0.0, excess) for height in heights] if excess > 0 else heights
+    for height, (_, text, colour) in zip(heights, wanted):
+        axis.annotate(
+            text,
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
+def _kv(record: Record) -> np.ndarray:
+    """Most entries that a token of each block saw (blocks,)."""
+    if record.blocks.kv is not None:
+        return record.blocks.kv
+    return Blocks.of(*(record.arrays[name] for name in BLOCKED)).kv
+
+
+def kv_token_bytes(record: Record) -> int | None:
+    """Bytes of the keys and values of one token, all layers; None if the record does not say the model's shape."""
+    shape = record.model.get("shape") or {}
+    try:
+        heads = shape["num_attention_heads"]
+        kv_heads, width = shape.get("num_key_value_heads") or heads, shape["hidden_size"] // heads
+        size = ITEM_BYTES[str(record.protocol["dtype"])]
+        return 2 * shape["num_hidden_layers"] * kv_heads * width * size
+    except (KeyError, TypeError):
+        return None
 
 
 def save(figure: Any, path: Path | str, dpi: int = 150) -> Path:
@@ -103,12 +227,6 @@ def _palette() -> bytes:
     strength = np.arange(1, TINTS + 1)[:, None, None] / TINTS
     tints = np.rint(255 - strength * (255.0 - base[3:])).astype(np.uint8)
     return base[:3].tobytes() + tints.tobytes()
-
-
-def _limits(axis: Any) -> tuple[float, float]:
-    """Limits just outside the drawn lines, at least ±0.1, for an axis whose automatic margins are too wide."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.get_lines()])
-    return min(-0.1, 1.2 * np.nanmin(drawn)), max(0.1, 1.2 * np.nanmax(drawn))
 
 
 def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = None) -> tuple[Any, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Intervals for perplexity and for paired differences of perplexity, by a block bootstrap.
+"""Intervals of paired differences of perplexity and of means, by a block bootstrap.
 
 Per-token NLLs of a text are correlated, so tokens can not be resampled one by one. Contiguous blocks of tokens are
 resampled instead, each carrying its sum and its number of scored tokens; a ratio of sums handles blocks of unequal
@@ -18,19 +18,6 @@ from sinkstream.statistics.estimate import Estimate
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8
 _RESAMPLES_PER_BATCH = 500
-
-
-@dataclass(frozen=True)
-class PplInterval:
-    """Perplexity with its interval; `low` and `high` are None with a `reason` when there are too few blocks."""
-
-    ppl: float | None
-    low: float | None
-    high: float | None
-    n_tokens: int
-    n_blocks: int
-    confidence: float
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,26 +86,24 @@ def paired_delta_ppl(
         )
     with np.errstate(invalid="ignore"):
         difference = nll - control_nll
-    figures = _block_bootstrap(difference, positions, block_tokens, resamples, confidence, seed)
-    with np.errstate(over="ignore"):
-        delta, low, high = (None if x is None else _finite(100 * np.expm1(x)) for x in figures.pop("interval"))
-    return PairedDelta(delta, low, high, **figures)
+    _, *blocks = block_sums(difference, positions, block_tokens)
+    return delta_of_blocks(*blocks, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
 
 
-def ppl_interval(
-    nll: np.ndarray,
+def delta_of_blocks(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    block_tokens: int,
     *,
-    positions: np.ndarray | None = None,
-    block_tokens: int = BLOCK_TOKENS,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> PplInterval:
-    """Perplexity exp(mean nll) of the scored tokens, with its interval; parameters as in `paired_delta_ppl`."""
-    figures = _block_bootstrap(nll, positions, block_tokens, resamples, confidence, seed)
+) -> PairedDelta:
+    """As `paired_delta_ppl`, from the sums (blocks,) of nll − control_nll and the tokens (blocks,) of each block."""
+    figures = _block_bootstrap(sums, counts, block_tokens, resamples, confidence, seed)
     with np.errstate(over="ignore"):
-        ppl, low, high = (None if x is None else _finite(np.exp(x)) for x in figures.pop("interval"))
-    return PplInterval(ppl, low, high, **figures)
+        delta, low, high = (None if x is None else _finite(100 * np.expm1(x)) for x in figures.pop("interval"))
+    return PairedDelta(delta, low, high, **figures)
 
 
 def mean_interval(
@@ -131,16 +116,30 @@ def mean_interval(
     seed: int = 0,
 ) -> Estimate:
     """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
-    figures = _block_bootstrap(values, positions, block_tokens, resamples, confidence, seed)
+    _, *blocks = block_sums(values, positions, block_tokens)
+    return mean_of_blocks(*blocks, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def mean_of_blocks(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    block_tokens: int,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """As `mean_interval`, from the sum (blocks,) and the number (blocks,) of the values of each block."""
+    figures = _block_bootstrap(sums, counts, block_tokens, resamples, confidence, seed)
     return Estimate(*figures["interval"], reason=figures.get("reason"))
 
 
-def share_interval(
+def share_of_blocks(
     part: np.ndarray,
     whole: np.ndarray,
+    counts: np.ndarray,
+    block_tokens: int,
     *,
-    positions: np.ndarray | None = None,
-    block_tokens: int = BLOCK_TOKENS,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -152,16 +151,19 @@ def share_interval(
 
     Parameters
     ----------
-    part, whole : (tokens,) float
-        Of the same tokens in the same order; NaN in both where a token is missing.
-    positions, block_tokens, resamples, confidence, seed
+    part, whole : (blocks,) float
+        Sums over the tokens of each block.
+    counts : (blocks,) int
+        Tokens of each block.
+    block_tokens, resamples, confidence, seed
         As in `paired_delta_ppl`.
     """
     options = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    if not mean_interval(whole, positions=positions, block_tokens=block_tokens, **options).excludes_zero:
+    if not mean_of_blocks(whole, counts, block_tokens, **options).excludes_zero:
         return Estimate(reason="the whole is not told from zero")
-    sums = [block_sums(values, positions, block_tokens)[1] for values in (part, whole)]
-    return Estimate(float(sums[0].sum() / sums[1].sum()), *ratio_interval(*sums, **options, batch=_RESAMPLES_PER_BATCH))
+    return Estimate(
+        float(part.sum() / whole.sum()), *ratio_interval(part, whole, **options, batch=_RESAMPLES_PER_BATCH)
+    )
 
 
 def block_sums(
@@ -197,19 +199,18 @@ def block_sums(
 
 
 def _block_bootstrap(
-    values: np.ndarray,
-    positions: np.ndarray | None,
+    sums: np.ndarray,
+    counts: np.ndarray,
     block_tokens: int,
     resamples: int,
     confidence: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Mean of the finite values with a percentile interval over blocks, and the fields that both results share."""
+    """The mean with a percentile interval over blocks, and the fields that both results share."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}: must lie between 0 and 1")
     if resamples < 1:
         raise ValueError(f"resamples = {resamples}: must be 1 or more")
-    _, sums, counts = block_sums(values, positions, block_tokens)
     n_tokens, n_blocks = int(counts.sum()), int(counts.size)
     mean = float(sums.sum() / n_tokens) if n_tokens else None
     shared = {"n_tokens": n_tokens, "n_blocks": n_blocks, "confidence": confidence}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 
 @SCORERS.register("accumulated-attention")
@@ -20,4 +20,4 @@ class AccumulatedAttention(Scorer):
     per_head: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return candidates.accumulated
+        return collected(candidates.accumulated)

@@ -47,6 +47,13 @@ class Candidates:
     key_norm: torch.Tensor | None = None
 
 
+def collected(quantity: torch.Tensor | None) -> torch.Tensor:
+    """A field of `Candidates` that the scorer needs: it is set then."""
+    assert quantity is not None
+    return quantity
+
+
+@dataclass(frozen=True)
 class Scorer(ABC):
     """Scores candidates for the pinned slots. Subclasses are frozen dataclasses of their options.
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 
 @SCORERS.register("key-norm")
@@ -22,4 +22,4 @@ class KeyNorm(Scorer):
     per_head: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return -(candidates.key_norm.log() * 1000).round()
+        return -(collected(candidates.key_norm).log() * 1000).round()

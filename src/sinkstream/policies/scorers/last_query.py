@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 
 @SCORERS.register("last-query")
@@ -24,4 +24,4 @@ class LastQuery(Scorer):
         return 1
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return candidates.attention
+        return collected(candidates.attention)

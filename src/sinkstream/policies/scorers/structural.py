@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 _QUOTES = ('"', "'", "“", "”", "‘", "’", "«", "»")
@@ -48,4 +48,4 @@ class Structural(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"structure"})
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return candidates.structure
+        return collected(candidates.structure)

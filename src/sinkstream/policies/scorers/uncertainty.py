@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from sinkstream.policies.options import option
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 
 @SCORERS.register("uncertainty")
@@ -22,4 +22,4 @@ class Uncertainty(Scorer):
     uncertainty: str = option("nll", "what makes a token uncertain", choices=lambda: ["nll", "entropy"])
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return candidates.nll if self.uncertainty == "nll" else candidates.entropy
+        return collected(candidates.nll if self.uncertainty == "nll" else candidates.entropy)

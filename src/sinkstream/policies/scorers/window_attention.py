@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from sinkstream.policies.options import option
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer
+from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
 
 
 @SCORERS.register("window-attention")
@@ -28,4 +28,4 @@ class WindowAttention(Scorer):
         return self.observation
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        return candidates.attention
+        return collected(candidates.attention)

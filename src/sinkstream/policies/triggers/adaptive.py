@@ -63,10 +63,10 @@ class RunningQuantile:
 
 @dataclass
 class _RiskState:
+    low: RunningQuantile
+    high: RunningQuantile
     risk: float | None = None
     seen_tokens: int = 0
-    low: RunningQuantile | None = None
-    high: RunningQuantile | None = None
 
 
 @TRIGGERS.register("adaptive")
@@ -122,8 +122,9 @@ class Adaptive(Trigger):
     def due(self, over: int, state: _RiskState) -> bool:
         if over >= self.adaptive_max:
             return True
-        if state.seen_tokens < self.warmup_tokens:
+        low, high = state.low.estimate, state.high.estimate
+        if state.seen_tokens < self.warmup_tokens or state.risk is None or low is None or high is None:
             return over >= self.adaptive_every
-        if state.risk > state.high.estimate:
+        if state.risk > high:
             return over >= self.adaptive_min
-        return state.risk >= state.low.estimate and over >= self.adaptive_every
+        return state.risk >= low and over >= self.adaptive_every

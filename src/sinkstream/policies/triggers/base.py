@@ -1,6 +1,8 @@
 """The contract of a trigger: integers in, a decision out."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 from sinkstream.policies.options import check_options
 from sinkstream.registry import Registry
@@ -8,6 +10,7 @@ from sinkstream.registry import Registry
 TRIGGERS: Registry = Registry("trigger")
 
 
+@dataclass(frozen=True)
 class Trigger(ABC):
     """Decides whether a prune event starts.
 
@@ -41,7 +44,7 @@ class Trigger(ABC):
         return self.growth
 
     @abstractmethod
-    def due(self, over: int, state: object) -> bool:
+    def due(self, over: int, state: Any) -> bool:
         """Whether to prune now.
 
         Parameters
@@ -52,10 +55,10 @@ class Trigger(ABC):
             What `start` returned for this run.
         """
 
-    def start(self) -> object:
+    def start(self) -> Any:
         """Fresh state for one run."""
         return None
 
-    def observe(self, state: object, risk: float) -> None:
+    def observe(self, state: Any, risk: float) -> None:
         """Take in the `signal` of the distribution that was predicted after one token."""
         raise NotImplementedError(f"{type(self).__name__} asks for signal={self.signal!r} and must define observe()")

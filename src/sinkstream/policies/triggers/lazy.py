@@ -1,6 +1,7 @@
 """Lazy pruning: let R tokens gather, then drop them in one event."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sinkstream.policies.options import option
 from sinkstream.policies.triggers.base import TRIGGERS, Trigger
@@ -19,7 +20,8 @@ class Lazy(Trigger):
 
     @property
     def growth(self) -> int:
+        assert self.compress_every is not None  # the option switches the trigger on
         return self.compress_every - 1
 
-    def due(self, over: int, state: object) -> bool:
-        return over >= self.compress_every
+    def due(self, over: int, state: Any) -> bool:
+        return over > self.growth

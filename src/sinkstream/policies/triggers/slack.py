@@ -1,6 +1,7 @@
 """Slack: a hard bound on how far the cache may run past its target, whatever other triggers say."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sinkstream.policies.options import option
 from sinkstream.policies.triggers.base import TRIGGERS, Trigger
@@ -20,7 +21,8 @@ class Slack(Trigger):
 
     @property
     def growth(self) -> int:
+        assert self.slack is not None  # the option switches the trigger on
         return self.slack
 
-    def due(self, over: int, state: object) -> bool:
-        return over > self.slack
+    def due(self, over: int, state: Any) -> bool:
+        return over > self.growth

@@ -17,19 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from sinkstream.records.pairing import same_text_and_model
+from sinkstream.records.blocks import DIGITS
+from sinkstream.records.pairing import paired_blocks, same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
-from sinkstream.show.markdown import EMPTY
 from sinkstream.show.plots import COLOURS, new_figure, save
-from sinkstream.statistics import Estimate, mean_interval, paired_delta_ppl, share_interval
-
-HEADER = (
-    *("Positions", "Cap", "R", "Growth", "KV min – max", "PPL", "ΔPPL %"),
-    *("Eviction (nats)", "Length ≤ T (nats)", "Length > T (nats)", "Share of length > T"),
+from sinkstream.show.table import EMPTY, Table, plus_minus
+from sinkstream.statistics import (
+    BLOCK_TOKENS,
+    Estimate,
+    PairedDelta,
+    block_sums,
+    delta_of_blocks,
+    mean_interval,
+    mean_of_blocks,
+    share_of_blocks,
 )
+
 BINS = 8
 _STYLES = {"strict": "-", "peak": (0, (2, 1.5)), "published": (0, (6, 2))}
 _COLOUR_ORDER = (0, 5, 4, 3, 1, 6, 2)  # strict black, then blue, vermilion, ...
@@ -128,19 +133,48 @@ def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
     """
     if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
+    total, eviction, past, counts, tokens = _parts(strict, inside, outside)
+    within = total - eviction - past
+    total_mean, *others = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
+    share = share_of_blocks(past, total, counts, tokens) if total_mean.above_zero else Estimate(reason="no loss")
+    return CliffShares(total_mean, *others, share, int(counts.sum()))
+
+
+def _parts(
+    strict: Record, inside: Record, outside: Record
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Sums of total, eviction and length past the trained positions (blocks,), tokens (blocks,) and block length."""
+    blocks = [record.blocks for record in (strict, inside, outside)]
+    if None not in blocks and all(b.pairs_with(blocks[0]) for b in blocks):
+        s, i, o = (b.sums for b in blocks)
+        return o - s, i - s, _past_trained(inside, outside), blocks[0].counts, blocks[0].tokens
     index = outside.arrays["index"]
     for record in (strict, inside):
         index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
     if not index.size:
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
     s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
-    total, eviction, length = o - s, i - s, o - i
+    sums = [block_sums(values, index) for values in (o - s, i - s, _where_past(outside, index, o - i))]
+    return *(its for _, its, _ in sums), sums[0][2], BLOCK_TOKENS
+
+
+def _past_trained(inside: Record, outside: Record) -> np.ndarray:
+    """Sums (blocks,) of the NLL difference at tokens that saw more than the trained positions."""
+    blocks = outside.blocks
+    if outside.summary["kv_length"]["max"] <= outside.model["trained_positions"]:
+        return np.zeros_like(blocks.sums)
+
+    def compute() -> list[float]:
+        o, i = (record.arrays["nll"].astype(np.float64) for record in (outside, inside))
+        past = _where_past(outside, outside.arrays["index"], o - i)
+        return np.round(block_sums(past, outside.arrays["index"], blocks.tokens)[1], DIGITS).tolist()
+
+    return np.array(outside.pairs.figure("length past trained", (inside, outside), compute))
+
+
+def _where_past(outside: Record, index: np.ndarray, values: np.ndarray) -> np.ndarray:
     beyond = _at(outside, "kv_length", index) > outside.model["trained_positions"]
-    past = np.where(beyond, length, 0.0 * length)
-    parts = [mean_interval(values, positions=index) for values in (total, eviction, length - past, past)]
-    total_mean, *others = parts
-    share = share_interval(past, total, positions=index) if total_mean.above_zero else Estimate(reason="no loss")
-    return CliffShares(total_mean, *others, share, int(np.isfinite(total).sum()))
+    return np.where(beyond, values, 0.0 * values)
 
 
 def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
@@ -167,21 +201,78 @@ def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float,
     return None if run is None or its.share_past.value is None else (its.share_past.value, run.record.id)
 
 
-def cliff_rows(records: Sequence[Record]) -> list[list[str]]:
-    """Cells of the table, one row a run of the newest grid; the columns are `HEADER`."""
+@dataclass(frozen=True)
+class CliffLine:
+    """A run of the newest grid with its ΔPPL and, with growth outside the cap, what its loss is made of.
+
+    Attributes
+    ----------
+    run : CliffRun
+    delta : PairedDelta or None
+        Against strict at the same cap and positions; None for the control itself, or without one.
+    is_control : bool
+    shares : CliffShares or None
+    """
+
+    run: CliffRun
+    delta: PairedDelta | None
+    is_control: bool
+    shares: CliffShares | None
+
+    @property
+    def delta_text(self) -> str:
+        """ΔPPL in percent, ± half of its interval."""
+        if self.delta is None:
+            return "control" if self.is_control else EMPTY
+        return plus_minus(self.delta.delta_percent, self.delta.low, self.delta.high, 2)
+
+    @property
+    def parts_text(self) -> list[str]:
+        """Eviction, length up to and past the trained positions, share of the last: four cells."""
+        its = self.shares
+        if its is None:
+            return [EMPTY] * 4
+        nats = [plus_minus(e.value, e.low, e.high, 4) for e in (its.eviction, its.within, its.past)]
+        share = its.share_past
+        if share.value is None:
+            return [*nats, EMPTY]
+        return [*nats, f"{100 * share.value:.0f} % ±{50 * (share.high - share.low):.0f}"]
+
+
+def cliff_lines(records: Sequence[Record]) -> list[CliffLine]:
+    """One line a run of the newest grid."""
     runs = grid(records)
     strict = {(run.positions, run.cap): run.record for run in runs if run.stride == 1}
     taken_apart = {run.record.id: its for run, its in shares(runs)}
-    rows = []
+    lines = []
     for run in runs:
-        kv, its = run.record.summary["kv_length"], taken_apart.get(run.record.id)
-        growth = _GROWTH[run.accounting] if run.stride > 1 else EMPTY
-        row = [run.positions, f"{run.cap:,}", str(run.stride), growth, f"{kv['min']:,} – {kv['max']:,}"]
         control = strict.get(("cache" if run.stride == 1 else run.positions, run.cap))
-        row += [f"{run.record.summary['ppl']:,.2f}", _delta(run.record, control)]
-        nats = [_nats(its.eviction), _nats(its.within), _nats(its.past)] if its else [EMPTY] * 3
-        rows.append([*row, *nats, _percent(its.share_past) if its else EMPTY])
-    return rows
+        is_control = control is run.record
+        paired = control is not None and not is_control
+        delta = delta_of_blocks(*paired_blocks(run.record, control)) if paired else None
+        lines.append(CliffLine(run, delta, is_control, taken_apart.get(run.record.id)))
+    return lines
+
+
+#: Header, and the cell of a line.
+COLUMNS = [
+    ("Positions", lambda line: line.run.positions),
+    ("Cap", lambda line: f"{line.run.cap:,}"),
+    ("R", lambda line: str(line.run.stride)),
+    ("Growth", lambda line: _GROWTH[line.run.accounting] if line.run.stride > 1 else EMPTY),
+    ("KV min – max", lambda line: "{min:,} – {max:,}".format(**line.run.record.summary["kv_length"])),
+    ("PPL", lambda line: f"{line.run.record.summary['ppl']:,.2f}"),
+    ("ΔPPL %", lambda line: line.delta_text),
+    ("Eviction (nats)", lambda line: line.parts_text[0]),
+    ("Length ≤ T (nats)", lambda line: line.parts_text[1]),
+    ("Length > T (nats)", lambda line: line.parts_text[2]),
+    ("Share of length > T", lambda line: line.parts_text[3]),
+]
+
+
+def cliff_table(records: Sequence[Record], title: str | None = None) -> Table:
+    """The newest grid, one row a run."""
+    return Table.of(cliff_lines(records), COLUMNS, title=title, notes=[footnote(records)])
 
 
 def footnote(records: Sequence[Record]) -> str:
@@ -196,16 +287,6 @@ def footnote(records: Sequence[Record]) -> str:
         " see at most T entries + length at tokens that see more. ± is half of the 95 % block-bootstrap interval. No"
         " share is given where there is no loss."
     )
-
-
-def rich_cliff_table(records: Sequence[Record], title: str | None = None) -> Table:
-    """The table for the terminal."""
-    table = Table(title=title, caption=footnote(records), caption_justify="left", header_style="bold")
-    for number, name in enumerate(HEADER):
-        table.add_column(name.replace("[", r"\["), justify="left" if number == 0 else "right", overflow="fold")
-    for row in cliff_rows(records):
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return table
 
 
 def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None = None) -> Path:
@@ -302,24 +383,3 @@ def _by_length(record: Record, control: Record) -> tuple[list[float], list[Estim
 def _at(record: Record, name: str, index: np.ndarray) -> np.ndarray:
     """A per-token array at these token indices, all of which the record has."""
     return record.arrays[name][np.searchsorted(record.arrays["index"], index)]
-
-
-def _delta(record: Record, control: Record | None) -> str:
-    if control is None or control is record:
-        return EMPTY if control is None else "control"
-    index = np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True)
-    delta = paired_delta_ppl(_at(record, "nll", index), _at(control, "nll", index), positions=index)
-    half = "" if delta.low is None else f" ±{(delta.high - delta.low) / 2:.2f}"
-    return f"{delta.delta_percent:+.2f}{half}"
-
-
-def _nats(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return EMPTY
-    return f"{estimate.value:+.4f}" + ("" if estimate.low is None else f" ±{(estimate.high - estimate.low) / 2:.4f}")
-
-
-def _percent(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return EMPTY
-    return f"{100 * estimate.value:.0f} % ±{50 * (estimate.high - estimate.low):.0f}"

@@ -1,16 +1,15 @@
 """The page of a diagnosis: one HTML file that carries its figures and pictures in itself."""
 
 import base64
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from sinkstream.records.files import write_atomically
-from sinkstream.show.markdown import EMPTY
+from sinkstream.show.table import EMPTY, Table
 from sinkstream.studies.diagnosis import PARTS, Diagnosis
-from sinkstream.studies.diagnosis.tables import NOTES, TABLES, Entry, cells, interval, origin
+from sinkstream.studies.diagnosis.tables import NOTES, Entry, diagnosis_tables, interval, origin
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 75rem; margin: 2rem auto;
@@ -53,7 +52,7 @@ def write_page(
         f'<li><a href="#{anchor}">{escape(entry["label"])}</a>: {escape(entry["verdict"]["line"])}</li>'
         for entry, anchor in zip(diagnosis.policies, anchors)
     ]
-    overview = "".join(_table([header for header, _ in columns], cells(diagnosis, columns)) for columns in TABLES)
+    overview = "".join(table.html() for table in diagnosis_tables(diagnosis))
     body = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
@@ -90,7 +89,7 @@ def _differences(entry: Entry) -> str:
         needed = [f"{size}: {tokens:,}" for size, tokens in seen["tokens_needed"].items()]
         effect = f"{seen['effect_size']:+.4f} a token, z = {seen['z']:+.1f} over {seen['tokens']:,} tokens"
         rows += [["effect size against noise", effect], ["tokens needed to resolve a ΔPPL of", " · ".join(needed)]]
-    return _table(["Difference", "figure [95 %]"], rows)
+    return Table(["Difference", "figure [95 %]"], rows).html()
 
 
 def _spikes(entry: Entry) -> str:
@@ -101,7 +100,7 @@ def _spikes(entry: Entry) -> str:
     rows.append(
         ["events; median period (tokens)", f"{events['events']:,}; {median}"] + [""] * (len(entry["spike"]) - 1)
     )
-    return _table(["Spike, paired", *(f"against {name}" for name in entry["spike"])], rows)
+    return Table(["Spike, paired", *(f"against {name}" for name in entry["spike"])], rows).html()
 
 
 def _parts(entry: Entry) -> str:
@@ -109,7 +108,7 @@ def _parts(entry: Entry) -> str:
     shares = {name: EMPTY if share is None else f"{100 * share:.0f}" for name, share in whole["shares"].items()}
     rows = [[text, interval(whole["parts"][name], 2, scale=100), shares[name]] for name, text in PARTS.items()]
     rows.append(["all", interval(whole["total"], 2, scale=100), EMPTY if shares["elsewhere"] == EMPTY else "100"])
-    return _table(["Attribution against strict", "100 × nats [95 %]", "share %"], rows)
+    return Table(["Attribution against strict", "100 × nats [95 %]", "share %"], rows).html()
 
 
 def _plain(entry: Entry) -> str:
@@ -118,7 +117,9 @@ def _plain(entry: Entry) -> str:
         [text, *(_numbers(entry["plain"][run][name], ("mean", "p90", "max"), 2) for run in ("policy", "strict"))]
         for name, text in names.items()
     ]
-    return _table(["Plain, unpaired, 32 tokens after events: mean / P90 / max", "policy", "strict, same tokens"], rows)
+    return Table(
+        ["Plain, unpaired, 32 tokens after events: mean / P90 / max", "policy", "strict, same tokens"], rows
+    ).html()
 
 
 def _lengths(entry: Entry) -> str:
@@ -133,7 +134,7 @@ def _lengths(entry: Entry) -> str:
         [f"events above {extreme['threshold_nats']} nats a token, per 1,000 tokens", f"{rate:.2f}"],
         ["mean difference after an event: P99 / max (nats)", _numbers(extreme["mean_nats"], ("p99", "max"), 3)],
     ]
-    return _table(["Drift", "figure"], rows)
+    return Table(["Drift", "figure"], rows).html()
 
 
 def _latency(entry: Entry) -> str:
@@ -142,24 +143,13 @@ def _latency(entry: Entry) -> str:
     names = {"all": "all steps", "event_steps": "steps with an event", "other_steps": "other steps"}
     rows = [[text, *(_numbers(one[name], keys, 2) for one in figures.values())] for name, text in names.items()]
     rows.append(["timed tokens", *(f"{one['tokens']:,}" for one in figures.values())])
-    return _table(["Latency mean / P50 / P90 / P99 (ms)", *figures], rows)
+    return Table(["Latency mean / P50 / P90 / P99 (ms)", *figures], rows).html()
 
 
 def _numbers(figures: Mapping[str, Any], keys: Sequence[str], digits: int) -> str:
     if all(figures[key] is None for key in keys):
         return EMPTY
     return " / ".join(EMPTY if figures[key] is None else f"{figures[key]:,.{digits}f}" for key in keys)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in header)
-    lines = ["<tr>" + "".join(f"<td>{_unbroken(escape(text))}</td>" for text in row) + "</tr>" for row in rows]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _unbroken(text: str) -> str:
-    """The text with every interval, "[low, high]", and every share, "(3 %)", on one line."""
-    return re.sub(r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>', text)
 
 
 def _picture(path: Path, description: str) -> str:

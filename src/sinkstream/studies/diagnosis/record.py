@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
-from sinkstream.records.records import Record, new_record_id, plain_json, scrub_paths
-from sinkstream.records.schema import check_environment
+from sinkstream.records.base import BaseRecord
+from sinkstream.records.records import Record, new_record_id
+from sinkstream.records.schema import check_keys
 
-SCHEMA = "sinkstream.diagnosis/1"
 FIELDS = ("id", "created", "command", "arguments", "environment", "model", "data", "protocol", "policies")
 POLICY_KEYS = (
     *("label", "run", "tokens_sha256", "commit", "policy", "cap", "ppl", "controls", "strict", "period", "delta_ppl"),
@@ -20,19 +18,39 @@ _DIGITS = 7
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """One diagnosis: the fields of its JSON file; `policies` holds what `diagnose` returned for each policy."""
+class Diagnosis(BaseRecord):
+    """One diagnosis: the fields of its JSON file; `policies` holds what `diagnose` returned for each policy.
 
-    path: Path
-    id: str
-    created: str
-    command: list[str]
-    arguments: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
+    The file tells what is equal in the entries of all policies once, in `shared`; floats have 7 digits.
+    """
+
+    SCHEMA, KIND, NOT_NULL = "sinkstream.diagnosis/1", "diagnosis", FIELDS
+    REQUIRED: ClassVar = {**dict.fromkeys(FIELDS), "protocol": dict.fromkeys(PROTOCOL_KEYS)}
+
     data: dict[str, Any]
-    protocol: dict[str, Any]
     policies: list[dict[str, Any]]
+
+    @classmethod
+    def device_of(cls, content: Mapping[str, Any]) -> str:
+        return str(content["environment"].get("device"))
+
+    @classmethod
+    def check_own(cls, content: Mapping[str, Any], where: str) -> None:
+        if not content["policies"]:
+            raise ValueError(f"{where}: field 'policies' is empty")
+        for number, policy in enumerate(_policies(content)):
+            check_keys(policy, dict.fromkeys(POLICY_KEYS), where, f"policies[{number}].")
+
+    @classmethod
+    def build(cls, record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        return _without_repetition(_rounded(super().build(record, **more)))
+
+    @classmethod
+    def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        return super().values(content) | {"policies": _policies(content)}
+
+
+write_diagnosis, load_diagnosis, load_diagnoses = Diagnosis.write, Diagnosis.read, Diagnosis.below
 
 
 def build_diagnosis(
@@ -76,52 +94,17 @@ def build_diagnosis(
     }
 
 
-def write_diagnosis(content: Mapping[str, Any], directory: Path | str) -> Path:
-    """Write a diagnosis record atomically as `<id>.json`; absolute paths are cut, floats kept to 7 digits.
-
-    Raises
-    ------
-    ValueError
-        A required field is missing, or a record of that id exists.
-    WriteError
-        The file could not be written.
-    """
-    content = {"schema": SCHEMA, **scrub_paths(_rounded(plain_json(content)))}
-    _check(content, f"diagnosis {content.get('id')!r}")
-    path = Path(directory) / f"{content['id']}.json"
-    if path.exists():
-        raise ValueError(f"{path} exists already; records are never overwritten")
-    return write_json(path, content, indent=None)
+def _policies(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each policy's entry holds, with what `shared` holds for all of them."""
+    return [{**content.get("shared", {}), **entry} for entry in content["policies"]]
 
 
-def load_diagnosis(path: Path | str) -> Diagnosis:
-    """Read and check a diagnosis record. Raises ValueError, naming file and field, if it is anything else."""
-    path = Path(path)
-    content = read_json(path)
-    _check(content, str(path))
-    return Diagnosis(path=path, **{field: content[field] for field in FIELDS})
-
-
-def load_diagnoses(directory: Path | str) -> list[Diagnosis]:
-    """All diagnosis records below a folder, oldest first; other JSON files are passed over."""
-    return load_family(directory, SCHEMA, load_diagnosis)
-
-
-def _check(content: Any, where: str) -> None:
-    check_schema(content, SCHEMA, "diagnosis", where)
-    for field in FIELDS:
-        if content.get(field) is None:
-            raise ValueError(f"{where}: required field {field!r} is missing")
-    for key in PROTOCOL_KEYS:
-        if key not in content["protocol"]:
-            raise ValueError(f"{where}: required field 'protocol.{key}' is missing")
-    if not content["policies"]:
-        raise ValueError(f"{where}: field 'policies' is empty")
-    for number, policy in enumerate(content["policies"]):
-        for key in POLICY_KEYS:
-            if key not in policy:
-                raise ValueError(f"{where}: required field 'policies[{number}].{key}' is missing")
-    check_environment(content["environment"], str(content["environment"].get("device")), where)
+def _without_repetition(content: dict[str, Any]) -> dict[str, Any]:
+    """What is equal in the entries of all policies, told once, in `shared`."""
+    first, *others = content["policies"] or [{}]
+    shared = {key: value for key, value in first.items() if others and all(e.get(key) == value for e in others)}
+    policies = [{key: value for key, value in entry.items() if key not in shared} for entry in content["policies"]]
+    return {**content, "shared": shared, "policies": policies}
 
 
 def _rounded(value: Any) -> Any:

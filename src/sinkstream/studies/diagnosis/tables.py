@@ -1,15 +1,14 @@
 """Tables and headline figures of diagnoses: one row a policy, every figure with its interval."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from sinkstream.measure.environment import hardware
+from sinkstream.records.origin import text_and_machine
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
 from sinkstream.registry import Registry
-from sinkstream.show.markdown import EMPTY, NONE_YET
+from sinkstream.show.table import EMPTY, NONE_YET, Column, Table, with_interval
 from sinkstream.studies.diagnosis import PARTS, Diagnosis, load_diagnoses
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
@@ -25,11 +24,8 @@ def interval(estimate: Mapping[str, Any] | None, digits: int, key: str = "value"
         return EMPTY
     if estimate[key] == estimate["low"] == estimate["high"] == 0:
         return "0"
-    value = f"{scale * estimate[key]:+.{digits}f}"
-    if estimate["low"] is None:
-        return f"{value} [no interval]"
-    high = "inf" if estimate["high"] is None else f"{scale * estimate['high']:+.{digits}f}"
-    return f"{value} [{scale * estimate['low']:+.{digits}f}, {high}]"
+    figures = (estimate[name] for name in (key, "low", "high"))
+    return with_interval(*(None if x is None else scale * x for x in figures), digits)
 
 
 def spike_of(entry: Entry) -> Mapping[str, Any]:
@@ -64,7 +60,7 @@ def drops_text(entry: Entry) -> str:
 
 
 #: Header, and the cell of a policy's entry; headers carry the units.
-COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
+COLUMNS: list[Column] = [
     ("Policy", lambda entry: entry["label"]),
     ("ΔPPL % vs strict", lambda entry: interval(entry["delta_ppl"]["strict"], 2, "delta_percent")),
     ("Peak (nats)", lambda entry: interval(spike_of(entry)["peak"], 3)),
@@ -76,12 +72,11 @@ COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
 ]
 
 #: The attribution: parts in 100 × nats a token, and their share of the whole where that is not zero by its interval.
-PART_COLUMNS: list[tuple[str, Callable[[Entry], str]]] = [
+PART_COLUMNS: list[Column] = [
     ("100 × nats per token", lambda entry: entry["label"]),
     ("all of it", lambda entry: interval(entry["attribution"]["total"], 2, scale=100)),
     *((text, _part(name)) for name, text in PARTS.items()),
 ]
-TABLES = (COLUMNS, PART_COLUMNS)
 
 NOTES = (
     "ΔPPL, peak, width and area are paired with strict streaming at the same cap; 95 % intervals.",
@@ -91,46 +86,22 @@ NOTES = (
 )
 
 
-def cells(diagnosis: Diagnosis, columns: Sequence[tuple[str, Callable[[Entry], str]]]) -> list[list[str]]:
-    """The cells of a table, one row a policy."""
-    return [[cell(entry) for _, cell in columns] for entry in diagnosis.policies]
-
-
-def rich_diagnosis(diagnosis: Diagnosis) -> list[Table]:
-    """The policies of a diagnosis as tables for the terminal."""
-    tables = []
-    for columns in TABLES:
-        table = Table(header_style="bold")
-        for number, (header, _) in enumerate(columns):
-            table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
-        for line in cells(diagnosis, columns):
-            table.add_row(*(text.replace("[", r"\[") for text in line))
-        tables.append(table)
-    tables[0].title = f"{diagnosis.model['name']} on {diagnosis.data['name']}, cap {diagnosis.protocol['cap']}"
-    tables[-1].caption, tables[-1].caption_justify = "\n".join(NOTES), "left"
-    return tables
+def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
+    """One row a policy: its figures, and the parts of its difference from strict streaming."""
+    title = f"{diagnosis.model['name']} on {diagnosis.data['name']}, cap {diagnosis.protocol['cap']}"
+    policies = diagnosis.policies
+    return [Table.of(policies, COLUMNS, title=title), Table.of(policies, PART_COLUMNS, notes=NOTES)]
 
 
 def markdown_diagnosis(diagnosis: Diagnosis) -> str:
-    """The policies of a diagnosis as Markdown tables, origin above."""
-    shown = [origin(diagnosis)]
-    for columns in TABLES:
-        lines = [[header for header, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
-        lines += [[text.replace("|", r"\|") for text in line] for line in cells(diagnosis, columns)]
-        shown.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(shown)
+    """The policies of a diagnosis as Markdown tables, origin above; the notes have a section of their own."""
+    tables = (replace(table, notes=()) for table in diagnosis_tables(diagnosis))
+    return "\n\n".join([origin(diagnosis), *(table.markdown() for table in tables)])
 
 
 def origin(diagnosis: Diagnosis) -> str:
     """One line on what a diagnosis was made from; strict streaming's own PPL is in it."""
-    protocol, environment = diagnosis.protocol, diagnosis.environment
-    strict = diagnosis.policies[0]["strict"]
-    return (
-        f"{diagnosis.model['name']}, {diagnosis.data['name']}, {diagnosis.data['tokens']:,} tokens of which"
-        f" {protocol['prefill_tokens']:,} are prefill, cap {protocol['cap']:,}, {protocol['dtype']},"
-        f" {hardware(environment)}, commit `{(environment['git']['commit'] or 'unknown')[:10]}`;"
-        f" strict PPL {strict['ppl']:.2f}."
-    )
+    return f"{text_and_machine(diagnosis)} Strict PPL {diagnosis.policies[0]['strict']['ppl']:.2f}."
 
 
 def render_diagnoses(results: Path) -> dict[str, str]:

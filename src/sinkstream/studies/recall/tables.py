@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from sinkstream.records.selection import normalised
-from sinkstream.show.markdown import EMPTY
 from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
+from sinkstream.show.table import EMPTY, Table, plus_minus
 from sinkstream.statistics import Estimate, mean_interval
 from sinkstream.studies.recall.record import RecallRecord
 
@@ -55,18 +54,27 @@ def display_name(record: RecallRecord) -> str:
     return label if record.status == "complete" else f"{label} ({record.status})"
 
 
-def recall_rows(records: Sequence[RecallRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table: one row a policy, one column a distance."""
-    ratios = sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
-    header = ["Policy", "PPL", "NLL when new", *(f"{ratio:g} ×" for ratio in ratios)]
-    rows = []
+def ratios_of(records: Sequence[RecallRecord]) -> list[float]:
+    """The distances over cap that the records have, the shortest first."""
+    return sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
+
+
+def gains_text(record: RecallRecord, ratios: Sequence[float]) -> list[str]:
+    """The recall gain at each of these distances, a dash where the record has none."""
+    gains = {point.ratio: point.gain for point in recall_curve(record)}
+    known = (gains.get(ratio, Estimate()) for ratio in ratios)
+    return [plus_minus(gain.value, gain.low, gain.high, 2) for gain in known]
+
+
+def recall_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
+    """One row a policy, one column a distance."""
+    ratios, rows = ratios_of(records), []
     for record in records:
-        gains = {point.ratio: point.gain for point in recall_curve(record)}
         ppl, unseen = record.summary["ppl"], record.passages["nll_unseen"]
         row = [display_name(record), EMPTY if ppl is None else f"{ppl:,.2f}"]
-        row += [f"{unseen.mean():.2f}" if len(unseen) else EMPTY]
-        rows.append(row + [_gain(gains.get(ratio)) for ratio in ratios])
-    return header, rows
+        rows.append([*row, f"{unseen.mean():.2f}" if len(unseen) else EMPTY, *gains_text(record, ratios)])
+    header = ["Policy", "PPL", "NLL when new", *(f"{ratio:g} ×" for ratio in ratios)]
+    return Table(header, rows, title, [footnote(records)])
 
 
 def footnote(records: Sequence[RecallRecord]) -> str:
@@ -79,17 +87,6 @@ def footnote(records: Sequence[RecallRecord]) -> str:
         " forgotten. PPL is that of the stream without repetitions. The full cache is shown where it fits the trained"
         " positions."
     )
-
-
-def rich_recall_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
-    """The table for the terminal."""
-    header, rows = recall_rows(records)
-    table = Table(title=title, caption=footnote(records), caption_justify="left", header_style="bold")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return table
 
 
 def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str | None = None) -> Path:
@@ -110,7 +107,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     for number, (record, style) in enumerate(zip(records, line_formats())):
         shift = None if len(records) <= MOST_BANDS else 2 ** (0.3 * (number / (len(records) - 1) - 0.5))
         _draw_curve(axis, record, style, shift)
-    ticks = sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
+    ticks = ratios_of(records)
     axis.axhline(0, color=COLOURS[0], linewidth=1)
     axis.axvline(1, color="#777777", linewidth=1.2, linestyle=":")
     axis.annotate("cap: the window ends", (1, 1), xycoords=("data", "axes fraction"), xytext=(4, -4), va="top", **_NOTE)
@@ -146,9 +143,3 @@ def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> 
     ]
     newest = {record.policy["label"]: record for record in mine if record.data["sha256"] == mine[-1].data["sha256"]}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
-
-
-def _gain(gain: Estimate | None) -> str:
-    if gain is None or gain.value is None:
-        return EMPTY
-    return f"{gain.value:+.2f}" if gain.low is None else f"{gain.value:+.2f} ±{(gain.high - gain.low) / 2:.2f}"

@@ -1,0 +1,289 @@
+"""`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkstream.cache import ModelSpec
+from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
+from sinkstream.engine import snapshot as snapshots
+from sinkstream.engine.handover import give_to_cache, take_from_cache
+from sinkstream.engine.inputs import Ids, check_stream, encoded, token_ids
+from sinkstream.engine.memory import check_engine
+from sinkstream.engine.packing import PackedWeights, check_packable, pack
+from sinkstream.engine.prefill import PrefillCache
+from sinkstream.engine.state import REBASE_AT, StreamState
+from sinkstream.engine.steps import STEPS
+from sinkstream.policies import EvictionPolicy, Step
+
+
+class StreamDecoder:
+    """Decodes one or several independent streams with one set of weights; `Engine` adds generation.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model of a supported family; its parameters become views of the packed weights.
+    policy : EvictionPolicy or None
+        Or give its options: ``sink``, ``window`` or ``cap``, ``compress_every`` … (see `EvictionPolicy.build`).
+    backend : str
+        Name in `STEPS`: how a step is done.
+    streams : int
+        How many streams are held; each has its own ring.
+    positions : {"cache", "original"}
+        As in `StreamingCache.for_model`.
+    tokenizer : tokenizer or None
+        Needed by ``scorer="structural"``, stop strings and text.
+    allow_untrained_positions : bool
+        As in `StreamingCache.for_model`.
+    rebase_at : int
+        Window position past which positions are rebased (at least twice the policy's peak is used).
+
+    Raises
+    ------
+    ValueError
+        If the model, the policy, an option or the backend does not fit, or the device's memory does not suffice;
+        before anything is allocated.
+
+    Attributes
+    ----------
+    policy : EvictionPolicy
+    spec : ModelSpec
+    weights : PackedWeights
+    state : StreamState
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: EvictionPolicy | None = None,
+        *,
+        backend: str = "ring",
+        streams: int = 1,
+        positions: str = "cache",
+        tokenizer: Any = None,
+        allow_untrained_positions: bool = False,
+        rebase_at: int = REBASE_AT,
+        **options: Any,
+    ):
+        self._cache = checked_cache(
+            model,
+            policy,
+            backend=backend,
+            streams=streams,
+            positions=positions,
+            tokenizer=tokenizer,
+            allow_untrained_positions=allow_untrained_positions,
+            rebase_at=min(rebase_at, PREFILL_REBASE_AT),
+            **options,
+        )
+        self.model, self.tokenizer, self.backend = model, tokenizer, backend
+        self.policy: EvictionPolicy = self._cache.policy
+        self.spec: ModelSpec = self._cache.spec
+        self.weights: PackedWeights = pack(model)
+        self.state = StreamState(
+            self.spec,
+            self.policy,
+            positions=positions,
+            streams=streams,
+            vocab=self.weights.head.shape[0],
+            device=model.device,
+            rebase_at=rebase_at,
+            structure=self._cache.structure,
+        )
+        self._step = STEPS[backend](self.weights, self.state)
+        self._step.prepare()
+
+    # ---- feeding ----
+
+    @torch.no_grad()
+    def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
+        """Append a text of any length to a stream, in chunks through the transformers module, evicting on the way.
+
+        If that is interrupted or fails, the stream is forgotten; others are left as they are.
+
+        Parameters
+        ----------
+        ids : Tensor, (tokens,), int64, or sequence of int
+            New tokens only; at least one.
+
+        Returns
+        -------
+        Tensor, (vocab,), float32
+            Logits after the last token.
+        """
+        ids = self._ids(ids, stream)
+        self.state.settle()
+        try:
+            give_to_cache(self.state, stream, self._cache)
+            logits = self._cache.prefill(self.model, ids[None], self._cache.chunk_tokens)
+            take_from_cache(self.state, stream, self._cache, logits[0])
+        except BaseException:
+            self.state.clear(stream)
+            raise
+        finally:
+            self._cache.reset()
+        return self.state.logits[stream].clone()
+
+    @torch.no_grad()
+    def step(self, tokens: Ids, *, streams: Sequence[int] | None = None) -> torch.Tensor:
+        """Append one token to each stream.
+
+        Parameters
+        ----------
+        tokens : Tensor, (len(streams),), int64, or sequence of int
+        streams : sequence of int or None
+            Which streams take part, each once; default: all of them. The others are left as they are.
+
+        Returns
+        -------
+        Tensor, (len(streams), vocab), float32
+            Logits after these tokens.
+        """
+        which = list(range(self.state.streams)) if streams is None else list(streams)
+        if len(set(which)) < len(which) or not which:
+            raise ValueError(f"streams={which} is not accepted; accepted: at least one stream, each once")
+        for stream in which:
+            self._check_stream(stream)
+        tokens = self._ids(tokens, which[0])
+        if len(tokens) != len(which):
+            raise ValueError(f"{len(tokens)} tokens for {len(which)} streams; accepted: one token a stream")
+        if len(which) == self.state.streams and streams is None:
+            self.advance(tokens, which)
+            return self.state.logits.clone()
+        index = torch.tensor(which, device=self.state.device)
+        self.advance(self.state.tokens.index_copy(0, index, tokens), sorted(which))
+        return self.state.logits[index]
+
+    def advance(self, tokens: torch.Tensor | None, streams: Sequence[int]) -> None:
+        """The bare step: append ``tokens[s]`` to each stream s of `streams`; logits are left in ``state.logits``.
+
+        Parameters
+        ----------
+        tokens : Tensor or None, (all streams,), int64, on the device
+            Token ids, not checked. A negative one means the likeliest token of the stream's logits; None means that of
+            all streams, and one such step after another launches nothing between two replays of a graph.
+        """
+        self.state.choose(tokens)
+        with self.state.step(streams):
+            self._step()
+
+    @torch.no_grad()
+    def score(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
+        """Append a text token by token and return how surprising each token was.
+
+        Returns
+        -------
+        Tensor, (tokens,), float32, nats
+            NLL of each token given everything before it; NaN for the first token of a stream.
+        """
+        ids, state = self._ids(ids, stream), self.state
+        begun = state.counters[stream].seen > 0
+        nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
+        logits = state.logits[stream]
+        for i, token in enumerate(ids.split(1)):
+            nll[i] = torch.nn.functional.cross_entropy(logits[None], token)
+            tokens = token
+            if state.streams > 1:
+                tokens = state.tokens.clone()
+                tokens[stream] = token[0]
+            self.advance(tokens, [stream])
+        if not begun:
+            nll[0] = float("nan")
+        return nll
+
+    # ---- keeping ----
+
+    def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
+        """Write one stream to a safetensors file."""
+        self._check_stream(stream)
+        snapshots.save(path, self.state, stream, model_hash=self.model_hash)
+
+    def restore(self, path: str | Path, *, stream: int = 0) -> None:
+        """Replace one stream by what `snapshot` wrote; it goes on bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
+        """
+        self._check_stream(stream)
+        snapshots.load(path, self.state, stream, model_hash=self.model_hash)
+
+    def reset(self, *, stream: int | None = None) -> None:
+        """Forget one stream, or all of them."""
+        if stream is not None:
+            self._check_stream(stream)
+        self.state.clear(stream)
+
+    def close(self) -> None:
+        """Take the prefill hooks off the model. Happens by itself when the engine is collected."""
+        self._cache.close()
+
+    @property
+    def last_steps(self) -> list[Step | None]:
+        """What the policy did in each stream at the latest step; None for a stream that sat it out."""
+        return self.state.last_steps
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the model's shape, dtype and weights."""
+        return snapshots.fingerprint(self.model)
+
+    def stats(self, *, stream: int = 0) -> dict[str, int]:
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
+        self._check_stream(stream)
+        c = self.state.counters[stream]
+        return {
+            "seen": c.seen,
+            "kept": c.kept,
+            "evicted": c.seen - c.kept,
+            "events": c.events,
+            "rebases": c.rebases,
+            "bytes": self.state.bytes,
+            "weight_bytes": self.weights.step_bytes,
+        }
+
+    # ---- checks ----
+
+    def _check_stream(self, stream: int) -> None:
+        check_stream(stream, self.state.streams)
+
+    def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:
+        self._check_stream(stream)
+        return token_ids(ids, self.weights.embedding.shape[0], self.state.device, empty=empty)
+
+    def prompt_ids(self, prompt: Ids | str, stream: int) -> torch.Tensor:
+        """Token ids, ``(tokens,)`` int64 on the device, of a prompt for a stream; text needs the tokenizer.
+
+        Raises
+        ------
+        ValueError
+            Also for an empty prompt of a stream that has not begun.
+        """
+        ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
+        if not len(ids) and not self.state.counters[stream].seen:
+            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        return ids
+
+
+def checked_cache(
+    model: PreTrainedModel, policy: EvictionPolicy | None, *, backend: str, streams: int, **options: Any
+) -> PrefillCache:
+    """The empty cache that prompts go through, after every check of the engine. Raises ValueError."""
+    step = STEPS[backend]
+    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+        raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
+    check_packable(model)
+    cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
+    try:
+        step.check(cache.spec, cache.policy, model.device)
+        check_engine(model, cache.spec, cache.policy, streams, model.device)
+    except ValueError:
+        cache.close()
+        raise
+    return cache

@@ -1,0 +1,56 @@
+"""What callers of an engine give it: streams, token ids and prompts, checked before anything is touched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+Ids = torch.Tensor | Sequence[int]
+
+
+def check_stream(stream: int, streams: int) -> None:
+    """Refuse what is no index of `streams` streams. Raises ValueError."""
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < streams:
+        raise ValueError(f"stream={stream!r} is not accepted; accepted: 0 to {streams - 1}")
+
+
+def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False) -> torch.Tensor:
+    """Token ids as ``(tokens,)`` int64 on the device; values are checked where that costs no waiting for the device.
+
+    Parameters
+    ----------
+    ids : Tensor, (tokens,), whole numbers, or sequence of int
+    vocab : int
+        Token ids are below it.
+    empty : bool
+        Whether no token at all is accepted.
+
+    Raises
+    ------
+    ValueError
+        Naming shape, dtype or range and what is accepted.
+    """
+    on_host = not isinstance(ids, torch.Tensor) or ids.device.type == "cpu"
+    if not isinstance(ids, torch.Tensor):
+        ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+    if ids.ndim != 1 or (not len(ids) and not empty) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers")
+    if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
+    return ids.to(device, torch.int64)
+
+
+def encoded(prompt: Ids | str, tokenizer: Any) -> Ids:
+    """Token ids of a prompt, which may be text if there is a tokenizer. Raises ValueError if there is none."""
+    if not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise ValueError("a prompt of text needs a tokenizer; give the engine tokenizer=TOKENIZER, or ids")
+    return tokenizer(prompt)["input_ids"]
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Ids of the model's end-of-text tokens."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

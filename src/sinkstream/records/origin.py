@@ -1,0 +1,24 @@
+"""One line on what a table was measured with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sinkstream.measure.environment import hardware
+
+
+def text_and_machine(record: Any) -> str:
+    """Model, text, prefill and cap where the record has one prefill, precision, hardware, releases and commit."""
+    protocol = record.protocol
+    parts = [record.model["name"], record.data["name"], f"{record.data['tokens']:,} tokens"]
+    if "decode_tokens" in protocol:
+        parts[-1] += f" of which {protocol['prefill_tokens']:,} are prefill"
+        parts.append(f"cap {protocol['cap']:,}")
+    return ", ".join([*parts, protocol["dtype"], machine([record])])
+
+
+def machine(records: Sequence[Any], *beside: str) -> str:
+    """Hardware and releases of the newest record, commits of all; `beside` stands after the hardware."""
+    newest = max(records, key=lambda record: record.created).environment
+    commits = sorted({(record.environment["git"]["commit"] or "unknown")[:10] for record in records})
+    releases = [f"{name} {newest['versions'][name]}" for name in ("torch", "transformers")]
+    return ", ".join([hardware(newest), *beside, *releases, f"commit {', '.join(f'`{c}`' for c in commits)}"]) + "."

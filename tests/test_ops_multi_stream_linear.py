@@ -1,0 +1,105 @@
+"""What several streams share, against float64: any number of them, awkward shapes, one input or two, gates."""
+
+import pytest
+import torch
+from ops_cases import DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error
+from torch.nn import functional as F
+
+from sinkstream.kernels import linear_residual, norm_linear
+from sinkstream.kernels.config import (
+    MAX_SPLITS,
+    MAX_STREAMS,
+    OWN_BYTES,
+    MultiStreamConfig,
+    count_programs,
+    default_multi_stream,
+    several_attention,
+)
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows
+
+SMALL = MultiStreamConfig(columns=32, stages=3, per_sm=1)
+WIDE = MultiStreamConfig(rows=32, columns=64, warps=4, per_sm=2, late=False)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("config", [SMALL, WIDE])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("streams", "n", "m", "rows"), [(2, 64, 0, 48), (3, 200, 0, 37), (5, 80, 136, 70), (16, 40, 24, 130)]
+)
+def test_products_against_float64(streams, n, m, rows, dtype, config):
+    a, wide = draw(streams, n, dtype=dtype), draw(streams, 8 + m, dtype=dtype)
+    f = wide[:, 8:] if m else None  # rows of a wider buffer
+    weight, bias = draw(rows, n + m, scale=(n + m) ** -0.5, dtype=dtype), draw(rows, scale=0.2, dtype=dtype)
+    residual, out = draw(streams, rows, dtype=dtype), torch.full((streams + 1, rows), 7.0, dtype=dtype, device=DEVICE)
+    multi_stream_linear(a, weight, out[:streams], f=f, bias=bias, residual=residual, config=config)
+    joined = torch.cat([a, f], 1) if m else a
+    expected = joined.double() @ weight.double().T + bias.double()
+    assert error(out[:streams], expected + residual.double()) < TOLERANCE[dtype]
+    assert error(out[:streams], expected) > 5 * TOLERANCE[dtype], "the control, no residual, is not told apart"
+    assert (out[streams] == 7.0).all(), "a stream that is not there was written"
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("rows", [48, 38])
+def test_activations(rows, activation):
+    a, weight = draw(4, 72, dtype=torch.float16), draw(rows, 72, scale=0.2, dtype=torch.float16)
+    bias = draw(rows, scale=0.2, dtype=torch.float16)
+    y = a.double() @ weight.double().T + bias.double()
+    gate, up = y.chunk(2, 1)
+    expected = F.gelu(y) if activation == "gelu" else F.silu(gate) * up
+    out = torch.full(expected.shape, float("nan"), device=DEVICE)
+    multi_stream_linear(a, weight, out, bias=bias, activation=activation, config=SMALL)
+    assert error(out, expected) < TOLERANCE[torch.float16]
+    assert error(out, y[:, : out.shape[1]]) > 0.1, "the control, no activation, is not told apart"
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("hidden", [64, 1100])
+@pytest.mark.parametrize(("norm", "with_beta"), [("layer", True), ("rms", False), ("rms", True)])
+def test_norms_of_rows(norm, with_beta, hidden):
+    wide = draw(3, hidden + 8) + 0.5
+    x, gamma = wide[:, :hidden], 1 + draw(hidden, scale=0.1)
+    beta = draw(hidden, scale=0.1) if with_beta else None
+    out = norm_rows(x, gamma, beta, 1e-5, norm, torch.float16, pdl=False)
+    x, gamma = x.double(), gamma.double()
+    expected = F.layer_norm(x, (hidden,), gamma) if norm == "layer" else F.rms_norm(x, (hidden,), gamma, 1e-5)
+    expected = expected + (0 if beta is None else beta.double())
+    assert out.dtype == torch.float16 and error(out, expected) < TOLERANCE[torch.float16]
+
+
+def test_what_is_refused():
+    x, weight = draw(17, 64, dtype=torch.float16), draw(32, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="17 streams; accepted by the kernel: at most 16"):
+        multi_stream_linear(x, weight, draw(17, 32))
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.float32; accepted"):
+        multi_stream_linear(x[:2], weight.float(), draw(2, 32))
+    with pytest.raises(ValueError, match="rows=24 in the configuration; accepted: a power of two"):
+        multi_stream_linear(x[:2], weight, draw(2, 32), config=MultiStreamConfig(rows=24))
+    with pytest.raises(ValueError, match="8 rows and 128 columns; accepted: at least 16"):
+        MultiStreamConfig(rows=8)
+
+
+@NEEDS_TRITON
+def test_what_goes_to_the_library_does_not_start_early():
+    x, weight = draw(17, 64, dtype=torch.float16), draw(64, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
+        norm_linear(x, weight, norm_weight=weight[0], pdl=True, implementation="triton")
+    with pytest.raises(ValueError, match="pdl=True with 17 streams; accepted: at most 16"):
+        linear_residual(x, weight, pdl=True, implementation="triton")
+
+
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 228 * 1024])
+def test_defaults_fit(shared_bytes):
+    plain, gated = (default_multi_stream(gate, shared_bytes) for gate in (False, True))
+    assert plain.per_sm >= gated.per_sm >= 1 and plain == MultiStreamConfig(per_sm=plain.per_sm)
+    program = (gated.stages - 1) * (2 * gated.rows + MAX_STREAMS) * gated.columns * 2 + OWN_BYTES
+    assert gated.per_sm * program <= shared_bytes < (gated.per_sm + 1) * program or gated.per_sm == 5
+
+
+@pytest.mark.parametrize(("streams", "heads", "waves"), [(2, 32, 1), (4, 32, 1), (8, 32, 4), (2, 3, 1), (64, 64, 99)])
+def test_attention_of_several_streams_is_one_wave_where_it_can_be(streams, heads, waves):
+    config = several_attention(streams * heads, 80, 2048, 4, multiprocessors=132)
+    programs = sum(count_programs(config.splits, 2048, 4)[1:])
+    assert programs <= MAX_SPLITS and config.splits > 1 and programs * streams * heads <= waves * 3 * 132

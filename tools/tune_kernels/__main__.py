@@ -1,0 +1,110 @@
+"""Measure and tune the kernels of the decode step: every op against its own byte floor, then whole steps.
+
+    PYTHONPATH=tools python -m tune_kernels --seconds 230 --out ops.json
+
+What is launched is the engine's `FusedDecode`, with the plan that is tried, over random weights of a published shape.
+The ceiling comes first: the bandwidth of a large device-to-device copy. Every op is checked against its twin (with
+poisoned outputs) and timed over all layers, so that nothing stays in L2, under a CUDA graph. Then whole steps under one
+graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
+turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
+or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
+none is faster. With --streams N the ops of N streams are measured, each alone and in a step.
+Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
+TRITON_INTERPRET=1.
+"""
+
+import argparse
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkstream.kernels.config import MAX_STREAMS
+from sinkstream.measure.bandwidth import memory_bandwidth
+from tune_kernels.measure import Measurements, write_report
+from tune_kernels.search import climb, measure_streams, sweep, tune
+from tune_kernels.shapes import SHAPES
+
+SHARES = {"pythia-2.8b": 0.55, "llama-3.2-1b": 0.5, "llama-3.1-8b": 1.0}  # of the time left when its turn comes
+PRINTED = ("best of each op", "PDL", "measured plan", "tuned")  # steps that are printed at the end of a shape
+
+
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog="tune_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for all numbers")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
+    parser.add_argument("--streams", type=int, default=1, help="measure this many streams, up to 16 (default 1: tune)")
+    parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.streams <= MAX_STREAMS:
+        parser.error(f"--streams {options.streams}; accepted: 1 to {MAX_STREAMS}, which the kernels serve")
+    if options.climb and options.streams > 1:
+        parser.error(f"--climb with --streams {options.streams}; accepted: one stream, whose plans are tuned")
+    return options
+
+
+def search_plan(m: Measurements, options: argparse.Namespace, budget_s: float) -> None:
+    """Run the search of one shape that the options name, and print its best steps."""
+    if options.streams > 1:
+        measure_streams(m)
+    elif options.climb:
+        climb(m)
+    else:
+        sweep(m, budget_s * 0.5)
+        m.table()
+        tune(m)
+    floor_ms = m.shape.step_bytes / m.copy_gbs / 1e6
+    for row in m.steps:
+        if row["label"] in PRINTED and "ms" in row:
+            figures = f"{row['ms']:.3f} ms = {row['ms'] / floor_ms:.3f} x floor"
+            print(f"  STEP {m.shape.name} {row['label']}: {figures}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tuner; see the module's docstring."""
+    options = read_options(arguments)
+    start, cuda = time.monotonic(), torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) if cuda else None
+    name = torch.cuda.get_device_name() if cuda else "cpu"
+    report: dict[str, Any] = {"device": name, "torch": torch.__version__, "ops": [], "steps": [], "stopped": {}}
+    bandwidth = memory_bandwidth(device)
+    report["bandwidth_gbs"] = {"copy": bandwidth.copy_gbs, "read": bandwidth.read_gbs}
+    print(f"{name}: {bandwidth}", flush=True)
+    for name in options.shapes:
+        left = options.seconds - (time.monotonic() - start)
+        if left < 15:
+            print(f"{name}: no time left")
+            break
+        budget = left * (SHARES.get(name, 1.0) if name != options.shapes[-1] else 1.0)
+        shape = replace(SHAPES[name], streams=options.streams)
+        print(f"{name}: {shape.step_bytes / 1e9:.3f} GB a step, {budget:.0f} s", flush=True)
+        m = Measurements(shape, device, pool, time.monotonic() + budget, bandwidth.copy_gbs)
+        try:
+            search_plan(m, options, budget)
+        except Exception as problem:
+            print(f"  {name} stopped: {type(problem).__name__}: {str(problem)[:500]}", flush=True)
+            report["stopped"][name] = repr(problem)[:2000]
+        report["ops"] += m.rows
+        report["steps"] += m.steps
+        write_report(options.out, report)
+        del m
+        if cuda:
+            torch.cuda.empty_cache()
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"done in {time.monotonic() - start:.0f} s, numbers in {options.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
