@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from sinkstream.bench.decoding import ActiveRun, Samples
+from sinkstream.engine import Engine
+from sinkstream.evaluation.decoders import EngineDecoder
 from sinkstream.records.files import write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
@@ -23,7 +25,7 @@ class Checkpoint:
         """Keep a run as it stands. A reader finds both old files or both new ones."""
         samples = active.run.samples
         kept = self._snapshot(samples.tokens)
-        active.decoder.engine.snapshot(kept)
+        _engine(active).snapshot(kept)
         held = {name: getattr(samples, name) for name in ARRAYS}
         held |= {name: np.concatenate(held[name]) if held[name] else np.empty(0) for name in JOINED}
         buffer = io.BytesIO()
@@ -55,8 +57,9 @@ class Checkpoint:
         samples = self.samples()
         if samples is None:
             return False
-        active.decoder.engine.restore(self._snapshot(samples.tokens))
-        active.resume(samples, active.decoder.engine.stats()["seen"], active.decoder.engine.state.logits)
+        engine = _engine(active)
+        engine.restore(self._snapshot(samples.tokens))
+        active.resume(samples, engine.stats()["seen"], engine.state.logits)
         return True
 
     def remove(self) -> None:
@@ -69,3 +72,9 @@ class Checkpoint:
 
     def _snapshots(self) -> list[Path]:
         return list(self.folder.glob(f"{self.record_id}-*.safetensors"))
+
+
+def _engine(active: ActiveRun) -> Engine:
+    """The engine of a run; no other rung has snapshots."""
+    assert isinstance(active.decoder, EngineDecoder)
+    return active.decoder.engine

@@ -126,7 +126,7 @@ class ActiveRun:
         self.device = source.table.device
         self.clock = TokenClock(self.device)
         self.position = 0
-        self.logits: torch.Tensor | None = None
+        self.logits: torch.Tensor
         self.decoder, prepare, capture = open_timed(loaded, run.config)
         run.weight_bytes = self.decoder.weight_bytes
         run.setup = dict.fromkeys(SETUP, 0.0) | {"prepare_sec": prepare, "capture_sec": capture}
@@ -156,12 +156,13 @@ class ActiveRun:
             (visible, event) of every token, and the NLL of the text (tokens, streams) float32, or zeros without one.
         """
         nll = torch.zeros((tokens, self.run.config.streams), dtype=torch.float32, device=self.device)
-        steps = []
+        steps: list[tuple[int, bool]] = []
+        chosen: torch.Tensor | None
         self.clock.start()
         for i in range(tokens):
             if self.run.protocol.teacher_forced:
-                chosen = self.source.row(self.position)
-                nll[i] = token_nll(self.logits, chosen)
+                chosen = row = self.source.row(self.position)
+                nll[i] = token_nll(self.logits, row)
             else:
                 chosen = self.decoder.choose(self.logits)
             self.logits = self.decoder.step(chosen)

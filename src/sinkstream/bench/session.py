@@ -203,7 +203,7 @@ class BenchSession:
 
     def _record(self, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
         model = self.loaded.model
-        record = {
+        record: dict[str, Any] = {
             "status": "complete" if run.reason is None else "partial",
             "created": utc_now(),
             "session": self.name,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -65,7 +66,7 @@ class Batch:
             common_prefill(settings, len(self.stream))
         runner = Runner(
             self.request,
-            lambda content, folder: save_record(*content, folder),
+            _save,
             load_record,
             self.loaded.model.device,
             _perplexities,
@@ -92,6 +93,11 @@ class Batch:
 
     def _record(self, settings: RunSettings, result: RunResult) -> tuple[dict, RunResult]:
         return build_record(result, self.loaded, self.stream, settings, self.request), result
+
+
+def _save(content: tuple[dict, RunResult], folder: Path) -> Path:
+    record, result = content
+    return save_record(record, result, folder)
 
 
 def _perplexities(records: list[Record]) -> list[str]:

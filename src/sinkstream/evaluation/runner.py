@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,8 +18,26 @@ from sinkstream.measure.timing import timed
 from sinkstream.records.files import WriteError
 from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
 
-R = TypeVar("R")  # a record on disk, with `id` and `status`
 Report = Callable[[int, int], None]  # called with (done, of how many)
+
+
+class AnyRecord(Protocol):
+    """What every kind of record on disk has."""
+
+    @property
+    def id(self) -> str:
+        """Name of its file."""
+
+    @property
+    def status(self) -> str:
+        """Whether what it records came to its end: "complete", or else."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument of the command, and the identity of the work."""
+
+
+R = TypeVar("R", bound=AnyRecord)
 
 
 @dataclass(frozen=True)
