@@ -166,7 +166,7 @@ def _other_config(op: str, config: Any) -> Callable[[Plan], Plan]:
 
 
 def _other_config_as_early(op: str, config: Any) -> Callable[[Plan], Plan]:
-    """Another configuration that starts, and lets the next kernel start, when the plan's does; none for a late one."""
+    """Another configuration with `late` and `ahead` of the plan's; no change where the plan's is late."""
 
     def change(plan: Plan) -> Plan:
         old = plan[op].config

@@ -104,7 +104,7 @@ class StreamDecoder:
     def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
         """Append a text of any length to a stream, in chunks through the transformers module, evicting on the way.
 
-        If that is interrupted or fails, the stream is forgotten; others are left as they are.
+        An interrupt or an error clears the stream; other streams are unchanged.
 
         Parameters
         ----------
@@ -137,7 +137,7 @@ class StreamDecoder:
         ----------
         tokens : Tensor, (len(streams),), int64, or sequence of int
         streams : sequence of int or None
-            Which streams take part, each once; default: all of them. The others are left as they are.
+            Which streams take part, each once; default: all of them. The others are unchanged.
 
         Returns
         -------
@@ -160,7 +160,7 @@ class StreamDecoder:
         return self.state.logits[index]
 
     def advance(self, tokens: torch.Tensor | None, streams: Sequence[int]) -> None:
-        """The bare step: append ``tokens[s]`` to each stream s of `streams`; logits are left in ``state.logits``.
+        """Append ``tokens[s]`` to each stream s of `streams`, unchecked; the logits are in ``state.logits`` afterwards.
 
         Parameters
         ----------
@@ -174,7 +174,7 @@ class StreamDecoder:
 
     @torch.no_grad()
     def score(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
-        """Append a text token by token and return how surprising each token was.
+        """Append a text token by token and return the NLL of each token.
 
         Returns
         -------
@@ -204,7 +204,7 @@ class StreamDecoder:
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
     def restore(self, path: str | Path, *, stream: int = 0) -> None:
-        """Replace one stream by what `snapshot` wrote; it goes on bit for bit.
+        """Replace one stream by the stream of a snapshot, which continues bit for bit.
 
         Raises
         ------
@@ -221,12 +221,12 @@ class StreamDecoder:
         self.state.clear(stream)
 
     def close(self) -> None:
-        """Take the prefill hooks off the model. Happens by itself when the engine is collected."""
+        """Remove the prefill hooks from the model, as garbage collection of the engine does."""
         self._cache.close()
 
     @property
     def last_steps(self) -> list[Step | None]:
-        """What the policy did in each stream at the latest step; None for a stream that sat it out."""
+        """What the policy did in each stream at the latest step; None for a stream that was idle."""
         return self.state.last_steps
 
     @cached_property

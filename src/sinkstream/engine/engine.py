@@ -26,7 +26,10 @@ from sinkstream.policies import EvictionPolicy
 
 
 class Engine(StreamDecoder):
-    """A `StreamDecoder`, which takes the same parameters and raises the same errors, that writes text by itself."""
+    """A `StreamDecoder` that also generates: by itself, or for transformers' generate().
+
+    Parameters, attributes and errors are those of `StreamDecoder`.
+    """
 
     @staticmethod
     def check(
@@ -37,7 +40,7 @@ class Engine(StreamDecoder):
         streams: int = 1,
         **options: Any,
     ) -> None:
-        """Raise ValueError as the constructor, which takes the same, would; nothing is packed or allocated."""
+        """Raise the ValueError that the constructor would raise for these arguments; nothing is packed or allocated."""
         checked_cache(model, policy, backend=backend, streams=streams, **options).close()
 
     @classmethod
@@ -76,7 +79,7 @@ class Engine(StreamDecoder):
         return cls(loaded.model, policy, **{"tokenizer": loaded.tokenizer} | more)
 
     def generate(self, ids: Ids | str, *, max_new_tokens: int, stream: int = 0, **more: Any) -> Generation:
-        """Append a prompt to a stream and let it write; everything written is in the stream afterwards.
+        """Append a prompt to a stream and generate; the stream then holds the prompt and every generated token.
 
         Parameters
         ----------

@@ -1,7 +1,8 @@
 """The decode step through the ops of `kernels`: three a GPT-NeoX layer, five a Llama-like one.
 
-On a CPU the same calls run the kernels' twins. What a policy needs beyond logits happens on the device too, in plain
-PyTorch functions that only such policies pay for; nothing asks the host, so that a whole step fits into a CUDA graph.
+On a CPU the same calls run the kernels' twins. Quantities that a policy observes are computed in plain PyTorch
+functions, only under policies that need them. No part of a step synchronises with the host, so that a CUDA graph can
+hold a whole step.
 """
 
 from typing import Any, cast
@@ -85,7 +86,7 @@ class FusedDecode:
         self._row = plain.Row(state, weights.rope_factor)
 
     def use(self, plan: LaunchPlan) -> None:
-        """Launch the ops as another plan says, from the next launch on; a captured graph keeps the plan it has."""
+        """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
         self.plan = plan
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
         self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
@@ -95,7 +96,7 @@ class FusedDecode:
         return torch.zeros(self.state.streams, width, dtype=self.spec.dtype, device=self.state.device)
 
     def __call__(self) -> None:
-        """Append what ``state.tokens`` says to all streams and leave the next-token logits in ``state.logits``."""
+        """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
         state, weights = self.state, self.weights
         begin_step(
             state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
@@ -110,7 +111,7 @@ class FusedDecode:
         state.end_row()
 
     def run(self, op: str, layer: int) -> None:
-        """Launch one op of one layer, from the buffers that the op before it leaves; "head" has no layer."""
+        """Launch one op of one layer; its inputs are the outputs of the previous op. "head" ignores the layer."""
         getattr(self, f"_{op}")(layer)
 
     # ---- the ops ----
@@ -145,7 +146,7 @@ class FusedDecode:
         )  # fmt: skip
 
     def _attention(self, i: int) -> None:
-        """Attention leaves the memory idle while it waits: it prefetches what `gate_up`, two ops later, reads first."""
+        """The memory is idle while attention waits: attention prefetches the first rows of `gate_up`, two ops later."""
         state, spec, layer = self.state, self.spec, self.weights.layers[i]
         q_norm, k_norm = layer.q_norm, layer.k_norm
         norms: dict[str, Any] = (
@@ -183,7 +184,7 @@ class FusedDecode:
         self._norm_linear("head", self.weights.final_norm, self.weights.head, out=self.state.logits)
 
     def _norm_linear(self, op: str, norm: Norm, weight: torch.Tensor, *, early: bool = True, **more: Any) -> None:
-        """One row range behind one norm."""
+        """A norm and the product with some rows of a weight."""
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
             self.hidden, weight, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm=kind, **more,
@@ -193,13 +194,13 @@ class FusedDecode:
     def _linear_residual(
         self, op: str, a: torch.Tensor, weight: torch.Tensor, *, early: bool = True, **more: Any
     ) -> None:
-        """The residual stream goes from one buffer to the other: no kernel writes the lines that it is reading."""
+        """The residual stream alternates between two buffers: no kernel writes cache lines that it is reading."""
         how = self._how(op, early=early)
         linear_residual(a, weight, residual=self.hidden, out=self.other, **more, **how)
         self.hidden, self.other = self.other, self.hidden
 
     def _observe(self, i: int, q_norm: Norm | None = None) -> None:
-        """What scorers keep of this layer's queries and attention; only policies with such a scorer pay for it."""
+        """Record this layer's queries and attention, under policies whose scorer reads them."""
         if self.observes:
             spec, order = self.spec, "per-head" if self.neox else "blocks"
             query = split_qkv(self.first, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]

@@ -30,7 +30,7 @@ class Generation:
     Attributes
     ----------
     tokens : list of int
-        All of them are in the stream: it can go on from here.
+        The stream holds all of them and can continue.
     reason : {"length", "stop token", "stop string", "callback"}
         Why it ended.
     text : str or None
@@ -67,11 +67,11 @@ class StopRule:
 
     @property
     def looks(self) -> bool:
-        """Whether tokens must be sent to the host one by one."""
+        """Whether the host needs every token."""
         return bool(self.tokens or self.strings or self.callback)
 
     def reason(self, tokens: list[int], stream: int) -> str | None:
-        """Why a stream ends with what it has written so far, or None if it goes on."""
+        """Why a stream ends with the tokens that it has written so far, or None if it continues."""
         answer = self.callback(tokens[-1], stream) if self.callback else None
         if tokens[-1] in self.tokens:
             return "stop token"
@@ -97,7 +97,7 @@ class Writer(ABC):
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Next token of every stream, ``(streams,)`` int64, from logits ``(streams, vocab)``, both on the device.
 
-        None: the likeliest one, which the step finds by itself.
+        None: the likeliest one, which the step itself draws.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What an engine takes in memory, known before anything is allocated, and what is free."""
+"""The memory that an engine needs, computed before anything is allocated, and the memory that is free."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ CUDA_WORKSPACE = 2 * 32 * 2**20  # cuBLAS takes 32 MiB on recent GPUs, and as mu
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that an engine takes beside the weights of its model.
+    """Bytes that an engine needs in addition to the weights of its model.
 
     Attributes
     ----------

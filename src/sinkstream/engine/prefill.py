@@ -1,7 +1,7 @@
 """The cache that prompts go through: a `StreamingCache` in the slots of a stream's own static ring.
 
-Nothing is held twice: beside the ring there are the entries of one chunk (which may not overwrite anything while they
-are computed) and what attention sees of one layer.
+Memory in addition to the ring: the entries of one chunk, which may not overwrite the ring during their own forward, and
+the visible keys and values of one layer.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ class LentRing(SoftRing):
         return self._chunk[0].shape[SLOT_AXIS]
 
     def open(self, tokens: int) -> None:
-        """Nothing to cut: what is visible is put together layer by layer."""
+        """Check the size of a chunk; `write` concatenates the visible entries layer by layer."""
         assert tokens <= self.chunk_tokens, f"{tokens} new entries exceed {self.chunk_tokens}"
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,9 +58,9 @@ class LentRing(SoftRing):
         return visible[0], visible[1]
 
     def advance(self, tokens: int, drop: int = 0) -> None:
-        """Take over the entries of the forward and drop as many as the policy did inside it.
+        """Copy the entries of the forward to the ring and drop as many entries as the policy did during the forward.
 
-        What is dropped goes first where the room is needed: the same entries stay as if all had been there at once.
+        Entries are dropped early where their room is needed; the same entries remain as after a late drop.
         """
         taken = 0
         while taken < tokens:
@@ -108,6 +108,6 @@ class PrefillCache(StreamingCache):
         return self.storage[0].shape[SLOT_AXIS] + self.chunk_tokens
 
     def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
-        # a wrap comes with every chunk here: rebased as rarely as in a larger ring, keys are rounded as rarely
+        # every chunk wraps here; the larger limit keeps rotations of keys, and their rounding, rare
         more["rebase_at"] += self.policy.peak
         return LentRing(shape, self.spec.dtype, device, storage=self.storage, **more)

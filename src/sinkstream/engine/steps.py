@@ -1,6 +1,6 @@
-"""The rungs of the ladder: one decode step, done in one of several ways.
+"""The engine backends, the rungs of the benchmark's ladder: several implementations of one decode step.
 
-Every rung reads and writes the same `StreamState`, so that they can be swapped for one another and compared.
+Every backend reads and writes the same `StreamState`, so that backends can be exchanged and compared.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ STEPS: Registry = Registry("engine backend")
 
 
 class StepFunction(ABC):
-    """One way of doing a decode step.
+    """An implementation of the decode step.
 
     Parameters
     ----------
@@ -31,16 +31,16 @@ class StepFunction(ABC):
     def __init__(self, weights: PackedWeights, state: StreamState):
         self.weights, self.state = weights, state
 
-    @classmethod  # noqa: B027  (most rungs serve everything that packing serves)
+    @classmethod  # noqa: B027  (most backends serve everything that packing serves)
     def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
-        """Refuse, by name, a model, policy or device that this rung does not serve. Raises ValueError."""
+        """Refuse, by name, a model, policy or device that this backend does not serve. Raises ValueError."""
 
-    def prepare(self) -> None:  # noqa: B027  (most rungs need none)
+    def prepare(self) -> None:  # noqa: B027  (most backends need none)
         """Compile or capture, once, before the first token."""
 
     @abstractmethod
     def __call__(self) -> None:
-        """Append what ``state.tokens`` says to all streams; the logits are in ``state.logits`` afterwards."""
+        """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
 
 
 @STEPS.register("ring")
@@ -53,7 +53,7 @@ class RingStep(StepFunction):
 
 
 class GraphedStep(StepFunction):
-    """Any step under one CUDA graph: captured once, replayed for ever."""
+    """Any step under one CUDA graph: captured once, replayed for every token."""
 
     warmups = 3
 
@@ -119,7 +119,7 @@ class KernelStep(StepFunction):
 
 @STEPS.register("fused")
 class FusedStep(GraphedStep):
-    """Fused kernels under one CUDA graph: the fastest rung."""
+    """Fused kernels under one CUDA graph: the fastest backend."""
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)

@@ -34,7 +34,7 @@ INTERPRETED = triton is not None and type(tl.sum).__name__ == "InterpretedFuncti
 
 @dataclass
 class _Settings:
-    """Of the whole process."""
+    """Settings of the whole process."""
 
     implementation: str = "auto"
     compile_only: bool = False
