@@ -58,9 +58,12 @@ def token_channels(
     """
     found = {}
     if "structure" in names:
+        assert structure is not None and ids is not None, "structure is looked up by token id"
         found["structure"] = structure[ids]
     if "nll" in names:
+        assert log_probs is not None and ids is not None, "NLL is read from the distribution, by token id"
         found["nll"] = -log_probs.gather(-1, ids[..., None])[..., 0]
     if "entropy" in names:
+        assert log_probs is not None, "entropy is read from the distribution"
         found["entropy"] = SIGNALS["entropy"](log_probs)
     return found

@@ -6,7 +6,6 @@ A model that is not on the list is refused by name: with the wrong positions or 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkstream.cache.attention import SINKSTREAM_SDPA
@@ -45,7 +44,7 @@ class ModelSpec:
     rope : Rope
     attention : {"sdpa", "eager"}
     dtype : torch.dtype
-    decoder : Module
+    decoder : PreTrainedModel
         The decoder whose forward receives the cache.
     """
 
@@ -58,7 +57,7 @@ class ModelSpec:
     rope: Rope
     attention: str
     dtype: torch.dtype
-    decoder: nn.Module
+    decoder: PreTrainedModel
 
 
 def describe(model: PreTrainedModel) -> ModelSpec:
@@ -73,7 +72,8 @@ def describe(model: PreTrainedModel) -> ModelSpec:
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"model={type(model).__name__} is not accepted; accepted: a transformers model")
     _check_config(config)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    attention = _checked_attention(config)
+    decoder: PreTrainedModel = model.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None:
         raise ValueError(f"{type(model).__name__} has no rotary_emb module on its decoder; it cannot stream")
@@ -86,7 +86,7 @@ def describe(model: PreTrainedModel) -> ModelSpec:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         trained_positions=config.max_position_embeddings,
         rope=Rope(rotary.inv_freq),
-        attention=_attention_of(config),
+        attention=attention,
         dtype=model.dtype,
         decoder=decoder,
     )
@@ -110,12 +110,12 @@ def _check_config(config) -> None:
     if rope_type not in ROPE_TYPES:
         why = ": its frequencies change with the length" if rope_type in ("dynamic", "longrope") else ""
         raise ValueError(f"rope_type={rope_type!r} is not supported{why}; accepted: {', '.join(ROPE_TYPES)}")
-    if _attention_of(config) not in ATTENTION:
-        raise ValueError(
-            f"attn_implementation={_attention_of(config)!r} is not supported; accepted: {', '.join(ATTENTION)}"
-        )
 
 
-def _attention_of(config) -> str:
+def _checked_attention(config) -> str:
     name = attention_implementation(config)
-    return "sdpa" if name == SINKSTREAM_SDPA else name
+    if name == SINKSTREAM_SDPA:
+        return "sdpa"
+    if name not in ATTENTION:
+        raise ValueError(f"attn_implementation={name!r} is not supported; accepted: {', '.join(ATTENTION)}")
+    return name

@@ -52,7 +52,7 @@ class HookedCache(Cache):
         """The most tokens that the next forward may append."""
 
     @abstractmethod
-    def prefill(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """Feed ``(batch, tokens)`` new token ids of any number."""
 
     @abstractmethod
@@ -124,7 +124,8 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
     compat.check_forward(decoder)
     if model is not decoder:
         compat.check_forward(model, needed=("logits_to_keep",) if cache.needs_logits else ())
-    modules, user = [decoder] if model is decoder else [decoder, model], object()
+    modules: list[nn.Module] = [decoder] if model is decoder else [decoder, model]
+    user = object()
     with _lock:
         for module in modules:
             hooked = _hooked.setdefault(module, _Hooked())
@@ -251,7 +252,7 @@ def _before_model(module, args, kwargs=None):
     return (), named | {"logits_to_keep": 0} if cache.needs_logits else named
 
 
-def _prefill_all_but_last(cache: HookedCache, model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+def _prefill_all_but_last(cache: HookedCache, model: PreTrainedModel, named: dict[str, Any]) -> dict[str, Any]:
     """Where only the last logits are asked for (as generate() asks of a prompt), feed a long prompt chunk by chunk.
 
     Returns the call that is left, that of the last token; the same call if the tokens fit one call as they are.

@@ -120,6 +120,7 @@ def refresh(held: Held, leaving: int, scorer: Scorer, keep: int, queries: Querie
     if "key_norm" in scorer.needs:
         known["key_norm"] = keys.norm(dim=-1)
     if "attention" in scorer.needs:
+        assert queries is not None, "a scorer that reads attention is given queries"
         known["attention"] = candidate_attention(held, leaving, queries)
     scores = scorer.score(Candidates(position=positions, **known))
     _check_scores(scores, scorer, count)
@@ -194,10 +195,8 @@ def attention_received(
     parts = [(query, key)]
     if pinned_query is not None:
         parts = [(pinned_query, key[:, :, :pinned]), (query, key[:, :, pinned:])]
-    scores = [
-        torch.einsum("bhgqd,bhkd->bhgqk", q.float().unflatten(1, (key.shape[1], -1)), k.float()) for q, k in parts
-    ]
-    scores = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+    found = [torch.einsum("bhgqd,bhkd->bhgqk", q.float().unflatten(1, (key.shape[1], -1)), k.float()) for q, k in parts]
+    scores = found[0] if len(found) == 1 else torch.cat(found, -1)
     return (scores * scaling).masked_fill(hidden, float("-inf")).softmax(-1).sum(3).mean(2)
 
 

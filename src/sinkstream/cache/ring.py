@@ -139,6 +139,7 @@ class SoftRing:
                 row.copy_(source_row.index_select(SLOT_AXIS - 1, slots))
         if pinned_keys is None:
             return
+        assert pinned_positions is not None, "pinned keys come with their positions"
         self.first_window, self.pinned_positions = first_window, pinned_positions
         self._keep_pinned_keys(pinned_keys.clone())
         self.pinned_values = self._pinned_slots(self.values).clone()
@@ -231,7 +232,10 @@ class SoftRing:
         if first:
             self._pin_sinks()
         leaving = self.live - self.pinned - window
-        channels = self._pin(choose(leaving)) if refresh else {}
+        channels = {}
+        if refresh:
+            assert choose is not None, "somebody chooses the tokens that a refresh keeps"
+            channels = self._pin(choose(leaving))
         self.first_window += leaving
         self.start = self.tail - window - self.pinned
         self._write_pinned()

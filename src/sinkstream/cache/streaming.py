@@ -68,6 +68,7 @@ class StreamingLayer(CacheLayerMixin):
 class _Pending:
     """A forward that has begun: committed when the called model returns, forgotten if it raises."""
 
+    ring: SoftRing
     tokens: int
     steps: list[Step]
     schedule: PruneSchedule
@@ -101,6 +102,14 @@ class StreamingCache(HookedCache):
         A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
         keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
+
+    ring: SoftRing | None
+    observer: AttentionObserver | None
+    schedule: PruneSchedule
+    seen_ids: SeenTokens | None
+    last_steps: list[Step]
+    _pending: _Pending | None
+    _log_probs: torch.Tensor | None  # of the latest token, (batch, 1, vocab), where tokens are scored by uncertainty
 
     remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
 
@@ -233,12 +242,12 @@ class StreamingCache(HookedCache):
             After the stream's last token, where the policy scores tokens by their uncertainty.
         """
         self.reset()
-        self._allocate(batch, device)
+        ring = self._allocate(batch, device)
         self.seen_ids = None  # what was seen elsewhere is not known here
         self.schedule = schedule
         if logits is not None:
             self._log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
-        return self.ring
+        return ring
 
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
@@ -299,7 +308,7 @@ class StreamingCache(HookedCache):
         seen = self.seen_tokens
         if not (self.seen_ids and self.seen_ids.complete) or input_ids.shape[1] <= seen:
             return
-        if len(input_ids) != self.ring.keys.shape[1]:
+        if self.ring is None or len(input_ids) != self.ring.keys.shape[1]:
             return  # refused when the decoder is called
         index = self.seen_ids.first_difference(input_ids)
         if index is not None:
@@ -344,14 +353,10 @@ class StreamingCache(HookedCache):
     # ---- the life of one forward, driven by the hooks ----
 
     def _clear(self) -> None:
-        self.ring: SoftRing | None = None
-        self.observer: AttentionObserver | None = None
-        self.seen_ids: SeenTokens | None = None
-        self.last_steps: list[Step] = []
+        self.ring = self.observer = self.seen_ids = self._pending = self._log_probs = None
+        self.last_steps = []
         self.schedule = PruneSchedule(self.policy)
-        self._pending: _Pending | None = None
         self._events = 0
-        self._log_probs: torch.Tensor | None = None
         self._in_model = False  # whether the causal model, not its decoder alone, is being called
 
     def begin_forward(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
@@ -359,35 +364,37 @@ class StreamingCache(HookedCache):
         if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
             self.abort_forward()
         self._check_call(batch, tokens, input_ids)
-        if self.seen_tokens == 0:
-            self._allocate(batch, device)
+        ring = self.ring
+        if ring is None or ring.seen == 0:
+            ring = self._allocate(batch, device)
         ahead = self.schedule.copy()
         steps = [ahead.step() for _ in range(tokens)]
-        drop = steps[0].drop - (self.schedule.cached - self.ring.live)  # a failed forward may have dropped already
+        drop = steps[0].drop - (self.schedule.cached - ring.live)  # a failed forward may have dropped already
         if drop > 0:
-            self.ring.prune(drop, self.policy.refresh, self._choose)
-        delta = self.ring.make_room(tokens)
+            ring.prune(drop, self.policy.refresh, self._choose)
+        delta = ring.make_room(tokens)
         if self.observer:
             self.observer.begin(tokens, spare=tokens - 1 if self._speculates else 0)
             if delta is not None:
                 self.observer.rebase(delta)
-        crossing = self._crossing(steps)
-        self.ring.open(tokens)
-        self._pending = _Pending(tokens, steps, ahead, input_ids, crossing)
+        crossing = self._crossing(ring, steps)
+        ring.open(tokens)
+        self._pending = _Pending(ring, tokens, steps, ahead, input_ids, crossing)
         running.set(Forward(self.observer, crossing if isinstance(crossing, TwoFrames) else None))
-        first = self.seen_tokens - self.ring.base
+        first = ring.seen - ring.base
         positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
         return positions, None if crossing is None else self._attention_mask(crossing.mask())
 
-    def _crossing(self, steps: list[Step]) -> PinnedCopies | TwoFrames | None:
+    def _crossing(self, ring: SoftRing, steps: list[Step]) -> PinnedCopies | TwoFrames | None:
         """How a chunk crosses the prunes that fall inside it; None if none does."""
         segments = Segments.of(steps) if self.policy.plan_known else None
         if segments is None:
             return None
-        return (TwoFrames if is_switched(self.spec.decoder) else PinnedCopies)(self.ring, segments)
+        return (TwoFrames if is_switched(self.spec.decoder) else PinnedCopies)(ring, segments)
 
     def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
-        if self._pending is None:
+        pending = self._pending
+        if pending is None:
             raise ValueError(
                 "this cache is not attached to the model that is using it;"
                 " make one with StreamingCache.for_model(model, …)"
@@ -397,14 +404,14 @@ class StreamingCache(HookedCache):
                 f"the model's dtype was changed from {self.spec.dtype} to {keys.dtype} after the cache was made;"
                 " change it back, or make the cache again"
             )
-        self._pending.layers_written += 1
-        visible = self.ring.write(layer, keys, values)
-        crossing = self._pending.crossing
+        pending.layers_written += 1
+        visible = pending.ring.write(layer, keys, values)
+        crossing = pending.crossing
         return crossing.extend(layer, *visible) if isinstance(crossing, PinnedCopies) else visible
 
     def commit_forward(self, logits: torch.Tensor | None = None) -> None:
         """The called model has returned: count the tokens, do the prunes inside the chunk, observe the logits."""
-        pending, ring = self._pending, self.ring
+        pending = self._pending
         self.abort_forward()
         if pending is None:
             return
@@ -416,6 +423,7 @@ class StreamingCache(HookedCache):
             )
         begun, log_probs = pending.tokens, None
         if self.needs_logits:
+            assert logits is not None, "a policy that reads the logits is refused when the decoder is called alone"
             log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
             self._observe(pending, log_probs)
         if self.observer:
@@ -424,7 +432,7 @@ class StreamingCache(HookedCache):
         if self.seen_ids:
             ids = pending.input_ids
             self.seen_ids.append(None if ids is None else ids[:, : pending.tokens])
-        ring.advance(pending.tokens, sum(s.drop for s in pending.steps[1:]))
+        pending.ring.advance(pending.tokens, sum(s.drop for s in pending.steps[1:]))
         self.schedule = pending.schedule
         self._events += sum(s.event for s in pending.steps)
         self.last_steps = pending.steps
@@ -468,31 +476,32 @@ class StreamingCache(HookedCache):
 
     def _fill_channels(self, pending: _Pending, log_probs: torch.Tensor | None) -> None:
         """What is kept of every new token besides key and value; before the ring counts them."""
-        ring, tokens = self.ring, pending.tokens
-        drawn_from = None if log_probs is None else self._drawn_from(log_probs[:, :tokens])
+        ring, tokens = pending.ring, pending.tokens
+        drawn_from = None if log_probs is None else self._drawn_from(ring, log_probs[:, :tokens])
         ids = None if pending.input_ids is None else pending.input_ids[:, :tokens]
         for name, known in token_channels(ring.channels, ids, drawn_from, self.structure).items():
             ring.channels[name][..., ring.tail : ring.tail + tokens] = known[:, None]
 
-    def _drawn_from(self, log_probs: torch.Tensor) -> torch.Tensor | None:
+    def _drawn_from(self, ring: SoftRing, log_probs: torch.Tensor) -> torch.Tensor | None:
         """The distributions that tokens were drawn from, given those that were predicted after them."""
-        if not UNCERTAINTY & self.ring.channels.keys():
+        if not UNCERTAINTY & ring.channels.keys():
             return None
         before, self._log_probs = self._log_probs, log_probs[:, -1:].clone()
         before = torch.zeros_like(self._log_probs) if before is None else before
         return torch.cat([before, log_probs[:, :-1]], 1)
 
     def _choose(self, leaving: int) -> Refreshed:
-        scorer = self.policy.scorer
-        queries = self.observer.latest() if "attention" in scorer.needs else None
-        return refresh(self.ring.held(), leaving, scorer, self.policy.refresh, queries)
+        ring, observer, scorer = self.ring, self.observer, self.policy.scorer
+        assert ring is not None and scorer is not None, "a refresh scores the tokens that are cached"
+        queries = observer.latest() if observer is not None and "attention" in scorer.needs else None
+        return refresh(ring.held(), leaving, scorer, self.policy.refresh, queries)
 
-    def _allocate(self, batch: int, device: torch.device) -> None:
+    def _allocate(self, batch: int, device: torch.device) -> SoftRing:
         spec, policy = self.spec, self.policy
         if self.structure is not None:
             self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
-            self.ring = self._new_ring(
+            self.ring = ring = self._new_ring(
                 (spec.layers, batch, spec.kv_heads, self.capacity(), spec.head_dim),
                 device,
                 rope=spec.rope,
@@ -504,7 +513,8 @@ class StreamingCache(HookedCache):
         self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
-            self.observer = AttentionObserver(self.ring, queries, "accumulated" in policy.needs)
+            self.observer = AttentionObserver(ring, queries, "accumulated" in policy.needs)
+        return ring
 
     def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
         return SoftRing(shape, self.spec.dtype, device, **more)
@@ -518,10 +528,10 @@ class StreamingCache(HookedCache):
     def _check_call(self, batch: int, tokens: int, input_ids: torch.Tensor | None) -> None:
         if tokens < 1:
             raise ValueError("0 tokens in one call; accepted: at least 1")
-        if self.seen_tokens and batch != self.ring.keys.shape[1]:
+        ring = self.ring
+        if ring is not None and ring.seen and batch != ring.keys.shape[1]:
             raise ValueError(
-                f"batch of {batch}, but this cache holds {self.ring.keys.shape[1]} streams;"
-                " use reset() or another cache"
+                f"batch of {batch}, but this cache holds {ring.keys.shape[1]} streams; use reset() or another cache"
             )
         if input_ids is None and {"structure", "nll"} & self.policy.needs:
             raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")

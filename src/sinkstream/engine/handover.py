@@ -10,6 +10,7 @@ import copy
 import torch
 
 from sinkstream.cache.channels import UNCERTAINTY
+from sinkstream.cache.observe import AttentionObserver
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.refresh import copy_sinks, latest_queries, live_slots, pinned_tokens, write_pinned
 from sinkstream.engine.state import StreamState
@@ -26,19 +27,20 @@ def give_to_cache(state: StreamState, stream: int, cache: PrefillCache) -> None:
     uncertain = UNCERTAINTY & state.channels.keys()
     schedule = copy.deepcopy(state.schedules[stream])
     ring = cache.resume(schedule, state.device, logits=state.logits[one] if uncertain else None)
-    frame = {}
     if counters.pruned:
         copy_sinks(state, stream)
-        frame = {
-            "first_window": counters.first_window,
-            "pinned_keys": state.pinned_keys[:, one],
-            "pinned_positions": pinned_tokens(state, stream),
-        }
     source = {"keys": state.keys, "values": state.values, **state.channels}
     source = {name: buffer[:, one] for name, buffer in source.items()}
-    ring.load(source, live_slots(state, stream), base=counters.base, **frame)
+    ring.load(
+        source,
+        live_slots(state, stream),
+        base=counters.base,
+        first_window=counters.first_window if counters.pruned else 0,
+        pinned_keys=state.pinned_keys[:, one] if counters.pruned else None,
+        pinned_positions=pinned_tokens(state, stream) if counters.pruned else None,
+    )
     if cache.observer is not None:
-        _give_queries(state, stream, cache)
+        _give_queries(state, stream, cache.observer)
 
 
 @torch.no_grad()
@@ -51,6 +53,7 @@ def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits
         After the last token.
     """
     ring, counters, one = cache.ring, state.counters[stream], slice(stream, stream + 1)
+    assert ring is not None, "a cache that was fed holds a ring"
     state.schedules[stream] = cache.schedule
     counters.events += cache.stats()["events"]
     counters.rebases += ring.rebases
@@ -72,9 +75,9 @@ def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits
     state.logits[stream] = logits
 
 
-def _give_queries(state: StreamState, stream: int, cache: PrefillCache) -> None:
-    cache.observer.scaling = state.spec.head_dim**-0.5
+def _give_queries(state: StreamState, stream: int, observer: AttentionObserver) -> None:
+    observer.scaling = state.spec.head_dim**-0.5
     if state.queries is None:
         return
     latest, count = latest_queries(state, stream), min(state.counters[stream].seen, state.observed_queries)
-    cache.observer.queries = {layer: latest.latest(layer, count) for layer in range(state.spec.layers)}
+    observer.queries = {layer: latest.latest(layer, count) for layer in range(state.spec.layers)}

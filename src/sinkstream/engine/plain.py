@@ -179,7 +179,7 @@ def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tenso
     qkv = F.linear(norm(x, weights.attention_norm), weights.weight_qkv, weights.bias_qkv)
     heads = (spec.query_heads, spec.kv_heads, spec.kv_heads)
     query, key, value = qkv.view(len(x), -1, spec.head_dim).split(heads, 1)
-    if weights.q_norm is not None:
+    if weights.q_norm is not None and weights.k_norm is not None:
         query, key = norm(query, weights.q_norm), norm(key, weights.k_norm)
     x = x + F.linear(attend(state, row, layer, query, key, value), weights.weight_o, weights.bias_o)
     gate, up = F.linear(norm(x, weights.mlp_norm), weights.weight_gate_up, weights.bias_gate_up).chunk(2, -1)

@@ -61,7 +61,22 @@ class StreamState:
         Row of the plan that the latest step read; -1 before the first. The same for all streams.
     scalars : Tensor, (streams, 8), int32
         See `layout`.
+    risks : Tensor, (256, streams, signals), float32
+        What adaptive triggers read in the logits of the steps of the plan.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pinned_keys: torch.Tensor
+    pinned_positions: torch.Tensor
+    queries: torch.Tensor | None
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    plan: torch.Tensor
+    cursor: torch.Tensor
+    scalars: torch.Tensor
+    risks: torch.Tensor
+    _active: tuple[int, ...]
 
     def __init__(
         self,
@@ -265,7 +280,7 @@ class StreamState:
 
     def _discard_plan(self) -> None:
         self._row = self._planned = 0
-        self._active: tuple[int, ...] = ()
+        self._active = ()
         self.cursor.fill_(-1)
 
     def _refresh_if_due(self, stream: int) -> None:

@@ -3,11 +3,20 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sinkstream.records.files import write_atomically
 
-Kind = TypeVar("Kind")
+
+class _Identified(Protocol):
+    @property
+    def created(self) -> str: ...
+
+    @property
+    def id(self) -> str: ...
+
+
+Kind = TypeVar("Kind", bound=_Identified)
 
 
 def read_json(path: Path) -> Any:

@@ -184,7 +184,7 @@ def _may_be_record(path: Path) -> bool:
 
 def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array of `ARRAYS` is called allow_pickle
     return buffer.getvalue()
 
 

@@ -58,7 +58,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
 
 def _source(cls: type) -> str:
     """The sentence after "Source:" in a docstring."""
-    text = " ".join(inspect.getdoc(cls).split())
+    text = " ".join((inspect.getdoc(cls) or "").split())
     return text.partition("Source: ")[2].partition(". ")[0].rstrip(".").replace("``", "`") or "this project"
 
 
@@ -160,7 +160,9 @@ def _register(registry: Registry, name: str, table: Callable[..., str], **select
     def render(records: Sequence[Record] | Sequence[RecallRecord]) -> str:
         return table(records, **selection)
 
-    summary = inspect.getdoc(table).splitlines()[0].rstrip(".")
+    doc = inspect.getdoc(table)
+    assert doc is not None, "a table of the documents says what it shows"
+    summary = doc.splitlines()[0].rstrip(".")
     render.__doc__ = f"{summary}: {', '.join(f'{k} {v}' for k, v in selection.items())}."
     registry.register(name)(render)
 
@@ -241,16 +243,16 @@ def precision_table(records: Sequence[Record]) -> str:
 def headline_sentence(records: Sequence[Record]) -> str:
     """The promise in measured numbers, one sentence."""
     figures, _ = compute_headlines(records)
-    ppl = {name: figures.get(f"foundation.ppl_{name}") for name in ("recompute", "window_only", "strict")}
-    ratio = figures.get("foundation.hf_strict_over_full_tpot")
-    if None in (*ppl.values(), ratio):
+    names = ("ppl_recompute", "ppl_window_only", "ppl_strict", "hf_strict_over_full_tpot")
+    if any(f"foundation.{name}" not in figures for name in names):
         return NONE_YET
-    strict = next(r for r in records if r.id == ppl["strict"]["record"])
+    recompute, window_only, strict_ppl, ratio = (figures[f"foundation.{name}"] for name in names)
+    strict = next(r for r in records if r.id == strict_ppl["record"])
     return (
         f"Measured: {strict.model['name']} over {strict.summary['decode_tokens']:,} tokens of a PG19 book with"
-        f" {strict.protocol['cap']} KV slots has a perplexity of **{ppl['strict']['value']:.2f}**, where recomputing"
-        f" the window for every token gives {ppl['recompute']['value']:.2f} and a window without sinks collapses to"
-        f" {ppl['window_only']['value']:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
+        f" {strict.protocol['cap']} KV slots has a perplexity of **{strict_ppl['value']:.2f}**, where recomputing"
+        f" the window for every token gives {recompute['value']:.2f} and a window without sinks collapses to"
+        f" {window_only['value']:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
         f" {ratio['value']:.2f} × the time that it takes without any eviction."
     )
 

@@ -1,7 +1,7 @@
 """`results/summary.json`: the headline figures, each computed from records and carrying the id of its record."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sinkstream.studies.diagnosis import Diagnosis, load_diagnoses
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
-HEADLINES = Registry("headline")
+HEADLINES: Registry[Callable[[Sequence[Record]], tuple[float, str] | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
 
 
@@ -37,9 +37,12 @@ def compute_headlines(
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
-    for registry, source in ((HEADLINES, records), (SPEED_HEADLINES, speeds), (DIAGNOSIS_HEADLINES, diagnoses)):
-        for key, compute in registry.items():
-            found = compute(source)
+    for registry, computed in (
+        (HEADLINES, {key: compute(records) for key, compute in HEADLINES.items()}),
+        (SPEED_HEADLINES, {key: compute(speeds) for key, compute in SPEED_HEADLINES.items()}),
+        (DIAGNOSIS_HEADLINES, {key: compute(diagnoses) for key, compute in DIAGNOSIS_HEADLINES.items()}),
+    ):
+        for key, found in computed.items():
             if found is None:
                 missing[key] = f"no record for: {registry.summary(key)}"
                 continue
@@ -89,9 +92,8 @@ def _as_text(headlines: dict[str, dict[str, float | str]]) -> str:
 @HEADLINES.register("foundation.hf_strict_over_full_tpot")
 def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | None:
     """Mean steady TPOT of strict over the full cache's, newest interleaved pair, Pythia-2.8B shape, hf backend, GPU."""
-    wanted = {"model": "pythia-2.8b", "backend": "hf", "device": "cuda"}
-    strict = select(records, policy="strict", plain=True, **wanted)
-    full = select(records, policy="full", **wanted)
+    of_shape = select(records, model="pythia-2.8b", backend="hf", device="cuda")
+    strict, full = select(of_shape, policy="strict", plain=True), select(of_shape, policy="full")
     pruned = [r for r in strict if r.summary["events"] and r.protocol.get("interleaved", 1) > 1]
     for run in reversed(pruned):
         for baseline in reversed(full):
@@ -162,8 +164,7 @@ def ppl_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
 
 def _newest_block_pair(records: Sequence[Record], device: str, policy: str, compress_every: int) -> BlockPair | None:
     """The newest pair of a plain policy on the hf backend with that device."""
-    wanted = {"policy": policy, "backend": "hf", "device": device, "plain": True}
-    pairs = block_pairs(select(records, **wanted))
+    pairs = block_pairs(select(records, policy=policy, backend="hf", device=device, plain=True))
     found = [pair for pair in pairs if pair.blocks.policy["options"].get("compress_every") == compress_every]
     return found[-1] if found else None
 
@@ -187,8 +188,9 @@ def block_speedup_strict(records: Sequence[Record]) -> tuple[float, str] | None:
 @HEADLINES.register("diagnosis.block_speedup_cpu")
 def block_speedup_cpu(records: Sequence[Record]) -> tuple[float, str] | None:
     """Blocks against step by step on the CPU: the smaller of strict's and lazy's (R = 32), newest pairs, hf backend."""
-    pairs = [_newest_block_pair(records, "cpu", *policy) for policy in (("strict", 1), ("lazy", 32))]
-    return None if None in pairs else min(_block_speedup(pair) for pair in pairs)
+    strict = _block_speedup(_newest_block_pair(records, "cpu", "strict", 1))
+    lazy = _block_speedup(_newest_block_pair(records, "cpu", "lazy", 32))
+    return None if strict is None or lazy is None else min(strict, lazy)
 
 
 @HEADLINES.register("diagnosis.block_max_abs_nll_difference")

@@ -58,8 +58,8 @@ def memory_and_quality(
     Raises
     ------
     ValueError
-        No records, an unknown control, or records that can not be paired with it; or the arrays of an older record are
-        absent.
+        No records, an unknown control, a record without tokens, or records that can not be paired with the control; or
+        the arrays of an older record are absent.
     ImportError
         matplotlib is not installed.
     """
@@ -77,29 +77,32 @@ def memory_and_quality(
 
 @dataclass(frozen=True)
 class _Line:
-    """A policy of the picture: its record and colour, and ΔPPL so far in percent at the centres of the blocks."""
+    """A policy of the picture: record, ΔPPL at the end and so far (at the centres of the blocks) in percent, colour."""
 
     record: Record
     delta: PairedDelta
+    end: float
     so_far: np.ndarray
     colour: str = COLOURS[0]
 
     @property
     def percent(self) -> str:
-        return f"{self.delta.delta_percent:+.1f} %"
+        return f"{self.end:+.1f} %"
 
 
 def _lines(records: Sequence[Record], control: Record) -> list[_Line]:
     """The policies to draw, the lowest ΔPPL first; of those that end alike one."""
     found = []
     for record in records:
-        if record is control or not (record.blocks.whole and control.blocks.pairs_with(record.blocks)):
+        if record is control or not _blocks(control).pairs_with(_blocks(record)):
             continue
         sums, counts, _ = paired_blocks(record, control)
         with np.errstate(over="ignore"):
-            line = _Line(record, delta_against(record, control), 100 * np.expm1(np.cumsum(sums) / np.cumsum(counts)))
-        found += [line] if line.delta.delta_percent is not None else []
-    found.sort(key=lambda line: line.delta.delta_percent)
+            so_far = 100 * np.expm1(np.cumsum(sums) / np.cumsum(counts))
+        delta = delta_against(record, control)
+        if delta.delta_percent is not None:
+            found.append(_Line(record, delta, delta.delta_percent, so_far))
+    found.sort(key=lambda line: line.end)
     found = [line for at, line in enumerate(found) if at == 0 or line.percent != found[at - 1].percent]
     chosen = np.unique(np.linspace(0, len(found) - 1, min(MOST_LINES, len(found))).round().astype(int))
     return [replace(found[at], colour=colour) for at, colour in zip(chosen, LINE_COLOURS)]
@@ -115,7 +118,7 @@ def _draw_memory(axis: Any, control: Record, lines: Sequence[_Line]) -> None:
     top = max(float(most[-1]) for most in held)
     groups: list[list[int]] = []
     for at, (most, (record, colour)) in enumerate(zip(held, runs)):
-        axis.plot(record.blocks.centres, most, color=colour, linewidth=2.2 if record is control else 1.6)
+        axis.plot(_blocks(record).centres, most, color=colour, linewidth=2.2 if record is control else 1.6)
         alike = next((group for group in groups if abs(held[group[0]][-1] - most[-1]) <= ALIKE * top), None)
         groups.append([at]) if alike is None else alike.append(at)
     axis.set_ylim(0, 1.08 * top)
@@ -131,11 +134,10 @@ def _draw_memory(axis: Any, control: Record, lines: Sequence[_Line]) -> None:
 
 def _draw_quality(axis: Any, control: Record, lines: Sequence[_Line], others: int) -> None:
     """ΔPPL so far, on a linear axis that the lines of ordinary size fill."""
-    ends = [line.delta.delta_percent for line in lines]
-    sizes = sorted(map(abs, ends))
+    sizes = sorted(abs(line.end) for line in lines)
     usual = [size for size in sizes if size <= OUTLIER * max(1.0, float(np.median(sizes)))]
-    inside = [line for line in lines if abs(line.delta.delta_percent) in usual]
-    skipped = max(1, len(control.blocks.sums) // 20)  # the first means are of few tokens
+    inside = [line for line in lines if abs(line.end) in usual]
+    skipped = max(1, len(_blocks(control).sums) // 20)  # the first means are of few tokens
     reach = np.concatenate(
         [np.r_[0.0, line.so_far[3 * skipped :], line.delta.low or 0, line.delta.high or 0] for line in inside]
     )
@@ -145,15 +147,15 @@ def _draw_quality(axis: Any, control: Record, lines: Sequence[_Line], others: in
     axis.set_ylim(low - margin, high + margin)
     axis.axhline(0, color=COLOURS[0], linewidth=2.2)
     labels = [(0.0, display_name(control), COLOURS[0])]
-    x = control.blocks.centres
+    x = _blocks(control).centres
     for number, line in enumerate(lines):
         axis.plot(x[skipped:], line.so_far[skipped:], color=line.colour, linewidth=1.8)
-        end, outside = line.delta.delta_percent, line not in inside
+        outside = line not in inside
         if line.delta.low is not None and not outside:
             at = x[-1] + (number + 1) * BAR_STEP * (x[-1] - x[0])
             axis.vlines(at, line.delta.low, line.delta.high, color=line.colour, linewidth=3, alpha=0.6)
         text = f"{display_name(line.record)}: {line.percent}" + (" (off the axis)" if outside else "")
-        labels.append((float(np.clip(end, low - margin, high + margin)), text, line.colour))
+        labels.append((float(np.clip(line.end, low - margin, high + margin)), text, line.colour))
     axis.set_ylabel("ΔPPL so far (%)")
     more = f"; {others} more in the table" if others else ""
     told = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
@@ -185,11 +187,19 @@ def _label_ends(axis: Any, labels: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
+def _blocks(record: Record) -> Blocks:
+    if record.blocks is None:
+        raise ValueError(f"record {record.id!r} has no tokens: there is nothing to draw")
+    return record.blocks
+
+
 def _kv(record: Record) -> np.ndarray:
     """Most entries that a token of each block saw (blocks,)."""
-    if record.blocks.kv is not None:
-        return record.blocks.kv
-    return Blocks.of(*(record.arrays[name] for name in BLOCKED)).kv
+    blocks = _blocks(record)
+    if blocks.kv is None:  # an older record
+        blocks = Blocks.of(*(record.arrays[name] for name in BLOCKED)) or blocks
+    assert blocks.kv is not None, "blocks of arrays know their KV entries"
+    return blocks.kv
 
 
 def kv_token_bytes(record: Record) -> int | None:

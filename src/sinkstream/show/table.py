@@ -1,5 +1,6 @@
 """One table for all: shown in the terminal, in Markdown and in HTML."""
 
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +9,7 @@ from html import escape
 from typing import Any, TypeVar
 
 from rich import table as rich_table
+from rich.console import JustifyMethod
 from rich.text import Text
 
 EMPTY = "–"  # in place of a figure that there is not
@@ -57,7 +59,7 @@ class Table:
         shown = rich_table.Table(title=title, caption=caption, caption_justify="left", header_style="bold")
         for number, name in enumerate(self.header):
             width = max([HEADER_WIDTH, *(len(row[number]) for row in self.rows)])
-            justify = "left" if number < self.left else "right"
+            justify: JustifyMethod = "left" if number < self.left else "right"
             shown.add_column(Text("\n".join(textwrap.wrap(name, width))), justify=justify, overflow="fold")
         for number, row in enumerate(self.rows):
             shown.add_row(*map(Text, row), style="bold" if number in self.bold else None)
@@ -94,4 +96,6 @@ def plus_minus(value: float | None, low: float | None, high: float | None, digit
     """A figure with half of its interval: "+0.31 ±0.26"; a dash without a figure."""
     if value is None:
         return EMPTY
-    return f"{value:+.{digits}f}" + ("" if low is None else f" ±{(high - low) / 2:.{digits}f}")
+    if low is None:
+        return f"{value:+.{digits}f}"
+    return f"{value:+.{digits}f} ±{((math.inf if high is None else high) - low) / 2:.{digits}f}"

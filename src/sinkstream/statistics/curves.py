@@ -7,6 +7,7 @@ Student's t as Hesterberg (The American Statistician 69, 2015) does.
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from scipy import stats
@@ -67,6 +68,24 @@ class EventCurve:
         (Each of the two is wrong upwards at half that rate.)
         """
         return self.peak.above_zero or self.area.above_zero
+
+
+class _Averages(TypedDict):
+    """Attributes of an `EventCurve` that are known with or without a spike."""
+
+    lags: np.ndarray
+    mean: np.ndarray
+    events: np.ndarray
+    n_events: int
+    n_blocks: int
+    confidence: float
+
+
+class _Spike(TypedDict):
+    peak: Estimate
+    peak_lag: int
+    width: Estimate
+    area: Estimate
 
 
 def event_cycles(
@@ -159,8 +178,14 @@ def event_curve(
     group = max(1, math.ceil(block_tokens / max(1.0, float(np.median(np.diff(events)))))) if len(events) > 1 else 1
     starts = np.arange(0, len(table), group)
     n_blocks = len(starts)
-    shared = {"lags": lags, "mean": mean, "events": counts, "n_events": len(table), "n_blocks": n_blocks}
-    shared["confidence"] = confidence
+    shared: _Averages = {
+        "lags": lags,
+        "mean": mean,
+        "events": counts,
+        "n_events": len(table),
+        "n_blocks": n_blocks,
+        "confidence": confidence,
+    }
     window, level = (lags >= 0) & (lags < after), lags < 0
     if not window.any() or not level.any():
         return _without_spike(shared, "an event at every token, or none: there is no level before an event")
@@ -184,7 +209,7 @@ def event_curve(
     return EventCurve(low=low, high=high, level=level_estimate, **spike, **shared)
 
 
-def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> dict:
+def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> _Spike:
     """Peak, width and area of the excess `(lags,)`, from its resamples `(resamples, lags)`."""
     error = drawn.std(axis=0, ddof=1) * math.sqrt(n_blocks / (n_blocks - 1))
     away = np.abs(drawn - excess)
@@ -208,15 +233,23 @@ def _widened(confidence: float, n_blocks: int) -> tuple[float, float]:
     return float(stats.norm.cdf(tail)), float(stats.norm.sf(tail))
 
 
-def _without_interval(shared: dict, excess: np.ndarray, level: float, reason: str) -> EventCurve:
+def _without_interval(shared: _Averages, excess: np.ndarray, level: float, reason: str) -> EventCurve:
     unknown = np.full_like(shared["mean"], np.nan)
-    figures = {"level": level, "peak": excess.max(), "area": excess.sum()}
-    estimates = {name: Estimate(float(value), reason=reason) for name, value in figures.items()}
-    at = int(excess.argmax())
-    return EventCurve(low=unknown, high=unknown, peak_lag=at, width=Estimate(reason=reason), **estimates, **shared)
+    return EventCurve(
+        low=unknown,
+        high=unknown,
+        level=Estimate(level, reason=reason),
+        peak=Estimate(float(excess.max()), reason=reason),
+        peak_lag=int(excess.argmax()),
+        width=Estimate(reason=reason),
+        area=Estimate(float(excess.sum()), reason=reason),
+        **shared,
+    )
 
 
-def _without_spike(shared: dict, reason: str) -> EventCurve:
+def _without_spike(shared: _Averages, reason: str) -> EventCurve:
     unknown = np.full_like(shared["mean"], np.nan)
-    nothing = dict.fromkeys(("level", "peak", "width", "area"), Estimate(reason=reason))
-    return EventCurve(low=unknown, high=unknown, peak_lag=None, **nothing, **shared)
+    nothing = Estimate(reason=reason)
+    return EventCurve(
+        low=unknown, high=unknown, level=nothing, peak=nothing, peak_lag=None, width=nothing, area=nothing, **shared
+    )

@@ -8,7 +8,7 @@ degenerate cases.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -20,12 +20,18 @@ MIN_BLOCKS = 8
 _RESAMPLES_PER_BATCH = 500
 
 
+class _Bootstrap(TypedDict):
+    resamples: int
+    confidence: float
+    seed: int
+
+
 @dataclass(frozen=True)
 class PairedDelta:
     """Change of perplexity against a control on the same tokens, in percent, with its interval.
 
     `low` and `high` are None with a `reason` when there are too few blocks; `delta_percent` is None without any
-    common token.
+    common token. Without a `reason` a figure that is None is infinite.
     """
 
     delta_percent: float | None
@@ -39,7 +45,7 @@ class PairedDelta:
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval says that there is a difference."""
-        return self.low is not None and not self.low <= 0 <= self.high
+        return self.low is not None and (self.low > 0 or (self.high is not None and self.high < 0))
 
 
 def suitable_block_tokens(n_tokens: int) -> int:
@@ -86,8 +92,8 @@ def paired_delta_ppl(
         )
     with np.errstate(invalid="ignore"):
         difference = nll - control_nll
-    _, *blocks = block_sums(difference, positions, block_tokens)
-    return delta_of_blocks(*blocks, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
+    _, sums, counts = block_sums(difference, positions, block_tokens)
+    return delta_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
 
 
 def delta_of_blocks(
@@ -100,10 +106,12 @@ def delta_of_blocks(
     seed: int = 0,
 ) -> PairedDelta:
     """As `paired_delta_ppl`, from the sums (blocks,) of nll − control_nll and the tokens (blocks,) of each block."""
-    figures = _block_bootstrap(sums, counts, block_tokens, resamples, confidence, seed)
+    mean = mean_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
     with np.errstate(over="ignore"):
-        delta, low, high = (None if x is None else _finite(100 * np.expm1(x)) for x in figures.pop("interval"))
-    return PairedDelta(delta, low, high, **figures)
+        delta, low, high = (
+            None if x is None else _finite(100 * np.expm1(x)) for x in (mean.value, mean.low, mean.high)
+        )
+    return PairedDelta(delta, low, high, int(counts.sum()), int(counts.size), confidence, mean.reason)
 
 
 def mean_interval(
@@ -116,8 +124,8 @@ def mean_interval(
     seed: int = 0,
 ) -> Estimate:
     """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
-    _, *blocks = block_sums(values, positions, block_tokens)
-    return mean_of_blocks(*blocks, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
+    _, sums, counts = block_sums(values, positions, block_tokens)
+    return mean_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
 
 
 def mean_of_blocks(
@@ -130,8 +138,21 @@ def mean_of_blocks(
     seed: int = 0,
 ) -> Estimate:
     """As `mean_interval`, from the sum (blocks,) and the number (blocks,) of the values of each block."""
-    figures = _block_bootstrap(sums, counts, block_tokens, resamples, confidence, seed)
-    return Estimate(*figures["interval"], reason=figures.get("reason"))
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}: must lie between 0 and 1")
+    if resamples < 1:
+        raise ValueError(f"resamples = {resamples}: must be 1 or more")
+    n_tokens, n_blocks = int(counts.sum()), int(counts.size)
+    mean = float(sums.sum() / n_tokens) if n_tokens else None
+    if n_blocks < MIN_BLOCKS:
+        reason = f"{n_blocks} blocks of {block_tokens} tokens; an interval needs at least {MIN_BLOCKS}"
+        return Estimate(mean, reason=reason)
+    if np.ptp(sums / counts) == 0:
+        return Estimate(mean, mean, mean)
+    low, high = ratio_interval(
+        sums, counts, resamples=resamples, confidence=confidence, seed=seed, batch=_RESAMPLES_PER_BATCH
+    )
+    return Estimate(mean, low, high)
 
 
 def share_of_blocks(
@@ -158,7 +179,7 @@ def share_of_blocks(
     block_tokens, resamples, confidence, seed
         As in `paired_delta_ppl`.
     """
-    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    options: _Bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
     if not mean_of_blocks(whole, counts, block_tokens, **options).excludes_zero:
         return Estimate(reason="the whole is not told from zero")
     return Estimate(
@@ -196,33 +217,6 @@ def block_sums(
     blocks, inverse = np.unique((positions[finite] - origin) // block_tokens, return_inverse=True)
     sums = np.bincount(inverse, weights=values[finite], minlength=blocks.size)
     return origin + blocks * block_tokens, sums, np.bincount(inverse, minlength=blocks.size)
-
-
-def _block_bootstrap(
-    sums: np.ndarray,
-    counts: np.ndarray,
-    block_tokens: int,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> dict[str, Any]:
-    """The mean with a percentile interval over blocks, and the fields that both results share."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}: must lie between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples = {resamples}: must be 1 or more")
-    n_tokens, n_blocks = int(counts.sum()), int(counts.size)
-    mean = float(sums.sum() / n_tokens) if n_tokens else None
-    shared = {"n_tokens": n_tokens, "n_blocks": n_blocks, "confidence": confidence}
-    if n_blocks < MIN_BLOCKS:
-        reason = f"{n_blocks} blocks of {block_tokens} tokens; an interval needs at least {MIN_BLOCKS}"
-        return {"interval": (mean, None, None), "reason": reason, **shared}
-    if np.ptp(sums / counts) == 0:
-        return {"interval": (mean, mean, mean), **shared}
-    interval = ratio_interval(
-        sums, counts, resamples=resamples, confidence=confidence, seed=seed, batch=_RESAMPLES_PER_BATCH
-    )
-    return {"interval": (mean, *interval), **shared}
 
 
 def _finite(value: float) -> float | None:

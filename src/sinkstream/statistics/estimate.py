@@ -30,4 +30,4 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval leaves out zero."""
-        return self.low is not None and not self.low <= 0 <= self.high
+        return self.above_zero or (self.high is not None and self.high < 0)
