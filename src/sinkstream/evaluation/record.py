@@ -2,21 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.run import RunResult
-from sinkstream.evaluation.runner import Request
+from sinkstream.evaluation.runner import R, Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id, write_record
-
-R = TypeVar("R")  # a record on disk
 
 
 def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,8 +19,23 @@ from sinkstream.measure.timing import timed
 from sinkstream.records.files import WriteError
 from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
 
-R = TypeVar("R")  # a record on disk, with `id` and `status`
 Report = Callable[[int, int], None]  # called with (done, of how many)
+
+
+class KeptRecord(Protocol):
+    """A record on disk, of any kind that says how its work ended."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=KeptRecord)
 
 
 @dataclass(frozen=True)
@@ -141,17 +157,16 @@ class Runner(Generic[R]):
 
     def _save(self, unwritten: Sequence[Callable[[], Any]]) -> list[R]:
         """Write all records, each where it can be; WriteError afterwards if one is not in its folder."""
-        paths, errors = [], []
+        paths: list[Path] = []
+        errors: list[WriteError] = []
         with uninterrupted():
             for content in [build() for build in unwritten]:
                 try:
-                    paths.append(
-                        save_or_rescue(lambda folder, content=content: self.write(content, folder), self.request.out)
-                    )
+                    paths.append(save_or_rescue(partial(self.write, content), self.request.out))
                 except WriteError as error:
                     errors.append(error)
             if errors:
-                raise WriteError(errors[0].errno, "; ".join(error.strerror for error in errors))
+                raise WriteError(errors[0].errno, "; ".join(str(error.strerror) for error in errors))
             return [self.load(path) for path in paths]
 
 
@@ -194,7 +209,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held_back = []
+    held_back: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: held_back.append(number))
     try:
         yield
