@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from sinkstream.bench.decoding import ActiveRun, Samples
+from sinkstream.engine import Engine
+from sinkstream.evaluation.decoders import EngineDecoder
 from sinkstream.records.files import write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
@@ -23,11 +25,12 @@ class Checkpoint:
         """Keep a run as it stands. A reader finds both old files or both new ones."""
         samples = active.run.samples
         kept = self._snapshot(samples.tokens)
-        active.decoder.engine.snapshot(kept)
+        _engine(active).snapshot(kept)
         held = {name: getattr(samples, name) for name in ARRAYS}
         held |= {name: np.concatenate(held[name]) if held[name] else np.empty(0) for name in JOINED}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: np.asarray(value) for name, value in held.items()})
+        arrays = {name: np.asarray(value) for name, value in held.items()}
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
         write_atomically(self.arrays, buffer.getvalue())
         for old in set(self._snapshots()) - {kept}:
             old.unlink()
@@ -55,8 +58,9 @@ class Checkpoint:
         samples = self.samples()
         if samples is None:
             return False
-        active.decoder.engine.restore(self._snapshot(samples.tokens))
-        active.resume(samples, active.decoder.engine.stats()["seen"], active.decoder.engine.state.logits)
+        engine = _engine(active)
+        engine.restore(self._snapshot(samples.tokens))
+        active.resume(samples, engine.stats()["seen"], engine.state.logits)
         return True
 
     def remove(self) -> None:
@@ -69,3 +73,8 @@ class Checkpoint:
 
     def _snapshots(self) -> list[Path]:
         return list(self.folder.glob(f"{self.record_id}-*.safetensors"))
+
+
+def _engine(active: ActiveRun) -> Engine:
+    assert isinstance(active.decoder, EngineDecoder), "only runs of the engine are kept"
+    return active.decoder.engine
