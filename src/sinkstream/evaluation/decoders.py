@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import attention_implementation, with_cache
@@ -128,7 +128,7 @@ class ModuleDecoder(Decoder):
 class StreamingDecoder(ModuleDecoder):
     """A `StreamingCache` under the settings' policy."""
 
-    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer):
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None):
         super().__init__(model, settings)
         self.cache = StreamingCache.for_model(
             model,

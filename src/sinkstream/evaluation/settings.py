@@ -83,7 +83,7 @@ class RunSettings:
     warmup_tokens: int = WARMUP_TOKENS
     interleaved: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in method_names():
             raise ValueError(f"policy {self.method!r} is not known; accepted: {', '.join(method_names())}")
         choices = {"positions": POSITIONS, "evaluate": EVALUATE, "cap_accounting": CAP_ACCOUNTING}
