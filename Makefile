@@ -108,7 +108,7 @@ format: $(READY)  ## rewrite to the format that lint expects
 typecheck: $(READY)  ## check the types of src with mypy
 	@"$(BIN)/python" -m mypy
 
-check: lint test  ## lint and test
+check: lint typecheck test  ## lint, types and tests
 
 docs-check: $(READY)  ## check links, commands and paths in the documents
 	@$(PYTEST) tests/test_docs.py $(ARGS)

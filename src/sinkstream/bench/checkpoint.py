@@ -29,7 +29,8 @@ class Checkpoint:
         held = {name: getattr(samples, name) for name in ARRAYS}
         held |= {name: np.concatenate(held[name]) if held[name] else np.empty(0) for name in JOINED}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: np.asarray(value) for name, value in held.items()})
+        arrays = {name: np.asarray(value) for name, value in held.items()}
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
         write_atomically(self.arrays, buffer.getvalue())
         for old in set(self._snapshots()) - {kept}:
             old.unlink()

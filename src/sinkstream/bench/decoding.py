@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from sinkstream.bench.rungs import open_timed, prompt_tokens
 from sinkstream.bench.settings import BenchConfig, Protocol
@@ -157,15 +157,17 @@ class ActiveRun:
         """
         nll = torch.zeros((tokens, self.run.config.streams), dtype=torch.float32, device=self.device)
         steps: list[tuple[int, bool]] = []
+        logits = self.logits
+        assert logits is not None, "a prompt or a snapshot comes first"
         chosen: torch.Tensor | None
         self.clock.start()
         for i in range(tokens):
             if self.run.protocol.teacher_forced:
                 chosen = row = self.source.row(self.position)
-                nll[i] = token_nll(self.logits, row)
+                nll[i] = token_nll(logits, row)
             else:
-                chosen = self.decoder.choose(self.logits)
-            self.logits = self.decoder.step(chosen)
+                chosen = self.decoder.choose(logits)
+            self.logits = logits = self.decoder.step(chosen)
             self.clock.tick()
             self.position += 1
             step = self.decoder.last_step()
@@ -263,6 +265,7 @@ def generate_static(run: TimedRun, loaded: LoadedModel, source: Source) -> None:
     of the set-up holds the prompt and the compiling too.
     """
     model, device, protocol = loaded.model, source.table.device, run.protocol
+    assert isinstance(model, GenerationMixin), "transformers generates with every causal language model"
     prompt = prompt_tokens(protocol, run.config)
     clock = TokenClock(device)
     settings = GenerationConfig(

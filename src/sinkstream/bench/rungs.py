@@ -30,7 +30,7 @@ def fitted(protocol: Protocol, config: BenchConfig) -> Protocol:
     """The protocol with as many tokens as the rung of a configuration can decode."""
     if not BACKENDS[config.rung].grows:
         return protocol
-    most = max(2, config.run.cap // 2)
+    most = max(2, config.run.given_cap // 2)
     return replace(protocol, tokens=min(protocol.tokens, most), warmup=min(protocol.warmup, max(1, most // 2)))
 
 
@@ -38,9 +38,9 @@ def prompt_tokens(protocol: Protocol, config: BenchConfig) -> int:
     """Tokens of the prompt: the cap; where the cache grows, so many that it has the cap in the middle or at the end."""
     rung = BACKENDS[config.rung]
     if not rung.grows:
-        return config.run.cap
+        return config.run.given_cap
     within = protocol.tokens if rung is StaticBackend else protocol.tokens // 2
-    return max(1, config.run.cap - protocol.warmup - within)
+    return max(1, config.run.given_cap - protocol.warmup - within)
 
 
 def check_rung(loaded: LoadedModel, config: BenchConfig) -> None:

@@ -75,8 +75,10 @@ def together(records: Sequence[BenchRecord]) -> list[BenchRecord]:
 
 def comparable(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """Those that share their conditions with the latest one."""
-    latest = max(records, key=lambda r: r.created, default=None)
-    return [r for r in records if conditions(r) == conditions(latest)]
+    if not records:
+        return []
+    latest = conditions(max(records, key=lambda r: r.created))
+    return [r for r in records if conditions(r) == latest]
 
 
 def fastest_rung(records: Sequence[BenchRecord]) -> str:
@@ -91,8 +93,8 @@ def pairs(records: Sequence[BenchRecord]) -> list[tuple[BenchRecord, BenchRecord
     for record in records:
         if record.protocol["in_turn"] > 1:
             turns.setdefault(record.protocol["turn"], []).append(record)
-    firsts = {turn: next((r for r in group if r.id == turn), None) for turn, group in turns.items()}
-    return [(firsts[turn], r) for turn, group in turns.items() if firsts[turn] for r in group if r.id != turn]
+    firsts = {record.id: record for record in records}
+    return [(firsts[turn], r) for turn, group in turns.items() if turn in firsts for r in group if r.id != turn]
 
 
 def rival(records: Sequence[BenchRecord], record: BenchRecord, rung: str) -> BenchRecord | None:

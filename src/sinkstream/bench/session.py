@@ -129,7 +129,7 @@ class BenchSession:
     def _check_memory(self, group: Sequence[BenchConfig]) -> None:
         """The caches of all configurations of a turn, and a prompt's copy of one stream."""
         per_token, free = kv_token_bytes(self.loaded.model), free_bytes(self.loaded.model.device)
-        needed = sum(per_token * c.run.cap * (c.streams + 1) for c in group)
+        needed = sum(per_token * c.run.given_cap * (c.streams + 1) for c in group)
         if needed > free:
             raise ValueError(
                 f"{_names(group)}: keys and values take {needed / 1e9:.2f} GB beside"
@@ -224,11 +224,11 @@ class BenchSession:
                 "prefill_tokens": prompt_tokens(run.protocol, run.config),
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
+                **run_protocol(run),
             },
             "setup": {"load_sec": self.load_sec, **run.setup},
             "memory": {"peak_mb": memory.peak_mb, "kind": memory.kind},
         }
-        record["protocol"] |= run_protocol(run)
         return record | run_figures(run, kv_token_bytes(model), self.ceiling)
 
     def _identity(self, config: BenchConfig) -> dict[str, Any]:

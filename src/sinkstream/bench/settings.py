@@ -61,7 +61,7 @@ class Protocol:
     teacher_forced: bool = False
     profile: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens < 2:
             raise ValueError(f"tokens={self.tokens} is not accepted; accepted: a whole number of at least 2")
         if self.warmup < 1:
@@ -83,7 +83,7 @@ class BenchConfig:
     run: RunSettings
     streams: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.streams < 1:
             raise ValueError(f"streams={self.streams} is not accepted; accepted: whole numbers of at least 1")
 

@@ -35,8 +35,8 @@ def _over_floor(records: Sequence[BenchRecord], model: str, dtype: str) -> Headl
 
 def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline:
     """TPOT of another rung over the fastest one's, newest record that has such a rival, in the same command if any."""
-    found = [(record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16"))]
-    found = [(record, other) for record, other in found if other is not None]
+    rivals = ((record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16")))
+    found = [(record, other) for record, other in rivals if other is not None]
     beside = [(record, other) for record, other in found if other.session == record.session]
     for record, other in beside or found:
         return other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id

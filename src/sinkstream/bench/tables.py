@@ -26,7 +26,7 @@ from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
 from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
-BENCH_TABLES: Registry = Registry("benchmark table")
+BENCH_TABLES: Registry[Callable[[Sequence[BenchRecord]], str]] = Registry("benchmark table")
 PROFILE_ROWS = 20
 KERNEL_WIDTH = 80
 
@@ -174,8 +174,8 @@ def _origin(records: Sequence[BenchRecord]) -> str:
 def headline_speed(records: Sequence[BenchRecord]) -> str:
     """The engine's speed in one sentence, the nearest rival first."""
     headlines = (tpot_over_floor, speedup_over_static_compile, speedup_over_hf_lazy, strict_over_lazy)
-    found = [headline(records) for headline in headlines]
-    if None in found:
+    found = [figure for headline in headlines if (figure := headline(records)) is not None]
+    if len(found) < len(headlines):
         return NONE_YET
     over_floor, static, lazy, strict = (value for value, _ in found)
     record = next(r for r in records if r.id == found[0][1])

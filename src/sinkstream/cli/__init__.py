@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from sinkstream import __version__
 from sinkstream.records.files import WriteError
@@ -36,7 +36,22 @@ COMMAND_TABLE: dict[str, tuple[str, str]] = {
         "Compute the headline figures from the records and write the generated tables of the documents",
     ),
 }
-COMMANDS: Registry = Registry("command")  # the classes of the commands whose modules have been imported
+
+
+class Command(Protocol):
+    """A command: its options, and what it does."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of the command."""
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Run the command; returns the exit code."""
+        ...
+
+
+COMMANDS: Registry[type[Command]] = Registry("command")  # the classes of the commands whose modules have been imported
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 

@@ -90,7 +90,8 @@ class Diagnose:
             told = f"{records[-1].policy['label']}: {records[-1].status}: {records[-1].status_reason}"
             console.print(f"{told}; --resume continues", style="bold red", markup=False, highlight=False)
             return exit_code(records)
-        texts = [loaded.tokenizer.decode([token]) for token in stream.ids.tolist()]
+        assert loaded.tokenizer is not None, "`tokenize` has raised ValueError without a tokenizer"
+        texts = loaded.tokenizer.batch_decode([[token] for token in stream.ids.tolist()])
         return _write(args, records, texts, console)
 
 

@@ -16,7 +16,7 @@ from sinkstream.cli.options import (
     run_settings,
 )
 from sinkstream.cli.show import draw_nll, show_records, wide_console
-from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.data import Text, TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.runner import Request
@@ -99,7 +99,7 @@ def _settings(args: argparse.Namespace, method: str, options: dict) -> RunSettin
     )
 
 
-def _tokens(args: argparse.Namespace, loaded: LoadedModel, text) -> TokenStream:
+def _tokens(args: argparse.Namespace, loaded: LoadedModel, text: Text | None) -> TokenStream:
     if text is not None:
         return tokenize(text, loaded.tokenizer, args.tokens)
     if args.tokens is None:

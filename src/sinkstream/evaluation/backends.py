@@ -14,7 +14,7 @@ from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.registry import Registry
 
-BACKENDS: Registry = Registry("backend")
+BACKENDS: Registry[type["Backend"]] = Registry("backend")
 
 
 class Backend(ABC):
@@ -182,7 +182,7 @@ def open_decoder(loaded: LoadedModel, settings: RunSettings) -> Decoder:
 
 def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:
     trained = loaded.trained_positions
-    beyond = settings.method == "recompute" and trained is not None and settings.cap > trained
+    beyond = settings.method == "recompute" and trained is not None and settings.given_cap > trained
     if beyond and not settings.allow_untrained_positions:
         raise ValueError(
             f"cap={settings.cap} is above the {trained} positions that {loaded.name} was trained on;"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,6 +15,8 @@ from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import Record, load_record, load_records
+
+Content = tuple[dict[str, Any], RunResult]  # of a record, and where its arrays are
 
 
 @dataclass
@@ -81,23 +84,22 @@ class Batch:
         names = [one.label() if len(caps) == 1 else f"cap {one.cap}: {one.label()}" for one in settings]
         return [Job(name, partial(self._one, one), partial(self._find, one)) for name, one in zip(names, settings)]
 
-    def _one(self, settings: RunSettings, report: Report) -> list[Callable]:
+    def _one(self, settings: RunSettings, report: Report) -> list[Callable[[], Content]]:
         return [partial(self._record, settings, run(self.loaded, self.stream.ids, settings, report))]
 
-    def _in_turn(self, settings: list[RunSettings], report: Report) -> list[Callable]:
+    def _in_turn(self, settings: list[RunSettings], report: Report) -> list[Callable[[], Content]]:
         results = run_interleaved(self.loaded, self.stream.ids, settings, report)
         return [partial(self._record, one, result) for one, result in zip(settings, results)]
 
     def _find(self, settings: RunSettings) -> list[Record]:
         return find_complete(load_records, self.request.out, run_identity(self.loaded, self.stream, settings))
 
-    def _record(self, settings: RunSettings, result: RunResult) -> tuple[dict, RunResult]:
+    def _record(self, settings: RunSettings, result: RunResult) -> Content:
         return build_record(result, self.loaded, self.stream, settings, self.request), result
 
 
-def _save(content: tuple[dict, RunResult], folder: Path) -> Path:
-    record, result = content
-    return save_record(record, result, folder)
+def _save(content: Content, folder: Path) -> Path:
+    return save_record(*content, folder)
 
 
 def _perplexities(records: list[Record]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import attention_implementation, with_cache
@@ -21,7 +21,8 @@ from sinkstream.policies import Step
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters but the input embedding; that one counts where it is the head as well."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor), "a language model's are matrices"
     held: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
     if embedding.data_ptr() != head.data_ptr():
         del held[embedding.data_ptr()]
@@ -111,7 +112,8 @@ class ModuleDecoder(Decoder):
             fed += size
         return logits
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
+        assert tokens is not None, "`choose` of a module's decoder gives tokens"
         return self.feed(tokens, last_only=True)
 
     def last_step(self) -> Step:
@@ -126,7 +128,7 @@ class ModuleDecoder(Decoder):
 class StreamingDecoder(ModuleDecoder):
     """A `StreamingCache` under the settings' policy."""
 
-    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer):
+    def __init__(self, model: PreTrainedModel, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None):
         super().__init__(model, settings)
         self.cache = StreamingCache.for_model(
             model,
@@ -178,7 +180,9 @@ class EngineDecoder(Decoder):
         return self.engine.state.logits
 
     def last_step(self) -> Step:
-        return self.engine.last_steps[0]
+        step = self.engine.last_steps[0]
+        assert step is not None, "every step of the decoder advances the first stream"
+        return step
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nll, top1, self._steps = [], [], []
@@ -221,7 +225,9 @@ class RecomputeDecoder(ModuleDecoder):
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings, attention: str | None = None):
         super().__init__(model, settings)
-        self._attention_before = attention_implementation(model.config)
+        before = attention_implementation(model.config)
+        assert before is not None, "transformers chooses an attention when it makes a model"
+        self._attention_before = before
         if attention:
             model.set_attn_implementation(attention)
         self.history = torch.empty(0, dtype=torch.int64, device=model.device)
@@ -249,7 +255,7 @@ class RecomputeDecoder(ModuleDecoder):
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         stream = torch.cat([self.history, ids])
-        first, cap = len(self.history), self.settings.cap
+        first, cap = len(self.history), self.settings.given_cap
         offset = self.fed - self.prefilled
         wanted = [i for i in range(len(ids)) if (offset + i) % self.settings.sample_every == 0]
         nll = torch.full((len(ids),), float("nan"), device=ids.device)
@@ -266,7 +272,8 @@ class RecomputeDecoder(ModuleDecoder):
         return self.model(windows, use_cache=False, logits_to_keep=1).logits[:, -1]
 
     def _remember(self, ids: torch.Tensor) -> None:
-        lengths = [min(len(self.history) + i + 1, self.settings.cap) for i in range(len(ids))]
+        cap = self.settings.given_cap
+        lengths = [min(len(self.history) + i + 1, cap) for i in range(len(ids))]
         self._steps = [Step(0, False, n) for n in lengths]
         self.fed += len(ids)
-        self.history = torch.cat([self.history, ids])[-self.settings.cap :]
+        self.history = torch.cat([self.history, ids])[-cap:]

@@ -1,5 +1,7 @@
 """The demo: every idea of the project on a small real model, in minutes, offline."""
 
+from dataclasses import replace
+
 from sinkstream.evaluation.settings import RunSettings
 
 CAP = 256
@@ -28,17 +30,19 @@ def demo_settings(
     timed_tokens : int, optional
         Tokens of each run that are timed; default: `TIMED_TOKENS`.
     """
-    shared = {"cap": cap, "timed_tokens": TIMED_TOKENS if timed_tokens is None else timed_tokens}
-    lazy = {"compress_every": 32}
-    full = [RunSettings("full", **shared)] if tokens <= FULL_FITS else []
+    timed = TIMED_TOKENS if timed_tokens is None else timed_tokens
+
+    def one(method: str, **options: int) -> RunSettings:
+        return RunSettings(method, cap, options, timed_tokens=timed)
+
     return [
-        *full,
-        RunSettings("strict", **shared),
-        RunSettings("recompute", **shared, sample_every=sample_every),
-        RunSettings("window-only", **shared),
-        RunSettings("lazy", **shared, options=lazy),
-        RunSettings("max-drop", **shared, options=lazy | {"max_drop": 8}),
-        RunSettings("overlap", **shared, options=lazy | {"overlap": 32}),
-        RunSettings("refresh-window-attention", **shared, options=lazy | {"refresh": 32}),
-        RunSettings("adaptive-entropy", **shared),
+        *([one("full")] if tokens <= FULL_FITS else []),
+        one("strict"),
+        replace(one("recompute"), sample_every=sample_every),
+        one("window-only"),
+        one("lazy", compress_every=32),
+        one("max-drop", compress_every=32, max_drop=8),
+        one("overlap", compress_every=32, overlap=32),
+        one("refresh-window-attention", compress_every=32, refresh=32),
+        one("adaptive-entropy"),
     ]

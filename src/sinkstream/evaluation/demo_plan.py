@@ -170,7 +170,7 @@ def _run_seconds(settings: RunSettings, tokens: int, speed: Speed) -> float:
     decode = tokens - 1 - prefill
     if settings.method == "recompute":
         return speed.window * (1 + math.ceil(decode / settings.sample_every))
-    steps = min(decode, settings.timed_tokens)
+    steps = min(decode, settings.timed_tokens or decode)
     block = prompt = speed.block / BLOCK
     if settings.method == "full":
         block *= 1 + FULL_GROWTH * tokens

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sinkstream.evaluation.backends import open_decoder
+from sinkstream.evaluation.decoders import RecomputeDecoder
 from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
@@ -63,7 +64,9 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
             means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
             at += times * size
     with closing(open_decoder(loaded, RunSettings("recompute", cap))) as recompute:
+        assert isinstance(recompute, RecomputeDecoder), "the method recompute has a decoder of its own"
         recompute.skip(ids[:cap])
         targets = slice(cap + 1, cap + WINDOWS + 1)
         _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
-    return Speed(*means, seconds / WINDOWS)
+    step, short, block = means
+    return Speed(step, short, block, seconds / WINDOWS)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sinkstream.evaluation.backends import BACKENDS, open_decoder
-from sinkstream.evaluation.decoders import Decoder
+from sinkstream.evaluation.decoders import Decoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise, token_nll
@@ -113,7 +113,8 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     if len(whole) > 1:
         arrays["seconds"] = np.median(whole, axis=0).astype(np.float32)
     medians = {name: _median([one.times[name] for one in attempts if name in one.times]) for name in TIMES}
-    summary = summarise(arrays, *(medians[name] for name in TIMES), memory, warmup_tokens=settings.warmup_tokens)
+    prefill, ttft, total = (medians[name] for name in TIMES)
+    summary = summarise(arrays, prefill, ttft, total, memory, warmup_tokens=settings.warmup_tokens)
     return RunResult(arrays, summary, status, reason, attempts[0].first)
 
 
@@ -159,8 +160,8 @@ def run_interleaved(
     results = []
     for attempt in attempts:
         arrays = {name: array[:shortest] for name, array in attempt.rows.arrays().items()}
-        times = [attempt.times.get(name) for name in ("prefill", "ttft")]
-        summary = summarise(arrays, *times, None, None, warmup_tokens=attempt.settings.warmup_tokens)
+        prefill, ttft = (attempt.times.get(name) for name in ("prefill", "ttft"))
+        summary = summarise(arrays, prefill, ttft, None, None, warmup_tokens=attempt.settings.warmup_tokens)
         results.append(RunResult(arrays, summary, status, reason, first))
     return results
 
@@ -201,7 +202,8 @@ class Attempt:
     def __init__(self, loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings):
         self.loaded, self.ids, self.settings = loaded, ids, settings
         self.first, self.last = settings.prefill_tokens(len(ids)), len(ids) - 1
-        self.rows, self.times = TokenRows(), {}
+        self.rows = TokenRows()
+        self.times: dict[str, float] = {}
         self.report: Callable[[int], None] = lambda done: None
 
     @torch.inference_mode()
@@ -230,6 +232,7 @@ class Attempt:
         for t in tokens:
             token = self.ids[t : t + 1]
             if self.settings.sample_every > 1 and (t - self.first) % self.settings.sample_every:
+                assert isinstance(decoder, RecomputeDecoder), "only recompute leaves tokens out"
                 decoder.skip(token)
                 self.rows.add(t + 1, float("nan"), float("nan"), decoder.last_step())
             else:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -159,17 +160,16 @@ class Runner(Generic[R]):
 
     def _save(self, unwritten: Sequence[Callable[[], Any]]) -> list[R]:
         """Write all records, each where it can be; WriteError afterwards if one is not in its folder."""
-        paths, errors = [], []
+        paths: list[Path] = []
+        errors: list[WriteError] = []
         with uninterrupted():
             for content in [build() for build in unwritten]:
                 try:
-                    paths.append(
-                        save_or_rescue(lambda folder, content=content: self.write(content, folder), self.request.out)
-                    )
+                    paths.append(save_or_rescue(partial(self.write, content), self.request.out))
                 except WriteError as error:
                     errors.append(error)
             if errors:
-                raise WriteError(errors[0].errno, "; ".join(error.strerror for error in errors))
+                raise WriteError(errors[0].errno, "; ".join(str(error.strerror) for error in errors))
             return [self.load(path) for path in paths]
 
 
@@ -212,7 +212,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held_back = []
+    held_back: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: held_back.append(number))
     try:
         yield

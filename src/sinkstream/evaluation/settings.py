@@ -83,7 +83,7 @@ class RunSettings:
     warmup_tokens: int = WARMUP_TOKENS
     interleaved: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in method_names():
             raise ValueError(f"policy {self.method!r} is not known; accepted: {', '.join(method_names())}")
         choices = {"positions": POSITIONS, "evaluate": EVALUATE, "cap_accounting": CAP_ACCOUNTING}
@@ -94,7 +94,7 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not accepted; accepted: a whole number of at least 1")
-        if self.cap is None and self.method != "full" and "window" not in self.options:
+        if self.cap is None and self.method != "full" and self.options.get("window") is None:
             raise ValueError(f"policy {self.method!r} needs a cap; give --cap SLOTS")
         if self.sample_every > 1 and self.method != "recompute":
             raise ValueError(f"sample_every={self.sample_every} is for recompute only, not for {self.method!r}")
@@ -112,6 +112,19 @@ class RunSettings:
     def has_blocks(self) -> bool:
         """Whether some tokens are scored in blocks."""
         return self.evaluate == "blocks" or self.timed_tokens is not None
+
+    @property
+    def given_cap(self) -> int:
+        """The cap, where the caller knows that one is given."""
+        assert self.cap is not None, "only the full cache and a policy with a window may lack a cap"
+        return self.cap
+
+    @property
+    def eviction_policy(self) -> EvictionPolicy:
+        """The eviction policy, where the caller knows that the method is no baseline."""
+        policy = self.policy()
+        assert policy is not None, "only a baseline has no eviction policy"
+        return policy
 
     def policy(self) -> EvictionPolicy | None:
         """The eviction policy, or None for the baselines.
@@ -157,7 +170,8 @@ class RunSettings:
         ValueError
             If nothing would be left to decode.
         """
-        default = self.cap if self.cap is not None else (self.policy().peak if self.policy() else tokens // 4)
+        policy = self.policy()
+        default = self.cap if self.cap is not None else (tokens // 4 if policy is None else policy.peak)
         wanted = default if self.prefill is None else self.prefill
         if wanted + 2 > tokens:
             raise ValueError(

@@ -7,6 +7,7 @@ runs of a grid decode the same tokens, so that `report.cliff` can tell the two a
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import CAP_ACCOUNTING
@@ -58,22 +59,21 @@ def cliff_settings(
         raise ValueError(
             f"compress_every={min(strides)} is not accepted; accepted: at least 2 (1 is strict, always run)"
         )
-    shared = {"allow_untrained_positions": True, "evaluate": "blocks", "block_tokens": block_tokens}
+    one = partial(RunSettings, allow_untrained_positions=True, evaluate="blocks", block_tokens=block_tokens)
     settings = []
     for mode in positions:
         for cap in sorted({round(cap * trained) for cap in caps}):
-            settings.append(RunSettings("strict", cap, {"sink": sink}, positions=mode, **shared))
+            settings.append(one("strict", cap, {"sink": sink}, positions=mode))
             for stride in strides if cap <= trained else ():
                 options = {"sink": sink, "compress_every": stride}
                 for accounting in CAP_ACCOUNTING:
                     if sink + CAP_ACCOUNTING[accounting](stride - 1) < cap:
-                        its = {"cap_accounting": accounting, "positions": mode}
-                        settings.append(RunSettings("lazy", cap, options, **its, **shared))
-    prefill = max(one.policy().peak for one in settings)
+                        settings.append(one("lazy", cap, options, cap_accounting=accounting, positions=mode))
+    prefill = max(run.eviction_policy.peak for run in settings)
     needed = prefill + 1 + max(LEAST_SCORED, 2 * max(strides))
     if tokens < needed:
         raise ValueError(
             f"the text has {tokens} tokens and the largest cache of the grid fills {prefill} of them; accepted: at"
             f" least {needed} tokens, or smaller --caps or --compress-every"
         )
-    return [replace(one, prefill=prefill) for one in settings]
+    return [replace(run, prefill=prefill) for run in settings]

@@ -135,32 +135,33 @@ def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
     total, eviction, past, counts, tokens = _parts(strict, inside, outside)
     within = total - eviction - past
-    total_mean, *others = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
-    share = share_of_blocks(past, total, counts, tokens) if total_mean.above_zero else Estimate(reason="no loss")
-    return CliffShares(total_mean, *others, share, int(counts.sum()))
+    whole, hard, near, far = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
+    share = share_of_blocks(past, total, counts, tokens) if whole.above_zero else Estimate(reason="no loss")
+    return CliffShares(whole, hard, near, far, share, int(counts.sum()))
 
 
 def _parts(
     strict: Record, inside: Record, outside: Record
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
     """Sums of total, eviction and length past the trained positions (blocks,), tokens (blocks,) and block length."""
-    blocks = [record.blocks for record in (strict, inside, outside)]
-    if None not in blocks and all(b.pairs_with(blocks[0]) for b in blocks):
-        s, i, o = (b.sums for b in blocks)
-        return o - s, i - s, _past_trained(inside, outside), blocks[0].counts, blocks[0].tokens
+    one, two, three = (record.blocks for record in (strict, inside, outside))
+    if one and two and three and two.pairs_with(one) and three.pairs_with(one):
+        return three.sums - one.sums, two.sums - one.sums, _past_trained(inside, outside), one.counts, one.tokens
     index = outside.arrays["index"]
     for record in (strict, inside):
         index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
     if not index.size:
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
     s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
-    sums = [block_sums(values, index) for values in (o - s, i - s, _where_past(outside, index, o - i))]
-    return *(its for _, its, _ in sums), sums[0][2], BLOCK_TOKENS
+    _, total, counts = block_sums(o - s, index)
+    eviction, past = (block_sums(values, index)[1] for values in (i - s, _where_past(outside, index, o - i)))
+    return total, eviction, past, counts, BLOCK_TOKENS
 
 
 def _past_trained(inside: Record, outside: Record) -> np.ndarray:
     """Sums (blocks,) of the NLL difference at tokens that saw more than the trained positions."""
     blocks = outside.blocks
+    assert blocks is not None, "the caller has paired the blocks"
     if outside.summary["kv_length"]["max"] <= outside.model["trained_positions"]:
         return np.zeros_like(blocks.sums)
 
@@ -181,9 +182,9 @@ def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
     """Every run with growth outside the cap whose two partners are there, taken apart."""
     found = {(r.positions, r.cap, r.stride, r.accounting): r for r in runs}
     for run in runs:
-        partners = [found.get((run.positions, run.cap, *kind)) for kind in ((1, "peak"), (run.stride, "peak"))]
-        if run.accounting == "published" and None not in partners:
-            yield run, decompose(*(partner.record for partner in partners), run.record)
+        strict, inside = (found.get((run.positions, run.cap, stride, "peak")) for stride in (1, run.stride))
+        if run.accounting == "published" and strict is not None and inside is not None:
+            yield run, decompose(strict.record, inside.record, run.record)
 
 
 def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float, str] | None:
@@ -197,8 +198,10 @@ def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float,
         for run, its in shares(runs)
         if run.cap == run.record.model["trained_positions"] and run.positions == "cache"
     ]
-    run, its = max(wanted, key=lambda pair: pair[0].stride, default=(None, None))
-    return None if run is None or its.share_past.value is None else (its.share_past.value, run.record.id)
+    if not wanted:
+        return None
+    run, its = max(wanted, key=lambda pair: pair[0].stride)
+    return None if its.share_past.value is None else (its.share_past.value, run.record.id)
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ class CliffLine:
         share = its.share_past
         if share.value is None:
             return [*nats, EMPTY]
+        assert share.low is not None and share.high is not None, "a share has an interval"
         return [*nats, f"{100 * share.value:.0f} % ±{50 * (share.high - share.low):.0f}"]
 
 
@@ -248,8 +252,7 @@ def cliff_lines(records: Sequence[Record]) -> list[CliffLine]:
     for run in runs:
         control = strict.get(("cache" if run.stride == 1 else run.positions, run.cap))
         is_control = control is run.record
-        paired = control is not None and not is_control
-        delta = delta_of_blocks(*paired_blocks(run.record, control)) if paired else None
+        delta = None if control is None or is_control else delta_of_blocks(*paired_blocks(run.record, control))
         lines.append(CliffLine(run, delta, is_control, taken_apart.get(run.record.id)))
     return lines
 

@@ -59,8 +59,10 @@ class Attribution:
 
     def shares(self) -> dict[str, float | None]:
         """Each part over the total; None unless the interval of the total leaves out zero."""
-        total = self.total.value if self.total.excludes_zero else None
-        return {name: None if None in (total, part.value) else part.value / total for name, part in self.parts.items()}
+        total, parts = self.total.value, {name: part.value for name, part in self.parts.items()}
+        if total is None or not self.total.excludes_zero:
+            return dict.fromkeys(parts)
+        return {name: None if value is None else value / total for name, value in parts.items()}
 
 
 def attribute(

@@ -11,6 +11,7 @@ from sinkstream.records.records import Record
 from sinkstream.statistics import (
     AFTER,
     EventCurve,
+    PairedDelta,
     Resolution,
     event_curve,
     mean_interval,
@@ -148,7 +149,7 @@ def _block(index: np.ndarray) -> int:
     return suitable_block_tokens(int(index[-1] - index[0]) + 1)
 
 
-def _delta(index: np.ndarray, nll: np.ndarray, control: np.ndarray, seed: int):
+def _delta(index: np.ndarray, nll: np.ndarray, control: np.ndarray, seed: int) -> PairedDelta:
     return paired_delta_ppl(nll, control, positions=index, block_tokens=_block(index), seed=seed)
 
 

@@ -1,6 +1,6 @@
 """Pictures of a diagnosis: one of each kind a policy, and the attribution of all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sinkstream.statistics import AFTER, BLOCK_TOKENS, block_sums
 from sinkstream.studies.diagnosis import PARTS
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
-DIAGNOSIS_PICTURES: Registry = Registry("picture of a diagnosis")
+DIAGNOSIS_PICTURES: Registry[Callable[[Record, Record, dict[str, Any]], Any]] = Registry("picture of a diagnosis")
 BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK = COLOURS
 GREY = "#b3b3b3"
 ZOOM_PERIODS, ZOOM_TOKENS = 6, 512

@@ -57,10 +57,10 @@ def build_diagnosis(
     runs: Sequence[Record],
     policies: Sequence[Mapping[str, Any]],
     *,
-    arguments,
-    command,
-    git,
-    created,
+    arguments: dict[str, Any],
+    command: list[str],
+    git: dict[str, Any],
+    created: str,
     seed: int,
 ) -> dict[str, Any]:
     """Assemble the record of a diagnosis.

@@ -1,6 +1,7 @@
 """The diagnosis experiment: the policies' runs and the controls that they are held against."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -63,33 +64,37 @@ def diagnosis_settings(
     for one in policies:
         _check(one, tokens)
     first = policies[0]
-    shared = {
-        **{name: getattr(first, name) for name in ("positions", "allow_untrained_positions", "block_tokens")},
-        "prefill": first.prefill_tokens(tokens),
-        "warmup_tokens": first.warmup_tokens,
-    }
-    timing = {"evaluate": first.evaluate, "timed_tokens": first.timed_tokens, "backend": first.backend}
-    options = {} if sink is None else {"sink": sink}
-    controls = [RunSettings("strict", cap=first.cap, options=options, **shared, **timing)]
-    shared["evaluate"] = "blocks"
-    for cap in length_caps(policies, trained_positions):
-        controls.append(RunSettings("strict", cap=cap, options=options, **shared))
-    shared["positions"] = "cache"
+    strict = RunSettings(
+        "strict",
+        cap=first.cap,
+        options={} if sink is None else {"sink": sink},
+        positions=first.positions,
+        allow_untrained_positions=first.allow_untrained_positions,
+        backend=first.backend,
+        prefill=first.prefill_tokens(tokens),
+        evaluate=first.evaluate,
+        timed_tokens=first.timed_tokens,
+        block_tokens=first.block_tokens,
+        warmup_tokens=first.warmup_tokens,
+    )
+    untimed = replace(strict, evaluate="blocks", timed_tokens=None, backend=RunSettings.backend)
+    controls = [strict, *(replace(untimed, cap=cap) for cap in length_caps(policies, trained_positions))]
+    baseline = partial(replace, untimed, options={}, positions="cache")
     if trained_positions is None or tokens <= trained_positions:
-        controls.append(RunSettings("full", cap=first.cap, **shared))
-    if trained_positions is None or first.cap <= trained_positions:
-        controls.append(RunSettings("recompute", cap=first.cap, sample_every=sample_every, **shared))
+        controls.append(baseline(method="full"))
+    if trained_positions is None or first.given_cap <= trained_positions:
+        controls.append(baseline(method="recompute", sample_every=sample_every))
     return [*controls, *policies]
 
 
 def length_caps(policies: Sequence[RunSettings], trained_positions: int | None = None) -> list[int]:
     """Caps of the strict runs, other than the policies' own, that span every length the policies see."""
-    cap = policies[0].cap
-    shortest = min(one.policy().target for one in policies)
-    longest = max(one.policy().peak for one in policies)
+    cap, evictions = policies[0].given_cap, [one.eviction_policy for one in policies]
+    shortest = min(one.target for one in evictions)
+    longest = max(one.peak for one in evictions)
     if trained_positions is not None:
         longest = min(longest, max(cap, trained_positions))
-    floor = max(one.policy().sink for one in policies) + 1
+    floor = max(one.sink for one in evictions) + 1
     grid = [cap * up // down for up, down in LENGTH_FRACTIONS if cap * up // down > floor]
     needed = [length for length in grid if length > shortest]
     needed += [max(length for length in [*grid, floor] if length <= max(shortest, floor))]
@@ -185,7 +190,7 @@ def _check(settings: RunSettings, tokens: int) -> None:
         )
     if settings.cap is None:
         raise ValueError("a diagnosis compares at an equal cap; give --cap SLOTS")
-    longest = settings.policy().growth + 1
+    longest = settings.eviction_policy.growth + 1
     decoded = tokens - settings.prefill_tokens(tokens) - 1
     if decoded < 2 * longest:
         raise ValueError(

@@ -12,8 +12,8 @@ from sinkstream.show.table import EMPTY, NONE_YET, Column, Table, with_interval
 from sinkstream.studies.diagnosis import PARTS, Diagnosis, load_diagnoses
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
-DIAGNOSIS_TABLES = Registry("diagnosis table")
-DIAGNOSIS_HEADLINES = Registry("diagnosis headline")
+DIAGNOSIS_TABLES: Registry[Callable[[Sequence[Diagnosis]], str]] = Registry("diagnosis table")
+DIAGNOSIS_HEADLINES: Registry = Registry("diagnosis headline")
 
 Entry = Mapping[str, Any]
 
@@ -25,7 +25,8 @@ def interval(estimate: Mapping[str, Any] | None, digits: int, key: str = "value"
     if estimate[key] == estimate["low"] == estimate["high"] == 0:
         return "0"
     figures = (estimate[name] for name in (key, "low", "high"))
-    return with_interval(*(None if x is None else scale * x for x in figures), digits)
+    value, low, high = (None if x is None else scale * x for x in figures)
+    return with_interval(value, low, high, digits)
 
 
 def spike_of(entry: Entry) -> Mapping[str, Any]:
@@ -146,7 +147,9 @@ def diagnosis_notes(diagnoses: Sequence[Diagnosis]) -> str:
 def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] | None:
     """Spike area of lazy R=64 against strict, nats an event with interval; SmolLM2-135M, PG19, cap 512."""
     diagnosis = find_diagnosis(diagnoses, model="smollm2-135m", text="pg19", cap=512)
-    for entry in diagnosis.policies if diagnosis else ():
+    if diagnosis is None:
+        return None
+    for entry in diagnosis.policies:
         area = spike_of(entry)["area"]
         if entry["label"] == "lazy R=64" and area["low"] is not None:
             return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sinkstream.statistics import EventCurve, PairedDelta
+from sinkstream.statistics import Estimate, EventCurve, PairedDelta
 from sinkstream.studies.diagnosis.attribution import PARTS, Attribution
 
 VERDICTS = {
@@ -43,9 +43,9 @@ def _spike(curve: EventCurve) -> str:
     return f"{'a spike' if curve.found else 'no spike'} ({peak}, {area})"
 
 
-def _largest(parts: Mapping) -> str:
+def _largest(parts: Mapping[str, Estimate]) -> str:
     known = {name: part.value for name, part in parts.items() if part.value is not None}
-    name = max(known, key=known.get)
+    name = max(known, key=lambda part: known[part])
     return f"the largest part is {PARTS[name]} ({100 * known[name]:+.2f} of 100 × nats)"
 
 

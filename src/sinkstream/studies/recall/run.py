@@ -79,7 +79,7 @@ class RecallDesign:
     passage_tokens: int = PASSAGE_TOKENS
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("cap", 1), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
@@ -143,9 +143,9 @@ class RecallDesign:
         repeated = control.clone()
         for place in places:
             repeated[place.first : place.first + size] = control[place.second : place.second + size]
-        origin = {"name": text.name, "text_sha256": text.text_sha256}
-        origin["source"] = f"{text.source}, {len(places)} passages of {size} tokens repeated"
-        return RecallStreams(self, places, *(TokenStream.of(ids, **origin) for ids in (repeated, control)))
+        source = f"{text.source}, {len(places)} passages of {size} tokens repeated"
+        origin = partial(TokenStream.of, name=text.name, source=source, text_sha256=text.text_sha256)
+        return RecallStreams(self, places, origin(repeated), origin(control))
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,12 @@ class RecallStreams:
             start = max(FIRST_TOKENS, place.first - self.design.cap)
             start = start if positions is None else max(start, end + FIRST_TOKENS - positions)
             if start <= place.first:
-                ids = [torch.cat([s.ids[:FIRST_TOKENS], s.ids[start:end]]) for s in (self.repeated, self.control)]
+                both = (stream.ids for stream in (self.repeated, self.control))
+                repeated, control = (torch.cat([ids[:FIRST_TOKENS], ids[start:end]]) for ids in both)
                 second = place.second - start + FIRST_TOKENS
-                trials.append(Trial(*ids, second, [(number, second)]))
+                trials.append(Trial(repeated, control, second, [(number, second)]))
         if not trials:
+            assert positions is not None, "without a limit every passage fits"
             shortest = self.design.distance(min(self.design.ratios))
             raise ValueError(
                 f"the full cache of a passage seen {shortest} tokens before goes past the {positions} trained"
@@ -254,12 +256,16 @@ class RecallBatch:
     def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:
         nll = {name: np.full(len(self.streams.places), np.nan) for name in ("repeated", "control")}
         done, total = 0, 2 * sum(len(trial.control) - 1 - trial.prefill for trial in trials)
+
+        def tell(before: int, now: int, _: int) -> None:
+            report(before + now, total)
+
         for trial, name in ((trial, name) for trial in trials for name in nll):
             result = run(
                 self.loaded,
                 getattr(trial, name),
                 replace(settings, prefill=trial.prefill),
-                lambda now, _, before=done: report(before + now, total),
+                partial(tell, done),
             )
             done += len(trial.control) - 1 - trial.prefill
             for number, start in trial.scored:
