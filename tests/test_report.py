@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.show import plots
 from sinkstream.show.comparison import comparison_rows, comparison_table
 from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
+from sinkstream.show.table import plus_minus, with_interval
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 
@@ -115,6 +117,11 @@ def test_plot_is_a_png_with_a_line_a_record(store, tmp_path):
     assert int.from_bytes(alone.read_bytes()[20:24], "big") < height, "one record needs no difference panel"
     with pytest.raises(ValueError, match="no records"):
         memory_and_quality([], tmp_path / "none.png")
+    empty = replace(records[1], id="empty", block_sums=None)
+    empty.__dict__["blocks"] = None  # cached: of a run that was stopped before its first token
+    for pair in ([records[0], empty], [empty, records[0]]):
+        with pytest.raises(ValueError, match="'empty' has no tokens"):
+            memory_and_quality(pair, tmp_path / "none.png")
 
 
 def test_the_picture_holds_what_fits_and_leaves_the_rest_to_the_table(store, tmp_path, monkeypatch):
@@ -133,6 +140,11 @@ def test_the_picture_holds_what_fits_and_leaves_the_rest_to_the_table(store, tmp
         "window-only",
     ]
     assert "off the axis" in quality[-1] and not [line for line in quality[:-1] if "off" in line]
+
+
+def test_an_unbounded_interval_is_shown_as_infinite():
+    assert with_interval(1.0, -2.0, None, 1) == "+1.0 [-2.0, inf]" and plus_minus(1.0, -2.0, None, 1) == "+1.0 ±inf"
+    assert plus_minus(1.0, -2.0, 4.0, 1) == "+1.0 ±3.0" and plus_minus(1.0, None, None, 1) == "+1.0"
 
 
 def test_bytes_of_a_token_come_from_the_shape(store):

@@ -5,6 +5,8 @@ import pytest
 
 from sinkstream.statistics import (
     MIN_BLOCKS,
+    Estimate,
+    PairedDelta,
     block_sums,
     mean_interval,
     paired_delta_ppl,
@@ -132,3 +134,19 @@ def test_bad_options_are_refused(options, message):
         paired_delta_ppl(np.zeros(100), np.zeros(100), **options)
     with pytest.raises(ValueError, match="pair token by token"):
         paired_delta_ppl(np.zeros(100), np.zeros(99))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "excluded"),
+    [
+        (-1.0, 1.0, False),
+        (1.0, 2.0, True),
+        (-2.0, -1.0, True),
+        (0.0, 1.0, False),
+        (-1.0, None, False),
+        (1.0, None, True),
+    ],
+)
+def test_an_interval_without_an_upper_end_excludes_zero_by_its_lower_end(low, high, excluded):
+    assert PairedDelta(0.0, low, high, 64, 8, 0.95).excludes_zero is excluded
+    assert Estimate(0.0, low, high).excludes_zero is excluded
