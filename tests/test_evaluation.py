@@ -406,7 +406,10 @@ def test_the_hooks_and_the_attention_function_go_with_the_run(method, more, heal
         ),
         ({"warmup_tokens": -1}, "warmup_tokens=-1 is not accepted; accepted: 0 or more"),
         ({"cap": None}, "policy 'strict' needs a cap; give --cap SLOTS"),
-        ({"cap": None, "method": "recompute"}, "policy 'recompute' needs a cap"),
+        *(
+            ({"cap": None, "method": "recompute", "options": options}, "policy 'recompute' needs a cap")
+            for options in ({}, {"window": None})
+        ),
         ({"sample_every": 4}, "sample_every=4 is for recompute only, not for 'strict'"),
         ({"sample_every": 4, "method": "full"}, "sample_every=4 is for recompute only, not for 'full'"),
         ({"evaluate": "blocks", "repeats": 2}, "repeats=2 is about timings; evaluate='blocks' takes none"),

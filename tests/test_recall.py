@@ -334,7 +334,7 @@ def test_a_failed_run_is_told(here, capsys):
 
 MISTAKES = [
     ({"cap": None}, "", "give --cap SLOTS"),
-    ({"cap": 0}, "", "cap=0 is not accepted; accepted: a whole number of at least 1"),
+    ({"cap": 3}, "", "cap=3 is not accepted; accepted: a whole number of at least 4"),
     ({"distances": "0.1,1"}, "", r"distance 0.1 × cap 48 is less than a passage of 8 tokens.*accepted: at least 0.167"),
     ({"distances": "-1"}, "", "distance -1 × cap 48 is less than a passage"),
     ({"distances": "nan"}, "", "distance nan × cap 48"),

@@ -58,7 +58,7 @@ class RecallDesign:
     Attributes
     ----------
     cap : int
-        Unit of the distances, and tokens before the first passage.
+        Unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`, which every cut keeps.
     ratios : tuple of float
         Distances from the start of the first place to the start of the second, over cap.
     passages : int
@@ -80,7 +80,7 @@ class RecallDesign:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("cap", 1), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
+        for name, least in (("cap", FIRST_TOKENS), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is not accepted; accepted: a whole number of at least {least}"
@@ -199,7 +199,7 @@ class RecallStreams:
                 second = place.second - start + FIRST_TOKENS
                 trials.append(Trial(repeated, control, second, [(number, second)]))
         if not trials:
-            assert positions is not None, "without a limit every passage fits"
+            assert positions is not None, "without a limit every passage fits: each stands after the first cap tokens"
             shortest = self.design.distance(min(self.design.ratios))
             raise ValueError(
                 f"the full cache of a passage seen {shortest} tokens before goes past the {positions} trained"
