@@ -510,7 +510,7 @@ class StreamingCache(HookedCache):
                 rebase_at=max(0, self._rebase_at - self._block_tokens),  # a block runs that much further
                 channels=kept_channels(policy),
             )
-        self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
+            self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(ring, queries, "accumulated" in policy.needs)

@@ -204,7 +204,7 @@ class SamplingWriter(Writer):
         ended = []
         for s in active:
             tokens = self.generations[s].tokens
-            if shown[s] == NO_TOKEN:
+            if self._drawn is not None and shown[s] == NO_TOKEN:
                 _refuse_logits(f"new token {len(tokens)}", s)
             tokens.append(shown[s])
             if self.streamer is not None:
