@@ -66,9 +66,11 @@ def test_embeddings_and_other_caches_are_not_compared():
     cache = make_cache(model, small_policy("strict"))
     model(inputs_embeds=model.get_input_embeddings()(prompt(10)), **with_cache(model, cache))
     answer(model, cache, input_ids=prompt(40).flip(1))
+    assert cache.seen_tokens == 44, "the ids of embeddings are not known"
     plain = DynamicCache(config=model.config)
     answer(model, plain, input_ids=prompt(20))
     answer(model, plain, input_ids=prompt(40).flip(1))
+    assert plain.get_seq_length() == 44, "another cache is none of our business"
 
 
 def test_the_model_is_as_it_was_when_the_last_cache_is_gone():
