@@ -29,6 +29,7 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 OLDEST_TESTED, NEWEST_TESTED = "5.17", "5.24"
 CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument: since 5.24, before 5.24
+_CACHE_NAME = CACHE_NAMES[Version(transformers.__version__).release[:2] < (5, 24)]  # of the installed release
 OWNED_BY_THE_CACHE = ("attention_mask", "position_ids")  # a streaming cache gives them itself
 NOT_PASSED = ("streamer", "assistant_model", "negative_prompt_ids", "synced_gpus")
 
@@ -63,8 +64,7 @@ def cache_argument(module: nn.Module) -> str:
     A wrapper that passes all of its arguments on declares no name; it gets the one of the installed release.
     """
     declared = parameters(module)
-    newest_first = CACHE_NAMES if Version(transformers.__version__).release[:2] >= (5, 24) else CACHE_NAMES[::-1]
-    return next((name for name in CACHE_NAMES if name in declared), newest_first[0])
+    return next((name for name in CACHE_NAMES if name in declared), _CACHE_NAME)
 
 
 def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:

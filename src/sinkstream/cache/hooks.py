@@ -186,10 +186,8 @@ def _unwatch_prompts(module: nn.Module) -> None:
 def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=None, **kwargs):
     """As the method of the class; a conversation that is passed again must be the one that the cache has seen."""
     cache = compat.find_argument(HookedCache, args, kwargs)
-    again = (
-        kwargs.get("is_first_iteration") and next_sequence_length is not None and kwargs.get("inputs_embeds") is None
-    )
-    if cache is not None and again and input_ids is not None:
+    again = kwargs.get("is_first_iteration") and next_sequence_length is not None  # not the new tokens alone
+    if cache is not None and again and input_ids is not None and inputs_embeds is None:
         cache.check_conversation(input_ids)
     more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
     return getattr(type(self), _PREPARE)(self, input_ids, next_sequence_length, *args, **more)

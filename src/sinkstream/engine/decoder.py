@@ -18,6 +18,7 @@ from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
+from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy, Step
 
 
@@ -186,7 +187,7 @@ class StreamDecoder:
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
         for i, token in enumerate(ids.split(1)):
-            nll[i] = torch.nn.functional.cross_entropy(logits[None], token)
+            nll[i] = token_nll(logits[None], token)[0]
             tokens = token
             if state.streams > 1:
                 tokens = state.tokens.clone()
