@@ -24,7 +24,7 @@ ARGS ?=
 PIP_OPTIONS := -m pip install -qq --disable-pip-version-check
 PIP := "$(BIN)/python" $(PIP_OPTIONS)
 PYTEST := "$(BIN)/python" -m pytest
-RELEASE_TESTS ?= $(wildcard $(addprefix tests/test_,compat.py cache*.py generate.py engine*.py families.py models.py oracle.py))
+RELEASE_TESTS ?= tests/test_compat.py tests/cache tests/engine tests/models tests/support
 READY := $(VENV)/ready-$(firstword $(shell { pwd; echo '$(PYTHON) $(TORCH)'; } | cksum))
 
 .DEFAULT_GOAL := help

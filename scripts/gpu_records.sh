@@ -75,7 +75,7 @@ sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do
     compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q $(side_by_side 3) -m 'not slow' \
-      -k "${SANITIZED//$'\n'/}" tests/test_ops_*.py 2>&1 | tail -n 20 >"$out/$tool.txt" &
+      -k "${SANITIZED//$'\n'/}" tests/kernels 2>&1 | tail -n 20 >"$out/$tool.txt" &
   done
   wait
   tail -n 5 "$out/memcheck.txt" "$out/racecheck.txt"

@@ -9,37 +9,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import FAST
+from arrows import ARROWS
+from fast import FAST
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "sinkstream"
 MODULES = sorted(SOURCE.rglob("*.py"))
-
-# A unit is a top-level module or folder of the package. It imports itself and what its line names, nothing else.
-LEAVES = frozenset({"registry", "compat"})
-MODELS = frozenset({"models", "data"})
-RECORDS = frozenset({"measure", "statistics", "records"})
-BASE = LEAVES | MODELS | RECORDS | {"policies"}
-ARROWS: dict[str, frozenset[str]] = {
-    "registry": frozenset(),
-    "compat": frozenset(),
-    "measure": frozenset(),
-    "statistics": frozenset(),
-    "records": frozenset({"measure", "statistics"}),
-    "show": frozenset({"records", "statistics"}),
-    "data": LEAVES,
-    "models": LEAVES,
-    "policies": LEAVES,
-    "cache": LEAVES | {"policies"},
-    "kernels": LEAVES,
-    "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
-    "evaluation": BASE | {"cache", "engine", "show"},
-    "bench": BASE | {"cache", "engine", "evaluation", "show"},
-    "studies": BASE | {"evaluation", "show"},
-    "report": BASE | {"cache", "engine", "show", "bench", "studies"},
-    "cli": BASE | {"cache", "engine", "evaluation", "show", "bench", "studies", "report"},
-    "__init__": frozenset({"cache", "engine", "policies"}),  # the public names
-}
 ABOUT_ITSELF = ("__version__", "__file__", "__path__")  # of the package; whoever likes may read these
 MAX_FUNCTION_LINES = 90
 FORBIDDEN_WORDS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
@@ -72,7 +47,7 @@ def wrong_imports(relative_path: str, source: str) -> list[str]:
     parts = path.parent.parts if is_package else (*path.parent.parts, path.stem)
     unit = parts[0] if parts else "__init__"
     if unit not in ARROWS:
-        return [f"{relative_path}: give {unit!r} a line in ARROWS of {Path(__file__).name}"]
+        return [f"{relative_path}: give {unit!r} a line in ARROWS of tests/support/arrows.py"]
     wrong = []
     for line, name in imported_names(ast.parse(source), ".".join(("sinkstream", *parts)), is_package):
         package, _, rest = name.partition(".")

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_architecture import ARROWS
+from arrows import ARROWS
 
 from sinkstream.cli import main
 from sinkstream.compat import NEWEST_TESTED, OLDEST_TESTED

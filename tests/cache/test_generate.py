@@ -5,22 +5,15 @@ import copy
 import pytest
 import torch
 import transformers
-from oracle.models import build, token_ids
+from oracle.models import build
 from packaging.version import Version
-from streams import TOLERANCE, FakeTokenizer, feed, likeliest, make_cache, small_policy
-from transformers.generation.streamers import BaseStreamer
+from streams import PAD, TOLERANCE, Collect, FakeTokenizer, feed, likeliest, make_cache, prompt_of, small_policy
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS
 
-PAD = 96  # not in the prompts: generate() takes it for padding
 POLICIES = list(PRESETS)
-
-
-def prompt_of(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    """Prompt (batch, tokens) without the padding token."""
-    return token_ids(tokens, seed=seed, batch=batch).clamp(max=PAD - 1)
 
 
 def generate(model, ids: torch.Tensor, cache=None, new: int = 40, **options) -> torch.Tensor:
@@ -78,21 +71,6 @@ def test_sampling_with_a_seed():
     assert not torch.equal(texts[0], texts[2]) and not torch.equal(texts[0], texts[3])
     several = generate(model, ids, StreamingCache.for_model(model, cap=30), num_return_sequences=3, **options)
     assert several.shape == (3, 89) and len(set(map(tuple, several.tolist()))) == 3
-
-
-class Collect(BaseStreamer):
-    """Takes what generate() streams."""
-
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then token by token."""
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        """Nothing more comes."""
-        self.ended = True
 
 
 def test_a_streamer_gets_every_token_as_it_comes():

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from oracle.models import build
-from streams import make_cache, small_policy
-from test_generate import PAD, Collect, prompt_of
+from streams import PAD, Collect, make_cache, prompt_of, small_policy
 from tiny_model import tokenizer
 from transformers import LogitsProcessor, StoppingCriteria, StopStringCriteria
 

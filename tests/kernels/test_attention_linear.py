@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops_cases import IMPLEMENTATIONS, TOLERANCE, draw, error
-from test_ops_attention_decode import Case
+from ring_case import Case
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig, attention_linear
 

@@ -138,7 +138,7 @@ def test_environment_tells_nothing_personal(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOSTNAME"):
         monkeypatch.setenv(name, "ann-of-host")
     monkeypatch.setenv("HOME", "/homes/ann-of-host")
-    personal = (platform.node(), getpass.getuser(), str(Path.home()), str(Path(__file__).parents[1]))
+    personal = (platform.node(), getpass.getuser(), str(Path.home()), str(Path(__file__).parents[2]))
     assert personal[:3] == ("host-of-ann", "ann-of-host", "/homes/ann-of-host"), "control: whoever asks is told"
     text = format_environment(environment("cpu"))
     assert not [name for name in personal if name in text]

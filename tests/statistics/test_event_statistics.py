@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_statistics import correlated
+from noise import correlated
 
 from sinkstream.statistics import event_curve, event_cycles, paired_delta_ppl, resolution
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from noise import correlated
 
 from sinkstream.statistics import (
     MIN_BLOCKS,
@@ -12,14 +13,6 @@ from sinkstream.statistics import (
     paired_delta_ppl,
     suitable_block_tokens,
 )
-
-
-def correlated(shape, rng, memory=0.8):
-    """Gaussian AR(1) noise of unit innovation along the last axis, after a burn-in of 100 steps."""
-    noise = rng.standard_normal((*shape[:-1], shape[-1] + 100))
-    for t in range(1, noise.shape[-1]):
-        noise[..., t] += memory * noise[..., t - 1]
-    return noise[..., 100:]
 
 
 def test_identical_arrays_have_no_difference():

@@ -42,7 +42,7 @@ from sinkstream.studies.diagnosis.tables import (
     markdown_diagnosis,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS, PERIOD, CAP = 6400, 64, 256
 STRICT = {"peak": CAP}
 

@@ -5,10 +5,11 @@ from itertools import chain, repeat
 
 import torch
 from oracle.forward import Past, cache_positions, run
-from oracle.models import VOCAB
+from oracle.models import VOCAB, token_ids
 from oracle.network import Network
 from oracle.rules import Rule
 from transformers import DynamicCache, LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
@@ -28,6 +29,7 @@ SMALL = {  # preset options, shrunk so that 300 tokens bring many prunes
     "adaptive_max": 14,
     "observation": 8,
 }
+PAD = 96  # not in the prompts: generate() takes it for padding
 STRICT = ("strict", "window-only")
 
 
@@ -313,3 +315,23 @@ def make_cache(model, options: dict, **more) -> StreamingCache:
     needs = SCORERS[options["scorer"]].needs if "scorer" in options else ()
     tokenizer = {"tokenizer": FakeTokenizer()} if "structure" in needs else {}
     return StreamingCache.for_model(model, **options, **tokenizer, **more)
+
+
+def prompt_of(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    """Prompt (batch, tokens) without the padding token."""
+    return token_ids(tokens, seed=seed, batch=batch).clamp(max=PAD - 1)
+
+
+class Collect(BaseStreamer):
+    """Takes what generate() streams."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then token by token."""
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.ended = True

@@ -1,0 +1,27 @@
+"""Who may import whom: the table that the architecture test holds against every import, and docs against the table."""
+
+# A unit is a top-level module or folder of the package. It imports itself and what its line names, nothing else.
+LEAVES = frozenset({"registry", "compat"})
+MODELS = frozenset({"models", "data"})
+RECORDS = frozenset({"measure", "statistics", "records"})
+BASE = LEAVES | MODELS | RECORDS | {"policies"}
+ARROWS: dict[str, frozenset[str]] = {
+    "registry": frozenset(),
+    "compat": frozenset(),
+    "measure": frozenset(),
+    "statistics": frozenset(),
+    "records": frozenset({"measure", "statistics"}),
+    "show": frozenset({"records", "statistics"}),
+    "data": LEAVES,
+    "models": LEAVES,
+    "policies": LEAVES,
+    "cache": LEAVES | {"policies"},
+    "kernels": LEAVES,
+    "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
+    "evaluation": BASE | {"cache", "engine", "show"},
+    "bench": BASE | {"cache", "engine", "evaluation", "show"},
+    "studies": BASE | {"evaluation", "show"},
+    "report": BASE | {"cache", "engine", "show", "bench", "studies"},
+    "cli": BASE | {"cache", "engine", "evaluation", "show", "bench", "studies", "report"},
+    "__init__": frozenset({"cache", "engine", "policies"}),  # the public names
+}
