@@ -48,7 +48,7 @@ def small_tiles(monkeypatch):
 
 def block_cache(model, options: dict, block_tokens: int, **more) -> StreamingCache:
     cache = make_cache(model, options, block_tokens=block_tokens, **more)
-    cache.speculative = True
+    cache.stream.speculative = True
     return cache
 
 
@@ -164,7 +164,7 @@ def test_speculation_takes_about_one_forward_an_event(policy):
     cache = block_cache(model, options, 64)
     _, steps, sizes = score(model, cache, ids, 64)
     cautious = block_cache(model, options, 64)
-    cautious.speculative = False
+    cautious.stream.speculative = False
     _, same, more_sizes = score(model, cautious, ids, 64)
     events = sum(s.event for s in steps)
     assert steps == same and events >= 20
@@ -197,7 +197,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_prunes(monkeypatch):
     for policy in ("strict", "lazy"):
         cache = block_cache(model, small_policy(policy), block_tokens)
         score(model, cache, ids, block_tokens)
-        assert cache.ring.capacity == max(512, cache.policy.peak + block_tokens)
+        assert cache.stream.ring.capacity == max(512, cache.policy.peak + block_tokens)
     handle.remove()
     assert max(rows) == block_tokens
     assert max(elements) <= 24 * (24 + cache.policy.peak)
@@ -207,7 +207,7 @@ def test_the_buffer_has_room_for_one_block():
     model = build("llama")
     cache = block_cache(model, small_policy("strict"), 2000)
     score(model, cache, token_ids(2100), 2000)
-    assert cache.ring.capacity == 2000 + cache.policy.peak
+    assert cache.stream.ring.capacity == 2000 + cache.policy.peak
 
 
 # ---- the model is left as it was ----

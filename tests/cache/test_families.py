@@ -110,8 +110,8 @@ def test_half_precision_is_kept(family, dtype):
     cache = StreamingCache.for_model(model, cap=40)
     with torch.no_grad():
         logits = cache.prefill(model, token_ids(200)[None])
-    assert cache.ring.keys.dtype == cache.ring.values.dtype == dtype and logits.isfinite().all()
-    assert cache.ring.pinned_keys.dtype == torch.float32
+    assert cache.stream.ring.keys.dtype == cache.stream.ring.values.dtype == dtype and logits.isfinite().all()
+    assert cache.stream.ring.pinned_keys.dtype == torch.float32
 
 
 # ---- what is refused ----

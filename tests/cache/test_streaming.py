@@ -62,7 +62,7 @@ def test_rebases_change_nothing_in_either_frame_nor_in_chunks_that_cross_prunes(
 
 def pinned_error(cache: StreamingCache, network: Network, ids: torch.Tensor) -> torch.Tensor:
     """Error of every pinned key of a one-layer model, (pinned,), against the true key rotated once in float64."""
-    ring = cache.ring
+    ring = cache.stream.ring
     tokens = ids[ring.pinned_positions.flatten()]
     true = network.project(0, network.embed(tokens))[1].transpose(0, 1)  # (kv_heads, pinned, dim)
     place = torch.arange(ring.pinned) + ring.first_window - ring.pinned - ring.base
@@ -95,11 +95,11 @@ def test_after_200_000_tokens_pinned_keys_are_as_exact_as_after_the_first_prune_
         for size in cache.chunks(len(ids)):
             model.model(ids[None, fed : fed + size], **with_cache(model, cache))
             fed += size
-            furthest = max(furthest, cache.ring.seen - cache.ring.base)
-            if cache.ring.pinned:
+            furthest = max(furthest, cache.stream.ring.seen - cache.stream.ring.base)
+            if cache.stream.ring.pinned:
                 sizes.add(cache.stats()["bytes"])
                 first = pinned_error(cache, network, ids) if first is None else first
-    stats, last, capacity = cache.stats(), pinned_error(cache, network, ids), cache.ring.capacity
+    stats, last, capacity = cache.stats(), pinned_error(cache, network, ids), cache.stream.ring.capacity
     assert stats["seen"] == 200_000 and stats["events"] > 900 and stats["rebases"] > 40
     assert len(sizes) == 1
     assert furthest <= REBASE_AT + capacity
@@ -230,7 +230,12 @@ def test_no_graph_grows_along_with_the_stream_outside_no_grad():
     cache = make_cache(model, small_policy("refresh-window-attention"))
     logits = [model(ids[:, i : i + 1], **with_cache(model, cache)).logits for i in range(120)]
     assert logits[-1].requires_grad
-    kept = [cache.ring.keys, cache.ring.values, cache.ring.pinned_keys, *cache.observer.queries.values()]
+    kept = [
+        cache.stream.ring.keys,
+        cache.stream.ring.values,
+        cache.stream.ring.pinned_keys,
+        *cache.stream.observer.queries.values(),
+    ]
     assert not any(t.requires_grad for t in kept)
     assert_close(torch.cat(logits, 1).detach(), stream(model, "refresh-window-attention", ids))
 
@@ -345,5 +350,5 @@ def test_tokens_past_the_tokenizers_vocabulary_have_no_structure():
     model, ids = build("llama"), token_ids(120)[None]
     cache = StreamingCache.for_model(model, tokenizer=Short(), **small_policy("refresh-structural"))
     feed(model, cache, ids)
-    kept = ids[0, cache.ring.pinned_positions[0, 0, 0, 4:]]
+    kept = ids[0, cache.stream.ring.pinned_positions[0, 0, 0, 4:]]
     assert (kept < 50).all() and (ids >= 50).any()

@@ -8,6 +8,7 @@ from tiny_model import save_model
 from torch.profiler import ProfilerActivity, profile
 
 from sinkstream.cache import StreamingCache
+from sinkstream.cache.stream import Stream
 from sinkstream.engine import Engine, memory
 from sinkstream.models import load_model, resolve_dtype, weight_bytes
 
@@ -38,7 +39,7 @@ def peak_bytes(call) -> int:
 def deep_engine(policy: dict) -> Engine:
     """Many layers and a large cache, so that a second copy of the cache would show."""
     e = Engine(build("llama", layers=16), **policy)
-    e._cache.chunk_tokens = CHUNK
+    e._cache.stream.chunk_tokens = CHUNK
     return e
 
 
@@ -46,12 +47,18 @@ def kv_bytes(e: Engine) -> int:
     return e.state.keys.nbytes + e.state.values.nbytes
 
 
-class CopyingCache(StreamingCache):
-    """A cache in buffers of its own."""
+class CopyingStream(Stream):
+    """A stream in buffers of its own."""
 
     def capacity(self) -> int:
         """What is kept, and one chunk."""
         return self.policy.peak + CHUNK
+
+
+class CopyingCache(StreamingCache):
+    """A cache in buffers of its own."""
+
+    stream_class = CopyingStream
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_prefilling_moves_no_buffer_and_holds_nothing_afterwards():
     e.prefill(token_ids(100), stream=1)
     e.prefill(token_ids(30), stream=1)
     assert before == {n: t.data_ptr() for n, t in e.state._buffers().items()}
-    assert e._cache.ring is None
+    assert e._cache.stream.ring is None
 
 
 def test_an_interrupted_prefill_forgets_its_stream_and_no_other():

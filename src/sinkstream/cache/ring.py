@@ -26,8 +26,8 @@ from sinkstream.cache.pinned import (
 from sinkstream.cache.rope import Rope
 
 
-class SoftRing:
-    """Keys, values and channels of all layers, each in one stacked tensor.
+class RingBuffers:
+    """Keys, values and channels of all layers, each in one stacked tensor; entries `start` to `tail` count.
 
     Parameters
     ----------
@@ -35,13 +35,6 @@ class SoftRing:
         ``(layers, batch, kv_heads, capacity, head_dim)``.
     dtype, device
         Of keys and values.
-    rope : Rope
-    sink : int
-        Tokens that the first prune moves into the pinned frame.
-    original_positions : bool
-        Pinned tokens keep their index in the stream instead of moving along with the window.
-    rebase_at : int
-        Relative position past which a wrap rebases the window.
     channels : list of Channel
     storage : pair of Tensor or None
         Buffers for keys and values; default: new ones.
@@ -49,18 +42,13 @@ class SoftRing:
 
     def __init__(
         self,
-        shape,
-        dtype,
-        device,
-        *,
-        rope: Rope,
-        sink: int,
-        original_positions: bool,
-        rebase_at: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
         channels: list[Channel],
-        storage: tuple[torch.Tensor, torch.Tensor] | None = None,
+        storage: tuple[torch.Tensor, torch.Tensor] | None,
     ):
-        layers, batch, heads, self.capacity, dim = shape
+        layers, batch, heads, self.capacity, _ = shape
         self.keys, self.values = storage or [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         self.channels = {
             c.name: torch.zeros(
@@ -70,23 +58,102 @@ class SoftRing:
             )
             for c in channels
         }
+        self.start = self.tail = 0
+
+    @property
+    def live(self) -> int:
+        """Entries cached now."""
+        return self.tail - self.start
+
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Everything cached now, oldest first: views of keys, values and channels by name, slots on axis 3."""
+        buffers = {"keys": self.keys, "values": self.values, **self.channels}
+        return {name: buffer.narrow(SLOT_AXIS, self.start, self.live) for name, buffer in buffers.items()}
+
+    def open(self, tokens: int) -> None:
+        """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
+        end = self.tail + tokens
+        self._new = [buffer[..., self.tail : end, :].unbind(0) for buffer in (self.keys, self.values)]
+        self._visible = [buffer[..., self.start : end, :].unbind(0) for buffer in (self.keys, self.values)]
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new entries at the tail of one layer, without moving it, and return everything visible.
+
+        Parameters
+        ----------
+        keys, values : Tensor, (batch, kv_heads, new, head_dim)
+            As many entries as `open` was told.
+
+        Returns
+        -------
+        keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
+            Views of the buffers.
+        """
+        # detached where it matters: no graph may grow along with the stream
+        self._new[0][layer].copy_(keys.detach() if keys.requires_grad else keys)
+        self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
+        return self._visible[0][layer], self._visible[1][layer]
+
+    def _compact(self) -> None:
+        """Copy the live part back to the front."""
+        live = self.live
+        if self.start:
+            for buffer in (self.keys, self.values, *self.channels.values()):
+                self._to_front(buffer, live)
+        self.start, self.tail = 0, live
+
+    def _to_front(self, buffer: torch.Tensor, live: int) -> None:
+        if self.start >= live:
+            buffer.narrow(SLOT_AXIS, 0, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
+            return
+        for row in buffer:  # source and target overlap: one layer at a time bounds the extra memory
+            row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
+
+
+class SoftRing(RingBuffers):
+    """Buffers with a pinned frame at the start of what counts and a window behind it.
+
+    Parameters
+    ----------
+    rope : Rope
+    sink : int
+        Tokens that the first prune moves into the pinned frame.
+    original_positions : bool
+        Pinned tokens keep their index in the stream instead of moving along with the window.
+    rebase_at : int
+        Relative position past which a wrap rebases the window.
+    shape, dtype, device, channels, storage
+        As for `RingBuffers`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rope: Rope,
+        sink: int,
+        original_positions: bool,
+        rebase_at: int,
+        channels: list[Channel],
+        storage: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        super().__init__(shape, dtype, device, channels, storage)
+        layers, batch, heads, _, dim = shape
         self.rope, self.sink, self.rebase_at = rope, sink, rebase_at
         self.original_positions = original_positions
         self.pinned_keys = torch.zeros((layers, batch, heads, 0, dim), dtype=torch.float32, device=device)
         self.pinned_values = torch.zeros((layers, batch, heads, 0, dim), dtype=dtype, device=device)
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
-        self.start = self.tail = self.base = self.first_window = 0
+        self.base = self.first_window = 0
         self.rebases = 0
 
     @property
     def pinned(self) -> int:
         """Entries in the pinned frame now (0 until the first prune)."""
         return self.pinned_keys.shape[SLOT_AXIS]
-
-    @property
-    def live(self) -> int:
-        """Entries cached now."""
-        return self.tail - self.start
 
     @property
     def seen(self) -> int:
@@ -98,12 +165,6 @@ class SoftRing:
         """Memory held, in bytes: buffers, channels and pinned copies."""
         held = [self.keys, self.values, self.pinned_keys, self.pinned_values, *self.channels.values()]
         return sum(t.numel() * t.element_size() for t in held)
-
-    @property
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Everything cached now, oldest first: views of keys, values and channels by name, slots on axis 3."""
-        buffers = {"keys": self.keys, "values": self.values, **self.channels}
-        return {name: buffer.narrow(SLOT_AXIS, self.start, self.live) for name, buffer in buffers.items()}
 
     def load(
         self,
@@ -145,30 +206,6 @@ class SoftRing:
         self.pinned_values = self._pinned_slots(self.values).clone()
         self._write_pinned()
 
-    def open(self, tokens: int) -> None:
-        """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
-        end = self.tail + tokens
-        self._new = [buffer[..., self.tail : end, :].unbind(0) for buffer in (self.keys, self.values)]
-        self._visible = [buffer[..., self.start : end, :].unbind(0) for buffer in (self.keys, self.values)]
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new entries at the tail of one layer, without moving it, and return everything visible.
-
-        Parameters
-        ----------
-        keys, values : Tensor, (batch, kv_heads, new, head_dim)
-            As many entries as `open` was told.
-
-        Returns
-        -------
-        keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
-            Views of the buffers.
-        """
-        # detached where it matters: no graph may grow along with the stream
-        self._new[0][layer].copy_(keys.detach() if keys.requires_grad else keys)
-        self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
-        return self._visible[0][layer], self._visible[1][layer]
-
     def advance(self, tokens: int, drop: int = 0) -> None:
         """Count the entries that were written at the tail, and drop as many as the policy did among them."""
         self.tail += tokens
@@ -188,21 +225,6 @@ class SoftRing:
         assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
         self._compact()
         return self._rebase() if self.seen - self.base > self.rebase_at else None
-
-    def _compact(self) -> None:
-        """Copy the live part back to the front."""
-        live = self.live
-        if self.start:
-            for buffer in (self.keys, self.values, *self.channels.values()):
-                self._to_front(buffer, live)
-        self.start, self.tail = 0, live
-
-    def _to_front(self, buffer: torch.Tensor, live: int) -> None:
-        if self.start >= live:
-            buffer.narrow(SLOT_AXIS, 0, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
-            return
-        for row in buffer:  # source and target overlap: one layer at a time bounds the extra memory
-            row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
 
     def _rebase(self) -> int:
         base = window_base(self.first_window, self.pinned, self.original_positions)

@@ -94,7 +94,7 @@ class StreamDecoder:
             vocab=self.weights.head.shape[0],
             device=model.device,
             rebase_at=rebase_at,
-            structure=self._cache.structure,
+            structure=self._cache.stream.structure,
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
@@ -121,7 +121,7 @@ class StreamDecoder:
         self.state.settle()
         try:
             give_to_cache(self.state, stream, self._cache)
-            logits = self._cache.prefill(self.model, ids[None], self._cache.chunk_tokens)
+            logits = self._cache.prefill(self.model, ids[None], self._cache.stream.chunk_tokens)
             take_from_cache(self.state, stream, self._cache, logits[0])
         except BaseException:
             self.state.clear(stream)

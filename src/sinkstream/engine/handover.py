@@ -20,13 +20,13 @@ from sinkstream.engine.state import StreamState
 def give_to_cache(state: StreamState, stream: int, cache: PrefillCache) -> None:
     """Lend a cache the buffers of a stream and fill it with it, so that the transformers module can go on with it."""
     counters, one = state.counters[stream], slice(stream, stream + 1)
-    cache.storage = state.keys[:, one], state.values[:, one]
+    cache.stream.storage = state.keys[:, one], state.values[:, one]
     if not counters.seen:
         cache.reset()
         return
     uncertain = UNCERTAINTY & state.channels.keys()
     schedule = copy.deepcopy(state.schedules[stream])
-    ring = cache.resume(schedule, state.device, logits=state.logits[one] if uncertain else None)
+    ring = cache.stream.resume(schedule, state.device, logits=state.logits[one] if uncertain else None)
     if counters.pruned:
         copy_sinks(state, stream)
     source = {"keys": state.keys, "values": state.values, **state.channels}
@@ -39,8 +39,8 @@ def give_to_cache(state: StreamState, stream: int, cache: PrefillCache) -> None:
         pinned_keys=state.pinned_keys[:, one] if counters.pruned else None,
         pinned_positions=pinned_tokens(state, stream) if counters.pruned else None,
     )
-    if cache.observer is not None:
-        _give_queries(state, stream, cache.observer)
+    if cache.stream.observer is not None:
+        _give_queries(state, stream, cache.stream.observer)
 
 
 @torch.no_grad()
@@ -52,9 +52,9 @@ def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits
     logits : Tensor, (vocab,)
         After the last token.
     """
-    ring, counters, one = cache.ring, state.counters[stream], slice(stream, stream + 1)
+    ring, counters, one = cache.stream.ring, state.counters[stream], slice(stream, stream + 1)
     assert ring is not None, "a cache that was fed holds a ring"
-    state.schedules[stream] = cache.schedule
+    state.schedules[stream] = cache.stream.schedule
     counters.events += cache.stats()["events"]
     counters.rebases += ring.rebases
     counters.pruned = ring.pinned > 0 or ring.first_window > 0
@@ -68,8 +68,8 @@ def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits
         state.pinned_keys[:, one] = ring.pinned_keys
         state.pinned_positions[:, one] = ring.pinned_positions[..., state.geometry.sink :]
         write_pinned(state, stream, slice(0, pinned))
-    if cache.observer is not None and state.queries is not None:
-        for layer, queries in cache.observer.queries.items():
+    if cache.stream.observer is not None and state.queries is not None:
+        for layer, queries in cache.stream.observer.queries.items():
             places = torch.arange(counters.seen - queries.shape[2], counters.seen, device=state.device)
             state.queries[layer, one].index_copy_(2, places % state.observed_queries, queries)
     state.logits[stream] = logits

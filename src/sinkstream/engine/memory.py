@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.prefill import PrefillCache
+from sinkstream.engine.prefill import PrefillStream
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.measure.memory import free_bytes
 from sinkstream.policies import EvictionPolicy
@@ -50,7 +50,7 @@ class MemoryNeed:
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
         )
-        chunk, size = PrefillCache.chunk_tokens, spec.dtype.itemsize
+        chunk, size = PrefillStream.chunk_tokens, spec.dtype.itemsize
         slot = 2 * spec.kv_heads * spec.head_dim * size  # of one layer
         cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
         hidden = chunk * (2 * model.config.intermediate_size + 6 * model.config.hidden_size) * size

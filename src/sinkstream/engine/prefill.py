@@ -10,6 +10,7 @@ import torch
 
 from sinkstream.cache import StreamingCache
 from sinkstream.cache.ring import SLOT_AXIS, SoftRing
+from sinkstream.cache.stream import Stream
 
 
 class LentRing(SoftRing):
@@ -86,8 +87,8 @@ class LentRing(SoftRing):
         return self._rebase() if self.seen - self.base > self.rebase_at else None
 
 
-class PrefillCache(StreamingCache):
-    """A streaming cache in the buffers of a static ring.
+class PrefillStream(Stream):
+    """A stream in the buffers of a static ring.
 
     Attributes
     ----------
@@ -111,3 +112,10 @@ class PrefillCache(StreamingCache):
         # every chunk wraps here; the larger limit keeps rotations of keys, and their rounding, rare
         more["rebase_at"] += self.policy.peak
         return LentRing(shape, self.spec.dtype, device, storage=self.storage, **more)
+
+
+class PrefillCache(StreamingCache):
+    """A streaming cache in the buffers of a static ring."""
+
+    stream_class = PrefillStream
+    stream: PrefillStream

@@ -11,71 +11,31 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.cache.channels import kept_channels
-from sinkstream.engine.geometry import Counters, Geometry
+from sinkstream.engine.buffers import PLAN_TOKENS, StreamBuffers
+from sinkstream.engine.geometry import Counters
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.kernels.begin_step import read_plan
-from sinkstream.kernels.layout import FIELDS, LIKELIEST, TOKEN
+from sinkstream.kernels.layout import LIKELIEST, TOKEN
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
 
-PLAN_TOKENS = 256
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class StreamState:
-    """Static ring buffers, scalars and counts of several independent streams.
+class StreamState(StreamBuffers):
+    """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
     ----------
-    spec : ModelSpec
-    policy : EvictionPolicy
-    positions : {"cache", "original"}
-    streams : int
-    vocab : int
-        Width of the logits.
-    device : torch.device
     rebase_at : int
         Window position past which positions are rebased; at least twice the policy's peak is used, so that a rebase
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-
-    Attributes
-    ----------
-    keys, values : Tensor, (layers, streams, kv_heads, slots, head_dim), dtype of the model
-    pinned_keys : Tensor, (layers, streams, kv_heads, pinned_slots, head_dim), float32
-        Unrotated copies, from which pinned keys are rotated anew. Those of the sinks are filled at the first rebase.
-    pinned_positions : Tensor, (layers or 1, streams, kv_heads or 1, refresh), int64
-        Token index of every refreshed token.
-    channels : dict of Tensor, (layers or 1, streams, kv_heads or 1, slots), float32
-        Quantities that the scorer reads: structure, nll, entropy, accumulated.
-    queries : Tensor or None, (layers, streams, query_heads, kept, head_dim), dtype of the model
-        Latest queries, at their window positions; the query of token t in place ``t % kept``.
-    logits : Tensor, (streams, vocab), float32
-    tokens : Tensor, (streams,), int64
-        Token ids that the next step appends; a negative one means the likeliest of the stream's logits.
-    plan : Tensor, (256, streams, 8), int32
-        Scalars of the coming steps, and the token ids of those that have begun.
-    cursor : Tensor, (streams,), int64
-        Row of the plan that the latest step read; -1 before the first. The same for all streams.
-    scalars : Tensor, (streams, 8), int32
-        See `layout`.
-    risks : Tensor, (256, streams, signals), float32
-        What adaptive triggers read in the logits of the steps of the plan.
+    spec, policy, positions, streams, vocab, device
+        As for `StreamBuffers`.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    pinned_keys: torch.Tensor
-    pinned_positions: torch.Tensor
-    queries: torch.Tensor | None
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    plan: torch.Tensor
-    cursor: torch.Tensor
-    scalars: torch.Tensor
-    risks: torch.Tensor
     _active: tuple[int, ...]
 
     def __init__(
@@ -90,34 +50,13 @@ class StreamState:
         rebase_at: int,
         structure: torch.Tensor | None = None,
     ):
-        self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
-        self.geometry = Geometry.of(policy, positions)
+        super().__init__(spec, policy, positions=positions, streams=streams, vocab=vocab, device=device)
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
-        self.signals = sorted(PruneSchedule(policy).signals())
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
         self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
-        with torch.inference_mode(False):
-            for name, (shape, dtype) in self._shapes(vocab).items():
-                setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
-            self.channels = {
-                name: torch.zeros(shape, dtype=torch.float32, device=device)
-                for name, shape in self._channel_shapes().items()
-            }
-        if not self.observed_queries:
-            self.queries = None
         self.clear()
-
-    @property
-    def observed_queries(self) -> int:
-        """How many of the latest queries are kept."""
-        return self.policy.scorer.observed_queries if self.policy.scorer else 0
-
-    @property
-    def bytes(self) -> int:
-        """Memory held by the buffers, in bytes."""
-        return sum(t.numel() * t.element_size() for t in self._buffers().values())
 
     def clear(self, stream: int | None = None) -> None:
         """Forget one stream, or all of them; addresses stay."""
@@ -134,17 +73,6 @@ class StreamState:
         self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
-
-    def stream_buffers(self, stream: int) -> dict[str, torch.Tensor]:
-        """Views of everything that belongs to one stream, by name; they keep their stream axis, of size 1."""
-        parts = {
-            name: getattr(self, name)[:, stream : stream + 1]
-            for name in ("keys", "values", "pinned_keys", "pinned_positions")
-        }
-        if self.queries is not None:
-            parts["queries"] = self.queries[:, stream : stream + 1]
-        parts |= {f"channel_{name}": c[:, stream : stream + 1] for name, c in self.channels.items()}
-        return parts | {"logits": self.logits[stream : stream + 1]}
 
     # ---- which tokens ----
 
@@ -305,43 +233,3 @@ class StreamState:
         parts = [self.keys[:, stream, :, 0], self.values[:, stream, :, 0], self.logits[stream]]
         parts += [c[:, stream, :, 0] for c in self.channels.values()]
         return parts if self.queries is None else [*parts, self.queries[:, stream, :, 0]]
-
-    # ---- buffers ----
-
-    def _shapes(self, vocab: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        spec, g, streams = self.spec, self.geometry, self.streams
-        cached = (spec.layers, streams, spec.kv_heads, g.slots, spec.head_dim)
-        pinned = (spec.layers, streams, spec.kv_heads, g.pinned_slots, spec.head_dim)
-        layers, heads = self._choosers()
-        return {
-            "keys": (cached, spec.dtype),
-            "values": (cached, spec.dtype),
-            "pinned_keys": (pinned, torch.float32),
-            "pinned_positions": ((layers, streams, heads, g.refresh), torch.int64),
-            "queries": (
-                (spec.layers, streams, spec.query_heads, self.observed_queries, spec.head_dim),
-                spec.dtype,
-            ),
-            "plan": ((PLAN_TOKENS, streams, FIELDS), torch.int32),
-            "risks": ((PLAN_TOKENS, streams, len(self.signals)), torch.float32),
-            "cursor": ((streams,), torch.int64),
-            "scalars": ((streams, FIELDS), torch.int32),
-            "tokens": ((streams,), torch.int64),
-            "logits": ((streams, vocab), torch.float32),
-        }
-
-    def _channel_shapes(self) -> dict[str, tuple[int, ...]]:
-        wide, slots = (self.spec.layers, self.spec.kv_heads), self.geometry.slots
-        sizes = {c.name: wide if c.per_head else (1, 1) for c in kept_channels(self.policy)}
-        return {name: (layers, self.streams, heads, slots) for name, (layers, heads) in sizes.items()}
-
-    def _choosers(self) -> tuple[int, int]:
-        """Layers and kv heads that choose their pinned tokens for themselves."""
-        per_head = self.policy.scorer is not None and self.policy.scorer.per_head
-        return (self.spec.layers, self.spec.kv_heads) if per_head else (1, 1)
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        names = ("keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor")
-        held = {n: getattr(self, n) for n in (*names, "scalars", "tokens", "logits")}
-        held |= {f"channel_{n}": c for n, c in self.channels.items()}
-        return {n: t for n, t in held.items() if t is not None}

@@ -150,7 +150,7 @@ class StreamingDecoder(ModuleDecoder):
         return self.cache.last_steps
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
-        self.cache.speculative = True
+        self.cache.stream.speculative = True
         return self.cache.chunks(tokens, self.settings.block_tokens)
 
     def close(self) -> None:

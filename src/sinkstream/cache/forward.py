@@ -1,0 +1,183 @@
+"""`PendingForward`: one forward of a stream, from the call of the decoder until the called model returns.
+
+Between the two only the buffer changes: a prune that is due at the forward's first token is done, and new entries are
+written behind those that count. A forward that raises is dropped, and the stream goes on as if it had not been called.
+"""
+
+import torch
+
+from sinkstream.cache.attention import Forward, is_switched, running
+from sinkstream.cache.channels import UNCERTAINTY, token_channels
+from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
+from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.stream import Stream
+from sinkstream.policies import SIGNALS, Step
+
+
+class PendingForward:
+    """Prunes if it is time, makes room and takes the new entries of every layer.
+
+    Parameters
+    ----------
+    stream : Stream
+    batch, tokens : int
+        Of the forward; the tokens are at most `Stream.max_chunk_tokens`.
+    input_ids : Tensor or None, (batch, tokens), int64
+        None where the caller gave embeddings.
+    device : torch.device
+
+    Attributes
+    ----------
+    positions : Tensor, (batch, tokens), int64
+        Position ids of the new tokens.
+    mask : Tensor or None, (1, 1, tokens, visible), bool or dtype of the model
+        None where the causal mask is the right one.
+    """
+
+    def __init__(self, stream: Stream, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
+        self.stream, self.tokens, self.input_ids = stream, tokens, input_ids
+        self._layers_written = 0
+        ring = stream.ring
+        if ring is None or ring.seen == 0:
+            ring = stream.allocate(batch, device)
+        self.ring, self.schedule = ring, stream.schedule.copy()
+        self.steps = [self.schedule.step() for _ in range(tokens)]
+        drop = self.steps[0].drop - (stream.schedule.cached - ring.live)  # a failed forward may have dropped already
+        if drop > 0:
+            ring.prune(drop, stream.policy.refresh, stream.choose)
+        delta = ring.make_room(tokens)
+        if stream.observer:
+            stream.observer.begin(tokens, spare=tokens - 1 if stream.speculates else 0)
+            if delta is not None:
+                stream.observer.rebase(delta)
+        self._crossing = _crossing(stream, ring, self.steps)
+        ring.open(tokens)
+        running.set(Forward(stream.observer, self._crossing if isinstance(self._crossing, TwoFrames) else None))
+        first = ring.seen - ring.base
+        self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
+        self.mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see.
+
+        Raises
+        ------
+        ValueError
+            If the model's dtype is not that of the buffers.
+        """
+        spec = self.stream.spec
+        if keys.dtype != spec.dtype and not torch.is_autocast_enabled(keys.device.type):
+            raise ValueError(
+                f"the model's dtype was changed from {spec.dtype} to {keys.dtype} after the cache was made;"
+                " change it back, or make the cache again"
+            )
+        self._layers_written += 1
+        visible = self.ring.write(layer, keys, values)
+        return self._crossing.extend(layer, *visible) if isinstance(self._crossing, PinnedCopies) else visible
+
+    def commit(self, logits: torch.Tensor | None) -> None:
+        """The called model has returned: count the tokens, do the prunes inside the chunk, observe the logits.
+
+        Parameters
+        ----------
+        logits : Tensor or None, (batch, tokens, vocab)
+            Given where the policy reads the logits.
+
+        Raises
+        ------
+        ValueError
+            If a layer wrote nothing.
+        """
+        stream, begun, log_probs = self.stream, self.tokens, None
+        if self._layers_written != stream.spec.layers:
+            raise ValueError(
+                f"{self._layers_written} of {stream.spec.layers} layers wrote their keys and values into the cache, so"
+                " its tokens are not counted: layers with gradient checkpointing pass no cache on in training mode;"
+                " call model.eval(), or model.gradient_checkpointing_disable()"
+            )
+        if stream.needs_logits:
+            assert logits is not None, "a policy that reads the logits is refused when the decoder is called alone"
+            log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
+            self._observe(log_probs)
+        if stream.observer:
+            stream.observer.commit(let_go=begun - self.tokens)
+        self._fill_channels(log_probs)
+        if stream.seen_ids:
+            stream.seen_ids.append(None if self.input_ids is None else self.input_ids[:, : self.tokens])
+        self.ring.advance(self.tokens, sum(s.drop for s in self.steps[1:]))
+        stream.schedule, stream.last_steps = self.schedule, self.steps
+        stream.events += sum(s.event for s in self.steps)
+
+    def _observe(self, log_probs: torch.Tensor) -> None:
+        """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.
+
+        Parameters
+        ----------
+        log_probs : Tensor, (batch, tokens, vocab)
+            Predicted by the forward.
+        """
+        risks = {signal: SIGNALS[signal](log_probs).mean(0).tolist() for signal in self.stream.schedule.signals()}
+        if not risks:
+            return
+        schedule, self.steps = self.stream.schedule, []
+        for i in range(self.tokens):
+            ahead = schedule.copy()
+            step = ahead.step()
+            if step.drop and self.steps:
+                break
+            schedule = ahead
+            self.steps.append(step)
+            for signal, values in risks.items():
+                schedule.observe(signal, values[i])
+        self.schedule, self.tokens = schedule, len(self.steps)
+
+    def _fill_channels(self, log_probs: torch.Tensor | None) -> None:
+        """What is kept of every new token besides key and value; before the ring counts them."""
+        ring, tokens = self.ring, self.tokens
+        drawn_from = None if log_probs is None else self._drawn_from(log_probs[:, :tokens])
+        ids = None if self.input_ids is None else self.input_ids[:, :tokens]
+        for name, known in token_channels(ring.channels, ids, drawn_from, self.stream.structure).items():
+            ring.channels[name][..., ring.tail : ring.tail + tokens] = known[:, None]
+
+    def _drawn_from(self, log_probs: torch.Tensor) -> torch.Tensor | None:
+        """The distributions that tokens were drawn from, given those that were predicted after them."""
+        if not UNCERTAINTY & self.ring.channels.keys():
+            return None
+        before, self.stream.log_probs = self.stream.log_probs, log_probs[:, -1:].clone()
+        before = torch.zeros_like(self.stream.log_probs) if before is None else before
+        return torch.cat([before, log_probs[:, :-1]], 1)
+
+    def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        spec = self.stream.spec
+        if spec.attention == "sdpa":
+            return visible
+        lowest = torch.finfo(spec.dtype).min
+        return torch.zeros_like(visible, dtype=spec.dtype).masked_fill_(~visible, lowest)
+
+
+def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tensor | None, *, has_logits: bool) -> None:
+    """Raise ValueError unless the stream can take these tokens in one forward."""
+    if tokens < 1:
+        raise ValueError("0 tokens in one call; accepted: at least 1")
+    ring = stream.ring
+    if ring is not None and ring.seen and batch != ring.keys.shape[1]:
+        raise ValueError(
+            f"batch of {batch}, but this cache holds {ring.keys.shape[1]} streams; use reset() or another cache"
+        )
+    if input_ids is None and {"structure", "nll"} & stream.policy.needs:
+        raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
+    if stream.needs_logits and not has_logits:
+        raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
+    if tokens > stream.max_chunk_tokens():
+        raise ValueError(
+            f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now;"
+            " feed them with cache.prefill(model, input_ids), or ask for the last logits only (logits_to_keep=1)"
+        )
+
+
+def _crossing(stream: Stream, ring: SoftRing, steps: list[Step]) -> PinnedCopies | TwoFrames | None:
+    """How a chunk crosses the prunes that fall inside it; None if none does."""
+    segments = Segments.of(steps) if stream.policy.plan_known else None
+    if segments is None:
+        return None
+    return (TwoFrames if is_switched(stream.spec.decoder) else PinnedCopies)(ring, segments)

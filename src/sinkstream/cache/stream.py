@@ -1,0 +1,179 @@
+"""`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
+
+from typing import Any
+
+import torch
+
+from sinkstream.cache.channels import kept_channels
+from sinkstream.cache.conversation import SeenTokens
+from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.observe import AttentionObserver
+from sinkstream.cache.pinned import Refreshed, refresh
+from sinkstream.cache.ring import SoftRing
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
+
+SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
+
+
+class Stream:
+    """Buffers, counts and observations of the rows of one batch, which share a schedule.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    policy : EvictionPolicy
+    positions : {"cache", "original"}
+    rebase_at : int
+        Position past which the window's rotation is rebased.
+    structure : Tensor or None, (vocab,), float32
+        Structural weight of every token id, where the scorer needs it.
+    block_tokens : int
+        Tokens of the largest forward that the buffer must have room for, beside what is cached.
+
+    Attributes
+    ----------
+    ring : SoftRing or None
+        What is cached; None before the first token.
+    observer : AttentionObserver or None
+        Of the attention, where the scorer reads it.
+    schedule : PruneSchedule
+        What the policy has counted and observed.
+    seen_ids : SeenTokens or None
+        Which tokens the stream consists of; None before the first token, and where nobody asks.
+    last_steps : list of Step
+        What the policy did at each token of the latest forward.
+    events : int
+        Prunes so far.
+    log_probs : Tensor or None, (batch, 1, vocab), float32
+        Predicted after the latest token, where the policy scores tokens by their uncertainty.
+    speculative : bool
+        A forward may be a little longer than what is surely free of prunes, where the policy decides by the logits. It
+        keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
+    """
+
+    ring: SoftRing | None
+    observer: AttentionObserver | None
+    schedule: PruneSchedule
+    seen_ids: SeenTokens | None
+    last_steps: list[Step]
+    log_probs: torch.Tensor | None
+
+    remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        *,
+        positions: str,
+        rebase_at: int,
+        structure: torch.Tensor | None,
+        block_tokens: int,
+    ):
+        self.spec, self.policy, self.positions = spec, policy, positions
+        self.rebase_at, self.structure, self.block_tokens = rebase_at, structure, block_tokens
+        self.speculative = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; memory is given back."""
+        self.ring = self.observer = self.seen_ids = self.log_probs = None
+        self.last_steps = []
+        self.schedule = PruneSchedule(self.policy)
+        self.events = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens appended since the beginning of the stream."""
+        return self.ring.seen if self.ring else 0
+
+    @property
+    def kept(self) -> int:
+        """Entries cached now."""
+        return self.ring.live if self.ring else 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the policy must see the logits of every token."""
+        return bool({"risk", "nll", "entropy"} & self.policy.needs)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether forwards are speculative: accumulated attention cannot be taken back from tokens that are let go."""
+        return self.speculative and "accumulated" not in self.policy.needs
+
+    def stats(self) -> dict[str, int]:
+        """Counts: seen, kept, evicted tokens, prune events, rebases, and the bytes held."""
+        return {
+            "seen": self.seen,
+            "kept": self.kept,
+            "evicted": self.seen - self.kept,
+            "events": self.events,
+            "rebases": self.ring.rebases if self.ring else 0,
+            "bytes": sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part),
+        }
+
+    def capacity(self) -> int:
+        """Slots of the buffer: what is cached and the chunk being fed, and as many again to copy back rarely."""
+        return max(2 * max(self.policy.peak, 256), self.policy.peak + self.block_tokens)
+
+    def max_chunk_tokens(self) -> int:
+        """The most tokens that the next forward may append."""
+        room = self.capacity() - self.kept
+        if self.policy.plan_known:
+            return room
+        ahead = self.schedule.copy()
+        ahead.step()
+        sure = ahead.sure_steps()
+        return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if self.speculates else sure))
+
+    def allocate(self, batch: int, device: torch.device) -> SoftRing:
+        """Make the buffers of a new stream; returns the empty ring."""
+        spec, policy = self.spec, self.policy
+        if self.structure is not None:
+            self.structure = self.structure.to(device)
+        with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
+            self.ring = ring = self._new_ring(
+                (spec.layers, batch, spec.kv_heads, self.capacity(), spec.head_dim),
+                device,
+                rope=spec.rope,
+                sink=policy.sink,
+                original_positions=self.positions == "original",
+                rebase_at=max(0, self.rebase_at - self.block_tokens),  # a block runs that much further
+                channels=kept_channels(policy),
+            )
+            self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
+        queries = policy.scorer.observed_queries if policy.scorer else 0
+        if queries or "accumulated" in policy.needs:
+            self.observer = AttentionObserver(ring, queries, "accumulated" in policy.needs)
+        return ring
+
+    def resume(
+        self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
+    ) -> SoftRing:
+        """Start over with a stream that was held elsewhere: allocates, and returns the empty ring for `SoftRing.load`.
+
+        Parameters
+        ----------
+        schedule : PruneSchedule
+            What the policy has counted and observed so far; taken over, not copied.
+        logits : Tensor or None, (batch, vocab)
+            After the stream's last token, where the policy scores tokens by their uncertainty.
+        """
+        self.clear()
+        ring = self.allocate(batch, device)
+        self.seen_ids = None  # what was seen elsewhere is not known here
+        self.schedule = schedule
+        if logits is not None:
+            self.log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
+        return ring
+
+    def choose(self, leaving: int) -> Refreshed:
+        """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""
+        ring, observer, scorer = self.ring, self.observer, self.policy.scorer
+        assert ring is not None and scorer is not None, "a refresh scores the tokens that are cached"
+        queries = observer.latest() if observer is not None and "attention" in scorer.needs else None
+        return refresh(ring.held(), leaving, scorer, self.policy.refresh, queries)
+
+    def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
+        return SoftRing(shape, self.spec.dtype, device, **more)
