@@ -17,6 +17,9 @@ SOURCE = ROOT / "src" / "sinkstream"
 MODULES = sorted(SOURCE.rglob("*.py"))
 ABOUT_ITSELF = ("__version__", "__file__", "__path__")  # of the package; whoever likes may read these
 MAX_FUNCTION_LINES = 90
+MAX_CLASS_LINES = 250
+MAX_MODULE_LINES = 450
+MAX_PARAMETERS = 12
 FORBIDDEN_WORDS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
 
 
@@ -59,14 +62,25 @@ def wrong_imports(relative_path: str, source: str) -> list[str]:
     return wrong
 
 
-def long_functions(relative_path: str, source: str) -> list[str]:
-    """Functions above `MAX_FUNCTION_LINES`, signature and docstring included; kernels may be longer."""
-    if "kernels" in Path(relative_path).with_suffix("").parts:
-        return []
-    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    lengths = ((f, f.end_lineno - f.lineno + 1) for f in functions)
+def too_large(relative_path: str, source: str) -> list[str]:
+    """Modules, classes, functions and parameter lists above their limit, as messages.
+
+    Docstring and signature count as lines. Kernels may be longer and take more.
+    """
+    tree, kernels = ast.parse(source), "kernels" in Path(relative_path).with_suffix("").parts
+    sizes = [("module", relative_path, 1, len(source.splitlines()), MAX_MODULE_LINES)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            sizes.append(("class", node.name, node.lineno, node.end_lineno - node.lineno + 1, MAX_CLASS_LINES))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not kernels:
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            lines = node.end_lineno - node.lineno + 1
+            sizes.append(("function", node.name, node.lineno, lines, MAX_FUNCTION_LINES))
+            sizes.append(("parameters of", node.name, node.lineno, len(given), MAX_PARAMETERS))
     return [
-        f"{relative_path}:{f.lineno}: {f.name} has {lines} lines" for f, lines in lengths if lines > MAX_FUNCTION_LINES
+        f"{relative_path}:{line}: {kind} {name}: {size}, at most {limit}"
+        for kind, name, line, size, limit in sizes
+        if size > limit
     ]
 
 
@@ -132,11 +146,22 @@ def test_right_imports_are_let_through(path, statement):
     assert not wrong_imports(path, statement)
 
 
-def test_functions_stay_short():
-    assert not over_modules(long_functions)
-    too_long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
-    assert long_functions("cache/ring.py", too_long)
-    assert not long_functions("kernels/step.py", too_long)
+def test_modules_classes_and_functions_stay_short():
+    assert not over_modules(too_large)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES,
+        "class C:\n" + "    x = 1\n" * MAX_CLASS_LINES,
+        "x = 1\n" * (MAX_MODULE_LINES + 1),
+        f"def f({', '.join(f'x{i}' for i in range(MAX_PARAMETERS + 1))}):\n    x = 1\n",
+    ],
+)
+def test_what_is_too_large_is_seen(source):
+    assert too_large("cache/ring.py", source)
+    assert bool(too_large("kernels/step.py", source)) == (not source.startswith("def"))
 
 
 @pytest.mark.parametrize("kind", ["triggers", "scorers"])
