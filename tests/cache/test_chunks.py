@@ -21,10 +21,12 @@ from streams import (
     small_policy,
 )
 
-from sinkstream.cache import StreamingCache, chunks
+from sinkstream.cache import StreamingCache
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.chunks import PinnedCopies, TwoFrames
 from sinkstream.compat import with_cache
+from sinkstream.kernels import attention_prefill
+from sinkstream.kernels.attention_prefill import Band, Columns
 from sinkstream.policies import PRESETS, EvictionPolicy
 
 TOKENS = 160
@@ -43,7 +45,7 @@ MIXED = small_policy("adaptive-top1") | {"refresh": 6, "scorer": "window-attenti
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in a block, the last one shorter."""
-    monkeypatch.setattr(chunks, "TILE", {"cpu": 24})
+    monkeypatch.setattr(attention_prefill, "TILE", {"cpu": 24})
 
 
 def block_cache(model, options: dict, block_tokens: int, **more) -> StreamingCache:
@@ -115,14 +117,19 @@ def test_blocks_agree_with_the_oracle(options):
 def test_a_frame_off_by_one_would_show(monkeypatch):
     model, ids, options = build("llama"), token_ids(TOKENS), small_policy("strict")
     expected, _ = by_steps(model, options, ids)
-    made = TwoFrames.__init__
+    made = Band.__init__
+    wrong = {
+        "turn": lambda first, turn: (first, turn + 1),
+        "no turn": lambda first, turn: (first, None),
+        "first": lambda first, turn: (first + 1, turn),
+    }
+    for name, change in wrong.items():
 
-    def off_by_one(frames, ring, segments):
-        made(frames, ring, segments)
-        frames.turn = ring.rope.angles(segments.dropped[segments.of_row] + 1)
+        def off_by_one(band, first, turn, *more, change=change):
+            made(band, *change(first, turn), *more)
 
-    monkeypatch.setattr(TwoFrames, "__init__", off_by_one)
-    assert worst(score(model, block_cache(model, options, 64), ids, 64)[0], expected) > 1e-2
+        monkeypatch.setattr(Band, "__init__", off_by_one)
+        assert worst(score(model, block_cache(model, options, 64), ids, 64)[0], expected) > 1e-2, name
 
 
 def test_rebases_in_blocks_change_nothing():
@@ -189,9 +196,9 @@ def test_what_attention_scorers_need_follows_the_kept_tokens():
 
 def test_memory_is_bounded_by_the_block_and_not_by_the_prunes(monkeypatch):
     model, ids, block_tokens = build("llama"), token_ids(600), 90
-    elements, rows = [], []
-    tile = TwoFrames._tile
-    monkeypatch.setattr(TwoFrames, "_tile", lambda *a: elements.append((made := tile(*a)).hidden.numel()) or made)
+    columns, rows = [], []
+    window = Columns.window
+    monkeypatch.setattr(Columns, "window", lambda c, *span: columns.append(span[1] - span[0]) or window(c, *span))
     monkeypatch.setattr(PinnedCopies, "extend", lambda *a: pytest.fail("pinned keys were copied"))
     handle = model.register_forward_hook(lambda m, a, out: rows.append(out.logits.shape[1]))
     for policy in ("strict", "lazy"):
@@ -200,7 +207,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_prunes(monkeypatch):
         assert cache.stream.ring.capacity == max(512, cache.policy.peak + block_tokens)
     handle.remove()
     assert max(rows) == block_tokens
-    assert max(elements) <= 24 * (24 + cache.policy.peak)
+    assert 24 < max(columns) <= 24 + cache.policy.peak, "of a tile of 24 queries"
 
 
 def test_the_buffer_has_room_for_one_block():

@@ -1,9 +1,10 @@
 """The attention function that a cache can put on its model: transformers' sdpa, watched, and in two frames if need be.
 
-It goes in through transformers' public attention interface, for the life of the caches that ask for it. Nothing happens
-on import, and in a forward of anybody else it is sdpa itself.
+It goes in through transformers' public attention interface, for the life of the caches that ask for it or for one chunk
+that crosses prunes. Nothing happens on import, and in a forward of anybody else it is sdpa itself.
 """
 
+import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -37,6 +38,7 @@ class Forward:
 
 _PLAIN = Forward()
 running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
+_lock = threading.RLock()  # re-entrant: a cache may be collected, and let go of the model, while another one begins
 _users: WeakKeyDictionary[PreTrainedModel, set[object]] = WeakKeyDictionary()
 
 
@@ -51,21 +53,23 @@ def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
 
 def switch_attention(decoder: PreTrainedModel, user: object) -> None:
     """Switch a decoder from sdpa to this module's function, for one user; several caches can ask for it."""
-    users = _users.setdefault(decoder, set())
-    users.add(user)
-    if not is_switched(decoder):
-        AttentionInterface.register(SINKSTREAM_SDPA, _sinkstream_sdpa)
-        AttentionMaskInterface.register(SINKSTREAM_SDPA, sdpa_mask)
-        decoder.set_attn_implementation(SINKSTREAM_SDPA)
+    with _lock:
+        users = _users.setdefault(decoder, set())
+        users.add(user)
+        if not is_switched(decoder):
+            AttentionInterface.register(SINKSTREAM_SDPA, _sinkstream_sdpa)
+            AttentionMaskInterface.register(SINKSTREAM_SDPA, sdpa_mask)
+            decoder.set_attn_implementation(SINKSTREAM_SDPA)
 
 
 def release_attention(decoder: PreTrainedModel, user: object) -> None:
     """Undo `switch_attention` of one user; the last one switches the decoder back to sdpa."""
-    users = _users.get(decoder, set())
-    if user in users:
-        users.discard(user)
-        if not users:
-            decoder.set_attn_implementation("sdpa")
+    with _lock:
+        users = _users.get(decoder, set())
+        if user in users:
+            users.discard(user)
+            if not users:
+                decoder.set_attn_implementation("sdpa")
 
 
 def is_switched(decoder: PreTrainedModel) -> bool:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from sinkstream.cache.ring import SoftRing
-from sinkstream.policies import Step
-
-TILE = {"cpu": 64}  # queries that attend at once and share one stretch of the window, by kind of device
-DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
+from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+from sinkstream.policies import Steps
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,10 @@ class Segments:
     dropped: torch.Tensor
 
     @classmethod
-    def of(cls, steps: list[Step]) -> "Segments | None":
-        """Segments of a planned chunk, or None if no prune falls inside it (one at its first token is done before)."""
-        if not any(s.drop for s in steps[1:]):
-            return None
-        inside = torch.tensor([0, *(s.drop for s in steps[1:])])
+    def of(cls, steps: Steps) -> "Segments":
+        """Segments of a planned chunk; a prune at its first token is done before."""
+        inside = torch.from_numpy(steps.drop.copy())
+        inside[0] = 0
         starts = inside > 0
         dropped = torch.cat([torch.zeros(1, dtype=torch.int64), inside.cumsum(0)[starts]])
         return cls(starts.long().cumsum(0), dropped)
@@ -113,17 +110,8 @@ class PinnedCopies:
         return visible[None, None].to(ring.keys.device)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Queries ``rows`` of a chunk, the window columns that at least one of them sees, and what each does not see."""
-
-    rows: slice
-    window: slice
-    hidden: torch.Tensor
-
-
 class TwoFrames:
-    """Attention of one chunk that crosses prunes: scores with the pinned keys in their frame, with the window in its.
+    """Attention of one chunk that crosses prunes: the window in its frame, the pinned keys in theirs.
 
     A query that comes after d dropped entries stands d positions nearer to the frame than where the chunk began, so
     turned back by d it meets the pinned keys as they were written then; no key moves.
@@ -132,32 +120,25 @@ class TwoFrames:
     ----------
     ring : SoftRing
         After the prune at the chunk's first token, if there was one.
-    segments : Segments
+    steps : Steps
+        Of the chunk's tokens.
     """
 
-    def __init__(self, ring: SoftRing, segments: Segments):
-        self.rope, self.pinned = ring.rope, ring.sink
-        device, dropped = ring.keys.device, segments.dropped[segments.of_row]
+    def __init__(self, ring: SoftRing, steps: Steps):
+        dropped = steps.drop.cumsum() - steps.drop[0]
+        first = max(ring.first_window, ring.sink) + dropped - ring.seen
+        self.cached, self.pinned = ring.live, min(ring.sink, ring.live + len(steps))
         still = ring.original_positions or ring.sink == 0
-        self.turn = None if still else ring.rope.angles(dropped.to(device))
-        self.visible, tokens = visible_columns(ring, segments), len(dropped)
-        size = TILE.get(device.type, DEFAULT_TILE)
-        self.tiles = [
-            self._tile(first, rows, device) for first, rows in zip(range(0, tokens, size), self.visible.split(size))
-        ]
-
-    def _tile(self, first: int, visible: torch.Tensor, device: torch.device) -> _Tile:
-        columns = visible[:, self.pinned :].any(0).nonzero()[:, 0] + self.pinned
-        window = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(self.pinned, self.pinned)
-        seen = torch.cat([visible[:, : self.pinned], visible[:, window]], dim=1)
-        return _Tile(slice(first, first + len(visible)), window, ~seen.to(device))
+        device = ring.keys.device
+        self.band = Band(first, None if still else dropped, ring.rope.frequencies(device), ring.seen)
+        self.unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     def mask(self) -> torch.Tensor:
-        """Which columns each query sees: ``(1, 1, tokens, visible)``, bool, on the host; `attend` knows it already."""
-        return self.visible[None, None]
+        """In place of a mask, so that transformers makes none: ``(1, 1, 1, 1)``, bool; `attend` knows who sees what."""
+        return self.unused_mask
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Softmax attention in float32, tile by tile.
+        """Softmax attention of one layer.
 
         Parameters
         ----------
@@ -169,23 +150,11 @@ class TwoFrames:
         -------
         Tensor, (batch, tokens, query_heads, head_dim), in the dtype of `query`
         """
-        batch, heads, tokens, dim = query.shape
-        out = query.new_empty(batch, tokens, heads, dim)
-        window_query = query.float() * scaling
-        pinned_query = window_query if self.turn is None else self.rope.unrotate(window_query, *self.turn)
-        key, value = key.float(), value.float()
-        for tile in self.tiles:
-            size = tile.hidden.shape[0]
-            both = [
-                (q[:, :, tile.rows].reshape(batch, key.shape[1], -1, dim), k, v)
-                for q, k, v in (
-                    (pinned_query, key[:, :, : self.pinned], value[:, :, : self.pinned]),
-                    (window_query, key[:, :, tile.window], value[:, :, tile.window]),
-                )
-            ]
-            scores = torch.cat([q @ k.mT for q, k, _ in both], dim=-1).view(batch, heads, size, -1)
-            weights = scores.masked_fill_(tile.hidden, float("-inf")).softmax(-1)
-            weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
-            seen = weights[..., : self.pinned] @ both[0][2] + weights[..., self.pinned :] @ both[1][2]
-            out[:, tile.rows] = seen.view(batch, heads, size, dim).transpose(1, 2).to(query.dtype)
-        return out
+        pinned, past, own = slice(0, self.pinned), slice(self.pinned, self.cached), slice(self.cached, None)
+        keys, values = ([part[:, :, which] for which in (pinned, past, own)] for part in (key, value))
+        columns = Columns(
+            keys[0], values[0], keys[1], values[1], start=0, length=keys[1].shape[2], keys=keys[2], values=values[2]
+        )
+        kernel = None if not query.requires_grad else "torch"  # gradients flow through the twin only
+        wide = query.to(key.dtype)  # under autocast they differ
+        return attention_prefill(wide, columns, self.band, scaling=scaling, implementation=kernel).to(query.dtype)

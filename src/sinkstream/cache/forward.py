@@ -6,12 +6,12 @@ written behind those that count. A forward that raises is dropped, and the strea
 
 import torch
 
-from sinkstream.cache.attention import Forward, is_switched, running
+from sinkstream.cache.attention import Forward, running, switch_attention
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.stream import Stream
-from sinkstream.policies import SIGNALS, Step
+from sinkstream.policies import SIGNALS, Step, Steps
 
 
 class PendingForward:
@@ -41,7 +41,7 @@ class PendingForward:
         if ring is None or ring.seen == 0:
             ring = stream.allocate(batch, device)
         self.ring, self.schedule = ring, stream.schedule.copy()
-        self.steps = [self.schedule.step() for _ in range(tokens)]
+        self.steps = self.schedule.advance(tokens)
         drop = self.steps[0].drop - (stream.schedule.cached - ring.live)  # a failed forward may have dropped already
         if drop > 0:
             ring.prune(drop, stream.policy.refresh, stream.choose)
@@ -52,7 +52,10 @@ class PendingForward:
                 stream.observer.rebase(delta)
         self._crossing = _crossing(stream, ring, self.steps)
         ring.open(tokens)
-        running.set(Forward(stream.observer, self._crossing if isinstance(self._crossing, TwoFrames) else None))
+        frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
+        if frames is not None:
+            switch_attention(stream.spec.decoder, stream)
+        running.set(Forward(stream.observer, frames))
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
         self.mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
@@ -104,9 +107,9 @@ class PendingForward:
         self._fill_channels(log_probs)
         if stream.seen_ids:
             stream.seen_ids.append(None if self.input_ids is None else self.input_ids[:, : self.tokens])
-        self.ring.advance(self.tokens, sum(s.drop for s in self.steps[1:]))
+        self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()))
         stream.schedule, stream.last_steps = self.schedule, self.steps
-        stream.events += sum(s.event for s in self.steps)
+        stream.events += int(self.steps.event.sum())
 
     def _observe(self, log_probs: torch.Tensor) -> None:
         """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.
@@ -119,17 +122,17 @@ class PendingForward:
         risks = {signal: SIGNALS[signal](log_probs).mean(0).tolist() for signal in self.stream.schedule.signals()}
         if not risks:
             return
-        schedule, self.steps = self.stream.schedule, []
+        schedule, steps = self.stream.schedule, list[Step]()
         for i in range(self.tokens):
             ahead = schedule.copy()
             step = ahead.step()
-            if step.drop and self.steps:
+            if step.drop and steps:
                 break
             schedule = ahead
-            self.steps.append(step)
+            steps.append(step)
             for signal, values in risks.items():
                 schedule.observe(signal, values[i])
-        self.schedule, self.tokens = schedule, len(self.steps)
+        self.schedule, self.steps, self.tokens = schedule, Steps.of(steps), len(steps)
 
     def _fill_channels(self, log_probs: torch.Tensor | None) -> None:
         """What is kept of every new token besides key and value; before the ring counts them."""
@@ -175,9 +178,8 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
         )
 
 
-def _crossing(stream: Stream, ring: SoftRing, steps: list[Step]) -> PinnedCopies | TwoFrames | None:
+def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | TwoFrames | None:
     """How a chunk crosses the prunes that fall inside it; None if none does."""
-    segments = Segments.of(steps) if stream.policy.plan_known else None
-    if segments is None:
+    if not (stream.policy.plan_known and steps.drop[1:].any()):
         return None
-    return (TwoFrames if is_switched(stream.spec.decoder) else PinnedCopies)(ring, segments)
+    return TwoFrames(ring, steps) if stream.spec.attention == "sdpa" else PinnedCopies(ring, Segments.of(steps))

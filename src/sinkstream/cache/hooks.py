@@ -31,9 +31,12 @@ class HookedCache(Cache):
         To the model the cache was made for; None before `attach` and after it is detached.
     checked_frequencies : Tensor or None
         The rotary frequencies of the model that were last compared with those of `spec`.
+    chunk_user : object
+        In whose name the model's attention is switched for one chunk.
     """
 
     spec: ModelSpec
+    chunk_user: object
     model: "weakref.ref[nn.Module] | None" = None
     checked_frequencies: torch.Tensor | None = None
 
@@ -52,8 +55,8 @@ class HookedCache(Cache):
         """The most tokens that the next forward may append."""
 
     @abstractmethod
-    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-        """Feed ``(batch, tokens)`` new token ids of any number."""
+    def prefill_all_but_last_chunk(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feed ``(batch, tokens)`` new token ids of any number but for the last chunk, which is returned."""
 
     @abstractmethod
     def check_conversation(self, input_ids: torch.Tensor) -> None:
@@ -137,7 +140,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
             switch_attention(decoder, user)
     cache.model = weakref.ref(model)
     kept = [weakref.ref(module) for module in modules]
-    close = weakref.finalize(cache, _detach, user, kept, decoder if attention else None)
+    close = weakref.finalize(cache, _detach, kept, user, cache.chunk_user)
     close.atexit = False
     return close
 
@@ -150,7 +153,8 @@ def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
     ]
 
 
-def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: PreTrainedModel | None) -> None:
+def _detach(modules: "list[weakref.ref[nn.Module]]", user: object, chunk_user: object) -> None:
+    decoder: Any = modules[0]()
     with _lock:
         for module in (ref() for ref in modules):
             hooked = None if module is None else _hooked.get(module)
@@ -162,8 +166,9 @@ def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: Pre
                 for handle in handles:
                     handle.remove()
                 _unwatch_prompts(module)
-        if switched is not None:
-            release_attention(switched, user)
+        if decoder is not None:
+            release_attention(decoder, user)
+            release_attention(decoder, chunk_user)
 
 
 _PREPARE = "prepare_inputs_for_generation"
@@ -245,22 +250,22 @@ def _before_model(module, args, kwargs=None):
     if cache is None:
         return None
     cache.abort_forward()
-    named = _prefill_all_but_last(cache, module, compat.named_arguments(module, args, kwargs, cache))
+    named = _prefill_all_but_last_chunk(cache, module, compat.named_arguments(module, args, kwargs, cache))
     cache.enter_model()
     return (), named | {"logits_to_keep": 0} if cache.needs_logits else named
 
 
-def _prefill_all_but_last(cache: HookedCache, model: PreTrainedModel, named: dict[str, Any]) -> dict[str, Any]:
+def _prefill_all_but_last_chunk(cache: HookedCache, model: PreTrainedModel, named: dict[str, Any]) -> dict[str, Any]:
     """Where only the last logits are asked for (as generate() asks of a prompt), feed a long prompt chunk by chunk.
 
-    Returns the call that is left, that of the last token; the same call if the tokens fit one call as they are.
+    Returns the call that is left, that of the last chunk; the same call if the tokens fit one call as they are.
     """
     ids = named.get("input_ids")
     if ids is None or named.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
         return named
     _check_mask_and_positions(named, cache.seen_tokens, ids.shape[1])
-    cache.prefill(model, ids[:, :-1])
-    return named | {"attention_mask": None, "position_ids": None, "input_ids": ids[:, -1:]}
+    last = cache.prefill_all_but_last_chunk(model, ids)
+    return named | {"attention_mask": None, "position_ids": None, "input_ids": last}
 
 
 def _after_model(module, args, kwargs=None, output=None):

@@ -34,11 +34,14 @@ class Rope:
         -------
         cos, sin : Tensor, (..., rotary_dim / 2), float32
         """
-        device = positions.device
+        angle = positions.to(torch.float64)[..., None] * self.frequencies(positions.device)
+        return angle.cos().float(), angle.sin().float()
+
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """``(rotary_dim / 2,)``, float64, radians per position, on a device."""
         if device not in self._on:
             self._on[device] = self.inv_freq.to(device)
-        angle = positions.to(torch.float64)[..., None] * self._on[device]
-        return angle.cos().float(), angle.sin().float()
+        return self._on[device]
 
     def phases_from(self, first: int, count: int, device: torch.device) -> torch.Tensor:
         """Rotations of `count` positions in a row, computed on the host: one small copy beats many launches.

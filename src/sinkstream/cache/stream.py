@@ -1,5 +1,6 @@
 """`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Stream:
         What the policy has counted and observed.
     seen_ids : SeenTokens or None
         Which tokens the stream consists of; None before the first token, and where nobody asks.
-    last_steps : list of Step
+    last_steps : sequence of Step
         What the policy did at each token of the latest forward.
     events : int
         Prunes so far.
@@ -55,7 +56,7 @@ class Stream:
     observer: AttentionObserver | None
     schedule: PruneSchedule
     seen_ids: SeenTokens | None
-    last_steps: list[Step]
+    last_steps: Sequence[Step]
     log_probs: torch.Tensor | None
 
     remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen

@@ -9,7 +9,7 @@ tokens are coming and put positions and masks right; they act on calls with this
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkstream.cache.append_only import AppendOnlyCache
-from sinkstream.cache.attention import running
+from sinkstream.cache.attention import release_attention, running
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.forward import PendingForward, check_forward
 from sinkstream.cache.hooks import attach
@@ -27,6 +27,7 @@ from sinkstream.compat import with_cache
 from sinkstream.policies import EvictionPolicy, Step, structural_weights
 
 POSITIONS = ("cache", "original")
+CHUNK = 2_048  # tokens of one forward of a prompt
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
@@ -81,6 +82,7 @@ class StreamingCache(AppendOnlyCache):
     def __init__(self, stream: Stream):
         super().__init__(layers=[StreamingLayer(self, i) for i in range(stream.spec.layers)])
         self.spec, self.policy, self.stream = stream.spec, stream.policy, stream
+        self.chunk_user = stream
         self._close: Callable[[], None] = lambda: None
 
     @classmethod
@@ -158,7 +160,7 @@ class StreamingCache(AppendOnlyCache):
         return self.stream.needs_logits
 
     @property
-    def last_steps(self) -> list[Step]:
+    def last_steps(self) -> Sequence[Step]:
         """What the policy did at each token of the latest forward."""
         return self.stream.last_steps
 
@@ -176,7 +178,7 @@ class StreamingCache(AppendOnlyCache):
         self._close()
         self.model = None
 
-    def chunks(self, tokens: int, chunk_tokens: int = 256) -> Iterator[int]:
+    def chunks(self, tokens: int, chunk_tokens: int = CHUNK) -> Iterator[int]:
         """Sizes of the forwards that feed `tokens` tokens: at most `chunk_tokens`, cut where the policy must decide.
 
         The next size is worked out when it is asked for, so feed each chunk before asking again.
@@ -190,7 +192,7 @@ class StreamingCache(AppendOnlyCache):
         return self.stream.max_chunk_tokens()
 
     @torch.no_grad()
-    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, chunk_tokens: int = 256) -> torch.Tensor:
+    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, chunk_tokens: int = CHUNK) -> torch.Tensor:
         """Feed a prompt of any length in bounded memory, evicting on the way.
 
         Parameters
@@ -210,6 +212,19 @@ class StreamingCache(AppendOnlyCache):
             out = model(input_ids[:, fed : fed + size], **with_cache(model, self), logits_to_keep=1)
             fed += len(self.last_steps)
         return out.logits[:, : len(self.last_steps)][:, -1]
+
+    @torch.no_grad()
+    def prefill_all_but_last_chunk(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feed a prompt as `prefill` does, but for its last chunk, ``(batch, at least 1)``, which is returned."""
+        if not self.policy.plan_known:
+            self.prefill(model, input_ids[:, :-1])
+            return input_ids[:, -1:]
+        for size in self.chunks(input_ids.shape[1]):
+            if size == input_ids.shape[1]:
+                break
+            model(input_ids[:, :size], **with_cache(model, self), logits_to_keep=1)
+            input_ids = input_ids[:, size:]
+        return input_ids
 
     def continuation(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """New tokens only, as arguments of generate(), which takes what it is given for the whole conversation.
@@ -286,6 +301,7 @@ class StreamingCache(AppendOnlyCache):
         """No forward is under way; if one was and is not committed, its tokens never came."""
         self._pending, self._in_model = None, False
         running.set(None)
+        release_attention(self.spec.decoder, self.chunk_user)
 
 
 def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> EvictionPolicy:

@@ -16,6 +16,7 @@ from sinkstream.engine.inputs import Ids, check_stream, encoded, token_ids
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
+from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
 from sinkstream.measure.metrics import token_nll
@@ -43,6 +44,8 @@ class StreamDecoder:
         As in `StreamingCache.for_model`.
     rebase_at : int
         Window position past which positions are rebased (at least twice the policy's peak is used).
+    chunk_tokens : int
+        Most tokens of a prompt that go through the model at once, where the policy's plan is known.
 
     Raises
     ------
@@ -69,6 +72,7 @@ class StreamDecoder:
         tokenizer: Any = None,
         allow_untrained_positions: bool = False,
         rebase_at: int = REBASE_AT,
+        chunk_tokens: int = CHUNK_TOKENS,
         **options: Any,
     ):
         self._cache = checked_cache(
@@ -98,14 +102,16 @@ class StreamDecoder:
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
+        self._prompt = PromptForward(self.weights, self.state, chunk_tokens) if self.policy.plan_known else None
 
     # ---- feeding ----
 
     @torch.no_grad()
     def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
-        """Append a text of any length to a stream, in chunks through the transformers module, evicting on the way.
+        """Append a text of any length to a stream, chunk by chunk, evicting on the way.
 
-        An interrupt or an error clears the stream; other streams are unchanged.
+        Where the policy's plan is known a chunk crosses any number of prunes. Under other policies chunks go through
+        the transformers module and end at every prune. An interrupt or an error clears the stream; other streams are unchanged.
 
         Parameters
         ----------
@@ -120,9 +126,12 @@ class StreamDecoder:
         ids = self._ids(ids, stream)
         self.state.settle()
         try:
-            give_to_cache(self.state, stream, self._cache)
-            logits = self._cache.prefill(self.model, ids[None], self._cache.stream.chunk_tokens)
-            take_from_cache(self.state, stream, self._cache, logits[0])
+            if self._prompt is not None:
+                self._prompt(ids, stream)
+            else:
+                give_to_cache(self.state, stream, self._cache)
+                logits = self._cache.prefill(self.model, ids[None], self._cache.stream.chunk_tokens)
+                take_from_cache(self.state, stream, self._cache, logits[0])
         except BaseException:
             self.state.clear(stream)
             raise

@@ -142,6 +142,30 @@ class MultiStreamConfig:
             )
 
 
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How attention of a chunk is cut up. Changes speed only, never values beyond the order of additions.
+
+    Attributes
+    ----------
+    rows, columns : int
+        Queries and keys of one tile (powers of two, at least 16).
+    warps, stages : int
+        Warps of a program; tiles of its shared-memory pipeline.
+    """
+
+    rows: int = 128
+    columns: int = 64
+    warps: int = 4
+    stages: int = 3
+
+    def __post_init__(self):
+        for name in ("rows", "columns"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name}={value} in the configuration; accepted: a power of two, at least 16")
+
+
 # Defaults, chosen so that the compiler spills no registers at head sizes 64 to 256.
 LINEAR = LinearConfig()
 RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
@@ -255,3 +279,19 @@ def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int,
     per = -(-ring // splits)
     per = -(-per // 8) * 8
     return per, -(-ring // per), max(1, -(-pinned_slots // per))
+
+
+def default_prefill(tokens: int, heads: int, head_dim: int, processors: int) -> PrefillConfig:
+    """What `attention_prefill` uses: tall tiles where they fill the device, lower ones for a short chunk.
+
+    Parameters
+    ----------
+    heads : int
+        Query heads of all rows of the batch.
+    processors : int
+        Multiprocessors of the device.
+    """
+    rows = 128
+    while rows > 16 and -(-tokens // rows) * heads < processors:
+        rows //= 2
+    return PrefillConfig(rows=rows, columns=64, warps=8 if rows == 128 and head_dim > 64 else 4, stages=2)

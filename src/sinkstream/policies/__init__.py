@@ -2,7 +2,7 @@
 
 from sinkstream.policies.eviction import CAP_ACCOUNTING, EvictionPolicy, option_names
 from sinkstream.policies.presets import PRESETS, preset_options
-from sinkstream.policies.schedule import PruneSchedule, Step
+from sinkstream.policies.schedule import PruneSchedule, Step, Steps
 from sinkstream.policies.scorers import SCORERS, Candidates, Scorer, select, structural_weights
 from sinkstream.policies.triggers import SIGNALS, TRIGGERS, Trigger
 
@@ -17,6 +17,7 @@ __all__ = [
     "PruneSchedule",
     "Scorer",
     "Step",
+    "Steps",
     "Trigger",
     "option_names",
     "preset_options",

@@ -4,7 +4,11 @@ Time is counted in appended tokens. Just before a token is appended, n counts th
 a trigger is due the drop happens first, so that no token's attention ever sees more than the cap.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
 
 from sinkstream.policies.eviction import EvictionPolicy
 
@@ -26,6 +30,45 @@ class Step:
     drop: int
     event: bool
     visible: int
+
+
+class Steps(Sequence[Step]):
+    """The steps of tokens in a row, in arrays, so that no object is made for a token that nobody asks for.
+
+    Attributes
+    ----------
+    drop : array, (tokens,), int64
+    event : array, (tokens,), bool
+    visible : array, (tokens,), int64
+        As in `Step`.
+    """
+
+    def __init__(self, drop: np.ndarray, event: np.ndarray, visible: np.ndarray):
+        self.drop, self.event, self.visible = drop, event, visible
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> "Steps":
+        """The same steps, in arrays."""
+        return cls(*(np.array([getattr(s, name) for s in steps]) for name in ("drop", "event", "visible")))
+
+    def __len__(self) -> int:
+        return len(self.drop)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Steps": ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Steps(self.drop[index], self.event[index], self.visible[index])
+        return Step(int(self.drop[index]), bool(self.event[index]), int(self.visible[index]))
 
 
 class PruneSchedule:
@@ -61,10 +104,37 @@ class PruneSchedule:
         ahead.__dict__.update(self.__dict__)
         return ahead
 
-    def plan(self, tokens: int) -> list[Step]:
+    def plan(self, tokens: int) -> Steps:
         """The next `tokens` steps if nothing is observed meanwhile; this schedule is left as it is."""
-        ahead = self.copy()
-        return [ahead.step() for _ in range(tokens)]
+        return self.copy().advance(tokens)
+
+    def advance(self, tokens: int) -> Steps:
+        """Account for `tokens` tokens between which nothing is observed.
+
+        Stretches without a drop are counted at once, and what follows a state that has been met before is repeated:
+        the work of the host does not grow with the prunes.
+        """
+        drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
+        before, done = self.cached, 0
+        met: dict[tuple[int, bool], int] = {}
+        while done < tokens:
+            quiet = min(self.sure_steps(), tokens - done)
+            if quiet:
+                self.cached += quiet
+                done += quiet
+                continue
+            first = met.setdefault((self.cached, self.pruning), done)
+            period = done - first
+            repeated = (tokens - done) // period * period if period else 0
+            if repeated:
+                for part in (drop, event):
+                    part[done : done + repeated] = np.resize(part[first:done], repeated)
+                done += repeated
+                continue
+            step = self.step()
+            drop[done], event[done] = step.drop, step.event
+            done += 1
+        return Steps(drop, event, before + np.arange(1, tokens + 1) - drop.cumsum())
 
     def sure_steps(self) -> int:
         """How many tokens can surely be appended before the next drop, whatever is observed (0: the next may drop)."""

@@ -1,0 +1,359 @@
+"""Attention of a chunk of tokens over two frames: flash attention in a band, and the pinned columns beside it.
+
+Every query sees a stretch of the window of its own, from the oldest token that its prunes have left up to itself: tiles
+of keys wholly outside that band are skipped. The pinned keys lie in a frame of their own; a query meets them turned
+back by as many positions as it stands too far from the frame. One softmax runs over both. The past lies in a ring, the
+chunk's own keys beside it, so that a chunk may be longer than the ring and nothing is moved before its queries have
+seen it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from sinkstream.kernels.config import PrefillConfig, default_prefill
+from sinkstream.kernels.online_softmax import rotated
+from sinkstream.kernels.runtime import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
+    check_tensor,
+    dot_kind,
+    jit,
+    launch,
+    multiprocessors,
+    tl,
+    use_triton,
+)
+
+TILE = {"cpu": 64}  # queries of one tile of the twin, by kind of device
+DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
+
+
+class Band:
+    """What each query of a chunk sees, and where it meets the pinned keys. Tokens are counted from the chunk's first.
+
+    Parameters
+    ----------
+    first : array, (tokens,), integers, never falling
+        Oldest window token that each query sees; negative ones came before the chunk.
+    turn : array, (tokens,), integers, or None
+        By how many positions each query is turned back to where it stands in the frame of the pinned keys; None: by
+        none.
+    inv_freq : Tensor, (rotary_dim / 2,), float64, on the device of the queries
+        Radians per position.
+    past : int
+        Tokens of the stream before the chunk: pinned entry i is seen by queries from token ``i - past`` on.
+    """
+
+    def __init__(self, first: np.ndarray, turn: np.ndarray | None, inv_freq: torch.Tensor, past: int):
+        self.first, self.past = first, past
+        turned = turn is not None and bool(turn.any())
+        host = torch.from_numpy(np.stack([first, turn if turned else first]).astype(np.int32))
+        device = inv_freq.device
+        if device.type == "cuda":
+            host = host.pin_memory()
+        rows = host.to(device, non_blocking=True)
+        self.device_first = rows[0]
+        self.rotation: torch.Tensor | None = None
+        if turned:
+            angle = rows[1].double()[:, None] * inv_freq
+            self.rotation = torch.stack([angle.cos(), -angle.sin()], 1).float()
+
+    @property
+    def tokens(self) -> int:
+        """Queries of the chunk."""
+        return len(self.first)
+
+    @cached_property
+    def host_first(self) -> list[int]:
+        """`first`, as integers of the host."""
+        return self.first.tolist()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Keys and values of one layer that a chunk sees. All may be strided, but for the last axis.
+
+    Attributes
+    ----------
+    pinned_keys, pinned_values : Tensor, (batch, kv_heads, pinned, head_dim)
+        In the frame of their own.
+    past_keys, past_values : Tensor, (batch, kv_heads, slots, head_dim)
+        A ring of window entries, rotated as the chunk's own are.
+    start, length : int
+        Slot of the oldest entry of the ring, and how many entries it has; the latest is the token before the chunk.
+    keys, values : Tensor, (batch, kv_heads, tokens, head_dim)
+        Of the chunk itself.
+    """
+
+    pinned_keys: torch.Tensor
+    pinned_values: torch.Tensor
+    past_keys: torch.Tensor
+    past_values: torch.Tensor
+    start: int
+    length: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def window(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of window tokens `first` to `end` - 1, ``(batch, kv_heads, end - first, head_dim)``."""
+        ring, pieces = self.past_keys.shape[2], []
+        oldest = self.start + self.length + min(first, 0)  # of what is asked of the past, its slot
+        while first < min(end, 0):
+            slot = oldest % ring
+            count = min(min(end, 0) - first, ring - slot)
+            pieces.append((self.past_keys[:, :, slot : slot + count], self.past_values[:, :, slot : slot + count]))
+            first, oldest = first + count, oldest + count
+        if end > 0 or not pieces:
+            own = slice(max(first, 0), max(end, first, 0))
+            pieces.append((self.keys[:, :, own], self.values[:, :, own]))
+        if len(pieces) == 1:
+            return pieces[0]
+        keys, values = zip(*pieces)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+@jit
+def _load_part(ptr, rows, valid, stride, offset: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns [offset, offset + WIDTH) of rows of D values; zero past D and where a row is not valid."""
+    columns = offset + tl.arange(0, WIDTH)[None, :]
+    mask = valid[:, None] & (columns < D) if offset + WIDTH > D else valid[:, None]
+    return tl.load(ptr + rows[:, None] * stride + columns, mask=mask, other=0.0)
+
+
+@jit
+def _see_tile(
+    qa, qb, keys, values, slots, valid, seen, key_stride, value_stride, scale, m, s, a, b,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys more in maxima m, sums s and weighted values a (first DA columns) and b (the DB others)."""
+    ka = _load_part(keys, slots, valid, key_stride, 0, DA, D)
+    z = tl.dot(qa, tl.trans(ka.to(KIND)))
+    if DB > 0:
+        kb = _load_part(keys, slots, valid, key_stride, DA, DB, D)
+        z = tl.dot(qb, tl.trans(kb.to(KIND)), z)
+    z = tl.where(seen, z * scale, -float("inf"))
+    top = tl.maximum(m, tl.max(z, 1))
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    p = tl.exp2(z - safe[:, None])
+    old = tl.exp2(m - safe)
+    s = s * old + tl.sum(p, 1)
+    p = p.to(KIND)
+    va = _load_part(values, slots, valid, value_stride, 0, DA, D)
+    a = tl.dot(p, va.to(KIND), a * old[:, None])
+    if DB > 0:
+        vb = _load_part(values, slots, valid, value_stride, DA, DB, D)
+        b = tl.dot(p, vb.to(KIND), b * old[:, None])
+    return top, s, a, b
+
+
+@jit(do_not_specialize=["tokens", "pinned", "past", "start", "length", "ring"])
+def _attention_prefill_kernel(
+    q_ptr, k_ptr, v_ptr, pinned_k_ptr, pinned_v_ptr, past_k_ptr, past_v_ptr, first_ptr, turn_ptr, out_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    pk_batch, pk_head, pk_row, pv_batch, pv_head, pv_row, rk_batch, rk_head, rk_row, rv_batch, rv_head, rv_row,
+    out_batch, out_head, out_row, tokens, pinned, past, start, length, ring, groups, scale,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, RD: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of queries, query head, row of the batch); the tiles with most keys come first."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv = (head // groups).to(tl.int64)
+    begin = tile * BM
+    rows = begin + tl.arange(0, BM)
+    here = rows < tokens
+    held = tl.minimum(rows, tokens - 1)
+    first = tl.load(first_ptr + held)
+    oldest = tl.load(first_ptr + begin)
+    query = q_ptr + row * q_batch + head.to(tl.int64) * q_head
+    m = tl.full((BM,), -float("inf"), tl.float32)
+    s = tl.zeros((BM,), tl.float32)
+    a = tl.zeros((BM, DA), tl.float32)
+    b = tl.zeros((BM, DB if DB > 0 else 1), tl.float32)
+    qa = _load_part(query, held, here, q_row, 0, DA, D).to(KIND)
+    qb = qa
+    if DB > 0:
+        qb = _load_part(query, held, here, q_row, DA, DB, D).to(KIND)
+    columns = tl.arange(0, BN)
+    # the pinned columns
+    ta, tb = qa, qb
+    if TURN:
+        place, angle = query + held[:, None] * q_row, turn_ptr + held[:, None] * RD
+        ta_columns = tl.arange(0, DA)[None, :]
+        ta = rotated(place, ta_columns, here[:, None] & (ta_columns < D), angle, q_ptr, 0.0, D, RD, False, DA).to(KIND)
+        if DB > 0:
+            tb_columns = DA + tl.arange(0, DB)[None, :]
+            valid = here[:, None] & (tb_columns < D)
+            tb = rotated(place, tb_columns, valid, angle, q_ptr, 0.0, D, RD, False, DB).to(KIND)
+    keys = pinned_k_ptr + row * pk_batch + kv * pk_head
+    values = pinned_v_ptr + row * pv_batch + kv * pv_head
+    for c in tl.range(0, pinned, BN):
+        index = c + columns
+        seen = (index[None, :] < pinned) & (index[None, :] <= past + rows[:, None])
+        m, s, a, b = _see_tile(
+            ta, tb, keys, values, index, index < pinned, seen, pk_row, pv_row, scale, m, s, a, b, D, DA, DB, KIND
+        )  # fmt: skip
+    # the past, in its ring
+    keys, values = past_k_ptr + row * rk_batch + kv * rk_head, past_v_ptr + row * rv_batch + kv * rv_head
+    for c in tl.range(tl.maximum(oldest + length, 0), length, BN, num_stages=STAGES):
+        index = c + columns
+        slots = start + index
+        slots = tl.where(slots >= ring, slots - ring, slots)
+        seen = (index < length)[None, :] & (index[None, :] - length >= first[:, None])
+        m, s, a, b = _see_tile(
+            qa, qb, keys, values, slots, index < length, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND
+        )  # fmt: skip
+    # the chunk itself
+    keys, values = k_ptr + row * k_batch + kv * k_head, v_ptr + row * v_batch + kv * v_head
+    for c in tl.range(tl.maximum(oldest, 0), tl.minimum(begin + BM, tokens), BN, num_stages=STAGES):
+        index = c + columns
+        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
+        m, s, a, b = _see_tile(
+            qa, qb, keys, values, index, index < tokens, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND
+        )  # fmt: skip
+    out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + held[:, None].to(tl.int64) * out_row
+    wide = tl.arange(0, DA)[None, :]
+    tl.store(out + wide, (a / s[:, None]).to(out_ptr.dtype.element_ty), mask=here[:, None] & (wide < D))
+    if DB > 0:
+        wide = DA + tl.arange(0, DB)[None, :]
+        tl.store(out + wide, (b / s[:, None]).to(out_ptr.dtype.element_ty), mask=here[:, None] & (wide < D))
+
+
+def attention_prefill(
+    query: torch.Tensor,
+    columns: Columns,
+    band: Band,
+    *,
+    scaling: float,
+    out: torch.Tensor | None = None,
+    config: PrefillConfig | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Attention of a chunk of tokens: pinned keys in one frame, the band of the window in the other.
+
+    Parameters
+    ----------
+    query : Tensor, (batch, query_heads, tokens, head_dim)
+        Rotated for the window. May be strided, but for the last axis.
+    columns : Columns
+    band : Band
+        Of the same tokens.
+    scaling : float
+        Of the scores.
+    out : Tensor, (batch, tokens, query_heads, head_dim), optional
+        May be strided, but for the last axis.
+    config : PrefillConfig, optional
+        How the kernel is cut up; default: `default_prefill`.
+    implementation : {"auto", "triton", "torch"}, optional
+        Default: the kernel on a GPU in half precision, and otherwise the twin.
+
+    Returns
+    -------
+    Tensor, (batch, tokens, query_heads, head_dim), in the dtype of `query`
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that the op cannot serve and what is accepted.
+    """
+    batch, heads, tokens, dim = query.shape
+    _check_inputs(query, columns, band)
+    if out is None:
+        out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
+    check_tensor("out", out, (batch, tokens, heads, dim), dtypes=(query.dtype,), device=query.device, contiguous=False)
+    if query.dtype not in HALF_DTYPES and implementation is None or not use_triton(implementation, query):
+        return attention_prefill_twin(query, columns, band, scaling, out)
+    if config is None:
+        config = default_prefill(tokens, batch * heads, dim, multiprocessors(query.device))
+    _launch(query, columns, band, scaling, out, config)
+    return out
+
+
+def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
+    device, dtypes = query.device, (*FLOAT_DTYPES, torch.float64)
+    check_tensor("query", query, (None, None, None, None), dtypes=dtypes, device=device, contiguous=False)
+    batch, heads, tokens, dim = query.shape
+    kv_heads = columns.keys.shape[1]
+    for name in ("keys", "pinned_keys", "past_keys"):
+        keys, values = getattr(columns, name), getattr(columns, name.replace("keys", "values"))
+        wanted = (batch, kv_heads, tokens if name == "keys" else None, dim)
+        check_tensor(name, keys, wanted, dtypes=(query.dtype,), device=device, contiguous=False)
+        name = name.replace("keys", "values")
+        check_tensor(name, values, tuple(keys.shape), dtypes=(query.dtype,), device=device, contiguous=False)
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads; accepted: a multiple of the {kv_heads} key-value heads")
+    if band.tokens != tokens:
+        raise ValueError(f"a band of {band.tokens} tokens for {tokens} queries; accepted: as many")
+    if not 0 <= columns.length <= columns.past_keys.shape[2]:
+        raise ValueError(f"length={columns.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
+
+
+def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig) -> None:
+    batch, heads, tokens, dim = query.shape
+    if query.dtype not in HALF_DTYPES:
+        raise ValueError(f"query has dtype {query.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
+    kv_heads, wide = columns.keys.shape[1], max(16, 1 << (dim.bit_length() - 1))
+    rest = 0 if wide >= dim else max(16, 1 << (dim - wide - 1).bit_length())
+    parts = (
+        query, columns.keys, columns.values, columns.pinned_keys, columns.pinned_values, columns.past_keys,
+        columns.past_values,
+    )  # fmt: skip
+    strides = [part.stride(axis) for part in parts for axis in range(3)]
+    rotation = band.rotation
+    launch(
+        _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch), *parts, band.device_first,
+        band.device_first if rotation is None else rotation, out, *strides, out.stride(0), out.stride(2),
+        out.stride(1), tokens, columns.pinned_keys.shape[2], band.past, columns.start, columns.length,
+        columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634,
+        D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
+        BM=config.rows, BN=config.columns, STAGES=config.stages, KIND=dot_kind(query.dtype),
+        num_warps=config.warps, pdl=False,
+    )  # fmt: skip
+
+
+def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, out: torch.Tensor) -> torch.Tensor:
+    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 inputs), a tile of queries at a time.
+
+    A tile bounds the memory: its scores with the pinned keys and with the stretch that at least one of its queries
+    sees.
+    """
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, tokens, dim = query.shape
+    kv_heads, pinned = columns.keys.shape[1], columns.pinned_keys.shape[2]
+    device, size = query.device, TILE.get(query.device.type, DEFAULT_TILE)
+    pinned_columns = torch.arange(pinned, device=device)
+    pinned_keys, pinned_values = columns.pinned_keys.to(work), columns.pinned_values.to(work)
+    for begin in range(0, tokens, size):
+        end = min(begin + size, tokens)
+        oldest = min(max(band.host_first[begin], -columns.length), end)
+        keys, values = (part.to(work) for part in columns.window(oldest, end))
+        rows = torch.arange(begin, end, device=device)[:, None]
+        index = torch.arange(oldest, end, device=device)
+        seen = (index >= band.device_first[begin:end, None]) & (index <= rows)
+        seen = torch.cat([pinned_columns <= band.past + rows, seen], 1)
+        window_query = query[:, :, begin:end].to(work) * scaling
+        pinned_query = window_query if band.rotation is None else turned(window_query, band.rotation[begin:end])
+        grouped = (q.reshape(batch, kv_heads, -1, dim) for q in (pinned_query, window_query))
+        scores = torch.cat([q @ k.mT for q, k in zip(grouped, (pinned_keys, keys))], -1)
+        scores = scores.view(batch, heads, end - begin, -1).masked_fill_(~seen, float("-inf"))
+        weights = scores.softmax(-1).view(batch, kv_heads, -1, scores.shape[-1])
+        found = weights[..., :pinned] @ pinned_values + weights[..., pinned:] @ values
+        out[:, begin:end] = found.view(batch, heads, end - begin, dim).transpose(1, 2).to(query.dtype)
+    return out
+
+
+def turned(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate vectors ``(..., tokens, head_dim)`` by cosines and sines ``(tokens, 2, rotary_dim / 2)``."""
+    half = rotation.shape[2]
+    cos, sin = rotation.to(x.dtype).unbind(1)
+    one, other = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([one * cos - other * sin, other * cos + one * sin, x[..., 2 * half :]], -1)
+
+
+def attention_flops(band: Band, heads: int, head_dim: int, pinned: int) -> int:
+    """Floating-point operations that the visible scores and their weighted values need: the kernel's floor."""
+    visible = int((np.arange(band.tokens) + 1 - band.first).sum()) + pinned * band.tokens
+    return 4 * heads * head_dim * visible
