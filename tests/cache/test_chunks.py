@@ -23,7 +23,7 @@ from streams import (
 
 from sinkstream.cache import StreamingCache
 from sinkstream.cache.attention import SINKSTREAM_SDPA
-from sinkstream.cache.chunks import PinnedCopies, TwoFrames
+from sinkstream.cache.chunks import PinnedCopies
 from sinkstream.compat import with_cache
 from sinkstream.kernels import attention_prefill
 from sinkstream.kernels.attention_prefill import Band, Columns

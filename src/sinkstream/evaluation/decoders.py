@@ -5,7 +5,7 @@ difference between two figures is a difference between two methods.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         """What happened to the cache at each token of the latest `score`."""
 
     def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
@@ -146,7 +146,7 @@ class StreamingDecoder(ModuleDecoder):
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         return self.cache.prefill(self.model, ids[None], self.settings.block_tokens)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         return self.cache.last_steps
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
@@ -194,7 +194,7 @@ class EngineDecoder(Decoder):
         self.top1 = torch.cat(top1)
         return torch.cat(nll)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         return self._steps
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class FullDecoder(ModuleDecoder):
         out = self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0)
         return out.logits[0]
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         return self._steps
 
 
@@ -242,7 +242,7 @@ class RecomputeDecoder(ModuleDecoder):
         self.prefilled = len(ids)
         return self.feed(ids, last_only=True)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         return self._steps
 
     def close(self) -> None:

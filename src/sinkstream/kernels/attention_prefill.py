@@ -50,7 +50,7 @@ class Band:
     def __init__(self, first: np.ndarray, turn: np.ndarray | None, inv_freq: torch.Tensor, past: int):
         self.first, self.past = first, past
         turned = turn is not None and bool(turn.any())
-        host = torch.from_numpy(np.stack([first, turn if turned else first]).astype(np.int32))
+        host = torch.from_numpy(np.stack([first] if turn is None else [first, turn]).astype(np.int32))
         device = inv_freq.device
         if device.type == "cuda":
             host = host.pin_memory()
@@ -264,7 +264,7 @@ def attention_prefill(
     if out is None:
         out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
     check_tensor("out", out, (batch, tokens, heads, dim), dtypes=(query.dtype,), device=query.device, contiguous=False)
-    if query.dtype not in HALF_DTYPES and implementation is None or not use_triton(implementation, query):
+    if (query.dtype not in HALF_DTYPES and implementation is None) or not use_triton(implementation, query):
         return attention_prefill_twin(query, columns, band, scaling, out)
     if config is None:
         config = default_prefill(tokens, batch * heads, dim, multiprocessors(query.device))

@@ -1,0 +1,95 @@
+"""A chunk of tokens on a stream that has begun, with what attention over it must give: cases of the prefill kernel."""
+
+import numpy as np
+import torch
+from ops_cases import DEVICE, draw
+from ring_case import NAN, rotate
+
+from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+
+
+class ChunkCase:
+    """Queries of a chunk, keys of pinned tokens, of a ring and of the chunk, all drawn before they are rotated.
+
+    Parameters
+    ----------
+    first : list of int
+        Oldest window token that each query sees, counted from the chunk's first token.
+    past, sink : int
+        Tokens of the stream before the chunk; its first `sink` tokens are pinned.
+    length, ring, start : int
+        Entries of the ring, its slots, and the slot of the oldest entry. Other slots hold NaN.
+    window_at : int
+        Position that the first token of the chunk is rotated to in the window's frame.
+    """
+
+    def __init__(
+        self, dtype, *, query_heads, kv_heads, head_dim, rotary, first, past, sink=4, length=0, ring=1, start=0,
+        window_at=100, batch=1,
+    ):  # fmt: skip
+        self.first, self.past, self.sink, self.scaling = first, past, sink, head_dim**-0.5
+        self.length, self.ring, self.start, self.window_at = length, ring, start, window_at
+        self.inv_freq = 1e4 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
+        tokens, self.dtype = len(first), dtype
+        self.query = draw(batch, query_heads, tokens, head_dim, scale=2.0)
+        self.pinned = min(sink, past + tokens)
+        shapes = {"pinned": self.pinned, "past": length, "own": tokens}
+        self.keys = {n: draw(batch, kv_heads, count, head_dim) for n, count in shapes.items()}
+        self.values = {n: draw(batch, kv_heads, count, head_dim) for n, count in shapes.items()}
+
+    def visible(self, t: int) -> list[tuple[str, int]]:
+        """What query t sees, in the order of the cache: (part, index)."""
+        pinned = [("pinned", i) for i in range(self.pinned) if i <= self.past + t]
+        window = [("past", self.length + i) if i < 0 else ("own", i) for i in range(self.first[t], t + 1)]
+        return pinned + window
+
+    def expected(self) -> torch.Tensor:
+        """Attention at positions in the cache, (batch, tokens, query_heads, head_dim), float64."""
+        groups = self.query.shape[1] // self.keys["own"].shape[1]
+        out = []
+        for t in range(len(self.first)):
+            seen = self.visible(t)
+            keys = [rotate(self.keys[n][:, :, i].double(), at, self.inv_freq) for at, (n, i) in enumerate(seen)]
+            keys = torch.stack(keys, 2).repeat_interleave(groups, 1)
+            values = torch.stack([self.values[n][:, :, i].double() for n, i in seen], 2).repeat_interleave(groups, 1)
+            query = rotate(self.query[:, :, t].double(), len(seen) - 1, self.inv_freq)
+            scores = (keys * query[:, :, None]).sum(-1) * self.scaling
+            out.append((scores.softmax(-1)[..., None] * values).sum(2))
+        return torch.stack(out, 1)
+
+    def columns(self) -> Columns:
+        """Keys rotated in their frames, in the dtype of the case; the ring has NaN where nothing lies."""
+        rotated = {n: self.keys[n].double() for n in self.keys}
+        rotated["pinned"] = self._at(rotated["pinned"], 0)
+        rotated["own"] = self._at(rotated["own"], self.window_at)
+        rotated["past"] = self._at(rotated["past"], self.window_at - self.length)
+        held = {}
+        for name, part in (("keys", rotated), ("values", self.values)):
+            slots = (self.start + torch.arange(self.length, device=DEVICE)) % self.ring
+            ring = torch.full((*part["past"].shape[:2], self.ring, part["past"].shape[3]), NAN, device=DEVICE)
+            ring = ring.to(self.dtype)
+            ring[:, :, slots] = part["past"].to(self.dtype)
+            held |= {f"pinned_{name}": part["pinned"].to(self.dtype), f"past_{name}": ring}
+            held[name] = part["own"].to(self.dtype)
+        return Columns(start=self.start, length=self.length, **held)
+
+    def _at(self, keys: torch.Tensor, first: int) -> torch.Tensor:
+        return (
+            torch.stack([rotate(k, first + i, self.inv_freq) for i, k in enumerate(keys.unbind(2))], 2)
+            if keys.shape[2]
+            else keys
+        )
+
+    def band(self, first: int = 0, turn: int = 0) -> Band:
+        """The band of the case; `first` and `turn` put it off by so many, for a control."""
+        frame = np.array([len(self.visible(t)) - 1 for t in range(len(self.first))])
+        away = self.window_at + np.arange(len(self.first)) - frame
+        return Band(np.array(self.first) + first, away + turn, self.inv_freq, self.past)
+
+    def run(self, implementation: str, band: Band | None = None, config=None) -> torch.Tensor:
+        """The op on the case."""
+        query = self._at(self.query.double(), self.window_at).to(self.dtype)
+        return attention_prefill(
+            query, self.columns(), band or self.band(), scaling=self.scaling, config=config,
+            implementation=implementation,
+        )  # fmt: skip
