@@ -125,8 +125,8 @@ def test_a_frame_off_by_one_would_show(monkeypatch):
     }
     for name, change in wrong.items():
 
-        def off_by_one(band, first, turn, *more, change=change):
-            made(band, *change(first, turn), *more)
+        def off_by_one(band, first, turn, *more, change=change, **named):
+            made(band, *change(first, turn), *more, **named)
 
         monkeypatch.setattr(Band, "__init__", off_by_one)
         assert worst(score(model, block_cache(model, options, 64), ids, 64)[0], expected) > 1e-2, name
@@ -198,7 +198,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_prunes(monkeypatch):
     model, ids, block_tokens = build("llama"), token_ids(600), 90
     columns, rows = [], []
     window = Columns.window
-    monkeypatch.setattr(Columns, "window", lambda c, *span: columns.append(span[1] - span[0]) or window(c, *span))
+    monkeypatch.setattr(Columns, "window", lambda *a: columns.append(a[3] - a[2]) or window(*a))
     monkeypatch.setattr(PinnedCopies, "extend", lambda *a: pytest.fail("pinned keys were copied"))
     handle = model.register_forward_hook(lambda m, a, out: rows.append(out.logits.shape[1]))
     for policy in ("strict", "lazy"):

@@ -6,6 +6,7 @@ from oracle.models import build, token_ids
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.engine import Engine, Sampler
+from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.sampling import NO_TOKEN
 
 
@@ -41,12 +42,12 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_streamer_is_ended_once_whatever_fails(failure):
+def test_a_streamer_is_ended_once_whatever_fails(failure, monkeypatch):
     options, error = FAILURES[failure]
     options = {"prompt": token_ids(30), "max_new_tokens": 5} | options
     model, streamer = build("llama"), Ends()
     if options.pop("fails", False):
-        model.model.layers[1].register_forward_pre_hook(fail)
+        monkeypatch.setattr(PromptForward, "_forward", fail)
     with pytest.raises(error):
         engine(model).generate(options.pop("prompt"), streamer=streamer, stop_tokens=(), **options)
     assert streamer.ended == 1

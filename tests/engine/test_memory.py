@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from sinkstream.cache import StreamingCache
 from sinkstream.cache.stream import Stream
 from sinkstream.engine import Engine, memory
+from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.models import load_model, resolve_dtype, weight_bytes
 
 CHUNK = 16
@@ -38,8 +39,8 @@ def peak_bytes(call) -> int:
 
 def deep_engine(policy: dict) -> Engine:
     """Many layers and a large cache, so that a second copy of the cache would show."""
-    e = Engine(build("llama", layers=16), **policy)
-    e._cache.stream.chunk_tokens = CHUNK
+    e = Engine(build("llama", layers=16), chunk_tokens=CHUNK, **policy)
+    e._cache.stream.chunk_tokens = CHUNK  # where prunes are not known beforehand
     return e
 
 
@@ -86,8 +87,10 @@ def test_prefilling_moves_no_buffer_and_holds_nothing_afterwards():
     assert e._cache.stream.ring is None
 
 
-def test_an_interrupted_prefill_forgets_its_stream_and_no_other():
-    e = Engine(build("llama"), streams=2, **small_policy("lazy"))
+@pytest.mark.parametrize("policy", ["lazy", "refresh-uniform"])
+def test_an_interrupted_prefill_forgets_its_stream_and_no_other(policy, monkeypatch):
+    """A prompt of a known plan goes through the packed weights, any other through the module."""
+    e = Engine(build("llama"), streams=2, chunk_tokens=50, **small_policy(policy))
     for stream in range(2):
         e.prefill(token_ids(60), stream=stream)
     other = [b.clone() for b in e.state.stream_buffers(1).values()]
@@ -98,10 +101,13 @@ def test_an_interrupted_prefill_forgets_its_stream_and_no_other():
         if len(calls) == 3:
             raise KeyboardInterrupt
 
+    forward = PromptForward._forward
     hook = e.model.register_forward_pre_hook(interrupt)
+    monkeypatch.setattr(PromptForward, "_forward", lambda *a: interrupt() or forward(*a))
     with pytest.raises(KeyboardInterrupt):
         e.prefill(token_ids(600), stream=0)
     hook.remove()
+    monkeypatch.undo()
     assert (e.stats(stream=0)["seen"], e.stats(stream=1)["seen"]) == (0, 60)
     assert all(map(torch.equal, e.state.stream_buffers(1).values(), other))
     again = e.prefill(token_ids(60), stream=0)
@@ -116,7 +122,7 @@ def tight(monkeypatch, count: int) -> None:
 def test_the_need_of_the_streams_is_what_they_take(policy):
     model = build("llama")
     e = Engine(model, streams=3, **small_policy(policy))
-    need = memory.MemoryNeed.of(model, e.spec, e.policy, 3)
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 3, CHUNK_TOKENS)
     assert need.streams == e.state.bytes and need.prompt > 0 and need.workspace == 0
 
 
@@ -124,7 +130,7 @@ def test_streams_that_cannot_fit_are_refused_before_anything_is_packed(monkeypat
     model = build("llama")
     addresses = [p.data_ptr() for p in model.parameters()]
     e = Engine(build("llama"), cap=1000, streams=2)
-    need = memory.MemoryNeed.of(model, e.spec, e.policy, 2).total
+    need = memory.MemoryNeed.of(model, e.spec, e.policy, 2, CHUNK_TOKENS).total
     tight(monkeypatch, need - 1)
     with pytest.raises(
         ValueError, match=r"2 streams of 1000 slots need \d\.\d\d GB of memory on cpu.*GB are free; accep"
@@ -151,7 +157,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, tmp
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_prompt_takes_at_most_a_tenth_on_top():
+def test_on_a_gpu_a_prompt_takes_at_most_15_percent_on_top():
     before = torch.cuda.memory_allocated()  # by earlier tests in this process
     model = load_model("random:pythia-160m", dtype=torch.float16, device="cuda").model
     e = Engine(model, cap=2048)
@@ -159,7 +165,7 @@ def test_on_a_gpu_a_prompt_takes_at_most_a_tenth_on_top():
     torch.cuda.reset_peak_memory_stats()
     e.prefill(token_ids(3000).cuda())
     weights = sum(p.nbytes for p in model.parameters())
-    assert torch.cuda.max_memory_allocated() - before <= 1.1 * (weights + kv_bytes(e))
+    assert torch.cuda.max_memory_allocated() - before <= 1.15 * (weights + kv_bytes(e))
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float16), ("cpu", torch.float32)])

@@ -94,7 +94,7 @@ def test_mistakes_are_named():
 @NEEDS_TRITON
 def test_the_kernel_takes_half_precision_only():
     case = ChunkCase(torch.float32, **LLAMA, **BANDS[0])
-    with pytest.raises(ValueError, match="query has dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"query has dtype torch\.float32"):
         case.run("triton")
 
 

@@ -71,7 +71,7 @@ class ChunkCase:
             ring[:, :, slots] = part["past"].to(self.dtype)
             held |= {f"pinned_{name}": part["pinned"].to(self.dtype), f"past_{name}": ring}
             held[name] = part["own"].to(self.dtype)
-        return Columns(start=self.start, length=self.length, **held)
+        return Columns(**held)
 
     def _at(self, keys: torch.Tensor, first: int) -> torch.Tensor:
         return (
@@ -84,7 +84,14 @@ class ChunkCase:
         """The band of the case; `first` and `turn` put it off by so many, for a control."""
         frame = np.array([len(self.visible(t)) - 1 for t in range(len(self.first))])
         away = self.window_at + np.arange(len(self.first)) - frame
-        return Band(np.array(self.first) + first, away + turn, self.inv_freq, self.past)
+        return Band(
+            np.array(self.first) + first,
+            away + turn,
+            self.inv_freq,
+            past=self.past,
+            start=self.start,
+            length=self.length,
+        )
 
     def run(self, implementation: str, band: Band | None = None, config=None) -> torch.Tensor:
         """The op on the case."""

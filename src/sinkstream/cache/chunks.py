@@ -130,7 +130,13 @@ class TwoFrames:
         self.cached, self.pinned = ring.live, min(ring.sink, ring.live + len(steps))
         still = ring.original_positions or ring.sink == 0
         device = ring.keys.device
-        self.band = Band(first, None if still else dropped, ring.rope.frequencies(device), ring.seen)
+        self.band = Band(
+            first,
+            None if still else dropped,
+            ring.rope.frequencies(device),
+            past=ring.seen,
+            length=max(0, self.cached - self.pinned),
+        )
         self.unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     def mask(self) -> torch.Tensor:
@@ -152,9 +158,7 @@ class TwoFrames:
         """
         pinned, past, own = slice(0, self.pinned), slice(self.pinned, self.cached), slice(self.cached, None)
         keys, values = ([part[:, :, which] for which in (pinned, past, own)] for part in (key, value))
-        columns = Columns(
-            keys[0], values[0], keys[1], values[1], start=0, length=keys[1].shape[2], keys=keys[2], values=values[2]
-        )
+        columns = Columns(keys[0], values[0], keys[1], values[1], keys[2], values[2])
         kernel = None if not query.requires_grad else "torch"  # gradients flow through the twin only
         wide = query.to(key.dtype)  # under autocast they differ
         return attention_prefill(wide, columns, self.band, scaling=scaling, implementation=kernel).to(query.dtype)

@@ -84,6 +84,7 @@ class StreamDecoder:
             tokenizer=tokenizer,
             allow_untrained_positions=allow_untrained_positions,
             rebase_at=min(rebase_at, PREFILL_REBASE_AT),
+            chunk_tokens=chunk_tokens,
             **options,
         )
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
@@ -111,7 +112,8 @@ class StreamDecoder:
         """Append a text of any length to a stream, chunk by chunk, evicting on the way.
 
         Where the policy's plan is known a chunk crosses any number of prunes. Under other policies chunks go through
-        the transformers module and end at every prune. An interrupt or an error clears the stream; other streams are unchanged.
+        the transformers module and end at every prune. An interrupt or an error clears the stream; other streams are
+        unchanged.
 
         Parameters
         ----------
@@ -282,17 +284,25 @@ class StreamDecoder:
 
 
 def checked_cache(
-    model: PreTrainedModel, policy: EvictionPolicy | None, *, backend: str, streams: int, **options: Any
+    model: PreTrainedModel,
+    policy: EvictionPolicy | None,
+    *,
+    backend: str,
+    streams: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+    **options: Any,
 ) -> PrefillCache:
     """The empty cache that prompts go through, after every check of the engine. Raises ValueError."""
     step = STEPS[backend]
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
     check_packable(model)
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
         step.check(cache.spec, cache.policy, model.device)
-        check_engine(model, cache.spec, cache.policy, streams, model.device)
+        check_engine(model, cache.spec, cache.policy, streams, chunk_tokens, model.device)
     except ValueError:
         cache.close()
         raise

@@ -23,7 +23,8 @@ class MemoryNeed:
     streams : int
         Rings, scalars, logits and channels of all streams.
     prompt : int
-        While a prompt is fed: the entries and activations of one chunk, and the cache of one layer twice.
+        While a prompt is fed: the activations of one chunk. Where prunes are not known beforehand also its entries, and
+        the cache of one layer twice.
     workspace : int
         Of the device's libraries.
     """
@@ -38,8 +39,10 @@ class MemoryNeed:
         return self.streams + self.prompt + self.workspace
 
     @classmethod
-    def of(cls, model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int) -> "MemoryNeed":
-        """What `streams` streams of a model take under a policy."""
+    def of(
+        cls, model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int, chunk_tokens: int
+    ) -> "MemoryNeed":
+        """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`."""
         vocab = model.get_output_embeddings().weight.shape[0]
         empty = StreamState(
             spec,
@@ -50,24 +53,32 @@ class MemoryNeed:
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
         )
-        chunk, size = PrefillStream.chunk_tokens, spec.dtype.itemsize
-        slot = 2 * spec.kv_heads * spec.head_dim * size  # of one layer
-        cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
-        hidden = chunk * (2 * model.config.intermediate_size + 6 * model.config.hidden_size) * size
+        size = spec.dtype.itemsize
+        if policy.plan_known:
+            chunk, cached = chunk_tokens, 0
+        else:
+            chunk, slot = PrefillStream.chunk_tokens, 2 * spec.kv_heads * spec.head_dim * size  # of one layer
+            cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
+        hidden = chunk * (3 * model.config.intermediate_size + 6 * model.config.hidden_size) * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, CUDA_WORKSPACE if model.device.type == "cuda" else 0)
 
 
 def check_engine(
-    model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int, device: torch.device
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    policy: EvictionPolicy,
+    streams: int,
+    chunk_tokens: int,
+    device: torch.device,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
-    need, free = MemoryNeed.of(model, spec, policy, streams), free_bytes(device)
+    need, free = MemoryNeed.of(model, spec, policy, streams, chunk_tokens), free_bytes(device)
     if need.total > free:
         raise ValueError(
             f"{streams} streams of {policy.peak} slots need {_gb(need.total)} of memory on {device}"
             f" ({_gb(need.streams)} for the streams, {_gb(need.prompt)} while a prompt is fed,"
             f" {_gb(need.workspace)} workspace) beside the model, and {_gb(free)} are free;"
-            " accepted: fewer streams or a smaller cap"
+            " accepted: fewer streams, a smaller cap or smaller chunk_tokens"
         )
 
 

@@ -3,18 +3,14 @@
 Shapes are static and nothing asks the host, so that the same functions run under one CUDA graph.
 """
 
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
-from sinkstream.cache import ModelSpec
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.kernels.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # query, key, value -> (tokens, width)
 
 
 def norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
@@ -166,35 +162,28 @@ def note_token(state, row: Row) -> None:
         channels[name][:, row.stream, :, row.slot] = known[..., None]
 
 
-def neox_layer(spec: ModelSpec, weights: NeoxLayer, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """One GPT-NeoX layer with parallel residual; x ``(tokens, hidden)``, of one stream or one of each stream."""
+def neox_layer(state, row: Row, layer: int, weights: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
+    """One GPT-NeoX layer with parallel residual; x ``(streams, hidden)``."""
+    spec = state.spec
     rows = 3 * spec.query_heads * spec.head_dim
     qkv = F.linear(norm(x, weights.attention_norm), weights.weight_in[:rows], weights.bias_in[:rows])
     up = F.linear(norm(x, weights.mlp_norm), weights.weight_in[rows:], weights.bias_in[rows:])
     query, key, value = qkv.view(len(x), spec.query_heads, 3, spec.head_dim).unbind(2)
-    attention = attend(query, key, value)
+    attention = attend(state, row, layer, query, key, value)
     return x + F.linear(torch.cat([attention, F.gelu(up)], 1), weights.weight_out, weights.bias_out)
 
 
-def llama_layer(spec: ModelSpec, weights: LlamaLayer, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """One Llama-like layer; x ``(tokens, hidden)``, of one stream or one of each stream."""
+def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
+    """One Llama-like layer; x ``(streams, hidden)``."""
+    spec = state.spec
     qkv = F.linear(norm(x, weights.attention_norm), weights.weight_qkv, weights.bias_qkv)
     heads = (spec.query_heads, spec.kv_heads, spec.kv_heads)
     query, key, value = qkv.view(len(x), -1, spec.head_dim).split(heads, 1)
     if weights.q_norm is not None and weights.k_norm is not None:
         query, key = norm(query, weights.q_norm), norm(key, weights.k_norm)
-    x = x + F.linear(attend(query, key, value), weights.weight_o, weights.bias_o)
+    x = x + F.linear(attend(state, row, layer, query, key, value), weights.weight_o, weights.bias_o)
     gate, up = F.linear(norm(x, weights.mlp_norm), weights.weight_gate_up, weights.bias_gate_up).chunk(2, -1)
     return x + F.linear(F.silu(gate) * up, weights.weight_down, weights.bias_down)
-
-
-def layer_forward(spec: ModelSpec, weights: NeoxLayer | LlamaLayer, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """One layer of any family. `attend` gets queries, keys and values ``(tokens, heads, head_dim)``, not rotated."""
-    return (
-        neox_layer(spec, weights, x, attend)
-        if isinstance(weights, NeoxLayer)
-        else llama_layer(spec, weights, x, attend)
-    )
 
 
 def decode(state, weights: PackedWeights) -> None:
@@ -204,6 +193,6 @@ def decode(state, weights: PackedWeights) -> None:
     note_token(state, row)
     x = F.embedding(row.token, weights.embedding)
     for i, layer in enumerate(weights.layers):
-        x = layer_forward(state.spec, layer, x, partial(attend, state, row, i))
+        x = (neox_layer if isinstance(layer, NeoxLayer) else llama_layer)(state, row, i, layer, x)
     state.logits.copy_(F.linear(norm(x, weights.final_norm), weights.head))
     state.end_row()

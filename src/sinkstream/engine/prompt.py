@@ -5,18 +5,19 @@ however many prunes fall into it. Its keys and values stay beside the ring until
 have seen the ring as it was; then those that stay are written to their slots.
 """
 
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sinkstream.engine.geometry import Counters
-from sinkstream.engine.packing import PackedWeights
-from sinkstream.engine.plain import layer_forward, norm
-from sinkstream.engine.refresh import rebase_stream, window_slots
+from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.refresh import rebase_stream
 from sinkstream.engine.state import StreamState
+from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+from sinkstream.kernels.rotate_qkv import rotate_qkv
+from sinkstream.kernels.store_window import store_window
 
 CHUNK_TOKENS = 2048
 
@@ -34,27 +35,62 @@ class PromptForward:
 
     def __init__(self, weights: PackedWeights, state: StreamState, chunk_tokens: int = CHUNK_TOKENS):
         assert state.policy.plan_known, "what a token sees must be known before the forward"
-        self.weights, self.state, self.chunk_tokens = weights, state, chunk_tokens
-        self.inv_freq = state.spec.rope.inv_freq.to(state.device)
+        self.weights, self.state, self.spec, self.chunk_tokens = weights, state, state.spec, chunk_tokens
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
         """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
-        for chunk in ids.split(self.chunk_tokens):
-            last = self._forward(chunk, stream)
-        self.state.logits[stream] = F.linear(norm(last, self.weights.final_norm), self.weights.head)[0]
+        with torch.cuda.device_of(ids):  # Triton launches on the current device
+            for part in ids.split(self.chunk_tokens):
+                last = self._forward(part, stream)
+            self.state.logits[stream] = F.linear(_norm(last, self.weights.final_norm), self.weights.head)[0]
 
     def _forward(self, ids: torch.Tensor, stream: int) -> torch.Tensor:
         """One chunk; returns the hidden state of its last token, ``(1, hidden)``."""
-        state, counters = self.state, self.state.counters[stream]
-        if counters.seen - counters.base > state.rebase_at:
-            rebase_stream(state, stream)
-        chunk = Chunk(state, stream, len(ids), self.inv_freq, self.weights.rope_factor)
+        counters = self.state.counters[stream]
+        if counters.seen - counters.base > self.state.rebase_at:
+            rebase_stream(self.state, stream)
+        chunk = Chunk(self.state, stream, len(ids), self.weights.rope_factor)
         x = F.embedding(ids, self.weights.embedding)
         for i, layer in enumerate(self.weights.layers):
-            x = layer_forward(state.spec, layer, x, partial(chunk.attend, i))
+            x = (self._neox if isinstance(layer, NeoxLayer) else self._llama)(chunk, i, layer, x)
         chunk.count()
         return x[-1:]
+
+    def _neox(self, chunk: "Chunk", index: int, layer: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
+        """One GPT-NeoX layer with parallel residual; x ``(tokens, hidden)``. Its last product has both inputs."""
+        width = self.spec.query_heads * self.spec.head_dim
+        both = x.new_empty(len(x), layer.weight_out.shape[1])
+        qkv = F.linear(_norm(x, layer.attention_norm), layer.weight_in[: 3 * width], layer.bias_in[: 3 * width])
+        chunk.attend(index, qkv, "per-head", both[:, :width])
+        del qkv
+        rows = slice(3 * width, None)
+        up = F.linear(_norm(x, layer.mlp_norm), layer.weight_in[rows], layer.bias_in[rows])
+        activation(up, "gelu", out=both[:, width:])
+        del up  # the widest of them
+        return F.linear(both, layer.weight_out, layer.bias_out).add_(x)
+
+    def _llama(self, chunk: "Chunk", index: int, layer: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
+        """One Llama-like layer; x ``(tokens, hidden)``."""
+        qkv = F.linear(_norm(x, layer.attention_norm), layer.weight_qkv, layer.bias_qkv)
+        context = x.new_empty(len(x), self.spec.query_heads * self.spec.head_dim)
+        chunk.attend(index, qkv, "blocks", context, layer.q_norm, layer.k_norm)
+        del qkv
+        x = _added(x, context, layer.weight_o, layer.bias_o)
+        gate_up = F.linear(_norm(x, layer.mlp_norm), layer.weight_gate_up, layer.bias_gate_up)
+        return _added(x, activation(gate_up, "swiglu"), layer.weight_down, layer.bias_down)
+
+
+def _norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
+    """LayerNorm or RMSNorm over the last axis, in one kernel."""
+    if weights.bias is not None:
+        return F.layer_norm(x, weights.weight.shape, weights.weight, weights.bias, weights.eps)
+    return F.rms_norm(x, weights.weight.shape, weights.weight, weights.eps)
+
+
+def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x + W · a + bias; without a bias in one kernel."""
+    return torch.addmm(x, a, weight.T) if bias is None else F.linear(a, weight, bias).add_(x)
 
 
 class Chunk:
@@ -64,65 +100,81 @@ class Chunk:
     ----------
     state : StreamState
     stream, tokens : int
-    inv_freq : Tensor, (rotary_dim / 2,), float64, on the device
     rope_factor : float
         What rotated dimensions are multiplied by.
     """
 
-    def __init__(self, state: StreamState, stream: int, tokens: int, inv_freq: torch.Tensor, rope_factor: float):
+    def __init__(self, state: StreamState, stream: int, tokens: int, rope_factor: float):
         self.state, self.stream, self.tokens = state, stream, tokens
         self.counters, g = state.counters[stream], state.geometry
-        self.before = Counters(**vars(self.counters))
+        seen, base, first_window = self.counters.seen, self.counters.base, self.counters.first_window
         self.schedule = state.schedules[stream].copy()
         self.steps = self.schedule.advance(tokens)
-        seen, base = self.before.seen, self.before.base
-        oldest = self.before.first_window + self.steps.drop.cumsum()
+        oldest = first_window + self.steps.drop.cumsum() - seen
         at = np.arange(seen - base, seen - base + tokens)
-        turn = None if g.original else at - (self.steps.visible - 1)
-        self.band = Band(oldest - seen, turn, inv_freq, seen)
+        inv_freq = state.spec.rope.frequencies(state.device)
+        self.band = Band(
+            oldest,
+            None if g.original else at - (self.steps.visible - 1),
+            inv_freq,
+            past=seen,
+            start=(first_window - g.sink) % g.ring,
+            length=self.counters.window,
+            stays=min(max(int(oldest[-1]), 0), tokens),
+            slot=(seen - g.sink) % g.ring,
+        )
         angle = torch.arange(seen - base, seen - base + tokens, device=state.device).double()[:, None] * inv_freq
-        self.cos, self.sin = ((part * rope_factor).float()[:, None] for part in (angle.cos(), angle.sin()))
-        self.pinned = min(g.sink, seen + tokens)
-        self.sinks = slice(min(seen, g.sink), self.pinned)  # of the chunk's tokens, those that are sinks, by slot
-        kept = min(max(int(oldest[-1]), seen), seen + tokens)  # the first of the chunk's tokens that stay in the window
-        self.kept = slice(kept - seen, tokens)
-        self.slots = window_slots(state, stream, kept, seen + tokens - kept)
+        self.rotation = torch.stack([angle.cos(), angle.sin()], 1).mul_(rope_factor).float()
+        self.sinks = slice(min(seen, g.sink), min(g.sink, seen + tokens))  # the chunk's first tokens, by slot
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        order: str,
+        out: torch.Tensor,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> None:
         """Attention of one layer; writes what stays of the chunk to its slots.
 
         Parameters
         ----------
-        query : Tensor, (tokens, query_heads, head_dim)
-        key, value : Tensor, (tokens, kv_heads, head_dim)
-            Not rotated.
-
-        Returns
-        -------
-        Tensor, (tokens, query_heads * head_dim)
+        qkv : Tensor, (tokens, (query_heads + 2 * kv_heads) * head_dim)
+            Not rotated; rotated in place.
+        order : str
+            As in `rotate_qkv`.
+        out : Tensor, (tokens, query_heads * head_dim)
+            Rows may be strided.
         """
-        state, g, rope, one = self.state, self.state.geometry, self.state.spec.rope, self.stream
-        query = rope.rotate(query, self.cos, self.sin).to(query.dtype).transpose(0, 1)
-        key = rope.rotate(key, self.cos, self.sin).to(key.dtype).transpose(0, 1)
-        value = value.transpose(0, 1)
-        keys, values = state.keys[layer][one], state.values[layer][one]
-        if self.sinks.stop > self.sinks.start:
-            own = slice(0, self.sinks.stop - self.sinks.start)
-            keys[:, self.sinks], values[:, self.sinks] = key[:, own], value[:, own]
-        columns = Columns(
-            keys[None, :, : self.pinned],
-            values[None, :, : self.pinned],
-            keys[None, :, g.pinned_slots :],
-            values[None, :, g.pinned_slots :],
-            (self.before.first_window - g.sink) % g.ring,
-            self.before.window,
-            key[None],
-            value[None],
+        state, spec, g = self.state, self.state.spec, self.state.geometry
+        norms: dict[str, Any] = {}
+        if q_norm is not None and k_norm is not None:
+            norms = {"eps": q_norm.eps, "q_norm": q_norm.weight, "k_norm": k_norm.weight}
+        query, key, value = rotate_qkv(
+            qkv, self.rotation, query_heads=spec.query_heads, kv_heads=spec.kv_heads, order=order, **norms
         )
-        out = attention_prefill(query[None], columns, self.band, scaling=state.spec.head_dim**-0.5)
-        keys.index_copy_(1, self.slots, key[:, self.kept])
-        values.index_copy_(1, self.slots, value[:, self.kept])
-        return out.view(self.tokens, -1)
+        keys, values = state.keys[layer, self.stream], state.values[layer, self.stream]
+        if self.sinks.stop > self.sinks.start:
+            for slots, new in ((keys, key), (values, value)):
+                slots[:, self.sinks] = new[: self.sinks.stop - self.sinks.start].transpose(0, 1)
+        pinned, ring = slice(0, self.sinks.stop), slice(g.pinned_slots, None)
+        columns = Columns(
+            keys[None, :, pinned],
+            values[None, :, pinned],
+            keys[None, :, ring],
+            values[None, :, ring],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+        )
+        attention_prefill(
+            query.transpose(0, 1)[None],
+            columns,
+            self.band,
+            scaling=spec.head_dim**-0.5,
+            out=out.view(1, self.tokens, spec.query_heads, spec.head_dim),
+        )
+        store_window(key, value, keys[:, ring], values[:, ring], self.band)
 
     def count(self) -> None:
         """Count the tokens, once all layers have appended them."""

@@ -27,12 +27,15 @@ from sinkstream.kernels.runtime import (
     use_triton,
 )
 
+SCALARS = 8  # of a band: tokens, past, start, length, stays, slot, two spare
 TILE = {"cpu": 64}  # queries of one tile of the twin, by kind of device
 DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
 
 
 class Band:
     """What each query of a chunk sees, and where it meets the pinned keys. Tokens are counted from the chunk's first.
+
+    Everything that changes from chunk to chunk goes to the device in one copy, which nobody waits for.
 
     Parameters
     ----------
@@ -45,20 +48,39 @@ class Band:
         Radians per position.
     past : int
         Tokens of the stream before the chunk: pinned entry i is seen by queries from token ``i - past`` on.
+    start, length : int
+        Slot of the oldest window entry of the past in its ring, and how many there are; the latest is the token before
+        the chunk.
+    stays, slot : int
+        The first of the chunk's tokens that stays in the ring afterwards; where in the ring its first token would lie.
     """
 
-    def __init__(self, first: np.ndarray, turn: np.ndarray | None, inv_freq: torch.Tensor, past: int):
-        self.first, self.past = first, past
-        turned = turn is not None and bool(turn.any())
-        host = torch.from_numpy(np.stack([first] if turn is None else [first, turn]).astype(np.int32))
-        device = inv_freq.device
-        if device.type == "cuda":
-            host = host.pin_memory()
-        rows = host.to(device, non_blocking=True)
-        self.device_first = rows[0]
+    def __init__(
+        self,
+        first: np.ndarray,
+        turn: np.ndarray | None,
+        inv_freq: torch.Tensor,
+        *,
+        past: int,
+        length: int,
+        start: int = 0,
+        stays: int = 0,
+        slot: int = 0,
+    ):
+        self.first, self.past, self.start, self.length, self.stays, self.slot = first, past, start, length, stays, slot
+        tokens, scalars = len(first), [len(first), past, start, length, stays, slot, 0, 0]
+        host = np.zeros(SCALARS + 2 * tokens, dtype=np.int32)
+        host[:SCALARS], host[SCALARS : SCALARS + tokens] = scalars, first
+        turned = turn is not None and turn.any()
+        if turn is not None:
+            host[SCALARS + tokens :] = turn
+        table = torch.from_numpy(host)
+        if inv_freq.device.type == "cuda":
+            table = table.pin_memory()
+        self.table = table.to(inv_freq.device, non_blocking=True)
         self.rotation: torch.Tensor | None = None
         if turned:
-            angle = rows[1].double()[:, None] * inv_freq
+            angle = self.table[SCALARS + tokens :].double()[:, None] * inv_freq
             self.rotation = torch.stack([angle.cos(), -angle.sin()], 1).float()
 
     @property
@@ -71,6 +93,11 @@ class Band:
         """`first`, as integers of the host."""
         return self.first.tolist()
 
+    @property
+    def device_first(self) -> torch.Tensor:
+        """`first`, ``(tokens,)`` int32, on the device."""
+        return self.table[SCALARS : SCALARS + self.tokens]
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -81,9 +108,7 @@ class Columns:
     pinned_keys, pinned_values : Tensor, (batch, kv_heads, pinned, head_dim)
         In the frame of their own.
     past_keys, past_values : Tensor, (batch, kv_heads, slots, head_dim)
-        A ring of window entries, rotated as the chunk's own are.
-    start, length : int
-        Slot of the oldest entry of the ring, and how many entries it has; the latest is the token before the chunk.
+        A ring of window entries, rotated as the chunk's own are; the band says which of its slots are used.
     keys, values : Tensor, (batch, kv_heads, tokens, head_dim)
         Of the chunk itself.
     """
@@ -92,15 +117,13 @@ class Columns:
     pinned_values: torch.Tensor
     past_keys: torch.Tensor
     past_values: torch.Tensor
-    start: int
-    length: int
     keys: torch.Tensor
     values: torch.Tensor
 
-    def window(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self, band: Band, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of window tokens `first` to `end` - 1, ``(batch, kv_heads, end - first, head_dim)``."""
         ring, pieces = self.past_keys.shape[2], []
-        oldest = self.start + self.length + min(first, 0)  # of what is asked of the past, its slot
+        oldest = band.start + band.length + min(first, 0)  # of what is asked of the past, its slot
         while first < min(end, 0):
             slot = oldest % ring
             count = min(min(end, 0) - first, ring - slot)
@@ -149,16 +172,19 @@ def _see_tile(
     return top, s, a, b
 
 
-@jit(do_not_specialize=["tokens", "pinned", "past", "start", "length", "ring"])
+@jit(do_not_specialize=["pinned_slots", "ring"])
 def _attention_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, pinned_k_ptr, pinned_v_ptr, past_k_ptr, past_v_ptr, first_ptr, turn_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, pinned_k_ptr, pinned_v_ptr, past_k_ptr, past_v_ptr, band_ptr, turn_ptr, out_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     pk_batch, pk_head, pk_row, pv_batch, pv_head, pv_row, rk_batch, rk_head, rk_row, rv_batch, rv_head, rv_row,
-    out_batch, out_head, out_row, tokens, pinned, past, start, length, ring, groups, scale,
+    out_batch, out_head, out_row, pinned_slots, ring, groups, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, RD: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, SCALARS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, query head, row of the batch); the tiles with most keys come first."""
+    tokens, past = tl.load(band_ptr), tl.load(band_ptr + 1)
+    start, length = tl.load(band_ptr + 2), tl.load(band_ptr + 3)
+    pinned = tl.minimum(pinned_slots, past + tokens)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv = (head // groups).to(tl.int64)
@@ -166,8 +192,8 @@ def _attention_prefill_kernel(
     rows = begin + tl.arange(0, BM)
     here = rows < tokens
     held = tl.minimum(rows, tokens - 1)
-    first = tl.load(first_ptr + held)
-    oldest = tl.load(first_ptr + begin)
+    first = tl.load(band_ptr + SCALARS + held)
+    oldest = tl.load(band_ptr + SCALARS + tl.minimum(begin, tokens - 1))
     query = q_ptr + row * q_batch + head.to(tl.int64) * q_head
     m = tl.full((BM,), -float("inf"), tl.float32)
     s = tl.zeros((BM,), tl.float32)
@@ -287,8 +313,8 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
         raise ValueError(f"query has {heads} heads; accepted: a multiple of the {kv_heads} key-value heads")
     if band.tokens != tokens:
         raise ValueError(f"a band of {band.tokens} tokens for {tokens} queries; accepted: as many")
-    if not 0 <= columns.length <= columns.past_keys.shape[2]:
-        raise ValueError(f"length={columns.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
+    if not 0 <= band.length <= columns.past_keys.shape[2]:
+        raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
 
 def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig) -> None:
@@ -304,13 +330,13 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
     strides = [part.stride(axis) for part in parts for axis in range(3)]
     rotation = band.rotation
     launch(
-        _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch), *parts, band.device_first,
-        band.device_first if rotation is None else rotation, out, *strides, out.stride(0), out.stride(2),
-        out.stride(1), tokens, columns.pinned_keys.shape[2], band.past, columns.start, columns.length,
-        columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634,
+        _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch), *parts, band.table,
+        band.table if rotation is None else rotation, out, *strides, out.stride(0), out.stride(2),
+        out.stride(1), columns.pinned_keys.shape[2], columns.past_keys.shape[2], heads // kv_heads,
+        scaling * 1.4426950408889634,
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
         BM=config.rows, BN=config.columns, STAGES=config.stages, KIND=dot_kind(query.dtype),
-        num_warps=config.warps, pdl=False,
+        SCALARS=SCALARS, num_warps=config.warps, pdl=False,
     )  # fmt: skip
 
 
@@ -328,8 +354,8 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
     pinned_keys, pinned_values = columns.pinned_keys.to(work), columns.pinned_values.to(work)
     for begin in range(0, tokens, size):
         end = min(begin + size, tokens)
-        oldest = min(max(band.host_first[begin], -columns.length), end)
-        keys, values = (part.to(work) for part in columns.window(oldest, end))
+        oldest = min(max(band.host_first[begin], -band.length), end)
+        keys, values = (part.to(work) for part in columns.window(band, oldest, end))
         rows = torch.arange(begin, end, device=device)[:, None]
         index = torch.arange(oldest, end, device=device)
         seen = (index >= band.device_first[begin:end, None]) & (index <= rows)
