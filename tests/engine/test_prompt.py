@@ -99,8 +99,8 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     model, ids = build("llama", layers=2), token_ids(300)
     e = engine(model, "strict", chunk_tokens=100)
     model.register_forward_pre_hook(lambda *_: pytest.fail("the module is called"))
-    sizes, forward = [], e._prompt._forward
-    monkeypatch.setattr(e._prompt, "_forward", lambda part, stream: sizes.append(len(part)) or forward(part, stream))
+    sizes, forward = [], e._append._forward
+    monkeypatch.setattr(e._append, "_forward", lambda part, stream: sizes.append(len(part)) or forward(part, stream))
     e.prefill(ids)
     assert sizes == [100, 100, 100] and e.stats()["events"] > 200
 

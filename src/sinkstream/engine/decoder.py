@@ -1,7 +1,7 @@
 """`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
-from sinkstream.engine.handover import give_to_cache, take_from_cache
+from sinkstream.engine.handover import prefill_by_module
 from sinkstream.engine.inputs import Ids, check_stream, encoded, token_ids
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
@@ -103,7 +103,7 @@ class StreamDecoder:
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
-        self._prompt = PromptForward(self.weights, self.state, chunk_tokens) if self.policy.plan_known else None
+        self._append = _prompts(self.weights, self.state, chunk_tokens, self._cache, model)
 
     # ---- feeding ----
 
@@ -111,9 +111,7 @@ class StreamDecoder:
     def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
         """Append a text of any length to a stream, chunk by chunk, evicting on the way.
 
-        Where the policy's plan is known a chunk crosses any number of prunes. Under other policies chunks go through
-        the transformers module and end at every prune. An interrupt or an error clears the stream; other streams are
-        unchanged.
+        An interrupt or an error clears the stream; other streams are unchanged.
 
         Parameters
         ----------
@@ -128,17 +126,10 @@ class StreamDecoder:
         ids = self._ids(ids, stream)
         self.state.settle()
         try:
-            if self._prompt is not None:
-                self._prompt(ids, stream)
-            else:
-                give_to_cache(self.state, stream, self._cache)
-                logits = self._cache.prefill(self.model, ids[None], self._cache.stream.chunk_tokens)
-                take_from_cache(self.state, stream, self._cache, logits[0])
+            self._append(ids, stream)
         except BaseException:
             self.state.clear(stream)
             raise
-        finally:
-            self._cache.reset()
         return self.state.logits[stream].clone()
 
     @torch.no_grad()
@@ -307,3 +298,12 @@ def checked_cache(
         cache.close()
         raise
     return cache
+
+
+def _prompts(
+    weights: PackedWeights, state: StreamState, chunk_tokens: int, cache: PrefillCache, model: PreTrainedModel
+) -> Callable[[torch.Tensor, int], None]:
+    """What appends token ids to a stream: chunks that cross prunes, or, where these are not known, that end there."""
+    if state.policy.plan_known:
+        return PromptForward(weights, state, chunk_tokens)
+    return partial(prefill_by_module, state, cache, model)

@@ -1,4 +1,4 @@
-"""Prompts go through the transformers module and a `PrefillCache`; then the stream is handed over to the static ring.
+"""Prompts under policies that decide on the way: through the transformers module and a `PrefillCache`, and back.
 
 Both hold the same things in the same buffers, in another order: window keys at positions relative to a base, pinned
 keys in a frame of their own, an unrotated copy of these, and what the scorer reads. So a stream can change hands in
@@ -8,12 +8,25 @@ either direction, at any token; one layer at a time is put in order.
 import copy
 
 import torch
+from transformers import PreTrainedModel
 
 from sinkstream.cache.channels import UNCERTAINTY
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.refresh import copy_sinks, latest_queries, live_slots, pinned_tokens, write_pinned
 from sinkstream.engine.state import StreamState
+
+
+def prefill_by_module(
+    state: StreamState, cache: PrefillCache, model: PreTrainedModel, ids: torch.Tensor, stream: int
+) -> None:
+    """Append token ids ``(tokens,)`` to a stream through the transformers module, in chunks that end at every prune."""
+    try:
+        give_to_cache(state, stream, cache)
+        logits = cache.prefill(model, ids[None], cache.stream.chunk_tokens)
+        take_from_cache(state, stream, cache, logits[0])
+    finally:
+        cache.reset()
 
 
 @torch.no_grad()
