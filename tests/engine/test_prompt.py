@@ -5,9 +5,10 @@ import torch
 from oracle.models import FAMILIES, build, token_ids
 from streams import TOLERANCE, oracle_run, small_policy
 
-from sinkstream.cache import POSITIONS
+from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.kernels.attention_prefill import Band
+from sinkstream.models import load_model
 from sinkstream.policies import PRESETS, EvictionPolicy
 
 PLANNED = [name for name in PRESETS if EvictionPolicy.build(window=20, **PRESETS[name]()).plan_known]
@@ -109,3 +110,27 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
 def test_a_chunk_is_a_whole_number_of_tokens(value):
     with pytest.raises(ValueError, match=r"chunk_tokens=.* is not accepted; accepted: a whole number of at least 1"):
         engine(build("llama", layers=1), "strict", chunk_tokens=value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
+def test_on_a_gpu_the_engine_and_the_cache_predict_the_same(shape, dtype):
+    """Kernels in both: chunks of a full stream against single steps of the engine's own."""
+    model = load_model(f"random:{shape}", dtype=dtype, device="cuda").model
+    ids = token_ids(1500).cuda()
+    cache = StreamingCache.for_model(model, cap=300)
+    cached = cache.prefill(model, ids[None, :1450])[0].float()
+    cache.close()
+    e = Engine(model, cap=300, chunk_tokens=400, backend="fused")
+    prompted = e.prefill(ids[:1450])
+    e.reset()
+    e.prefill(ids[:1])
+    for token in ids[1:1450].split(1):
+        stepped = e.step(token)[0]
+    bound = 0.02 if dtype == torch.float16 else 0.1
+    for found in (cached, prompted):
+        assert (found - stepped).norm() < bound * stepped.norm()
+    e.reset()
+    other = e.prefill(ids[1:1450])
+    assert (other - stepped).norm() > 5 * (prompted - stepped).norm(), "control: another text"

@@ -137,3 +137,33 @@ def make_bench_record(
         "memory": {"peak_mb": 8000.0, "kind": "cuda_allocated"},
         "profile": None,
     }
+
+
+def make_prompt_record(
+    name: str,
+    *,
+    model: str = "random:pythia-2.8b",
+    policy: str = "strict",
+    forward_ms: float = 100.0,
+    engine_ms: float = 110.0,
+    over_step: float = 2.0,
+    lengths: tuple[int, ...] = (2048, 8192, 32768),
+    **protocol: Any,
+) -> dict[str, Any]:
+    """A prompt record that passes every check, of a GPU; further keywords go to `protocol`."""
+    speed = make_bench_record(name, policy=policy, model=model)
+    kept = ("id", "status", "status_reason", "created", "session", "command", "arguments", "environment", "model")
+    times = {"forward_ms": forward_ms, "engine_ms": engine_ms, "dynamic_ms": 120.0, "drop_in_ms": 150.0}
+    return {
+        **{key: speed[key] for key in (*kept, "policy")},
+        "protocol": {
+            **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": 2052, "backend": "fused"},
+            **{"lengths": list(lengths), "append_tokens": 50, "repeats": 5, "text": "random", "text_sha256": "0" * 64},
+            **{"forward": "", "generate": "", "floor": ""},
+            **protocol,
+        },
+        "ceiling": {"tflops": 600.0, "size": 8192, "dtype": "float16"},
+        "prompts": [{"tokens": tokens, "flops": 10**13, "floor_ms": 60.0, **times} for tokens in lengths],
+        "append": {"tokens": 50, "ms": 2 * over_step, "step_ms": 2.0, "over_step": over_step},
+        "memory": {"held_mb": 6000.0, "peak_mb": 6200.0},
+    }

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sinkstream.bench.prompt_tables import append_table, prompt_table
+from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
@@ -22,10 +24,12 @@ from sinkstream.cli.options import (
 )
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.engine import STEPS
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.bandwidth import memory_bandwidth
+from sinkstream.measure.matmul import matmul_rate
 from sinkstream.measure.memory import free_bytes
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.measure.timing import timed
@@ -79,6 +83,11 @@ class Bench:
             "--text",
             help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
         )
+        group.add_argument(
+            "--prefill",
+            type=whole_numbers,
+            help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
+        )
         group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
         group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
         group.add_argument(
@@ -89,6 +98,8 @@ class Bench:
     def run(args: argparse.Namespace) -> int:
         """Measure the ceiling, then every model; print the tables, write the records."""
         models, protocol = _checked(args)
+        if args.prefill:
+            return _time_prompts(args, models)
         console = wide_console()
         device = resolve_device(args.device)
         set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
@@ -123,6 +134,30 @@ class Bench:
                 break
         console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
         return _exit_code(outcomes)
+
+
+def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
+    """``--prefill``: measure the rate of products, then every model; print the tables, write the records."""
+    console, device = wide_console(), resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    dtype = resolve_dtype(args.dtype, device)
+    backend = (args.backend or [default_rung(device)])[0]
+    BACKENDS[backend].check_device(device)
+    for model in models:
+        check_fits(model, dtype, device, _most_slots(args) + max(args.prefill))
+    check_writable(args.out)
+    ceiling, name = matmul_rate(device, dtype), new_record_id("bench")
+    console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
+    for model in models:
+        loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
+        session = PromptSession(loaded, _text(args, loaded), args.prefill, backend, ceiling, request(args), name)
+        runs = [run for cap in args.cap for run in _policies(args, cap, untrained=loaded.source == "random")]
+        records = session.run(runs, console)
+        console.print(prompt_table(records, f"{loaded.name}: prompts"))
+        console.print(append_table(records, f"{loaded.name}: a turn on a full stream"))
+        del loaded, session
+    console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
@@ -164,6 +199,15 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
     """The models and the protocol, once everything that needs no model is found to be right."""
     if args.shape and args.model:
         raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
+    if args.prefill and (min(args.prefill) < 1 or args.ladder or args.profile or args.streams != [1]):
+        raise ValueError(
+            f"--prefill {args.prefill} times prompts of one stream; accepted: whole numbers of at least 1, without"
+            " --ladder, --profile and --streams"
+        )
+    if args.prefill and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
+        raise ValueError(
+            f"--prefill with --backend {','.join(args.backend)}; accepted: one of the engine's: {', '.join(STEPS)}"
+        )
     if args.ladder and args.backend:
         raise ValueError("--ladder times every rung; accepted: --ladder, or --backend RUNG,RUNG")
     models = [PREFIX + name for name in args.shape] if args.shape else [args.model or PREFIX + SHAPE]

@@ -294,4 +294,4 @@ def default_prefill(tokens: int, heads: int, head_dim: int, processors: int) -> 
     rows = 128
     while rows > 16 and -(-tokens // rows) * heads < processors:
         rows //= 2
-    return PrefillConfig(rows=rows, columns=64, warps=8 if rows == 128 and head_dim > 64 else 4, stages=2)
+    return PrefillConfig(rows=rows, columns=64, warps=8 if rows == 128 else 4, stages=2)

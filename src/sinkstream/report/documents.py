@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sinkstream.bench.prompt_tables import render_prompts
 from sinkstream.bench.tables import render_bench
 from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
 from sinkstream.data import TEXTS
@@ -53,7 +54,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
-    return tables | render_diagnoses(results) | render_bench(results)
+    return tables | render_diagnoses(results) | render_bench(results) | render_prompts(results)
 
 
 def _source(cls: type) -> str:

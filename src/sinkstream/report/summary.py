@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinkstream.bench.prompt_records import PromptRecord, load_prompt_records
+from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.records import BenchRecord, load_bench_records
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
@@ -33,13 +35,17 @@ class Summary:
 
 
 def compute_headlines(
-    records: Sequence[Record], diagnoses: Sequence[Diagnosis] = (), speeds: Sequence[BenchRecord] = ()
+    records: Sequence[Record],
+    diagnoses: Sequence[Diagnosis] = (),
+    speeds: Sequence[BenchRecord] = (),
+    prompts: Sequence[PromptRecord] = (),
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     """All headline figures that the records allow, and for every other key what it is computed from."""
     headlines, missing = {}, {}
     for registry, computed in (
         (HEADLINES, {key: compute(records) for key, compute in HEADLINES.items()}),
         (SPEED_HEADLINES, {key: compute(speeds) for key, compute in SPEED_HEADLINES.items()}),
+        (PROMPT_HEADLINES, {key: compute(prompts) for key, compute in PROMPT_HEADLINES.items()}),
         (DIAGNOSIS_HEADLINES, {key: compute(diagnoses) for key, compute in DIAGNOSIS_HEADLINES.items()}),
     ):
         for key, found in computed.items():
@@ -56,7 +62,12 @@ def _headlines_below(
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: not a folder with records")
-    return compute_headlines(load_records(directory, pairs), load_diagnoses(directory), load_bench_records(directory))
+    return compute_headlines(
+        load_records(directory, pairs),
+        load_diagnoses(directory),
+        load_bench_records(directory),
+        load_prompt_records(directory),
+    )
 
 
 def write_summary(results_dir: Path | str, pairs: Pairs | None = None) -> Summary:

@@ -1,0 +1,134 @@
+"""Tables and headline figures of prompt records."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sinkstream.bench.prompt_records import PromptRecord, load_prompt_records
+from sinkstream.bench.selection import LADDER_SHAPE
+from sinkstream.models.shapes import PREFIX
+from sinkstream.records.origin import machine
+from sinkstream.registry import Registry
+from sinkstream.show.table import NONE_YET, Table
+
+#: Generated tables of the documents: name -> function of all prompt records, oldest first.
+PROMPT_TABLES: Registry[Callable[[Sequence[PromptRecord]], str]] = Registry("prompt table")
+#: Key -> function of all prompt records, oldest first, that returns (value, record id), or None if records are missing.
+PROMPT_HEADLINES: Registry = Registry("prompt headline")
+
+Headline = tuple[float, str] | None
+
+CAP = 2052
+BOTH = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))
+HEADER = [
+    *("shape", "policy", "prompt", "plain forward (ms)", "engine (ms)", "engine / forward", "generate(), drop-in (ms)"),
+    *("drop-in / dynamic cache", "floor (ms)", "engine / floor"),
+]
+APPEND_HEADER = ["shape", "policy", "appended", "ms", "step (ms)", "steps"]
+
+
+def prompt_table(records: Sequence[PromptRecord], title: str | None = None) -> Table:
+    """One row a prompt."""
+    rows = []
+    for record in records:
+        for p in record.prompts:
+            times = [p[f"{name}_ms"] for name in ("forward", "engine", "drop_in", "dynamic")]
+            forward, engine, drop_in, dynamic = times
+            rows.append(
+                [
+                    *_named(record),
+                    f"{p['tokens']:,}",
+                    f"{forward:.2f}",
+                    f"{engine:.2f}",
+                    f"{engine / forward:.3f}",
+                    f"{drop_in:.2f}",
+                    f"{drop_in / dynamic:.3f}",
+                    f"{p['floor_ms']:.2f}",
+                    f"{engine / p['floor_ms']:.2f}",
+                ]
+            )
+    caption = "TTFT: prompt in, logits of its last token out; floor: operations at the measured rate of matrix products"
+    return Table(HEADER, rows, title, [caption], 2)
+
+
+def append_table(records: Sequence[PromptRecord], title: str | None = None) -> Table:
+    """A turn appended to a full stream, one row a record."""
+    rows = [
+        [*_named(r), f"{r.append['tokens']}", *(f"{r.append[n]:.3f}" for n in ("ms", "step_ms", "over_step"))]
+        for r in records
+    ]
+    return Table(APPEND_HEADER, rows, title, [], 2)
+
+
+def _named(record: PromptRecord) -> list[str]:
+    return [f"{record.model['name'].removeprefix(PREFIX)} {record.protocol['dtype']}", record.policy["label"]]
+
+
+# ---- documents ----
+
+
+def render_prompts(results: Path) -> dict[str, str]:
+    """Markdown of every table of `PROMPT_TABLES`, by name. Raises ValueError if a prompt record is broken."""
+    records = load_prompt_records(results)
+    return {name: render(records) for name, render in PROMPT_TABLES.items()}
+
+
+def _newest(records: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """The latest record on a GPU of every shape, dtype and policy at the cap of the ladder."""
+    chosen = [r for r in records if r.protocol["device"] == "cuda" and r.protocol["cap"] == CAP]
+    return list({(*_named(r), r.hardware): r for r in chosen}.values())
+
+
+@PROMPT_TABLES.register("bench-prompts")
+def prompts_table(records: Sequence[PromptRecord]) -> str:
+    """Prompts through the engine and the drop-in against a plain forward, 2,052 slots, newest record a policy."""
+    found = _newest(records)
+    return f"{_origin(found)}\n\n{prompt_table(found).markdown()}" if found else NONE_YET
+
+
+@PROMPT_TABLES.register("bench-append")
+def appended_table(records: Sequence[PromptRecord]) -> str:
+    """A turn of 50 tokens appended to a full stream, against a step."""
+    found = _newest(records)
+    return f"{_origin(found)}\n\n{append_table(found).markdown()}" if found else NONE_YET
+
+
+def _origin(records: Sequence[PromptRecord]) -> str:
+    rates = sorted({f"{r.ceiling['dtype']} {r.ceiling['tflops']:,.0f} TFLOP/s" for r in records})
+    return machine(records, f"matrix products {', '.join(rates)}")
+
+
+# ---- headline figures ----
+
+
+def _worse(records: Sequence[PromptRecord], figure: Callable[[PromptRecord], float | None]) -> Headline:
+    """The larger figure of the two shapes, strict, 2,052 slots, GPU; None unless both were measured."""
+    found = []
+    for model, dtype in BOTH:
+        values = [
+            (value, r.id)
+            for r in _newest(records)
+            if (r.model["name"], r.protocol["dtype"], r.policy["label"]) == (model, dtype, "strict")
+            and (value := figure(r)) is not None
+        ]
+        if not values:
+            return None
+        found.append(values[-1])
+    return max(found)
+
+
+@PROMPT_HEADLINES.register("engine.prefill_8192_over_forward")
+def prefill_8192_over_forward(records: Sequence[PromptRecord]) -> Headline:
+    """Engine.prefill of 8,192 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
+    return _worse(records, lambda r: r.over("engine", "forward", 8192))
+
+
+@PROMPT_HEADLINES.register("engine.prefill_32768_over_forward")
+def prefill_32768_over_forward(records: Sequence[PromptRecord]) -> Headline:
+    """Engine.prefill of 32,768 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
+    return _worse(records, lambda r: r.over("engine", "forward", 32768))
+
+
+@PROMPT_HEADLINES.register("engine.append_50_over_step")
+def append_50_over_step(records: Sequence[PromptRecord]) -> Headline:
+    """Appending 50 tokens to a full stream over one decode step, strict, 2,052 slots, GPU; worse of two shapes."""
+    return _worse(records, lambda r: r.append["over_step"] if r.append["tokens"] == 50 else None)

@@ -1,0 +1,267 @@
+"""``bench --prefill``: prompts of several lengths through the engine and the drop-in, against a plain forward.
+
+What is timed of a module alone is timed once, before an engine packs its weights; the lengths of one way follow each
+other, each several times after a call that is not timed.
+"""
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import DynamicCache
+
+from sinkstream.bench.prompt_records import (
+    PROMPT_TIMES,
+    PromptRecord,
+    load_prompt_record,
+    load_prompt_records,
+    write_prompt_record,
+)
+from sinkstream.bench.settings import kv_token_bytes
+from sinkstream.cache import StreamingCache, describe
+from sinkstream.compat import with_cache
+from sinkstream.data import TokenStream
+from sinkstream.engine import Engine
+from sinkstream.evaluation.decoders import step_weight_bytes
+from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.environment import environment, package_versions, utc_now
+from sinkstream.measure.matmul import MatmulRate
+from sinkstream.measure.memory import free_bytes
+from sinkstream.measure.numerics import numerics
+from sinkstream.measure.timing import timed
+from sinkstream.models import LoadedModel
+from sinkstream.policies import EvictionPolicy, PruneSchedule
+from sinkstream.records.records import new_record_id
+
+APPEND_TOKENS = 50
+REPEATS = 5
+STEPS_TIMED = 64
+
+DEFINITIONS = {
+    "forward": "the module's own forward of the prompt with an empty dynamic cache, logits of the last token only",
+    "generate": "generate() of one token: dynamic, with transformers' dynamic cache; drop_in, with a StreamingCache",
+    "floor": (
+        "operations of all products, the head once, and of attention over what the policy lets each token see, at the"
+        " measured rate of matrix products"
+    ),
+}
+
+
+def prompt_flops(loaded: LoadedModel, policy: EvictionPolicy, tokens: int) -> int:
+    """Floating-point operations that a prompt needs: products, the head once, attention over what the policy shows."""
+    model, spec = loaded.model, describe(loaded.model)
+    head = model.get_output_embeddings().weight
+    layers = step_weight_bytes(model) // model.dtype.itemsize - head.numel()
+    seen = int(PruneSchedule(policy).plan(tokens).visible.sum())
+    return 2 * (layers * tokens + head.numel()) + 4 * spec.layers * spec.query_heads * spec.head_dim * seen
+
+
+@dataclass
+class PromptSession:
+    """Times prompts of one model, under one policy after the other.
+
+    Attributes
+    ----------
+    text : TokenStream
+        What the prompts are the beginning of, repeated if need be.
+    lengths : list of int
+        Tokens of the prompts.
+    backend : str
+        The engine's, for the step that an appended turn is compared with.
+    ceiling : MatmulRate
+    request : Request
+    name : str
+        The same in all records of one command.
+    """
+
+    loaded: LoadedModel
+    text: TokenStream
+    lengths: Sequence[int]
+    backend: str
+    ceiling: MatmulRate
+    request: Request
+    name: str
+    repeats: int = REPEATS
+    _of_module: dict[str, list[float]] = field(default_factory=dict)  # what no policy changes is timed once
+
+    def check(self, runs: Sequence[RunSettings]) -> None:
+        """Raise ValueError, before anything is timed, if the engine or the device does not serve the prompts."""
+        model = self.loaded.model
+        for run in runs:
+            Engine.check(model, self._policy(run), backend=self.backend, **self._options(run))
+        needed, free = kv_token_bytes(model) * max(self.lengths), free_bytes(model.device)
+        if needed > free:
+            raise ValueError(
+                f"--prefill {max(self.lengths)}: keys and values of a dynamic cache take {needed / 1e9:.2f} GB, and"
+                f" {free / 1e9:.2f} GB are free; accepted: shorter prompts"
+            )
+
+    def run(self, runs: Sequence[RunSettings], console: Console) -> list[PromptRecord]:
+        """Time all policies; one record each. Raises as `check` and `Runner.run`."""
+        self.check(runs)
+        jobs = [Job(f"prompts, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
+        runner = Runner(self.request, write_prompt_record, load_prompt_record, self.loaded.model.device)
+        return runner.run(jobs, console)
+
+    # ---- one policy ----
+
+    @torch.no_grad()
+    def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
+        model, options = self.loaded.model, self._options(run)
+        ids = self._ids(max(self.lengths) + 1)
+        cache = StreamingCache.for_model(model, policy=self._policy(run), **options)
+        ways = {
+            "forward": partial(self._forward, ids),
+            "dynamic": partial(self._generate, ids, None),
+            "drop_in": partial(self._generate, ids, cache),
+        }
+        times = dict(self._of_module)
+        for name in ways.keys() - times.keys():
+            times[name] = [self._median(partial(ways[name], tokens)) for tokens in self.lengths]
+            report(len(times), len(PROMPT_TIMES))
+        self._of_module = {name: times[name] for name in ("forward", "dynamic")}
+        cache.close()
+        del cache
+        gc.collect()
+        engine = Engine(model, self._policy(run), backend=self.backend, tokenizer=self.loaded.tokenizer, **options)
+        try:
+            times["engine"], memory = self._engine(engine, ids)
+            append = self._append(engine, ids)
+        finally:
+            engine.close()
+        report(len(PROMPT_TIMES), len(PROMPT_TIMES))
+        return [partial(self._record, run, times, append, memory)]
+
+    def _forward(self, ids: torch.Tensor, tokens: int) -> None:
+        model = self.loaded.model
+        model(ids[None, :tokens], **with_cache(model, DynamicCache(config=model.config)), logits_to_keep=1)
+
+    def _generate(self, ids: torch.Tensor, cache: StreamingCache | None, tokens: int) -> None:
+        model: Any = self.loaded.model
+        prompt, given = ids[None, :tokens], {}
+        if cache is not None:
+            cache.reset()
+            given = with_cache(model, cache)
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False, pad_token_id=0, **given
+        )
+
+    def _engine(self, engine: Engine, ids: torch.Tensor) -> tuple[list[float], dict[str, float | None]]:
+        """Milliseconds of every length, and the memory that was held before and at the peak."""
+        device = ids.device
+        cuda = device.type == "cuda"
+        held = torch.cuda.memory_allocated(device) / 2**20 if cuda else None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
+        def prefill(tokens: int) -> None:
+            engine.reset(stream=0)
+            engine.prefill(ids[:tokens])
+
+        times = [self._median(partial(prefill, tokens)) for tokens in self.lengths]
+        return times, {
+            "held_mb": held,
+            "peak_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
+        }
+
+    def _append(self, engine: Engine, ids: torch.Tensor) -> dict[str, float]:
+        """A turn appended to a full stream, and a step of the same stream."""
+        engine.reset(stream=0)
+        full = engine.policy.peak
+        engine.prefill(ids[torch.arange(full, device=ids.device) % len(ids)])
+        turn = ids[:APPEND_TOKENS]
+
+        def steps() -> None:
+            for _ in range(STEPS_TIMED):
+                engine.advance(None, [0])
+
+        step = self._median(steps) / STEPS_TIMED
+        turns = self._median(partial(engine.prefill, turn))
+        return {"tokens": len(turn), "ms": turns, "step_ms": step, "over_step": turns / step}
+
+    def _median(self, call: Callable[[], object]) -> float:
+        """Median milliseconds of a call, after one that is not timed."""
+        device = self.loaded.model.device
+        call()
+        return 1e3 * statistics.median(timed(call, device=device)[1] for _ in range(self.repeats))
+
+    # ---- what it is ----
+
+    def _policy(self, run: RunSettings) -> EvictionPolicy:
+        policy = run.policy()
+        assert policy is not None, "baselines are refused before"
+        return policy
+
+    def _options(self, run: RunSettings) -> dict[str, Any]:
+        more = {"tokenizer": self.loaded.tokenizer} if "structure" in self._policy(run).needs else {}
+        return {"positions": run.positions, "allow_untrained_positions": run.allow_untrained_positions, **more}
+
+    def _ids(self, tokens: int) -> torch.Tensor:
+        ids = self.text.ids.to(self.loaded.model.device)
+        return ids.repeat(-(-tokens // len(ids)))[:tokens]
+
+    def _identity(self, run: RunSettings) -> dict[str, Any]:
+        versions, model = package_versions(), self.loaded.model
+        return {
+            "versions": {name: versions[name] for name in ("sinkstream", "torch", "transformers", "triton")},
+            "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
+            "model_hash": self.loaded.hash,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "run": run.record(),
+            "lengths": list(self.lengths),
+            "backend": self.backend,
+            "data_sha256": self.text.sha256,
+            **numerics(),
+        }
+
+    def _finished(self, run: RunSettings) -> list[PromptRecord]:
+        same = self._identity(run)
+        return [r for r in load_prompt_records(self.request.out) if r.arguments.get("identity") == same][-1:]
+
+    def _record(self, run: RunSettings, times: dict[str, list[float]], append: dict, memory: dict) -> dict[str, Any]:
+        model, policy = self.loaded.model, self._policy(run)
+        prompts = []
+        for i, tokens in enumerate(self.lengths):
+            flops = prompt_flops(self.loaded, policy, tokens)
+            found = {f"{name}_ms": values[i] for name, values in times.items()}
+            prompts.append({"tokens": tokens, "flops": flops, "floor_ms": self.ceiling.milliseconds(flops), **found})
+        return {
+            "id": new_record_id("prompt", self.loaded.name, run.label()),
+            "status": "complete",
+            "status_reason": None,
+            "created": utc_now(),
+            "session": self.name,
+            "command": self.request.command,
+            "arguments": {**self.request.arguments, "identity": self._identity(run)},
+            "environment": environment(model.device),
+            "model": self.loaded.record(),
+            "policy": {
+                "name": run.method,
+                "label": run.label(),
+                "options": {**policy.record(), "positions": run.positions},
+            },
+            "protocol": {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                **numerics(),
+                "seed": self.request.seed,
+                "cap": run.cap,
+                "backend": self.backend,
+                "lengths": list(self.lengths),
+                "append_tokens": APPEND_TOKENS,
+                "repeats": self.repeats,
+                "text": self.text.name,
+                "text_sha256": self.text.sha256,
+                **DEFINITIONS,
+            },
+            "ceiling": asdict(self.ceiling),
+            "prompts": prompts,
+            "append": append,
+            "memory": memory,
+        }
