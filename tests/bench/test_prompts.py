@@ -112,7 +112,7 @@ def test_the_command_shows_and_records(tmp_path, capsys):
         (["--prefill", "0"], "--prefill"),
         (["--prefill", "9", "--backend", "hf"], "one of the engine's"),
     ]:
-        assert main([*common, *more.split(), "--out", str(tmp_path / "none")]) == 2
+        assert main([*common, *more, "--out", str(tmp_path / "none")]) == 2
         assert says in capsys.readouterr().err
 
 
