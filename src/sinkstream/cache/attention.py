@@ -4,10 +4,13 @@ It goes in through transformers' public attention interface, for the life of the
 on import, and in a forward of anybody else it is sdpa itself.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -29,10 +32,14 @@ class Forward:
         Is shown the queries of every layer.
     frames : TwoFrames or None
         Computes the attention in place of sdpa.
+    write : callable or None
+        ``write(layer, keys, values)`` puts the new entries into the cache and returns everything visible; given where
+        this function is handed the new entries alone.
     """
 
     observer: AttentionObserver | None = None
     frames: TwoFrames | None = None
+    write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 _PLAIN = Forward()
@@ -40,8 +47,59 @@ running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", d
 _users: WeakKeyDictionary[PreTrainedModel, set[object]] = WeakKeyDictionary()
 
 
+def _write_and_attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scaling: float
+) -> torch.Tensor:
+    """Put the new entries of one layer into the cache of the forward under way and attend to everything visible.
+
+    Parameters
+    ----------
+    query : Tensor, (batch, query_heads, tokens, head_dim)
+    key, value : Tensor, (batch, kv_heads, tokens, head_dim)
+
+    Returns
+    -------
+    Tensor, (batch, tokens, query_heads, head_dim), contiguous
+    """
+    forward = running.get()
+    if forward is None or forward.write is None:
+        raise ValueError("a compiled forward was run outside of a call of the model that its StreamingCache belongs to")
+    key, value = forward.write(layer, key, value)
+    if forward.observer is not None:
+        forward.observer.see(layer, query, key, scaling)
+    if forward.frames is not None:
+        return forward.frames.attend(query, key, value, scaling).contiguous()
+    tokens, visible, mask = query.shape[2], key.shape[2], None
+    if 1 < tokens < visible:
+        mask = torch.ones(tokens, visible, dtype=torch.bool, device=query.device).tril(visible - tokens)
+    causal = 1 < tokens == visible
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+_library = torch.library.Library("sinkstream", "FRAGMENT")
+_library.define(
+    "write_and_attend(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # its launches differ from step to step
+)
+_library.impl("write_and_attend", _write_and_attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sinkstream::write_and_attend")
+def _shape_of_attention(query, key, value, layer, scaling):
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty((batch, tokens, heads, dim))
+
+
 def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
+    if torch.compiler.is_compiling():  # one opaque call: no length of the cache is in the graph
+        return torch.ops.sinkstream.write_and_attend(query, key, value, module.layer_idx, kwargs["scaling"]), None
     forward = running.get() or _PLAIN
+    if forward.write is not None:
+        return _write_and_attend(query, key, value, module.layer_idx, kwargs["scaling"]), None
     if forward.observer is not None:
         forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])
     if forward.frames is not None:

@@ -212,6 +212,7 @@ def _models_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None) 
     return cache if cache is not None and cache.model is not None and cache.model() is model else None
 
 
+@torch.compiler.disable
 def _before_decoder(module, args, kwargs=None):
     running.set(None)  # an interrupt may have ended the forward before without a word
     cache = _decoders_cache(module, args, kwargs)
@@ -230,6 +231,7 @@ def _before_decoder(module, args, kwargs=None):
     return (), named | {"position_ids": positions, "attention_mask": mask}
 
 
+@torch.compiler.disable
 def _after_decoder(module, args, kwargs=None, output=None):
     cache = _decoders_cache(module, args, kwargs)
     if cache is None:
@@ -240,6 +242,7 @@ def _after_decoder(module, args, kwargs=None, output=None):
         cache.end_decoder()
 
 
+@torch.compiler.disable
 def _before_model(module, args, kwargs=None):
     cache = _models_cache(module, args, kwargs)
     if cache is None:
@@ -263,6 +266,7 @@ def _prefill_all_but_last(cache: HookedCache, model: PreTrainedModel, named: dic
     return named | {"attention_mask": None, "position_ids": None, "input_ids": ids[:, -1:]}
 
 
+@torch.compiler.disable
 def _after_model(module, args, kwargs=None, output=None):
     cache = _models_cache(module, args, kwargs)
     if cache is None:

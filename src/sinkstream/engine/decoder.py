@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from sinkstream.cache import ModelSpec
+from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.handover import give_to_cache, take_from_cache
@@ -18,6 +18,7 @@ from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
+from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy, Step
 
@@ -71,6 +72,7 @@ class StreamDecoder:
         rebase_at: int = REBASE_AT,
         **options: Any,
     ):
+        model = inner_model(model)
         self._cache = checked_cache(
             model,
             policy,
@@ -98,6 +100,7 @@ class StreamDecoder:
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
+        self._watch = ModelWatch(model, self.weights)
 
     # ---- feeding ----
 
@@ -118,6 +121,7 @@ class StreamDecoder:
             Logits after the last token.
         """
         ids = self._ids(ids, stream)
+        self.check_model()
         self.state.settle()
         try:
             give_to_cache(self.state, stream, self._cache)
@@ -183,6 +187,7 @@ class StreamDecoder:
             NLL of each token given everything before it; NaN for the first token of a stream.
         """
         ids, state = self._ids(ids, stream), self.state
+        self.check_model()
         begun = state.counters[stream].seen > 0
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
@@ -202,6 +207,7 @@ class StreamDecoder:
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
         """Write one stream to a safetensors file."""
         self._check_stream(stream)
+        self.check_model()
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
     def restore(self, path: str | Path, *, stream: int = 0) -> None:
@@ -213,12 +219,21 @@ class StreamDecoder:
             If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
         """
         self._check_stream(stream)
+        self.check_model()
         snapshots.load(path, self.state, stream, model_hash=self.model_hash)
 
     def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream, or all of them."""
+        """Forget one stream, or all of them; the latter also takes the model's weights anew if they have changed.
+
+        Raises
+        ------
+        ValueError
+            If the model has been changed into one that the engine does not serve.
+        """
         if stream is not None:
             self._check_stream(stream)
+        elif self._watch.check() is not None:
+            self._renew()
         self.state.clear(stream)
 
     def close(self) -> None:
@@ -251,6 +266,30 @@ class StreamDecoder:
 
     # ---- checks ----
 
+    def check_model(self) -> None:
+        """Refuse a model that was changed after the engine was made, as every call but `step` does once.
+
+        Weights that were replaced or written are taken anew while no stream holds a token.
+
+        Raises
+        ------
+        ValueError
+            Naming what was changed and the way out; the streams are as they were.
+        """
+        changed = self._watch.check()
+        if changed is None:
+            return
+        if any(counters.seen for counters in self.state.counters):
+            raise ValueError(
+                f"the model's weights were changed after the engine was made ({changed}), and the streams hold keys and"
+                " values of the old ones; engine.reset() forgets all streams and takes the new weights"
+            )
+        self._renew()
+
+    def _renew(self) -> None:
+        self._watch.renew()
+        vars(self).pop("model_hash", None)
+
     def _check_stream(self, stream: int) -> None:
         check_stream(stream, self.state.streams)
 
@@ -279,6 +318,7 @@ def checked_cache(
     step = STEPS[backend]
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
+    model = inner_model(model)
     check_packable(model)
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
