@@ -43,6 +43,7 @@ class Forward:
 
 
 _PLAIN = Forward()
+_WRITING = torch.int8  # dtype of the mask that says so; no other mask has it
 running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
 _users: WeakKeyDictionary[PreTrainedModel, set[object]] = WeakKeyDictionary()
 
@@ -94,12 +95,17 @@ def _shape_of_attention(query, key, value, layer, scaling):
     return query.new_empty((batch, tokens, heads, dim))
 
 
+def writing_mask(device: torch.device) -> torch.Tensor:
+    """What a cache passes for a mask where attention writes the new entries: of four axes, so that it is passed on."""
+    return torch.ones((1, 1, 1, 1), dtype=_WRITING, device=device)
+
+
 def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
-    if torch.compiler.is_compiling():  # one opaque call: no length of the cache is in the graph
-        return torch.ops.sinkstream.write_and_attend(query, key, value, module.layer_idx, kwargs["scaling"]), None
+    if attention_mask is not None and attention_mask.dtype == _WRITING:
+        # compiled, it is one opaque call: no length of the cache is in the graph
+        call = torch.ops.sinkstream.write_and_attend if torch.compiler.is_compiling() else _write_and_attend
+        return call(query, key, value, module.layer_idx, kwargs["scaling"]), None
     forward = running.get() or _PLAIN
-    if forward.write is not None:
-        return _write_and_attend(query, key, value, module.layer_idx, kwargs["scaling"]), None
     if forward.observer is not None:
         forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])
     if forward.frames is not None:
