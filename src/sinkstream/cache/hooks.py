@@ -31,11 +31,14 @@ class HookedCache(Cache):
         To the model the cache was made for; None before `attach` and after it is detached.
     checked_frequencies : Tensor or None
         The rotary frequencies of the model that were last compared with those of `spec`.
+    checked_weights : tuple or None
+        The decoder's weights, as `_weights_of`, that the stream began with; None: whichever come first.
     """
 
     spec: ModelSpec
     model: "weakref.ref[nn.Module] | None" = None
     checked_frequencies: torch.Tensor | None = None
+    checked_weights: tuple | None = None
 
     @property
     @abstractmethod
@@ -83,11 +86,18 @@ class HookedCache(Cache):
 
 
 class _Hooked:
-    """The hooks of one module and the caches that need them."""
+    """The hooks of one module and the caches that need them.
+
+    Attributes
+    ----------
+    weights : tuple
+        Of a decoder, as `_weights_of`, when the hooks were put on or after the latest ``load_state_dict()``.
+    """
 
     def __init__(self) -> None:
         self.users: set[object] = set()
         self.handles: list[Any] = []
+        self.weights: tuple = ()
 
 
 _hooked: "weakref.WeakKeyDictionary[nn.Module, _Hooked]" = weakref.WeakKeyDictionary()
@@ -114,7 +124,9 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
         arguments are not those of a tested release of transformers.
     """
     if attention and cache.spec.attention != "sdpa":
-        raise ValueError(f"attention scorers need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}")
+        raise ValueError(
+            f"attention scorers and compiled models need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}"
+        )
     decoder = cache.spec.decoder
     if cache.needs_logits and model is decoder:
         raise ValueError(
@@ -132,6 +144,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
             hooked.users.add(user)
             if not hooked.handles:
                 hooked.handles = _register(module, is_decoder=module is decoder)
+                hooked.weights = _weights_of(module)
                 _watch_prompts(module)
         if attention:
             switch_attention(decoder, user)
@@ -144,10 +157,22 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
 
 def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
     before, after = (_before_decoder, _after_decoder) if is_decoder else (_before_model, _after_model)
-    return [
+    handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
+    return [*handles, module.register_load_state_dict_post_hook(_after_load)] if is_decoder else handles
+
+
+def _weights_of(module: nn.Module) -> tuple:
+    """Address and version of every parameter: others after a load, the same again after the first ones come back."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    hooked = _hooked.get(module)
+    if hooked is not None:
+        hooked.weights = _weights_of(module)
 
 
 def _detach(user: object, modules: "list[weakref.ref[nn.Module]]", switched: PreTrainedModel | None) -> None:
@@ -226,6 +251,7 @@ def _before_decoder(module, args, kwargs=None):
     batch, tokens = given.shape[:2]
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
     _check_frequencies(cache, module.rotary_emb.inv_freq)
+    _check_weights(cache, module)
     _check_mask_and_positions(named, cache.seen_tokens, tokens)
     positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
     return (), named | {"position_ids": positions, "attention_mask": mask}
@@ -296,6 +322,19 @@ def _check_frequencies(cache: HookedCache, now: torch.Tensor) -> None:
             " has rounded ones, also when it is cast back); load the model again, or make the cache again"
         )
     cache.checked_frequencies = now
+
+
+def _check_weights(cache: HookedCache, decoder: nn.Module) -> None:
+    """Refuse weights that ``load_state_dict()`` has put into a model under a stream; compared after a load only."""
+    hooked = _hooked.get(decoder)
+    if hooked is None or cache.checked_weights is hooked.weights:
+        return
+    if cache.seen_tokens and cache.checked_weights not in (None, hooked.weights):
+        raise ValueError(
+            "weights were loaded into the model (load_state_dict) while the cache held keys and values of the ones"
+            " before; cache.reset() begins a new stream, or load the old weights again"
+        )
+    cache.checked_weights = hooked.weights
 
 
 def _check_mask_and_positions(named: dict[str, Any], seen: int, tokens: int) -> None:

@@ -288,6 +288,7 @@ class StreamDecoder:
 
     def _renew(self) -> None:
         self._watch.renew()
+        self._cache.checked_weights = None
         vars(self).pop("model_hash", None)
 
     def _check_stream(self, stream: int) -> None:

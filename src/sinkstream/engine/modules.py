@@ -20,7 +20,8 @@ NEOX = "gpt_neox"
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = {NEOX: "gelu"} | dict.fromkeys(LLAMA_LIKE, "silu")
 PROJECTIONS = frozenset(
-    "query_key_value dense dense_h_to_4h dense_4h_to_h q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    | {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 )
 HARMLESS_HOOKS = ("sinkstream.cache.", "transformers.utils.output_capturing")  # modules that define them
 QUANTISERS = (
@@ -118,7 +119,9 @@ def _check_calls(part: Part) -> None:
     module = part.module
     if hasattr(module, "_hf_hook"):
         _refuse(
-            part, "has a hook of accelerate", "load the model on one device, or accelerate.hooks.remove_hook_from_module"
+            part,
+            "has a hook of accelerate",
+            "load the model on one device, or accelerate.hooks.remove_hook_from_module",
         )
     if "forward" in vars(module):
         _refuse(part, f"has a forward of its own, {_named(module.forward)}", "restore it (del module.forward)")
@@ -133,12 +136,14 @@ def _named(function: Any) -> str:
 
 
 def _check_adapter(part: Part) -> None:
-    """Accept an adapter that passes its input on to the wrapped module alone: merged, disabled, or not an active one."""
+    """Accept an adapter that passes its input to the wrapped module alone: merged, disabled, or not an active one."""
     layer: Any = part.module
     merged, disabled = getattr(layer, "merged_adapters", None), getattr(layer, "disable_adapters", False)
     active = list(getattr(layer, "active_adapters", None) or ["unknown"])
     if merged and disabled:
-        _refuse(part, "is disabled while it is merged, and unmerges itself when it is called", "unmerge_adapter() first")
+        _refuse(
+            part, "is disabled while it is merged, and unmerges itself when it is called", "unmerge_adapter() first"
+        )
     if merged or (disabled is True and merged is not None):
         return
     held = layer._get_available_adapters() if hasattr(layer, "_get_available_adapters") else set(active)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, is_rms_norm, parts, plain
+from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, parts, plain
 
 _packed: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -271,7 +271,6 @@ def _norm(module: Any) -> Norm:
     module = plain(module)
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
     return Norm(module.weight.detach(), _detached(getattr(module, "bias", None)), eps)
-
 
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:

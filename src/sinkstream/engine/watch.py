@@ -19,7 +19,8 @@ from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
 def _state(module: nn.Module) -> tuple:
     """What may be added to a module: a forward of its own, hooks, and what an adapter has merged."""
     own: Any = vars(module)
-    found = own.get("forward"), tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"]), type(module).forward
+    hooks = tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"])
+    found = own.get("forward"), *hooks, type(module).forward, own.get("max_norm")
     if not is_adapter(module):
         return found
     adapter: Any = module
@@ -111,7 +112,7 @@ class ModelWatch:
         before = {w.path: w.parameter for w in self._weights}
         for part in parts(self._model):
             if is_adapter(part.module):
-                if adapters.get(id(part.module), ())[4:] != _state(part.module)[4:]:
+                if adapters.get(id(part.module), ())[5:] != _state(part.module)[5:]:
                     return part.path
                 continue
             for name, parameter in part.module._parameters.items():
@@ -145,7 +146,7 @@ class ModelWatch:
                     home.copy_(parameter)
                     parameter.data = home
                     if not parameter.is_inference():
-                        parameter.narrow(0, 0, 0).zero_()  # counts as a write, so that other engines see it
+                        parameter.detach().narrow(0, 0, 0).zero_()  # counts as a write, so that other engines see it
             sum_biases(self._model, self._packed)
         self._record()
 
