@@ -125,7 +125,8 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
     """
     if attention and cache.spec.attention != "sdpa":
         raise ValueError(
-            f"attention scorers and compiled models need attn_implementation='sdpa'; the model uses {cache.spec.attention!r}"
+            "attention scorers and compiled models need attn_implementation='sdpa';"
+            f" the model uses {cache.spec.attention!r}"
         )
     decoder = cache.spec.decoder
     if cache.needs_logits and model is decoder:
