@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -143,6 +144,7 @@ def test_a_compiled_model_has_no_break_inside_a_layer_and_compiles_no_more():
             graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
             assert graphs == 4 and breaks and all("torch.compiler.disable" in why for why in breaks), breaks
     assert counters["stats"]["unique_graphs"] == graphs and cache.stats()["events"] > 20
+    pickle.loads(pickle.dumps(model._orig_mod))
     cache.close()
     assert model._orig_mod.config._attn_implementation == "sdpa"
 

@@ -75,7 +75,6 @@ class StreamingCache(AppendOnlyCache):
         What is held between two forwards.
     """
 
-    compiled = False  # whether attention writes the entries, so that no length of the cache is in a compiled graph
     stream_class: ClassVar[type[Stream]] = Stream
     _pending: PendingForward | None = None  # a forward that has begun
     _in_model = False  # whether the causal model, not its decoder alone, is being called

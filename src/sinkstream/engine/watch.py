@@ -19,17 +19,14 @@ from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
 def _state(module: nn.Module) -> tuple:
     """What may be added to a module: a forward of its own, hooks, and what an adapter has merged."""
     own: Any = vars(module)
-    hooks = tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"])
-    found = own.get("forward"), *hooks, type(module).forward, own.get("max_norm")
+    found = own.get("forward"), tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"]), type(module).forward
+    if isinstance(module, nn.Embedding):
+        return *found, module.max_norm
     if not is_adapter(module):
         return found
     adapter: Any = module
     names = ("merged_adapters", "active_adapters", "disable_adapters")
     return *found, *(str(getattr(adapter, name, None)) for name in names)
-
-
-def _version(parameter: torch.Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
 
 
 class _Weight:
@@ -47,11 +44,15 @@ class _Weight:
         self._name = name
         self.parameter: nn.Parameter = self._held[name]  # type: ignore[assignment]
         self.home = self.parameter.detach()
-        self._address, self._version = self.parameter.data_ptr(), _version(self.parameter)
+        self._address = self.parameter.data_ptr()
+        self._version = None if self.parameter.is_inference() else self.parameter._version
 
     def same(self) -> bool:
+        """Whether it is this parameter still, where it lay, and not written since."""
         now = self._held.get(self._name)
-        return now is self.parameter and now.data_ptr() == self._address and _version(now) == self._version
+        if now is not self.parameter or now.data_ptr() != self._address:
+            return False
+        return self._version is None or now._version == self._version
 
 
 class ModelWatch:
@@ -72,6 +73,10 @@ class ModelWatch:
         found = list(parts(self._model))
         self._places = [(p.siblings, p.name, p.module) for p in found]
         self._states = [_state(p.module) for p in found]
+        self._classes = {type(p.module): type(p.module).forward for p in found}
+        marked = [any(state[:3]) or len(state) > 4 for state in self._states]  # the others are asked less
+        self._quiet = [(*place, vars(place[2])) for place, more in zip(self._places, marked) if not more]
+        self._marked = [(*place, state) for place, state, more in zip(self._places, self._states, marked) if more]
         held = [p for p in found if not is_adapter(p.module)]
         self._weights = [_Weight(p, name) for p in held for name, w in p.module._parameters.items() if w is not None]
         drops = [m.p for _, _, m in self._places if isinstance(m, nn.Dropout)]
@@ -80,7 +85,14 @@ class ModelWatch:
     def _same_modules(self) -> bool:
         if any(GLOBAL_HOOKS):
             return False
-        for (siblings, name, module), state in zip(self._places, self._states):
+        if any(kind.forward is not forward for kind, forward in self._classes.items()):
+            return False
+        for siblings, name, module, own in self._quiet:
+            if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+            if siblings is not None and siblings.get(name) is not module:
+                return False
+        for siblings, name, module, state in self._marked:
             if (siblings is not None and siblings.get(name) is not module) or _state(module) != state:
                 return False
         return True
@@ -112,7 +124,7 @@ class ModelWatch:
         before = {w.path: w.parameter for w in self._weights}
         for part in parts(self._model):
             if is_adapter(part.module):
-                if adapters.get(id(part.module), ())[5:] != _state(part.module)[5:]:
+                if adapters.get(id(part.module), ())[4:] != _state(part.module)[4:]:
                     return part.path
                 continue
             for name, parameter in part.module._parameters.items():
