@@ -1,7 +1,6 @@
 """`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +17,12 @@ from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
-from sinkstream.engine.watch import ModelWatch
+from sinkstream.engine.watch import ModelWatch, WatchedModel
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy, Step
 
 
-class StreamDecoder:
+class StreamDecoder(WatchedModel):
     """Decodes one or several independent streams with one set of weights; `Engine` adds generation.
 
     Parameters
@@ -232,8 +231,8 @@ class StreamDecoder:
         """
         if stream is not None:
             self._check_stream(stream)
-        elif self._watch.check() is not None:
-            self._renew()
+        else:
+            self.renew_model()
         self.state.clear(stream)
 
     def close(self) -> None:
@@ -244,11 +243,6 @@ class StreamDecoder:
     def last_steps(self) -> list[Step | None]:
         """What the policy did in each stream at the latest step; None for a stream that was idle."""
         return self.state.last_steps
-
-    @cached_property
-    def model_hash(self) -> str:
-        """Hash of the model's shape, dtype and weights."""
-        return snapshots.fingerprint(self.model)
 
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
@@ -265,31 +259,6 @@ class StreamDecoder:
         }
 
     # ---- checks ----
-
-    def check_model(self) -> None:
-        """Refuse a model that was changed after the engine was made, as every call but `step` does once.
-
-        Weights that were replaced or written are taken anew while no stream holds a token.
-
-        Raises
-        ------
-        ValueError
-            Naming what was changed and the way out; the streams are as they were.
-        """
-        changed = self._watch.check()
-        if changed is None:
-            return
-        if any(counters.seen for counters in self.state.counters):
-            raise ValueError(
-                f"the model's weights were changed after the engine was made ({changed}), and the streams hold keys and"
-                " values of the old ones; engine.reset() forgets all streams and takes the new weights"
-            )
-        self._renew()
-
-    def _renew(self) -> None:
-        self._watch.renew()
-        self._cache.checked_weights = None
-        vars(self).pop("model_hash", None)
 
     def _check_stream(self, stream: int) -> None:
         check_stream(stream, self.state.streams)

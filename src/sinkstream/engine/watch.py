@@ -6,6 +6,7 @@ step, but the keys and values of the streams, and sums that packing has made, ar
 place through ``parameter.data``, which changes neither address nor version; steps and prompts read the new values then.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from transformers import PreTrainedModel
 
 from sinkstream.engine.modules import GLOBAL_HOOKS, Part, is_adapter, parts
 from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
+from sinkstream.engine.prefill import PrefillCache
+from sinkstream.engine.snapshot import fingerprint
+from sinkstream.engine.state import StreamState
 
 
 def _state(module: nn.Module) -> tuple:
@@ -179,3 +183,58 @@ class ModelWatch:
                 f"{odd[0]} does not fit the memory that the engine reads (another shape, dtype or device, added, taken"
                 " away, or no longer tied); make the engine again"
             )
+
+
+class WatchedModel:
+    """What an engine asks of its model at every call but `step`.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+    state : StreamState
+    """
+
+    model: PreTrainedModel
+    state: StreamState
+    _watch: ModelWatch
+    _cache: PrefillCache
+
+    def check_model(self) -> None:
+        """Refuse a model that was changed after the engine was made; once a call, and never in a decode step.
+
+        Weights that were replaced or written are taken anew while no stream holds a token.
+
+        Raises
+        ------
+        ValueError
+            Naming what was changed and the way out; the streams are as they were.
+        """
+        changed = self._watch.check()
+        if changed is not None and any(counters.seen for counters in self.state.counters):
+            raise ValueError(
+                f"the model's weights were changed after the engine was made ({changed}), and the streams hold keys and"
+                " values of the old ones; engine.reset() forgets all streams and takes the new weights"
+            )
+        if changed is not None:
+            self._renew()
+
+    def renew_model(self) -> None:
+        """Take the model's weights anew if they have changed; all streams must be forgotten with it.
+
+        Raises
+        ------
+        ValueError
+            If the engine does not serve the model any more, or a weight has another shape, dtype or device.
+        """
+        if self._watch.check() is not None:
+            self._renew()
+
+    def _renew(self) -> None:
+        self._watch.renew()
+        self._cache.checked_weights = None
+        vars(self).pop("model_hash", None)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the model's shape, dtype and weights."""
+        return fingerprint(self.model)
