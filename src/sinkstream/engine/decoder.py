@@ -222,17 +222,8 @@ class StreamDecoder(WatchedModel):
         snapshots.load(path, self.state, stream, model_hash=self.model_hash)
 
     def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream, or all of them; the latter also takes the model's weights anew if they have changed.
-
-        Raises
-        ------
-        ValueError
-            If the model has been changed into one that the engine does not serve.
-        """
-        if stream is not None:
-            self._check_stream(stream)
-        else:
-            self.renew_model()
+        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
+        self.renew_model() if stream is None else self._check_stream(stream)
         self.state.clear(stream)
 
     def close(self) -> None:
