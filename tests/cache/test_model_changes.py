@@ -31,11 +31,13 @@ def test_another_dtype_is_refused_and_going_back_is_right():
     wanted = feed(model, make_cache(model, options), ids)
     cache = make_cache(model, options)
     start = feed(model, cache, ids[:, :40])
-    state = model.state_dict()
-    model.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=True)
+    kept = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     with pytest.raises(ValueError, match=r"changed from torch.float32 to torch.bfloat16 after the cache was made"):
         feed(model, cache, ids[:, 40:])
-    model.load_state_dict(state, assign=True)
+    for parameter, data in zip(model.parameters(), kept):
+        parameter.data = data
     found = torch.cat([start, feed(model, cache, ids[:, 40:])], 1)
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
 
@@ -82,3 +84,25 @@ def test_training_mode_and_autocast_are_no_obstacle():
     with torch.autocast("cpu", torch.bfloat16):
         rough = feed(model, make_cache(model, options), ids)
     assert 0 < (rough.float() - wanted).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@torch.no_grad()
+def test_weights_that_are_loaded_under_a_stream_are_refused_until_reset(assign):
+    model, other, options = build("llama"), build("llama", seed=5), small_policy("strict")
+    wanted, wanted_other = (feed(m, make_cache(m, options), ids) for m in (model, other))
+    cache, fresh = make_cache(model, options), make_cache(model, options)
+    start, first = feed(model, cache, ids[:, :40]), model.state_dict()
+    copies = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    model.load_state_dict(copies, assign=assign)
+    with pytest.raises(ValueError, match=r"weights were loaded into the model .* cache.reset\(\)"):
+        feed(model, cache, ids[:, 40:])
+    assert cache.seen_tokens == 40
+    torch.testing.assert_close(feed(model, fresh, ids), wanted_other, rtol=0, atol=TOLERANCE)
+    if assign:
+        model.load_state_dict(first, assign=True)
+        found = torch.cat([start, feed(model, cache, ids[:, 40:])], 1)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+        model.load_state_dict(copies, assign=True)
+    cache.reset()
+    torch.testing.assert_close(feed(model, cache, ids), wanted_other, rtol=0, atol=TOLERANCE)

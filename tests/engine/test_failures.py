@@ -45,11 +45,11 @@ FAILURES = {
 def test_a_streamer_is_ended_once_whatever_fails(failure, monkeypatch):
     options, error = FAILURES[failure]
     options = {"prompt": token_ids(30), "max_new_tokens": 5} | options
-    model, streamer = build("llama"), Ends()
+    e, streamer = engine(), Ends()
     if options.pop("fails", False):
         monkeypatch.setattr(PromptForward, "_forward", fail)
     with pytest.raises(error):
-        engine(model).generate(options.pop("prompt"), streamer=streamer, stop_tokens=(), **options)
+        e.generate(options.pop("prompt"), streamer=streamer, stop_tokens=(), **options)
     assert streamer.ended == 1
 
 

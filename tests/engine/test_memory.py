@@ -96,17 +96,16 @@ def test_an_interrupted_prefill_forgets_its_stream_and_no_other(policy, monkeypa
     other = [b.clone() for b in e.state.stream_buffers(1).values()]
     calls = []
 
-    def interrupt(*_):
+    def interrupt():
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    forward = PromptForward._forward
-    hook = e.model.register_forward_pre_hook(interrupt)
+    forward, begin = PromptForward._forward, e._cache.begin_forward
     monkeypatch.setattr(PromptForward, "_forward", lambda *a: interrupt() or forward(*a))
+    monkeypatch.setattr(e._cache, "begin_forward", lambda *a: interrupt() or begin(*a))
     with pytest.raises(KeyboardInterrupt):
         e.prefill(token_ids(600), stream=0)
-    hook.remove()
     monkeypatch.undo()
     assert (e.stats(stream=0)["seen"], e.stats(stream=1)["seen"]) == (0, 60)
     assert all(map(torch.equal, e.state.stream_buffers(1).values(), other))

@@ -99,7 +99,7 @@ def test_a_frame_or_a_band_off_by_one_would_show(wrong, monkeypatch):
 def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     model, ids = build("llama", layers=2), token_ids(300)
     e = engine(model, "strict", chunk_tokens=100)
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the module is called"))
+    monkeypatch.setattr(e._cache, "begin_forward", lambda *_: pytest.fail("the module is called"))
     sizes, forward = [], e._append._forward
     monkeypatch.setattr(e._append, "_forward", lambda part, stream: sizes.append(len(part)) or forward(part, stream))
     e.prefill(ids)

@@ -4,6 +4,7 @@ from sinkstream.cache.families import ATTENTION, FAMILIES, ROPE_TYPES, ModelSpec
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.rope import Rope
 from sinkstream.cache.streaming import POSITIONS, StreamingCache
+from sinkstream.cache.wrappers import inner_model
 
 __all__ = [
     "ATTENTION",
@@ -15,4 +16,5 @@ __all__ = [
     "SoftRing",
     "StreamingCache",
     "describe",
+    "inner_model",
 ]

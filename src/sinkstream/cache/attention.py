@@ -5,10 +5,13 @@ that crosses prunes. Nothing happens on import, and in a forward of anybody else
 """
 
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,19 +33,80 @@ class Forward:
         Is shown the queries of every layer.
     frames : TwoFrames or None
         Computes the attention in place of sdpa.
+    write : callable or None
+        ``write(layer, keys, values)`` puts the new entries into the cache and returns everything visible; given where
+        this function is handed the new entries alone.
     """
 
     observer: AttentionObserver | None = None
     frames: TwoFrames | None = None
+    write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 _PLAIN = Forward()
+_WRITING = torch.int8  # dtype of the mask that says so; no other mask has it
 running: ContextVar[Forward | None] = ContextVar("sinkstream_running_forward", default=None)
 _lock = threading.RLock()  # re-entrant: a cache may be collected, and let go of the model, while another one begins
 _users: WeakKeyDictionary[PreTrainedModel, set[object]] = WeakKeyDictionary()
 
 
+def _write_and_attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scaling: float
+) -> torch.Tensor:
+    """Put the new entries of one layer into the cache of the forward under way and attend to everything visible.
+
+    Parameters
+    ----------
+    query : Tensor, (batch, query_heads, tokens, head_dim)
+    key, value : Tensor, (batch, kv_heads, tokens, head_dim)
+
+    Returns
+    -------
+    Tensor, (batch, tokens, query_heads, head_dim), contiguous
+    """
+    forward = running.get()
+    if forward is None or forward.write is None:
+        raise ValueError("a compiled forward was run outside of a call of the model that its StreamingCache belongs to")
+    key, value = forward.write(layer, key, value)
+    if forward.observer is not None:
+        forward.observer.see(layer, query, key, scaling)
+    if forward.frames is not None:
+        return forward.frames.attend(query, key, value, scaling).contiguous()
+    tokens, visible, mask = query.shape[2], key.shape[2], None
+    if 1 < tokens < visible:
+        mask = torch.ones(tokens, visible, dtype=torch.bool, device=query.device).tril(visible - tokens)
+    causal = 1 < tokens == visible
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+_library = torch.library.Library("sinkstream", "FRAGMENT")
+_library.define(
+    "write_and_attend(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # its launches differ from step to step
+)
+_library.impl("write_and_attend", _write_and_attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sinkstream::write_and_attend")
+def _shape_of_attention(query, key, value, layer, scaling):
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty((batch, tokens, heads, dim))
+
+
+def writing_mask(device: torch.device) -> torch.Tensor:
+    """What a cache passes for a mask where attention writes the new entries: of four axes, so that it is passed on."""
+    return torch.ones((1, 1, 1, 1), dtype=_WRITING, device=device)
+
+
 def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
+    if attention_mask is not None and attention_mask.dtype == _WRITING:
+        # compiled, it is one opaque call: no length of the cache is in the graph
+        call = torch.ops.sinkstream.write_and_attend if torch.compiler.is_compiling() else _write_and_attend
+        return call(query, key, value, module.layer_idx, kwargs["scaling"]), None
     forward = running.get() or _PLAIN
     if forward.observer is not None:
         forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])

@@ -4,9 +4,11 @@ Between the two only the buffer changes: a prune that is due at the forward's fi
 written behind those that count. A forward that raises is dropped, and the stream goes on as if it had not been called.
 """
 
+from dataclasses import replace
+
 import torch
 
-from sinkstream.cache.attention import Forward, running, switch_attention
+from sinkstream.cache.attention import Forward, running, switch_attention, writing_mask
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.ring import SoftRing
@@ -55,10 +57,16 @@ class PendingForward:
         frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
         if frames is not None:
             switch_attention(stream.spec.decoder, stream)
-        running.set(Forward(stream.observer, frames))
+        self._attention = Forward(stream.observer, frames)
+        running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
         self.mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
+
+    def write_in_attention(self) -> torch.Tensor:
+        """Let the switched attention itself call `write`; returns the mask by which it knows."""
+        running.set(replace(self._attention, write=self.write))
+        return writing_mask(self.positions.device)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see.

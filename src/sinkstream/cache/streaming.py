@@ -23,6 +23,7 @@ from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.forward import PendingForward, check_forward
 from sinkstream.cache.hooks import attach
 from sinkstream.cache.stream import Stream
+from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
 from sinkstream.policies import EvictionPolicy, Step, structural_weights
 
@@ -102,8 +103,10 @@ class StreamingCache(AppendOnlyCache):
 
         Parameters
         ----------
-        model : PreTrainedModel
-            A supported family: gpt_neox, llama, mistral, qwen2, qwen3.
+        model : PreTrainedModel, or a wrapper of one
+            A supported family: gpt_neox, llama, mistral, qwen2, qwen3. The cache belongs to the model inside PEFT's
+            and torch.compile's wrappers and works for calls of either. Give a model that is compiled already: the cache
+            then keeps out of the compiled graphs.
         policy : EvictionPolicy or None
             Or give its options: ``sink``, ``window`` or ``cap``, ``compress_every``, ``max_drop``, ``refresh`` …
             (see `EvictionPolicy.build`).
@@ -124,6 +127,7 @@ class StreamingCache(AppendOnlyCache):
         ValueError
             If the model, an option or their combination is not supported.
         """
+        compiled, model = is_compiled(model), inner_model(model)
         spec = describe(model)
         policy = _policy_of(policy, options)
         if positions not in POSITIONS:
@@ -141,7 +145,8 @@ class StreamingCache(AppendOnlyCache):
         cache = cls(stream)
         observed = bool({"attention", "accumulated"} & policy.needs)
         in_blocks = block_tokens > 0 and spec.attention == "sdpa"
-        cache._close = attach(cache, model, attention=observed or in_blocks)
+        cache.compiled = compiled
+        cache._close = attach(cache, model, attention=observed or in_blocks or compiled)
         return cache
 
     @property
@@ -261,6 +266,8 @@ class StreamingCache(AppendOnlyCache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
+        if self.compiled:
+            return key_states, value_states  # attention writes them
         return self._write(layer_idx, key_states, value_states)
 
     def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
@@ -278,8 +285,8 @@ class StreamingCache(AppendOnlyCache):
         if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
             self.abort_forward()
         check_forward(self.stream, batch, tokens, input_ids, has_logits=self._in_model)
-        self._pending = PendingForward(self.stream, batch, tokens, input_ids, device)
-        return self._pending.positions, self._pending.mask
+        pending = self._pending = PendingForward(self.stream, batch, tokens, input_ids, device)
+        return pending.positions, pending.write_in_attention() if self.compiled else pending.mask
 
     def enter_model(self) -> None:
         """The causal language model, not its decoder alone, is being called: `commit_forward` comes after its head."""

@@ -117,6 +117,7 @@ def check(
     """
     if model is not decoder.model:
         raise ValueError("custom_generate of an engine was given another model; accepted: the model it was made with")
+    decoder.check_model()
     _check_config(config)
     unknown = [k for k, v in given.items() if v is not None and k not in (*KNOWN, *compat.NOT_PASSED)]
     for name in ("assistant_model", "negative_prompt_ids", *unknown):

@@ -1,14 +1,14 @@
 """`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from sinkstream.cache import ModelSpec
+from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.handover import prefill_by_module
@@ -19,11 +19,12 @@ from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
+from sinkstream.engine.watch import ModelWatch, WatchedModel
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy, Step
 
 
-class StreamDecoder:
+class StreamDecoder(WatchedModel):
     """Decodes one or several independent streams with one set of weights; `Engine` adds generation.
 
     Parameters
@@ -75,6 +76,7 @@ class StreamDecoder:
         chunk_tokens: int = CHUNK_TOKENS,
         **options: Any,
     ):
+        model = inner_model(model)
         self._cache = checked_cache(
             model,
             policy,
@@ -104,6 +106,7 @@ class StreamDecoder:
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
         self._append = _prompts(self.weights, self.state, chunk_tokens, self._cache, model)
+        self._watch = ModelWatch(model, self.weights)
 
     # ---- feeding ----
 
@@ -124,6 +127,7 @@ class StreamDecoder:
             Logits after the last token.
         """
         ids = self._ids(ids, stream)
+        self.check_model()
         self.state.settle()
         try:
             self._append(ids, stream)
@@ -185,6 +189,7 @@ class StreamDecoder:
             NLL of each token given everything before it; NaN for the first token of a stream.
         """
         ids, state = self._ids(ids, stream), self.state
+        self.check_model()
         begun = state.counters[stream].seen > 0
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
@@ -204,6 +209,7 @@ class StreamDecoder:
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
         """Write one stream to a safetensors file."""
         self._check_stream(stream)
+        self.check_model()
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
     def restore(self, path: str | Path, *, stream: int = 0) -> None:
@@ -215,12 +221,12 @@ class StreamDecoder:
             If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
         """
         self._check_stream(stream)
+        self.check_model()
         snapshots.load(path, self.state, stream, model_hash=self.model_hash)
 
     def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream, or all of them."""
-        if stream is not None:
-            self._check_stream(stream)
+        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
+        self.renew_model() if stream is None else self._check_stream(stream)
         self.state.clear(stream)
 
     def close(self) -> None:
@@ -231,11 +237,6 @@ class StreamDecoder:
     def last_steps(self) -> list[Step | None]:
         """What the policy did in each stream at the latest step; None for a stream that was idle."""
         return self.state.last_steps
-
-    @cached_property
-    def model_hash(self) -> str:
-        """Hash of the model's shape, dtype and weights."""
-        return snapshots.fingerprint(self.model)
 
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
@@ -289,6 +290,7 @@ def checked_cache(
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
+    model = inner_model(model)
     check_packable(model)
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:

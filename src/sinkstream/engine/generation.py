@@ -283,6 +283,7 @@ def _generate(
         end_tokens(decoder.model) if stop_tokens is None else stop_tokens, strings, callback, decoder.tokenizer
     )
     fed = {s: decoder.prompt_ids(prompt, s) for s, prompt in prompts.items()}
+    decoder.check_model()
     for stream, ids in fed.items():
         if streamer is not None:
             streamer.put(ids[None].cpu())

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-NEOX = "gpt_neox"
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = {NEOX: "gelu"} | dict.fromkeys(LLAMA_LIKE, "silu")
+from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, parts, plain
 
 _packed: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -132,8 +130,7 @@ def pack(model: PreTrainedModel) -> PackedWeights:
     if known is not None and known[1] == _addresses(model):
         return known[0]
     decoder: Any = model.get_decoder()
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    embedding, head = plain(model.get_input_embeddings()), plain(model.get_output_embeddings())
     neox = model.config.model_type == NEOX
     with torch.inference_mode(False), torch.no_grad():  # the first alone would switch gradients on again
         layers = tuple((_pack_neox if neox else _pack_llama)(layer) for layer in decoder.layers)
@@ -166,22 +163,17 @@ def check_packable(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head; give the causal language model")
-    if head.bias is not None:
+    check_modules(model)
+    if plain(head).bias is not None:
         raise ValueError(f"{type(model).__name__} has a head with a bias; accepted: a head without bias")
-    linears = [m for m in model.get_decoder().layers.modules() if list(m.parameters(recurse=False))]
-    odd = next((m for m in linears if not isinstance(m, nn.Linear | nn.LayerNorm) and not _is_rms_norm(m)), None)
-    if odd is not None:
-        raise ValueError(
-            f"layers with {type(odd).__name__} modules are not served by the engine;"
-            " accepted: plain Linear layers (no quantisation, no adapters)"
-        )
-    devices = {p.device for p in model.parameters()}
+    weights = _parameters(model)
+    devices = {p.device for p in weights}
     if len(devices) > 1 or any(d.type == "meta" for d in devices):
         raise ValueError(
             f"a model spread over {', '.join(sorted(map(str, devices)))} is not served by the engine;"
             " accepted: all weights on one device"
         )
-    dtypes = {p.dtype for p in model.parameters()}
+    dtypes = {p.dtype for p in weights}
     if len(dtypes) > 1 or dtypes - {torch.float16, torch.bfloat16, torch.float32}:
         raise ValueError(
             f"weights of dtype {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))} are not served by the"
@@ -195,8 +187,7 @@ def _pack_neox(layer: Any) -> NeoxLayer:
     if bias_in is None:
         bias_in = weight_in.new_zeros(len(weight_in))
     weight_out = _stack_columns(attention.dense, mlp.dense_4h_to_h)
-    biases = [m.bias for m in (attention.dense, mlp.dense_4h_to_h) if m.bias is not None]
-    bias_out = torch.stack([b.float() for b in biases]).sum(0).to(weight_out.dtype)
+    bias_out = _bias_out(layer)
     return NeoxLayer(
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
@@ -205,6 +196,21 @@ def _pack_neox(layer: Any) -> NeoxLayer:
         weight_out=weight_out,
         bias_out=bias_out,
     )
+
+
+def _bias_out(layer: Any) -> torch.Tensor:
+    """Sum of the biases of the attention output and the down-projection of a GPT-NeoX layer, ``(hidden,)``."""
+    outputs = [plain(layer.attention.dense), plain(layer.mlp.dense_4h_to_h)]
+    biases = [m.bias.float() for m in outputs if m.bias is not None]
+    return torch.stack(biases).sum(0).to(outputs[0].weight.dtype)
+
+
+def sum_biases(model: PreTrainedModel, weights: PackedWeights) -> None:
+    """Compute again, in place, what packing has computed of the weights: the summed biases of GPT-NeoX layers."""
+    decoder: Any = model.get_decoder()
+    for layer, packed in zip(decoder.layers, weights.layers):
+        if isinstance(packed, NeoxLayer):
+            packed.bias_out.copy_(_bias_out(layer))
 
 
 def _pack_llama(layer: Any) -> LlamaLayer:
@@ -216,13 +222,13 @@ def _pack_llama(layer: Any) -> LlamaLayer:
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
         weight_qkv=weight_qkv,
-        weight_o=attention.o_proj.weight.detach(),
+        weight_o=plain(attention.o_proj).weight.detach(),
         weight_gate_up=weight_gate_up,
-        weight_down=mlp.down_proj.weight.detach(),
+        weight_down=plain(mlp.down_proj).weight.detach(),
         bias_qkv=bias_qkv,
-        bias_o=_detached(attention.o_proj.bias),
+        bias_o=_detached(plain(attention.o_proj).bias),
         bias_gate_up=bias_gate_up,
-        bias_down=_detached(mlp.down_proj.bias),
+        bias_down=_detached(plain(mlp.down_proj).bias),
         q_norm=_norm(q_norm) if q_norm is not None else None,
         k_norm=_norm(k_norm) if k_norm is not None else None,
     )
@@ -230,6 +236,7 @@ def _pack_llama(layer: Any) -> LlamaLayer:
 
 def _stack_rows(*modules: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight whose rows are those of the modules in turn, and their bias if any has one (0 where one has none)."""
+    modules = tuple(map(plain, modules))
     first = modules[0].weight
     sizes = [m.weight.shape[0] for m in modules]
     weight = first.new_empty((sum(sizes), first.shape[1]))
@@ -245,6 +252,7 @@ def _stack_rows(*modules: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]
 
 def _stack_columns(*modules: nn.Linear) -> torch.Tensor:
     """One weight whose columns are those of the modules in turn."""
+    modules = tuple(map(plain, modules))
     first = modules[0].weight
     sizes = [m.weight.shape[1] for m in modules]
     weight = first.new_empty((first.shape[0], sum(sizes)))
@@ -260,12 +268,9 @@ def _move(parameter: torch.Tensor, place: torch.Tensor) -> None:
 
 
 def _norm(module: Any) -> Norm:
+    module = plain(module)
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
     return Norm(module.weight.detach(), _detached(getattr(module, "bias", None)), eps)
-
-
-def _is_rms_norm(module: Any) -> bool:
-    return hasattr(module, "variance_epsilon") and module.weight.ndim == 1
 
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -279,4 +284,10 @@ def _tensors(part) -> list[torch.Tensor]:
 
 def _addresses(model: PreTrainedModel) -> tuple:
     """Where every parameter lies; it changes if the model is moved or its weights are replaced."""
-    return tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters())
+    return tuple((p.data_ptr(), p.dtype, p.device) for p in _parameters(model))
+
+
+def _parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Every parameter that a decode step reads; those of merged or disabled adapters are left out."""
+    held = [part.module for part in parts(model) if not is_adapter(part.module)]
+    return [p for module in held for p in module._parameters.values() if p is not None]
