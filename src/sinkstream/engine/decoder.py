@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
+from sinkstream.cache.stream_file import fingerprint
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.handover import prefill_by_module
@@ -130,6 +131,7 @@ class StreamDecoder:
         except BaseException:
             self.state.clear(stream)
             raise
+        self.state.stale_logits.discard(stream)
         return self.state.logits[stream].clone()
 
     @torch.no_grad()
@@ -182,10 +184,11 @@ class StreamDecoder:
         Returns
         -------
         Tensor, (tokens,), float32, nats
-            NLL of each token given everything before it; NaN for the first token of a stream.
+            NLL of each token given everything before it; NaN for the first token of a stream, and for the first one
+            after `restore` from a file that has no logits.
         """
         ids, state = self._ids(ids, stream), self.state
-        begun = state.counters[stream].seen > 0
+        begun = state.counters[stream].seen > 0 and stream not in state.stale_logits
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
         for i, token in enumerate(ids.split(1)):
@@ -202,12 +205,17 @@ class StreamDecoder:
     # ---- keeping ----
 
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
-        """Write one stream to a safetensors file."""
+        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read."""
         self._check_stream(stream)
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
-    def restore(self, path: str | Path, *, stream: int = 0) -> None:
-        """Replace one stream by the stream of a snapshot, which continues bit for bit.
+    def restore(self, path: str | Path, *, stream: int = 0, row: int | None = None) -> None:
+        """Replace one stream by that of a file of `snapshot`, which continues bit for bit, or of a cache's `save`.
+
+        Parameters
+        ----------
+        row : int or None
+            Which row, where a cache has saved a batch.
 
         Raises
         ------
@@ -215,7 +223,7 @@ class StreamDecoder:
             If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
         """
         self._check_stream(stream)
-        snapshots.load(path, self.state, stream, model_hash=self.model_hash)
+        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
 
     def reset(self, *, stream: int | None = None) -> None:
         """Forget one stream, or all of them."""
@@ -235,7 +243,7 @@ class StreamDecoder:
     @cached_property
     def model_hash(self) -> str:
         """Hash of the model's shape, dtype and weights."""
-        return snapshots.fingerprint(self.model)
+        return fingerprint(self.model)
 
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
@@ -271,6 +279,11 @@ class StreamDecoder:
         ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
         if not len(ids) and not self.state.counters[stream].seen:
             raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        if not len(ids) and stream in self.state.stale_logits:
+            raise ValueError(
+                f"stream {stream} was restored from a cache's file, which has no logits, and the prompt is empty;"
+                " give at least one token"
+            )
         return ids
 
 

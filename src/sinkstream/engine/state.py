@@ -55,12 +55,14 @@ class StreamState(StreamBuffers):
         self.structure = None if structure is None else structure.to(device)
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
+        self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
         self.clear()
 
     def clear(self, stream: int | None = None) -> None:
         """Forget one stream, or all of them; addresses stay."""
         which = range(self.streams) if stream is None else [stream]
+        self.stale_logits.difference_update(which)
         if stream is None:
             self.schedules = [PruneSchedule(self.policy) for _ in which]
             self.counters = [Counters(self.geometry) for _ in which]
@@ -153,6 +155,7 @@ class StreamState(StreamBuffers):
                 part.copy_(saved)
         self._row += 1
         self.last_steps = [None] * self.streams
+        self.stale_logits.difference_update(active)
         for s in active:
             done = self.last_steps[s] = self.schedules[s].step()
             self.counters[s].append(done.drop)
