@@ -155,7 +155,7 @@ def _register(module: nn.Module, *, is_decoder: bool) -> list[Any]:
 
 
 def _shed(module: Any) -> None:
-    """Take off what a copy of a hooked model has brought along: hooks and a switched attention of no cache of its own."""
+    """Take off what a copy of a hooked model has brought along: hooks and a switched attention of no cache of it."""
     if module in _hooked:
         return
     with _lock:
