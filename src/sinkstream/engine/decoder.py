@@ -248,16 +248,7 @@ class StreamDecoder:
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
         self._check_stream(stream)
-        c = self.state.counters[stream]
-        return {
-            "seen": c.seen,
-            "kept": c.kept,
-            "evicted": c.seen - c.kept,
-            "events": c.events,
-            "rebases": c.rebases,
-            "bytes": self.state.bytes,
-            "weight_bytes": self.weights.step_bytes,
-        }
+        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
 
     # ---- checks ----
 
@@ -277,13 +268,8 @@ class StreamDecoder:
             Also for an empty prompt of a stream that has not begun.
         """
         ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
-        if not len(ids) and not self.state.counters[stream].seen:
-            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
-        if not len(ids) and stream in self.state.stale_logits:
-            raise ValueError(
-                f"stream {stream} was restored from a cache's file, which has no logits, and the prompt is empty;"
-                " give at least one token"
-            )
+        if not len(ids):
+            self.state.check_goes_on(stream)
         return ids
 
 

@@ -76,6 +76,22 @@ class StreamState(StreamBuffers):
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
 
+    def stats(self, stream: int) -> dict[str, int]:
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
+        c = self.counters[stream]
+        counts = {"seen": c.seen, "kept": c.kept, "evicted": c.seen - c.kept, "events": c.events, "rebases": c.rebases}
+        return counts | {"bytes": self.bytes}
+
+    def check_goes_on(self, stream: int) -> None:
+        """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""
+        if not self.counters[stream].seen:
+            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        if stream in self.stale_logits:
+            raise ValueError(
+                f"stream {stream} was restored from a cache's file, which has no logits, and the prompt is empty;"
+                " give at least one token"
+            )
+
     # ---- which tokens ----
 
     def choose(self, tokens: torch.Tensor | None) -> None:
