@@ -1,6 +1,6 @@
 """`StreamingCache` under generate(): greedy, sampling, streamers, long prompts, turns, and what is refused."""
 
-import copy
+import pickle
 
 import pytest
 import torch
@@ -195,8 +195,12 @@ def other_model(model, ids, cache):
     build("llama", seed=1)(ids[:, :3], **with_cache(model, cache))
 
 
-def copied(model, ids, cache):
-    copy.deepcopy(cache)
+def pickled(model, ids, cache):
+    pickle.dumps(cache)
+
+
+def without_cache(model, ids, cache):
+    model.generate(ids[:, :60], **with_cache(model, cache), use_cache=False, max_new_tokens=3)
 
 
 def repeated(model, ids, cache):
@@ -220,7 +224,8 @@ REFUSED = {
     no_tokens: "0 tokens",
     other_batch: "batch of 2, but this cache holds 1 streams",
     other_model: "not attached to the model",
-    copied: "cannot be copied",
+    pickled: r"cannot be pickled; accepted: cache.save\(path\)",
+    without_cache: "use_cache=False and a streaming cache exclude each other",
     repeated: "change its batch",
     selected: "change its batch",
 }

@@ -96,12 +96,19 @@ def test_json_file_gives_its_texts(tmp_path, value, text):
         ("a.txt", b" \n\t", "'a' .file a.txt. is empty"),
         ("a.txt", b"abc\0def", "a.txt' holds NUL bytes"),
         ("a.txt", b"\x89PNG\xff", "a.txt' is binary or not in UTF-8: byte 0"),
-        ("a.pdf", b"abc", "a.pdf' has the suffix '.pdf'; accepted: .txt, .json"),
-        ("a", b"abc", "a' has the suffix ''; accepted"),
+        ("a.pdf", b"%PDF-1.7\xe2\xe3", "a.pdf' is binary or not in UTF-8: byte 8"),
+        ("a", b"ab\0c", "a' holds NUL bytes"),
         ("a.json", b"{", "a.json' is not valid JSON"),
         ("a.json", b"[" * 100_000, "a.json' is not valid JSON"),
+        ("a.jsonl", b'"one"\n{"text": "tw', "a.jsonl': line 2 is not valid JSON"),
+        ("a.jsonl", b'"one"\n\n{"body": "two", "n": 3}', "line 3 has no field 'text'; its fields: body .FILE:FIELD."),
+        ("a.jsonl", b'{"n": 3}', "line 1 has no field 'text'; its fields: none that is text"),
+        ("a.jsonl", b'{"text": 3}', "field 'text' of line 1 is no string"),
+        ("a.jsonl", b'"one"\n[1]', "line 2 is no string; accepted"),
+        ("a.jsonl", b"\n \n", "file a.jsonl. is empty"),
+        ("a.jsonl", b"", "a.jsonl' is empty"),
         ("a.json", b'"just a string"', "a.json' has another form"),
-        ("a.json", b'{"title": "x"}', "a.json' has another form"),
+        ("a.json", b'{"title": "x"}', "its object has no field 'text'; its fields: title"),
         ("a.json", b'{"text": ["x"]}', "a.json' has another form"),
         ("a.json", b'["x", 1]', "a.json' has another form"),
         ("a.json", b"[]", "file a.json. is empty"),
@@ -119,10 +126,72 @@ def test_bad_file_is_refused_by_name(tmp_path, name, content, message):
 def test_missing_file_directory_and_unknown_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.txt' does not exist"):
         load_text(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="holds no text files"):
         load_text(str(tmp_path))
-    with pytest.raises(ValueError, match=r"unknown text 'pg20'; accepted: builtin, pg19, wikitext, or a file \.txt"):
-        load_text("pg20")
+    for unknown in ("pg20", "pg20:body"):
+        with pytest.raises(
+            ValueError, match=rf"unknown text '{unknown}'; accepted: builtin, pg19, wikitext, or a file: \.txt"
+        ):
+            load_text(unknown)
+
+
+def test_lines_of_json_give_the_field_that_is_named(tmp_path):
+    rows = [{"text": "one", "body": "1"}, {"text": "two", "body": "line 2"}]
+    lines = "\r\n".join(json.dumps(row) for row in rows)
+    path = tmp_path / "a.JSONL"
+    path.write_text(lines + "\n\n")
+    assert load_text(str(path)).text == "one\n\ntwo"
+    text = load_text(f"{path}:body")
+    assert text.text == "1\n\n" + rows[1]["body"]
+    assert (text.name, text.source) == ("a", "file a.JSONL, field 'body'")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    assert load_text(f"{tmp_path / 'b.json'}:body").text == text.text
+    for wrong, words in (
+        (f"{path}:title", "line 1 has no field 'title'; its fields: text, body"),
+        (f"{path}:", "names no field"),
+        (f"{tmp_path / 'c.jsonl'}:body", r"c\.jsonl' does not exist"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_text(wrong)
+    (tmp_path / "plain.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"plain\.txt' has no fields; accepted: FILE\.json:FIELD"):
+        load_text(f"{tmp_path / 'plain.txt'}:body")
+    (tmp_path / "odd:name.txt").write_text("a colon in a name")
+    assert load_text(str(tmp_path / "odd:name.txt")).text == "a colon in a name"
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.rst", "code.py", "LICENSE", "a.tar.txt"])
+def test_any_text_file_is_taken_as_it_is(tmp_path, name):
+    (tmp_path / name).write_text("# One\n\ntwo\n")
+    assert load_text(str(tmp_path / name)).text == "# One\n\ntwo\n"
+
+
+def test_a_directory_is_its_files_sorted_by_path(tmp_path, monkeypatch):
+    folder = tmp_path / "books"
+    held = {
+        "b.txt": "two",
+        "a/z.md": "one",
+        "c.jsonl": '{"text": "three", "body": "3"}\n"four"',
+        "d/.x/y": "no",
+        ".e": "\0",
+    }
+    for name, content in sorted(held.items(), reverse=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    text = load_text(str(folder))
+    assert text.text == "one\n\ntwo\n\nthree\n\nfour"
+    assert (text.name, text.source) == ("books", "directory books, 3 files")
+    monkeypatch.chdir(folder)
+    assert load_text(".") == text
+    assert load_text(f"{folder}:body").text == "one\n\ntwo\n\n3\n\nfour"
+    (folder / "a.bin").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"a\.bin' holds NUL bytes"):
+        load_text(str(folder))
+    (folder / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.bin' is empty"):
+        load_text(str(folder))
+    with pytest.raises(ValueError, match=r"holds no \.json or \.jsonl files, and field 'body' is named"):
+        load_text(f"{folder / 'a'}:body")
 
 
 # The hub

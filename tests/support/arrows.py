@@ -15,7 +15,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "data": LEAVES,
     "models": LEAVES,
     "policies": LEAVES,
-    "cache": LEAVES | {"policies", "kernels"},
+    "cache": LEAVES | {"records", "policies", "kernels"},
     "kernels": LEAVES,
     "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
     "evaluation": BASE | {"cache", "engine", "show"},

@@ -4,6 +4,9 @@
 before it are. So the cache remembers what it saw: the latest ids themselves, all earlier ones as one hash a row.
 """
 
+import copy
+from typing import Any
+
 import torch
 
 REMEMBERED = 8_192  # the latest ids, at least; the oldest half of the buffer is hashed when it is full
@@ -29,6 +32,25 @@ class SeenTokens:
     def bytes(self) -> int:
         """Memory held, in bytes."""
         return sum(t.numel() * t.element_size() for t in (self._ids, self._hash))
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Counts, and the tensors ``seen_ids`` (batch, latest) and ``seen_hash`` (batch,), for the file of a stream."""
+        counts = {"hashed": self._hashed, "complete": self.complete}
+        return counts, {"seen_ids": self._ids[:, : self._count], "seen_hash": self._hash}
+
+    def load(self, counts: dict[str, Any], ids: torch.Tensor, hashed: torch.Tensor) -> None:
+        """Take over what `saved` gave; raises ValueError if it is of another shape."""
+        if ids.shape[1] > self._ids.shape[1] or len(ids) != len(self._ids) or hashed.shape != self._hash.shape:
+            raise ValueError(f"ids of shape {tuple(ids.shape)}; accepted: {len(self._ids)} rows of {2 * REMEMBERED}")
+        self._hashed, self.complete, self._count = int(counts["hashed"]), bool(counts["complete"]), ids.shape[1]
+        self._ids[:, : self._count] = ids
+        self._hash.copy_(hashed)
+
+    def copy(self) -> "SeenTokens":
+        """The same tokens in buffers of their own."""
+        other = copy.copy(self)
+        other._ids, other._hash = self._ids.clone(), self._hash.clone()
+        return other
 
     def append(self, ids: torch.Tensor | None) -> None:
         """Remember new tokens ``(batch, new)``; None where the caller gave embeddings: then nothing can be compared."""

@@ -39,6 +39,7 @@ class PendingForward:
     def __init__(self, stream: Stream, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
         self.stream, self.tokens, self.input_ids = stream, tokens, input_ids
         self._layers_written = 0
+        stream.own()
         ring = stream.ring
         if ring is None or ring.seen == 0:
             ring = stream.allocate(batch, device)
@@ -74,13 +75,18 @@ class PendingForward:
         Raises
         ------
         ValueError
-            If the model's dtype is not that of the buffers.
+            If the model's dtype or device is not that of the buffers.
         """
         spec = self.stream.spec
         if keys.dtype != spec.dtype and not torch.is_autocast_enabled(keys.device.type):
             raise ValueError(
                 f"the model's dtype was changed from {spec.dtype} to {keys.dtype} after the cache was made;"
                 " change it back, or make the cache again"
+            )
+        if keys.device != self.ring.keys.device:
+            raise ValueError(
+                f"the model was moved from {self.ring.keys.device} to {keys.device} after the cache was filled; move it"
+                " back, or begin again with cache.reset()"
             )
         self._layers_written += 1
         visible = self.ring.write(layer, keys, values)

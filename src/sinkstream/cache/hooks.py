@@ -156,6 +156,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
     user = object()
     with _lock:
         for module in modules:
+            _shed(module)
             hooked = _hooked.setdefault(module, _Hooked())
             hooked.users.add(user)
             if cache.compiled and not hooked.untraced:  # a compiler must not look into the hooks of other caches either
@@ -196,6 +197,22 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         hooked.weights = _weights_of(module)
 
 
+def _shed(module: Any) -> None:
+    """Take off what a copy of a hooked model has brought along: hooks and a switched attention of no cache of it."""
+    if module in _hooked:
+        return
+    with _lock:
+        ours = (_before_decoder, _after_decoder, _before_model, _after_model)
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = getattr(module, name)
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                for flags in ("", "_with_kwargs", "_always_called"):
+                    getattr(module, name + flags, {}).pop(key, None)
+        _unwatch_prompts(module)
+        if compat.attention_implementation(module.config) == SINKSTREAM_SDPA:
+            module.set_attn_implementation("sdpa")
+
+
 def _detach(modules: "list[weakref.ref[nn.Module]]", user: object, chunk_user: object) -> None:
     decoder: Any = modules[0]()
     with _lock:
@@ -226,13 +243,19 @@ def _watch_prompts(module: nn.Module) -> None:
 
 
 def _unwatch_prompts(module: nn.Module) -> None:
-    if getattr(vars(module).get(_PREPARE), "__func__", None) is _prepare:
+    ours = (_prepare, getattr(type(module), _PREPARE, None))  # a pickle binds the latter
+    if _PREPARE in vars(module) and getattr(vars(module)[_PREPARE], "__func__", None) in ours:
         delattr(module, _PREPARE)
 
 
 def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=None, **kwargs):
     """As the method of the class; a conversation that is passed again must be the one that the cache has seen."""
     cache = compat.find_argument(HookedCache, args, kwargs)
+    if cache is not None and kwargs.get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False and a streaming cache exclude each other in generate(), which would feed the whole text"
+            " for every token; accepted: use_cache=True, or no cache"
+        )
     again = kwargs.get("is_first_iteration") and next_sequence_length is not None  # not the new tokens alone
     if cache is not None and again and input_ids is not None and inputs_embeds is None:
         cache.check_conversation(input_ids)
@@ -261,6 +284,7 @@ def _models_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None) 
 
 def _before_decoder(module, args, kwargs=None):
     running.set(None)  # an interrupt may have ended the forward before without a word
+    _shed(module)
     cache = _decoders_cache(module, args, kwargs)
     if cache is None:
         return None
@@ -289,6 +313,7 @@ def _after_decoder(module, args, kwargs=None, output=None):
 
 
 def _before_model(module, args, kwargs=None):
+    _shed(module)
     cache = _models_cache(module, args, kwargs)
     if cache is None:
         return None
@@ -349,7 +374,7 @@ def _check_attention(made_for: str, now: str | None) -> None:
 
 def _check_frequencies(cache: HookedCache, now: torch.Tensor) -> None:
     """Refuse rotary frequencies that are not those the cache rotates by; compared whenever the module has new ones."""
-    if now is cache.checked_frequencies:
+    if now is cache.checked_frequencies or now.is_meta:
         return
     if not torch.equal(now.detach().to("cpu", torch.float64), cache.spec.rope.inv_freq):
         raise ValueError(

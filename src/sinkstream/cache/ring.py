@@ -8,7 +8,9 @@ Two frames (design: window keys keep the rotation they were written with): pinne
 prune, from an unrotated float32 copy, so that their error never accumulates.
 """
 
+import copy
 from collections.abc import Callable
+from typing import Self
 
 import torch
 
@@ -70,6 +72,23 @@ class RingBuffers:
         """Everything cached now, oldest first: views of keys, values and channels by name, slots on axis 3."""
         buffers = {"keys": self.keys, "values": self.values, **self.channels}
         return {name: buffer.narrow(SLOT_AXIS, self.start, self.live) for name, buffer in buffers.items()}
+
+    def twin(self) -> Self:
+        """A ring with the same buffers, which either may write to after `copy_buffers` only."""
+        other = copy.copy(self)
+        other.channels = dict(self.channels)
+        return other
+
+    def copy_buffers(self) -> None:
+        """Copy what is cached to buffers of its own, at the same slots."""
+        with torch.inference_mode(False):
+            copies = {}
+            for name, stored in self.stored.items():
+                whole = self.channels.get(name, self.keys)
+                copies[name] = torch.zeros_like(whole)
+                copies[name].narrow(SLOT_AXIS, self.start, self.live).copy_(stored)
+        self.keys, self.values = copies.pop("keys"), copies.pop("values")
+        self.channels = copies
 
     def open(self, tokens: int) -> None:
         """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
@@ -175,6 +194,7 @@ class SoftRing(RingBuffers):
         first_window: int = 0,
         pinned_keys: torch.Tensor | None = None,
         pinned_positions: torch.Tensor | None = None,
+        start: int = 0,
     ) -> None:
         """Take over a stream that was held elsewhere; the ring must be empty.
 
@@ -192,9 +212,11 @@ class SoftRing(RingBuffers):
             Keys of the pinned entries (the first of `slots`), not rotated; None before the first prune.
         pinned_positions : Tensor or None, (layers or 1, batch or 1, kv_heads or 1, pinned), int64
             Their indices in the stream.
+        start : int
+            Slot of the oldest entry.
         """
         assert self.tail == 0, f"{self.live} entries are cached already"
-        self.base, self.tail = base, len(slots)
+        self.base, self.start, self.tail = base, start, start + len(slots)
         for name, target in self.stored.items():
             for row, source_row in zip(target, source[name]):  # one layer at a time: the source may be the target
                 row.copy_(source_row.index_select(SLOT_AXIS - 1, slots))

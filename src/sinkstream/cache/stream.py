@@ -1,5 +1,7 @@
 """`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
 
+import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +61,7 @@ class Stream:
     last_steps: Sequence[Step]
     log_probs: torch.Tensor | None
 
+    _sharers: "weakref.WeakSet[Stream] | None" = None  # all that read the same buffers, this stream among them
     remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
 
     def __init__(
@@ -78,6 +81,7 @@ class Stream:
 
     def clear(self) -> None:
         """Forget everything; memory is given back."""
+        self._leave()
         self.ring = self.observer = self.seen_ids = self.log_probs = None
         self.last_steps = []
         self.schedule = PruneSchedule(self.policy)
@@ -104,14 +108,16 @@ class Stream:
         return self.speculative and "accumulated" not in self.policy.needs
 
     def stats(self) -> dict[str, int]:
-        """Counts: seen, kept, evicted tokens, prune events, rebases, and the bytes held."""
+        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks."""
+        held = sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part)
         return {
             "seen": self.seen,
             "kept": self.kept,
             "evicted": self.seen - self.kept,
             "events": self.events,
             "rebases": self.ring.rebases if self.ring else 0,
-            "bytes": sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part),
+            "bytes": held,
+            "shared_bytes": held if self.shares else 0,
         }
 
     def capacity(self) -> int:
@@ -168,6 +174,52 @@ class Stream:
         if logits is not None:
             self.log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
         return ring
+
+    def fork(self, *, share: bool = True) -> "Stream":
+        """The same stream so far, to go on independently.
+
+        Parameters
+        ----------
+        share : bool
+            Whether the buffers are shared until one of the two is about to write (`own`); else they are copied at once.
+        """
+        other = copy.copy(self)  # what is replaced and never written to may be shared
+        other._sharers = None
+        ring, observer = self.ring, self.observer
+        if ring is None or not ring.seen:
+            other.clear()
+            return other
+        other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
+        other.ring = ring.twin()
+        if observer is not None:
+            other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)
+            other.observer.accumulate, other.observer.scaling = observer.accumulate, observer.scaling
+            other.observer.queries = dict(observer.queries)
+        if self._sharers is None:
+            self._sharers = weakref.WeakSet([self])
+        self._sharers.add(other)
+        other._sharers = self._sharers
+        if not share:
+            other.own()
+        return other
+
+    def own(self) -> None:
+        """Make sure that nobody else reads the buffers: comes before every write."""
+        if self.shares:
+            assert self.ring is not None, "what is shared is there"
+            self.ring.copy_buffers()
+            self.seen_ids = self.seen_ids.copy() if self.seen_ids is not None else None
+        self._leave()
+
+    @property
+    def shares(self) -> bool:
+        """Whether another stream reads the same buffers."""
+        return self._sharers is not None and len(self._sharers) > 1
+
+    def _leave(self) -> None:
+        sharers, self._sharers = self._sharers, None
+        if sharers is not None:
+            sharers.discard(self)
 
     def choose(self, leaving: int) -> Refreshed:
         """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""

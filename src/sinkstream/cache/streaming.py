@@ -8,20 +8,17 @@ tokens are coming and put positions and masks right; they act on calls with this
 `Stream` is what the cache holds between two forwards, `PendingForward` is one forward.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from sinkstream.cache.append_only import AppendOnlyCache
 from sinkstream.cache.attention import release_attention, running
+from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec, describe
 from sinkstream.cache.forward import PendingForward, check_forward
-from sinkstream.cache.hooks import attach
 from sinkstream.cache.stream import Stream
 from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
@@ -32,37 +29,7 @@ CHUNK = 2_048  # tokens of one forward of a prompt
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
-class StreamingLayer(CacheLayerMixin):
-    """One layer's window onto the cache: transformers writes through it, the cache keeps the books."""
-
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, cache: "StreamingCache", index: int):
-        super().__init__()
-        self._cache, self._index = weakref.proxy(cache), index
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the cache allocates all layers at once."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write new entries ``(batch, kv_heads, new, head_dim)``; returns everything the queries may see."""
-        return self._cache._write(self._index, key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Physical length with the new entries, and the stream index that its first column stands for."""
-        return self._cache.kept_tokens + query_length, self._cache.seen_tokens - self._cache.kept_tokens
-
-    def get_seq_length(self) -> int:
-        """Tokens seen since the beginning of the stream, evicted ones included."""
-        return self._cache.seen_tokens
-
-    def get_max_length(self) -> int:
-        """No limit: the stream may be endless."""
-        return -1
-
-
-class StreamingCache(AppendOnlyCache):
+class StreamingCache(CopiedCache):
     """Attention sinks, pinned tokens and a window of KV entries, under an eviction policy.
 
     Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, batch rows of
@@ -79,12 +46,6 @@ class StreamingCache(AppendOnlyCache):
     stream_class: ClassVar[type[Stream]] = Stream
     _pending: PendingForward | None = None  # a forward that has begun
     _in_model = False  # whether the causal model, not its decoder alone, is being called
-
-    def __init__(self, stream: Stream):
-        super().__init__(layers=[StreamingLayer(self, i) for i in range(stream.spec.layers)])
-        self.spec, self.policy, self.stream = stream.spec, stream.policy, stream
-        self.chunk_user = stream
-        self._close: Callable[[], None] = lambda: None
 
     @classmethod
     def for_model(
@@ -143,10 +104,8 @@ class StreamingCache(AppendOnlyCache):
             spec, policy, positions=positions, rebase_at=rebase_at, structure=structure, block_tokens=block_tokens
         )
         cache = cls(stream)
-        observed = bool({"attention", "accumulated"} & policy.needs)
-        in_blocks = block_tokens > 0 and spec.attention == "sdpa"
         cache.compiled = compiled
-        cache._close = attach(cache, model, attention=observed or in_blocks or compiled)
+        cache.attach_to(model)
         return cache
 
     @property
@@ -170,18 +129,13 @@ class StreamingCache(AppendOnlyCache):
         return self.stream.last_steps
 
     def stats(self) -> dict[str, int]:
-        """Counts of this stream: seen, kept, evicted tokens, prune events, rebases, and the bytes held."""
+        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks."""
         return self.stream.stats()
 
     def reset(self) -> None:
         """Forget the stream; memory is given back and the cache can be used for another one."""
         self.abort_forward()
         self.stream.clear()
-
-    def close(self) -> None:
-        """Take the hooks off the model. Happens by itself when the cache is collected."""
-        self._close()
-        self.model = None
 
     def chunks(self, tokens: int, chunk_tokens: int = CHUNK) -> Iterator[int]:
         """Sizes of the forwards that feed `tokens` tokens: at most `chunk_tokens`, cut where the policy must decide.

@@ -100,7 +100,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
     """Add ``--text``, with `tokens` also ``--tokens``; with `random`, random tokens are accepted as a text."""
     kinds = "pg19, wikitext, builtin, random" if random else "pg19, wikitext, builtin"
-    group.add_argument("--text", default="builtin", help=f"{kinds}, or a .txt or .json file")
+    group.add_argument("--text", default="builtin", help=f"{kinds}, or a text file, FILE.jsonl:FIELD or directory")
     if tokens:
         group.add_argument("--tokens", type=int, help="tokens of the text (default: the text's own protocol length)")
 

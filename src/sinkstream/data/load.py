@@ -12,19 +12,24 @@ def load_text(spec: str) -> Text:
     Parameters
     ----------
     spec : str
-        A name in `TEXTS`, or a file: `.txt` (UTF-8), or `.json` (an object with a "text", or a list of such objects
-        or of strings, which are joined by empty lines).
+        A name in `TEXTS`, a file or a directory. A file in UTF-8 is a text; a `.json` file (an object, or a list of
+        objects or strings) and the lines of a `.jsonl` file (objects or strings) give their "text", or the field of
+        ``FILE:FIELD``, joined by empty lines. Of a directory: all its files, sorted by path, joined likewise.
 
     Raises
     ------
     ValueError
-        For an unknown name or suffix, a file that is missing, empty, binary or of another form, and for a text that
+        For an unknown name or field, a file that is missing, empty, binary or of another form, and for a text that
         cannot be had from the hub.
     """
     if spec in TEXTS:
         return TEXTS[spec]()
-    if not Path(spec).suffix and not Path(spec).exists():
-        raise ValueError(
-            f"unknown text {spec!r}; accepted: {', '.join(TEXTS)}, or a file {' or '.join(files.SUFFIXES)}"
-        )
-    return files.read_text(Path(spec).expanduser())
+    path, field = Path(spec).expanduser(), None
+    if not path.exists() and ":" in spec:
+        file, _, field = spec.rpartition(":")
+        path = Path(file).expanduser()
+        if not field:
+            raise ValueError(f"text {spec!r} names no field; accepted: FILE:FIELD")
+    if not path.suffix and not path.exists():
+        raise ValueError(f"unknown text {spec!r}; accepted: {', '.join(TEXTS)}, or a file: {', '.join(files.FORMATS)}")
+    return files.read_text(path, field)

@@ -134,6 +134,7 @@ class StreamDecoder(WatchedModel):
         except BaseException:
             self.state.clear(stream)
             raise
+        self.state.stale_logits.discard(stream)
         return self.state.logits[stream].clone()
 
     @torch.no_grad()
@@ -186,11 +187,12 @@ class StreamDecoder(WatchedModel):
         Returns
         -------
         Tensor, (tokens,), float32, nats
-            NLL of each token given everything before it; NaN for the first token of a stream.
+            NLL of each token given everything before it; NaN for the first token of a stream, and for the first one
+            after `restore` from a file that has no logits.
         """
         ids, state = self._ids(ids, stream), self.state
         self.check_model()
-        begun = state.counters[stream].seen > 0
+        begun = state.counters[stream].seen > 0 and stream not in state.stale_logits
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
         for i, token in enumerate(ids.split(1)):
@@ -207,13 +209,18 @@ class StreamDecoder(WatchedModel):
     # ---- keeping ----
 
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
-        """Write one stream to a safetensors file."""
+        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read."""
         self._check_stream(stream)
         self.check_model()
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
-    def restore(self, path: str | Path, *, stream: int = 0) -> None:
-        """Replace one stream by the stream of a snapshot, which continues bit for bit.
+    def restore(self, path: str | Path, *, stream: int = 0, row: int | None = None) -> None:
+        """Replace one stream by that of a file of `snapshot`, which continues bit for bit, or of a cache's `save`.
+
+        Parameters
+        ----------
+        row : int or None
+            Which row, where a cache has saved a batch.
 
         Raises
         ------
@@ -222,7 +229,7 @@ class StreamDecoder(WatchedModel):
         """
         self._check_stream(stream)
         self.check_model()
-        snapshots.load(path, self.state, stream, model_hash=self.model_hash)
+        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
 
     def reset(self, *, stream: int | None = None) -> None:
         """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
@@ -241,16 +248,7 @@ class StreamDecoder(WatchedModel):
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
         self._check_stream(stream)
-        c = self.state.counters[stream]
-        return {
-            "seen": c.seen,
-            "kept": c.kept,
-            "evicted": c.seen - c.kept,
-            "events": c.events,
-            "rebases": c.rebases,
-            "bytes": self.state.bytes,
-            "weight_bytes": self.weights.step_bytes,
-        }
+        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
 
     # ---- checks ----
 
@@ -270,8 +268,8 @@ class StreamDecoder(WatchedModel):
             Also for an empty prompt of a stream that has not begun.
         """
         ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
-        if not len(ids) and not self.state.counters[stream].seen:
-            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        if not len(ids):
+            self.state.check_goes_on(stream)
         return ids
 
 

@@ -1,40 +1,23 @@
-"""Snapshots: one stream in one safetensors file, to go on with later, bit for bit, on any backend."""
+"""Snapshots: an engine's side of `cache.stream_file`. A file goes on bit for bit in another engine, and in a cache."""
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
-from transformers import PreTrainedModel
 
-from sinkstream import __version__
+from sinkstream.cache.stream_file import (
+    SavedStream,
+    StreamCounts,
+    check_fits,
+    check_tensors,
+    identity,
+    read_stream,
+    saved_schedule,
+    schedule_record,
+    write_stream,
+)
 from sinkstream.engine.geometry import Counters
+from sinkstream.engine.refresh import copy_sinks, latest_queries, pinned_tokens, window_slots, write_pinned
 from sinkstream.engine.state import StreamState
-from sinkstream.policies import PruneSchedule
-from sinkstream.records.files import write_atomically
-
-FORMAT = 1
-COUNTED = [f.name for f in fields(Counters) if f.name != "geometry"]
-HEADER = ("format", "sinkstream", "model", "policy", "positions", "counters", "schedule")
-
-
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model's shape and weights: the same for the same weights in the same dtype, on any device.
-
-    Every row of every parameter enters through the exact sum of its bit patterns, so that no weight can change unseen.
-    """
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        bits = parameter.detach().view(torch.int16 if parameter.dtype.itemsize == 2 else torch.int32)
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) -> None:
@@ -44,29 +27,24 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
     ----------
     path : str or Path
         An existing file is replaced, in one piece.
+    model_hash : str
+        `cache.stream_file.fingerprint` of the model.
 
     Raises
     ------
     WriteError
         If the file cannot be written; an older one stays as it was.
     """
-    state.settle()
-    counters = {name: getattr(state.counters[stream], name) for name in COUNTED}
-    header = {
-        "format": FORMAT,
-        "sinkstream": __version__,
-        "model": model_hash,
-        "policy": state.policy.record(),
-        "positions": "original" if state.geometry.original else "cache",
-        "counters": counters,
-        "schedule": _plain(vars(state.schedules[stream])),
-    }
-    tensors = {name: t.cpu().contiguous().clone() for name, t in state.stream_buffers(stream).items() if t.numel()}
-    write_atomically(path, safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)}))
+    write_stream(path, stream_record(state, stream, model_hash=model_hash))
 
 
-def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) -> None:
-    """Read a file that `save` wrote into one stream.
+def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str, row: int | None = None) -> None:
+    """Read a file of an engine or a cache into one stream.
+
+    Parameters
+    ----------
+    row : int or None
+        Which row, where the file holds a batch.
 
     Raises
     ------
@@ -74,97 +52,105 @@ def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
         If the file is no snapshot, or one of another format, model, policy or kind of positions; the stream is left as
         it was.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no snapshot {str(path)!r}")
-    try:
-        file = safe_open(str(path), "pt")
-    except Exception as error:
-        raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
-    with file:
-        header = _header(file.metadata(), path)
-        _check_header(header, state, model_hash, path)
-        buffers = state.stream_buffers(stream)
-        buffers = {name: b for name, b in buffers.items() if b.numel()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    for name, buffer in buffers.items():
-        if name not in tensors or tensors[name].shape != buffer.shape or tensors[name].dtype != buffer.dtype:
-            raise ValueError(f"snapshot {str(path)!r} does not fit: {name} is missing or of another shape or dtype")
-    state.clear(stream)
-    for name, buffer in buffers.items():
-        buffer.copy_(tensors[name])
-    for name, value in header["counters"].items():
-        setattr(state.counters[stream], name, value)
-    state.schedules[stream] = _schedule(state, header["schedule"])
-
-
-def _header(metadata: Mapping[str, str] | None, path) -> dict[str, Any]:
-    if metadata is None or "sinkstream" not in metadata:
-        raise ValueError(f"{str(path)!r} is not a snapshot of a sinkstream engine")
-    try:
-        header = json.loads(metadata["sinkstream"])
-    except ValueError:
-        header = None
-    absent = [name for name in HEADER if not isinstance(header, dict) or name not in header]
-    if absent and (not isinstance(header, dict) or header.get("format") == FORMAT):
-        raise ValueError(f"snapshot {str(path)!r} is damaged: its header lacks {absent[0]!r}")
-    return header
-
-
-def _check_header(header: dict[str, Any], state: StreamState, model_hash: str, path) -> None:
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"snapshot {str(path)!r} has format {header.get('format')} (written by sinkstream"
-            f" {header.get('sinkstream')});"
-            f" accepted: format {FORMAT}"
-        )
-    if header["model"] != model_hash:
-        raise ValueError(
-            f"snapshot {str(path)!r} was taken with another model ({header['model'][:12]}…); accepted: one taken with"
-            f" this model and dtype ({model_hash[:12]}…)"
-        )
-    mine = json.loads(json.dumps(state.policy.record()))
-    different = sorted(k for k in mine.keys() | header["policy"].keys() if mine.get(k) != header["policy"].get(k))
-    if different:
-        k = different[0]
-        raise ValueError(
-            f"snapshot {str(path)!r} was taken under another policy: {k}={header['policy'].get(k)!r};"
-            f" accepted: {k}={mine.get(k)!r}"
-        )
-    if sorted(header["counters"]) != sorted(COUNTED):
-        raise ValueError(f"snapshot {str(path)!r} is damaged: it counts {', '.join(sorted(header['counters']))}")
+    saved = read_stream(path)
     positions = "original" if state.geometry.original else "cache"
-    if header["positions"] != positions:
-        raise ValueError(
-            f"snapshot {str(path)!r} has positions={header['positions']!r}; accepted: positions={positions!r}"
-        )
+    check_fits(saved, path, model=identity(state.spec, model_hash), policy=state.policy, positions=positions)
+    rows = saved.counts.rows
+    if rows > 1 and row is None:
+        raise ValueError(f"{str(path)!r} holds {rows} rows; accepted for one stream: row=0 to row={rows - 1}")
+    if row is not None and not 0 <= row < max(1, rows):
+        raise ValueError(f"row={row} is not accepted; accepted: 0 to {max(1, rows) - 1}, the rows of {str(path)!r}")
+    check_tensors(saved, path, state.spec, state.policy)
+    fill_stream(state, stream, saved if row is None or not rows else saved.row(row), path)
 
 
-def _plain(value: Any) -> Any:
-    """Plain JSON of a schedule's counts and of the state of its triggers; floats survive exactly."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if k != "policy"}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if is_dataclass(value) or hasattr(value, "__dict__"):
-        return _plain(vars(value))
-    return value
+@torch.no_grad()
+def stream_record(state: StreamState, stream: int, *, model_hash: str) -> SavedStream:
+    """What a stream holds, as a file holds it; copies."""
+    state.settle()
+    counters, g, one = state.counters[stream], state.geometry, slice(stream, stream + 1)
+    saved = SavedStream(
+        model=identity(state.spec, model_hash),
+        policy=state.policy.record(),
+        positions="original" if g.original else "cache",
+        frame="fixed",
+        scaling=state.spec.head_dim**-0.5,
+        counts=StreamCounts(),
+        schedule=schedule_record(state.schedules[stream]),
+    )
+    if not counters.seen:
+        return saved
+    counters = _as_pruned(state, stream)
+    pinned = counters.pinned if counters.pruned else 0
+    saved.counts = StreamCounts(
+        rows=1,
+        seen=counters.seen,
+        kept=counters.kept,
+        pinned=pinned,
+        first_window=counters.first_window if counters.pruned else 0,
+        base=counters.base,
+        events=counters.events,
+        rebases=counters.rebases,
+    )
+    window = window_slots(state, stream, counters.first_window, counters.window)
+    slots = torch.cat([torch.arange(counters.pinned, device=state.device), window])
+    channels = {f"channel_{name}": c for name, c in state.channels.items()}
+    source = {"keys": state.keys, "values": state.values, **channels}
+    saved.tensors = {name: buffer[:, one].index_select(3, slots) for name, buffer in source.items()}
+    if pinned:
+        copy_sinks(state, stream)
+        saved.tensors["pinned_keys"] = state.pinned_keys[:, one].clone()
+        saved.tensors["pinned_positions"] = pinned_tokens(state, stream)
+    if state.observed_queries:
+        latest, count = latest_queries(state, stream), min(counters.seen, state.observed_queries)
+        saved.tensors["queries"] = torch.stack([latest.latest(layer, count) for layer in range(state.spec.layers)])
+    if stream not in state.stale_logits:
+        saved.tensors["logits"] = state.logits[one].clone()
+    return saved
 
 
-def _schedule(state: StreamState, saved: dict[str, Any]) -> PruneSchedule:
-    schedule = PruneSchedule(state.policy)
-    _refill(schedule, saved)
-    return schedule
+@torch.no_grad()
+def fill_stream(state: StreamState, stream: int, saved: SavedStream, path: str | Path) -> None:
+    """Let a stream go on where a saved one of one row was; what is saved has been checked but for its schedule."""
+    c, schedule, g = saved.counts, saved_schedule(saved, state.policy, path), state.geometry
+    state.clear(stream)
+    if not c.rows:
+        return
+    one, counters, tensors = slice(stream, stream + 1), state.counters[stream], saved.tensors
+    gone = schedule.cached - c.kept  # a prune that is due before the next token is done already
+    counters.seen, counters.base, counters.pruned = c.seen, c.base, c.pruned
+    counters.events, counters.rebases = c.events, c.rebases
+    counters.first_window = c.first_window - gone if c.pruned else g.sink
+    counters.refreshed_at = c.seen if gone else -1
+    state.schedules[stream] = schedule
+    pinned = counters.pinned
+    window = window_slots(state, stream, counters.first_window + gone, c.kept - pinned)
+    slots = torch.cat([torch.arange(pinned, device=state.device), window])
+    for name, buffer in {"keys": state.keys, "values": state.values}.items():
+        buffer[:, one].index_copy_(3, slots, tensors[name].to(state.device))
+    for name, buffer in state.channels.items():
+        buffer[:, one].index_copy_(3, slots, tensors[f"channel_{name}"].to(state.device))
+    if c.pinned:
+        state.pinned_keys[:, one] = tensors["pinned_keys"].to(state.device)
+        state.pinned_positions[:, one] = tensors["pinned_positions"][..., g.sink :].to(state.device)
+        if saved.frame != "fixed":
+            write_pinned(state, stream, slice(0, c.pinned))
+    if state.queries is not None and "queries" in tensors:
+        queries = tensors["queries"].to(state.device)
+        places = torch.arange(c.seen - queries.shape[3], c.seen, device=state.device) % state.observed_queries
+        state.queries[:, one].index_copy_(3, places, queries)
+    logits = tensors.get("logits", tensors.get("log_probs"))  # the same distribution
+    if logits is None:
+        state.stale_logits.add(stream)
+    else:
+        state.logits[stream] = logits.flatten().to(state.device)
 
 
-def _refill(target: Any, saved: dict[str, Any]) -> None:
-    """Set the attributes of a fresh object, and of the objects in it, to saved values."""
-    for name, value in saved.items():
-        current = getattr(target, name)
-        if isinstance(current, list):
-            for inner, inner_saved in zip(current, value):
-                if inner is not None:
-                    _refill(inner, inner_saved)
-        elif isinstance(value, dict):
-            _refill(current, value)
-        else:
-            setattr(target, name, value)
+def _as_pruned(state: StreamState, stream: int) -> Counters:
+    """The counters of a stream; if its pinned tokens were chosen for a step that then failed, as after that prune."""
+    counters = Counters(**vars(state.counters[stream]))
+    if counters.refreshed_at == counters.seen:
+        drop = state.schedules[stream].plan(1)[0].drop
+        counters.first_window += counters.leaving(drop)
+        counters.pruned = True
+    return counters

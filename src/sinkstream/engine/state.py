@@ -55,12 +55,14 @@ class StreamState(StreamBuffers):
         self.structure = None if structure is None else structure.to(device)
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
+        self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
         self.clear()
 
     def clear(self, stream: int | None = None) -> None:
         """Forget one stream, or all of them; addresses stay."""
         which = range(self.streams) if stream is None else [stream]
+        self.stale_logits.difference_update(which)
         if stream is None:
             self.schedules = [PruneSchedule(self.policy) for _ in which]
             self.counters = [Counters(self.geometry) for _ in which]
@@ -73,6 +75,22 @@ class StreamState(StreamBuffers):
         self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
+
+    def stats(self, stream: int) -> dict[str, int]:
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
+        c = self.counters[stream]
+        counts = {"seen": c.seen, "kept": c.kept, "evicted": c.seen - c.kept, "events": c.events, "rebases": c.rebases}
+        return counts | {"bytes": self.bytes}
+
+    def check_goes_on(self, stream: int) -> None:
+        """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""
+        if not self.counters[stream].seen:
+            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        if stream in self.stale_logits:
+            raise ValueError(
+                f"stream {stream} was restored from a cache's file, which has no logits, and the prompt is empty;"
+                " give at least one token"
+            )
 
     # ---- which tokens ----
 
@@ -153,6 +171,7 @@ class StreamState(StreamBuffers):
                 part.copy_(saved)
         self._row += 1
         self.last_steps = [None] * self.streams
+        self.stale_logits.difference_update(active)
         for s in active:
             done = self.last_steps[s] = self.schedules[s].step()
             self.counters[s].append(done.drop)

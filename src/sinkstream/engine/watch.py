@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sinkstream.cache.stream_file import fingerprint
 from sinkstream.engine.modules import GLOBAL_HOOKS, Part, is_adapter, parts
 from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
 from sinkstream.engine.prefill import PrefillCache
-from sinkstream.engine.snapshot import fingerprint
 from sinkstream.engine.state import StreamState
 
 

@@ -101,7 +101,7 @@ def features_table(records: Sequence[Record]) -> str:
         ["positions", names(*POSITIONS)],
         ["cap accounting", names(*CAP_ACCOUNTING)],
         ["model sources", names(*MODEL_SOURCES)],
-        ["texts", names(*TEXTS, ".txt", ".json")],
+        ["texts", names(*TEXTS, ".txt", ".md", ".json", ".jsonl") + ", any other text file, a directory"],
     ]
     return Table(["feature", "accepted"], rows, left=2).markdown()
 
