@@ -50,28 +50,19 @@ class Source:
 
 @dataclass
 class Samples:
-    """What the steady tokens of one configuration gave.
+    """What the steady tokens of one configuration gave."""
 
-    Attributes
-    ----------
-    chunk_tokens, chunk_seconds : list
-        Tokens of every chunk, and its wall seconds.
-    latency : list of ndarray, (tokens,), float32
-        Seconds of every token; NaN for the first of a chunk.
-    visible, event : list
-        Cached tokens that every token saw, and whether a prune event began there.
-    nll : list of ndarray, (tokens,), float32
-        Mean over the streams; only where a text is fed.
-    memory : list of (int, float)
-        Memory in MB held after that many tokens, one entry for each block.
-    """
-
+    # chunk_tokens, chunk_seconds: tokens of every chunk, and its wall seconds
     chunk_tokens: list[int] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
+    # each (tokens,), float32: seconds of every token; NaN for the first of a chunk
     latency: list[np.ndarray] = field(default_factory=list)
+    # visible, event: cached tokens that every token saw, and whether a prune event began there
     visible: list[int] = field(default_factory=list)
     event: list[bool] = field(default_factory=list)
+    # each (tokens,), float32: mean over the streams; only where a text is fed
     nll: list[np.ndarray] = field(default_factory=list)
+    # memory in MB held after that many tokens, one entry for each block
     memory: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -87,35 +78,21 @@ class Samples:
 
 @dataclass
 class TimedRun:
-    """One configuration on its way to a record.
-
-    Attributes
-    ----------
-    id, turn : str
-        Of its record, and of the first record of those that take turns.
-    in_turn : int
-        How many take turns.
-    samples : Samples
-    setup : dict
-        Seconds to `prepare` (packing, buffers, compiling, capturing), to `capture` again, all packed and compiled, of
-        the `prefill` of all streams and of the `warmup`; keys end in "_sec".
-    weight_bytes : int
-        Weights that one step reads.
-    profile : list or None
-    reason : str or None
-        Why it is not complete.
-    """
+    """One configuration on its way to a record."""
 
     config: BenchConfig
     protocol: Protocol
+    # id, turn: of its record, and of the first record of those that take turns
     id: str
     turn: str
-    in_turn: int = 1
+    in_turn: int = 1  # how many take turns
     samples: Samples = field(default_factory=Samples)
+    # seconds to `prepare` (packing, buffers, compiling, capturing), to `capture` again, all packed and compiled, of the
+    # `prefill` of all streams and of the `warmup`; keys end in "_sec"
     setup: dict[str, float] = field(default_factory=dict)
-    weight_bytes: int = 0
+    weight_bytes: int = 0  # weights that one step reads
     profile: list[dict[str, Any]] | None = None
-    reason: str | None = None
+    reason: str | None = None  # why it is not complete
 
 
 class ActiveRun:

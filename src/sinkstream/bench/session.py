@@ -35,20 +35,13 @@ from sinkstream.show.progress import run_progress
 
 @dataclass
 class Outcome:
-    """What came of a list of configurations.
+    """What came of a list of configurations."""
 
-    Attributes
-    ----------
-    records : list of BenchRecord
-        Those timed, or taken from earlier, in order.
-    refused : list of (str, str)
-        Configurations that a rung does not serve, and why.
-    failed : list of (str, str)
-        Configurations that ended without figures, and why.
-    """
-
+    # those timed, or taken from earlier, in order
     records: list[BenchRecord] = field(default_factory=list)
+    # configurations that a rung does not serve, and why
     refused: list[tuple[str, str]] = field(default_factory=list)
+    # configurations that ended without figures, and why
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -59,31 +52,16 @@ class Outcome:
 
 @dataclass
 class BenchSession:
-    """Times configurations of one model.
-
-    Attributes
-    ----------
-    text : TokenStream
-        What prompts are cut from and, teacher-forced, what is fed.
-    ceiling : Bandwidth
-    load_sec : float
-        Seconds that loading the model took.
-    request : Request
-        Where the records go, and what they say of the command.
-    name : str
-        The same in all records of one command.
-    lenient : bool
-        List what a rung refuses, and what fails, instead of ending with it.
-    """
+    """Times configurations of one model."""
 
     loaded: LoadedModel
-    text: TokenStream
+    text: TokenStream  # what prompts are cut from and, teacher-forced, what is fed
     protocol: Protocol
     ceiling: Bandwidth
-    load_sec: float
-    request: Request
-    name: str
-    lenient: bool = False
+    load_sec: float  # seconds that loading the model took
+    request: Request  # where the records go, and what they say of the command
+    name: str  # the same in all records of one command
+    lenient: bool = False  # list what a rung refuses, and what fails, instead of ending with it
     block_tokens: int = BLOCK_TOKENS
 
     def run(self, groups: Sequence[Sequence[BenchConfig]], console: Console) -> Outcome:

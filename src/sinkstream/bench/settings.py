@@ -36,30 +36,17 @@ DEFINITIONS = {
 class Protocol:
     """What all configurations of a command share.
 
-    Attributes
-    ----------
-    tokens : int
-        Steady tokens.
-    warmup : int
-        Tokens decoded before them.
-    seconds : float or None
-        Time limit of the steady tokens of one configuration; it then has fewer of them.
-    teacher_forced : bool
-        Feed a text and record its NLL, instead of the likeliest token.
-    profile : bool
-        Say where the time of a step goes.
-
     Raises
     ------
     ValueError
         Naming the option, the value and what is accepted.
     """
 
-    tokens: int = STEADY_TOKENS
-    warmup: int = WARMUP_TOKENS
-    seconds: float | None = None
-    teacher_forced: bool = False
-    profile: bool = False
+    tokens: int = STEADY_TOKENS  # steady tokens
+    warmup: int = WARMUP_TOKENS  # tokens decoded before them
+    seconds: float | None = None  # time limit of the steady tokens of one configuration; it then has fewer of them
+    teacher_forced: bool = False  # feed a text and record its NLL, instead of the likeliest token
+    profile: bool = False  # say where the time of a step goes
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
@@ -100,22 +87,11 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a step can read.
+    """The least that a step can read."""
 
-    Attributes
-    ----------
-    weight_bytes : int
-        Weights that a step reads, the input embedding left out.
-    kv_token_bytes : int
-        Bytes of the keys and values of one cached token.
-    visible_mean : float
-        Cached tokens that a step sees, on average, the new one included.
-    streams : int
-    """
-
-    weight_bytes: int
-    kv_token_bytes: int
-    visible_mean: float
+    weight_bytes: int  # weights that a step reads, the input embedding left out
+    kv_token_bytes: int  # bytes of the keys and values of one cached token
+    visible_mean: float  # cached tokens that a step sees, on average, the new one included
     streams: int
 
     @property

@@ -14,25 +14,14 @@ SPARE_TOKENS = 64
 
 @dataclass(frozen=True, eq=False)
 class TokenStream:
-    """Token ids and where they came from.
+    """Token ids and where they came from."""
 
-    Attributes
-    ----------
-    ids : torch.Tensor
-        (tokens,), int64, on the CPU.
-    sha256 : str
-        Hex, over the ids as little-endian int64.
-    name, source : str
-        Those of the text; of random ids: "random" and how they were drawn.
-    text_sha256 : str or None
-        Hash of the text; None for random ids.
-    """
-
-    ids: torch.Tensor
-    sha256: str
+    ids: torch.Tensor  # (tokens,), int64, on the CPU
+    sha256: str  # hex, over the ids as little-endian int64
+    # name, source: those of the text; of random ids: "random" and how they were drawn
     name: str
     source: str
-    text_sha256: str | None
+    text_sha256: str | None  # hash of the text; None for random ids
 
     @classmethod
     def of(cls, ids: list[int] | torch.Tensor, *, name: str, source: str, text_sha256: str | None) -> "TokenStream":

@@ -21,20 +21,12 @@ Content = tuple[dict[str, Any], RunResult]  # of a record, and where its arrays 
 
 @dataclass
 class Batch:
-    """Several runs over one model and one text.
-
-    Attributes
-    ----------
-    request : Request
-        Where the records go, and what they say of the command.
-    interleave : bool
-        Run all settings in turn, token by token, instead of one after the other.
-    """
+    """Several runs over one model and one text."""
 
     loaded: LoadedModel
     stream: TokenStream
-    request: Request
-    interleave: bool = False
+    request: Request  # where the records go, and what they say of the command
+    interleave: bool = False  # run all settings in turn, token by token, instead of one after the other
 
     def run(
         self,

@@ -22,21 +22,11 @@ FULL_GROWTH = 1 / 7_000  # what attention of the full cache adds to a block, for
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo runs.
+    """How much a demo runs."""
 
-    Attributes
-    ----------
-    tokens : int
-        Length of the text.
-    sample_every : int
-        Recompute scores every k-th token.
-    timed_tokens : int, optional
-        Tokens of each run that are decoded one by one; default: as in the whole demo.
-    """
-
-    tokens: int = TOKENS
-    sample_every: int = SAMPLE_EVERY
-    timed_tokens: int | None = None
+    tokens: int = TOKENS  # length of the text
+    sample_every: int = SAMPLE_EVERY  # recompute scores every k-th token
+    timed_tokens: int | None = None  # tokens of each run that are decoded one by one; default: as in the whole demo
 
     def settings(self, cap: int) -> list[RunSettings]:
         """The runs of a demo of this size."""
@@ -59,23 +49,12 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A size that was chosen for a time.
-
-    Attributes
-    ----------
-    size : Size
-    seconds : float
-        Time that there is for the runs.
-    expected : tuple of float
-        Seconds that each run is expected to take, in order.
-    whole_seconds : float
-        Seconds that the runs of the whole demo are expected to take.
-    """
+    """A size that was chosen for a time."""
 
     size: Size
-    seconds: float
-    expected: tuple[float, ...]
-    whole_seconds: float
+    seconds: float  # time that there is for the runs
+    expected: tuple[float, ...]  # seconds that each run is expected to take, in order
+    whole_seconds: float  # seconds that the runs of the whole demo are expected to take
 
     @property
     def fits(self) -> bool:

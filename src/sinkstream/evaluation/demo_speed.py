@@ -18,22 +18,13 @@ STEPS, SHORTS, BLOCKS, WINDOWS = 8, 4, 2, 2  # pieces of each kind that are meas
 
 @dataclass(frozen=True)
 class Speed:
-    """Mean seconds of the pieces that a demo consists of.
+    """Mean seconds of the pieces that a demo consists of."""
 
-    Attributes
-    ----------
-    step : float
-        One token by itself.
-    short, block : float
-        One forward of `SHORT` and of `BLOCK` tokens, scored.
-    window : float
-        One window of recompute.
-    """
-
-    step: float
+    step: float  # one token by itself
+    # short, block: one forward of `SHORT` and of `BLOCK` tokens, scored
     short: float
     block: float
-    window: float
+    window: float  # one window of recompute
 
 
 def tokens_measured(cap: int) -> int:

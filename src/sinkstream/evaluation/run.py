@@ -52,24 +52,12 @@ class TokenRows:
 
 @dataclass
 class RunResult:
-    """What a run gave, whole or cut short.
+    """What a run gave, whole or cut short."""
 
-    Attributes
-    ----------
-    arrays : dict of ndarray
-        As `TokenRows.arrays`.
-    summary : dict
-        As `measure.metrics.summarise`.
-    status : {"complete", "partial", "failed"}
-    reason : str or None
-        Why the run is not complete.
-    prefill_tokens : int
-    """
-
-    arrays: dict[str, np.ndarray]
-    summary: dict[str, Any]
-    status: str
-    reason: str | None
+    arrays: dict[str, np.ndarray]  # as `TokenRows.arrays`
+    summary: dict[str, Any]  # as `measure.metrics.summarise`
+    status: str  # {"complete", "partial", "failed"}
+    reason: str | None  # why the run is not complete
     prefill_tokens: int
 
 

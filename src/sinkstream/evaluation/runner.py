@@ -43,70 +43,39 @@ R = TypeVar("R", bound=AnyRecord)
 
 @dataclass(frozen=True)
 class Request:
-    """What a command was asked for, as its records keep it.
+    """What a command was asked for, as its records keep it."""
 
-    Attributes
-    ----------
-    out : Path
-        Folder of the records.
-    arguments : dict
-        Every argument of the command, given or default.
-    command : list of str
-        As typed.
-    seed : int
-    resume : bool
-        Take complete records of the very same work from `out` instead of doing it again.
-    """
-
-    out: Path
-    arguments: dict[str, Any]
-    command: list[str]
+    out: Path  # folder of the records
+    arguments: dict[str, Any]  # every argument of the command, given or default
+    command: list[str]  # as typed
     seed: int
-    resume: bool = False
+    resume: bool = False  # take complete records of the very same work from `out` instead of doing it again
 
 
 @dataclass(frozen=True)
 class Job(Generic[R]):
-    """Work that ends in one or several records.
-
-    Attributes
-    ----------
-    name : str
-    measure : callable
-        Does the work, given a `Report`. Returns a callable for each record, which builds its content; none if the
-        work failed and the caller knows.
-    find : callable
-        Returns complete records of the very same work that `out` holds; an empty list without any.
-    """
+    """Work that ends in one or several records."""
 
     name: str
+    # does the work, given a `Report`. Returns a callable for each record, which builds its content; none if the work
+    # failed and the caller knows
     measure: Callable[[Report], Sequence[Callable[[], Any]]]
+    # returns complete records of the very same work that `out` holds; an empty list without any
     find: Callable[[], list[R]]
 
 
 @dataclass
 class Runner(Generic[R]):
-    """Does jobs one after the other, with progress, resuming and records.
-
-    Attributes
-    ----------
-    write : callable
-        Given the content of a record and a folder, writes the record; returns its path.
-    load : callable
-        Reads the record at a path.
-    device : torch.device
-        What the jobs run on.
-    figures : callable
-        What to say of the records of a job that has ended, a few words each.
-    display, line : callable
-        The progress display on a console, and a new line of it as a `Report`.
-    """
+    """Does jobs one after the other, with progress, resuming and records."""
 
     request: Request
+    # given the content of a record and a folder, writes the record; returns its path
     write: Callable[[Any, Path], Path]
-    load: Callable[[Path], R]
-    device: torch.device
+    load: Callable[[Path], R]  # reads the record at a path
+    device: torch.device  # what the jobs run on
+    # what to say of the records of a job that has ended, a few words each
     figures: Callable[[list[R]], list[str]] = lambda records: []
+    # display, line: the progress display on a console, and a new line of it as a `Report`
     display: Callable[[Console], Progress] = token_progress
     line: Callable[[Progress, str], Report] = shown
 

@@ -16,24 +16,12 @@ KINDS = {"cuda": "device-to-device copy", "cpu": "host memcpy"}
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What a device was found to move.
+    """What a device was found to move."""
 
-    Attributes
-    ----------
-    kind : str
-        How: "device-to-device copy" on a GPU, "host memcpy" on a CPU.
-    copy_gbs : float
-        GB/s (1e9 bytes) of a large copy, bytes read and bytes written both counted.
-    read_gbs : float
-        GB/s of reading the same bytes in a reduction.
-    copy_bytes : int
-        Bytes of what was copied.
-    """
-
-    kind: str
-    copy_gbs: float
-    read_gbs: float
-    copy_bytes: int
+    kind: str  # how: "device-to-device copy" on a GPU, "host memcpy" on a CPU
+    copy_gbs: float  # GB/s (1e9 bytes) of a large copy, bytes read and bytes written both counted
+    read_gbs: float  # GB/s of reading the same bytes in a reduction
+    copy_bytes: int  # bytes of what was copied
 
     def record(self) -> dict:
         """JSON-able."""

@@ -16,22 +16,15 @@ LEAST_TOKENS = 1000
 
 @dataclass(frozen=True)
 class Precision:
-    """An engine run beside its float32 control.
-
-    Attributes
-    ----------
-    relative_error : float
-        Of the perplexity, on the tokens that both scored; positive where the engine's is higher.
-    agreement : float or None
-        Share of tokens at which both find the same token likeliest; None where a record does not say.
-    """
+    """An engine run beside its float32 control."""
 
     record: Record
     control: Record
     tokens: int
     ppl: float
     control_ppl: float
-    relative_error: float
+    relative_error: float  # of the perplexity, on the tokens that both scored; positive where the engine's is higher
+    # share of tokens at which both find the same token likeliest; None where a record does not say
     agreement: float | None
 
 

@@ -22,30 +22,14 @@ Column = tuple[str, Callable[[Item], str]]
 
 @dataclass(frozen=True)
 class Table:
-    """Header, rows and what a reader must know.
+    """Header, rows and what a reader must know."""
 
-    Attributes
-    ----------
-    header : sequence of str
-        Names of the columns, with their units.
-    rows : sequence of sequences of str
-        Plain text, one cell a column.
-    title : str or None
-        Of the terminal.
-    notes : sequence of str
-        Lines below the table.
-    left : int
-        How many columns are text, aligned to the left; the others are figures.
-    bold : sequence of int
-        Rows that the terminal prints in bold.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str | None = None
-    notes: Sequence[str] = ()
-    left: int = 1
-    bold: Sequence[int] = ()
+    header: Sequence[str]  # names of the columns, with their units
+    rows: Sequence[Sequence[str]]  # plain text, one cell a column
+    title: str | None = None  # of the terminal
+    notes: Sequence[str] = ()  # lines below the table
+    left: int = 1  # how many columns are text, aligned to the left; the others are figures
+    bold: Sequence[int] = ()  # rows that the terminal prints in bold
 
     @classmethod
     def of(cls, items: Iterable[Item], columns: Sequence[Column], **more: Any) -> "Table":

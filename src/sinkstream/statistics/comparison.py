@@ -58,16 +58,9 @@ def ratio_of_times(
 
 @dataclass(frozen=True)
 class TimeLine:
-    """Time = `fixed_ms` + bytes / `gbs`, by least squares.
+    """Time = `fixed_ms` + bytes / `gbs`, by least squares."""
 
-    Attributes
-    ----------
-    gbs : float
-        Speed at which more bytes are read, in GB/s (1e9 bytes): 1 / slope.
-    slope_ms_per_gb, fixed_ms, r_squared : float
-    """
-
-    gbs: float
+    gbs: float  # speed at which more bytes are read, in GB/s (1e9 bytes): 1 / slope
     slope_ms_per_gb: float
     fixed_ms: float
     r_squared: float

@@ -20,43 +20,26 @@ BEFORE = AFTER = 32
 
 @dataclass(frozen=True)
 class EventCurve:
-    """Mean paired difference by distance from the prune event, and the spike above the level before the event.
+    """Mean paired difference by distance from the prune event, and the spike above the level before the event."""
 
-    Attributes
-    ----------
-    lags : (lags,) int
-        Tokens since the event (0 is the first token that was predicted with the pruned cache); negative ones count
-        towards the next event.
-    mean, low, high : (lags,) float
-        Mean difference at each lag in nats, and its pointwise interval (NaN where there are too few events).
-    events : (lags,) int
-        Events that each lag averages over.
-    level : Estimate
-        Mean difference over the negative lags, in nats a token.
-    peak : Estimate
-        Largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
-        average; the interval comes from a band that holds all lags at once, so it stays honest.
-    peak_lag : int or None
-        Where the peak lies.
-    width : Estimate
-        Equivalent width, area over peak, in tokens; only where the interval of the peak, and the area, are above zero.
-    area : Estimate
-        Sum of the excess over the first `AFTER` lags, in nats an event.
-    n_events, n_blocks : int
-        Events, and groups of events that were resampled.
-    confidence : float
-    """
-
+    # (lags,) int: tokens since the event (0 is the first token that was predicted with the pruned cache); negative ones
+    # count towards the next event
     lags: np.ndarray
+    # mean, low, high: (lags,) float: mean difference at each lag in nats, and its pointwise interval (NaN where there
+    # are too few events)
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    events: np.ndarray
-    level: Estimate
+    events: np.ndarray  # (lags,) int: events that each lag averages over
+    level: Estimate  # mean difference over the negative lags, in nats a token
+    # largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
+    # average; the interval comes from a band that holds all lags at once, so it stays honest
     peak: Estimate
-    peak_lag: int | None
+    peak_lag: int | None  # where the peak lies
+    # equivalent width, area over peak, in tokens; only where the interval of the peak, and the area, are above zero
     width: Estimate
-    area: Estimate
+    area: Estimate  # sum of the excess over the first `AFTER` lags, in nats an event
+    # n_events, n_blocks: events, and groups of events that were resampled
     n_events: int
     n_blocks: int
     confidence: float

@@ -5,22 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval.
+    """A figure and its interval."""
 
-    Attributes
-    ----------
-    value : float or None
-        None if the figure does not exist.
-    low, high : float or None
-        The interval; None with a `reason` where it cannot be given.
-    reason : str or None
-        Why value or interval is missing.
-    """
-
-    value: float | None = None
+    value: float | None = None  # None if the figure does not exist
+    # low, high: the interval; None with a `reason` where it cannot be given
     low: float | None = None
     high: float | None = None
-    reason: str | None = None
+    reason: str | None = None  # why value or interval is missing
 
     @property
     def above_zero(self) -> bool:

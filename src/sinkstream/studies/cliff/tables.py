@@ -43,24 +43,13 @@ _GROWTH = {"peak": "inside cap", "published": "outside cap"}
 
 @dataclass(frozen=True)
 class CliffRun:
-    """One run of the grid.
-
-    Attributes
-    ----------
-    record : Record
-    positions : {"cache", "original"}
-    cap : int
-    stride : int
-        R; 1 for strict.
-    accounting : {"peak", "published"}
-        Whether growth is inside or outside the cap; "peak" for strict.
-    """
+    """One run of the grid."""
 
     record: Record
-    positions: str
+    positions: str  # {"cache", "original"}
     cap: int
-    stride: int
-    accounting: str
+    stride: int  # R; 1 for strict
+    accounting: str  # {"peak", "published"}: whether growth is inside or outside the cap; "peak" for strict
 
     @classmethod
     def of(cls, record: Record) -> "CliffRun":
@@ -83,22 +72,14 @@ class CliffRun:
 
 @dataclass(frozen=True)
 class CliffShares:
-    """What the loss of one run with growth outside the cap is made of, in nats per token; see the module.
+    """What the loss of one run with growth outside the cap is made of, in nats per token; see the module."""
 
-    Attributes
-    ----------
-    total, eviction, within, past : Estimate
-        Their means; the last three add up to the first.
-    share_past : Estimate
-        past / total; no value where the total is not told from zero, or a gain.
-    n_tokens : int
-    """
-
+    # total, eviction, within, past: their means; the last three add up to the first
     total: Estimate
     eviction: Estimate
     within: Estimate
     past: Estimate
-    share_past: Estimate
+    share_past: Estimate  # past / total; no value where the total is not told from zero, or a gain
     n_tokens: int
 
 
@@ -206,18 +187,10 @@ def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float,
 
 @dataclass(frozen=True)
 class CliffLine:
-    """A run of the newest grid with its ΔPPL and, with growth outside the cap, what its loss is made of.
-
-    Attributes
-    ----------
-    run : CliffRun
-    delta : PairedDelta or None
-        Against strict at the same cap and positions; None for the control itself, or without one.
-    is_control : bool
-    shares : CliffShares or None
-    """
+    """A run of the newest grid with its ΔPPL and, with growth outside the cap, what its loss is made of."""
 
     run: CliffRun
+    # against strict at the same cap and positions; None for the control itself, or without one
     delta: PairedDelta | None
     is_control: bool
     shares: CliffShares | None

@@ -35,27 +35,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """Parts of the mean paired difference, in nats a token.
+    """Parts of the mean paired difference, in nats a token."""
 
-    Attributes
-    ----------
-    total : Estimate
-        Mean of NLL(policy) − NLL(strict); log of the ratio of perplexities.
-    parts : dict of str to Estimate
-        By the names of `PARTS`; the values that are not None add up to the total.
-    tokens : dict of str to int
-        How many tokens each class has (past_trained, near_event, elsewhere).
-    mean_length : float
-        V above.
-    lengths : list of int
-        Caps of the strict runs that f was made of.
-    """
-
-    total: Estimate
-    parts: dict[str, Estimate]
-    tokens: dict[str, int]
-    mean_length: float
-    lengths: list[int]
+    total: Estimate  # mean of NLL(policy) − NLL(strict); log of the ratio of perplexities
+    parts: dict[str, Estimate]  # by the names of `PARTS`; the values that are not None add up to the total
+    tokens: dict[str, int]  # how many tokens each class has (past_trained, near_event, elsewhere)
+    mean_length: float  # V above
+    lengths: list[int]  # caps of the strict runs that f was made of
 
     def shares(self) -> dict[str, float | None]:
         """Each part over the total; None unless the interval of the total leaves out zero."""

@@ -33,22 +33,13 @@ from sinkstream.studies.diagnosis.verdict import verdict
 
 @dataclass(frozen=True)
 class Controls:
-    """Runs over the same text and model that a policy is held against.
+    """Runs over the same text and model that a policy is held against."""
 
-    Attributes
-    ----------
-    strict : Record
-        Strict streaming at the policy's cap.
-    full, recompute : Record or None
-        The full cache where it fits; recompute at the policy's cap, usually sampled.
-    lengths : dict of int to Record
-        Strict streaming at other caps, by cap.
-    """
-
-    strict: Record
+    strict: Record  # strict streaming at the policy's cap
+    # full, recompute: the full cache where it fits; recompute at the policy's cap, usually sampled
     full: Record | None = None
     recompute: Record | None = None
-    lengths: Mapping[int, Record] = field(default_factory=dict)
+    lengths: Mapping[int, Record] = field(default_factory=dict)  # strict streaming at other caps, by cap
 
     def record(self) -> dict[str, Any]:
         """The ids of the runs."""

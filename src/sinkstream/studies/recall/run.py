@@ -55,29 +55,19 @@ class Place:
 class RecallDesign:
     """How passages are laid out.
 
-    Attributes
-    ----------
-    cap : int
-        Unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`, which every cut keeps.
-    ratios : tuple of float
-        Distances from the start of the first place to the start of the second, over cap.
-    passages : int
-        At each distance.
-    passage_tokens : int
-    seed : int
-        Of the places, and of which passage goes where.
-
     Raises
     ------
     ValueError
         Naming the option, the value and what is accepted.
     """
 
+    # unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`, which every cut keeps
     cap: int
+    # distances from the start of the first place to the start of the second, over cap
     ratios: tuple[float, ...] = RATIOS
-    passages: int = PASSAGES
+    passages: int = PASSAGES  # at each distance
     passage_tokens: int = PASSAGE_TOKENS
-    seed: int = 0
+    seed: int = 0  # of the places, and of which passage goes where
 
     def __post_init__(self) -> None:
         for name, least in (("cap", FIRST_TOKENS), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
@@ -150,19 +140,13 @@ class RecallDesign:
 
 @dataclass(frozen=True)
 class Trial:
-    """Tokens that one run and its control go over, and which passages are scored in them.
+    """Tokens that one run and its control go over, and which passages are scored in them."""
 
-    Attributes
-    ----------
-    repeated, control : Tensor, (tokens,), int64
-    prefill : int
-    scored : list of (int, int)
-        Number of the passage among the places, and the index in these tokens of its second place.
-    """
-
+    # repeated, control: (tokens,), int64
     repeated: torch.Tensor
     control: torch.Tensor
     prefill: int
+    # number of the passage among the places, and the index in these tokens of its second place
     scored: list[tuple[int, int]]
 
 
@@ -211,17 +195,11 @@ class RecallStreams:
 
 @dataclass
 class RecallBatch:
-    """Several policies over one model and one pair of streams.
-
-    Attributes
-    ----------
-    request : Request
-        Where the records go, and what they say of the command.
-    """
+    """Several policies over one model and one pair of streams."""
 
     loaded: LoadedModel
     streams: RecallStreams
-    request: Request
+    request: Request  # where the records go, and what they say of the command
 
     def run(self, settings: list[RunSettings], console: Console) -> list[RecallRecord]:
         """Run all policies in order; an interrupted or failed one is recorded and ends the batch.

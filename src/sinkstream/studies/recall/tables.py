@@ -19,21 +19,11 @@ _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 @dataclass(frozen=True)
 class RecallPoint:
-    """What a policy recalls at one distance.
+    """What a policy recalls at one distance."""
 
-    Attributes
-    ----------
-    ratio : float
-        Distance over cap.
-    distance : int
-        Tokens.
-    gain : Estimate
-        Nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back.
-    """
-
-    ratio: float
-    distance: int
-    gain: Estimate
+    ratio: float  # distance over cap
+    distance: int  # tokens
+    gain: Estimate  # nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back
 
 
 def recall_curve(record: RecallRecord) -> list[RecallPoint]:
