@@ -32,7 +32,6 @@ class Source:
     Parameters
     ----------
     ids : Tensor, (tokens,), int64, on the device
-    streams : int
     """
 
     def __init__(self, ids: torch.Tensor, streams: int):

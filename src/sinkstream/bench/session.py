@@ -67,12 +67,8 @@ class BenchSession:
     def run(self, groups: Sequence[Sequence[BenchConfig]], console: Console) -> Outcome:
         """Time all groups; the configurations of a group take turns.
 
-        Raises
-        ------
-        ValueError
-            If a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing has run then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing
+        has run then. Raises WriteError as `Runner.run`.
         """
         outcome = Outcome()
         jobs = [

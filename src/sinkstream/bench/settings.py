@@ -36,10 +36,7 @@ DEFINITIONS = {
 class Protocol:
     """What all configurations of a command share.
 
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
+    Raises ValueError, naming the option, the value and what is accepted.
     """
 
     tokens: int = STEADY_TOKENS  # steady tokens

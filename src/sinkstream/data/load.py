@@ -15,11 +15,8 @@ def load_text(spec: str) -> Text:
         A name in `TEXTS`, or a file: `.txt` (UTF-8), or `.json` (an object with a "text", or a list of such objects
         or of strings, which are joined by empty lines).
 
-    Raises
-    ------
-    ValueError
-        For an unknown name or suffix, a file that is missing, empty, binary or of another form, and for a text that
-        cannot be had from the hub.
+    Raises ValueError for an unknown name or suffix, a file that is missing, empty, binary or of another form, and for
+    a text that cannot be had from the hub.
     """
     if spec in TEXTS:
         return TEXTS[spec]()

@@ -49,15 +49,10 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int 
 
     Parameters
     ----------
-    text : Text
-    tokenizer : PreTrainedTokenizerBase
     tokens : int, optional
         How many; without it the text's `default_tokens`, and all if that is None.
 
-    Raises
-    ------
-    ValueError
-        If the text has fewer tokens, if `tokens` is below 1, and without a tokenizer.
+    Raises ValueError if the text has fewer tokens, if `tokens` is below 1, or without a tokenizer.
     """
     if tokenizer is None:
         raise ValueError(f"text {text.name!r} cannot be tokenized: this model has no tokenizer (use random tokens)")

@@ -39,17 +39,11 @@ class Batch:
 
         Parameters
         ----------
-        settings : list of RunSettings
         console, row, enough
             As in `Runner.run`.
 
-        Raises
-        ------
-        ValueError
-            If one of the settings, the model and the text do not fit together, or as `Runner.run`; nothing has run
-            then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if one of the settings, the model and the text do not fit together, or as `Runner.run`;
+        nothing has run then. Raises WriteError as `Runner.run`.
         """
         if self.interleave and self.request.resume:
             raise ValueError(

@@ -93,7 +93,6 @@ def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | Non
 
     Parameters
     ----------
-    speed : Speed
     seconds : float
         Time for the runs.
     cap : int
@@ -120,14 +119,10 @@ def size_of_records(
         Folder of records; need not be there.
     streams : callable
         The text with a given number of tokens.
-    cap : int
     sample_every : int, optional
         In place of that of the records.
 
-    Raises
-    ------
-    ValueError
-        If a record in `out` cannot be read.
+    Raises ValueError if a record in `out` cannot be read.
     """
     for record in reversed(load_records(out) if out.is_dir() else []):
         identity = record.arguments.get("identity")

@@ -77,10 +77,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     progress : callable or None
         Called with (decoded tokens, of how many).
 
-    Raises
-    ------
-    ValueError
-        If settings, model and text do not fit together; nothing has run then.
+    Raises ValueError if settings, model and text do not fit together; nothing has run then.
     """
     _check_length(loaded, settings, len(ids))
     device = loaded.model.device
@@ -120,10 +117,7 @@ def run_interleaved(
     settings : list of RunSettings
         With ``evaluate="steps"``, no repeats and one prefill length.
 
-    Raises
-    ------
-    ValueError
-        If the settings cannot take turns, or do not fit model and text.
+    Raises ValueError if the settings cannot take turns, or do not fit model and text.
     """
     first = common_prefill(settings, len(ids))
     for one in settings:

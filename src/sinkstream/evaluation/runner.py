@@ -90,7 +90,6 @@ class Runner(Generic[R]):
 
         Parameters
         ----------
-        jobs : sequence of Job
         console : Console
             Shows the progress; a file gets a line for every job that has ended.
         row : callable, optional
@@ -98,14 +97,9 @@ class Runner(Generic[R]):
         enough : callable, optional
             Given the records so far after each job, whether to leave the other jobs out.
 
-        Raises
-        ------
-        ValueError
-            If `out` cannot be written to; nothing has run then.
-        WriteError
-            If a record cannot be written; the message says where a copy was kept instead.
-        KeyboardInterrupt
-            After Ctrl-C while records were being written; they are written.
+        Raises ValueError if `out` cannot be written to; nothing has run then. Raises WriteError if a record cannot be
+        written; the message says where a copy was kept instead. Raises KeyboardInterrupt after Ctrl-C while records
+        were being written; they are written.
         """
         check_writable(self.request.out)
         records: list[R] = []
@@ -145,10 +139,7 @@ class Runner(Generic[R]):
 def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
     """Write a record with `save(folder)` to `out`; returns its path.
 
-    Raises
-    ------
-    WriteError
-        If that cannot be done; the message says where a copy was kept instead.
+    Raises WriteError if that cannot be done; the message says where a copy was kept instead.
     """
     try:
         return save(out)

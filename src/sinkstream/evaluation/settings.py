@@ -35,13 +35,7 @@ def method_summary(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One run of the protocol.
-
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
-    """
+    """One run of the protocol. Raises ValueError, naming the option, the value and what is accepted."""
 
     method: str  # one of `method_names`
     # KV slots; the window of recompute. Needed by every method but full
@@ -111,10 +105,7 @@ class RunSettings:
     def policy(self) -> EvictionPolicy | None:
         """The eviction policy, or None for the baselines.
 
-        Raises
-        ------
-        ValueError
-            If the options do not fit together or a baseline is given policy options.
+        Raises ValueError if the options do not fit together or a baseline is given policy options.
         """
         given = {k: v for k, v in self.options.items() if v is not None}
         if self.method in BASELINES:
@@ -147,10 +138,7 @@ class RunSettings:
     def prefill_tokens(self, tokens: int) -> int:
         """Tokens fed before decoding, for a text of that many tokens.
 
-        Raises
-        ------
-        ValueError
-            If nothing would be left to decode.
+        Raises ValueError if nothing would be left to decode.
         """
         policy = self.policy()
         default = self.cap if self.cap is not None else (tokens // 4 if policy is None else policy.peak)

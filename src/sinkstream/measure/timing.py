@@ -110,10 +110,7 @@ def latency_summary(seconds: np.ndarray, warmup_tokens: int = WARMUP_TOKENS) -> 
         `tpot_ms`: decode milliseconds per timed token, or None. `steady_tpot_ms`: `mean`, `p50`, `p90`, `p99` in
         milliseconds, each None if no timed token remains after the warm-up.
 
-    Raises
-    ------
-    ValueError
-        If `warmup_tokens` is negative.
+    Raises ValueError if `warmup_tokens` is negative.
     """
     if warmup_tokens < 0:
         raise ValueError(f"warmup_tokens = {warmup_tokens}: must be 0 or more")

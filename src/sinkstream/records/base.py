@@ -67,10 +67,7 @@ class BaseRecord:
     def build(cls, record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Content of a record's file: `schema` and `more` filled in, paths cut, NaN null, checked.
 
-        Raises
-        ------
-        ValueError
-            A required field is missing or malformed, or the id is no plain file name.
+        Raises ValueError: a required field is missing or malformed, or the id is no plain file name.
         """
         content = {"schema": cls.SCHEMA, **scrub_paths(plain_json(record)), **more}
         cls.check(content, f"{cls.KIND} record {record.get('id')!r}")
@@ -90,12 +87,8 @@ class BaseRecord:
     def write(cls, record: Mapping[str, Any], directory: Path | str) -> Path:
         """Write a record atomically as ``<id>.json``; returns its path.
 
-        Raises
-        ------
-        ValueError
-            As `build` and `place`.
-        WriteError
-            The file could not be written; nothing is left behind.
+        Raises ValueError as `build` and `place`. Raises WriteError: the file could not be written; nothing is left
+        behind.
         """
         content = cls.build(record)
         return write_json(cls.place(content, directory), content)
@@ -104,10 +97,7 @@ class BaseRecord:
     def read(cls, path: Path | str) -> Self:
         """Read and check one record.
 
-        Raises
-        ------
-        ValueError
-            Naming the file and the field: no JSON, another kind or version, or an incomplete record.
+        Raises ValueError, naming the file and the field: no JSON, another kind or version, or an incomplete record.
         """
         path = Path(path)
         content = read_json(path)
@@ -123,9 +113,6 @@ class BaseRecord:
     def below(cls, folder: Path | str) -> list[Self]:
         """All records of this kind below a folder, by creation time and id; other JSON files are left alone.
 
-        Raises
-        ------
-        ValueError
-            As `read`.
+        Raises ValueError as `read`.
         """
         return load_family(folder, cls.SCHEMA, cls.read)

@@ -19,10 +19,8 @@ def write_atomically(path: Path | str, content: bytes | str) -> Path:
     content : bytes or str
         Text is encoded as UTF-8.
 
-    Raises
-    ------
-    WriteError
-        Disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays as it was.
+    Raises WriteError: disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays
+    as it was.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content

@@ -63,10 +63,7 @@ def family_of(path: Path) -> str | None:
 def load_family(folder: Path | str, schema: str, load: Callable[[Path], Kind]) -> list[Kind]:
     """All records of the schema's family below a folder, by creation time and id; other JSON files are left alone.
 
-    Raises
-    ------
-    ValueError
-        As `load`: a record of another version, or an incomplete one.
+    Raises ValueError as `load`: a record of another version, or an incomplete one.
     """
     family = schema.partition("/")[0]
     found = [load(path) for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]

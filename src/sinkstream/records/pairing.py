@@ -35,10 +35,8 @@ def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
     -------
     (sums, counts, block_tokens) : (blocks,) float in nats, (blocks,) int, int
 
-    Raises
-    ------
-    ValueError
-        As `common_tokens`; or the records score other tokens, so that arrays are needed, and these are absent.
+    Raises ValueError as `common_tokens`; or the records score other tokens, so that arrays are needed, and these are
+    absent.
     """
     check_pair(record, control)
     mine, its = record.blocks, control.blocks
@@ -58,10 +56,7 @@ def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
 def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
 
-    Raises
-    ------
-    ValueError
-        If the records are of another text or another model, or share no token.
+    Raises ValueError if the records are of another text or another model, or share no token.
     """
     check_pair(record, control)
     index, here, there = np.intersect1d(

@@ -44,15 +44,10 @@ class Pairs:
 
         Parameters
         ----------
-        name : str
-        runs : sequence of Record
         compute : callable
             Returns plain JSON.
 
-        Raises
-        ------
-        ValueError
-            The arrays of a run are absent, and the figure was not kept.
+        Raises ValueError: the arrays of a run are absent, and the figure was not kept.
         """
         key = " ".join(run.id for run in runs)
         if all(run.has_arrays for run in runs):

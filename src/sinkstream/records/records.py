@@ -77,10 +77,7 @@ class Record(BaseRecord):
     def arrays(self) -> dict[str, np.ndarray]:
         """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them.
 
-        Raises
-        ------
-        ValueError
-            The arrays are absent, or not those that the record was written with.
+        Raises ValueError: the arrays are absent, or not those that the record was written with.
         """
         where = self.tokens_path
         if not self.has_arrays:
@@ -110,12 +107,8 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     Path
         The JSON file.
 
-    Raises
-    ------
-    ValueError
-        A required field or array is missing or malformed, or a record of that id is there already.
-    WriteError
-        The files could not be written (an OSError: full disk, permission); neither is left behind.
+    Raises ValueError: a required field or array is missing or malformed, or a record of that id is there already.
+    Raises WriteError: the files could not be written (an OSError: full disk, permission); neither is left behind.
     """
     where = f"record {record.get('id')!r}"
     typed = check_arrays(arrays, where)
@@ -140,11 +133,8 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
 def load_record(path: Path | str, pairs: Pairs | None = None) -> Record:
     """Read and check one record; `pairs` holds the figures that it has with others, default none.
 
-    Raises
-    ------
-    ValueError
-        Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
-        file there with another content than the record states, or absent from a record without block sums.
+    Raises ValueError, naming the file and the field: not JSON, another schema version, a required field missing or
+    null, the array file there with another content than the record states, or absent from a record without block sums.
     """
     record = Record.read(path)
     name = record.tokens_file["name"]

@@ -23,10 +23,7 @@ _OPEN = re.compile(r"^<!-- generated:([\w.-]+) -->$", flags=re.MULTILINE)
 def generated_names(path: Path | str) -> list[str]:
     """Names of the generated sections of a document, in order.
 
-    Raises
-    ------
-    ValueError
-        The file does not exist, a section is not closed, or a name occurs twice.
+    Raises ValueError: the file does not exist, a section is not closed, or a name occurs twice.
     """
     return [found["name"] for found in _sections(Path(path))[1]]
 
@@ -48,10 +45,7 @@ def update_document(path: Path | str, sections: Mapping[str, str], *, check: boo
     list of str
         Names of the sections that were (with `check`: are) out of date.
 
-    Raises
-    ------
-    ValueError
-        The document is malformed (see `generated_names`) or has no section of a given name.
+    Raises ValueError: the document is malformed (see `generated_names`) or has no section of a given name.
     """
     path = Path(path)
     text, found = _sections(path)

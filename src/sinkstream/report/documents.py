@@ -45,10 +45,7 @@ RECALL_TABLES: Registry = Registry("document table of recall records")
 def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     """Markdown of every registered table, by name; `pairs` as in `load_records`.
 
-    Raises
-    ------
-    ValueError
-        The folder holds a broken record.
+    Raises ValueError: the folder holds a broken record.
     """
     there = results.is_dir()
     records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []

@@ -75,10 +75,7 @@ def write_summary(results_dir: Path | str, pairs: Pairs | None = None) -> Summar
 
     Nothing of an older file is kept: a key whose records are gone disappears.
 
-    Raises
-    ------
-    ValueError
-        The folder does not exist, or it holds a broken record.
+    Raises ValueError: the folder does not exist, or it holds a broken record.
     """
     directory = Path(results_dir)
     headlines, missing = _headlines_below(directory, pairs)

@@ -55,13 +55,8 @@ def memory_and_quality(
     control_id : str, optional
         Record that the others are paired with; default the first one. With one record there is no lower panel.
 
-    Raises
-    ------
-    ValueError
-        No records, an unknown control, a record without tokens, or records that can not be paired with the control; or
-        the arrays of an older record are absent.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no records, an unknown control, a record without tokens, or records that can not be paired with
+    the control; or the arrays of an older record are absent. Raises ImportError: matplotlib is not installed.
     """
     control = find_control(records, control_id)
     lines = _lines(records, control)
@@ -242,10 +237,7 @@ def _palette() -> bytes:
 def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = None) -> tuple[Any, np.ndarray]:
     """A figure on matplotlib's Agg canvas with panels one above the other; `height` in inches, default 3.6 a panel.
 
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
+    Raises ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

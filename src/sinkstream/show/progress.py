@@ -47,7 +47,6 @@ def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figu
 
     Parameters
     ----------
-    name : str
     status : str
         Of its record; one that is not complete is named instead of "done".
     seconds : float

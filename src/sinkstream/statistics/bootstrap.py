@@ -12,10 +12,8 @@ def ratio_interval(
     Parameters
     ----------
     tops, bottoms : (pairs,) float or int
-    resamples : int
     confidence : float
         Nominal coverage.
-    seed : int
     batch : int or None
         Resamples held in memory at once; default: all.
     """

@@ -39,10 +39,7 @@ def ratio_of_times(
     seconds, base_seconds : (chunks,) float
         Seconds of chunk i of either run.
 
-    Raises
-    ------
-    ValueError
-        The chunks do not pair, or there is none.
+    Raises ValueError: the chunks do not pair, or there is none.
     """
     own, base = np.asarray(seconds, dtype=np.float64), np.asarray(base_seconds, dtype=np.float64)
     if own.shape != base.shape or own.ndim != 1 or own.size == 0:

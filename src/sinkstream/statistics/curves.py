@@ -142,10 +142,7 @@ def event_curve(
     resamples, confidence, seed
         Of the bootstrap.
 
-    Raises
-    ------
-    ValueError
-        An option out of range.
+    Raises ValueError: an option out of range.
     """
     if min(before, after, block_tokens, resamples) < 1 or not 0 < confidence < 1:
         raise ValueError(

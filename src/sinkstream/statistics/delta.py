@@ -80,10 +80,7 @@ def paired_delta_ppl(
     seed : int, default=0
         Seed of the resampling.
 
-    Raises
-    ------
-    ValueError
-        Arrays of different shape, or an option out of range.
+    Raises ValueError: arrays of different shape, or an option out of range.
     """
     nll, control_nll = (np.asarray(array, dtype=np.float64) for array in (nll, control_nll))
     if nll.shape != control_nll.shape:

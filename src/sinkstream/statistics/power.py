@@ -41,10 +41,7 @@ class Resolution:
     def tokens_needed(self, delta_percent: float, *, confidence: float = 0.95, power: float = 0.8) -> int:
         """Tokens at which a true ΔPPL of that size gives an interval without zero in a share `power` of texts.
 
-        Raises
-        ------
-        ValueError
-            A ΔPPL of 0 or of −100 % and less, or a confidence or power that is no probability.
+        Raises ValueError: a ΔPPL of 0 or of −100 % and less, or a confidence or power that is no probability.
         """
         if delta_percent <= -100 or delta_percent == 0:
             raise ValueError(f"delta_percent={delta_percent} is not accepted; accepted: above -100, and not 0")

@@ -43,12 +43,9 @@ def cliff_settings(
     strides : sequence of int
         R of the lazy runs.
     positions : sequence of {"cache", "original"}
-    sink, block_tokens : int
 
-    Raises
-    ------
-    ValueError
-        An option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R, to score.
+    Raises ValueError: an option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R,
+    to score.
     """
     for name, given in (("caps", caps), ("compress_every", strides), ("positions", positions)):
         if not given or len(set(given)) < len(given):

@@ -107,10 +107,7 @@ def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
     strict, inside, outside : Record
         Strict, and lazy with growth inside and outside the cap, of one cap, R, text and model.
 
-    Raises
-    ------
-    ValueError
-        Records of another text or model, or without a common token.
+    Raises ValueError: records of another text or model, or without a common token.
     """
     if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
         raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
@@ -271,12 +268,7 @@ def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None
     The lowest panel has, for the largest R and the cap nearest the trained positions, the paired NLL difference from
     strict streaming by how many entries the token saw, with its 95 % band. Writes a PNG atomically.
 
-    Raises
-    ------
-    ValueError
-        No complete record of ``sinkstream cliff``.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no complete record of ``sinkstream cliff``. Raises ImportError: matplotlib is not installed.
     """
     runs = grid(records)
     if not runs:

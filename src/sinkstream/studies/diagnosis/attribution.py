@@ -85,10 +85,7 @@ def attribute(
     near_tokens : int, default=32
         Tokens from an event on that are near it.
 
-    Raises
-    ------
-    ValueError
-        There is no strict run at `cap`.
+    Raises ValueError: there is no strict run at `cap`.
     """
     if cap not in strict:
         raise ValueError(f"no strict run at cap={cap}; there are: {', '.join(map(str, sorted(strict))) or 'none'}")

@@ -59,7 +59,6 @@ def diagnose(record: Record, controls: Controls, *, seed: int = 0) -> dict[str, 
     ----------
     record : Record
         A run with prune events.
-    controls : Controls
     seed : int, default=0
         Of all resampling.
 
@@ -68,10 +67,8 @@ def diagnose(record: Record, controls: Controls, *, seed: int = 0) -> dict[str, 
     dict
         As `record.POLICY_KEYS` lists and docs/diagnosis.md explains. Differences are policy minus control in nats.
 
-    Raises
-    ------
-    ValueError
-        The run has fewer than two prune events, or a control is of another text or model or shares no token.
+    Raises ValueError: the run has fewer than two prune events, or a control is of another text or model or shares no
+    token.
     """
     label = record.policy.get("label") or record.policy["name"]
     events = event_positions(record)

@@ -36,7 +36,6 @@ def write_page(
 
     Parameters
     ----------
-    diagnosis : Diagnosis
     pictures : sequence of mapping
         PNG files of each policy, by name, in the order of the policies; empty where none were drawn.
     attribution : path or None

@@ -26,10 +26,7 @@ DPI = 96  # the page holds five pictures a policy
 def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
     """Draw every registered picture of one policy as PNG files; returns them by name.
 
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
+    Raises ImportError: matplotlib is not installed.
     """
     paths = {}
     for name, draw in DIAGNOSIS_PICTURES.items():

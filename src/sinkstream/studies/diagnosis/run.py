@@ -53,10 +53,8 @@ def diagnosis_settings(
     sample_every : int
         Recompute scores every k-th token.
 
-    Raises
-    ------
-    ValueError
-        A policy without prune events or that is the control itself, no cap, or a text shorter than two prune periods.
+    Raises ValueError: a policy without prune events or that is the control itself, no cap, or a text shorter than two
+    prune periods.
     """
     policies = [one for one in policies if not _is_the_control(one)]
     if not policies:
@@ -108,11 +106,8 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
     A control has the same text, model, precision and positions; strict and recompute have the policy's cap as well.
     Of several the newest counts.
 
-    Raises
-    ------
-    ValueError
-        Runs of several texts or models, runs that are not complete, no policy with events, policies of several caps,
-        prefills or precisions, or a policy without a strict run at its cap.
+    Raises ValueError: runs of several texts or models, runs that are not complete, no policy with events, policies of
+    several caps, prefills or precisions, or a policy without a strict run at its cap.
     """
     if not records:
         raise ValueError("no run records to diagnose")
@@ -218,12 +213,8 @@ def write_diagnosis_files(
     (Diagnosis, list of str)
         The record as written, and lines that say what lies where.
 
-    Raises
-    ------
-    ValueError
-        As `diagnose` and `write_diagnosis`, or if the folder cannot be written to; nothing is computed then.
-    WriteError
-        If a file cannot be written; for the record the message says where a copy was kept instead.
+    Raises ValueError as `diagnose` and `write_diagnosis`, or if the folder cannot be written to; nothing is computed
+    then. Raises WriteError if a file cannot be written; for the record the message says where a copy was kept instead.
     """
     check_writable(request.out)
     entries = [diagnose(record, controls, seed=request.seed) for record, controls in pairs]

@@ -53,13 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RecallDesign:
-    """How passages are laid out.
-
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
-    """
+    """How passages are laid out. Raises ValueError, naming the option, the value and what is accepted."""
 
     # unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`, which every cut keeps
     cap: int
@@ -167,10 +161,7 @@ class RecallStreams:
     def cut(self, positions: int | None) -> list[Trial]:
         """Every passage by itself with what comes before it, at most `positions` tokens (None: no limit).
 
-        Raises
-        ------
-        ValueError
-            If not even the shortest distance fits.
+        Raises ValueError if not even the shortest distance fits.
         """
         trials = []
         for number, place in enumerate(self.places):
@@ -204,12 +195,8 @@ class RecallBatch:
     def run(self, settings: list[RunSettings], console: Console) -> list[RecallRecord]:
         """Run all policies in order; an interrupted or failed one is recorded and ends the batch.
 
-        Raises
-        ------
-        ValueError
-            If a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has run then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has
+        run then. Raises WriteError as `Runner.run`.
         """
         trials = [self._trials(one) for one in settings]
         jobs = [

@@ -84,12 +84,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
 
     Up to `MOST_BANDS` lines have bands; more have bars instead and stand a little apart.
 
-    Raises
-    ------
-    ValueError
-        No records.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
     """
     if not records:
         raise ValueError("no recall records to draw")
