@@ -15,7 +15,7 @@ from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.records.records import BLOCKED, load_record, load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
-from sinkstream.statistics import block_sums, share_of_blocks
+from sinkstream.statistics import Bootstrap, block_sums, share_of_blocks
 from sinkstream.studies.cliff.run import cliff_settings
 from sinkstream.studies.cliff.tables import COLUMNS, cliff_table, decompose, draw_cliff, grid, shares
 
@@ -119,7 +119,7 @@ def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says():
     for seed in range(100):
         part, rest = rng.normal(0.3, 1.0, 2000), rng.normal(0.1, 1.0, 2000)
         (_, parts, counts), (_, wholes, _) = (block_sums(values, block_tokens=8) for values in (part, part + rest))
-        found = share_of_blocks(parts, wholes, counts, 8, resamples=400, seed=seed)
+        found = share_of_blocks(parts, wholes, counts, 8, Bootstrap(resamples=400, seed=seed))
         held += found.low <= 0.75 <= found.high
     assert 88 <= held <= 100
 

@@ -69,6 +69,3 @@ class BenchRecord(BaseRecord):
     def check_own(cls, content: Mapping[str, Any], where: str) -> None:
         if len(content["chunks"]["tokens"]) != len(content["chunks"]["seconds"]):
             raise ValueError(f"{where}: field 'chunks' has tokens and seconds of different lengths")
-
-
-write_bench_record, load_bench_record, load_bench_records = BenchRecord.write, BenchRecord.read, BenchRecord.below

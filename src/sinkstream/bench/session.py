@@ -16,7 +16,7 @@ from sinkstream.bench.checkpoint import Checkpoint
 from sinkstream.bench.decoding import ActiveRun, Source, TimedRun, decode_in_turns, generate_static, level
 from sinkstream.bench.profiling import profile_steps
 from sinkstream.bench.record import identity, run_figures, run_protocol
-from sinkstream.bench.records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
+from sinkstream.bench.records import BenchRecord
 from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
 from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
@@ -79,7 +79,7 @@ class BenchSession:
         runner = Runner(
             self.request,
             _write,
-            load_bench_record,
+            BenchRecord.read,
             self.loaded.model.device,
             _paces,
             lambda console: run_progress(console, TextColumn("{task.fields[pace]}")),
@@ -213,7 +213,7 @@ class BenchSession:
         if not self.request.resume:
             return []
         same = self._identity(config)
-        return [r for r in load_bench_records(self.request.out) if r.arguments.get("identity") == same]
+        return [r for r in BenchRecord.below(self.request.out) if r.arguments.get("identity") == same]
 
     def _finished(self, group: Sequence[BenchConfig]) -> list[BenchRecord]:
         """A complete record for each configuration, or nothing: those of a group are comparable only together."""
@@ -240,7 +240,7 @@ def _names(group: Sequence[BenchConfig]) -> str:
 
 def _write(record: dict[str, Any], folder: Path) -> Path:
     """Write a record, then forget the checkpoint beside it if the run is complete."""
-    path = write_bench_record(record, folder)
+    path = BenchRecord.write(record, folder)
     if record["status"] == "complete":
         Checkpoint(folder, record["id"]).remove()
     return path

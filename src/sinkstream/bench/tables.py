@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.records import BenchRecord
 from sinkstream.bench.selection import (
     LADDER_SHAPE,
     SHAPES,
@@ -152,7 +152,7 @@ def _lines(records: Sequence[BenchRecord]) -> list[tuple[tuple[str, str], TimeLi
 
 def render_bench(results: Path) -> dict[str, str]:
     """Markdown of every table of `BENCH_TABLES`, by name. Raises ValueError if a speed record is broken."""
-    records = load_bench_records(results)
+    records = BenchRecord.below(results)
     return {name: render(records) for name, render in BENCH_TABLES.items()}
 
 

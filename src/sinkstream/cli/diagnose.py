@@ -22,7 +22,7 @@ from sinkstream.cli.show import wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record, load_records
-from sinkstream.studies.diagnosis import Diagnosis
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.run import diagnosis_settings, pair_runs, write_diagnosis_files
 from sinkstream.studies.diagnosis.tables import diagnosis_tables
 

@@ -46,7 +46,7 @@ def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
     def compute() -> dict[str, list | int]:
         index, nll, control_nll = common_tokens(record, control)
         tokens = suitable_block_tokens(int(index[-1] - index[0]) + 1)
-        _, sums, counts = block_sums(nll.astype(np.float64) - control_nll, index, tokens)
+        _, sums, counts = block_sums(nll - control_nll, index, tokens)
         return {"tokens": tokens, "difference": np.round(sums, DIGITS).tolist(), "scored": counts.tolist()}
 
     found = record.pairs.figure("paired blocks", (record, control), compute)
@@ -54,14 +54,17 @@ def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
 
 
 def common_tokens(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there.
+    """Tokens that both records have: their index in the text, and the NLL of `record` and of `control` there, float64.
 
     Raises ValueError if the records are of another text or another model, or share no token.
     """
     check_pair(record, control)
-    index, here, there = np.intersect1d(
-        record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
-    )
+    index, here, there = common_places(record, control)
     if index.size == 0:
         raise ValueError(f"record {record.id!r} and control {control.id!r} have no token in common")
-    return index, record.arrays["nll"][here], control.arrays["nll"][there]
+    return index, *(one.arrays["nll"][at].astype(np.float64) for one, at in ((record, here), (control, there)))
+
+
+def common_places(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index in the text of the tokens that both have, and where they stand in the arrays of either, (tokens,) int."""
+    return np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True)

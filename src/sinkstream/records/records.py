@@ -53,6 +53,11 @@ class Record(BaseRecord):
         return super().values(content) | {"block_sums": content.get("blocks")}
 
     @property
+    def label(self) -> str:
+        """The policy's label, or its name where an older record has no label."""
+        return self.policy.get("label") or self.policy["name"]
+
+    @property
     def tokens_path(self) -> Path:
         """Where the per-token arrays are, if they are there."""
         return self.path.parent / self.tokens_file["name"]

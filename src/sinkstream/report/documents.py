@@ -36,7 +36,7 @@ from sinkstream.show.table import NONE_YET, Table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall
-from sinkstream.studies.recall.record import RecallRecord, load_recalls
+from sinkstream.studies.recall.record import RecallRecord
 
 DOCUMENT_TABLES: Registry = Registry("document table")
 RECALL_TABLES: Registry = Registry("document table of recall records")
@@ -48,7 +48,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     Raises ValueError: the folder holds a broken record.
     """
     there = results.is_dir()
-    records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []
+    records, recalls = load_records(results, pairs) if there else [], RecallRecord.below(results) if there else []
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     return tables | render_diagnoses(results) | render_bench(results) | render_prompts(results)
@@ -113,7 +113,7 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
     controls = [r for r in runs if policy_name(r) == "recompute"]
     if not controls:
         return NONE_YET
-    newest = {label(r): r for r in runs if _way(r) == _way(controls[-1])}
+    newest = {r.label: r for r in runs if _way(r) == _way(controls[-1])}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
     return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"
 
@@ -121,11 +121,6 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
 def _way(record: Record) -> tuple:
     """What two runs must have in common to stand in one table: the text, and how it was evaluated."""
     return record.data["sha256"], evaluated(record), conditions(record)
-
-
-def label(record: Record) -> str:
-    """The run's name in tables."""
-    return record.policy.get("label") or record.policy["name"]
 
 
 def cliff_table(records: Sequence[Record], *, model: str) -> str:
@@ -199,7 +194,7 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
         same_session = min(beside, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
         ratio = steady["mean"] / same_session.summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
-        rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
+        rows.append([record.label, f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
     return f"{text_and_machine(fulls[-1])} Random weights: speed only.\n\n{Table(header, rows).markdown()}"
 
@@ -211,7 +206,7 @@ def precision_table(records: Sequence[Record]) -> str:
         [
             p.record.model["name"],
             p.record.data["name"],
-            label(p.record),
+            p.record.label,
             f"{p.record.protocol['backend']} {p.record.protocol['dtype']}",
             hardware(p.record.environment),
             f"{p.tokens:,}",
@@ -262,6 +257,6 @@ def demo_table(records: Sequence[Record]) -> str:
     if not demos:
         return NONE_YET
     same = [r for r in demos if r.command == demos[-1].command and same_text_and_model(r, demos[-1])]
-    newest = {label(r): r for r in same}
+    newest = {r.label: r for r in same}
     ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
     return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"

@@ -6,7 +6,7 @@ from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
 from sinkstream.show.table import EMPTY, NONE_YET, Table
 from sinkstream.studies.cliff import tables as cliff
-from sinkstream.studies.diagnosis import Diagnosis
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import find_diagnosis, interval
 from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sinkstream.engine import STEPS
+from sinkstream.records.pairing import common_places
 from sinkstream.records.records import Record
 from sinkstream.records.selection import is_plain, policy_name, same_text_and_model
 
@@ -49,9 +50,7 @@ def compare(record: Record, control: Record) -> Precision | None:
 
 
 def _figures(record: Record, control: Record) -> dict[str, Any] | None:
-    _, here, there = np.intersect1d(
-        record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
-    )
+    _, here, there = common_places(record, control)
     nll, control_nll = (r.arrays["nll"][at].astype(np.float64) for r, at in ((record, here), (control, there)))
     both = np.isfinite(nll) & np.isfinite(control_nll)
     if both.sum() < LEAST_TOKENS:

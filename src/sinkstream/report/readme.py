@@ -36,7 +36,7 @@ def readme_quality(records: Sequence[Record]) -> str:
     def way(record: Record) -> tuple:
         return record.data["sha256"], evaluated(record), conditions(record)
 
-    newest = {r.policy.get("label") or r.policy["name"]: r for r in runs if way(r) == way(control)}
+    newest = {r.label: r for r in runs if way(r) == way(control)}
     rows = comparison_rows([newest[label] for label in POLICIES if label in newest])
     cells = []
     for row in rows:

@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkstream.bench.prompt_records import PromptRecord, load_prompt_records
-from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
-from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.records import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import Pairs
@@ -17,7 +15,7 @@ from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.precision import worst_relative_error
 from sinkstream.studies.cliff.tables import share_past_trained
-from sinkstream.studies.diagnosis import Diagnosis, load_diagnoses
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
 #: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
@@ -62,12 +60,7 @@ def _headlines_below(
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: not a folder with records")
-    return compute_headlines(
-        load_records(directory, pairs),
-        load_diagnoses(directory),
-        load_bench_records(directory),
-        load_prompt_records(directory),
-    )
+    return compute_headlines(load_records(directory, pairs), Diagnosis.below(directory), BenchRecord.below(directory))
 
 
 def write_summary(results_dir: Path | str, pairs: Pairs | None = None) -> Summary:

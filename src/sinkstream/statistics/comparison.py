@@ -6,30 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sinkstream.statistics.bootstrap import ratio_interval
+from sinkstream.statistics.bootstrap import Bootstrap
 
 MIN_PAIRS = 8
-RESAMPLES = 5000
+BOOTSTRAP = Bootstrap(resamples=5000, batch=None)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of sums with its percentile-bootstrap interval; `low` and `high` are None with fewer than 8 pairs."""
+    """A ratio of sums with its 95 % bootstrap interval; `low` and `high` are None with fewer than 8 pairs."""
 
     value: float
     low: float | None
     high: float | None
     pairs: int
-    confidence: float
 
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"{self.low:.4f} – {self.high:.4f}"
         return f"{self.value:.4f} [{interval}]"
 
 
-def ratio_of_times(
-    seconds: Sequence[float], base_seconds: Sequence[float], *, confidence: float = 0.95, seed: int = 0
-) -> Ratio:
+def ratio_of_times(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
     """Time of one run over that of another, from chunks of equally many tokens that took turns.
 
     Pairs of chunks are resampled, so that a drift which both share cancels out.
@@ -46,11 +43,10 @@ def ratio_of_times(
         raise ValueError(f"chunks of shape {own.shape} and {base.shape}: expected equally many, at least one")
     value = float(own.sum() / base.sum())
     if own.size < MIN_PAIRS:
-        return Ratio(value, None, None, own.size, confidence)
+        return Ratio(value, None, None, own.size)
     if np.ptp(own / base) == 0:
-        return Ratio(value, value, value, own.size, confidence)
-    interval = ratio_interval(own, base, resamples=RESAMPLES, confidence=confidence, seed=seed)
-    return Ratio(value, *interval, own.size, confidence)
+        return Ratio(value, value, value, own.size)
+    return Ratio(value, *BOOTSTRAP.ratio_interval(own, base), own.size)
 
 
 @dataclass(frozen=True)

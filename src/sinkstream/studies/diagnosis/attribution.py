@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinkstream.statistics import AFTER, BLOCK_TOKENS, Estimate, mean_interval
+from sinkstream.statistics import AFTER, BLOCK_TOKENS, DEFAULT, Bootstrap, Estimate, mean_interval
 
 PARTS = {
     "fewer_tokens": "seeing fewer tokens on average",
@@ -60,9 +60,8 @@ def attribute(
     cap: int,
     trained_positions: int | None = None,
     positions: np.ndarray | None = None,
-    near_tokens: int = AFTER,
     block_tokens: int = BLOCK_TOKENS,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Attribution:
     """Split the paired difference of a policy from strict streaming; see the head of this module for the estimator.
 
@@ -80,10 +79,8 @@ def attribute(
         The control's.
     trained_positions : int or None
         None: unknown, so none is past them.
-    positions, block_tokens, seed
+    positions, block_tokens
         As in `paired_delta_ppl`.
-    near_tokens : int, default=32
-        Tokens from an event on that are near it.
 
     Raises ValueError: there is no strict run at `cap`.
     """
@@ -92,7 +89,7 @@ def attribute(
     nll, visible = np.asarray(nll, dtype=np.float64), np.asarray(visible)
     control = np.asarray(strict[cap], dtype=np.float64)
     past = np.zeros(len(nll), dtype=bool) if trained_positions is None else visible > trained_positions
-    near = (since_event >= 0) & (since_event < near_tokens)
+    near = (since_event >= 0) & (since_event < AFTER)
     classes = {"past_trained": past, "near_event": near & ~past, "elsewhere": ~near & ~past}
     clipped = visible if trained_positions is None else np.minimum(visible, trained_positions)
     usable = {v: run for v, run in strict.items() if v == cap or trained_positions is None or v <= trained_positions}
@@ -109,7 +106,7 @@ def attribute(
 
     def mean(value: np.ndarray) -> Estimate:
         return mean_interval(
-            np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, seed=seed
+            np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, bootstrap=bootstrap
         )
 
     unknown = Estimate(reason="needs strict runs at other caps")

@@ -8,7 +8,8 @@ from typing import Any
 
 from sinkstream.records.files import write_atomically
 from sinkstream.show.table import EMPTY, Table
-from sinkstream.studies.diagnosis import PARTS, Diagnosis
+from sinkstream.studies.diagnosis.attribution import PARTS
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import NOTES, Entry, diagnosis_tables, interval, origin
 
 STYLE = """

@@ -11,7 +11,7 @@ from sinkstream.records.records import Record
 from sinkstream.registry import Registry
 from sinkstream.show.plots import COLOURS, SHADE, new_figure, save
 from sinkstream.statistics import AFTER, BLOCK_TOKENS, block_sums
-from sinkstream.studies.diagnosis import PARTS
+from sinkstream.studies.diagnosis.attribution import PARTS
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
 DIAGNOSIS_PICTURES: Registry[Callable[[Record, Record, dict[str, Any]], Any]] = Registry("picture of a diagnosis")

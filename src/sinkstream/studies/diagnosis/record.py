@@ -50,9 +50,6 @@ class Diagnosis(BaseRecord):
         return super().values(content) | {"policies": _policies(content)}
 
 
-write_diagnosis, load_diagnosis, load_diagnoses = Diagnosis.write, Diagnosis.read, Diagnosis.below
-
-
 def build_diagnosis(
     runs: Sequence[Record],
     policies: Sequence[Mapping[str, Any]],
@@ -74,8 +71,8 @@ def build_diagnosis(
     arguments, command, created
         As in a run record; of the diagnosis, not of the runs.
     git : dict
-        Revision that the diagnosis was computed with, as `git_revision` tells it. The `environment` is that of the
-        first run: where its figures were measured, which may be another machine than the one that reads its record.
+        Revision that the diagnosis was computed with. The `environment` is that of the first run: where its figures
+        were measured, which may be another machine than the one that reads its record.
     seed : int
         Of the resampling.
     """

@@ -11,18 +11,11 @@ from sinkstream.measure.environment import git_revision, utc_now
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import normalised, policy_name
-from sinkstream.studies.diagnosis import (
-    Controls,
-    Diagnosis,
-    build_diagnosis,
-    diagnose,
-    load_diagnosis,
-    write_diagnosis,
-    write_event_table,
-    write_token_table,
-)
+from sinkstream.studies.diagnosis.diagnose import Controls, diagnose
 from sinkstream.studies.diagnosis.page import write_page
 from sinkstream.studies.diagnosis.plots import draw_attribution, draw_policy
+from sinkstream.studies.diagnosis.record import Diagnosis, build_diagnosis
+from sinkstream.studies.diagnosis.tokens import write_event_table, write_token_table
 
 TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 
@@ -149,10 +142,9 @@ def _controls(record: Record, records: Sequence[Record]) -> Controls:
         if _is_strict(run) and run.policy["options"].get("positions", "cache") == positions:
             strict[run.protocol["cap"]] = run
     if cap not in strict:
-        label = record.policy.get("label") or record.policy["name"]
         raise ValueError(
-            f"policy {label!r} (cap={cap}, {record.protocol['dtype']}, positions={positions}) has no strict run beside"
-            " it; accepted: also the record of a strict run at the same cap, precision and positions"
+            f"policy {record.label!r} (cap={cap}, {record.protocol['dtype']}, positions={positions}) has no strict run"
+            " beside it; accepted: also the record of a strict run at the same cap, precision and positions"
         )
     control = strict.pop(cap)
     named = {name: [r for r in comparable if policy_name(r) == name] for name in BASELINES}
@@ -213,7 +205,7 @@ def write_diagnosis_files(
     (Diagnosis, list of str)
         The record as written, and lines that say what lies where.
 
-    Raises ValueError as `diagnose` and `write_diagnosis`, or if the folder cannot be written to; nothing is computed
+    Raises ValueError as `diagnose` and `Diagnosis.write`, or if the folder cannot be written to; nothing is computed
     then. Raises WriteError if a file cannot be written; for the record the message says where a copy was kept instead.
     """
     check_writable(request.out)
@@ -228,7 +220,7 @@ def write_diagnosis_files(
         seed=request.seed,
     )
     with uninterrupted():
-        diagnosis = load_diagnosis(save_or_rescue(partial(write_diagnosis, content), request.out))
+        diagnosis = Diagnosis.read(save_or_rescue(partial(Diagnosis.write, content), request.out))
     slugs = [f"{number:02d}-{normalised(entry['label'])}" for number, entry in enumerate(entries, 1)]
     notes = [f"record: {diagnosis.path}, tables: {_write_tables(pairs, slugs, texts, request.out / TABLES)}"]
     if texts is None:

@@ -9,7 +9,8 @@ from sinkstream.records.origin import text_and_machine
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table, with_interval
-from sinkstream.studies.diagnosis import PARTS, Diagnosis, load_diagnoses
+from sinkstream.studies.diagnosis.attribution import PARTS
+from sinkstream.studies.diagnosis.record import Diagnosis
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
 DIAGNOSIS_TABLES: Registry[Callable[[Sequence[Diagnosis]], str]] = Registry("diagnosis table")
@@ -107,7 +108,7 @@ def origin(diagnosis: Diagnosis) -> str:
 
 def render_diagnoses(results: Path) -> dict[str, str]:
     """Markdown of every registered diagnosis table, by name. Raises ValueError if the folder holds a broken record."""
-    diagnoses = load_diagnoses(results) if results.is_dir() else []
+    diagnoses = Diagnosis.below(results) if results.is_dir() else []
     return {name: render(diagnoses) for name, render in DIAGNOSIS_TABLES.items()}
 
 

@@ -48,6 +48,3 @@ class RecallRecord(BaseRecord):
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         columns = {name: np.array(content["passages"][name], dtype=dtype) for name, dtype in COLUMNS.items()}
         return super().values(content) | {"passages": columns}
-
-
-write_recall, load_recall, load_recalls = RecallRecord.write, RecallRecord.read, RecallRecord.below

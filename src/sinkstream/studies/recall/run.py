@@ -32,7 +32,7 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
-from sinkstream.studies.recall.record import RecallRecord, load_recall, load_recalls, write_recall
+from sinkstream.studies.recall.record import RecallRecord
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 PASSAGES, PASSAGE_TOKENS = 16, 64
@@ -203,7 +203,7 @@ class RecallBatch:
             Job(one.label(), partial(self._measure, one, its), partial(self._find, one))
             for one, its in zip(settings, trials)
         ]
-        runner = Runner(self.request, write_recall, load_recall, self.loaded.model.device)
+        runner = Runner(self.request, RecallRecord.write, RecallRecord.read, self.loaded.model.device)
         return runner.run(jobs, console)
 
     def _trials(self, settings: RunSettings) -> list[Trial]:
@@ -254,7 +254,7 @@ class RecallBatch:
         }
 
     def _find(self, settings: RunSettings) -> list[RecallRecord]:
-        return find_complete(load_recalls, self.request.out, self._identity(settings))
+        return find_complete(RecallRecord.below, self.request.out, self._identity(settings))
 
     def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
         """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
