@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from sinkstream.measure.timing import timed
 from sinkstream.records.files import WriteError
-from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
+from sinkstream.show.progress import hide_ended, say, shown, tell_ended, token_progress
 
 Report = Callable[[int, int], None]  # called with (done, of how many)
 
@@ -107,7 +107,7 @@ class Runner(Generic[R]):
             for job in jobs:
                 found = job.find() if self.request.resume else []
                 if found:
-                    tell(bars, f"{job.name}: taken from {', '.join(record.id for record in found)}")
+                    say(bars.console, f"{job.name}: taken from {', '.join(record.id for record in found)}")
                 else:
                     unwritten, seconds = timed(job.measure, self.line(bars, job.name), device=self.device)
                     found = self._save(unwritten)
@@ -116,7 +116,7 @@ class Runner(Generic[R]):
                 records += found
                 if row:
                     hide_ended(bars)
-                    tell(bars, row(records))
+                    say(bars.console, row(records))
                 if (found and found[-1].status != "complete") or (enough and enough(records)):
                     break
         return records

@@ -37,9 +37,9 @@ def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def tell(progress: Progress, line: str) -> None:
-    """Print a line as it is, above the bars if there are any."""
-    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is, above the bars of a progress display if there are any."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figures: str) -> None:
@@ -56,7 +56,7 @@ def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figu
     """
     if progress.disable:
         ended = f"done in {seconds:.0f} s" if status == "complete" else f"{status} after {seconds:.0f} s"
-        tell(progress, ", ".join([f"{name}: {ended}", *figures]))
+        say(progress.console, ", ".join([f"{name}: {ended}", *figures]))
 
 
 def hide_ended(progress: Progress) -> None:
