@@ -20,10 +20,8 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkstream.bench.decoding as decoding
-import sinkstream.bench.session as bench_session
 import sinkstream.cli.bench as command
-from sinkstream.bench.record import speed
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord, speed
 from sinkstream.bench.rungs import rung_runs
 from sinkstream.bench.selection import pairs, rival
 from sinkstream.bench.session import BenchSession
@@ -372,7 +370,7 @@ def test_a_checkpoint_stays_until_the_record_is_in_its_folder(session, tmp_path,
 
 
 def test_ctrl_c_while_a_record_is_written_acts_afterwards(session, tmp_path, monkeypatch):
-    write = bench_session.write_bench_record
+    write = BenchRecord.write
 
     def pressed(record, folder):
         signal.raise_signal(signal.SIGINT)

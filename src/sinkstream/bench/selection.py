@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.engine import STEPS
 from sinkstream.models import SHAPES as PUBLISHED
 from sinkstream.models.shapes import PREFIX

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ from rich.progress import Progress, TextColumn
 from sinkstream.bench.checkpoint import Checkpoint
 from sinkstream.bench.decoding import ActiveRun, Source, TimedRun, decode_in_turns, generate_static, level
 from sinkstream.bench.profiling import profile_steps
-from sinkstream.bench.record import identity, run_figures, run_protocol
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord, run_figures, turn_protocol
 from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
 from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.backends import BACKENDS, EngineBackend, StaticBackend
+from sinkstream.evaluation.record import numeric_protocol, provenance, work_identity
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
-from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
-from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
 from sinkstream.records.files import WriteError
 from sinkstream.records.records import new_record_id
@@ -176,37 +174,35 @@ class BenchSession:
     # ---- records ----
 
     def _record(self, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
-        model = self.loaded.model
-        record: dict[str, Any] = {
+        model, rung = self.loaded.model, BACKENDS[run.config.rung]
+        return {
+            "id": run.id,
             "status": "complete" if run.reason is None else "partial",
-            "created": utc_now(),
+            "status_reason": run.reason,
             "session": self.name,
-            "command": self.request.command,
-            "arguments": {**self.request.arguments, "identity": self._identity(run.config)},
-            "environment": environment(model.device),
-            "model": self.loaded.record(),
+            **provenance(self.loaded, run.config.run, self.request, self._identity(run.config)),
             "rung": {
                 "name": run.config.rung,
                 "summary": BACKENDS.summary(run.config.rung),
-                "attention": BACKENDS[run.config.rung].attention or attention_implementation(model.config),
+                "attention": rung.attention or attention_implementation(model.config),
             },
             "protocol": {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-                **numerics(),
+                **numeric_protocol(self.loaded),
                 "seed": self.request.seed,
                 "prefill_tokens": prompt_tokens(run.protocol, run.config),
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
-                **run_protocol(run),
+                **turn_protocol(run),
             },
             "setup": {"load_sec": self.load_sec, **run.setup},
             "memory": {"peak_mb": memory.peak_mb, "kind": memory.kind},
+            **run_figures(run, kv_token_bytes(model), self.ceiling),
         }
-        return record | run_figures(run, kv_token_bytes(model), self.ceiling)
 
     def _identity(self, config: BenchConfig) -> dict[str, Any]:
-        return identity(self.loaded, self.text, config, self.protocol, self.request.seed)
+        """What makes two timed configurations the same."""
+        own = {"config": config.identity(), "protocol": asdict(self.protocol), "seed": self.request.seed}
+        return work_identity(self.loaded, self.text, "triton", **own)
 
     def _earlier(self, config: BenchConfig) -> list[BenchRecord]:
         """Records of the very same configuration, if the session may use them."""

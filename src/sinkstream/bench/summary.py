@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 from sinkstream.models.shapes import PREFIX
 from sinkstream.registry import Registry

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import (
     LADDER_SHAPE,
     SHAPES,

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
+from sinkstream.evaluation.record import build_record, find_complete, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import Record, load_record, load_records
+from sinkstream.records.records import Record, load_record, load_records, write_record
 
 Content = tuple[dict[str, Any], RunResult]  # of a record, and where its arrays are
 
@@ -53,13 +53,7 @@ class Batch:
             check_run(self.loaded, len(self.stream), one)
         if self.interleave:
             common_prefill(settings, len(self.stream))
-        runner = Runner(
-            self.request,
-            _save,
-            load_record,
-            self.loaded.model.device,
-            _perplexities,
-        )
+        runner = Runner(self.request, _save, load_record, self.loaded.model.device, _perplexities)
         return runner.run(self._jobs(settings), console, row, enough)
 
     def _jobs(self, settings: list[RunSettings]) -> list[Job[Record]]:
@@ -85,7 +79,8 @@ class Batch:
 
 
 def _save(content: Content, folder: Path) -> Path:
-    return save_record(*content, folder)
+    record, result = content
+    return write_record(record, result.arrays, folder)
 
 
 def _perplexities(records: list[Record]) -> list[str]:

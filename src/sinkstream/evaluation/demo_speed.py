@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sinkstream.evaluation.backends import open_decoder
-from sinkstream.evaluation.decoders import RecomputeDecoder
+from sinkstream.evaluation.decoders import ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
@@ -46,6 +46,7 @@ def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
     device = loaded.model.device
     ids = ids.to(device)
     with closing(open_decoder(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
+        assert isinstance(strict, ModuleDecoder), "the backend hf runs the module of transformers"
         strict.prefill(ids[:cap])
         strict.step(ids[cap : cap + 1])
         means, at = [], cap + 1

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sinkstream.evaluation.backends import BACKENDS, open_decoder
-from sinkstream.evaluation.decoders import Decoder, RecomputeDecoder
+from sinkstream.evaluation.decoders import Decoder, ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise, token_nll
@@ -190,13 +190,17 @@ class Attempt:
 
     @torch.inference_mode()
     def decode(self) -> None:
-        """Prefill, then all tokens: those that are timed one by one, the others in blocks."""
-        to_decode = self.last - self.first
-        one_by_one = min(to_decode, self.settings.timed_tokens or to_decode) if self.settings.evaluate == "steps" else 0
+        """Prefill, then all tokens: those that are timed one by one, the others in blocks if the decoder has blocks."""
+        to_decode, bad_block = self.last - self.first, None
+        timed_tokens = min(to_decode, self.settings.timed_tokens or to_decode)
+        timed_end = self.first + (timed_tokens if self.settings.evaluate == "steps" else 0)
         with closing(open_decoder(self.loaded, self.settings)) as decoder:
             self.prefill(decoder)
-            self.decode_steps(decoder, range(self.first, self.first + one_by_one))
-            bad_block = self._decode_blocks(decoder, self.first + one_by_one)
+            self.decode_steps(decoder, range(self.first, timed_end))
+            if isinstance(decoder, ModuleDecoder):
+                bad_block = self._decode_blocks(decoder, timed_end)
+            else:
+                self.decode_steps(decoder, range(timed_end, self.last), keep_times=False)
         if bad_block:
             self._decode_bad_block(bad_block)
 
@@ -226,7 +230,7 @@ class Attempt:
                 self.rows.add(t + 1, nll, seconds if keep_times else float("nan"), decoder.last_step(), top1)
             self.report(t + 1 - self.first)
 
-    def _decode_blocks(self, decoder: Decoder, start: int) -> range | None:
+    def _decode_blocks(self, decoder: ModuleDecoder, start: int) -> range | None:
         """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken.
 
         Ends at the first block with a non-finite prediction and returns that block's tokens, none of which got a row.

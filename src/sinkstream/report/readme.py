@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import rival
 from sinkstream.bench.summary import tpot_over_floor
 from sinkstream.bench.tables import BENCH_TABLES

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import Pairs

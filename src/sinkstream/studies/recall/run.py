@@ -25,11 +25,10 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import find_complete, provenance, run_identity
+from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import new_record_id
 from sinkstream.studies.recall.record import RecallRecord
@@ -266,16 +265,11 @@ class RecallBatch:
             "id": new_record_id("recall", self.loaded.name, streams.repeated.name, settings.label()),
             "status": result.status,
             "status_reason": result.reason,
-            **provenance(self.loaded, streams.repeated, settings, self.request, identity),
+            **provenance(self.loaded, settings, self.request, identity),
+            "data": streams.repeated.record(),
             "protocol": {
-                "backend": settings.backend,
-                "evaluate": settings.evaluate,
-                "dtype": identity["dtype"],
-                "device": str(self.loaded.model.device),
-                **numerics(),
-                "seed": self.request.seed,
+                **run_protocol(self.loaded, settings, self.request),
                 "cap": streams.design.cap,
-                "cap_accounting": settings.cap_accounting,
                 "block_tokens": settings.block_tokens,
                 **identity["recall"],
             },
