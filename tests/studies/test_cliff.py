@@ -143,7 +143,7 @@ def test_table_headline_and_picture(store, tmp_path):
     outside = next(row for row in rows if row[2:4] == ["256", "outside cap"])
     assert outside[7] == "+0.0300 ±0.0000" and outside[9].startswith("+0.2500") and re.match("9[0-9] % ±", outside[10])
     assert next(row for row in rows if row[2] == "1")[6] == "control"
-    value, record_id = HEADLINES["diagnosis.cliff_share_length"](records)
+    value, record_id, _, _ = HEADLINES["diagnosis.cliff_share_length"](records)
     assert value == pytest.approx(0.909, abs=1e-3) and record_id == "outside"
     table = render_tables(tmp_path)["cliff-neox-sink"]
     assert "outside cap" in table and "T = 8,192 trained positions" in table

@@ -177,8 +177,8 @@ def headline_speed(records: Sequence[BenchRecord]) -> str:
     found = [figure for headline in headlines if (figure := headline(records)) is not None]
     if len(found) < len(headlines):
         return NONE_YET
-    over_floor, static, lazy, strict = (value for value, _ in found)
-    record = next(r for r in records if r.id == found[0][1])
+    over_floor, static, lazy, strict = (headline.value for headline in found)
+    record = next(r for r in records if r.id == found[0].record)
     return (
         f"Speed: on an {record.hardware} the engine takes **{record.steady['tpot_ms']:.2f} ms** a token of the"
         f" Pythia-2.8B shape ({record.protocol['dtype']}, {record.protocol['cap']:,} slots, evicting at every token),"
@@ -202,7 +202,7 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-policies")
 def policies_table(records: Sequence[BenchRecord]) -> str:
     """TPOT of two policies that took turns."""
-    found = [pair for pair in pairs(select(records, streams=1))]
+    found = pairs(select(records, streams=1))
     latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
     used = [record for pair in latest.values() for record in pair]
     return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else NONE_YET
@@ -217,14 +217,19 @@ def shapes_table(records: Sequence[BenchRecord]) -> str:
     return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
 
 
+def _fastest(records: Sequence[BenchRecord], along: str, *, cap: int | None = None, streams: int | None = None) -> list:
+    """Runs of the fastest rung, strict, Pythia-2.8B shape, float16, by what `along` of the protocol; none if one."""
+    rung = fastest_rung(records)
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", rung=rung, dtype="float16", short=True)
+    chosen = select(chosen, cap=cap, streams=streams)
+    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol[along])
+    return found if len(found) > 1 else []
+
+
 @BENCH_TABLES.register("bench-caps")
 def caps_table(records: Sequence[BenchRecord]) -> str:
-    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape, float16."""
-    fastest = fastest_rung(records)
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", streams=1, rung=fastest, dtype="float16", short=True)
-    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["cap"])
-    if len(found) < 2:
-        return NONE_YET
+    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape, float16, one stream."""
+    found = _fastest(records, "cap", streams=1)
     kv: Column = ("KV (GB)", lambda r: f"{r.floor['kv_bytes'] / 1e9:.3f}")
     return _document_table(found, [CAP, kv, *SPEED, *FLOOR], "\n".join(slope_lines(found)))
 
@@ -232,13 +237,8 @@ def caps_table(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-streams")
 def streams_table(records: Sequence[BenchRecord]) -> str:
     """Streams stepped together, Pythia-2.8B shape, float16, strict, 2,052 slots; the weights are read once."""
-    fastest = fastest_rung(records)
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", cap=2052, rung=fastest, dtype="float16", short=True)
-    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["streams"])
-    if len(found) < 2:
-        return NONE_YET
     rate: Column = ("tokens/s, all streams", lambda r: f"{r.steady['tokens_per_sec']:,.0f}")
-    return _document_table(found, [STREAMS, rate, *SPEED, *FLOOR])
+    return _document_table(_fastest(records, "streams", cap=2052), [STREAMS, rate, *SPEED, *FLOOR])
 
 
 @BENCH_TABLES.register("bench-long")
@@ -248,17 +248,13 @@ def long_run_table(records: Sequence[BenchRecord]) -> str:
     if not long:
         return NONE_YET
     record = max(long, key=lambda r: (r.steady["tokens"], r.created))
-    rows = [
-        [
-            f"{block['first_token'] + block['tokens']:,}",
-            f"{block['tpot_ms']:.4f}",
-            f"{block['memory_mb']:,.1f}",
-            EMPTY if block["mean_nll"] is None else f"{block['mean_nll']:.4f}",
-            EMPTY if block["not_finite"] is None else f"{block['not_finite']}",
-        ]
-        for block in record.blocks
+    columns: list[Column] = [
+        ("steady tokens", lambda block: f"{block['first_token'] + block['tokens']:,}"),
+        ("TPOT (ms)", lambda block: f"{block['tpot_ms']:.4f}"),
+        ("memory held (MB)", lambda block: f"{block['memory_mb']:,.1f}"),
+        ("mean NLL (nats)", lambda block: EMPTY if block["mean_nll"] is None else f"{block['mean_nll']:.4f}"),
+        ("not finite", lambda block: EMPTY if block["not_finite"] is None else f"{block['not_finite']}"),
     ]
-    header = ["steady tokens", "TPOT (ms)", "memory held (MB)", "mean NLL (nats)", "not finite"]
     fed = "greedy" if record.protocol["feed"] == "greedy" else f"{record.protocol['text']}, repeated"
     named = f"{SHAPE[1](record)}, {RUNG[1](record)}, {record.policy['label']}, cap {CAP[1](record)}, {fed}"
-    return f"{named}. {_origin([record])}\n\n{Table(header, rows, left=0).markdown()}"
+    return f"{named}. {_origin([record])}\n\n{Table.of(record.blocks, columns, left=0).markdown()}"

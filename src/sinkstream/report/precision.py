@@ -62,12 +62,6 @@ def _figures(record: Record, control: Record) -> dict[str, Any] | None:
     return {**figures, "relative_error": error, "agreement": agreement}
 
 
-def worst_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
-    """The largest absolute relative error of all `precision_runs`, and its record's id."""
-    found = precision_runs(records)
-    return max(((abs(p.relative_error), p.record.id) for p in found), default=None)
-
-
 def _agreement(record: Record, control: Record, here: np.ndarray, there: np.ndarray) -> float | None:
     if "top1" not in record.arrays or "top1" not in control.arrays:
         return None

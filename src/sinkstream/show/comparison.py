@@ -93,7 +93,8 @@ def _number(digits: int, *keys: str) -> Callable[[Row], str]:
     return show
 
 
-def _delta(row: Row) -> str:
+def delta_text(row: Row) -> str:
+    """ΔPPL in percent with its interval."""
     if row["is_control"]:
         return "control"
     return with_interval(row["delta_percent"], row["delta_low"], row["delta_high"], 2)
@@ -103,7 +104,7 @@ def _delta(row: Row) -> str:
 COLUMNS: list[Column] = [
     ("Policy", lambda row: row["name"]),
     ("PPL", _number(2, "ppl")),
-    ("ΔPPL % [95 %]", _delta),
+    ("ΔPPL % [95 %]", delta_text),
     ("KV min / mean / max", _number(0, "kv_min", "kv_mean", "kv_max")),
     ("Drop mean / max", _number(1, "drop_mean", "drop_max")),
     ("Peak memory (MB)", _number(0, "peak_memory_mb")),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sinkstream.records.blocks import DIGITS
+from sinkstream.records.headline import Headline
 from sinkstream.records.pairing import paired_blocks, same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
@@ -165,7 +166,7 @@ def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
             yield run, decompose(strict.record, inside.record, run.record)
 
 
-def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float, str] | None:
+def share_past_trained(records: Sequence[Record], *, model: str) -> Headline | None:
     """Share of visible length past the trained positions in the loss at the largest R, at the cap that equals them.
 
     Of the newest grid of that model, positions inside the cache; None if it has no such runs, or no loss.
@@ -179,7 +180,7 @@ def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float,
     if not wanted:
         return None
     run, its = max(wanted, key=lambda pair: pair[0].stride)
-    return None if its.share_past.value is None else (its.share_past.value, run.record.id)
+    return None if its.share_past.value is None else Headline(its.share_past.value, run.record.id)
 
 
 @dataclass(frozen=True)

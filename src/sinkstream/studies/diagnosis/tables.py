@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sinkstream.records.headline import Headline
 from sinkstream.records.origin import text_and_machine
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
 from sinkstream.registry import Registry
@@ -14,7 +15,7 @@ from sinkstream.studies.diagnosis.record import Diagnosis
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
 DIAGNOSIS_TABLES: Registry[Callable[[Sequence[Diagnosis]], str]] = Registry("diagnosis table")
-DIAGNOSIS_HEADLINES: Registry = Registry("diagnosis headline")
+DIAGNOSIS_HEADLINES: Registry[Callable[[Sequence[Diagnosis]], Headline | None]] = Registry("diagnosis headline")
 
 Entry = Mapping[str, Any]
 
@@ -145,7 +146,7 @@ def diagnosis_notes(diagnoses: Sequence[Diagnosis]) -> str:
 
 
 @DIAGNOSIS_HEADLINES.register("diagnosis.spike_area_lazy64")
-def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] | None:
+def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> Headline | None:
     """Spike area of lazy R=64 against strict, nats an event with interval; SmolLM2-135M, PG19, cap 512."""
     diagnosis = find_diagnosis(diagnoses, model="smollm2-135m", text="pg19", cap=512)
     if diagnosis is None:
@@ -153,5 +154,5 @@ def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] 
     for entry in diagnosis.policies:
         area = spike_of(entry)["area"]
         if entry["label"] == "lazy R=64" and area["low"] is not None:
-            return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}
+            return Headline(area["value"], diagnosis.id, area["low"], area["high"])
     return None
