@@ -1,4 +1,4 @@
-"""The one runner of commands that keep records: the folder is checked first, and nothing that was measured is lost."""
+"""The one runner of commands that write records: the folder is checked first, and no measurement is lost."""
 
 import os
 import signal
@@ -26,16 +26,13 @@ class AnyRecord(Protocol):
     """What every kind of record on disk has."""
 
     @property
-    def id(self) -> str:
-        """Name of its file."""
+    def id(self) -> str: ...
 
     @property
-    def status(self) -> str:
-        """Whether what it records came to its end: "complete", or else."""
+    def status(self) -> str: ...
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Every argument of the command, and the identity of the work."""
+    def arguments(self) -> dict[str, Any]: ...
 
 
 R = TypeVar("R", bound=AnyRecord)
@@ -66,7 +63,7 @@ class Job(Generic[R]):
 
 @dataclass
 class Runner(Generic[R]):
-    """Does jobs one after the other, with progress, resuming and records."""
+    """Runs jobs one after the other, with progress, resuming and records."""
 
     request: Request
     # given the content of a record and a folder, writes the record; returns its path
@@ -86,20 +83,15 @@ class Runner(Generic[R]):
         row: Callable[[list[R]], str] | None = None,
         enough: Callable[[list[R]], bool] | None = None,
     ) -> list[R]:
-        """Do all jobs in order; an interrupted or failed one is recorded and is the last.
+        """Run all jobs in order; an interrupted or failed job is recorded and is the last.
 
-        Parameters
-        ----------
-        console : Console
-            Shows the progress; a file gets a line for every job that has ended.
-        row : callable, optional
-            Given the records so far after each job, the line to print about the last of them, in place of its bar.
-        enough : callable, optional
-            Given the records so far after each job, whether to leave the other jobs out.
+        The console shows the progress; a file gets a line for every job that has ended. After each job, `row` gives the
+        line to print about its last record, in place of the bar, and `enough` says whether to skip the other jobs; both
+        are given all records so far.
 
-        Raises ValueError if `out` cannot be written to; nothing has run then. Raises WriteError if a record cannot be
-        written; the message says where a copy was kept instead. Raises KeyboardInterrupt after Ctrl-C while records
-        were being written; they are written.
+        Raises ValueError, before anything runs, if `out` cannot be written to; WriteError if a record cannot be
+        written, with the path of the copy that was kept instead; KeyboardInterrupt after Ctrl-C while records were
+        being written, once they are written.
         """
         check_writable(self.request.out)
         records: list[R] = []
