@@ -149,15 +149,15 @@ def _blocks(samples: Samples) -> list[dict[str, Any]]:
     for (first, last), (_, memory) in zip(itertools.pairwise(starts), samples.memory):
         before, after = (int(np.searchsorted(ends, t, side="right")) for t in (first, last))
         spent = seconds[after] - seconds[before]
-        mine = None if nll is None else nll[first:last]
+        block_nll = None if nll is None else nll[first:last]
         blocks.append(
             {
                 "first_token": first,
                 "tokens": last - first,
                 "tpot_ms": 1e3 * spent / (last - first),
                 "memory_mb": memory,
-                "mean_nll": None if mine is None else finite_or_none(mine.mean()),
-                "not_finite": None if mine is None else int((~np.isfinite(mine)).sum()),
+                "mean_nll": None if block_nll is None else finite_or_none(block_nll.mean()),
+                "not_finite": None if block_nll is None else int((~np.isfinite(block_nll)).sum()),
             }
         )
     return blocks

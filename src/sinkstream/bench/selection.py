@@ -109,5 +109,5 @@ def rival(records: Sequence[BenchRecord], record: BenchRecord, rung: str) -> Ben
         and (r.protocol["cap"], r.protocol["streams"]) == (record.protocol["cap"], record.protocol["streams"])
         and r.policy["name"] != "strict"
     ]
-    beside = [r for r in found if r.session == record.session]
-    return min(beside or found, key=lambda r: r.steady["tpot_ms"], default=None)
+    same_session = [r for r in found if r.session == record.session]
+    return min(same_session or found, key=lambda r: r.steady["tpot_ms"], default=None)

@@ -1,4 +1,4 @@
-"""A list of configurations over one model: checked first, run in turns, written one by one."""
+"""A list of configurations over one model: checked first, timed in turns, recorded one by one."""
 
 import gc
 import time
@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from sinkstream.bench.checkpoint import Checkpoint
-from sinkstream.bench.decoding import ActiveRun, Source, TimedRun, decode_in_turns, generate_static, level
+from sinkstream.bench.decoding import (
+    ActiveRun,
+    Source,
+    TimedRun,
+    decode_in_turns,
+    drop_unpaired_chunks,
+    generate_static,
+)
 from sinkstream.bench.profiling import profile_steps
 from sinkstream.bench.record import BenchRecord, run_figures, turn_protocol
 from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
@@ -33,7 +40,7 @@ from sinkstream.show.progress import run_progress
 
 @dataclass
 class Outcome:
-    """What came of a list of configurations."""
+    """The outcome of a list of configurations."""
 
     # those timed, or taken from earlier, in order
     records: list[BenchRecord] = field(default_factory=list)
@@ -81,7 +88,7 @@ class BenchSession:
             self.loaded.model.device,
             _paces,
             lambda console: run_progress(console, TextColumn("{task.fields[pace]}")),
-            _shown,
+            _pace_line,
         )
         outcome.records = runner.run(jobs, console)
         return outcome
@@ -99,7 +106,7 @@ class BenchSession:
         return True
 
     def _check_memory(self, group: Sequence[BenchConfig]) -> None:
-        """The caches of all configurations of a turn, and a prompt's copy of one stream."""
+        """Raise ValueError if the caches of a group, and the prefill's copy of one stream, do not fit into memory."""
         per_token, free = kv_token_bytes(self.loaded.model), free_bytes(self.loaded.model.device)
         needed = sum(per_token * c.run.given_cap * (c.streams + 1) for c in group)
         if needed > free:
@@ -114,11 +121,11 @@ class BenchSession:
     def _measure(self, group: Sequence[BenchConfig], outcome: Outcome, report: Report) -> list[Callable]:
         try:
             return self._time(group, report)
-        except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
+        except Exception as error:  # of torch, a compiler or a driver: the other rungs are still timed
             if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
                 raise
-            told = next(iter(str(error).strip().splitlines()), "")
-            outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            outcome.failed.append((_names(group), f"{type(error).__name__}: {first_line}"))
             return []
         finally:
             _free()
@@ -134,11 +141,11 @@ class BenchSession:
                 torch.compiler.reset()
                 report(runs[0].samples.tokens, protocol.tokens)
             else:
-                self._time_lanes(runs, source, report)
+                self._time_in_turns(runs, source, report)
         return [partial(self._record, run, memory) for run in runs]
 
     @torch.inference_mode()
-    def _time_lanes(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
+    def _time_in_turns(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
         checkpoint = self._checkpoint(runs)
         protocol, active = runs[0].protocol, []
         try:
@@ -154,7 +161,7 @@ class BenchSession:
             for one in active if protocol.profile else ():
                 one.run.profile = profile_steps(one.decode, source.table.device)
         except (KeyboardInterrupt, WriteError) as error:
-            level(runs)
+            drop_unpaired_chunks(runs)
             if len(active) < len(runs) or not runs[0].samples.tokens:
                 raise
             why = f": {error.strerror}" if isinstance(error, WriteError) else ""
@@ -165,7 +172,7 @@ class BenchSession:
                 one.decoder.close()
 
     def _checkpoint(self, runs: Sequence[TimedRun]) -> Checkpoint | None:
-        """Where a long run of one stream keeps itself, so that it can be gone on with."""
+        """The checkpoint of a long run of one stream on the engine; None for other runs."""
         long = runs[0].protocol.tokens > self.block_tokens
         engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
         single = len(runs) == 1 and runs[0].config.streams == 1
@@ -205,14 +212,14 @@ class BenchSession:
         return work_identity(self.loaded, self.text, "triton", **own)
 
     def _earlier(self, config: BenchConfig) -> list[BenchRecord]:
-        """Records of the very same configuration, if the session may use them."""
+        """Records of the very same configuration, if the session resumes."""
         if not self.request.resume:
             return []
         same = self._identity(config)
         return [r for r in BenchRecord.below(self.request.out) if r.arguments.get("identity") == same]
 
     def _finished(self, group: Sequence[BenchConfig]) -> list[BenchRecord]:
-        """A complete record for each configuration, or nothing: those of a group are comparable only together."""
+        """A complete record for each configuration, or none: the records of a group are comparable only together."""
         complete = [[r for r in self._earlier(config) if r.status == "complete"] for config in group]
         turns = [{r.protocol["turn"] for r in records} for records in complete]
         shared = set.intersection(*turns)
@@ -222,20 +229,20 @@ class BenchSession:
         return [next(r for r in records if r.protocol["turn"] == turn) for records in complete]
 
     def _begun(self, config: BenchConfig) -> str | None:
-        """The id of an interrupted record that can be gone on with."""
+        """The id of an interrupted record that can be resumed."""
         begun = [r.id for r in self._earlier(config) if r.status == "partial"]
         return next((i for i in reversed(begun) if Checkpoint(self.request.out, i).samples() is not None), None)
 
 
 def _names(group: Sequence[BenchConfig]) -> str:
-    """A group in a few words."""
+    """A group of configurations in a few words."""
     first = group[0]
     streams = f", {first.streams} streams" if first.streams > 1 else ""
     return f"{first.rung} {' and '.join(config.run.label() for config in group)}, cap {first.run.cap}{streams}"
 
 
 def _write(record: dict[str, Any], folder: Path) -> Path:
-    """Write a record, then forget the checkpoint beside it if the run is complete."""
+    """Write a record; delete the checkpoint if the run is complete."""
     path = BenchRecord.write(record, folder)
     if record["status"] == "complete":
         Checkpoint(folder, record["id"]).remove()
@@ -247,7 +254,7 @@ def _paces(records: list[BenchRecord]) -> list[str]:
     return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms a token"]
 
 
-def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
+def _pace_line(bar: Progress, description: str) -> Callable[[int, int], None]:
     """A new line of the progress display, as the callback of a run."""
     task = bar.add_task(description, total=None, pace="")
     first: list[tuple[float, int]] = []
@@ -263,7 +270,7 @@ def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
 
 
 def _free() -> None:
-    """Give memory of what was closed back."""
+    """Free the memory of closed decoders."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

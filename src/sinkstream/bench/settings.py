@@ -1,4 +1,4 @@
-"""What one configuration of the benchmark is, and the arithmetic that every figure of it rests on."""
+"""Configurations and protocol of the benchmark, and the arithmetic of the byte floor."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,7 +43,7 @@ class Protocol:
     warmup: int = WARMUP_TOKENS  # tokens decoded before them
     seconds: float | None = None  # time limit of the steady tokens of one configuration; it then has fewer of them
     teacher_forced: bool = False  # feed a text and record its NLL, instead of the likeliest token
-    profile: bool = False  # say where the time of a step goes
+    profile: bool = False  # profile a step, kernel by kernel
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
@@ -55,7 +55,7 @@ class Protocol:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens between two waits for the device, and of one turn."""
+        """Tokens of one turn, between two device synchronisations."""
         return max(SHORTEST_CHUNK, self.tokens // MOST_CHUNKS)
 
 

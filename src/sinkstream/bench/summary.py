@@ -36,8 +36,8 @@ def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline | None:
     """TPOT of another rung over the fastest one's, newest record that has such a rival, in the same command if any."""
     rivals = ((record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16")))
     found = [(record, other) for record, other in rivals if other is not None]
-    beside = [(record, other) for record, other in found if other.session == record.session]
-    for record, other in beside or found:
+    same_session = [(record, other) for record, other in found if other.session == record.session]
+    for record, other in same_session or found:
         return Headline(other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id)
     return None
 

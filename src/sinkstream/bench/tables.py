@@ -40,7 +40,7 @@ def _latency(name: str) -> Callable[[BenchRecord], str]:
 
 
 def _preparation(record: BenchRecord) -> str:
-    """Getting ready the first time, and again; for generate() what its warm-up took, which compiles."""
+    """Seconds of the first and of the second set-up; for generate() those of the warm-up, which compiles."""
     setup = record.setup
     if record.rung["name"] == "hf-static":
         return f"{setup['warmup_sec']:.1f} (with its prompt)"
