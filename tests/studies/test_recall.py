@@ -109,7 +109,7 @@ def gains(record) -> dict[float, float]:
 )
 def test_places_keep_their_distance_and_never_touch(cap, ratios, passages, seed):
     design = RecallDesign(cap, tuple(ratios), passages, 8, seed)
-    places = design.places()
+    places = design.placements()
     assert sorted(p.ratio for p in places) == sorted(ratios * passages)
     assert all(p.second - p.first == design.distance(p.ratio) for p in places)
     starts = np.array([start for p in places for start in (p.first, p.second)])
@@ -122,7 +122,7 @@ def test_places_keep_their_distance_and_never_touch(cap, ratios, passages, seed)
 
 
 def test_places_keep_no_step_with_prunes():
-    starts = np.array([place.second for place in RecallDesign(256, passages=16).places()])
+    starts = np.array([place.second for place in RecallDesign(256, passages=16).placements()])
     assert len(set((starts % 32).tolist())) > 24
 
 
@@ -131,13 +131,13 @@ def test_streams_differ_in_the_first_places_only():
     streams = DESIGN.streams(lambda tokens: asked.append(tokens) or text_of(tokens))
     repeated, control = streams.repeated.ids, streams.control.ids
     changed = np.zeros(len(control), dtype=bool)
-    for place in streams.places:
+    for place in streams.placements:
         passage = control[place.second : place.second + SIZE]
         assert torch.equal(repeated[place.first : place.first + SIZE], passage)
         changed[place.first : place.first + SIZE] = True
     assert np.array_equal((repeated != control).numpy(), changed)
     assert len(control.unique()) == len(control), "nothing occurs twice in the control"
-    assert asked == [len(control) + len(streams.places) * SIZE]
+    assert asked == [len(control) + len(streams.placements) * SIZE]
     assert streams.repeated.sha256 != streams.control.sha256
 
 
@@ -148,12 +148,12 @@ def test_the_seed_changes_the_streams_and_nothing_else_does():
 
 def test_what_is_cut_out_for_the_full_cache():
     streams, positions = DESIGN.streams(text_of), 250
-    trials = streams.cut(positions)
-    fitting = [n for n, p in enumerate(streams.places) if p.second - p.first + SIZE + 4 <= positions]
-    assert [trial.scored[0][0] for trial in trials] == fitting and 0 < len(fitting) < len(streams.places)
+    trials = streams.excerpts(positions)
+    fitting = [n for n, p in enumerate(streams.placements) if p.second - p.first + SIZE + 4 <= positions]
+    assert [trial.scored[0][0] for trial in trials] == fitting and 0 < len(fitting) < len(streams.placements)
     for trial in trials:
         ((number, second),) = trial.scored
-        place = streams.places[number]
+        place = streams.placements[number]
         assert len(trial.repeated) == len(trial.control) <= positions
         assert torch.equal(trial.repeated[:4], streams.repeated.ids[:4])
         assert torch.equal(trial.repeated[second:], streams.repeated.ids[place.second : place.second + SIZE])
@@ -161,9 +161,9 @@ def test_what_is_cut_out_for_the_full_cache():
         assert torch.equal(trial.repeated[first : first + SIZE], trial.repeated[second:])
         assert not torch.equal(trial.control[first : first + SIZE], trial.control[second:])
         assert first == min(CAP + 4, positions - (len(trial.repeated) - first)) or len(trial.repeated) == positions
-    assert len(streams.cut(None)) == len(streams.places)
+    assert len(streams.excerpts(None)) == len(streams.placements)
     with pytest.raises(ValueError, match="full cache of a passage seen 25 tokens before goes past the 40 trained"):
-        streams.cut(40)
+        streams.excerpts(40)
 
 
 # ---- what is recalled ----
