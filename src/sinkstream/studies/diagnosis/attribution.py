@@ -4,17 +4,17 @@ Every token's paired difference, NLL(policy) − NLL(strict at the same cap), is
 NLL of token i under strict streaming that sees v tokens, known from strict runs at several caps and interpolated
 linearly between them, token by token; v_i what the policy saw at token i, V the mean of v_i, C the cap of the control.
 
-    NLL_i(policy) − f_i(C)  =  [f_i(V) − f_i(C)]          fewer_tokens: simply seeing fewer tokens on average
-                             + [f_i(v_i) − f_i(V)]        varying_length: seeing now more, now fewer than the mean
+    NLL_i(policy) − f_i(C)  =  [f_i(V) − f_i(C)]          fewer_tokens: a shorter visible length on average
+                             + [f_i(v_i) − f_i(V)]        varying_length: a visible length that varies about its mean
                              + [NLL_i(policy) − f_i(v_i)] what the visible length does not explain
 
 and the last bracket is credited whole to one class of tokens: past_trained (the visible length exceeds the trained
-positions), else near_event (in the 32 tokens from an event on), else elsewhere (the choice of tokens kept, errors that
-stay). Lengths are clipped at the trained positions, so that f never carries damage from untrained ones: that damage
-falls to past_trained. Beyond the shortest or longest strict run f is constant.
+positions), else near_event (in the 32 tokens from an event on), else elsewhere (the choice of tokens kept, lasting
+error). Lengths are clipped at the trained positions, so that f holds no loss from untrained positions: that loss is
+credited to past_trained. Beyond the shortest or longest strict run f is constant.
 
-Without strict runs at other caps the first two parts cannot be told from the third; they are then None, with a reason,
-and the classes of tokens split the whole difference.
+Without strict runs at other caps the first two parts cannot be separated from the third; they are then None, with a
+reason, and the classes of tokens split the whole difference.
 """
 
 from collections.abc import Mapping

@@ -33,7 +33,7 @@ from sinkstream.studies.diagnosis.verdict import verdict
 
 @dataclass(frozen=True)
 class Controls:
-    """Runs over the same text and model that a policy is held against."""
+    """Control runs of a policy, on the same text and model."""
 
     strict: Record  # strict streaming at the policy's cap
     # full, recompute: the full cache where it fits; recompute at the policy's cap, usually sampled
@@ -53,19 +53,9 @@ class Controls:
 
 
 def diagnose(record: Record, controls: Controls, *, seed: int = 0) -> dict[str, Any]:
-    """Diagnose one policy's run.
+    """Diagnose one policy's run, which has prune events; `seed` is that of all resampling.
 
-    Parameters
-    ----------
-    record : Record
-        A run with prune events.
-    seed : int, default=0
-        Of all resampling.
-
-    Returns
-    -------
-    dict
-        As `record.POLICY_KEYS` lists and docs/diagnosis.md explains. Differences are policy minus control in nats.
+    Returns what `record.POLICY_KEYS` lists (see docs/diagnosis.md). Differences are policy minus control in nats.
 
     Raises ValueError: the run has fewer than two prune events, or a control is of another text or model or shares no
     token.
@@ -140,11 +130,11 @@ def _attribution(record: Record, controls: Controls, events: np.ndarray, bootstr
     for common, _, _ in paired.values():
         index = np.intersect1d(index, common, assume_unique=True)
     strict = {length: nll[np.isin(common, index)] for length, (common, _, nll) in paired.items()}
-    mine = np.isin(record.arrays["index"], index)
-    spaced = np.diff(events).max() > 1  # with an event at every token, near an event says nothing
+    scored = np.isin(record.arrays["index"], index)
+    spaced = np.diff(events).max() > 1  # with an event at every token, every token is near an event
     return attribute(
-        record.arrays["nll"][mine],
-        record.arrays["kv_length"][mine],
+        record.arrays["nll"][scored],
+        record.arrays["kv_length"][scored],
         tokens_since_event(index, events) if spaced else np.full(len(index), -1),
         strict,
         cap=cap,
@@ -156,10 +146,10 @@ def _attribution(record: Record, controls: Controls, events: np.ndarray, bootstr
 
 
 def _long_run(difference: np.ndarray, index: np.ndarray, events: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Error that stays: the mean difference outside the windows after events, and its growth along the text.
+    """Lasting error, in nats a token.
 
-    `outside_events`: mean over the tokens that are no window's; `growth`: mean over the second half of the text minus
-    mean over the first half. Both in nats a token.
+    `outside_events`: mean difference of the tokens outside all windows after events; `growth`: mean of the second half
+    of the text minus mean of the first half.
     """
     since, block = tokens_since_event(index, events), _block(index)
     outside = np.where((since < 0) | (since >= AFTER), difference, np.nan)

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: one HTML file that carries its figures and pictures in itself."""
+"""The page of a diagnosis: one self-contained HTML file with tables and pictures."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -33,16 +33,10 @@ code { background: #f2f2f2; padding: 0 0.2rem; overflow-wrap: anywhere; }
 def write_page(
     diagnosis: Diagnosis, pictures: Sequence[Mapping[str, Path]], attribution: Path | None, path: Path | str
 ) -> Path:
-    """Write the page.
+    """Write the page, which refers to no other file.
 
-    Parameters
-    ----------
-    pictures : sequence of mapping
-        PNG files of each policy, by name, in the order of the policies; empty where none were drawn.
-    attribution : path or None
-        The picture of all policies.
-    path : path
-        The HTML file; it refers to no other file.
+    `pictures` are the PNG files of each policy, by name, in the order of the policies; `attribution` is the picture of
+    all policies.
     """
     title = escape(f"Diagnosis: {diagnosis.model['name']} on {diagnosis.data['name']}")
     anchors = [f"policy-{number}" for number in range(len(diagnosis.policies))]

@@ -21,7 +21,7 @@ _DIGITS = 7
 class Diagnosis(BaseRecord):
     """One diagnosis: the fields of its JSON file; `policies` holds what `diagnose` returned for each policy.
 
-    The file tells what is equal in the entries of all policies once, in `shared`; floats have 7 digits.
+    In the file, what is equal in the entries of all policies stands once, in `shared`; floats have 7 digits.
     """
 
     SCHEMA, KIND, NOT_NULL = "sinkstream.diagnosis/1", "diagnosis", FIELDS
@@ -62,19 +62,9 @@ def build_diagnosis(
 ) -> dict[str, Any]:
     """Assemble the record of a diagnosis.
 
-    Parameters
-    ----------
-    runs : sequence of Record
-        The diagnosed runs, in the order of `policies`; model, text and protocol are those of the first.
-    policies : sequence of dict
-        What `diagnose` returned for each.
-    arguments, command, created
-        As in a run record; of the diagnosis, not of the runs.
-    git : dict
-        Revision that the diagnosis was computed with. The `environment` is that of the first run: where its figures
-        were measured, which may be another machine than the one that reads its record.
-    seed : int
-        Of the resampling.
+    `policies` holds what `diagnose` returned for each of `runs`. Model, text, protocol and environment are those of the
+    first run, whose figures may come from another machine; arguments, command, `created`, git revision and seed (of
+    the resampling) are those of the diagnosis.
     """
     first = runs[0]
     protocol = {key: first.protocol[key] for key in PROTOCOL_KEYS}
@@ -97,7 +87,7 @@ def _policies(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _without_repetition(content: dict[str, Any]) -> dict[str, Any]:
-    """What is equal in the entries of all policies, told once, in `shared`."""
+    """What is equal in the entries of all policies stands once, in `shared`."""
     first, *others = content["policies"] or [{}]
     shared = {key: value for key, value in first.items() if others and all(e.get(key) == value for e in others)}
     policies = [{key: value for key, value in entry.items() if key not in shared} for entry in content["policies"]]

@@ -1,4 +1,4 @@
-"""The diagnosis experiment: the policies' runs and the controls that they are held against."""
+"""The diagnosis: the runs of the policies and of their controls, and the files that are written."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -191,19 +191,8 @@ def write_diagnosis_files(
 ) -> tuple[Diagnosis, list[str]]:
     """Diagnose every policy and write record, tables, pictures and page below the folder of the request.
 
-    Parameters
-    ----------
-    pairs : sequence of (Record, Controls)
-        From `pair_runs`.
-    texts : sequence of str or None
-        Text of every token, for the per-token tables.
-    request : Request
-        The seed is that of the resampling.
-
-    Returns
-    -------
-    (Diagnosis, list of str)
-        The record as written, and lines that say what lies where.
+    `pairs` come from `pair_runs`; `texts` is the text of every token, for the per-token tables, or None; the seed of
+    the request is that of the resampling. Returns the record, and lines that name the files.
 
     Raises ValueError as `diagnose` and `Diagnosis.write`, or if the folder cannot be written to; nothing is computed
     then. Raises WriteError if a file cannot be written; for the record the message says where a copy was kept instead.

@@ -1,4 +1,4 @@
-"""The plan's rule of its diagnosis phase, computed: go, or where to look first."""
+"""The verdict of a diagnosis, computed: go, or no-go with the part to look at first."""
 
 from collections.abc import Mapping
 
@@ -14,12 +14,9 @@ VERDICTS = {
 
 
 def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> dict[str, str]:
-    """Apply the rule; criteria are stated in `VERDICTS` and decided by 95 % intervals.
+    """Apply the criteria of `VERDICTS` by 95 % intervals.
 
-    Returns
-    -------
-    dict
-        `outcome`, a key of `VERDICTS`, and `line`, one sentence with the figures.
+    Returns `outcome`, a key of `VERDICTS`, and `line`, one sentence with the figures.
     """
     if delta.low is None:
         return {"outcome": "undecided", "line": f"undecided: {delta.reason}"}
