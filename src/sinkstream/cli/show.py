@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.records.records import Record
-from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.comparison import comparison_table
 from sinkstream.show.plots import memory_and_quality
 from sinkstream.show.progress import say
 from sinkstream.show.table import Table
@@ -28,11 +28,7 @@ def wide_console() -> Console:
 def show_runs(records: Sequence[Record], console: Console, out: Path, title: str) -> int:
     """Show runs beside the first of them, the control; returns the exit code."""
     scored = [r for r in records if r.summary["scored_tokens"]]
-
-    def table(runs: Sequence[Record], title: str) -> Table:
-        return comparison_table(comparison_rows(runs), title)
-
-    return show_batch(records, scored, console, out, title, table, memory_and_quality, PICTURE)
+    return show_batch(records, scored, console, out, title, comparison_table, memory_and_quality, PICTURE)
 
 
 def show_batch(

@@ -4,7 +4,7 @@ import numpy as np
 
 from sinkstream.records.blocks import DIGITS
 from sinkstream.records.records import Record
-from sinkstream.statistics import block_sums, suitable_block_tokens
+from sinkstream.statistics import PairedDelta, block_sums, delta_of_blocks, suitable_block_tokens
 
 
 def same_text_and_model(record: Record, control: Record) -> bool:
@@ -26,6 +26,11 @@ def check_pair(record: Record, control: Record) -> None:
             f"record {record.id!r} ({record.model['name']} on {record.data['name']}) can not be paired with control "
             f"{control.id!r} ({control.model['name']} on {control.data['name']}): another text or another model"
         )
+
+
+def paired_delta(record: Record, control: Record) -> PairedDelta:
+    """ΔPPL of `record` against `control` on their common tokens. Raises ValueError as `paired_blocks`."""
+    return delta_of_blocks(*paired_blocks(record, control))
 
 
 def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarray, int]:

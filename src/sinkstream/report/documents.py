@@ -29,7 +29,7 @@ from sinkstream.report.overviews import cliff_overview, diagnosis_overview, reca
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.readme import comparable_runs, readme_quality
 from sinkstream.report.summary import HEADLINES
-from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.comparison import comparison_table
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
@@ -108,7 +108,7 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
 
 
 def _comparison(runs: Sequence[Record]) -> str:
-    return f"{text_and_machine(runs[0])}\n\n{comparison_table(comparison_rows(runs)).markdown()}"
+    return f"{text_and_machine(runs[0])}\n\n{comparison_table(runs).markdown()}"
 
 
 def cliff_table(records: Sequence[Record], *, model: str) -> str:

@@ -10,7 +10,7 @@ from sinkstream.bench.tables import BENCH_TABLES
 from sinkstream.measure.environment import hardware
 from sinkstream.records.records import Record
 from sinkstream.records.selection import conditions, evaluated, policy_name, select
-from sinkstream.show.comparison import comparison_rows, delta_text
+from sinkstream.show.comparison import compared_runs
 from sinkstream.show.table import NONE_YET, Column, Table
 
 CAP = 512
@@ -49,16 +49,16 @@ def readme_quality(records: Sequence[Record]) -> str:
     runs = {r.label: r for r in comparable_runs(records, model="SmolLM2-135M", text="pg19", cap=CAP, device="cuda")}
     if not runs:
         return NONE_YET
-    rows = comparison_rows([runs[label] for label in POLICIES if label in runs])
+    rows = compared_runs([runs[label] for label in POLICIES if label in runs])
     control = next(iter(runs.values()))
     origin = (
         f"{control.model['name']}, {control.summary['decode_tokens']:,} tokens of a PG19 book, {CAP} KV slots,"
         f" {control.protocol['dtype']}, {hardware(control.environment)}."
     )
     columns: list[Column] = [
-        ("policy", lambda row: POLICIES[row["name"]]),
-        ("perplexity", lambda row: f"{row['ppl']:.2f}"),
-        ("ΔPPL % [95 %]", delta_text),
+        ("policy", lambda run: POLICIES[run.record.label]),
+        ("perplexity", lambda run: f"{run.record.summary['ppl']:.2f}"),
+        ("ΔPPL % [95 %]", lambda run: run.delta_text),
     ]
     return f"{origin}\n\n{Table.of(rows, columns).markdown()}"
 

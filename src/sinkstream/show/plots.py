@@ -10,9 +10,9 @@ import numpy as np
 
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import write_atomically
-from sinkstream.records.pairing import paired_blocks
+from sinkstream.records.pairing import paired_blocks, paired_delta
 from sinkstream.records.records import BLOCKED, Record
-from sinkstream.show.comparison import delta_against, display_name, find_control
+from sinkstream.show.comparison import display_name
 from sinkstream.statistics import PairedDelta
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
@@ -37,28 +37,19 @@ def line_formats() -> Iterator[dict[str, Any]]:
         number += 1
 
 
-def memory_and_quality(
-    records: Sequence[Record], path: Path | str, *, control_id: str | None = None, title: str | None = None
-) -> Path:
-    """Draw what the runs hold in memory over the text, and below it what that costs: ΔPPL so far against a control.
+def memory_and_quality(records: Sequence[Record], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw memory over the text and, below, ΔPPL so far against the first run, the control, as PNG.
 
-    Up to `MOST_LINES` policies are drawn, from the lowest ΔPPL to the highest; policies that were sampled are left to
-    the table. The bar at the end of a line is its 95 % interval. A policy whose loss would flatten all others leaves
-    the axis at the top, and its label says where it ends.
+    All runs are of one text and one model. Up to `MOST_LINES` policies are drawn, from the lowest ΔPPL to the highest;
+    sampled runs are left to the table. The bar at the end of a line is its 95 % interval. A policy whose loss would
+    flatten all others leaves the axis at the top, with its ΔPPL in the label. One record gives the upper panel only.
 
-    Parameters
-    ----------
-    records : sequence of Record
-        All of one text and one model.
-    path : path
-        PNG file to write, atomically.
-    control_id : str, optional
-        Record that the others are paired with; default the first one. With one record there is no lower panel.
-
-    Raises ValueError: no records, an unknown control, a record without tokens, or records that can not be paired with
-    the control; or the arrays of an older record are absent. Raises ImportError: matplotlib is not installed.
+    Raises ValueError: no records, a record without tokens, or records that can not be paired with the control; or the
+    arrays of an older record are absent. Raises ImportError: matplotlib is not installed.
     """
-    control = find_control(records, control_id)
+    if not records:
+        raise ValueError("no records to draw")
+    control = records[0]
     lines = _lines(records, control)
     figure, axes = new_figure(2 if lines else 1)
     _draw_memory(axes[0], control, lines)
@@ -94,7 +85,7 @@ def _lines(records: Sequence[Record], control: Record) -> list[_Line]:
         sums, counts, _ = paired_blocks(record, control)
         with np.errstate(over="ignore"):
             so_far = 100 * np.expm1(np.cumsum(sums) / np.cumsum(counts))
-        delta = delta_against(record, control)
+        delta = paired_delta(record, control)
         if delta.delta_percent is not None:
             found.append(_Line(record, delta, delta.delta_percent, so_far))
     found.sort(key=lambda line: line.end)

@@ -20,7 +20,7 @@ import numpy as np
 
 from sinkstream.records.blocks import DIGITS
 from sinkstream.records.headline import Headline
-from sinkstream.records.pairing import common_tokens, paired_blocks, same_text_and_model
+from sinkstream.records.pairing import common_tokens, paired_delta, same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, new_figure, save
@@ -30,7 +30,6 @@ from sinkstream.statistics import (
     Estimate,
     PairedDelta,
     block_sums,
-    delta_of_blocks,
     mean_interval,
     mean_of_blocks,
     share_of_blocks,
@@ -223,7 +222,7 @@ def cliff_lines(records: Sequence[Record]) -> list[CliffLine]:
     for run in runs:
         control = strict.get(("cache" if run.stride == 1 else run.positions, run.cap))
         is_control = control is run.record
-        delta = None if control is None or is_control else delta_of_blocks(*paired_blocks(run.record, control))
+        delta = None if control is None or is_control else paired_delta(run.record, control)
         lines.append(CliffLine(run, delta, is_control, decomposed.get(run.record.id)))
     return lines
 
