@@ -7,13 +7,10 @@ from sinkstream.data.text import TEXTS, Text
 
 
 def load_text(spec: str) -> Text:
-    """Return the text that `spec` names.
+    """The text of a name in `TEXTS`, or of a file.
 
-    Parameters
-    ----------
-    spec : str
-        A name in `TEXTS`, or a file: `.txt` (UTF-8), or `.json` (an object with a "text", or a list of such objects
-        or of strings, which are joined by empty lines).
+    A file is `.txt` (UTF-8), or `.json`: an object with a "text", or a list of such objects or of strings, which are
+    joined by empty lines.
 
     Raises ValueError for an unknown name or suffix, a file that is missing, empty, binary or of another form, and for
     a text that cannot be had from the hub.

@@ -45,12 +45,9 @@ class TokenStream:
 
 
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int | None = None) -> TokenStream:
-    """Return the first token ids of `text`, special tokens as the tokenizer itself adds them.
+    """The first token ids of a text, special tokens as the tokenizer itself adds them.
 
-    Parameters
-    ----------
-    tokens : int, optional
-        How many; without it the text's `default_tokens`, and all if that is None.
+    Without `tokens` there are as many as the text's `default_tokens`; all, if that is None.
 
     Raises ValueError if the text has fewer tokens, if `tokens` is below 1, or without a tokenizer.
     """

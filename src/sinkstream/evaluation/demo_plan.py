@@ -62,13 +62,7 @@ class Plan:
         return sum(self.expected) <= self.seconds
 
     def is_late(self, taken: Sequence[float]) -> bool:
-        """Whether the next run, as much slower than expected as those so far were, would end far after its time.
-
-        Parameters
-        ----------
-        taken : sequence of float
-            Seconds that the runs so far took.
-        """
+        """Whether the next run would end far after its time, at the pace of the runs so far (`taken`, in seconds)."""
         done = len(taken)
         if done == len(self.expected):
             return False
@@ -91,14 +85,8 @@ def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed)
 def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | None = None) -> Plan:
     """The largest size of the ladder whose runs are expected to take at most `seconds`; the smallest if none does.
 
-    Parameters
-    ----------
-    seconds : float
-        Time for the runs.
-    cap : int
-        KV slots. Sizes with fewer tokens than `LEAST_CAPS` caps are left out, except the whole demo.
-    sample_every : int, optional
-        In place of that of the ladder.
+    Sizes with fewer tokens than `LEAST_CAPS` caps are left out, except the whole demo. `sample_every` replaces that of
+    the ladder.
     """
     sizes = [size for size in LADDER if size.tokens >= LEAST_CAPS * cap or size == LADDER[-1]]
     if sample_every is not None:
@@ -111,16 +99,9 @@ def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | Non
 def size_of_records(
     out: Path, loaded: LoadedModel, streams: Callable[[int], TokenStream], cap: int, sample_every: int | None = None
 ) -> Size | None:
-    """The size of the newest demo in `out` that a demo of this cap can go on with, None without one.
+    """The size of the newest demo in the folder `out` that a demo of this cap can resume, None without one.
 
-    Parameters
-    ----------
-    out : Path
-        Folder of records; need not be there.
-    streams : callable
-        The text with a given number of tokens.
-    sample_every : int, optional
-        In place of that of the records.
+    `streams` gives the text with a number of tokens; `sample_every` replaces that of the records.
 
     Raises ValueError if a record in `out` cannot be read.
     """

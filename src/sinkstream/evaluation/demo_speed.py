@@ -36,12 +36,7 @@ def tokens_measured(cap: int) -> int:
 def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
     """Measure the pieces of a demo on the model itself, which takes a few seconds.
 
-    Parameters
-    ----------
-    ids : Tensor, (tokens,), int64
-        At least `tokens_measured(cap)`.
-    cap : int
-        KV slots, and the window of recompute.
+    `ids` are at least `tokens_measured(cap)` token ids (tokens,) int64; `cap` is also the window of recompute.
     """
     device = loaded.model.device
     ids = ids.to(device)

@@ -16,7 +16,7 @@ KINDS = {"cuda": "device-to-device copy", "cpu": "host memcpy"}
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What a device was found to move."""
+    """The measured bandwidth of a device."""
 
     kind: str  # how: "device-to-device copy" on a GPU, "host memcpy" on a CPU
     copy_gbs: float  # GB/s (1e9 bytes) of a large copy, bytes read and bytes written both counted
@@ -36,12 +36,9 @@ class Bandwidth:
 
 
 def memory_bandwidth(device: torch.device | str, *, size: int | None = None, repeats: int = REPEATS) -> Bandwidth:
-    """Measure the bandwidth of a device's memory: medians over `repeats` passes, on a GPU after two seconds of them.
+    """Measure the bandwidth of a device's memory: medians over `repeats` passes, on a GPU after two seconds of warm-up.
 
-    Parameters
-    ----------
-    size : int or None
-        Bytes to copy; default: 2 GiB on a GPU, 256 MiB on a CPU. Twice that is allocated meanwhile.
+    `size` is the number of bytes to copy, default: 2 GiB on a GPU, 256 MiB on a CPU; twice that is allocated meanwhile.
     """
     device = torch.device(device)
     size = COPY_BYTES[device.type] if size is None else size

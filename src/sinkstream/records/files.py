@@ -10,14 +10,9 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> Path:
-    """Write `content` to `path` through a temporary file in the same folder, fsync and rename.
+    """Write `content` (text: as UTF-8) to `path` through a temporary file in the same folder, fsync and rename.
 
-    Parameters
-    ----------
-    path : path
-        The file to create or replace; its folder is created if need be.
-    content : bytes or str
-        Text is encoded as UTF-8.
+    The folder is created if need be.
 
     Raises WriteError: disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays
     as it was.

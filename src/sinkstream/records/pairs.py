@@ -17,13 +17,7 @@ SCHEMA = "sinkstream.pairs/1"
 
 
 class Pairs:
-    """Figures of several runs.
-
-    Parameters
-    ----------
-    kept : mapping
-        Name of a figure -> ids of its runs, separated by blanks -> value.
-    """
+    """Figures of several runs; `kept` is name of a figure -> ids of its runs, separated by blanks -> value."""
 
     def __init__(self, kept: Mapping[str, Mapping[str, Any]] | None = None):
         self.kept = kept or {}
@@ -40,12 +34,7 @@ class Pairs:
         return cls(content["figures"])
 
     def figure(self, name: str, runs: Sequence["Record"], compute: Callable[[], Any]) -> Any:
-        """The figure `name` of these runs: `compute()` where all of them have their arrays, else the kept one.
-
-        Parameters
-        ----------
-        compute : callable
-            Returns plain JSON.
+        """The figure `name` of these runs, as plain JSON: `compute()` if all have their arrays, else the kept value.
 
         Raises ValueError: the arrays of a run are absent, and the figure was not kept.
         """

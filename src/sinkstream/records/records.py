@@ -95,22 +95,11 @@ class Record(BaseRecord):
 
 
 def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory: Path | str) -> Path:
-    """Write a record and its arrays, both or neither.
+    """Write a record and its per-token arrays, both or neither, to a folder; returns the path of the JSON file.
 
-    Parameters
-    ----------
-    record : mapping
-        Every field of `schema.REQUIRED`; `schema`, `blocks` and `tokens_file` are filled in here. Absolute paths are
-        reduced to their last component and NaN becomes null.
-    arrays : mapping
-        Per-token arrays, cast to the types of `schema.ARRAYS`.
-    directory : path
-        Created if need be.
-
-    Returns
-    -------
-    Path
-        The JSON file.
+    `record` has every field of `schema.REQUIRED` but `schema`, `blocks` and `tokens_file`, which are filled in here;
+    absolute paths are reduced to their last component and NaN becomes null. Arrays are cast to the types of
+    `schema.ARRAYS`.
 
     Raises ValueError: a required field or array is missing or malformed, or a record of that id is there already.
     Raises WriteError: the files could not be written (an OSError: full disk, permission); neither is left behind.

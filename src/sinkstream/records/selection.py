@@ -60,17 +60,16 @@ def select(
     plain: bool = False,
     backend: str | None = None,
     device: str | None = None,
-    status: str | None = "complete",
 ) -> list[Record]:
-    """The records that match everything given, in their order.
+    """The complete records that match everything given, in their order.
 
     `model` and `text` match as `has_model` and `has_text` do, `policy` by its exact normal form, `backend` exactly,
-    `device` by its type ("cuda" matches "cuda:0"). `plain` leaves out variants of a policy. `status=None` takes all.
+    `device` by its type ("cuda" matches "cuda:0"). `plain` leaves out variants of a policy.
     """
     return [
         record
         for record in records
-        if (status is None or record.status == status)
+        if record.status == "complete"
         and (model is None or has_model(record, model))
         and (text is None or has_text(record, text))
         and (policy is None or policy_name(record) == policy)

@@ -29,21 +29,10 @@ def generated_names(path: Path | str) -> list[str]:
 
 
 def update_document(path: Path | str, sections: Mapping[str, str], *, check: bool = False) -> list[str]:
-    """Bring the generated sections of a document up to date.
+    """Bring the generated sections of a document up to date; returns the names of those that were not.
 
-    Parameters
-    ----------
-    path : path
-        The Markdown file.
-    sections : mapping
-        Name -> Markdown that belongs between the markers; names that are not given keep their text.
-    check : bool, default=False
-        Write nothing, only say what is out of date.
-
-    Returns
-    -------
-    list of str
-        Names of the sections that were (with `check`: are) out of date.
+    `sections` is name -> Markdown that belongs between the markers; names that are not given keep their text. With
+    `check` nothing is written.
 
     Raises ValueError: the document is malformed (see `generated_names`) or has no section of a given name.
     """

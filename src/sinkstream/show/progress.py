@@ -43,16 +43,9 @@ def say(console: Console, line: str, style: str | None = None) -> None:
 
 
 def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figures: str) -> None:
-    """Where no bar says so, print what came of a run: ``lazy R=32: done in 14 s, PPL 13.27``.
+    """Without a bar, print the outcome of a run: ``lazy R=32: done in 14 s, PPL 13.27``.
 
-    Parameters
-    ----------
-    status : str
-        Of its record; one that is not complete is named instead of "done".
-    seconds : float
-        How long the run took.
-    figures : str
-        What it found, in a few words each.
+    `status` is that of the record; one that is not complete is printed instead of "done".
     """
     if progress.disable:
         ended = f"done in {seconds:.0f} s" if status == "complete" else f"{status} after {seconds:.0f} s"

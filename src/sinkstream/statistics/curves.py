@@ -70,13 +70,8 @@ def event_cycles(
         Position of each value in the text, increasing.
     events : (events,) int
         Positions of the first values after each event, increasing.
-    before : int
-        Most tokens before an event.
 
-    Returns
-    -------
-    (lags, table) : (lags,) int and (events, lags) float
-        NaN where an event has no value at a lag.
+    Returns the lags (lags,) int and a table (events, lags) float: NaN where an event has no value at a lag.
     """
     values, positions = np.asarray(values, dtype=np.float64), np.asarray(positions, dtype=np.int64)
     events = np.asarray(events, dtype=np.int64)

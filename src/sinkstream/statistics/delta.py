@@ -143,10 +143,7 @@ def block_sums(
     block_tokens : int, default=64
         Positions a block, counted from the first position.
 
-    Returns
-    -------
-    (starts, sums, counts) : (blocks,) int, float, int
-        First position of each block, and what it holds.
+    Returns the first position of each block, its sum and its count, each (blocks,).
     """
     if block_tokens < 1:
         raise ValueError(f"block_tokens = {block_tokens}: must be 1 or more")
