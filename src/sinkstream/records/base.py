@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
+from sinkstream.records.json_files import check_schema, family_of, read_json, write_json
 from sinkstream.records.plain import plain_json, scrub_paths
 from sinkstream.records.schema import check_environment, check_keys, field_value
 
@@ -115,4 +115,6 @@ class BaseRecord:
 
         Raises ValueError as `read`.
         """
-        return load_family(folder, cls.SCHEMA, cls.read)
+        family = cls.SCHEMA.partition("/")[0]
+        paths = [path for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]
+        return sorted(map(cls.read, paths), key=lambda record: (record.created, record.id))

@@ -20,7 +20,6 @@ from sinkstream.records.records import Record, load_records
 from sinkstream.records.selection import (
     DIAGNOSED_MODELS,
     has_model,
-    policy_name,
     same_conditions,
     select,
 )
@@ -168,7 +167,7 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
     """TPOT of the hf backend on the Pythia-2.8B shape, interleaved runs, against the full cache of the same session."""
     runs = select(records, model="pythia-2.8b", backend="hf", device="cuda")
     runs = [r for r in runs if r.protocol.get("interleaved", 1) > 1]
-    fulls = [r for r in runs if policy_name(r) == "full"]
+    fulls = [r for r in runs if r.policy["name"] == "full"]
     if not fulls:
         return NONE_YET
     rows = []
@@ -234,4 +233,4 @@ def demo_table(records: Sequence[Record]) -> str:
         return NONE_YET
     same = [r for r in demos if r.command == demos[-1].command and same_text_and_model(r, demos[-1])]
     newest = {r.label: r for r in same}
-    return _comparison(sorted(newest.values(), key=lambda r: policy_name(r) != "full"))
+    return _comparison(sorted(newest.values(), key=lambda r: r.policy["name"] != "full"))

@@ -9,7 +9,7 @@ import numpy as np
 from sinkstream.engine import STEPS
 from sinkstream.records.pairing import common_places
 from sinkstream.records.records import Record
-from sinkstream.records.selection import is_plain, policy_name, same_text_and_model
+from sinkstream.records.selection import is_plain, same_text_and_model
 
 HALF = ("float16", "bfloat16")
 LEAST_TOKENS = 1000
@@ -82,7 +82,7 @@ def _is_control(control: Record, record: Record) -> bool:
         and not protocol["tf32"]
         and same_text_and_model(control, record)
         and is_plain(control) == is_plain(record)
-        and policy_name(control) == policy_name(record)
+        and control.policy["name"] == record.policy["name"]
         and control.policy["options"] == record.policy["options"]
         and protocol["cap"] == record.protocol["cap"]
     )

@@ -9,7 +9,7 @@ from sinkstream.bench.summary import tpot_over_floor
 from sinkstream.bench.tables import BENCH_TABLES
 from sinkstream.measure.environment import hardware
 from sinkstream.records.records import Record
-from sinkstream.records.selection import conditions, evaluated, policy_name, select
+from sinkstream.records.selection import conditions, evaluated, select
 from sinkstream.show.comparison import compared_runs
 from sinkstream.show.table import NONE_YET, Column, Table
 
@@ -33,7 +33,7 @@ def comparable_runs(records: Sequence[Record], *, model: str, text: str, cap: in
     """
     runs = select(records, model=model, text=text, device=device)
     runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
-    control = next((r for r in reversed(runs) if policy_name(r) == "recompute"), None)
+    control = next((r for r in reversed(runs) if r.policy["name"] == "recompute"), None)
     if control is None:
         return []
 
@@ -41,7 +41,7 @@ def comparable_runs(records: Sequence[Record], *, model: str, text: str, cap: in
         return record.data["sha256"], evaluated(record), conditions(record)
 
     newest = {r.label: r for r in runs if way(r) == way(control)}
-    return sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
+    return sorted(newest.values(), key=lambda r: r.policy["name"] != "recompute")
 
 
 def readme_quality(records: Sequence[Record]) -> str:

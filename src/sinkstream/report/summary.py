@@ -12,7 +12,7 @@ from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
-from sinkstream.records.selection import policy_name, same_conditions, select
+from sinkstream.records.selection import same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
 from sinkstream.report.precision import precision_runs
@@ -119,7 +119,7 @@ def _pg19_ppl(records: Sequence[Record], policy: str) -> Headline | None:
     groups: dict[tuple, dict[str, Record]] = {}
     for run in sorted(runs, key=lambda record: record.created):
         key = (run.data["sha256"], run.model["hash"], run.protocol["dtype"], run.protocol["cap"])
-        groups.setdefault((*key, run.protocol["decode_tokens"]), {})[policy_name(run)] = run
+        groups.setdefault((*key, run.protocol["decode_tokens"]), {})[run.policy["name"]] = run
     if not groups:
         return None
     best = max(

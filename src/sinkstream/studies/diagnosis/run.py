@@ -10,7 +10,7 @@ from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.environment import git_revision, utc_now
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.records import Record
-from sinkstream.records.selection import normalised, policy_name
+from sinkstream.records.selection import normalised
 from sinkstream.studies.diagnosis.diagnose import Controls, diagnose
 from sinkstream.studies.diagnosis.page import write_page
 from sinkstream.studies.diagnosis.plots import draw_attribution, draw_policy
@@ -115,10 +115,10 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
             raise ValueError(
                 f"record {record.id!r} is {record.status} ({record.status_reason}); accepted: complete runs"
             )
-    evicting = [r for r in records if policy_name(r) not in BASELINES]
+    evicting = [r for r in records if r.policy["name"] not in BASELINES]
     policies = [r for r in evicting if not _is_strict(r)]
     if not policies:
-        names = ", ".join(sorted({policy_name(r) for r in records}))
+        names = ", ".join(sorted({r.policy["name"] for r in records}))
         raise ValueError(
             f"no policy to diagnose among the records ({names}): strict streaming is the control and baselines have no"
             " prune events; accepted: also the record of another policy, as in lazy"
@@ -147,7 +147,7 @@ def _controls(record: Record, records: Sequence[Record]) -> Controls:
             " beside it; accepted: also the record of a strict run at the same cap, precision and positions"
         )
     control = strict.pop(cap)
-    named = {name: [r for r in comparable if policy_name(r) == name] for name in BASELINES}
+    named = {name: [r for r in comparable if r.policy["name"] == name] for name in BASELINES}
     recompute = [r for r in named["recompute"] if r.protocol["cap"] == cap]
     lengths = {other: run for other, run in strict.items() if other <= max(cap, longest)}
     return Controls(control, _newest(named["full"]), _newest(recompute), lengths)
@@ -158,7 +158,7 @@ def _newest(records: Sequence[Record]) -> Record | None:
 
 
 def _is_strict(record: Record) -> bool:
-    return policy_name(record) == "strict" and not any(
+    return record.policy["name"] == "strict" and not any(
         record.policy["options"].get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive")
     )
 

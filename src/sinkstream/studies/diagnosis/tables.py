@@ -7,7 +7,7 @@ from typing import Any
 
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import text_and_machine
-from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
+from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model, has_text
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table, with_interval
 from sinkstream.studies.diagnosis.attribution import PARTS
@@ -115,13 +115,7 @@ def render_diagnoses(results: Path) -> dict[str, str]:
 
 def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap: int) -> Diagnosis | None:
     """Of a model (part of its name) on a text (part of its name) at a cap: the newest diagnosis of the most tokens."""
-    found = [
-        one
-        for one in diagnoses
-        if normalised(model) in normalised(one.model["name"])
-        and text.lower() in normalised(one.data["name"]).replace("-", "")
-        and one.protocol["cap"] == cap
-    ]
+    found = [one for one in diagnoses if has_model(one, model) and has_text(one, text) and one.protocol["cap"] == cap]
     return max(reversed(found), key=lambda one: one.protocol["decode_tokens"], default=None)
 
 

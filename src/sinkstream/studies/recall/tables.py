@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.selection import normalised
+from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
 from sinkstream.statistics import Estimate, mean_interval
@@ -122,8 +122,7 @@ def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> 
     runs = [
         record
         for record in records
-        if record.status == "complete" and normalised(model) in normalised(record.model["name"])
-        if record.protocol["cap"] == cap
+        if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
     ]
     newest = {record.policy["label"]: record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
