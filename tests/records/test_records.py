@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 from record_factory import make_arrays, make_record
 
+from sinkstream.records.files import WriteError
 from sinkstream.records.pairing import paired_delta
 from sinkstream.records.pairs import PAIRS_FILE
-from sinkstream.records.records import (
-    WriteError,
-    load_record,
-    load_records,
-    new_record_id,
-    plain_json,
-    scrub_paths,
-    short_name,
-    write_record,
-)
+from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
+from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
 from sinkstream.statistics import block_sums
 

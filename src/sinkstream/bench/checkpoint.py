@@ -1,6 +1,5 @@
 """Checkpoints of a long run of one stream, which an interrupted run is resumed from."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from sinkstream.bench.decoding import ActiveRun, Samples
 from sinkstream.engine import Engine
 from sinkstream.evaluation.decoders import EngineDecoder
-from sinkstream.records.files import write_atomically
+from sinkstream.records.files import npz_bytes, write_atomically
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
 JOINED = ("latency", "nll")
@@ -28,9 +27,7 @@ class Checkpoint:
         _engine(active).snapshot(snapshot)
         arrays = {name: np.asarray(getattr(samples, name)) for name in ARRAYS if name not in JOINED}
         arrays |= {name: np.concatenate(getattr(samples, name) or [np.empty(0)]) for name in JOINED}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-        write_atomically(self.arrays, buffer.getvalue())
+        write_atomically(self.arrays, npz_bytes(arrays))
         for old in set(self._snapshots()) - {snapshot}:
             old.unlink()
 

@@ -4,6 +4,7 @@ A chunk is one call under the project's timing function, without a device synchr
 turns rotates, so that clock drift affects all configurations alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,8 +171,8 @@ def decode_in_turns(
     steady tokens of a run and their total.
     """
     protocol, first = active[0].run.protocol, active[0].run.samples
-    turn = len(first.chunk_tokens)
-    while first.tokens < protocol.tokens and not _out_of_time(active):
+    turn, limit = len(first.chunk_tokens), math.inf if protocol.seconds is None else protocol.seconds
+    while first.tokens < protocol.tokens and max(one.run.samples.seconds for one in active) < limit:
         to_block_end = block_tokens - first.tokens % block_tokens
         tokens = min(protocol.chunk_tokens, protocol.tokens - first.tokens, to_block_end)
         for i in range(len(active)):
@@ -198,11 +199,6 @@ def drop_unpaired_chunks(runs: Sequence[TimedRun]) -> None:
 def _note_memory(active: Sequence[ActiveRun]) -> None:
     for one in active:
         one.run.samples.memory.append((one.run.samples.tokens, held_mb(one.device)))
-
-
-def _out_of_time(active: Sequence[ActiveRun]) -> bool:
-    limit = active[0].run.protocol.seconds
-    return limit is not None and max(one.run.samples.seconds for one in active) >= limit
 
 
 class _ClockMark(LogitsProcessor):

@@ -16,7 +16,7 @@ from sinkstream.bench.settings import DEFINITIONS, Floor
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.metrics import finite_or_none
 from sinkstream.measure.timing import distribution
-from sinkstream.records.base import BaseRecord
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.schema import REQUIRED
 
 _LATENCY = dict.fromkeys(("tokens", "mean", "p50", "p90", "p99", "max"))
@@ -47,13 +47,11 @@ BENCH_REQUIRED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class BenchRecord(BaseRecord):
+class BenchRecord(StatusRecord):
     """One timed configuration: the fields of its JSON file (see `BENCH_REQUIRED`)."""
 
     SCHEMA, KIND, REQUIRED, STATUSES = "sinkstream.bench/1", "speed", BENCH_REQUIRED, ("complete", "partial")
 
-    status: str
-    status_reason: str | None
     session: str
     rung: dict[str, Any]
     policy: dict[str, Any]

@@ -34,7 +34,7 @@ from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.memory import PeakMemory, free_bytes
 from sinkstream.models import LoadedModel
 from sinkstream.records.files import WriteError
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 from sinkstream.show.progress import run_progress
 
 
@@ -128,7 +128,9 @@ class BenchSession:
             outcome.failed.append((_names(group), f"{type(error).__name__}: {first_line}"))
             return []
         finally:
-            _free()
+            gc.collect()  # frees the memory of closed decoders
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _time(self, group: Sequence[BenchConfig], report: Report) -> list[Callable]:
         protocol = fitted(self.protocol, group[0])
@@ -267,10 +269,3 @@ def _pace_line(bar: Progress, description: str) -> Callable[[int, int], None]:
         bar.update(task, completed=done, total=total, pace=pace)
 
     return show
-
-
-def _free() -> None:
-    """Free the memory of closed decoders."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from sinkstream.bench.summary import (
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
-from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
+from sinkstream.statistics.comparison import TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry[Callable[[Sequence[BenchRecord]], str]] = Registry("benchmark table")
@@ -120,16 +120,12 @@ def slope_lines(records: Sequence[BenchRecord]) -> list[str]:
 RATIO_HEADER = ["rung", "policies", "shape", "cap", "pairs of chunks", "ratio of TPOT [95 %]"]
 
 
-def turn_ratio(record: BenchRecord, base: BenchRecord) -> Ratio:
-    """TPOT of a record over that of another one that took turns with it."""
-    whole = min(len(record.chunks["seconds"]), len(base.chunks["seconds"]))
-    return ratio_of_times(record.chunks["seconds"][:whole], base.chunks["seconds"][:whole])
-
-
 def _ratio_rows(records: Sequence[BenchRecord]) -> list[list[str]]:
     rows = []
     for record, base in pairs(records):
-        ratio = turn_ratio(record, base)
+        seconds, base_seconds = (one.chunks["seconds"] for one in (record, base))
+        both = min(len(seconds), len(base_seconds))
+        ratio = ratio_of_times(seconds[:both], base_seconds[:both])
         named = f"{record.policy['label']} / {base.policy['label']}"
         rows.append([RUNG[1](record), named, SHAPE[1](record), CAP[1](record), f"{ratio.pairs:,}", str(ratio)])
     return rows

@@ -45,7 +45,7 @@ from sinkstream.models import (
     source_name,
 )
 from sinkstream.models.shapes import PREFIX
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 from sinkstream.show.progress import say
 
 SHAPE = "pythia-2.8b"

@@ -35,12 +35,7 @@ class Batch:
         row: Callable[[list[Record]], str] | None = None,
         enough: Callable[[list[Record]], bool] | None = None,
     ) -> list[Record]:
-        """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
-
-        Parameters
-        ----------
-        console, row, enough
-            As in `Runner.run`.
+        """Run all settings in order; an interrupted or failed run is recorded and ends the batch; see `Runner.run`.
 
         Raises ValueError if one of the settings, the model and the text do not fit together, or as `Runner.run`;
         nothing has run then. Raises WriteError as `Runner.run`.

@@ -67,15 +67,9 @@ class Decoder(ABC):
 
 
 class ModuleDecoder(Decoder):
-    """The transformers module itself, one stream, which also takes many tokens in one forward.
+    """The transformers module itself, one stream, which also takes many tokens in one forward."""
 
-    Attributes
-    ----------
-    top1 : Tensor or None, (tokens,), int64
-        The likeliest tokens in place of those that the latest `score` scored, if the decoder knows them.
-    """
-
-    top1: torch.Tensor | None = None
+    top1: torch.Tensor | None = None  # (tokens,) int64: the tokens with the largest logits of the latest `score`
 
     @abstractmethod
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:

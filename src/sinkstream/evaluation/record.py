@@ -14,7 +14,7 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 
 
 def numeric_protocol(loaded: LoadedModel) -> dict[str, Any]:

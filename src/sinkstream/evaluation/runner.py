@@ -9,33 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from sinkstream.measure.timing import timed
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.files import WriteError
 from sinkstream.show.progress import hide_ended, say, shown, tell_ended, token_progress
 
 Report = Callable[[int, int], None]  # called with (done, of how many)
 
 
-class AnyRecord(Protocol):
-    """What every kind of record on disk has."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def status(self) -> str: ...
-
-    @property
-    def arguments(self) -> dict[str, Any]: ...
-
-
-R = TypeVar("R", bound=AnyRecord)
+R = TypeVar("R", bound=StatusRecord)
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,14 @@ def summarise(
         "process_sec": round(time.time() - psutil.Process().create_time(), 3),
         "peak_memory_mb": finite_or_none(peak_memory.peak_mb) if peak_memory else None,
         "peak_memory_kind": peak_memory.kind if peak_memory else None,
-        "kv_length": _kv_length(np.asarray(arrays["kv_length"])),
+        "kv_length": kv_length_range(np.asarray(arrays["kv_length"])),
         "events": int(np.count_nonzero(arrays["event"])),
         "drop_size": distribution(drops[drops > 0], with_max=True),
     }
 
 
-def _kv_length(lengths: np.ndarray) -> dict[str, float | int | None]:
+def kv_length_range(lengths: np.ndarray) -> dict[str, float | int | None]:
+    """Shortest, mean and longest of the visible lengths (tokens,) above 0, which were measured; None without any."""
     lengths = lengths[lengths > 0]
     if lengths.size == 0:
         return {"min": None, "mean": None, "max": None}

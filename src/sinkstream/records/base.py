@@ -15,8 +15,8 @@ class BaseRecord:
     """A record: its file, and the fields of the JSON object in it.
 
     A kind of record is a class of its own. It adds fields, and states `SCHEMA` ("family/version"), `KIND` (a word for
-    messages), `REQUIRED` (keys, nested as in `schema.REQUIRED`), `NOT_NULL` (dotted names of fields that may not be
-    null) and `STATUSES` (accepted values of the field `status`; none where the kind has no status).
+    messages), `REQUIRED` (keys, nested as in `schema.REQUIRED`) and `NOT_NULL` (dotted names of fields that may not be
+    null).
     """
 
     path: Path
@@ -32,7 +32,6 @@ class BaseRecord:
     KIND: ClassVar[str]
     REQUIRED: ClassVar[Mapping[str, Any]]
     NOT_NULL: ClassVar[tuple[str, ...]] = ()
-    STATUSES: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, content: Any, where: str) -> None:
@@ -42,15 +41,6 @@ class BaseRecord:
         for name in cls.NOT_NULL:
             if field_value(content, name) is None:
                 raise ValueError(f"{where}: field {name!r} is null; a record must state it")
-        if cls.STATUSES:
-            if content["status"] not in cls.STATUSES:
-                raise ValueError(
-                    f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(cls.STATUSES)}"
-                )
-            if (content["status"] == "complete") != (content["status_reason"] is None):
-                raise ValueError(
-                    f"{where}: field 'status_reason' must be null for complete records and say why for all others"
-                )
         cls.check_own(content, where)
         check_environment(content["environment"], cls.device_of(content), where)
 
@@ -118,3 +108,23 @@ class BaseRecord:
         family = cls.SCHEMA.partition("/")[0]
         paths = [path for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]
         return sorted(map(cls.read, paths), key=lambda record: (record.created, record.id))
+
+
+@dataclass(frozen=True)
+class StatusRecord(BaseRecord):
+    """A record of work that may end early; `STATUSES` are the accepted values of the field `status`."""
+
+    status: str
+    status_reason: str | None
+
+    STATUSES: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def check(cls, content: Any, where: str) -> None:
+        super().check(content, where)
+        if content["status"] not in cls.STATUSES:
+            raise ValueError(f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(cls.STATUSES)}")
+        if (content["status"] == "complete") != (content["status_reason"] is None):
+            raise ValueError(
+                f"{where}: field 'status_reason' must be null for complete records and say why for all others"
+            )

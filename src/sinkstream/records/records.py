@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.base import BaseRecord
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
-from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.files import npz_bytes, write_atomically
 from sinkstream.records.json_files import family_of, write_json
 from sinkstream.records.pairs import Pairs
-from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
 
 #: JSON files beside records that are no records.
@@ -33,14 +32,12 @@ BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
 
 
 @dataclass(frozen=True)
-class Record(BaseRecord):
+class Record(StatusRecord):
     """One run: the fields of its JSON file (see `schema.REQUIRED`), and its per-token arrays, read when first used."""
 
     SCHEMA, KIND, REQUIRED, NOT_NULL, STATUSES = SCHEMA, "run", REQUIRED, NOT_NULL, STATUSES
 
     schema: str
-    status: str
-    status_reason: str | None
     data: dict[str, Any]
     policy: dict[str, Any]
     summary: dict[str, Any]
@@ -106,7 +103,7 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
     """
     where = f"record {record.get('id')!r}"
     typed = check_arrays(arrays, where)
-    tokens, blocks = _npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
+    tokens, blocks = npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
     name = str(record.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
@@ -166,12 +163,6 @@ def _may_be_record(path: Path) -> bool:
     return family is None or not family.startswith("sinkstream.") or family == SCHEMA.partition("/")[0]
 
 
-def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array of `ARRAYS` is called allow_pickle
-    return buffer.getvalue()
-
-
 def _verified_bytes(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
@@ -181,17 +172,3 @@ def _verified_bytes(path: Path, sha256: str) -> bytes:
     if found != sha256:
         raise ValueError(f"{path}: field 'tokens_file.sha256' is {sha256}, but the file's is {found}")
     return data
-
-
-__all__ = [
-    "SCHEMA",
-    "Record",
-    "WriteError",
-    "load_record",
-    "load_records",
-    "new_record_id",
-    "plain_json",
-    "scrub_paths",
-    "short_name",
-    "write_record",
-]

@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any, TypeVar
 
@@ -59,12 +60,9 @@ class Table:
     def html(self) -> str:
         """The table in HTML, without its notes; intervals, "[low, high]", and shares, "(3 %)", are not broken."""
         head = "".join(f"<th>{escape(name)}</th>" for name in self.header)
-        lines = ("<tr>" + "".join(f"<td>{_unbroken(escape(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
+        unbroken = partial(re.sub, r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>')
+        lines = ("<tr>" + "".join(f"<td>{unbroken(escape(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _unbroken(text: str) -> str:
-    return re.sub(r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>', text)
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sinkstream.measure.metrics import kv_length_range
 from sinkstream.measure.timing import distribution
 
 
@@ -16,11 +17,9 @@ def drift(arrays: Mapping[str, np.ndarray], trained_positions: int | None) -> di
     """
     lengths = arrays["kv_length"][arrays["kv_length"] > 0]
     drops = arrays["drop_size"][arrays["drop_size"] > 0]
-    kv = dict.fromkeys(("min", "mean", "max", "share_past_trained"))
-    if lengths.size:
-        kv |= {"min": int(lengths.min()), "mean": float(lengths.mean()), "max": int(lengths.max())}
-        if trained_positions is not None:
-            kv["share_past_trained"] = float(np.mean(lengths > trained_positions))
+    known = lengths.size and trained_positions is not None
+    share = float(np.mean(lengths > trained_positions)) if known else None
+    kv = {**kv_length_range(lengths), "share_past_trained": share}
     return {"kv_length": kv, "drop_size": distribution(drops, with_max=True)}
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sinkstream.records.base import BaseRecord
-from sinkstream.records.records import Record, new_record_id
+from sinkstream.records.plain import new_record_id
+from sinkstream.records.records import Record
 from sinkstream.records.schema import check_keys
 
 FIELDS = ("id", "created", "command", "arguments", "environment", "model", "data", "protocol", "policies")

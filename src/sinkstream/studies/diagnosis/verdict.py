@@ -20,7 +20,8 @@ def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> 
     """
     if delta.low is None:
         return {"outcome": "undecided", "line": f"undecided: {delta.reason}"}
-    figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {_or_infinity(delta.high)}]"
+    high = "inf" if delta.high is None else f"{delta.high:+.2f}"
+    figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {high}]"
     spike = _spike(curve)
     if delta.low <= 0:
         return {"outcome": "go", "line": f"go: {figure} is not worse than strict; {spike}"}
@@ -44,7 +45,3 @@ def _largest(parts: Mapping[str, Estimate]) -> str:
     known = {name: part.value for name, part in parts.items() if part.value is not None}
     name = max(known, key=lambda part: known[part])
     return f"the largest part is {PARTS[name]} ({100 * known[name]:+.2f} of 100 × nats)"
-
-
-def _or_infinity(value: float | None) -> str:
-    return "inf" if value is None else f"{value:+.2f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.base import BaseRecord
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.schema import STATUSES
 
 
@@ -52,13 +52,11 @@ def passage_columns(passages: Sequence[ScoredPassage]) -> dict[str, list[float]]
 
 
 @dataclass(frozen=True)
-class RecallRecord(BaseRecord):
+class RecallRecord(StatusRecord):
     """What one policy recalls: the fields of its JSON file, the columns of `passages` as arrays (passages,)."""
 
     SCHEMA, KIND, REQUIRED, STATUSES = "sinkstream.recall/1", "recall", _REQUIRED, STATUSES
 
-    status: str
-    status_reason: str | None
     data: dict[str, Any]
     policy: dict[str, Any]
     summary: dict[str, Any]

@@ -30,7 +30,7 @@ from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 from sinkstream.studies.recall.record import Placement, RecallRecord, ScoredPassage, passage_columns
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
