@@ -1,1 +1,1 @@
-"""Measuring: time, memory, bandwidth, numeric switches, versions and hardware. A leaf: knows no models and no caches."""
+"""Measuring: time, memory, bandwidth, numeric switches, versions and hardware. A leaf: no models, no caches."""
