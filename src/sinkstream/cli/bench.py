@@ -14,15 +14,7 @@ from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
-from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.options import (
-    add_model_options,
-    add_policy_options,
-    names_of,
-    numbers,
-    policy_settings,
-    request,
-)
+from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, options
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.engine import STEPS
@@ -55,19 +47,19 @@ LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_model_options(parser)
-    add_policy_options(parser, caps=numbers(int))
+    options.add_model_options(parser)
+    options.add_policy_options(parser, caps=options.numbers(int))
     parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--shape",
-        type=names_of(SHAPES, "shape"),
+        type=options.names_of(SHAPES, "shape"),
         help=f"random weights in published shapes A,B; short for --model random:SHAPE (default: {SHAPE})",
     )
     listed = "\n".join(f"- {name}: {BACKENDS.summary(name)}" for name in BACKENDS).replace("%", "%%")
     group.add_argument(
         "--backend",
-        type=names_of(BACKENDS, "rung"),
+        type=options.names_of(BACKENDS, "rung"),
         metavar="RUNG[,RUNG…]",
         help=f"what is timed (default: the engine's fastest rung on a GPU, its first on a CPU):\n{listed}\n",
     )
@@ -75,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens", type=int, default=STEADY_TOKENS, help="steady tokens of each configuration")
     group.add_argument("--warmup", type=int, default=WARMUP_TOKENS, help="tokens decoded before them")
     group.add_argument("--seconds", type=float, help="time limit of the steady tokens of one configuration")
-    group.add_argument("--streams", type=numbers(int), default="1", help="streams stepped together, as in 1,2,4,8")
+    group.add_argument(
+        "--streams", type=options.numbers(int), default="1", help="streams stepped together, as in 1,2,4,8"
+    )
     group.add_argument(
         "--text",
         help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
@@ -110,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
         loaded, seconds = timed(load, attn_implementation=args.attention, device=device)
         text = _text(args, loaded)
-        session = BenchSession(loaded, text, protocol, ceiling, seconds, request(args), name, lenient=args.ladder)
+        session = BenchSession(
+            loaded, text, protocol, ceiling, seconds, options.request(args), name, lenient=args.ladder
+        )
         outcomes.append(session.run(_groups(args, loaded, rungs), console))
         show_outcome(outcomes[-1], console, loaded.name)
         del loaded, session
@@ -207,7 +203,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
     if min(args.streams, default=0) < 1 or min(args.cap, default=0) < 1:
         raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
     for cap in args.cap:
-        policy_settings(args, cap=cap)
+        options.policy_settings(args, cap=cap)
     forced = args.text is not None
     return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
 
@@ -218,7 +214,7 @@ def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> 
     untrained = args.allow_untrained_positions or loaded.source == "random"  # random weights know no positions at all
     for name in sorted(set(rungs), key=BACKENDS.names().index):
         for cap in args.cap:
-            runs = rung_runs(name, policy_settings(args, cap=cap, allow_untrained_positions=untrained))
+            runs = rung_runs(name, options.policy_settings(args, cap=cap, allow_untrained_positions=untrained))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
 

@@ -3,16 +3,7 @@
 import argparse
 
 from sinkstream.cache import POSITIONS
-from sinkstream.cli.options import (
-    add_block_tokens,
-    add_model_options,
-    add_output,
-    add_text,
-    block_tokens,
-    load_model_and_text,
-    numbers,
-    request,
-)
+from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.evaluation.batch import Batch
 from sinkstream.studies.cliff.run import CAPS, SINK, STRIDES, cliff_settings
@@ -23,19 +14,19 @@ PICTURE = "cliff.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_model_options(parser)
+    options.add_model_options(parser)
     group = parser.add_argument_group("grid")
-    add_text(group)
+    options.add_text(group)
     group.add_argument(
         "--caps",
-        type=numbers(float),
+        type=options.numbers(float),
         default=list(CAPS),
         metavar="RATIO[,RATIO…]",
         help="caps, in multiples of the trained positions",
     )
     group.add_argument(
         "--compress-every",
-        type=numbers(int),
+        type=options.numbers(int),
         default=list(STRIDES),
         metavar="R[,R…]",
         help="R of the lazy runs; strict (R = 1) is always run",
@@ -44,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--positions", nargs="+", default=list(POSITIONS), choices=POSITIONS, help="one or both position modes"
     )
     group.add_argument("--sink", type=int, default=SINK, help="first tokens, never evicted")
-    add_block_tokens(group)
-    add_output(group, "out/cliff")
+    options.add_block_tokens(group)
+    options.add_output(group, "out/cliff")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the grid, print both tables, write records and picture."""
     console = wide_console()
-    loaded, stream = load_model_and_text(args)
+    loaded, stream = options.load_model_and_text(args)
     if loaded.trained_positions is None:
         raise ValueError(f"{loaded.name} does not say how many positions it was trained on; accepted: one that does")
     settings = cliff_settings(
@@ -61,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
         strides=args.compress_every,
         positions=args.positions,
         sink=args.sink,
-        block_tokens=block_tokens(args),
+        block_tokens=options.block_tokens(args),
     )
-    records = Batch(loaded, stream, request(args)).run(settings, console)
+    records = Batch(loaded, stream, options.request(args)).run(settings, console)
     complete = [record for record in records if record.status == "complete"]
     title = f"{loaded.name} over {stream.name}, {len(stream):,} tokens"
     return show_batch(records, complete, console, args.out, title, cliff_table, draw_cliff, PICTURE)

@@ -7,13 +7,22 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from sinkstream.cli.options import add_output, request
+from sinkstream.cli import options
 from sinkstream.cli.show import exit_code, show_runs, wide_console
 from sinkstream.data import TokenStream, load_text, tokenize
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.demo import CAP, FULL_FITS, SAMPLE_EVERY, TIMED_TOKENS, TITLE, TOKENS, demo_settings
-from sinkstream.evaluation.demo_plan import SECONDS, Plan, Size, check_choice, choose, size_of_records
-from sinkstream.evaluation.demo_speed import Speed, measure_speed, tokens_measured
+from sinkstream.evaluation.demo_plan import (
+    SECONDS,
+    Plan,
+    Size,
+    Speed,
+    check_choice,
+    choose,
+    measure_speed,
+    size_of_records,
+    tokens_measured,
+)
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model
 from sinkstream.show.comparison import RowLines
@@ -30,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", type=int, default=CAP, help="KV slots of every method")
     every = f"recompute scores every k-th token ({SAMPLE_EVERY}, or what fits --seconds)"
     parser.add_argument("--sample-every", type=int, help=every)
-    add_output(parser, "out/demo")
+    options.add_output(parser, "out/demo")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     size, plan = _size(args, loaded, streams, console)
     args.tokens, args.sample_every = size.tokens, size.sample_every
     settings = size.settings(args.cap)
-    batch = Batch(loaded, streams(size.tokens), request(args))
+    batch = Batch(loaded, streams(size.tokens), options.request(args))
     lines = RowLines([one.label() for one in settings], console.width)
     late = (lambda records: plan.is_late([r.summary["total_sec"] for r in records])) if plan else None
     records = batch.run(settings, console, lines.line, late)

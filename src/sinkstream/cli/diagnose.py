@@ -7,17 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sinkstream.cli.options import (
-    add_block_tokens,
-    add_model_options,
-    add_output,
-    add_policy_options,
-    add_text,
-    block_tokens,
-    load_model_and_text,
-    policy_settings,
-    request,
-)
+from sinkstream.cli import options
 from sinkstream.cli.show import exit_code, wide_console
 from sinkstream.evaluation.batch import Batch
 from sinkstream.records.records import Record, load_records
@@ -38,18 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECORD",
         help="diagnose these run records instead of running; only --out and --seed go with them",
     )
-    add_model_options(parser)
-    add_policy_options(parser)
+    options.add_model_options(parser)
+    options.add_policy_options(parser)
     parser.set_defaults(policy="lazy")
     group = parser.add_argument_group("protocol")
-    add_text(group)
+    options.add_text(group)
     group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
     group.add_argument("--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: none)")
-    add_block_tokens(group)
+    options.add_block_tokens(group)
     group.add_argument(
         "--sample-every", type=int, default=64, metavar="K", help="the recompute control scores every k-th token"
     )
-    add_output(group, "out/diagnosis", "everything that is written")
+    options.add_output(group, "out/diagnosis", "everything that is written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,9 +48,13 @@ def run(args: argparse.Namespace) -> int:
     if args.records:
         _check_alone(args.argv)
         return _write(args, _given_records(args.records), None, console)
-    protocol = {"prefill": args.prefill, "block_tokens": block_tokens(args), "timed_tokens": args.timed_tokens or None}
-    policies = policy_settings(args, evaluate="steps" if args.timed_tokens else "blocks", **protocol)
-    loaded, stream = load_model_and_text(args)
+    protocol = {
+        "prefill": args.prefill,
+        "block_tokens": options.block_tokens(args),
+        "timed_tokens": args.timed_tokens or None,
+    }
+    policies = options.policy_settings(args, evaluate="steps" if args.timed_tokens else "blocks", **protocol)
+    loaded, stream = options.load_model_and_text(args)
     settings = diagnosis_settings(
         policies,
         tokens=len(stream),
@@ -68,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         sink=getattr(args, "sink", None),
         sample_every=args.sample_every,
     )
-    asked = replace(request(args), out=args.out / RUNS)
+    asked = replace(options.request(args), out=args.out / RUNS)
     records = Batch(loaded, stream, asked).run(settings, console)
     last = records[-1]
     if last.status != "complete":
@@ -105,7 +99,7 @@ def _write(args: argparse.Namespace, records: list[Record], texts: list[str] | N
     """Diagnose, write all files, print the tables, the verdicts and where the files are."""
     pairs = pair_runs(records)
     with console.status("computing intervals, drawing"):
-        diagnosis, notes = write_diagnosis_files(pairs, texts, request(args))
+        diagnosis, notes = write_diagnosis_files(pairs, texts, options.request(args))
     for table in diagnosis_tables(diagnosis):
         console.print(table)
     for line in [*(f"{entry['label']}: {entry['verdict']['line']}" for entry in diagnosis.policies), *notes]:

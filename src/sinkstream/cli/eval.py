@@ -2,17 +2,7 @@
 
 import argparse
 
-from sinkstream.cli.options import (
-    add_block_tokens,
-    add_model_options,
-    add_output,
-    add_policy_options,
-    add_text,
-    block_tokens,
-    load_model_and_text,
-    policy_settings,
-    request,
-)
+from sinkstream.cli import options
 from sinkstream.cli.show import show_runs, wide_console
 from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.batch import Batch
@@ -21,10 +11,10 @@ from sinkstream.evaluation.settings import EVALUATE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_model_options(parser)
-    add_policy_options(parser)
+    options.add_model_options(parser)
+    options.add_policy_options(parser)
     group = parser.add_argument_group("protocol")
-    add_text(group, random=True)
+    options.add_text(group, random=True)
     group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
     backends = evaluation_backends()
     listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in backends)
@@ -32,21 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
     group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
     group.add_argument("--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: all)")
-    add_block_tokens(group)
+    options.add_block_tokens(group)
     group.add_argument("--sample-every", type=int, default=1, help="recompute only: score every k-th token")
     group.add_argument("--repeats", type=int, default=1, help="runs; each token's time is the median over them")
     group.add_argument(
         "--interleave", action="store_true", help="run all policies in turn, token by token: fair on a noisy machine"
     )
-    add_output(group, "out")
+    options.add_output(group, "out")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all policies, print the table, write records and picture."""
     names = ("backend", "prefill", "evaluate", "timed_tokens", "sample_every", "repeats")
     protocol = {name: getattr(args, name) for name in names}
-    settings = policy_settings(args, block_tokens=block_tokens(args), **protocol)
+    settings = options.policy_settings(args, block_tokens=options.block_tokens(args), **protocol)
     console = wide_console()
-    loaded, stream = load_model_and_text(args, random=True)
-    records = Batch(loaded, stream, request(args), args.interleave).run(settings, console)
+    loaded, stream = options.load_model_and_text(args, random=True)
+    records = Batch(loaded, stream, options.request(args), args.interleave).run(settings, console)
     return show_runs(records, console, args.out, f"{loaded.name} over {stream.name}, {len(stream)} tokens")

@@ -2,18 +2,7 @@
 
 import argparse
 
-from sinkstream.cli.options import (
-    add_block_tokens,
-    add_model_options,
-    add_output,
-    add_policy_options,
-    add_text,
-    block_tokens,
-    load_given_model,
-    numbers,
-    policy_settings,
-    request,
-)
+from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
@@ -24,21 +13,21 @@ PICTURE = "recall.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_model_options(parser)
-    add_policy_options(parser)
+    options.add_model_options(parser)
+    options.add_policy_options(parser)
     group = parser.add_argument_group("recall")
-    add_text(group, tokens=False)
+    options.add_text(group, tokens=False)
     group.add_argument(
         "--distances",
-        type=numbers(float),
+        type=options.numbers(float),
         default=list(RATIOS),
         metavar="RATIO[,RATIO…]",
         help="distances between the two occurrences, in multiples of the cap",
     )
     group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
     group.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
-    add_block_tokens(group)
-    add_output(group, "out/recall")
+    options.add_block_tokens(group)
+    options.add_output(group, "out/recall")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
     if args.cap is None:
         raise ValueError("distances are multiples of the cap; give --cap SLOTS")
     design = RecallDesign(args.cap, tuple(args.distances), args.passages, args.passage_tokens, args.seed)
-    settings = policy_settings(args, evaluate="blocks", block_tokens=block_tokens(args))
+    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
     console = wide_console()
     text = load_text(args.text)
-    loaded = load_given_model(args)
+    loaded = options.load_given_model(args)
     streams = design.streams(lambda tokens: tokenize(text, loaded.tokenizer, tokens))
-    records = RecallBatch(loaded, streams, request(args)).run(settings, console)
+    records = RecallBatch(loaded, streams, options.request(args)).run(settings, console)
     measured = [r for r in records if len(r.passages["ratio"])]
     title = f"{loaded.name} over {text.name}, {len(streams.repeated):,} tokens"
     return show_batch(records, measured, console, args.out, title, recall_table, draw_recall, PICTURE)

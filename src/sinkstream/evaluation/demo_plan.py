@@ -1,15 +1,20 @@
-"""How long the demo will be: what it costs at the speed of the machine, and how much of it fits the time."""
+"""How long the demo will be: the measured speed of the machine, and the size of demo that fits the time."""
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.backends import open_decoder
+from sinkstream.evaluation.decoders import ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
-from sinkstream.evaluation.demo_speed import BLOCK, SHORT, Speed
 from sinkstream.evaluation.record import run_identity
-from sinkstream.evaluation.settings import RunSettings
+from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import load_records
 
@@ -18,6 +23,53 @@ LATE = 1.15  # times that time: runs that would end later are left out
 LEAST_CAPS = 4  # a text shorter than four caps says little about eviction
 ADAPTIVE_SHORT = 20  # tokens of one forward of the adaptive policy on average, a little less than was counted
 FULL_GROWTH = 1 / 7_000  # what attention of the full cache adds to a block, for every token of the text
+
+BLOCK = BLOCK_TOKENS["cpu"]
+SHORT = 32  # tokens of one forward of refresh, whose blocks end at its prunes
+STEPS, SHORTS, BLOCKS, WINDOWS = 8, 4, 2, 2  # pieces of each kind that are measured, after one step that is not
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Mean seconds of the pieces that a demo consists of."""
+
+    step: float  # one token by itself
+    # short, block: one forward of `SHORT` and of `BLOCK` tokens, scored
+    short: float
+    block: float
+    window: float  # one window of recompute
+
+
+def tokens_measured(cap: int) -> int:
+    """Tokens of the text that `measure_speed` takes."""
+    return cap + 1 + STEPS + SHORTS * SHORT + BLOCKS * BLOCK + 1
+
+
+@torch.inference_mode()
+def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
+    """Measure the pieces of a demo on the model itself, which takes a few seconds.
+
+    `ids` are at least `tokens_measured(cap)` token ids (tokens,) int64; `cap` is also the window of recompute.
+    """
+    device = loaded.model.device
+    ids = ids.to(device)
+    with closing(open_decoder(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
+        assert isinstance(strict, ModuleDecoder), "the backend hf runs the module of transformers"
+        strict.prefill(ids[:cap])
+        strict.step(ids[cap : cap + 1])
+        means, at = [], cap + 1
+        for size, times in ((1, STEPS), (SHORT, SHORTS), (BLOCK, BLOCKS)):
+            places = range(at, at + times * size, size)
+            pieces = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in places]
+            means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
+            at += times * size
+    with closing(open_decoder(loaded, RunSettings("recompute", cap))) as recompute:
+        assert isinstance(recompute, RecomputeDecoder), "the method recompute has a decoder of its own"
+        recompute.skip(ids[:cap])
+        targets = slice(cap + 1, cap + WINDOWS + 1)
+        _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
+    step, short, block = means
+    return Speed(step, short, block, seconds / WINDOWS)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.blocks import DIGITS
+from sinkstream.records.blocks import DIGITS, Blocks
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairing import common_tokens, paired_delta, same_text_and_model
 from sinkstream.records.records import Record
@@ -26,7 +26,6 @@ from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
 from sinkstream.statistics import (
-    BLOCK_TOKENS,
     Estimate,
     PairedDelta,
     block_sums,
@@ -102,58 +101,36 @@ def _protocol(record: Record) -> tuple[Any, ...]:
 def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
     """Split the mean NLL difference of `outside` from `strict`, as the module says, with block-bootstrap intervals.
 
-    Parameters
-    ----------
-    strict, inside, outside : Record
-        Strict, and lazy with growth inside and outside the cap, of one cap, R, text and model.
-
-    Raises ValueError: records of another text or model, or without a common token.
+    The records are strict, and lazy with growth inside and outside the cap, of one cap and R. Raises ValueError unless
+    all three score the same tokens, of one text and under one model.
     """
+    base, lazy, grown = (record.blocks for record in (strict, inside, outside))
+    ids = f"records {strict.id!r}, {inside.id!r} and {outside.id!r}"
     if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
-        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
-    total, eviction, past, counts, tokens = _parts(strict, inside, outside)
-    within = total - eviction - past
-    whole, hard, near, far = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
-    share = share_of_blocks(past, total, counts, tokens) if whole.above_zero else Estimate(reason="no loss")
-    return CliffShares(whole, hard, near, far, share, int(counts.sum()))
+        raise ValueError(f"{ids} are of several texts or models")
+    if not (base and lazy and grown and lazy.pairs_with(base) and grown.pairs_with(base)):
+        raise ValueError(f"{ids} do not score the same tokens; accepted: runs of one grid")
+    total, eviction, past = grown.sums - base.sums, lazy.sums - base.sums, _past_trained(inside, outside, grown)
+    parts = (total, eviction, total - eviction - past, past)
+    whole, hard, near, far = (mean_of_blocks(sums, base.counts, base.tokens) for sums in parts)
+    share = Estimate(reason="no loss")
+    if whole.above_zero:
+        share = share_of_blocks(past, total, base.counts, base.tokens)
+    return CliffShares(whole, hard, near, far, share, int(base.counts.sum()))
 
 
-def _parts(
-    strict: Record, inside: Record, outside: Record
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Sums of total, eviction and length past the trained positions (blocks,), tokens (blocks,) and block length."""
-    one, two, three = (record.blocks for record in (strict, inside, outside))
-    if one and two and three and two.pairs_with(one) and three.pairs_with(one):
-        return three.sums - one.sums, two.sums - one.sums, _past_trained(inside, outside), one.counts, one.tokens
-    index = outside.arrays["index"]
-    for record in (strict, inside):
-        index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
-    if not index.size:
-        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
-    s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
-    _, total, counts = block_sums(o - s, index)
-    eviction, past = (block_sums(values, index)[1] for values in (i - s, _where_past(outside, index, o - i)))
-    return total, eviction, past, counts, BLOCK_TOKENS
-
-
-def _past_trained(inside: Record, outside: Record) -> np.ndarray:
-    """Sums (blocks,) of the NLL difference at tokens that saw more than the trained positions."""
-    blocks = outside.blocks
-    assert blocks is not None, "the caller has paired the blocks"
-    if outside.summary["kv_length"]["max"] <= outside.model["trained_positions"]:
+def _past_trained(inside: Record, outside: Record, blocks: Blocks) -> np.ndarray:
+    """Sums (blocks,) of the NLL difference at tokens that attended to more than the trained positions."""
+    trained = outside.model["trained_positions"]
+    if outside.summary["kv_length"]["max"] <= trained:
         return np.zeros_like(blocks.sums)
 
     def compute() -> list[float]:
-        o, i = (record.arrays["nll"].astype(np.float64) for record in (outside, inside))
-        past = _where_past(outside, outside.arrays["index"], o - i)
+        difference = outside.arrays["nll"].astype(np.float64) - inside.arrays["nll"]
+        past = np.where(outside.arrays["kv_length"] > trained, difference, 0.0)
         return np.round(block_sums(past, outside.arrays["index"], blocks.tokens)[1], DIGITS).tolist()
 
     return np.array(outside.pairs.figure("length past trained", (inside, outside), compute))
-
-
-def _where_past(outside: Record, index: np.ndarray, values: np.ndarray) -> np.ndarray:
-    beyond = _at(outside, "kv_length", index) > outside.model["trained_positions"]
-    return np.where(beyond, values, 0.0 * values)
 
 
 def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
