@@ -151,8 +151,8 @@ def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
             say(console, line)
     for record in outcome.records:
         if record.status != "complete":
-            told = f"{record.rung['name']} {record.policy['label']}: {record.status}: {record.status_reason}"
-            say(console, told, "bold red")
+            message = f"{record.rung['name']} {record.policy['label']}: {record.status}: {record.status_reason}"
+            say(console, message, "bold red")
     for word, style, entries in (("refused", "yellow", outcome.refused), ("failed", "bold red", outcome.failed)):
         for what, why in entries:
             say(console, f"{what}: {word}: {why}", style)

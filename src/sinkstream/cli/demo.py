@@ -86,11 +86,11 @@ def _size(
         return found, None
     speed = measure_speed(loaded, streams(tokens_measured(args.cap)).ids, args.cap)
     plan = choose(speed, args.seconds, args.cap, args.sample_every)
-    say(console, told(speed, plan, args.cap))
+    say(console, plan_message(speed, plan, args.cap))
     return plan.size, plan
 
 
-def told(speed: Speed, plan: Plan, cap: int) -> str:
+def plan_message(speed: Speed, plan: Plan, cap: int) -> str:
     """The speed, what was chosen and what that leaves out, in one line."""
     size, whole = plan.size, Size()
     pieces = f"{1e3 * speed.step:.0f} ms a step, {speed.block:.2f} s a block, {speed.window:.2f} s a recomputed window"

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"  {key} is missing: {why}")
     stale, tables = [], render_tables(args.results, pairs)
     for path in args.docs:
-        mine = {name: _table(tables, name, path) for name in generated_names(path)}
-        stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]
+        sections = {name: _table(tables, name, path) for name in generated_names(path)}
+        stale += [f"{path}: {name}" for name in update_document(path, sections, check=args.check)]
     if args.check and not summary_is_current(args.results, pairs):
         stale.append(f"{args.results}: summary.json")
     path = args.results / PAIRS_FILE

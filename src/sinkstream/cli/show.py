@@ -59,13 +59,13 @@ def show_batch(
     for record in records:
         if record.status != "complete":
             say(console, f"{record.policy['label']}: {record.status}: {record.status_reason}", "bold red")
-    told = f"records: {out}"
+    message = f"records: {out}"
     if measured:
         try:
-            told += f", picture: {draw(measured, out / picture, title=title)}"
+            message += f", picture: {draw(measured, out / picture, title=title)}"
         except ImportError as error:
-            told += f"; no picture: {error}"
-    say(console, told)
+            message += f"; no picture: {error}"
+    say(console, message)
     return exit_code(records)
 
 

@@ -65,5 +65,5 @@ class Blocks:
 
     def pairs_with(self, other: "Blocks") -> bool:
         """Whether the differences of the sums are the sums of the differences: both score the same tokens."""
-        mine, its = ((b.tokens, b.first, b.last) for b in (self, other))
-        return self.whole and other.whole and mine == its
+        extents = [(blocks.tokens, blocks.first, blocks.last) for blocks in (self, other)]
+        return self.whole and other.whole and extents[0] == extents[1]

@@ -44,9 +44,9 @@ def paired_blocks(record: Record, control: Record) -> tuple[np.ndarray, np.ndarr
     absent.
     """
     check_pair(record, control)
-    mine, its = record.blocks, control.blocks
-    if mine and its and mine.pairs_with(its):
-        return mine.sums - its.sums, mine.counts, mine.tokens
+    own, other = record.blocks, control.blocks
+    if own and other and own.pairs_with(other):
+        return own.sums - other.sums, own.counts, own.tokens
 
     def compute() -> dict[str, list | int]:
         index, nll, control_nll = common_tokens(record, control)

@@ -112,22 +112,22 @@ def _comparison(runs: Sequence[Record]) -> str:
 
 def cliff_table(records: Sequence[Record], *, model: str) -> str:
     """The newest grid of ``sinkstream cliff`` of a model."""
-    mine = [r for r in records if has_model(r, model)]
-    runs = cliff.grid(mine)
+    of_model = [r for r in records if has_model(r, model)]
+    runs = cliff.grid(of_model)
     if not runs:
         return NONE_YET
     newest = runs[-1].record
     named = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens"
     origin = f"{named}, {newest.protocol['dtype']}, {machine([newest])}"
-    return f"{origin}\n\n{cliff.cliff_table(mine).markdown()}"
+    return f"{origin}\n\n{cliff.cliff_table(of_model).markdown()}"
 
 
 def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> str:
     """Recall gain by distance, all policies of a model at a cap."""
-    mine = recall.select_recalls(records, model=model, cap=cap)
-    if not mine:
+    runs = recall.select_recalls(records, model=model, cap=cap)
+    if not runs:
         return NONE_YET
-    return f"{text_and_machine(mine[0])}\n\n{recall.recall_table(mine).markdown()}"
+    return f"{text_and_machine(runs[0])}\n\n{recall.recall_table(runs).markdown()}"
 
 
 DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
@@ -172,13 +172,13 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
         return NONE_YET
     rows = []
     for record in runs:
-        beside = [r for r in fulls if same_conditions(record, r)]
-        if not beside:
+        controls = [r for r in fulls if same_conditions(record, r)]
+        if not controls:
             continue
         steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
         counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
         written = datetime.fromisoformat(record.created)
-        same_session = min(beside, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
+        same_session = min(controls, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
         ratio = steady["mean"] / same_session.summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([record.label, f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])

@@ -65,9 +65,9 @@ def _figures(record: Record, control: Record) -> dict[str, Any] | None:
 def _agreement(record: Record, control: Record, here: np.ndarray, there: np.ndarray) -> float | None:
     if "top1" not in record.arrays or "top1" not in control.arrays:
         return None
-    own, its = record.arrays["top1"][here], control.arrays["top1"][there]
-    known = (own >= 0) & (its >= 0)
-    return float((own == its)[known].mean()) if known.any() else None
+    own, other = record.arrays["top1"][here], control.arrays["top1"][there]
+    known = (own >= 0) & (other >= 0)
+    return float((own == other)[known].mean()) if known.any() else None
 
 
 def _is_engine(record: Record) -> bool:

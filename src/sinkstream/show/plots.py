@@ -19,11 +19,11 @@ from sinkstream.statistics import PairedDelta
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1.5, 1.5, 1.5, 1.5)))
 GRID, SHADE, TINTS = "#dddddd", "#f2f2f2", 10
-MOST_LINES = 5  # policies of a picture beside its control; the others are in the table
+MOST_LINES = 5  # policies of a picture, the control not counted; the others are in the table
 LINE_COLOURS = ("#009E73", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")  # from the lowest ΔPPL to the highest
 OUTLIER = 6  # times the median ΔPPL: beyond, a line leaves the axis
 ALIKE = 0.03  # of the axis of memory: lines that end nearer share a label
-BAR_STEP = 0.006  # of the length of the text: bars of intervals stand beside each other
+BAR_STEP = 0.006  # of the length of the text: the distance between the bars of two intervals
 LABEL_HEIGHT = 0.075  # of the axis
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MB = 1 << 20
@@ -144,8 +144,8 @@ def _draw_quality(axis: Any, control: Record, lines: Sequence[_Line], others: in
         labels.append((float(np.clip(line.end, low - margin, high + margin)), text, line.colour))
     axis.set_ylabel("ΔPPL so far (%)")
     more = f"; {others} more in the table" if others else ""
-    told = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
-    axis.set_title(told, fontsize="medium", loc="left")
+    title = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
+    axis.set_title(title, fontsize="medium", loc="left")
     _label_ends(axis, labels)
 
 
