@@ -7,7 +7,8 @@ import numpy as np
 from sinkstream.bench.decoding import ActiveRun, Samples
 from sinkstream.engine import Engine
 from sinkstream.evaluation.decoders import EngineDecoder
-from sinkstream.records.files import npz_bytes, write_atomically
+from sinkstream.records.files import write_atomically
+from sinkstream.records.records import npz_bytes
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
 JOINED = ("latency", "nll")

@@ -1,12 +1,8 @@
 """Writing files so that a reader sees the old file or the new one, never half of one."""
 
-import io
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 
 class WriteError(OSError):
@@ -40,13 +36,6 @@ def write_atomically(path: Path | str, content: bytes | str) -> Path:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
-
-
-def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The content of a compressed ``.npz`` file."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-    return buffer.getvalue()
 
 
 def _umask() -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
-from sinkstream.records.files import npz_bytes, write_atomically
+from sinkstream.records.files import write_atomically
 from sinkstream.records.json_files import family_of, write_json
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
@@ -161,6 +161,13 @@ def _may_be_record(path: Path) -> bool:
         return False
     family = family_of(path)
     return family is None or not family.startswith("sinkstream.") or family == SCHEMA.partition("/")[0]
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The content of a compressed ``.npz`` file."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+    return buffer.getvalue()
 
 
 def _verified_bytes(path: Path, sha256: str) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sinkstream.records.pairing import paired_delta
 from sinkstream.records.records import Record
-from sinkstream.show.table import EMPTY, Column, Table, with_interval
+from sinkstream.show.table import Column, Table, figures_text, with_interval
 from sinkstream.statistics import PairedDelta
 
 
@@ -43,14 +43,11 @@ def compared_runs(records: Sequence[Record]) -> list[ComparedRun]:
 
 
 def _number(digits: int, part: str, *names: str) -> Callable[[ComparedRun], str]:
-    """Figures of the summary, "a / b": those called `names` in `part`, or `part` itself; all missing: one dash."""
+    """Figures of the summary: those called `names` in `part`, or `part` itself."""
 
     def show(run: ComparedRun) -> str:
         summary = run.record.summary
-        figures = [summary[part][name] for name in names] if names else [summary[part]]
-        if all(figure is None for figure in figures):
-            return EMPTY
-        return " / ".join(EMPTY if figure is None else f"{figure:,.{digits}f}" for figure in figures)
+        return figures_text(summary[part], names, digits) if names else figures_text(summary, [part], digits)
 
     return show
 

@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -63,6 +63,13 @@ class Table:
         unbroken = partial(re.sub, r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>')
         lines = ("<tr>" + "".join(f"<td>{unbroken(escape(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def figures_text(figures: Mapping[str, float | None], names: Sequence[str], digits: int) -> str:
+    """Several figures as "1.2 / 3.4": a dash in place of a missing figure, one dash if all are missing."""
+    if all(figures[name] is None for name in names):
+        return EMPTY
+    return " / ".join(EMPTY if figures[name] is None else f"{figures[name]:,.{digits}f}" for name in names)
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
