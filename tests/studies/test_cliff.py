@@ -67,7 +67,7 @@ def test_planted_parts_are_found_and_add_up(store):
 
 
 def test_the_parts_are_the_same_from_records_without_their_arrays(store, tmp_path):
-    records, pairs = planted(store), Pairs.beside(tmp_path)
+    records, pairs = planted(store), Pairs.load(tmp_path)
     with_arrays = decompose(*(replace(record, pairs=pairs) for record in records))
     (tmp_path / PAIRS_FILE).write_text(pairs.text())
     for record in records:

@@ -45,7 +45,7 @@ class Source:
 
 @dataclass
 class Samples:
-    """What the steady tokens of one configuration gave."""
+    """Measurements of the steady tokens of one configuration."""
 
     # chunk_tokens, chunk_seconds: tokens of every chunk, and wall seconds
     chunk_tokens: list[int] = field(default_factory=list)

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _size(
     args: argparse.Namespace, loaded: LoadedModel, streams: Callable[[int], TokenStream], console: Console
 ) -> tuple[Size, Plan | None]:
-    """What is asked for, what the records of a demo that is resumed have, or what fits the time; says which.
+    """The size that was asked for, that of a demo that is resumed, or one that fits the time; prints which.
 
     There is a plan only in the last case.
     """

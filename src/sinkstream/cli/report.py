@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write (or check) summary and tables."""
-    console, pairs = Console(), Pairs.beside(args.results)
+    console, pairs = Console(), Pairs.load(args.results)
     if not args.check:
         summary = write_summary(args.results, pairs)
         console.print(f"{summary.path}: {len(summary.headlines)} headline figures")

@@ -1,4 +1,4 @@
-"""Decoders: a model under a method behind one interface, which the evaluation and the benchmark feed alike.
+"""Decoders: a model under a method, one interface for the evaluation and the benchmark.
 
 Every method, the baselines included, is driven by the same loops (`evaluation.run`, `bench.decoding`), so that a
 difference between two figures is a difference between two methods.
@@ -20,7 +20,7 @@ from sinkstream.policies import Step
 
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters but the input embedding; that one counts where it is the head as well."""
+    """Bytes of all parameters without the input embedding, unless it is tied to the head."""
     embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
     assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor), "a language model's are matrices"
     held: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
@@ -30,9 +30,9 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
 
 
 class Decoder(ABC):
-    """A model under a method, open and running. All ids are int64 on the device of the model.
+    """A model that decodes under a method. All ids are int64 on the device of the model.
 
-    `step` appends a token and waits for nothing: the loops that time tokens call it.
+    `step` appends a token without a device synchronisation; the loops that time tokens call it.
     """
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
@@ -222,7 +222,7 @@ class RecomputeDecoder(ModuleDecoder):
             self.model.set_attn_implementation(self._attention_before)
 
     def skip(self, ids: torch.Tensor) -> None:
-        """Take in tokens without computing anything."""
+        """Append tokens without a forward."""
         self._remember(ids)
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

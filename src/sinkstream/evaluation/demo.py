@@ -1,4 +1,4 @@
-"""The demo: every idea of the project on a small real model, in minutes, offline."""
+"""The demo: all kinds of policy on a small real model, in minutes, offline."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""From a run to a run record: everything that a figure needs to be trusted, in one place."""
+"""From a run to a run record: figures, protocol and provenance."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def run_identity(loaded: LoadedModel, stream: TokenStream, settings: RunSettings
 def provenance(
     loaded: LoadedModel, settings: RunSettings, request: Request, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fields that every kind of record shares: what ran, where, when and how it was asked for.
+    """The fields that every kind of record shares: what ran, where, when and with which arguments.
 
     `identity` is kept among the arguments, for resuming.
     """

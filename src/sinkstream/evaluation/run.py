@@ -49,7 +49,7 @@ def row_arrays(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 @dataclass
 class RunResult:
-    """What a run gave, whole or cut short."""
+    """The outcome of a run, complete or interrupted."""
 
     arrays: dict[str, np.ndarray]  # as `row_arrays` gives them
     summary: dict[str, Any]  # as `measure.metrics.summarise`

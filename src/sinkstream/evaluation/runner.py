@@ -28,7 +28,7 @@ R = TypeVar("R", bound=StatusRecord)
 
 @dataclass(frozen=True)
 class Request:
-    """What a command was asked for, as its records keep it."""
+    """The arguments of a command, as its records keep them."""
 
     out: Path  # folder of the records
     arguments: dict[str, Any]  # every argument of the command, given or default
@@ -102,7 +102,7 @@ class Runner(Generic[R]):
         return records
 
     def _save(self, unwritten: Sequence[Callable[[], Any]]) -> list[R]:
-        """Write all records, each where it can be; WriteError afterwards if one is not in its folder."""
+        """Write all records; WriteError afterwards if a record had to be rescued."""
         paths: list[Path] = []
         errors: list[WriteError] = []
         with uninterrupted():
@@ -128,7 +128,7 @@ def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
 
 
 def _rescue(save: Callable[[Path], Path]) -> str:
-    """Write the record to the folder of temporary files; returns what came of it, in words."""
+    """Write the record to the folder of temporary files; returns the end of an error message."""
     try:
         return f"the record was kept as {save(Path(tempfile.mkdtemp(prefix='sinkstream-rescued-')))}"
     except OSError as error:
@@ -148,7 +148,7 @@ def check_writable(out: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back while a record is being written; it acts afterwards."""
+    """Defer Ctrl-C until the records are written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -31,7 +31,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def check_schema(content: Any, schema: str, kind: str, where: str) -> None:
-    """Raise ValueError, naming `where`, unless `content` calls itself a record of this schema ("family/version")."""
+    """Raise ValueError, naming `where`, unless the `schema` field of `content` is this one ("family/version")."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: not a {kind} record: expected a JSON object, got {type(content).__name__}")
     if content.get("schema") != schema:

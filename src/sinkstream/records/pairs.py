@@ -1,4 +1,4 @@
-"""Figures of several runs that need the tokens of each: computed where the arrays are, kept for where they are not.
+"""Figures of several runs that need per-token arrays: computed from the arrays, stored for checkouts without arrays.
 
 ``pairs.json`` beside the records holds them: `figures` has, by name of the figure and ids of its runs, plain JSON.
 """
@@ -24,8 +24,8 @@ class Pairs:
         self.used: dict[str, dict[str, Any]] = {}
 
     @classmethod
-    def beside(cls, folder: Path | str) -> "Pairs":
-        """Those of a folder's ``pairs.json``; none without it. Raises ValueError if it is something else."""
+    def load(cls, folder: Path | str) -> "Pairs":
+        """The stored figures of a folder; none without a ``pairs.json``. Raises ValueError for another kind of file."""
         path = Path(folder) / PAIRS_FILE
         if not path.is_file():
             return cls()

@@ -145,7 +145,7 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
     """
     entries = [Path(source)] if isinstance(source, str | Path) else [Path(entry) for entry in source]
     folder = next((entry for entry in entries if entry.is_dir()), None)
-    pairs = pairs or (Pairs.beside(folder) if folder else Pairs())
+    pairs = pairs or (Pairs.load(folder) if folder else Pairs())
     records = {}
     for entry in entries:
         if not entry.exists():
@@ -156,7 +156,7 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
 
 
 def _may_be_record(path: Path) -> bool:
-    """False for files that say themselves that they are no run record; broken files are left to the loader."""
+    """False for files whose `schema` names another kind of file; broken files are left to the loader."""
     if path.name == SUMMARY_FILE or path.name.startswith("."):
         return False
     family = family_of(path)
