@@ -1,7 +1,6 @@
 """``sinkstream bench``."""
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.engine import STEPS
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
-from sinkstream.evaluation.settings import BASELINES
+from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.matmul import matmul_rate
 from sinkstream.measure.memory import free_bytes
@@ -74,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
     )
+    group.add_argument(
+        "--prefill",
+        type=options.numbers(int),
+        help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
+    )
     group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
     group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
     group.add_argument(
@@ -84,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the ceiling, then every model; print the tables, write the records."""
     models, protocol = _checked(args)
+    if args.prefill:
+        return _time_prompts(args, models)
     console = wide_console()
     device = resolve_device(args.device)
     set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
@@ -91,9 +97,7 @@ def run(args: argparse.Namespace) -> int:
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
     for rung in () if args.ladder else rungs:
         BACKENDS[rung].check_device(device)
-    # of the smallest turn, or of the largest: all its policies and streams, and the prompt's copy of one stream
-    smallest, largest = ((pick(args.cap), pick(args.streams) + 1) for pick in (min, max))
-    slots = math.prod(smallest) if args.ladder else math.prod(largest) * len(args.policy)
+    slots = min(args.cap) * (min(args.streams) + 1) if args.ladder else _largest_turn(args)
     for model in models:
         check_fits(model, dtype, device, slots)
     check_writable(args.out)
@@ -124,19 +128,19 @@ def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
     backend = (args.backend or [default_rung(device)])[0]
     BACKENDS[backend].check_device(device)
     for model in models:
-        check_fits(model, dtype, device, _most_slots(args) + max(args.prefill))
+        check_fits(model, dtype, device, _largest_turn(args) + max(args.prefill))
     check_writable(args.out)
     ceiling, name = matmul_rate(device, dtype), new_record_id("bench")
-    console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
+    say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
     for model in models:
         loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        session = PromptSession(loaded, _text(args, loaded), args.prefill, backend, ceiling, request(args), name)
-        runs = [run for cap in args.cap for run in _policies(args, cap, untrained=loaded.source == "random")]
-        records = session.run(runs, console)
+        text, request = _text(args, loaded), options.request(args)
+        session = PromptSession(loaded, text, args.prefill, backend, ceiling, request, name)
+        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
         console.print(prompt_table(records, f"{loaded.name}: prompts"))
         console.print(append_table(records, f"{loaded.name}: a turn on a full stream"))
         del loaded, session
-    console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"records: {args.out}")
     return 0
 
 
@@ -179,7 +183,9 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
     """The models and the protocol, once everything that needs no model is found to be right."""
     if args.shape and args.model:
         raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
-    if args.prefill and (min(args.prefill) < 1 or args.ladder or args.profile or args.streams != [1]):
+    if args.prefill is not None and (
+        min(args.prefill, default=0) < 1 or args.ladder or args.profile or args.streams != [1]
+    ):
         raise ValueError(
             f"--prefill {args.prefill} times prompts of one stream; accepted: whole numbers of at least 1, without"
             " --ladder, --profile and --streams"
@@ -211,12 +217,22 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
 def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
     """Configurations that take turns, in the order of the ladder: the transformers rungs see an unpacked model."""
     groups = []
-    untrained = args.allow_untrained_positions or loaded.source == "random"  # random weights know no positions at all
     for name in sorted(set(rungs), key=BACKENDS.names().index):
         for cap in args.cap:
-            runs = rung_runs(name, options.policy_settings(args, cap=cap, allow_untrained_positions=untrained))
+            runs = rung_runs(name, _policies(args, cap, loaded))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
+
+
+def _policies(args: argparse.Namespace, cap: int, loaded: LoadedModel) -> list[RunSettings]:
+    """Every ``--policy`` at one cap; random weights were trained on no positions at all."""
+    untrained = args.allow_untrained_positions or loaded.source == "random"
+    return options.policy_settings(args, cap=cap, allow_untrained_positions=untrained)
+
+
+def _largest_turn(args: argparse.Namespace) -> int:
+    """Cached tokens of the largest turn: all its policies and streams, and the prompt's copy of one stream."""
+    return max(args.cap) * (max(args.streams) + 1) * len(args.policy)
 
 
 def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:

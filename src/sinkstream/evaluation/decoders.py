@@ -76,7 +76,7 @@ class ModuleDecoder(Decoder):
         """Forward new tokens; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
 
     @abstractmethod
-    def steps(self) -> list[Step]:
+    def steps(self) -> Sequence[Step]:
         """What happened to the cache at each token of the latest `score`."""
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
