@@ -134,7 +134,7 @@ def test_wrong_imports_are_seen(path, statement):
         ("cache/ring.py", "from ..policies.base import Trigger"),
         ("cli/run.py", "from sinkstream.evaluation import protocol"),
         ("show/table.py", "from sinkstream.statistics import delta"),
-        ("report/documents.py", "from sinkstream.studies.diagnosis import load_diagnosis"),
+        ("report/documents.py", "from sinkstream.studies.diagnosis.record import Diagnosis"),
         ("studies/diagnosis/spikes.py", "from sinkstream.statistics import event_curve"),
         ("measure/clock.py", "from sinkstream import __version__"),
         ("measure/clock.py", "import sinkstream\nsinkstream.__version__, sinkstream.__file__"),

@@ -8,7 +8,7 @@ import torch
 from record_factory import make_prompt_record
 from rich.console import Console
 
-from sinkstream.bench.prompt_records import load_prompt_records, write_prompt_record
+from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES, PROMPT_TABLES, append_table, prompt_table, render_prompts
 from sinkstream.bench.prompts import APPEND_TOKENS, PromptSession, prompt_flops
 from sinkstream.cli import main
@@ -38,7 +38,7 @@ def runs(*policies: str) -> list[RunSettings]:
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_every_way_is_timed_and_recorded(family, tmp_path):
     records = session(tmp_path, family).run(runs("strict", "refresh-uniform"), Console(file=io.StringIO()))
-    assert records == load_prompt_records(tmp_path) and [r.policy["name"] for r in records] == [
+    assert records == PromptRecord.below(tmp_path) and [r.policy["name"] for r in records] == [
         "strict",
         "refresh-uniform",
     ]
@@ -59,7 +59,7 @@ def test_a_command_that_is_resumed_takes_what_is_there(tmp_path):
     first = session(tmp_path).run(runs("strict"), console)
     again = session(tmp_path, resume=True).run(runs("strict"), console)
     other = session(tmp_path, resume=True, lengths=(41,)).run(runs("strict"), console)
-    assert again == first and other != first and len(load_prompt_records(tmp_path)) == 2
+    assert again == first and other != first and len(PromptRecord.below(tmp_path)) == 2
 
 
 def test_the_floor_counts_every_product_and_what_the_policy_shows():
@@ -76,10 +76,10 @@ def test_the_floor_counts_every_product_and_what_the_policy_shows():
 
 
 def test_the_headlines_are_the_worse_of_two_shapes(tmp_path):
-    write_prompt_record(make_prompt_record("a", engine_ms=120.0, over_step=1.5), tmp_path)
+    PromptRecord.write(make_prompt_record("a", engine_ms=120.0, over_step=1.5), tmp_path)
     assert not set(write_summary(tmp_path).headlines) & set(PROMPT_HEADLINES), "one of two shapes"
-    write_prompt_record(make_prompt_record("b", engine_ms=110.0, over_step=2.25, **LLAMA), tmp_path)
-    write_prompt_record(make_prompt_record("c", policy="lazy R=64", engine_ms=900.0, **LLAMA), tmp_path)
+    PromptRecord.write(make_prompt_record("b", engine_ms=110.0, over_step=2.25, **LLAMA), tmp_path)
+    PromptRecord.write(make_prompt_record("c", policy="lazy R=64", engine_ms=900.0, **LLAMA), tmp_path)
     headlines = write_summary(tmp_path).headlines
     assert headlines["engine.prefill_8192_over_forward"] == {"value": 1.2, "record": "a"}
     assert headlines["engine.prefill_32768_over_forward"] == {"value": 1.2, "record": "a"}
@@ -98,7 +98,7 @@ def test_a_record_lacks_no_time(tmp_path):
     record = make_prompt_record("a")
     del record["prompts"][1]["drop_in_ms"]
     with pytest.raises(ValueError, match="field 'prompts' lacks 'drop_in_ms'"):
-        write_prompt_record(record, tmp_path)
+        PromptRecord.write(record, tmp_path)
 
 
 def test_the_command_shows_and_records(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_the_command_shows_and_records(tmp_path, capsys):
     assert main([*common, "--prefill", "20,40", "--text", "random", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "engine" in shown and "a turn on a full stream" in shown
-    assert len(load_prompt_records(tmp_path / "out")) == 1
+    assert len(PromptRecord.below(tmp_path / "out")) == 1
     for more, says in [
         (["--prefill", "0"], "--prefill"),
         (["--prefill", "9", "--backend", "hf"], "one of the engine's"),

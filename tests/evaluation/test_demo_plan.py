@@ -10,10 +10,9 @@ import torch
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.data import load_text, tokenize
-from sinkstream.evaluation import batch, demo_plan, demo_speed
+from sinkstream.evaluation import batch, demo_plan
 from sinkstream.evaluation.demo import CAP, SAMPLE_EVERY, TIMED_TOKENS, TOKENS, demo_settings
-from sinkstream.evaluation.demo_plan import LADDER, Size, choose, expected_seconds
-from sinkstream.evaluation.demo_speed import Speed, measure_speed
+from sinkstream.evaluation.demo_plan import LADDER, Size, Speed, choose, expected_seconds, measure_speed
 from sinkstream.records.records import load_records
 
 IDLE = Speed(step=0.056, short=0.14, block=0.57, window=0.36)  # two cores, with AVX-512
@@ -94,9 +93,9 @@ def test_what_is_measured_is_each_piece(monkeypatch):
     def tokens_as_seconds(forward, ids, *more, device):
         return forward(ids, *more), float(len(ids))
 
-    monkeypatch.setattr(demo_speed, "timed", tokens_as_seconds)
-    ids = torch.randint(3, 90, (demo_speed.tokens_measured(SMALL_CAP),), generator=torch.Generator().manual_seed(0))
-    assert measure_speed(tiny_model.loaded(), ids, SMALL_CAP) == Speed(1, demo_speed.SHORT, demo_speed.BLOCK, 1)
+    monkeypatch.setattr(demo_plan, "timed", tokens_as_seconds)
+    ids = torch.randint(3, 90, (demo_plan.tokens_measured(SMALL_CAP),), generator=torch.Generator().manual_seed(0))
+    assert measure_speed(tiny_model.loaded(), ids, SMALL_CAP) == Speed(1, demo_plan.SHORT, demo_plan.BLOCK, 1)
 
 
 # ---- the command ----
@@ -220,5 +219,5 @@ def test_wrong_values_are_refused_by_name(demo, words, message):
 
 
 def test_the_text_is_long_enough_to_measure():
-    tokens = demo_speed.tokens_measured(CAP)
+    tokens = demo_plan.tokens_measured(CAP)
     assert len(tokenize(load_text("builtin"), tiny_model.tokenizer(), tokens)) == tokens

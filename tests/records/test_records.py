@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 from record_factory import make_arrays, make_record
 
+from sinkstream.records.files import WriteError
+from sinkstream.records.pairing import paired_delta
 from sinkstream.records.pairs import PAIRS_FILE
-from sinkstream.records.records import (
-    WriteError,
-    load_record,
-    load_records,
-    new_record_id,
-    plain_json,
-    scrub_paths,
-    short_name,
-    write_record,
-)
+from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
+from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, field_value
-from sinkstream.show.comparison import delta_against
 from sinkstream.statistics import block_sums
 
 
@@ -54,18 +47,16 @@ def test_a_record_without_its_arrays_has_its_blocks_and_says_what_is_absent(tmp_
     arrays = make_arrays(1300, noise=0)
     paths = [write_record(make_record("one"), arrays, tmp_path)]
     paths += [write_record(make_record("two"), arrays | {"nll": arrays["nll"] + 0.25}, tmp_path)]
-    before = delta_against(*map(load_record, reversed(paths)))
+    before = paired_delta(*map(load_record, reversed(paths)))
     for path in paths:
         path.with_suffix(".npz").unlink()
     one, two = map(load_record, paths)
     index, sums, counts = block_sums(arrays["nll"].astype(np.float32), arrays["index"])
     assert one.blocks.first == index[0] and one.blocks.counts.tolist() == counts.tolist()
     np.testing.assert_allclose(one.blocks.sums, sums, atol=1e-5)
-    assert delta_against(two, one) == before and before.delta_percent == pytest.approx(100 * np.expm1(0.25), abs=1e-3)
+    assert paired_delta(two, one) == before and before.delta_percent == pytest.approx(100 * np.expm1(0.25), abs=1e-3)
     with pytest.raises(ValueError, match=r"'one': the per-token arrays \(index, nll, .*\) are absent: .*one\.npz"):
         one.arrays  # noqa: B018
-    with pytest.raises(ValueError, match="arrays"):
-        delta_against(two, one, block_tokens=32)
 
 
 def test_runs_that_scored_other_tokens_pair_by_what_was_kept_of_them(tmp_path):
@@ -74,15 +65,15 @@ def test_runs_that_scored_other_tokens_pair_by_what_was_kept_of_them(tmp_path):
     paths = [write_record(make_record("one"), arrays, tmp_path)]
     paths += [write_record(make_record("sampled", "recompute"), arrays | {"nll": sparse}, tmp_path)]
     one, sampled = load_records(tmp_path)
-    before = delta_against(sampled, one)
+    before = paired_delta(sampled, one)
     (tmp_path / PAIRS_FILE).write_text(one.pairs.text())
     for path in paths:
         path.with_suffix(".npz").unlink()
     one, sampled = load_records(tmp_path)
     assert not sampled.blocks.whole and sampled.blocks.counts.sum() == 163
-    assert delta_against(sampled, one) == before and before.n_tokens == 163
+    assert paired_delta(sampled, one) == before and before.n_tokens == 163
     with pytest.raises(ValueError, match=r"pairs\.json does not hold 'paired blocks' of one sampled"):
-        delta_against(one, sampled)
+        paired_delta(one, sampled)
 
 
 def test_a_record_of_before_the_block_sums_loads(written):

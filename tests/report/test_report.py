@@ -13,13 +13,13 @@ from rich.console import Console
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.records import load_record, write_record
-from sinkstream.records.selection import is_plain, policy_name, select
+from sinkstream.records.selection import is_plain, select
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
 from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.show import plots
-from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.comparison import compared_runs, comparison_table
 from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
 from sinkstream.show.table import plus_minus, with_interval
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
@@ -44,66 +44,56 @@ def test_rows_carry_paired_differences(store):
     control = store("control", "recompute")
     worse = store("worse", "window-only", make_arrays(seed=1, shift=0.1))
     same = store("same", "strict", make_arrays(seed=2))
-    rows = comparison_rows([control, worse, same])
-    assert [row["is_control"] for row in rows] == [True, False, False]
-    assert rows[1]["delta_low"] < 100 * np.expm1(0.1) < rows[1]["delta_high"]
-    assert rows[2]["delta_low"] < 0 < rows[2]["delta_high"]
-    assert (rows[1]["kv_min"], rows[1]["kv_max"], rows[1]["drop_max"], rows[1]["events"]) == (225, 256, 32, 40)
-    assert rows[0]["steady_mean_ms"] == pytest.approx(25, rel=0.05)
-
-
-def test_control_is_chosen_by_id(store):
-    records = [store("a"), store("b", arrays=make_arrays(shift=0.1))]
-    assert comparison_rows(records, "b")[0]["delta_percent"] == pytest.approx(100 * np.expm1(-0.1), abs=1e-3)
-    with pytest.raises(ValueError, match=r"control 'c' .*: a, b"):
-        comparison_rows(records, "c")
-    with pytest.raises(ValueError, match="no records"):
-        comparison_rows([])
+    first, second, third = (run.delta for run in compared_runs([control, worse, same]))
+    assert first is None
+    assert second.low < 100 * np.expm1(0.1) < second.high
+    assert third.low < 0 < third.high
+    cells = comparison_table([control, worse, same]).rows[1]
+    assert [cells[at] for at in (0, 3, 4)] == ["window-only", "225 / 240 / 256", "32.0 / 32.0"]
 
 
 def test_sampled_runs_pair_on_the_token_index(store):
     """Pairing by place in the array instead of by token index would compare different tokens."""
     control = store("control", "recompute", sampled(make_arrays(), 8), sample_every=8)
-    row = comparison_rows([control, store("strict", arrays=make_arrays(seed=1, shift=0.1, noise=0.01))])[1]
-    assert row["delta_tokens"] == 160
-    assert row["delta_percent"] == pytest.approx(100 * np.expm1(0.1), abs=1)
-    assert "1 in 8 tokens" in comparison_rows([control])[0]["name"]
+    run = compared_runs([control, store("strict", arrays=make_arrays(seed=1, shift=0.1, noise=0.01))])[1]
+    assert run.delta.n_tokens == 160
+    assert run.delta.delta_percent == pytest.approx(100 * np.expm1(0.1), abs=1)
+    assert "1 in 8 tokens" in comparison_table([control]).rows[0][0]
 
 
 @pytest.mark.parametrize("other", [{"model": "pythia-70m"}, {"text": "wikitext"}])
 def test_another_text_or_model_is_no_control(store, other):
     with pytest.raises(ValueError, match="another text or another model"):
-        comparison_rows([store("a"), store("b", **other)])
+        compared_runs([store("a"), store("b", **other)])
 
 
 def test_records_without_common_tokens_are_refused(store):
     shifted = make_arrays()
     shifted["index"] = shifted["index"] + 100_000
     with pytest.raises(ValueError, match="no token in common"):
-        comparison_rows([store("a"), store("b", arrays=shifted)])
+        compared_runs([store("a"), store("b", arrays=shifted)])
 
 
 def test_tables_show_every_row_and_the_control(store):
     short = make_arrays(40)
     records = [store("a", "full"), store("b", "lazy", options={"R": 32}), store("c", "strict", short)]
-    rows = comparison_rows(records)
-    markdown = comparison_table(rows).markdown()
+    markdown = comparison_table(records).markdown()
     lines = markdown.splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[2].startswith("| full | ") and "| control |" in lines[2]
     assert lines[3].startswith("| lazy R=32 | ")
     assert "[no interval]" in lines[4] and "No interval: 5 blocks of 8 tokens" in markdown
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(comparison_table(rows, "Comparison"))
+    console.print(comparison_table(records, "Comparison"))
     text = console.export_text()
     assert "lazy R=32" in text and "[no interval]" in text and "Comparison" in text
 
 
 def test_latency_is_shown_only_of_runs_that_took_turns(store):
     alone, beside = store("a", "full"), [store(name, "full", interleaved=2) for name in ("b", "c")]
-    assert "TPOT" not in comparison_table(comparison_rows([alone, alone])).markdown()
-    assert "TPOT" not in comparison_table(comparison_rows([alone, *beside])).markdown()
-    shown = comparison_table(comparison_rows(beside)).markdown()
+    assert "TPOT" not in comparison_table([alone, alone]).markdown()
+    assert "TPOT" not in comparison_table([alone, *beside]).markdown()
+    shown = comparison_table(beside).markdown()
     assert "Steady TPOT mean" in shown and "TTFT" not in shown and "| 24.87 / 24.61 / 29.08 |" in shown
 
 
@@ -177,12 +167,11 @@ def test_many_lines_stay_distinct():
 
 def test_selection_is_by_content(store):
     strict = store("x1", "strict", model="HuggingFaceTB/SmolLM2-135M", text="PG-19")
-    window = store("x2", "window_only")
+    window = store("x2", "window-only")
     refresh = store("x3", "strict", options={"refresh": 16})
     records = [strict, window, refresh]
     assert select(records, model="smollm2-135m", text="pg19", policy="strict", plain=True) == [strict]
     assert select(records, backend="engine") == []
-    assert policy_name(window) == "window-only"
     assert is_plain(strict) and not is_plain(refresh)
 
 

@@ -6,6 +6,7 @@ from noise import correlated
 
 from sinkstream.statistics import (
     MIN_BLOCKS,
+    Bootstrap,
     Estimate,
     PairedDelta,
     block_sums,
@@ -44,7 +45,7 @@ def coverage(block_tokens, repetitions=300, n_tokens=2048):
     noise = correlated((repetitions, n_tokens), np.random.default_rng(2))
     control = np.zeros(n_tokens)
     found = [
-        paired_delta_ppl(row, control, block_tokens=block_tokens, resamples=500, seed=number)
+        paired_delta_ppl(row, control, block_tokens=block_tokens, bootstrap=Bootstrap(resamples=500, seed=number))
         for number, row in enumerate(noise)
     ]
     return np.mean([not interval.excludes_zero for interval in found])
@@ -99,12 +100,12 @@ def test_the_interval_of_a_mean_holds_the_truth_and_is_reproducible():
     found = mean_interval(nll)
     assert found.low < 3 < found.high
     assert found.value == pytest.approx(nll.mean())
-    assert found == mean_interval(nll) != mean_interval(nll, seed=1)
+    assert found == mean_interval(nll) != mean_interval(nll, bootstrap=Bootstrap(seed=1))
 
 
 def test_wider_confidence_is_a_wider_interval():
     nll = np.random.default_rng(4).gamma(4, 0.8, 2000)
-    narrow, wide = mean_interval(nll, confidence=0.8), mean_interval(nll, confidence=0.99)
+    narrow, wide = (mean_interval(nll, bootstrap=Bootstrap(confidence=c)) for c in (0.8, 0.99))
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
@@ -117,8 +118,6 @@ def test_suitable_block_tokens(n_tokens, expected):
     ("options", "message"),
     [
         ({"block_tokens": 0}, "block_tokens = 0"),
-        ({"resamples": 0}, "resamples = 0"),
-        ({"confidence": 95}, "confidence = 95"),
         ({"positions": np.arange(3)}, "positions"),
     ],
 )
@@ -127,6 +126,12 @@ def test_bad_options_are_refused(options, message):
         paired_delta_ppl(np.zeros(100), np.zeros(100), **options)
     with pytest.raises(ValueError, match="pair token by token"):
         paired_delta_ppl(np.zeros(100), np.zeros(99))
+
+
+@pytest.mark.parametrize("option", [{"resamples": 0}, {"confidence": 95}])
+def test_a_wrong_bootstrap_is_refused(option):
+    with pytest.raises(ValueError, match=" = ".join(map(str, *option.items()))):
+        Bootstrap(**option)
 
 
 @pytest.mark.parametrize(

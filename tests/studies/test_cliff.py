@@ -15,7 +15,7 @@ from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.records.records import BLOCKED, load_record, load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import HEADLINES
-from sinkstream.statistics import block_sums, share_of_blocks
+from sinkstream.statistics import Bootstrap, block_sums, share_of_blocks
 from sinkstream.studies.cliff.run import cliff_settings
 from sinkstream.studies.cliff.tables import COLUMNS, cliff_table, decompose, draw_cliff, grid, shares
 
@@ -67,7 +67,7 @@ def test_planted_parts_are_found_and_add_up(store):
 
 
 def test_the_parts_are_the_same_from_records_without_their_arrays(store, tmp_path):
-    records, pairs = planted(store), Pairs.beside(tmp_path)
+    records, pairs = planted(store), Pairs.load(tmp_path)
     with_arrays = decompose(*(replace(record, pairs=pairs) for record in records))
     (tmp_path / PAIRS_FILE).write_text(pairs.text())
     for record in records:
@@ -79,16 +79,12 @@ def test_the_parts_are_the_same_from_records_without_their_arrays(store, tmp_pat
         decompose(*map(load_record, (record.path for record in records)))
 
 
-def test_parts_are_of_the_tokens_that_all_three_have(store):
+def test_records_of_other_tokens_are_refused(store):
     strict, inside, outside = planted(store)
-    for record, kept in ((strict, slice(0, 3000)), (inside, slice(500, None))):
-        record.__dict__["arrays"] = {name: array[kept] for name, array in record.arrays.items()}
-        record.__dict__["blocks"] = Blocks.of(*(record.arrays[name] for name in BLOCKED))
-    found = decompose(strict, inside, outside)
-    assert found.n_tokens == 2500
-    assert found.total.value == pytest.approx(
-        sum(e.value for e in (found.eviction, found.within, found.past)), abs=1e-12
-    )
+    inside.__dict__["arrays"] = {name: array[500:] for name, array in inside.arrays.items()}
+    inside.__dict__["blocks"] = Blocks.of(*(inside.arrays[name] for name in BLOCKED))
+    with pytest.raises(ValueError, match="do not score the same tokens"):
+        decompose(strict, inside, outside)
 
 
 def test_below_the_trained_length_there_is_no_share_of_it(store):
@@ -119,7 +115,7 @@ def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says():
     for seed in range(100):
         part, rest = rng.normal(0.3, 1.0, 2000), rng.normal(0.1, 1.0, 2000)
         (_, parts, counts), (_, wholes, _) = (block_sums(values, block_tokens=8) for values in (part, part + rest))
-        found = share_of_blocks(parts, wholes, counts, 8, resamples=400, seed=seed)
+        found = share_of_blocks(parts, wholes, counts, 8, Bootstrap(resamples=400, seed=seed))
         held += found.low <= 0.75 <= found.high
     assert 88 <= held <= 100
 
@@ -143,7 +139,7 @@ def test_table_headline_and_picture(store, tmp_path):
     outside = next(row for row in rows if row[2:4] == ["256", "outside cap"])
     assert outside[7] == "+0.0300 ±0.0000" and outside[9].startswith("+0.2500") and re.match("9[0-9] % ±", outside[10])
     assert next(row for row in rows if row[2] == "1")[6] == "control"
-    value, record_id = HEADLINES["diagnosis.cliff_share_length"](records)
+    value, record_id, _, _ = HEADLINES["diagnosis.cliff_share_length"](records)
     assert value == pytest.approx(0.909, abs=1e-3) and record_id == "outside"
     table = render_tables(tmp_path)["cliff-neox-sink"]
     assert "outside cap" in table and "T = 8,192 trained positions" in table

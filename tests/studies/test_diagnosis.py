@@ -23,17 +23,10 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.records.records import load_record, load_records, write_record
 from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import write_summary
-from sinkstream.studies.diagnosis import (
-    PARTS,
-    VERDICTS,
-    Controls,
-    build_diagnosis,
-    diagnose,
-    load_diagnoses,
-    load_diagnosis,
-    write_diagnosis,
-)
+from sinkstream.studies.diagnosis.attribution import PARTS
+from sinkstream.studies.diagnosis.diagnose import Controls, diagnose
 from sinkstream.studies.diagnosis.plots import DIAGNOSIS_PICTURES
+from sinkstream.studies.diagnosis.record import Diagnosis, build_diagnosis
 from sinkstream.studies.diagnosis.run import diagnosis_settings, length_caps, pair_runs
 from sinkstream.studies.diagnosis.tables import (
     DIAGNOSIS_HEADLINES,
@@ -41,6 +34,7 @@ from sinkstream.studies.diagnosis.tables import (
     find_diagnosis,
     markdown_diagnosis,
 )
+from sinkstream.studies.diagnosis.verdict import VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, PERIOD, CAP = 6400, 64, 256
@@ -275,15 +269,15 @@ def build(store, label="lazy R=64", **keywords):
 
 def test_a_record_reads_back_as_it_was_written(store, tmp_path):
     content = build(store)
-    path = write_diagnosis(content, tmp_path)
-    read = load_diagnosis(path)
+    path = Diagnosis.write(content, tmp_path)
+    read = Diagnosis.read(path)
     assert read.policies[0]["label"] == "lazy R=64" and read.policies[0]["spike"]["strict"]["found"] is True
     area, written = read.policies[0]["spike"]["strict"]["area"], content["policies"][0]["spike"]["strict"]["area"]
     assert area["value"] == pytest.approx(written["value"], rel=1e-6)
-    assert [one.id for one in load_diagnoses(tmp_path)] == [read.id]
+    assert [one.id for one in Diagnosis.below(tmp_path)] == [read.id]
     assert {r.id for r in load_records(tmp_path)} == {"strict", "policy"}, "run records are read past it"
     with pytest.raises(ValueError, match="never overwritten"):
-        write_diagnosis(content, tmp_path)
+        Diagnosis.write(content, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -297,16 +291,16 @@ def test_a_record_reads_back_as_it_was_written(store, tmp_path):
     ],
 )
 def test_other_records_are_refused(store, tmp_path, change, message):
-    path = write_diagnosis(build(store), tmp_path)
+    path = Diagnosis.write(build(store), tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
-        load_diagnosis(path)
+        Diagnosis.read(path)
     run = next((tmp_path / "runs").glob("*.json"))
     with pytest.raises(ValueError, match=r"'sinkstream\.run/1'; this version reads 'sinkstream\.diagnosis/1'"):
-        load_diagnosis(run)
+        Diagnosis.read(run)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
-        load_diagnosis(tmp_path / "broken.json")
+        Diagnosis.read(tmp_path / "broken.json")
 
 
 def test_records_of_a_gpu_are_diagnosed_on_a_machine_without_one(store, tmp_path):
@@ -315,15 +309,15 @@ def test_records_of_a_gpu_are_diagnosed_on_a_machine_without_one(store, tmp_path
     lazy = store("policy", "lazy", lazy_arrays(), device="cuda")
     out = tmp_path / "out"
     assert main(["diagnose", str(strict.path), str(lazy.path), "--out", str(out)]) == 0
-    (diagnosis,) = load_diagnoses(out)
+    (diagnosis,) = Diagnosis.below(out)
     assert diagnosis.environment == lazy.environment and diagnosis.environment["gpu"]["name"] == "Test GPU"
     assert set(diagnosis.protocol["diagnosis_git"]) == {"commit", "dirty", "reason"}
     assert "Test GPU" in markdown_diagnosis(diagnosis)
 
 
 def test_tables_and_headline_come_from_the_record(store, tmp_path):
-    write_diagnosis(build(store, model="SmolLM2-135M-Instruct.Q4_1", text="pg19_dragons_blood"), tmp_path)
-    (diagnosis,) = load_diagnoses(tmp_path)
+    Diagnosis.write(build(store, model="SmolLM2-135M-Instruct.Q4_1", text="pg19_dragons_blood"), tmp_path)
+    (diagnosis,) = Diagnosis.below(tmp_path)
     area = diagnosis.policies[0]["spike"]["strict"]["area"]
     found = write_summary(tmp_path).headlines["diagnosis.spike_area_lazy64"]
     assert found["record"] == diagnosis.id and found["low"] < found["value"] < found["high"]
@@ -391,7 +385,7 @@ LINE = "--tokens 600 --policy lazy:compress_every=16,max-drop:compress_every=16:
 def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     done = cli(f"{LINE} --timed-tokens 90")
     assert (done.code, done.err) == (0, "")
-    (diagnosis,) = load_diagnoses(tmp_path / "out")
+    (diagnosis,) = Diagnosis.below(tmp_path / "out")
     runs = load_records(tmp_path / "out" / "runs")
     assert [entry["label"] for entry in diagnosis.policies] == ["lazy R=16", "max-drop R=16 max_drop=4"]
     assert sorted(r.protocol["cap"] for r in runs if r.policy["name"] == "strict") == [24, 36, 42, 45, 48]
@@ -428,12 +422,12 @@ def test_the_command_writes_everything_and_resumes(cli, tmp_path):
     assert len(whole) == 1 and whole.pop()[1:] == ("20", "20"), "all that an event drops, though not at once"
     again = cli(f"{LINE} --timed-tokens 90 --resume")
     assert again.code == 0 and again.out.count("taken from") == len(runs)
-    first, second = load_diagnoses(tmp_path / "out")
+    first, second = Diagnosis.below(tmp_path / "out")
     assert first.policies == second.policies
 
     read = cli("", shared="out/runs --out again")
     assert read.code == 0, read.err
-    assert load_diagnoses(tmp_path / "again")[0].policies == first.policies, "records give the same figures"
+    assert Diagnosis.below(tmp_path / "again")[0].policies == first.policies, "records give the same figures"
     assert "run records hold no text" in read.out and "run records hold no text" not in done.out
 
 
@@ -457,7 +451,7 @@ def test_ctrl_c_keeps_the_runs_and_says_how_to_go_on(cli, tmp_path, monkeypatch)
 
 def test_a_full_disk_keeps_the_diagnosis_elsewhere(cli, tmp_path, monkeypatch):
     assert cli(LINE).code == 0
-    runs, (whole,) = tmp_path / "out" / "runs", load_diagnoses(tmp_path / "out")
+    runs, (whole,) = tmp_path / "out" / "runs", Diagnosis.below(tmp_path / "out")
     refused, rescued, move = tmp_path / "refused", tmp_path / "rescued", os.replace
     rescued.mkdir()
 
@@ -471,7 +465,7 @@ def test_a_full_disk_keeps_the_diagnosis_elsewhere(cli, tmp_path, monkeypatch):
     done = cli(str(runs), shared=f"--out {refused}")
     assert done.code == 2 and "No space left on device" in done.err
     told = re.search(r"; the record was kept as (\S+)\n", done.err).group(1)
-    assert load_diagnosis(told).policies == whole.policies and rescued in Path(told).parents
+    assert Diagnosis.read(told).policies == whole.policies and rescued in Path(told).parents
     done = cli(str(runs), shared="--out text.txt")
     assert done.code == 2 and "--out text.txt: cannot be written" in done.err
 

@@ -27,7 +27,7 @@ from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import PruneSchedule, Step
 from sinkstream.records.records import load_records
 from sinkstream.report.documents import NONE_YET, render_tables
-from sinkstream.studies.recall.record import load_recalls, write_recall
+from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import GAP, RecallBatch, RecallDesign
 from sinkstream.studies.recall.tables import draw_recall, recall_curve, recall_table
 
@@ -109,7 +109,7 @@ def gains(record) -> dict[float, float]:
 )
 def test_places_keep_their_distance_and_never_touch(cap, ratios, passages, seed):
     design = RecallDesign(cap, tuple(ratios), passages, 8, seed)
-    places = design.places()
+    places = design.placements()
     assert sorted(p.ratio for p in places) == sorted(ratios * passages)
     assert all(p.second - p.first == design.distance(p.ratio) for p in places)
     starts = np.array([start for p in places for start in (p.first, p.second)])
@@ -122,7 +122,7 @@ def test_places_keep_their_distance_and_never_touch(cap, ratios, passages, seed)
 
 
 def test_places_keep_no_step_with_prunes():
-    starts = np.array([place.second for place in RecallDesign(256, passages=16).places()])
+    starts = np.array([place.second for place in RecallDesign(256, passages=16).placements()])
     assert len(set((starts % 32).tolist())) > 24
 
 
@@ -131,13 +131,13 @@ def test_streams_differ_in_the_first_places_only():
     streams = DESIGN.streams(lambda tokens: asked.append(tokens) or text_of(tokens))
     repeated, control = streams.repeated.ids, streams.control.ids
     changed = np.zeros(len(control), dtype=bool)
-    for place in streams.places:
+    for place in streams.placements:
         passage = control[place.second : place.second + SIZE]
         assert torch.equal(repeated[place.first : place.first + SIZE], passage)
         changed[place.first : place.first + SIZE] = True
     assert np.array_equal((repeated != control).numpy(), changed)
     assert len(control.unique()) == len(control), "nothing occurs twice in the control"
-    assert asked == [len(control) + len(streams.places) * SIZE]
+    assert asked == [len(control) + len(streams.placements) * SIZE]
     assert streams.repeated.sha256 != streams.control.sha256
 
 
@@ -148,12 +148,12 @@ def test_the_seed_changes_the_streams_and_nothing_else_does():
 
 def test_what_is_cut_out_for_the_full_cache():
     streams, positions = DESIGN.streams(text_of), 250
-    trials = streams.cut(positions)
-    fitting = [n for n, p in enumerate(streams.places) if p.second - p.first + SIZE + 4 <= positions]
-    assert [trial.scored[0][0] for trial in trials] == fitting and 0 < len(fitting) < len(streams.places)
+    trials = streams.excerpts(positions)
+    fitting = [n for n, p in enumerate(streams.placements) if p.second - p.first + SIZE + 4 <= positions]
+    assert [trial.scored[0][0] for trial in trials] == fitting and 0 < len(fitting) < len(streams.placements)
     for trial in trials:
         ((number, second),) = trial.scored
-        place = streams.places[number]
+        place = streams.placements[number]
         assert len(trial.repeated) == len(trial.control) <= positions
         assert torch.equal(trial.repeated[:4], streams.repeated.ids[:4])
         assert torch.equal(trial.repeated[second:], streams.repeated.ids[place.second : place.second + SIZE])
@@ -161,9 +161,9 @@ def test_what_is_cut_out_for_the_full_cache():
         assert torch.equal(trial.repeated[first : first + SIZE], trial.repeated[second:])
         assert not torch.equal(trial.control[first : first + SIZE], trial.control[second:])
         assert first == min(CAP + 4, positions - (len(trial.repeated) - first)) or len(trial.repeated) == positions
-    assert len(streams.cut(None)) == len(streams.places)
+    assert len(streams.excerpts(None)) == len(streams.placements)
     with pytest.raises(ValueError, match="full cache of a passage seen 25 tokens before goes past the 40 trained"):
-        streams.cut(40)
+        streams.excerpts(40)
 
 
 # ---- what is recalled ----
@@ -203,7 +203,7 @@ def test_recompute_is_refused_before_anything_runs(batch, monkeypatch):
 def test_a_record_is_complete_and_no_run_record(batch, tmp_path):
     (made,) = batch.run([policy("strict")], Console(quiet=True))
     assert load_records(tmp_path) == []
-    (read,) = load_recalls(tmp_path)
+    (read,) = RecallRecord.below(tmp_path)
     assert read.id == made.id and read.status == "complete"
     assert len(read.passages["ratio"]) == 8 * len(DESIGN.ratios)
     assert read.environment["versions"]["torch"] and read.data["sha256"] == batch.streams.repeated.sha256
@@ -217,11 +217,11 @@ def test_a_record_is_complete_and_no_run_record(batch, tmp_path):
     ):
         read.path.write_text(broken)
         with pytest.raises(ValueError, match=message):
-            load_recalls(tmp_path)
+            RecallRecord.below(tmp_path)
     content = json.loads(text) | {"id": read.id}
     read.path.write_text(text)
     with pytest.raises(ValueError, match="exists already"):
-        write_recall(content, tmp_path)
+        RecallRecord.write(content, tmp_path)
 
 
 def test_curve_table_and_picture(batch, tmp_path):
@@ -290,7 +290,7 @@ def line(more: str = "", **options) -> list[str]:
 
 def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
     assert main(line(policy="full,strict,lazy:compress_every=8")) == 0
-    records = load_recalls("out")
+    records = RecallRecord.below("out")
     assert [r.policy["label"] for r in records] == ["full", "strict", "lazy R=8"]
     assert {tuple(r.passages["ratio"].tolist()) for r in records} == {(2.0, 2.0, 1.0, 1.0, 0.5, 0.5)}
     assert all(np.isfinite(r.passages["nll_again"]).all() for r in records)
@@ -298,9 +298,9 @@ def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
     shown = capsys.readouterr().out
     assert "lazy R=8" in shown and "0.5 ×" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
     assert main(line("--resume", policy="strict,window-only")) == 0
-    assert len(load_recalls("out")) == 4 and "strict: taken from recall-tiny" in capsys.readouterr().out
+    assert len(RecallRecord.below("out")) == 4 and "strict: taken from recall-tiny" in capsys.readouterr().out
     assert main(line("--resume", seed=1)) == 0
-    assert len(load_recalls("out")) == 5, "other streams are another run"
+    assert len(RecallRecord.below("out")) == 5, "other streams are another run"
 
 
 def test_ctrl_c_keeps_what_is_done(here, monkeypatch, capsys):
@@ -315,19 +315,19 @@ def test_ctrl_c_keeps_what_is_done(here, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Attempt, "prefill", pressed)
         assert main(line(policy="strict,lazy:compress_every=8,window-only")) == 130
-    records = load_recalls("out")
+    records = RecallRecord.below("out")
     assert [(r.policy["name"], r.status, len(r.passages["ratio"])) for r in records] == [
         ("strict", "complete", 6),
         ("lazy", "partial", 0),
     ]
     assert "lazy R=8: partial: interrupted after token 48" in capsys.readouterr().out
     assert main(line("--resume", policy="strict,lazy:compress_every=8")) == 0
-    assert [r.status for r in load_recalls("out")] == ["complete", "partial", "complete"]
+    assert [r.status for r in RecallRecord.below("out")] == ["complete", "partial", "complete"]
 
 
 def test_a_failed_run_is_told(here, capsys):
     assert main(line(model="poisoned", text="poison.txt")) == 1
-    (record,) = load_recalls("out")
+    (record,) = RecallRecord.below("out")
     assert record.status == "failed" and len(record.passages["ratio"]) == 0
     assert "failed: the logits" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
-"""The files that an interrupted run of one stream goes on from."""
+"""Checkpoints of a long run of one stream, which an interrupted run is resumed from."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,52 +8,50 @@ from sinkstream.bench.decoding import ActiveRun, Samples
 from sinkstream.engine import Engine
 from sinkstream.evaluation.decoders import EngineDecoder
 from sinkstream.records.files import write_atomically
+from sinkstream.records.records import npz_bytes
 
 ARRAYS = ("chunk_tokens", "chunk_seconds", "visible", "event", "latency", "nll", "memory")
 JOINED = ("latency", "nll")
 
 
 class Checkpoint:
-    """What a run gave up to its latest block, and the snapshot of its stream there; both beside its record."""
+    """The samples of a run up to its latest block, and the engine's snapshot there; two files beside the record."""
 
     def __init__(self, folder: Path, record_id: str):
         self.folder, self.record_id = folder, record_id
         self.arrays = folder / f"{record_id}.progress.npz"
 
     def save(self, active: ActiveRun) -> None:
-        """Keep a run as it stands. A reader finds both old files or both new ones."""
+        """Write the run as it stands. A reader finds both old files or both new ones."""
         samples = active.run.samples
-        kept = self._snapshot(samples.tokens)
-        _engine(active).snapshot(kept)
-        held = {name: getattr(samples, name) for name in ARRAYS}
-        held |= {name: np.concatenate(held[name]) if held[name] else np.empty(0) for name in JOINED}
-        buffer = io.BytesIO()
-        arrays = {name: np.asarray(value) for name, value in held.items()}
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-        write_atomically(self.arrays, buffer.getvalue())
-        for old in set(self._snapshots()) - {kept}:
+        snapshot = self._snapshot(samples.tokens)
+        _engine(active).snapshot(snapshot)
+        arrays = {name: np.asarray(getattr(samples, name)) for name in ARRAYS if name not in JOINED}
+        arrays |= {name: np.concatenate(getattr(samples, name) or [np.empty(0)]) for name in JOINED}
+        write_atomically(self.arrays, npz_bytes(arrays))
+        for old in set(self._snapshots()) - {snapshot}:
             old.unlink()
 
     def samples(self) -> Samples | None:
-        """What was kept, if its snapshot is there too."""
+        """The samples of the checkpoint; None without one, or without its snapshot."""
         if not self.arrays.is_file():
             return None
         with np.load(self.arrays, allow_pickle=False) as stored:
-            held = {name: stored[name] for name in ARRAYS}
-        cuts = np.cumsum(held["chunk_tokens"])[:-1]
+            arrays = {name: stored[name] for name in ARRAYS}
+        cuts = np.cumsum(arrays["chunk_tokens"])[:-1]
         samples = Samples(
-            chunk_tokens=held["chunk_tokens"].tolist(),
-            chunk_seconds=held["chunk_seconds"].tolist(),
-            latency=np.split(held["latency"].astype(np.float32), cuts),
-            visible=held["visible"].tolist(),
-            event=held["event"].tolist(),
-            nll=np.split(held["nll"].astype(np.float32), cuts) if held["nll"].size else [],
-            memory=[(int(tokens), float(mb)) for tokens, mb in held["memory"]],
+            chunk_tokens=arrays["chunk_tokens"].tolist(),
+            chunk_seconds=arrays["chunk_seconds"].tolist(),
+            latency=np.split(arrays["latency"].astype(np.float32), cuts),
+            visible=arrays["visible"].tolist(),
+            event=arrays["event"].tolist(),
+            nll=np.split(arrays["nll"].astype(np.float32), cuts) if arrays["nll"].size else [],
+            memory=[(int(tokens), float(mb)) for tokens, mb in arrays["memory"]],
         )
         return samples if self._snapshot(samples.tokens).is_file() else None
 
     def restore(self, active: ActiveRun) -> bool:
-        """Bring a run to where it was kept; False if nothing was."""
+        """Resume a run from the checkpoint; False if there is none."""
         samples = self.samples()
         if samples is None:
             return False
@@ -64,7 +61,7 @@ class Checkpoint:
         return True
 
     def remove(self) -> None:
-        """Forget all of it: the run is complete."""
+        """Delete the checkpoint: the run is complete."""
         for path in (self.arrays, *self._snapshots()):
             path.unlink(missing_ok=True)
 
@@ -76,6 +73,6 @@ class Checkpoint:
 
 
 def _engine(active: ActiveRun) -> Engine:
-    """The engine of a run; no other rung has snapshots."""
+    """The engine of a run; only the engine has snapshots."""
     assert isinstance(active.decoder, EngineDecoder)
     return active.decoder.engine

@@ -1,9 +1,10 @@
-"""The timed loop: configurations that are compared decode in turns, a chunk at a time.
+"""The timed decode loop: configurations that are compared decode in turns, a chunk of tokens at a time.
 
-Every turn is one call under the project's timing function; inside it nothing waits for the device. Turns rotate, so
-that a drift of the machine hits all configurations alike.
+A chunk is one call under the project's timing function, without a device synchronisation inside. The order of the
+turns rotates, so that clock drift affects all configurations alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +28,7 @@ SETUP = ("prepare_sec", "capture_sec", "prefill_sec", "warmup_sec")
 
 
 class Source:
-    """Token ids for all streams, without end: the ids are repeated, and every stream begins at another place.
-
-    Parameters
-    ----------
-    ids : Tensor, (tokens,), int64, on the device
-    streams : int
-    """
+    """Endless token ids for all streams: `ids` (tokens,) int64 repeat, and each stream starts at another offset."""
 
     def __init__(self, ids: torch.Tensor, streams: int):
         self.table = torch.stack([ids.roll(-s * STREAM_OFFSET) for s in range(streams)], -1)
@@ -50,28 +45,19 @@ class Source:
 
 @dataclass
 class Samples:
-    """What the steady tokens of one configuration gave.
+    """Measurements of the steady tokens of one configuration."""
 
-    Attributes
-    ----------
-    chunk_tokens, chunk_seconds : list
-        Tokens of every chunk, and its wall seconds.
-    latency : list of ndarray, (tokens,), float32
-        Seconds of every token; NaN for the first of a chunk.
-    visible, event : list
-        Cached tokens that every token saw, and whether a prune event began there.
-    nll : list of ndarray, (tokens,), float32
-        Mean over the streams; only where a text is fed.
-    memory : list of (int, float)
-        Memory in MB held after that many tokens, one entry for each block.
-    """
-
+    # chunk_tokens, chunk_seconds: tokens of every chunk, and wall seconds
     chunk_tokens: list[int] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
+    # each (tokens,), float32: seconds of every token; NaN for the first of a chunk
     latency: list[np.ndarray] = field(default_factory=list)
+    # visible, event: KV entries that every token attended to, and whether a prune event began there
     visible: list[int] = field(default_factory=list)
     event: list[bool] = field(default_factory=list)
+    # each (tokens,), float32: mean over the streams; only where a text is fed
     nll: list[np.ndarray] = field(default_factory=list)
+    # (steady tokens so far, allocated MB) at the end of each block
     memory: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -81,45 +67,31 @@ class Samples:
 
     @property
     def seconds(self) -> float:
-        """Their wall seconds."""
+        """Wall seconds of the steady tokens."""
         return sum(self.chunk_seconds)
 
 
 @dataclass
 class TimedRun:
-    """One configuration on its way to a record.
-
-    Attributes
-    ----------
-    id, turn : str
-        Of its record, and of the first record of those that take turns.
-    in_turn : int
-        How many take turns.
-    samples : Samples
-    setup : dict
-        Seconds to `prepare` (packing, buffers, compiling, capturing), to `capture` again, all packed and compiled, of
-        the `prefill` of all streams and of the `warmup`; keys end in "_sec".
-    weight_bytes : int
-        Weights that one step reads.
-    profile : list or None
-    reason : str or None
-        Why it is not complete.
-    """
+    """One configuration while it is measured: all that its record needs."""
 
     config: BenchConfig
     protocol: Protocol
+    # id, turn: of this record, and of the first record of the group that takes turns
     id: str
     turn: str
-    in_turn: int = 1
+    in_turn: int = 1  # size of that group
     samples: Samples = field(default_factory=Samples)
+    # seconds of set-up by phase: `prepare` (packing, buffers, compilation, graph capture), `capture` (of an engine: a
+    # second set-up, with packed weights and compiled kernels), `prefill` of all streams, `warmup`; keys end in "_sec"
     setup: dict[str, float] = field(default_factory=dict)
-    weight_bytes: int = 0
+    weight_bytes: int = 0  # weights that one step reads
     profile: list[dict[str, Any]] | None = None
-    reason: str | None = None
+    reason: str | None = None  # why the run is not complete
 
 
 class ActiveRun:
-    """One configuration of a turn while it runs: its decoder, which it opens, and where it is."""
+    """One configuration of a group while it runs: the decoder, which is opened here, and the position in the text."""
 
     def __init__(self, run: TimedRun, loaded: LoadedModel, source: Source):
         self.run, self.source = run, source
@@ -140,20 +112,17 @@ class ActiveRun:
         self.logits, self.position = torch.cat(rows), tokens
 
     def warm_up(self) -> None:
-        """Decode tokens that count for nothing."""
+        """Decode tokens that are not measured."""
         _, self.run.setup["warmup_sec"] = timed(self.decode, self.run.protocol.warmup, device=self.device)
 
     def resume(self, samples: Samples, position: int, logits: torch.Tensor) -> None:
-        """Stand where an earlier run stood after `position` tokens."""
+        """Continue an earlier run, which had decoded up to `position`."""
         self.run.samples, self.position, self.logits = samples, position, logits
 
     def decode(self, tokens: int) -> tuple[list[tuple[int, bool]], torch.Tensor]:
-        """Choose and append tokens, without waiting for the device; marks every token on the clock.
+        """Choose and append tokens without a device synchronisation; every token is marked on the clock.
 
-        Returns
-        -------
-        (steps, nll)
-            (visible, event) of every token, and the NLL of the text (tokens, streams) float32, or zeros without one.
+        Returns (visible, event) of every token, and the NLL of the text (tokens, streams) float32 (zeros without one).
         """
         nll = torch.zeros((tokens, self.run.config.streams), dtype=torch.float32, device=self.device)
         steps: list[tuple[int, bool]] = []
@@ -186,28 +155,24 @@ class ActiveRun:
         samples.event += [event for _, event in steps]
         samples.chunk_tokens.append(tokens)
         samples.chunk_seconds.append(seconds)
-        samples.latency.append(latency)  # last: what lacks it is dropped after an interrupt
+        samples.latency.append(latency)  # last: a chunk without latency is dropped after an interrupt
 
 
 def decode_in_turns(
     active: Sequence[ActiveRun],
     *,
     block_tokens: int,
-    progress: Report | None = None,
-    after_block: Callable[[], None] | None = None,
+    progress: Report,
+    after_block: Callable[[], None] | None,
 ) -> None:
-    """Decode the steady tokens of all runs, a chunk each in turn; runs that have tokens already go on from there.
+    """Decode the steady tokens of all runs, a chunk each in turn, from where the runs stand.
 
-    Parameters
-    ----------
-    block_tokens : int
-        After so many tokens the memory is noted, and `after_block` called.
-    progress : callable or None
-        Called with (steady tokens of a run, of how many).
+    After every `block_tokens` tokens the memory is noted and `after_block` called; `progress` is called with the
+    steady tokens of a run and their total.
     """
     protocol, first = active[0].run.protocol, active[0].run.samples
-    turn = len(first.chunk_tokens)
-    while first.tokens < protocol.tokens and not _out_of_time(active):
+    turn, limit = len(first.chunk_tokens), math.inf if protocol.seconds is None else protocol.seconds
+    while first.tokens < protocol.tokens and max(one.run.samples.seconds for one in active) < limit:
         to_block_end = block_tokens - first.tokens % block_tokens
         tokens = min(protocol.chunk_tokens, protocol.tokens - first.tokens, to_block_end)
         for i in range(len(active)):
@@ -217,18 +182,17 @@ def decode_in_turns(
             _note_memory(active)
             if after_block:
                 after_block()
-        if progress:
-            progress(first.tokens, protocol.tokens)
+        progress(first.tokens, protocol.tokens)
     if first.tokens % block_tokens:
         _note_memory(active)
 
 
-def level(runs: Sequence[TimedRun]) -> None:
-    """After an interrupt: drop chunks that not every run has."""
-    whole = min(len(run.samples.latency) for run in runs)
+def drop_unpaired_chunks(runs: Sequence[TimedRun]) -> None:
+    """After an interrupt: drop the chunks of a turn that not every run has finished."""
+    complete = min(len(run.samples.latency) for run in runs)
     for samples in (run.samples for run in runs):
         for parts in (samples.chunk_tokens, samples.chunk_seconds, samples.latency, samples.nll):
-            del parts[whole:]
+            del parts[complete:]
         del samples.visible[samples.tokens :], samples.event[samples.tokens :]
 
 
@@ -237,13 +201,8 @@ def _note_memory(active: Sequence[ActiveRun]) -> None:
         one.run.samples.memory.append((one.run.samples.tokens, held_mb(one.device)))
 
 
-def _out_of_time(active: Sequence[ActiveRun]) -> bool:
-    limit = active[0].run.protocol.seconds
-    return limit is not None and max(one.run.samples.seconds for one in active) >= limit
-
-
-class _Stamp(LogitsProcessor):
-    """Marks the clock at every token that generate() is about to choose; the scores stay as they are."""
+class _ClockMark(LogitsProcessor):
+    """Marks every token of generate() on the clock, after the warm-up; leaves the scores unchanged."""
 
     def __init__(self, clock: TokenClock, warmup: int):
         self.clock, self.warmup, self.calls = clock, warmup, 0
@@ -259,10 +218,10 @@ class _Stamp(LogitsProcessor):
 
 @torch.no_grad()
 def generate_static(run: TimedRun, loaded: LoadedModel, source: Source) -> None:
-    """Time transformers' generate() with a static cache, which it compiles itself while it warms up.
+    """Time transformers' generate() with a static cache, whose forward generate() compiles during the warm-up.
 
-    Its own loop runs, in one chunk; the clock is marked where it hands its scores to a logits processor. The warm-up
-    of the set-up holds the prompt and the compiling too.
+    The loop of generate() is one chunk; a logits processor marks the clock. `warmup_sec` includes prefill and
+    compilation.
     """
     model, device, protocol = loaded.model, source.table.device, run.protocol
     assert isinstance(model, GenerationMixin), "transformers generates with every causal language model"
@@ -282,7 +241,7 @@ def generate_static(run: TimedRun, loaded: LoadedModel, source: Source) -> None:
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([_Stamp(clock, protocol.warmup)]),
+            logits_processor=LogitsProcessorList([_ClockMark(clock, protocol.warmup)]),
             device=device,
         )
     finally:

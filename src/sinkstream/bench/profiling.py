@@ -13,18 +13,10 @@ PROFILED_STEPS = 4
 
 
 def profile_steps(decode: Callable[[int], object], device: torch.device) -> list[dict[str, Any]]:
-    """Run a few steps under torch's profiler.
+    """Run a few steps under torch's profiler; `decode` decodes the given number of tokens.
 
-    Parameters
-    ----------
-    decode : callable
-        Decodes as many tokens as it is told.
-
-    Returns
-    -------
-    list of dict
-        For each kernel (on a CPU: each operator, its own time), the longest first: `kernel`, `calls` and `us` a step,
-        `share` of the time of all of them.
+    Returns, for each kernel (on a CPU: each operator, self time), the longest first: `kernel`, `calls` and `us` a step,
+    and `share` of the total time.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sinkstream.records.base import BaseRecord
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.schema import REQUIRED
 
 #: Required keys, as in `schema.REQUIRED`. Milliseconds, TFLOP/s of 1e12, MB of 2**20 bytes.
@@ -29,21 +29,15 @@ PROMPT_TIMES = ("forward", "dynamic", "drop_in", "engine")
 
 
 @dataclass(frozen=True)
-class PromptRecord(BaseRecord):
-    """Prompts of one model under one policy: the fields of its JSON file (see `PROMPT_REQUIRED`).
-
-    Attributes
-    ----------
-    prompts : list of dict
-        One a length: ``tokens``, ``flops``, ``floor_ms``, and ``<name>_ms`` of every name in `PROMPT_TIMES`.
-    """
+class PromptRecord(StatusRecord):
+    """Prompts of one model under one policy: the fields of its JSON file (see `PROMPT_REQUIRED`)."""
 
     SCHEMA, KIND, REQUIRED, STATUSES = "sinkstream.prompt/1", "prompt", PROMPT_REQUIRED, ("complete",)
 
-    status: str
     session: str
     policy: dict[str, Any]
     ceiling: dict[str, Any]
+    # one a length: ``tokens``, ``flops``, ``floor_ms``, and ``<name>_ms`` of every name in `PROMPT_TIMES`
     prompts: list[dict[str, Any]]
     append: dict[str, Any]
     memory: dict[str, Any]
@@ -65,10 +59,3 @@ class PromptRecord(BaseRecord):
         """Ratio of two times of the prompt of that many tokens; None if it was not timed."""
         found = next((prompt for prompt in self.prompts if prompt["tokens"] == tokens), None)
         return None if found is None else found[f"{name}_ms"] / found[f"{base}_ms"]
-
-
-write_prompt_record, load_prompt_record, load_prompt_records = (
-    PromptRecord.write,
-    PromptRecord.read,
-    PromptRecord.below,
-)

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sinkstream.bench.prompt_records import PromptRecord, load_prompt_records
+from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.selection import LADDER_SHAPE
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import NONE_YET, Table
 
 #: Generated tables of the documents: name -> function of all prompt records, oldest first.
 PROMPT_TABLES: Registry[Callable[[Sequence[PromptRecord]], str]] = Registry("prompt table")
-#: Key -> function of all prompt records, oldest first, that returns (value, record id), or None if records are missing.
-PROMPT_HEADLINES: Registry = Registry("prompt headline")
-
-Headline = tuple[float, str] | None
+#: Key -> function of all prompt records, oldest first, that returns a headline, or None if records are missing.
+PROMPT_HEADLINES: Registry[Callable[[Sequence[PromptRecord]], Headline | None]] = Registry("prompt headline")
 
 CAP = 2052
 BOTH = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))
@@ -68,7 +67,7 @@ def _named(record: PromptRecord) -> list[str]:
 
 def render_prompts(results: Path) -> dict[str, str]:
     """Markdown of every table of `PROMPT_TABLES`, by name. Raises ValueError if a prompt record is broken."""
-    records = load_prompt_records(results)
+    records = PromptRecord.below(results)
     return {name: render(records) for name, render in PROMPT_TABLES.items()}
 
 
@@ -100,12 +99,12 @@ def _origin(records: Sequence[PromptRecord]) -> str:
 # ---- headline figures ----
 
 
-def _worse(records: Sequence[PromptRecord], figure: Callable[[PromptRecord], float | None]) -> Headline:
+def _worse(records: Sequence[PromptRecord], figure: Callable[[PromptRecord], float | None]) -> Headline | None:
     """The larger figure of the two shapes, strict, 2,052 slots, GPU; None unless both were measured."""
     found = []
     for model, dtype in BOTH:
         values = [
-            (value, r.id)
+            Headline(value, r.id)
             for r in _newest(records)
             if (r.model["name"], r.protocol["dtype"], r.policy["label"]) == (model, dtype, "strict")
             and (value := figure(r)) is not None
@@ -117,18 +116,18 @@ def _worse(records: Sequence[PromptRecord], figure: Callable[[PromptRecord], flo
 
 
 @PROMPT_HEADLINES.register("engine.prefill_8192_over_forward")
-def prefill_8192_over_forward(records: Sequence[PromptRecord]) -> Headline:
+def prefill_8192_over_forward(records: Sequence[PromptRecord]) -> Headline | None:
     """Engine.prefill of 8,192 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
     return _worse(records, lambda r: r.over("engine", "forward", 8192))
 
 
 @PROMPT_HEADLINES.register("engine.prefill_32768_over_forward")
-def prefill_32768_over_forward(records: Sequence[PromptRecord]) -> Headline:
+def prefill_32768_over_forward(records: Sequence[PromptRecord]) -> Headline | None:
     """Engine.prefill of 32,768 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
     return _worse(records, lambda r: r.over("engine", "forward", 32768))
 
 
 @PROMPT_HEADLINES.register("engine.append_50_over_step")
-def append_50_over_step(records: Sequence[PromptRecord]) -> Headline:
+def append_50_over_step(records: Sequence[PromptRecord]) -> Headline | None:
     """Appending 50 tokens to a full stream over one decode step, strict, 2,052 slots, GPU; worse of two shapes."""
     return _worse(records, lambda r: r.append["over_step"] if r.append["tokens"] == 50 else None)

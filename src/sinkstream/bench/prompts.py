@@ -15,29 +15,22 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
-from sinkstream.bench.prompt_records import (
-    PROMPT_TIMES,
-    PromptRecord,
-    load_prompt_record,
-    load_prompt_records,
-    write_prompt_record,
-)
+from sinkstream.bench.prompt_records import PROMPT_TIMES, PromptRecord
 from sinkstream.bench.settings import kv_token_bytes
 from sinkstream.cache import StreamingCache, describe
 from sinkstream.compat import with_cache
 from sinkstream.data import TokenStream
 from sinkstream.engine import Engine
 from sinkstream.evaluation.decoders import step_weight_bytes
+from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.environment import environment, package_versions, utc_now
 from sinkstream.measure.matmul import MatmulRate
 from sinkstream.measure.memory import free_bytes
-from sinkstream.measure.numerics import numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy, PruneSchedule
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 
 APPEND_TOKENS = 50
 REPEATS = 5
@@ -64,31 +57,17 @@ def prompt_flops(loaded: LoadedModel, policy: EvictionPolicy, tokens: int) -> in
 
 @dataclass
 class PromptSession:
-    """Times prompts of one model, under one policy after the other.
-
-    Attributes
-    ----------
-    text : TokenStream
-        What the prompts are the beginning of, repeated if need be.
-    lengths : list of int
-        Tokens of the prompts.
-    backend : str
-        The engine's, for the step that an appended turn is compared with.
-    ceiling : MatmulRate
-    request : Request
-    name : str
-        The same in all records of one command.
-    """
+    """Times prompts of one model, under one policy after the other."""
 
     loaded: LoadedModel
-    text: TokenStream
-    lengths: Sequence[int]
-    backend: str
+    text: TokenStream  # what the prompts are the beginning of, repeated if need be
+    lengths: Sequence[int]  # tokens of the prompts
+    backend: str  # the engine's, for the step that an appended turn is compared with
     ceiling: MatmulRate
     request: Request
-    name: str
+    name: str  # the same in all records of one command
     repeats: int = REPEATS
-    _of_module: dict[str, list[float]] = field(default_factory=dict)  # what no policy changes is timed once
+    _of_module: dict[str, list[float]] = field(default_factory=dict)  # times that no policy changes, measured once
 
     def check(self, runs: Sequence[RunSettings]) -> None:
         """Raise ValueError, before anything is timed, if the engine or the device does not serve the prompts."""
@@ -106,7 +85,7 @@ class PromptSession:
         """Time all policies; one record each. Raises as `check` and `Runner.run`."""
         self.check(runs)
         jobs = [Job(f"prompts, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
-        runner = Runner(self.request, write_prompt_record, load_prompt_record, self.loaded.model.device)
+        runner = Runner(self.request, PromptRecord.write, PromptRecord.read, self.loaded.model.device)
         return runner.run(jobs, console)
 
     # ---- one policy ----
@@ -207,26 +186,14 @@ class PromptSession:
         return ids.repeat(-(-tokens // len(ids)))[:tokens]
 
     def _identity(self, run: RunSettings) -> dict[str, Any]:
-        versions, model = package_versions(), self.loaded.model
-        return {
-            "versions": {name: versions[name] for name in ("sinkstream", "torch", "transformers", "triton")},
-            "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
-            "model_hash": self.loaded.hash,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "run": run.record(),
-            "lengths": list(self.lengths),
-            "backend": self.backend,
-            "data_sha256": self.text.sha256,
-            **numerics(),
-        }
+        own = {"run": run.record(), "lengths": list(self.lengths), "backend": self.backend}
+        return work_identity(self.loaded, self.text, "triton", **own)
 
     def _finished(self, run: RunSettings) -> list[PromptRecord]:
-        same = self._identity(run)
-        return [r for r in load_prompt_records(self.request.out) if r.arguments.get("identity") == same][-1:]
+        return find_complete(PromptRecord.below, self.request.out, self._identity(run))
 
     def _record(self, run: RunSettings, times: dict[str, list[float]], append: dict, memory: dict) -> dict[str, Any]:
-        model, policy = self.loaded.model, self._policy(run)
-        prompts = []
+        policy, prompts = self._policy(run), []
         for i, tokens in enumerate(self.lengths):
             flops = prompt_flops(self.loaded, policy, tokens)
             found = {f"{name}_ms": values[i] for name, values in times.items()}
@@ -235,21 +202,10 @@ class PromptSession:
             "id": new_record_id("prompt", self.loaded.name, run.label()),
             "status": "complete",
             "status_reason": None,
-            "created": utc_now(),
             "session": self.name,
-            "command": self.request.command,
-            "arguments": {**self.request.arguments, "identity": self._identity(run)},
-            "environment": environment(model.device),
-            "model": self.loaded.record(),
-            "policy": {
-                "name": run.method,
-                "label": run.label(),
-                "options": {**policy.record(), "positions": run.positions},
-            },
+            **provenance(self.loaded, run, self.request, self._identity(run)),
             "protocol": {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-                **numerics(),
+                **numeric_protocol(self.loaded),
                 "seed": self.request.seed,
                 "cap": run.cap,
                 "backend": self.backend,

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a rung, which is a backend: what it runs, how long, and how long it takes to get ready."""
+"""What the benchmark asks of a rung, which is a backend: the methods it runs, its length, its set-up time."""
 
 import gc
 from collections.abc import Sequence
@@ -53,13 +53,10 @@ def check_rung(loaded: LoadedModel, config: BenchConfig) -> None:
 
 
 def open_timed(loaded: LoadedModel, config: BenchConfig) -> tuple[Decoder, float, float]:
-    """Open a configuration's decoder and time that.
+    """Open a configuration's decoder; returns (decoder, prepare_sec, capture_sec).
 
-    Returns
-    -------
-    (decoder, prepare_sec, capture_sec)
-        Seconds of the first opening (packing, buffers, compiling, capturing) and, of an engine, of another one, when
-        all is compiled and packed; else 0.
+    The seconds are those of the first set-up (packing, buffers, compilation, graph capture) and, of an engine, of a
+    second set-up with packed weights and compiled kernels; else 0.
     """
     backend, device = BACKENDS[config.rung](loaded, config.run, config.streams), loaded.model.device
     decoder, first = timed(backend.open, device=device)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.engine import STEPS
 from sinkstream.models import SHAPES as PUBLISHED
 from sinkstream.models.shapes import PREFIX
@@ -109,5 +109,5 @@ def rival(records: Sequence[BenchRecord], record: BenchRecord, rung: str) -> Ben
         and (r.protocol["cap"], r.protocol["streams"]) == (record.protocol["cap"], record.protocol["streams"])
         and r.policy["name"] != "strict"
     ]
-    beside = [r for r in found if r.session == record.session]
-    return min(beside or found, key=lambda r: r.steady["tpot_ms"], default=None)
+    same_session = [r for r in found if r.session == record.session]
+    return min(same_session or found, key=lambda r: r.steady["tpot_ms"], default=None)

@@ -1,9 +1,9 @@
-"""A list of configurations over one model: checked first, run in turns, written one by one."""
+"""A list of configurations over one model: checked first, timed in turns, recorded one by one."""
 
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,40 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from sinkstream.bench.checkpoint import Checkpoint
-from sinkstream.bench.decoding import ActiveRun, Source, TimedRun, decode_in_turns, generate_static, level
+from sinkstream.bench.decoding import (
+    ActiveRun,
+    Source,
+    TimedRun,
+    decode_in_turns,
+    drop_unpaired_chunks,
+    generate_static,
+)
 from sinkstream.bench.profiling import profile_steps
-from sinkstream.bench.record import identity, run_figures, run_protocol
-from sinkstream.bench.records import BenchRecord, load_bench_record, load_bench_records, write_bench_record
+from sinkstream.bench.record import BenchRecord, run_figures, turn_protocol
 from sinkstream.bench.rungs import check_rung, fitted, prompt_tokens
 from sinkstream.bench.settings import BLOCK_TOKENS, BenchConfig, Protocol, kv_token_bytes
 from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.backends import BACKENDS, EngineBackend, StaticBackend
+from sinkstream.evaluation.record import numeric_protocol, provenance, work_identity
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
-from sinkstream.measure.environment import environment, utc_now
 from sinkstream.measure.memory import PeakMemory, free_bytes
-from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
 from sinkstream.records.files import WriteError
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
 from sinkstream.show.progress import run_progress
 
 
 @dataclass
 class Outcome:
-    """What came of a list of configurations.
+    """The outcome of a list of configurations."""
 
-    Attributes
-    ----------
-    records : list of BenchRecord
-        Those timed, or taken from earlier, in order.
-    refused : list of (str, str)
-        Configurations that a rung does not serve, and why.
-    failed : list of (str, str)
-        Configurations that ended without figures, and why.
-    """
-
+    # those timed, or taken from earlier, in order
     records: list[BenchRecord] = field(default_factory=list)
+    # configurations that a rung does not serve, and why
     refused: list[tuple[str, str]] = field(default_factory=list)
+    # configurations that ended without figures, and why
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -59,42 +57,23 @@ class Outcome:
 
 @dataclass
 class BenchSession:
-    """Times configurations of one model.
-
-    Attributes
-    ----------
-    text : TokenStream
-        What prompts are cut from and, teacher-forced, what is fed.
-    ceiling : Bandwidth
-    load_sec : float
-        Seconds that loading the model took.
-    request : Request
-        Where the records go, and what they say of the command.
-    name : str
-        The same in all records of one command.
-    lenient : bool
-        List what a rung refuses, and what fails, instead of ending with it.
-    """
+    """Times configurations of one model."""
 
     loaded: LoadedModel
-    text: TokenStream
+    text: TokenStream  # what prompts are cut from and, teacher-forced, what is fed
     protocol: Protocol
     ceiling: Bandwidth
-    load_sec: float
-    request: Request
-    name: str
-    lenient: bool = False
+    load_sec: float  # seconds that loading the model took
+    request: Request  # where the records go, and what they say of the command
+    name: str  # the same in all records of one command
+    lenient: bool = False  # list what a rung refuses, and what fails, instead of ending with it
     block_tokens: int = BLOCK_TOKENS
 
     def run(self, groups: Sequence[Sequence[BenchConfig]], console: Console) -> Outcome:
         """Time all groups; the configurations of a group take turns.
 
-        Raises
-        ------
-        ValueError
-            If a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing has run then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing
+        has run then. Raises WriteError as `Runner.run`.
         """
         outcome = Outcome()
         jobs = [
@@ -105,11 +84,11 @@ class BenchSession:
         runner = Runner(
             self.request,
             _write,
-            load_bench_record,
+            BenchRecord.read,
             self.loaded.model.device,
             _paces,
             lambda console: run_progress(console, TextColumn("{task.fields[pace]}")),
-            _shown,
+            _pace_line,
         )
         outcome.records = runner.run(jobs, console)
         return outcome
@@ -127,7 +106,7 @@ class BenchSession:
         return True
 
     def _check_memory(self, group: Sequence[BenchConfig]) -> None:
-        """The caches of all configurations of a turn, and a prompt's copy of one stream."""
+        """Raise ValueError if the caches of a group, and the prefill's copy of one stream, do not fit into memory."""
         per_token, free = kv_token_bytes(self.loaded.model), free_bytes(self.loaded.model.device)
         needed = sum(per_token * c.run.given_cap * (c.streams + 1) for c in group)
         if needed > free:
@@ -142,14 +121,16 @@ class BenchSession:
     def _measure(self, group: Sequence[BenchConfig], outcome: Outcome, report: Report) -> list[Callable]:
         try:
             return self._time(group, report)
-        except Exception as error:  # of torch, a compiler or a driver; the other rungs are worth having
+        except Exception as error:  # of torch, a compiler or a driver: the other rungs are still timed
             if not (self.lenient or isinstance(error, torch.OutOfMemoryError)) or isinstance(error, OSError):
                 raise
-            told = next(iter(str(error).strip().splitlines()), "")
-            outcome.failed.append((_names(group), f"{type(error).__name__}: {told}"))
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            outcome.failed.append((_names(group), f"{type(error).__name__}: {first_line}"))
             return []
         finally:
-            _free()
+            gc.collect()  # frees the memory of closed decoders
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _time(self, group: Sequence[BenchConfig], report: Report) -> list[Callable]:
         protocol = fitted(self.protocol, group[0])
@@ -162,11 +143,11 @@ class BenchSession:
                 torch.compiler.reset()
                 report(runs[0].samples.tokens, protocol.tokens)
             else:
-                self._time_lanes(runs, source, report)
+                self._time_in_turns(runs, source, report)
         return [partial(self._record, run, memory) for run in runs]
 
     @torch.inference_mode()
-    def _time_lanes(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
+    def _time_in_turns(self, runs: Sequence[TimedRun], source: Source, report: Report) -> None:
         checkpoint = self._checkpoint(runs)
         protocol, active = runs[0].protocol, []
         try:
@@ -182,7 +163,7 @@ class BenchSession:
             for one in active if protocol.profile else ():
                 one.run.profile = profile_steps(one.decode, source.table.device)
         except (KeyboardInterrupt, WriteError) as error:
-            level(runs)
+            drop_unpaired_chunks(runs)
             if len(active) < len(runs) or not runs[0].samples.tokens:
                 raise
             why = f": {error.strerror}" if isinstance(error, WriteError) else ""
@@ -193,7 +174,7 @@ class BenchSession:
                 one.decoder.close()
 
     def _checkpoint(self, runs: Sequence[TimedRun]) -> Checkpoint | None:
-        """Where a long run of one stream keeps itself, so that it can be gone on with."""
+        """The checkpoint of a long run of one stream on the engine; None for other runs."""
         long = runs[0].protocol.tokens > self.block_tokens
         engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
         single = len(runs) == 1 and runs[0].config.streams == 1
@@ -202,47 +183,45 @@ class BenchSession:
     # ---- records ----
 
     def _record(self, run: TimedRun, memory: PeakMemory) -> dict[str, Any]:
-        model = self.loaded.model
-        record: dict[str, Any] = {
+        model, rung = self.loaded.model, BACKENDS[run.config.rung]
+        return {
+            "id": run.id,
             "status": "complete" if run.reason is None else "partial",
-            "created": utc_now(),
+            "status_reason": run.reason,
             "session": self.name,
-            "command": self.request.command,
-            "arguments": {**self.request.arguments, "identity": self._identity(run.config)},
-            "environment": environment(model.device),
-            "model": self.loaded.record(),
+            **provenance(self.loaded, run.config.run, self.request, self._identity(run.config)),
             "rung": {
                 "name": run.config.rung,
                 "summary": BACKENDS.summary(run.config.rung),
-                "attention": BACKENDS[run.config.rung].attention or attention_implementation(model.config),
+                "attention": rung.attention or attention_implementation(model.config),
             },
             "protocol": {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-                **numerics(),
+                **numeric_protocol(self.loaded),
                 "seed": self.request.seed,
                 "prefill_tokens": prompt_tokens(run.protocol, run.config),
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
-                **run_protocol(run),
+                **turn_protocol(run),
             },
             "setup": {"load_sec": self.load_sec, **run.setup},
             "memory": {"peak_mb": memory.peak_mb, "kind": memory.kind},
+            **run_figures(run, kv_token_bytes(model), self.ceiling),
         }
-        return record | run_figures(run, kv_token_bytes(model), self.ceiling)
 
     def _identity(self, config: BenchConfig) -> dict[str, Any]:
-        return identity(self.loaded, self.text, config, self.protocol, self.request.seed)
+        """What makes two timed configurations the same."""
+        own = {"config": config.identity(), "protocol": asdict(self.protocol), "seed": self.request.seed}
+        return work_identity(self.loaded, self.text, "triton", **own)
 
     def _earlier(self, config: BenchConfig) -> list[BenchRecord]:
-        """Records of the very same configuration, if the session may use them."""
+        """Records of the very same configuration, if the session resumes."""
         if not self.request.resume:
             return []
         same = self._identity(config)
-        return [r for r in load_bench_records(self.request.out) if r.arguments.get("identity") == same]
+        return [r for r in BenchRecord.below(self.request.out) if r.arguments.get("identity") == same]
 
     def _finished(self, group: Sequence[BenchConfig]) -> list[BenchRecord]:
-        """A complete record for each configuration, or nothing: those of a group are comparable only together."""
+        """A complete record for each configuration, or none: the records of a group are comparable only together."""
         complete = [[r for r in self._earlier(config) if r.status == "complete"] for config in group]
         turns = [{r.protocol["turn"] for r in records} for records in complete]
         shared = set.intersection(*turns)
@@ -252,21 +231,21 @@ class BenchSession:
         return [next(r for r in records if r.protocol["turn"] == turn) for records in complete]
 
     def _begun(self, config: BenchConfig) -> str | None:
-        """The id of an interrupted record that can be gone on with."""
+        """The id of an interrupted record that can be resumed."""
         begun = [r.id for r in self._earlier(config) if r.status == "partial"]
         return next((i for i in reversed(begun) if Checkpoint(self.request.out, i).samples() is not None), None)
 
 
 def _names(group: Sequence[BenchConfig]) -> str:
-    """A group in a few words."""
+    """A group of configurations in a few words."""
     first = group[0]
     streams = f", {first.streams} streams" if first.streams > 1 else ""
     return f"{first.rung} {' and '.join(config.run.label() for config in group)}, cap {first.run.cap}{streams}"
 
 
 def _write(record: dict[str, Any], folder: Path) -> Path:
-    """Write a record, then forget the checkpoint beside it if the run is complete."""
-    path = write_bench_record(record, folder)
+    """Write a record; delete the checkpoint if the run is complete."""
+    path = BenchRecord.write(record, folder)
     if record["status"] == "complete":
         Checkpoint(folder, record["id"]).remove()
     return path
@@ -277,7 +256,7 @@ def _paces(records: list[BenchRecord]) -> list[str]:
     return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms a token"]
 
 
-def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
+def _pace_line(bar: Progress, description: str) -> Callable[[int, int], None]:
     """A new line of the progress display, as the callback of a run."""
     task = bar.add_task(description, total=None, pace="")
     first: list[tuple[float, int]] = []
@@ -290,10 +269,3 @@ def _shown(bar: Progress, description: str) -> Callable[[int, int], None]:
         bar.update(task, completed=done, total=total, pace=pace)
 
     return show
-
-
-def _free() -> None:
-    """Give memory of what was closed back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What one configuration of the benchmark is, and the arithmetic that every figure of it rests on."""
+"""Configurations and protocol of the benchmark, and the arithmetic of the byte floor."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,30 +36,14 @@ DEFINITIONS = {
 class Protocol:
     """What all configurations of a command share.
 
-    Attributes
-    ----------
-    tokens : int
-        Steady tokens.
-    warmup : int
-        Tokens decoded before them.
-    seconds : float or None
-        Time limit of the steady tokens of one configuration; it then has fewer of them.
-    teacher_forced : bool
-        Feed a text and record its NLL, instead of the likeliest token.
-    profile : bool
-        Say where the time of a step goes.
-
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
+    Raises ValueError, naming the option, the value and what is accepted.
     """
 
-    tokens: int = STEADY_TOKENS
-    warmup: int = WARMUP_TOKENS
-    seconds: float | None = None
-    teacher_forced: bool = False
-    profile: bool = False
+    tokens: int = STEADY_TOKENS  # steady tokens
+    warmup: int = WARMUP_TOKENS  # tokens decoded before them
+    seconds: float | None = None  # time limit of the steady tokens of one configuration; it then has fewer of them
+    teacher_forced: bool = False  # feed a text and record its NLL, instead of the likeliest token
+    profile: bool = False  # profile a step, kernel by kernel
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
@@ -71,7 +55,7 @@ class Protocol:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens between two waits for the device, and of one turn."""
+        """Tokens of one turn, between two device synchronisations."""
         return max(SHORTEST_CHUNK, self.tokens // MOST_CHUNKS)
 
 
@@ -100,22 +84,11 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a step can read.
+    """The least that a step can read."""
 
-    Attributes
-    ----------
-    weight_bytes : int
-        Weights that a step reads, the input embedding left out.
-    kv_token_bytes : int
-        Bytes of the keys and values of one cached token.
-    visible_mean : float
-        Cached tokens that a step sees, on average, the new one included.
-    streams : int
-    """
-
-    weight_bytes: int
-    kv_token_bytes: int
-    visible_mean: float
+    weight_bytes: int  # weights that a step reads, the input embedding left out
+    kv_token_bytes: int  # bytes of the keys and values of one cached token
+    visible_mean: float  # cached tokens that a step sees, on average, the new one included
     streams: int
 
     @property

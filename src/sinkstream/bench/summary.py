@@ -1,23 +1,22 @@
 """The headline figures that speed records give."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.headline import Headline
 from sinkstream.registry import Registry
 
-#: Key -> function of all speed records, oldest first, that returns (value, record id), or None if records are missing.
-SPEED_HEADLINES: Registry = Registry("speed headline")
+#: Key -> function of all speed records, oldest first, that returns a headline, or None if records are missing.
+SPEED_HEADLINES: Registry[Callable[[Sequence[BenchRecord]], Headline | None]] = Registry("speed headline")
 
 CAP = 2052
 TAIL_TOKENS = 20_000
 LONG_TOKENS = 1_000_000
 EARLY_TOKENS = 4_000
-
-Headline = tuple[float, str] | None
 
 
 def _best(records: Sequence[BenchRecord], model: str, dtype: str, policy: str = "strict") -> list[BenchRecord]:
@@ -28,84 +27,78 @@ def _best(records: Sequence[BenchRecord], model: str, dtype: str, policy: str = 
     return [r for r in found if r.steady["tokens"] >= LEAST_TOKENS]
 
 
-def _over_floor(records: Sequence[BenchRecord], model: str, dtype: str) -> Headline:
+def _over_floor(records: Sequence[BenchRecord], model: str, dtype: str) -> Headline | None:
     found = _best(records, model, dtype)
-    return (found[-1].steady["over_floor"], found[-1].id) if found else None
+    return Headline(found[-1].steady["over_floor"], found[-1].id) if found else None
 
 
-def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline:
+def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline | None:
     """TPOT of another rung over the fastest one's, newest record that has such a rival, in the same command if any."""
     rivals = ((record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16")))
     found = [(record, other) for record, other in rivals if other is not None]
-    beside = [(record, other) for record, other in found if other.session == record.session]
-    for record, other in beside or found:
-        return other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id
+    same_session = [(record, other) for record, other in found if other.session == record.session]
+    for record, other in same_session or found:
+        return Headline(other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id)
     return None
 
 
 @SPEED_HEADLINES.register("engine.tpot_over_floor")
-def tpot_over_floor(records: Sequence[BenchRecord]) -> Headline:
+def tpot_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT over the byte floor: Pythia-2.8B shape, float16, fastest rung, strict, cap 2,052, one stream, GPU."""
     return _over_floor(records, LADDER_SHAPE, "float16")
 
 
 @SPEED_HEADLINES.register("engine.strict_over_lazy")
-def strict_over_lazy(records: Sequence[BenchRecord]) -> Headline:
+def strict_over_lazy(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of strict over lazy R=64 that took turns with it: Pythia-2.8B shape, float16, fastest rung, GPU."""
-    lazy = {r.id for r in _best(records, LADDER_SHAPE, "float16", "lazy R=64")}
-    found = [(a, b) for a, b in pairs(_best_pair(records)) if a.policy["label"] == "strict" and b.id in lazy]
+    strict, lazy = (_best(records, LADDER_SHAPE, "float16", policy) for policy in ("strict", "lazy R=64"))
+    both = sorted([*strict, *lazy], key=lambda r: (r.created, r.id))
+    found = [(a, b) for a, b in pairs(both) if a in strict and b in lazy]
     if not found:
         return None
-    strict, other = found[-1]
-    return strict.steady["tpot_ms"] / other.steady["tpot_ms"], strict.id
-
-
-def _best_pair(records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    both = [r for policy in ("strict", "lazy R=64") for r in _best(records, LADDER_SHAPE, "float16", policy)]
-    return sorted(both, key=lambda r: (r.created, r.id))
+    record, other = found[-1]
+    return Headline(record.steady["tpot_ms"] / other.steady["tpot_ms"], record.id)
 
 
 @SPEED_HEADLINES.register("engine.p99_over_p50")
-def p99_over_p50(records: Sequence[BenchRecord]) -> Headline:
+def p99_over_p50(records: Sequence[BenchRecord]) -> Headline | None:
     """P99 over P50 of 20,000 tokens, evictions included: Pythia-2.8B shape, float16, fastest rung; worst policy."""
     found = [
         r
         for r in select(records, rung=fastest_rung(records), model=LADDER_SHAPE, dtype="float16", cap=CAP, streams=1)
         if r.steady["tokens"] >= TAIL_TOKENS
     ]
-    if not found:
-        return None
     last = [r for r in found if r.session == found[-1].session]
-    tails = [(r.latency_ms["all"]["p99"] / r.latency_ms["all"]["p50"], r.id) for r in last]
-    return max(tails)
+    tails = (Headline(r.latency_ms["all"]["p99"] / r.latency_ms["all"]["p50"], r.id) for r in last)
+    return max(tails, default=None)
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_hf_lazy")
-def speedup_over_hf_lazy(records: Sequence[BenchRecord]) -> Headline:
+def speedup_over_hf_lazy(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of the hf backend's best lazy run over strict on the fastest rung: Pythia-2.8B shape, float16, GPU."""
     return _speedup(records, "hf")
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_recompute_sdpa")
-def speedup_over_recompute_sdpa(records: Sequence[BenchRecord]) -> Headline:
+def speedup_over_recompute_sdpa(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of sliding-window recompute with SDPA over strict on the fastest rung: Pythia-2.8B shape, float16, GPU."""
     return _speedup(records, "hf-recompute-sdpa")
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_static_compile")
-def speedup_over_static_compile(records: Sequence[BenchRecord]) -> Headline:
+def speedup_over_static_compile(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of generate() with a static cache, compiled, over strict on the fastest rung: Pythia-2.8B shape, GPU."""
     return _speedup(records, "hf-static")
 
 
 @SPEED_HEADLINES.register("engine.llama_1b_tpot_over_floor")
-def llama_1b_tpot_over_floor(records: Sequence[BenchRecord]) -> Headline:
+def llama_1b_tpot_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT over the byte floor: Llama-3.2-1B shape, bfloat16, fastest rung, strict, cap 2,052, one stream, GPU."""
     return _over_floor(records, PREFIX + "llama-3.2-1b", "bfloat16")
 
 
 @SPEED_HEADLINES.register("engine.million_token_tpot_ratio")
-def million_token_tpot_ratio(records: Sequence[BenchRecord]) -> Headline:
+def million_token_tpot_ratio(records: Sequence[BenchRecord]) -> Headline | None:
     """Median chunk TPOT of the last block of 1,000,000 tokens over that of the first 4,000; newest such GPU run."""
     long = [r for r in select(records) if r.steady["tokens"] >= LONG_TOKENS and len(r.blocks) > 1]
     if not long:
@@ -114,4 +107,4 @@ def million_token_tpot_ratio(records: Sequence[BenchRecord]) -> Headline:
     ends = np.cumsum(record.chunks["tokens"])
     tpots = np.asarray(record.chunks["seconds"]) / record.chunks["tokens"]
     late = ends > record.blocks[-1]["first_token"]
-    return float(np.median(tpots[late]) / np.median(tpots[ends <= EARLY_TOKENS])), record.id
+    return Headline(float(np.median(tpots[late]) / np.median(tpots[ends <= EARLY_TOKENS])), record.id)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import (
     LADDER_SHAPE,
     SHAPES,
@@ -23,7 +23,7 @@ from sinkstream.bench.summary import (
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
-from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
+from sinkstream.statistics.comparison import TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry[Callable[[Sequence[BenchRecord]], str]] = Registry("benchmark table")
@@ -40,7 +40,7 @@ def _latency(name: str) -> Callable[[BenchRecord], str]:
 
 
 def _preparation(record: BenchRecord) -> str:
-    """Getting ready the first time, and again; for generate() what its warm-up took, which compiles."""
+    """Seconds of the first and of the second set-up; for generate() those of the warm-up, which compiles."""
     setup = record.setup
     if record.rung["name"] == "hf-static":
         return f"{setup['warmup_sec']:.1f} (with its prompt)"
@@ -120,16 +120,12 @@ def slope_lines(records: Sequence[BenchRecord]) -> list[str]:
 RATIO_HEADER = ["rung", "policies", "shape", "cap", "pairs of chunks", "ratio of TPOT [95 %]"]
 
 
-def turn_ratio(record: BenchRecord, base: BenchRecord) -> Ratio:
-    """TPOT of a record over that of another one that took turns with it."""
-    whole = min(len(record.chunks["seconds"]), len(base.chunks["seconds"]))
-    return ratio_of_times(record.chunks["seconds"][:whole], base.chunks["seconds"][:whole])
-
-
 def _ratio_rows(records: Sequence[BenchRecord]) -> list[list[str]]:
     rows = []
     for record, base in pairs(records):
-        ratio = turn_ratio(record, base)
+        seconds, base_seconds = (one.chunks["seconds"] for one in (record, base))
+        both = min(len(seconds), len(base_seconds))
+        ratio = ratio_of_times(seconds[:both], base_seconds[:both])
         named = f"{record.policy['label']} / {base.policy['label']}"
         rows.append([RUNG[1](record), named, SHAPE[1](record), CAP[1](record), f"{ratio.pairs:,}", str(ratio)])
     return rows
@@ -152,7 +148,7 @@ def _lines(records: Sequence[BenchRecord]) -> list[tuple[tuple[str, str], TimeLi
 
 def render_bench(results: Path) -> dict[str, str]:
     """Markdown of every table of `BENCH_TABLES`, by name. Raises ValueError if a speed record is broken."""
-    records = load_bench_records(results)
+    records = BenchRecord.below(results)
     return {name: render(records) for name, render in BENCH_TABLES.items()}
 
 
@@ -177,8 +173,8 @@ def headline_speed(records: Sequence[BenchRecord]) -> str:
     found = [figure for headline in headlines if (figure := headline(records)) is not None]
     if len(found) < len(headlines):
         return NONE_YET
-    over_floor, static, lazy, strict = (value for value, _ in found)
-    record = next(r for r in records if r.id == found[0][1])
+    over_floor, static, lazy, strict = (headline.value for headline in found)
+    record = next(r for r in records if r.id == found[0].record)
     return (
         f"Speed: on an {record.hardware} the engine takes **{record.steady['tpot_ms']:.2f} ms** a token of the"
         f" Pythia-2.8B shape ({record.protocol['dtype']}, {record.protocol['cap']:,} slots, evicting at every token),"
@@ -202,7 +198,7 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-policies")
 def policies_table(records: Sequence[BenchRecord]) -> str:
     """TPOT of two policies that took turns."""
-    found = [pair for pair in pairs(select(records, streams=1))]
+    found = pairs(select(records, streams=1))
     latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
     used = [record for pair in latest.values() for record in pair]
     return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else NONE_YET
@@ -217,14 +213,19 @@ def shapes_table(records: Sequence[BenchRecord]) -> str:
     return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
 
 
+def _fastest(records: Sequence[BenchRecord], along: str, *, cap: int | None = None, streams: int | None = None) -> list:
+    """Runs of the fastest rung, strict, Pythia-2.8B shape, float16, by what `along` of the protocol; none if one."""
+    rung = fastest_rung(records)
+    chosen = select(records, model=LADDER_SHAPE, policy="strict", rung=rung, dtype="float16", short=True)
+    chosen = select(chosen, cap=cap, streams=streams)
+    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol[along])
+    return found if len(found) > 1 else []
+
+
 @BENCH_TABLES.register("bench-caps")
 def caps_table(records: Sequence[BenchRecord]) -> str:
-    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape, float16."""
-    fastest = fastest_rung(records)
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", streams=1, rung=fastest, dtype="float16", short=True)
-    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["cap"])
-    if len(found) < 2:
-        return NONE_YET
+    """TPOT against the cap: the fastest rung, strict, Pythia-2.8B shape, float16, one stream."""
+    found = _fastest(records, "cap", streams=1)
     kv: Column = ("KV (GB)", lambda r: f"{r.floor['kv_bytes'] / 1e9:.3f}")
     return _document_table(found, [CAP, kv, *SPEED, *FLOOR], "\n".join(slope_lines(found)))
 
@@ -232,13 +233,8 @@ def caps_table(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-streams")
 def streams_table(records: Sequence[BenchRecord]) -> str:
     """Streams stepped together, Pythia-2.8B shape, float16, strict, 2,052 slots; the weights are read once."""
-    fastest = fastest_rung(records)
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", cap=2052, rung=fastest, dtype="float16", short=True)
-    found = sorted(together(comparable(chosen)), key=lambda r: r.protocol["streams"])
-    if len(found) < 2:
-        return NONE_YET
     rate: Column = ("tokens/s, all streams", lambda r: f"{r.steady['tokens_per_sec']:,.0f}")
-    return _document_table(found, [STREAMS, rate, *SPEED, *FLOOR])
+    return _document_table(_fastest(records, "streams", cap=2052), [STREAMS, rate, *SPEED, *FLOOR])
 
 
 @BENCH_TABLES.register("bench-long")
@@ -248,17 +244,13 @@ def long_run_table(records: Sequence[BenchRecord]) -> str:
     if not long:
         return NONE_YET
     record = max(long, key=lambda r: (r.steady["tokens"], r.created))
-    rows = [
-        [
-            f"{block['first_token'] + block['tokens']:,}",
-            f"{block['tpot_ms']:.4f}",
-            f"{block['memory_mb']:,.1f}",
-            EMPTY if block["mean_nll"] is None else f"{block['mean_nll']:.4f}",
-            EMPTY if block["not_finite"] is None else f"{block['not_finite']}",
-        ]
-        for block in record.blocks
+    columns: list[Column] = [
+        ("steady tokens", lambda block: f"{block['first_token'] + block['tokens']:,}"),
+        ("TPOT (ms)", lambda block: f"{block['tpot_ms']:.4f}"),
+        ("memory held (MB)", lambda block: f"{block['memory_mb']:,.1f}"),
+        ("mean NLL (nats)", lambda block: EMPTY if block["mean_nll"] is None else f"{block['mean_nll']:.4f}"),
+        ("not finite", lambda block: EMPTY if block["not_finite"] is None else f"{block['not_finite']}"),
     ]
-    header = ["steady tokens", "TPOT (ms)", "memory held (MB)", "mean NLL (nats)", "not finite"]
     fed = "greedy" if record.protocol["feed"] == "greedy" else f"{record.protocol['text']}, repeated"
     named = f"{SHAPE[1](record)}, {RUNG[1](record)}, {record.policy['label']}, cap {CAP[1](record)}, {fed}"
-    return f"{named}. {_origin([record])}\n\n{Table(header, rows, left=0).markdown()}"
+    return f"{named}. {_origin([record])}\n\n{Table.of(record.blocks, columns, left=0).markdown()}"

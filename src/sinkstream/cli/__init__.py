@@ -9,49 +9,25 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from sinkstream import __version__
 from sinkstream.records.files import WriteError
-from sinkstream.registry import Registry
 
-#: Name of every command -> the module of this folder that has its class, and what the command does.
-#: A module is imported when its command is used: importing torch takes seconds, and only one command is needed.
-COMMAND_TABLE: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "Compare all kinds of policy on a small real model, offline, in three minutes"),
-    "eval": ("eval", "Stream a text through a model under one or several policies and record quality and speed"),
-    "bench": ("bench", "Time the rungs of decoding against the bytes that a step must read"),
-    "diagnose": (
-        "diagnose",
-        "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
-    ),
-    "recall": ("recall", "Measure what each policy recalls of a passage, by how far back it was seen"),
+#: Name of every command -> what the command does. The module of the same name in this folder has its `add_arguments`
+#: and `run`. A module is imported when its command is used: importing torch takes seconds.
+COMMANDS = {
+    "demo": "Compare all kinds of policy on a small real model, offline, in three minutes",
+    "eval": "Stream a text through a model under one or several policies and record quality and speed",
+    "bench": "Time the rungs of decoding against the bytes that a step must read",
+    "diagnose": "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
+    "recall": "Measure what each policy recalls of a passage, by how far back it was seen",
     "cliff": (
-        "cliff",
-        "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions",
+        "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions"
     ),
-    "env": ("env", "Print versions and hardware, for bug reports"),
-    "report": (
-        "report",
-        "Compute the headline figures from the records and write the generated tables of the documents",
-    ),
+    "env": "Print versions and hardware, for bug reports",
+    "report": "Compute the headline figures from the records and write the generated tables of the documents",
 }
-
-
-class Command(Protocol):
-    """A command: its options, and what it does."""
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of the command."""
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Run the command; returns the exit code."""
-        ...
-
-
-COMMANDS: Registry[type[Command]] = Registry("command")  # the classes of the commands whose modules have been imported
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -83,11 +59,9 @@ class CommandParser(Parser):
     def load(self) -> "CommandParser":
         """Import the command and add its options, once; returns itself."""
         if self.get_default("run") is None:
-            import_module(f"{__name__}.{COMMAND_TABLE[self.command][0]}")
-            command = COMMANDS[self.command]
-            self.description = command.__doc__
-            command.add_arguments(self)
-            self.set_defaults(run=command.run)
+            module = import_module(f"{__name__}.{self.command}")
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
         return self
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -104,11 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sinkstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for name, (_, summary) in COMMAND_TABLE.items():
+    for name, summary in COMMANDS.items():
         commands.add_parser(
             name,
             command=name,
             help=summary,
+            description=f"{summary}.",
             allow_abbrev=False,
             usage=f"sinkstream {name} [options]",
             formatter_class=HelpFormatter,

@@ -13,15 +13,7 @@ from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
-from sinkstream.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED
-from sinkstream.cli.eval import request
-from sinkstream.cli.options import (
-    add_model_options,
-    add_policy_options,
-    names_of,
-    shared_options,
-    whole_numbers,
-)
+from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, options
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.engine import STEPS
@@ -44,96 +36,88 @@ from sinkstream.models import (
     source_name,
 )
 from sinkstream.models.shapes import PREFIX
-from sinkstream.records.records import new_record_id
+from sinkstream.records.plain import new_record_id
+from sinkstream.show.progress import say
 
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"
 LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 
 
-@COMMANDS.register("bench")
-class Bench:
-    """Time the rungs of decoding against the bytes that a step must read."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    options.add_model_options(parser)
+    options.add_policy_options(parser, caps=options.numbers(int))
+    parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--shape",
+        type=options.names_of(SHAPES, "shape"),
+        help=f"random weights in published shapes A,B; short for --model random:SHAPE (default: {SHAPE})",
+    )
+    listed = "\n".join(f"- {name}: {BACKENDS.summary(name)}" for name in BACKENDS).replace("%", "%%")
+    group.add_argument(
+        "--backend",
+        type=options.names_of(BACKENDS, "rung"),
+        metavar="RUNG[,RUNG…]",
+        help=f"what is timed (default: the engine's fastest rung on a GPU, its first on a CPU):\n{listed}\n",
+    )
+    group.add_argument("--ladder", action="store_true", help="time every rung; say which refuse, and why")
+    group.add_argument("--tokens", type=int, default=STEADY_TOKENS, help="steady tokens of each configuration")
+    group.add_argument("--warmup", type=int, default=WARMUP_TOKENS, help="tokens decoded before them")
+    group.add_argument("--seconds", type=float, help="time limit of the steady tokens of one configuration")
+    group.add_argument(
+        "--streams", type=options.numbers(int), default="1", help="streams stepped together, as in 1,2,4,8"
+    )
+    group.add_argument(
+        "--text",
+        help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
+    )
+    group.add_argument(
+        "--prefill",
+        type=options.numbers(int),
+        help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
+    )
+    group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
+    group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
+    group.add_argument(
+        "--resume", action="store_true", help="take records from --out, and go on with interrupted long runs"
+    )
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of this command."""
-        add_model_options(parser)
-        add_policy_options(parser, caps=whole_numbers)
-        parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
-        group = parser.add_argument_group("benchmark")
-        group.add_argument(
-            "--shape",
-            type=names_of(SHAPES, "shape"),
-            help=f"random weights in published shapes A,B; short for --model random:SHAPE (default: {SHAPE})",
-        )
-        listed = "\n".join(f"- {name}: {BACKENDS.summary(name)}" for name in BACKENDS).replace("%", "%%")
-        group.add_argument(
-            "--backend",
-            type=names_of(BACKENDS, "rung"),
-            metavar="RUNG[,RUNG…]",
-            help=f"what is timed (default: the engine's fastest rung on a GPU, its first on a CPU):\n{listed}\n",
-        )
-        group.add_argument("--ladder", action="store_true", help="time every rung; say which refuse, and why")
-        group.add_argument("--tokens", type=int, default=STEADY_TOKENS, help="steady tokens of each configuration")
-        group.add_argument("--warmup", type=int, default=WARMUP_TOKENS, help="tokens decoded before them")
-        group.add_argument("--seconds", type=float, help="time limit of the steady tokens of one configuration")
-        group.add_argument("--streams", type=whole_numbers, default="1", help="streams stepped together, as in 1,2,4,8")
-        group.add_argument(
-            "--text",
-            help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
-        )
-        group.add_argument(
-            "--prefill",
-            type=whole_numbers,
-            help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
-        )
-        group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
-        group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
-        group.add_argument(
-            "--resume", action="store_true", help="take records from --out, and go on with interrupted long runs"
-        )
 
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Measure the ceiling, then every model; print the tables, write the records."""
-        models, protocol = _checked(args)
-        if args.prefill:
-            return _time_prompts(args, models)
-        console = wide_console()
-        device = resolve_device(args.device)
-        set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-        dtype = resolve_dtype(args.dtype, device)
-        rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
-        for rung in () if args.ladder else rungs:
-            BACKENDS[rung].check_device(device)
-        least = min(args.cap) * (min(args.streams) + 1) if args.ladder else _most_slots(args)
-        for model in models:
-            check_fits(model, dtype, device, least)
-        check_writable(args.out)
-        ceiling = memory_bandwidth(device)
-        console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
-        name, outcomes = new_record_id("bench"), []
-        for model in models:
-            load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
-            loaded, seconds = timed(load, attn_implementation=args.attention, device=device)
-            session = BenchSession(
-                loaded,
-                _text(args, loaded),
-                protocol,
-                ceiling,
-                seconds,
-                request(args),
-                name,
-                lenient=args.ladder,
-            )
-            outcomes.append(session.run(_groups(args, loaded, rungs), console))
-            show_outcome(outcomes[-1], console, loaded.name)
-            del loaded, session
-            if outcomes[-1].interrupted:
-                break
-        console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
-        return _exit_code(outcomes)
+def run(args: argparse.Namespace) -> int:
+    """Measure the ceiling, then every model; print the tables, write the records."""
+    models, protocol = _checked(args)
+    if args.prefill:
+        return _time_prompts(args, models)
+    console = wide_console()
+    device = resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    dtype = resolve_dtype(args.dtype, device)
+    rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
+    for rung in () if args.ladder else rungs:
+        BACKENDS[rung].check_device(device)
+    slots = min(args.cap) * (min(args.streams) + 1) if args.ladder else _largest_turn(args)
+    for model in models:
+        check_fits(model, dtype, device, slots)
+    check_writable(args.out)
+    ceiling = memory_bandwidth(device)
+    say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
+    name, outcomes = new_record_id("bench"), []
+    for model in models:
+        load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
+        loaded, seconds = timed(load, attn_implementation=args.attention, device=device)
+        text = _text(args, loaded)
+        session = BenchSession(
+            loaded, text, protocol, ceiling, seconds, options.request(args), name, lenient=args.ladder
+        )
+        outcomes.append(session.run(_groups(args, loaded, rungs), console))
+        show_outcome(outcomes[-1], console, loaded.name)
+        del loaded, session
+        if outcomes[-1].interrupted:
+            break
+    say(console, f"records: {args.out}")
+    return _exit_code(outcomes)
 
 
 def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
@@ -144,19 +128,19 @@ def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
     backend = (args.backend or [default_rung(device)])[0]
     BACKENDS[backend].check_device(device)
     for model in models:
-        check_fits(model, dtype, device, _most_slots(args) + max(args.prefill))
+        check_fits(model, dtype, device, _largest_turn(args) + max(args.prefill))
     check_writable(args.out)
     ceiling, name = matmul_rate(device, dtype), new_record_id("bench")
-    console.print(f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}", markup=False, highlight=False)
+    say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
     for model in models:
         loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        session = PromptSession(loaded, _text(args, loaded), args.prefill, backend, ceiling, request(args), name)
-        runs = [run for cap in args.cap for run in _policies(args, cap, untrained=loaded.source == "random")]
-        records = session.run(runs, console)
+        text, request = _text(args, loaded), options.request(args)
+        session = PromptSession(loaded, text, args.prefill, backend, ceiling, request, name)
+        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
         console.print(prompt_table(records, f"{loaded.name}: prompts"))
         console.print(append_table(records, f"{loaded.name}: a turn on a full stream"))
         del loaded, session
-    console.print(f"records: {args.out}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"records: {args.out}")
     return 0
 
 
@@ -168,14 +152,14 @@ def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
             if table is not None:
                 console.print(table)
         for line in slope_lines(outcome.records):
-            console.print(line, markup=False, highlight=False)
+            say(console, line)
     for record in outcome.records:
         if record.status != "complete":
-            told = f"{record.rung['name']} {record.policy['label']}: {record.status}: {record.status_reason}"
-            console.print(told, style="bold red", markup=False, highlight=False)
+            message = f"{record.rung['name']} {record.policy['label']}: {record.status}: {record.status_reason}"
+            say(console, message, "bold red")
     for word, style, entries in (("refused", "yellow", outcome.refused), ("failed", "bold red", outcome.failed)):
         for what, why in entries:
-            console.print(f"{what}: {word}: {why}", style=style, markup=False, highlight=False)
+            say(console, f"{what}: {word}: {why}", style)
 
 
 def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int) -> None:
@@ -185,7 +169,7 @@ def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int)
     """
     if source_name(model) != "random":
         return
-    weights, cached = (numbers * dtype.itemsize for numbers in shape_sizes(model.removeprefix(PREFIX)))
+    weights, cached = (count * dtype.itemsize for count in shape_sizes(model.removeprefix(PREFIX)))
     free = free_bytes(device)
     if weights + slots * cached > free:
         raise ValueError(
@@ -199,7 +183,9 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
     """The models and the protocol, once everything that needs no model is found to be right."""
     if args.shape and args.model:
         raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
-    if args.prefill and (min(args.prefill) < 1 or args.ladder or args.profile or args.streams != [1]):
+    if args.prefill is not None and (
+        min(args.prefill, default=0) < 1 or args.ladder or args.profile or args.streams != [1]
+    ):
         raise ValueError(
             f"--prefill {args.prefill} times prompts of one stream; accepted: whole numbers of at least 1, without"
             " --ladder, --profile and --streams"
@@ -220,10 +206,10 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
             f"policy {baseline!r} is a baseline, which has a rung of its own; accepted: an eviction policy, or"
             " --backend hf-full, hf-recompute-sdpa or hf-recompute-eager"
         )
-    if min(args.streams) < 1 or min(args.cap) < 1:
+    if min(args.streams, default=0) < 1 or min(args.cap, default=0) < 1:
         raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
     for cap in args.cap:
-        _policies(args, cap)
+        options.policy_settings(args, cap=cap)
     forced = args.text is not None
     return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
 
@@ -233,37 +219,27 @@ def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> 
     groups = []
     for name in sorted(set(rungs), key=BACKENDS.names().index):
         for cap in args.cap:
-            runs = rung_runs(name, _policies(args, cap, untrained=loaded.source == "random"))
+            runs = rung_runs(name, _policies(args, cap, loaded))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
 
 
-def _most_slots(args: argparse.Namespace) -> int:
+def _policies(args: argparse.Namespace, cap: int, loaded: LoadedModel) -> list[RunSettings]:
+    """Every ``--policy`` at one cap; random weights were trained on no positions at all."""
+    untrained = args.allow_untrained_positions or loaded.source == "random"
+    return options.policy_settings(args, cap=cap, allow_untrained_positions=untrained)
+
+
+def _largest_turn(args: argparse.Namespace) -> int:
     """Cached tokens of the largest turn: all its policies and streams, and the prompt's copy of one stream."""
     return max(args.cap) * (max(args.streams) + 1) * len(args.policy)
-
-
-def _policies(args: argparse.Namespace, cap: int, *, untrained: bool = False) -> list[RunSettings]:
-    """Every ``--policy`` at one cap; random weights were trained on no positions at all. ValueError if one is wrong."""
-    return [
-        RunSettings(
-            method,
-            cap=cap,
-            options=shared_options(args, method) | options,
-            cap_accounting=args.cap_accounting,
-            positions=args.positions,
-            allow_untrained_positions=args.allow_untrained_positions or untrained,
-        )
-        for method, options in args.policy
-    ]
 
 
 def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:
     """What is fed: a text, or random ids for prompts."""
     if args.text is None or args.text == "random":
         return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
-    text = load_text(args.text)
-    return tokenize(text, loaded.tokenizer)
+    return tokenize(load_text(args.text), loaded.tokenizer)
 
 
 def _exit_code(outcomes: list[Outcome]) -> int:

@@ -2,22 +2,16 @@
 
 import argparse
 
-from sinkstream.cli import COMMANDS
 from sinkstream.measure.environment import environment, format_environment
 from sinkstream.models import resolve_device
 
 
-@COMMANDS.register("env")
-class Env:
-    """Print versions and hardware, for bug reports."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of this command."""
-        parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
 
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Print the environment."""
-        print(format_environment(environment(resolve_device(args.device))))
-        return 0
+def run(args: argparse.Namespace) -> int:
+    """Print the environment."""
+    print(format_environment(environment(resolve_device(args.device))))
+    return 0

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.cache import POSITIONS
+from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, FIXED, RunSettings, method_names, method_summary
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
@@ -13,6 +15,7 @@ from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
 
+RANDOM_TEXT = "random"
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -57,28 +60,21 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
 
-def shared_options(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """The policy options that were given, for one of the methods of ``--policy``.
+def policy_settings(args: argparse.Namespace, **protocol: Any) -> list[RunSettings]:
+    """Settings of every ``--policy``; `protocol` is passed to `RunSettings`. Raises ValueError if one is wrong.
 
-    With several methods, an option that defines a method (``compress_every`` of strict) is not passed to that method.
+    With several methods, an option that defines a method (``compress_every`` of strict) is not passed to that method,
+    one of policies not to a baseline, and ``sample_every`` to recompute only.
     """
-    shared = policy_options(args)
-    if len(args.policy) > 1:
-        shared = {} if method in BASELINES else {k: v for k, v in shared.items() if k not in FIXED.get(method, ())}
-    return shared
-
-
-def run_settings(args: argparse.Namespace, method: str, options: dict[str, Any], **protocol: Any) -> RunSettings:
-    """Settings of one of the given policies; `options` are the policy's own, `protocol` is passed to `RunSettings`."""
-    return RunSettings(
-        method,
-        cap=args.cap,
-        options=shared_options(args, method) | options,
-        cap_accounting=args.cap_accounting,
-        positions=args.positions,
-        allow_untrained_positions=args.allow_untrained_positions,
-        **protocol,
-    )
+    shared, several, settings = policy_options(args), len(args.policy) > 1, []
+    names = ("cap", "cap_accounting", "positions", "allow_untrained_positions")
+    common = {name: getattr(args, name) for name in names} | protocol
+    for method, options in args.policy:
+        fixed = shared if method in BASELINES else FIXED.get(method, ())
+        passed = {name: value for name, value in shared.items() if not (several and name in fixed)}
+        sampled = {"sample_every": 1} if several and method != "recompute" else {}
+        settings.append(RunSettings(method, options=passed | options, **(common | sampled)))
+    return settings
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -139,14 +135,24 @@ def load_given_model(args: argparse.Namespace) -> LoadedModel:
     )
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Parse ``512,2052``."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not accepted; accepted: whole numbers, as in 512 or 512,2052"
-        ) from None
+def load_model_and_text(args: argparse.Namespace, *, random: bool = False) -> tuple[LoadedModel, TokenStream]:
+    """The given model, and the given text in its tokens; with `random`, random tokens are accepted as a text.
+
+    The text is read first: a wrong one costs no time then.
+    """
+    text = None if random and args.text == RANDOM_TEXT else load_text(args.text)
+    loaded = load_given_model(args)
+    if text is not None:
+        return loaded, tokenize(text, loaded.tokenizer, args.tokens)
+    if args.tokens is None:
+        raise ValueError("--text random has no length of its own; give --tokens N")
+    return loaded, random_tokens(loaded.model.config.vocab_size, args.tokens, args.seed)
+
+
+def request(args: argparse.Namespace) -> Request:
+    """What the command was asked for, with every argument, given or default."""
+    arguments = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
+    return Request(args.out, arguments, args.argv, getattr(args, "seed", 0), args.resume)
 
 
 def names_of(registry: Iterable[str], kind: str) -> Callable[[str], list[str]]:
@@ -160,11 +166,6 @@ def names_of(registry: Iterable[str], kind: str) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def all_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Every argument of a command, JSON-able, for its records."""
-    return {k: v for k, v in vars(args).items() if k not in ("run", "argv")}
 
 
 def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:

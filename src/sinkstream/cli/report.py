@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sinkstream.cli import COMMANDS, EXIT_FAILED
+from sinkstream.cli import EXIT_FAILED
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.report.docs import generated_names, update_document
@@ -13,40 +13,35 @@ from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import summary_is_current, write_summary
 
 
-@COMMANDS.register("report")
-class Report:
-    """Compute the headline figures from the records and write the generated tables of the documents."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
+    parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files with generated tables")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of this command."""
-        parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
-        parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files with generated tables")
-        parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
 
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Write (or check) summary and tables."""
-        console, pairs = Console(), Pairs.beside(args.results)
+def run(args: argparse.Namespace) -> int:
+    """Write (or check) summary and tables."""
+    console, pairs = Console(), Pairs.load(args.results)
+    if not args.check:
+        summary = write_summary(args.results, pairs)
+        console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
+        for key, why in summary.missing.items():
+            console.print(f"  {key} is missing: {why}")
+    stale, tables = [], render_tables(args.results, pairs)
+    for path in args.docs:
+        sections = {name: _table(tables, name, path) for name in generated_names(path)}
+        stale += [f"{path}: {name}" for name in update_document(path, sections, check=args.check)]
+    if args.check and not summary_is_current(args.results, pairs):
+        stale.append(f"{args.results}: summary.json")
+    path = args.results / PAIRS_FILE
+    if pairs.used and not (path.is_file() and path.read_text(encoding="utf-8") == pairs.text()):
+        stale.append(str(path))
         if not args.check:
-            summary = write_summary(args.results, pairs)
-            console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
-            for key, why in summary.missing.items():
-                console.print(f"  {key} is missing: {why}")
-        stale, tables = [], render_tables(args.results, pairs)
-        for path in args.docs:
-            mine = {name: _table(tables, name, path) for name in generated_names(path)}
-            stale += [f"{path}: {name}" for name in update_document(path, mine, check=args.check)]
-        if args.check and not summary_is_current(args.results, pairs):
-            stale.append(f"{args.results}: summary.json")
-        path = args.results / PAIRS_FILE
-        if pairs.used and not (path.is_file() and path.read_text(encoding="utf-8") == pairs.text()):
-            stale.append(str(path))
-            if not args.check:
-                write_atomically(path, pairs.text())
-        for name in stale:
-            console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
-        return EXIT_FAILED if args.check and stale else 0
+            write_atomically(path, pairs.text())
+    for name in stale:
+        console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
+    return EXIT_FAILED if args.check and stale else 0
 
 
 def _table(tables: dict[str, str], name: str, path: Path) -> str:

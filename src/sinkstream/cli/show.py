@@ -1,18 +1,22 @@
 """Showing a batch of records: the table, and the picture beside the records."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
+from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from sinkstream.records.records import Record
-from sinkstream.show.comparison import comparison_rows, comparison_table
+from sinkstream.show.comparison import comparison_table
 from sinkstream.show.plots import memory_and_quality
+from sinkstream.show.progress import say
+from sinkstream.show.table import Table
 from sinkstream.studies.recall.record import RecallRecord
 
 PIPE_WIDTH = 170
 PICTURE = "nll.png"
+AnyRun = TypeVar("AnyRun", Record, RecallRecord)
 
 
 def wide_console() -> Console:
@@ -21,34 +25,51 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
-def show_records(records: list[Record], console: Console, title: str) -> None:
-    """Print the comparison table of all records that scored something; the first one is the control."""
+def show_runs(records: Sequence[Record], console: Console, out: Path, title: str) -> int:
+    """Show runs beside the first of them, the control; returns the exit code."""
     scored = [r for r in records if r.summary["scored_tokens"]]
-    if scored:
-        console.print(comparison_table(comparison_rows(scored), title))
-    show_unfinished(records, console)
+    return show_batch(records, scored, console, out, title, comparison_table, memory_and_quality, PICTURE)
 
 
-def show_unfinished(records: Sequence[Record | RecallRecord], console: Console) -> None:
-    """Say of every record that is not complete why."""
+def show_batch(
+    records: Sequence[AnyRun],
+    measured: Sequence[AnyRun],
+    console: Console,
+    out: Path,
+    title: str,
+    table: Callable[..., Table],
+    draw: Callable[..., Path],
+    picture: str,
+) -> int:
+    """Print the table of a batch of runs, draw its picture, and say where everything is; returns the exit code.
+
+    Parameters
+    ----------
+    measured : sequence of records
+        Those that have something to show; table and picture are of these.
+    out : Path
+        Folder of the records; the picture lies beside them.
+    table, draw : callable
+        Called with the records and ``title=``, `draw` also with the path of the picture.
+
+    Of every run that is not complete the reason is printed. The code is that of the last run, as `exit_code` gives it.
+    """
+    if measured:
+        console.print(table(measured, title=title))
     for record in records:
         if record.status != "complete":
-            told = f"{record.policy['label']}: {record.status}: {record.status_reason}"
-            console.print(told, style="bold red", markup=False, highlight=False)
-
-
-def draw_nll(records: list[Record], out: Path, console: Console, title: str) -> None:
-    """Draw memory and quality of all records that scored something, and say where records and picture are."""
-    scored = [r for r in records if r.summary["scored_tokens"]]
-    show_place(out, console, partial(memory_and_quality, scored, out / PICTURE, title=title) if scored else None)
-
-
-def show_place(out: Path, console: Console, draw: Callable[[], Path] | None) -> None:
-    """Draw the picture, if there is anything to draw, and say where records and picture are."""
-    told = f"records: {out}"
-    if draw:
+            say(console, f"{record.policy['label']}: {record.status}: {record.status_reason}", "bold red")
+    message = f"records: {out}"
+    if measured:
         try:
-            told += f", picture: {draw()}"
+            message += f", picture: {draw(measured, out / picture, title=title)}"
         except ImportError as error:
-            told += f"; no picture: {error}"
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+            message += f"; no picture: {error}"
+    say(console, message)
+    return exit_code(records)
+
+
+def exit_code(records: Sequence[Record] | Sequence[RecallRecord]) -> int:
+    """0 if every run is complete, 130 after an interrupt, 1 after a failure."""
+    codes = {"complete": 0, "partial": EXIT_INTERRUPTED, "failed": EXIT_FAILED}
+    return codes[records[-1].status]

@@ -7,20 +7,14 @@ from sinkstream.data.text import TEXTS, Text
 
 
 def load_text(spec: str) -> Text:
-    """Return the text that `spec` names.
+    """The text of a name in `TEXTS`, or of a file.
 
-    Parameters
-    ----------
-    spec : str
-        A name in `TEXTS`, a file or a directory. A file in UTF-8 is a text; a `.json` file (an object, or a list of
-        objects or strings) and the lines of a `.jsonl` file (objects or strings) give their "text", or the field of
-        ``FILE:FIELD``, joined by empty lines. Of a directory: all its files, sorted by path, joined likewise.
+    A file in UTF-8 is a text; a `.json` file (an object, or a list of objects or strings) and the lines of a `.jsonl`
+    file (objects or strings) give their "text", or the field of ``FILE:FIELD``, joined by empty lines. Of a directory:
+    all its files, sorted by path, joined likewise.
 
-    Raises
-    ------
-    ValueError
-        For an unknown name or field, a file that is missing, empty, binary or of another form, and for a text that
-        cannot be had from the hub.
+    Raises ValueError for an unknown name or field, a file that is missing, empty, binary or of another form, and for a
+    text that cannot be had from the hub.
     """
     if spec in TEXTS:
         return TEXTS[spec]()

@@ -9,26 +9,13 @@ from sinkstream.registry import Registry
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from.
+    """A text and where it came from."""
 
-    Attributes
-    ----------
-    name : str
-        For people and tables; never a path of this machine.
-    text : str
-    sha256 : str
-        Hex, over the text in UTF-8.
-    source : str
-        Where it came from, in words.
-    default_tokens : int or None
-        Tokens of it that a run takes unless told otherwise; None takes all.
-    """
-
-    name: str
+    name: str  # for people and tables; never a path of this machine
     text: str
-    sha256: str
-    source: str
-    default_tokens: int | None
+    sha256: str  # hex, over the text in UTF-8
+    source: str  # where it came from, in words
+    default_tokens: int | None  # tokens of it that a run takes unless told otherwise; None takes all
 
     @classmethod
     def of(cls, text: str, *, name: str, source: str, default_tokens: int | None = None) -> "Text":

@@ -14,25 +14,14 @@ SPARE_TOKENS = 64
 
 @dataclass(frozen=True, eq=False)
 class TokenStream:
-    """Token ids and where they came from.
+    """Token ids and where they came from."""
 
-    Attributes
-    ----------
-    ids : torch.Tensor
-        (tokens,), int64, on the CPU.
-    sha256 : str
-        Hex, over the ids as little-endian int64.
-    name, source : str
-        Those of the text; of random ids: "random" and how they were drawn.
-    text_sha256 : str or None
-        Hash of the text; None for random ids.
-    """
-
-    ids: torch.Tensor
-    sha256: str
+    ids: torch.Tensor  # (tokens,), int64, on the CPU
+    sha256: str  # hex, over the ids as little-endian int64
+    # name, source: those of the text; of random ids: "random" and how they were drawn
     name: str
     source: str
-    text_sha256: str | None
+    text_sha256: str | None  # hash of the text; None for random ids
 
     @classmethod
     def of(cls, ids: list[int] | torch.Tensor, *, name: str, source: str, text_sha256: str | None) -> "TokenStream":
@@ -56,19 +45,11 @@ class TokenStream:
 
 
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int | None = None) -> TokenStream:
-    """Return the first token ids of `text`, special tokens as the tokenizer itself adds them.
+    """The first token ids of a text, special tokens as the tokenizer itself adds them.
 
-    Parameters
-    ----------
-    text : Text
-    tokenizer : PreTrainedTokenizerBase
-    tokens : int, optional
-        How many; without it the text's `default_tokens`, and all if that is None.
+    Without `tokens` there are as many as the text's `default_tokens`; all, if that is None.
 
-    Raises
-    ------
-    ValueError
-        If the text has fewer tokens, if `tokens` is below 1, and without a tokenizer.
+    Raises ValueError if the text has fewer tokens, if `tokens` is below 1, or without a tokenizer.
     """
     if tokenizer is None:
         raise ValueError(f"text {text.name!r} cannot be tokenized: this model has no tokenizer (use random tokens)")

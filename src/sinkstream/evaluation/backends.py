@@ -18,28 +18,14 @@ BACKENDS: Registry[type["Backend"]] = Registry("backend")
 
 
 class Backend(ABC):
-    """One way of decoding, for one model, one run's settings and a number of streams.
+    """One way of decoding, for one model, one run's settings and a number of streams."""
 
-    Attributes
-    ----------
-    baseline : str or None
-        The only method that the backend runs; None: eviction policies (and, with "hf", every method).
-    attention : str or None
-        Implementation in transformers, where the backend sets it.
-    grows : bool
-        Whether the cache grows with every token, so that a run must end.
-    needs_gpu, takes_streams : bool
-        Whether the backend compiles or captures for a GPU, and whether it steps several streams together.
-    evaluates : bool
-        Whether it is a choice of the evaluation; all backends are choices of the benchmark.
-    """
-
-    baseline: ClassVar[str | None] = None
-    attention: ClassVar[str | None] = None
-    grows: ClassVar[bool] = False
-    needs_gpu: ClassVar[bool] = False
-    takes_streams: ClassVar[bool] = False
-    evaluates: ClassVar[bool] = False
+    baseline: ClassVar[str | None] = None  # the only method that runs; None: eviction policies, with "hf" every method
+    attention: ClassVar[str | None] = None  # implementation in transformers, where the backend sets it
+    grows: ClassVar[bool] = False  # the cache grows with every token, so that a run must end
+    needs_gpu: ClassVar[bool] = False  # compiles, or captures graphs, for a GPU
+    takes_streams: ClassVar[bool] = False  # steps several streams together
+    evaluates: ClassVar[bool] = False  # a choice of the evaluation; the benchmark has all backends
 
     def __init__(self, loaded: LoadedModel, settings: RunSettings, streams: int = 1):
         self.loaded, self.settings, self.streams = loaded, settings, streams

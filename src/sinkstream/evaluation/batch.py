@@ -9,32 +9,24 @@ from typing import Any
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import build_record, find_complete, run_identity, save_record
+from sinkstream.evaluation.record import build_record, find_complete, run_identity
 from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import Record, load_record, load_records
+from sinkstream.records.records import Record, load_record, load_records, write_record
 
 Content = tuple[dict[str, Any], RunResult]  # of a record, and where its arrays are
 
 
 @dataclass
 class Batch:
-    """Several runs over one model and one text.
-
-    Attributes
-    ----------
-    request : Request
-        Where the records go, and what they say of the command.
-    interleave : bool
-        Run all settings in turn, token by token, instead of one after the other.
-    """
+    """Several runs over one model and one text."""
 
     loaded: LoadedModel
     stream: TokenStream
-    request: Request
-    interleave: bool = False
+    request: Request  # where the records go, and what they say of the command
+    interleave: bool = False  # run all settings in turn, token by token, instead of one after the other
 
     def run(
         self,
@@ -43,21 +35,10 @@ class Batch:
         row: Callable[[list[Record]], str] | None = None,
         enough: Callable[[list[Record]], bool] | None = None,
     ) -> list[Record]:
-        """Run all settings in order; an interrupted or failed run is recorded and ends the batch.
+        """Run all settings in order; an interrupted or failed run is recorded and ends the batch; see `Runner.run`.
 
-        Parameters
-        ----------
-        settings : list of RunSettings
-        console, row, enough
-            As in `Runner.run`.
-
-        Raises
-        ------
-        ValueError
-            If one of the settings, the model and the text do not fit together, or as `Runner.run`; nothing has run
-            then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if one of the settings, the model and the text do not fit together, or as `Runner.run`;
+        nothing has run then. Raises WriteError as `Runner.run`.
         """
         if self.interleave and self.request.resume:
             raise ValueError(
@@ -67,13 +48,7 @@ class Batch:
             check_run(self.loaded, len(self.stream), one)
         if self.interleave:
             common_prefill(settings, len(self.stream))
-        runner = Runner(
-            self.request,
-            _save,
-            load_record,
-            self.loaded.model.device,
-            _perplexities,
-        )
+        runner = Runner(self.request, _save, load_record, self.loaded.model.device, _perplexities)
         return runner.run(self._jobs(settings), console, row, enough)
 
     def _jobs(self, settings: list[RunSettings]) -> list[Job[Record]]:
@@ -99,7 +74,8 @@ class Batch:
 
 
 def _save(content: Content, folder: Path) -> Path:
-    return save_record(*content, folder)
+    record, result = content
+    return write_record(record, result.arrays, folder)
 
 
 def _perplexities(records: list[Record]) -> list[str]:

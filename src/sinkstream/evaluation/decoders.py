@@ -1,4 +1,4 @@
-"""Decoders: a model under a method behind one interface, which the evaluation and the benchmark feed alike.
+"""Decoders: a model under a method, one interface for the evaluation and the benchmark.
 
 Every method, the baselines included, is driven by the same loops (`evaluation.run`, `bench.decoding`), so that a
 difference between two figures is a difference between two methods.
@@ -20,7 +20,7 @@ from sinkstream.policies import Step
 
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters but the input embedding; that one counts where it is the head as well."""
+    """Bytes of all parameters without the input embedding, unless it is tied to the head."""
     embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
     assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor), "a language model's are matrices"
     held: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
@@ -30,17 +30,10 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
 
 
 class Decoder(ABC):
-    """A model under a method, open and running. All ids are int64 on the device of the model.
+    """A model that decodes under a method. All ids are int64 on the device of the model.
 
-    `step` appends a token and waits for nothing: the loops that time tokens call it. `score` takes many tokens at once.
-
-    Attributes
-    ----------
-    top1 : Tensor or None, (tokens,), int64
-        The likeliest tokens in place of those that the latest `score` scored, if the decoder knows them.
+    `step` appends a token without a device synchronisation; the loops that time tokens call it.
     """
-
-    top1: torch.Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         self.model, self.settings = model, settings
@@ -62,48 +55,29 @@ class Decoder(ABC):
     def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
         """Append one token to every stream, (streams,), or what `choose` gave.
 
-        Returns
-        -------
-        Tensor, (streams, vocab)
-            Logits, which the next call may overwrite.
+        Returns logits (streams, vocab), which the next call may overwrite.
         """
 
     @abstractmethod
     def last_step(self) -> Step:
         """What the latest token did to the cache of the first stream."""
 
-    def chunk_sizes(self, tokens: int) -> Iterator[int]:
-        """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
-        size = self.settings.block_tokens
-        while tokens > 0:
-            yield min(size, tokens)
-            tokens -= size
-
-    @abstractmethod
-    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Feed tokens of one stream, (tokens,), and return the NLL of the token that follows each.
-
-        Returns
-        -------
-        Tensor, (tokens,), float32
-            NaN: not scored. A decoder may keep only the first of the tokens: then there are fewer figures (and `steps`)
-            than tokens.
-        """
-
-    @abstractmethod
-    def steps(self) -> Sequence[Step]:
-        """What happened to the cache at each token of the latest `score`."""
-
     def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
         """Leave the model as it was."""
 
 
 class ModuleDecoder(Decoder):
-    """The transformers module itself, one stream; what its cache is, subclasses say."""
+    """The transformers module itself, one stream, which also takes many tokens in one forward."""
+
+    top1: torch.Tensor | None = None  # (tokens,) int64: the tokens with the largest logits of the latest `score`
 
     @abstractmethod
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         """Forward new tokens; logits ``(tokens, vocab)``, or of the last token only ``(1, vocab)``."""
+
+    @abstractmethod
+    def steps(self) -> Sequence[Step]:
+        """What happened to the cache at each token of the latest `score`."""
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         fed = 0
@@ -119,7 +93,18 @@ class ModuleDecoder(Decoder):
     def last_step(self) -> Step:
         return self.steps()[-1]
 
+    def chunk_sizes(self, tokens: int) -> Iterator[int]:
+        """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
+        size = self.settings.block_tokens
+        while tokens > 0:
+            yield min(size, tokens)
+            tokens -= size
+
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Forward tokens (tokens,) and return the NLL of the token that follows each, (tokens,) float32; NaN: no score.
+
+        A decoder may keep only the first of the tokens: then there are fewer figures (and `steps`) than tokens.
+        """
         logits = self.feed(ids, last_only=False)
         self.top1 = logits.argmax(-1)
         return token_nll(logits, targets[: len(logits)])
@@ -184,19 +169,6 @@ class EngineDecoder(Decoder):
         assert step is not None, "every step of the decoder advances the first stream"
         return step
 
-    def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nll, top1, self._steps = [], [], []
-        for i in range(len(ids)):
-            logits = self.step(ids[i : i + 1])
-            nll.append(token_nll(logits, targets[i : i + 1]))
-            top1.append(logits.argmax(-1))
-            self._steps.append(self.last_step())
-        self.top1 = torch.cat(top1)
-        return torch.cat(nll)
-
-    def steps(self) -> Sequence[Step]:
-        return self._steps
-
     def close(self) -> None:
         self.engine.close()
 
@@ -250,7 +222,7 @@ class RecomputeDecoder(ModuleDecoder):
             self.model.set_attn_implementation(self._attention_before)
 
     def skip(self, ids: torch.Tensor) -> None:
-        """Take in tokens without computing anything."""
+        """Append tokens without a forward."""
         self._remember(ids)
 
     def score(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The demo: every idea of the project on a small real model, in minutes, offline."""
+"""The demo: all kinds of policy on a small real model, in minutes, offline."""
 
 from dataclasses import replace
 
@@ -17,18 +17,8 @@ def demo_settings(
 ) -> list[RunSettings]:
     """The demo's runs, the control of the table first: the full cache where it fits, else strict.
 
-    Every run times its first tokens one by one and scores the others in blocks.
-
-    Parameters
-    ----------
-    cap : int
-        KV slots of every method.
-    sample_every : int
-        Recompute scores every k-th token only: it forwards the whole window for each.
-    tokens : int
-        Length of the text.
-    timed_tokens : int, optional
-        Tokens of each run that are timed; default: `TIMED_TOKENS`.
+    All methods have `cap` KV slots. Every run times its first `timed_tokens` (default: `TIMED_TOKENS`) one by one and
+    scores the others in blocks. Recompute, which forwards the whole window for each token, scores every k-th only.
     """
     timed = TIMED_TOKENS if timed_tokens is None else timed_tokens
 

@@ -1,15 +1,20 @@
-"""How long the demo will be: what it costs at the speed of the machine, and how much of it fits the time."""
+"""How long the demo will be: the measured speed of the machine, and the size of demo that fits the time."""
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.backends import open_decoder
+from sinkstream.evaluation.decoders import ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.demo import CAP, SAMPLE_EVERY, TOKENS, demo_settings
-from sinkstream.evaluation.demo_speed import BLOCK, SHORT, Speed
 from sinkstream.evaluation.record import run_identity
-from sinkstream.evaluation.settings import RunSettings
+from sinkstream.evaluation.settings import BLOCK_TOKENS, RunSettings
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.records.records import load_records
 
@@ -19,24 +24,61 @@ LEAST_CAPS = 4  # a text shorter than four caps says little about eviction
 ADAPTIVE_SHORT = 20  # tokens of one forward of the adaptive policy on average, a little less than was counted
 FULL_GROWTH = 1 / 7_000  # what attention of the full cache adds to a block, for every token of the text
 
+BLOCK = BLOCK_TOKENS["cpu"]
+SHORT = 32  # tokens of one forward of refresh, whose blocks end at its prunes
+STEPS, SHORTS, BLOCKS, WINDOWS = 8, 4, 2, 2  # pieces of each kind that are measured, after one step that is not
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Mean seconds of the pieces that a demo consists of."""
+
+    step: float  # one token by itself
+    # short, block: one forward of `SHORT` and of `BLOCK` tokens, scored
+    short: float
+    block: float
+    window: float  # one window of recompute
+
+
+def tokens_measured(cap: int) -> int:
+    """Tokens of the text that `measure_speed` takes."""
+    return cap + 1 + STEPS + SHORTS * SHORT + BLOCKS * BLOCK + 1
+
+
+@torch.inference_mode()
+def measure_speed(loaded: LoadedModel, ids: torch.Tensor, cap: int) -> Speed:
+    """Measure the pieces of a demo on the model itself, which takes a few seconds.
+
+    `ids` are at least `tokens_measured(cap)` token ids (tokens,) int64; `cap` is also the window of recompute.
+    """
+    device = loaded.model.device
+    ids = ids.to(device)
+    with closing(open_decoder(loaded, RunSettings("strict", cap, timed_tokens=STEPS))) as strict:
+        assert isinstance(strict, ModuleDecoder), "the backend hf runs the module of transformers"
+        strict.prefill(ids[:cap])
+        strict.step(ids[cap : cap + 1])
+        means, at = [], cap + 1
+        for size, times in ((1, STEPS), (SHORT, SHORTS), (BLOCK, BLOCKS)):
+            places = range(at, at + times * size, size)
+            pieces = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in places]
+            means.append(sum(timed(strict.score, *piece, device=device)[1] for piece in pieces) / times)
+            at += times * size
+    with closing(open_decoder(loaded, RunSettings("recompute", cap))) as recompute:
+        assert isinstance(recompute, RecomputeDecoder), "the method recompute has a decoder of its own"
+        recompute.skip(ids[:cap])
+        targets = slice(cap + 1, cap + WINDOWS + 1)
+        _, seconds = timed(recompute.score, ids[cap : cap + WINDOWS], ids[targets], device=device)
+    step, short, block = means
+    return Speed(step, short, block, seconds / WINDOWS)
+
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo runs.
+    """How much a demo runs."""
 
-    Attributes
-    ----------
-    tokens : int
-        Length of the text.
-    sample_every : int
-        Recompute scores every k-th token.
-    timed_tokens : int, optional
-        Tokens of each run that are decoded one by one; default: as in the whole demo.
-    """
-
-    tokens: int = TOKENS
-    sample_every: int = SAMPLE_EVERY
-    timed_tokens: int | None = None
+    tokens: int = TOKENS  # length of the text
+    sample_every: int = SAMPLE_EVERY  # recompute scores every k-th token
+    timed_tokens: int | None = None  # tokens of each run that are decoded one by one; default: as in the whole demo
 
     def settings(self, cap: int) -> list[RunSettings]:
         """The runs of a demo of this size."""
@@ -59,23 +101,12 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A size that was chosen for a time.
-
-    Attributes
-    ----------
-    size : Size
-    seconds : float
-        Time that there is for the runs.
-    expected : tuple of float
-        Seconds that each run is expected to take, in order.
-    whole_seconds : float
-        Seconds that the runs of the whole demo are expected to take.
-    """
+    """A size that was chosen for a time."""
 
     size: Size
-    seconds: float
-    expected: tuple[float, ...]
-    whole_seconds: float
+    seconds: float  # time that there is for the runs
+    expected: tuple[float, ...]  # seconds that each run is expected to take, in order
+    whole_seconds: float  # seconds that the runs of the whole demo are expected to take
 
     @property
     def fits(self) -> bool:
@@ -83,13 +114,7 @@ class Plan:
         return sum(self.expected) <= self.seconds
 
     def is_late(self, taken: Sequence[float]) -> bool:
-        """Whether the next run, as much slower than expected as those so far were, would end far after its time.
-
-        Parameters
-        ----------
-        taken : sequence of float
-            Seconds that the runs so far took.
-        """
+        """Whether the next run would end far after its time, at the pace of the runs so far (`taken`, in seconds)."""
         done = len(taken)
         if done == len(self.expected):
             return False
@@ -112,15 +137,8 @@ def expected_seconds(settings: Sequence[RunSettings], tokens: int, speed: Speed)
 def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | None = None) -> Plan:
     """The largest size of the ladder whose runs are expected to take at most `seconds`; the smallest if none does.
 
-    Parameters
-    ----------
-    speed : Speed
-    seconds : float
-        Time for the runs.
-    cap : int
-        KV slots. Sizes with fewer tokens than `LEAST_CAPS` caps are left out, except the whole demo.
-    sample_every : int, optional
-        In place of that of the ladder.
+    Sizes with fewer tokens than `LEAST_CAPS` caps are left out, except the whole demo. `sample_every` replaces that of
+    the ladder.
     """
     sizes = [size for size in LADDER if size.tokens >= LEAST_CAPS * cap or size == LADDER[-1]]
     if sample_every is not None:
@@ -133,22 +151,11 @@ def choose(speed: Speed, seconds: float, cap: int = CAP, sample_every: int | Non
 def size_of_records(
     out: Path, loaded: LoadedModel, streams: Callable[[int], TokenStream], cap: int, sample_every: int | None = None
 ) -> Size | None:
-    """The size of the newest demo in `out` that a demo of this cap can go on with, None without one.
+    """The size of the newest demo in the folder `out` that a demo of this cap can resume, None without one.
 
-    Parameters
-    ----------
-    out : Path
-        Folder of records; need not be there.
-    streams : callable
-        The text with a given number of tokens.
-    cap : int
-    sample_every : int, optional
-        In place of that of the records.
+    `streams` gives the text with a number of tokens; `sample_every` replaces that of the records.
 
-    Raises
-    ------
-    ValueError
-        If a record in `out` cannot be read.
+    Raises ValueError if a record in `out` cannot be read.
     """
     for record in reversed(load_records(out) if out.is_dir() else []):
         identity = record.arguments.get("identity")

@@ -1,15 +1,16 @@
-"""The decode loop of the evaluation: one text, one decoder, per-token arrays out."""
+"""Teacher forcing: one text through one decoder, per-token arrays out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from math import nan
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sinkstream.evaluation.backends import BACKENDS, open_decoder
-from sinkstream.evaluation.decoders import Decoder, RecomputeDecoder
+from sinkstream.evaluation.decoders import Decoder, ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise, token_nll
@@ -22,54 +23,38 @@ TIMES = ("prefill", "ttft", "total")
 UNKNOWN = -1  # in place of a token id
 
 
-@dataclass
-class TokenRows:
-    """Per-token figures of one run, one row a decode step.
+class Row(NamedTuple):
+    """Figures of one decode step, which appends the token before `token` and predicts that one."""
 
-    The row of step t holds the NLL of token t + 1 (its index in the text), the seconds of the step that predicted it,
-    what the cache did at that step, and the token that it found likeliest (-1: not known).
-    """
+    token: int  # index in the text of the token that is scored
+    nll: float  # nats; NaN: not scored
+    seconds: float  # of the step; NaN: not timed
+    step: Step  # what the step did to the cache
+    top1: int = UNKNOWN  # the token with the largest logit
 
-    rows: list[tuple[int, float, float, Step, int]] = field(default_factory=list)
 
-    def add(self, index: int, nll: float, seconds: float, step: Step, top1: int = UNKNOWN) -> None:
-        """Append one row, whole or not at all: Ctrl-C may come anywhere."""
-        self.rows.append((index, nll, seconds, step, top1))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The rows as the arrays of a run record."""
-        index, nll, seconds, steps, top1 = zip(*self.rows) if self.rows else ((), (), (), (), ())
-        return {
-            "index": np.array(index, dtype=np.int32),
-            "nll": np.array(nll, dtype=np.float32),
-            "seconds": np.array(seconds, dtype=np.float32),
-            "kv_length": np.array([s.visible for s in steps], dtype=np.int32),
-            "event": np.array([s.event for s in steps], dtype=bool),
-            "drop_size": np.array([s.drop for s in steps], dtype=np.int32),
-            "top1": np.array(top1, dtype=np.int32),
-        }
+def row_arrays(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The rows as the arrays (tokens,) of a run record."""
+    index, nll, seconds, steps, top1 = zip(*rows) if rows else ((), (), (), (), ())
+    return {
+        "index": np.array(index, dtype=np.int32),
+        "nll": np.array(nll, dtype=np.float32),
+        "seconds": np.array(seconds, dtype=np.float32),
+        "kv_length": np.array([s.visible for s in steps], dtype=np.int32),
+        "event": np.array([s.event for s in steps], dtype=bool),
+        "drop_size": np.array([s.drop for s in steps], dtype=np.int32),
+        "top1": np.array(top1, dtype=np.int32),
+    }
 
 
 @dataclass
 class RunResult:
-    """What a run gave, whole or cut short.
+    """The outcome of a run, complete or interrupted."""
 
-    Attributes
-    ----------
-    arrays : dict of ndarray
-        As `TokenRows.arrays`.
-    summary : dict
-        As `measure.metrics.summarise`.
-    status : {"complete", "partial", "failed"}
-    reason : str or None
-        Why the run is not complete.
-    prefill_tokens : int
-    """
-
-    arrays: dict[str, np.ndarray]
-    summary: dict[str, Any]
-    status: str
-    reason: str | None
+    arrays: dict[str, np.ndarray]  # as `row_arrays` gives them
+    summary: dict[str, Any]  # as `measure.metrics.summarise`
+    status: str  # {"complete", "partial", "failed"}
+    reason: str | None  # why the run is not complete
     prefill_tokens: int
 
 
@@ -78,21 +63,13 @@ class NonFiniteLogits(ArithmeticError):
 
 
 def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress: Progress | None = None) -> RunResult:
-    """Run the protocol once (or `settings.repeats` times) over a token stream.
+    """Run the protocol once (or `settings.repeats` times) over token ids (tokens,) int64.
 
     Ctrl-C, non-finite logits and exhausted GPU memory end the run but keep what was measured: see `RunResult.status`.
-    With repeats, quality is that of the first run and every time the median over the runs that came to their end.
+    With repeats, quality is that of the first run and every time is the median over the complete runs.
 
-    Parameters
-    ----------
-    ids : Tensor, (tokens,), int64
-    progress : callable or None
-        Called with (decoded tokens, of how many).
-
-    Raises
-    ------
-    ValueError
-        If settings, model and text do not fit together; nothing has run then.
+    `progress` is called with the number of decoded tokens and their total. Raises ValueError, before anything runs, if
+    settings, model and text do not fit together.
     """
     _check_length(loaded, settings, len(ids))
     device = loaded.model.device
@@ -100,20 +77,20 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     attempts = [Attempt(loaded, ids, settings) for _ in range(settings.repeats)]
     to_decode = attempts[0].last - attempts[0].first
 
-    def all_attempts() -> None:
+    def decode_all() -> None:
         for repeat, attempt in enumerate(attempts):
             if progress:
                 attempt.report = _shifted(progress, repeat * to_decode, settings.repeats * to_decode)
             _, attempt.times["total"] = timed(attempt.decode, device=device)
 
     with PeakMemory(device) as memory:
-        status, reason = _ended(all_attempts, attempts)
-    arrays = attempts[0].rows.arrays()
-    whole = [attempt.rows.arrays()["seconds"] for attempt in attempts if "total" in attempt.times]
-    if len(whole) > 1:
-        arrays["seconds"] = np.median(whole, axis=0).astype(np.float32)
-    medians = {name: _median([one.times[name] for one in attempts if name in one.times]) for name in TIMES}
-    prefill, ttft, total = (medians[name] for name in TIMES)
+        status, reason = _status_of(decode_all, attempts)
+    arrays = row_arrays(attempts[0].rows)
+    complete = [row_arrays(attempt.rows)["seconds"] for attempt in attempts if "total" in attempt.times]
+    if len(complete) > 1:
+        arrays["seconds"] = np.median(complete, axis=0).astype(np.float32)
+    times = {name: [attempt.times[name] for attempt in attempts if name in attempt.times] for name in TIMES}
+    prefill, ttft, total = (float(np.median(seconds)) if seconds else None for seconds in times.values())
     summary = summarise(arrays, prefill, ttft, total, memory, warmup_tokens=settings.warmup_tokens)
     return RunResult(arrays, summary, status, reason, attempts[0].first)
 
@@ -122,20 +99,12 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
 def run_interleaved(
     loaded: LoadedModel, ids: torch.Tensor, settings: list[RunSettings], progress: Progress | None = None
 ) -> list[RunResult]:
-    """Run several settings in turn at every token, so that a drift of the machine hits all of them alike.
+    """Run several settings in turn at every token, so that clock drift affects all of them alike.
 
-    The order rotates from token to token. Every token is decoded and timed by itself; peak memory, which is that of all
+    The order rotates from token to token. Every token is decoded and timed by itself. Peak memory, which is that of all
     runs together, is left out of the summaries. Ends as `run` does, all runs at the same token.
 
-    Parameters
-    ----------
-    settings : list of RunSettings
-        With ``evaluate="steps"``, no repeats and one prefill length.
-
-    Raises
-    ------
-    ValueError
-        If the settings cannot take turns, or do not fit model and text.
+    Raises ValueError if the settings cannot take turns (see `common_prefill`), or do not fit model and text.
     """
     first = common_prefill(settings, len(ids))
     for one in settings:
@@ -143,7 +112,7 @@ def run_interleaved(
     ids = ids.to(loaded.model.device)
     attempts = [Attempt(loaded, ids, one) for one in settings]
 
-    def all_in_turn() -> None:
+    def decode_in_turn() -> None:
         for attempt, decoder in zip(attempts, decoders):
             attempt.prefill(decoder)
         for t in range(first, len(ids) - 1):
@@ -155,11 +124,11 @@ def run_interleaved(
 
     with ExitStack() as stack:
         decoders = [stack.enter_context(closing(open_decoder(loaded, one))) for one in settings]
-        status, reason = _ended(all_in_turn, attempts[:1])
-    shortest = min(len(attempt.rows.rows) for attempt in attempts)
+        status, reason = _status_of(decode_in_turn, attempts[:1])
+    shortest = min(len(attempt.rows) for attempt in attempts)
     results = []
     for attempt in attempts:
-        arrays = {name: array[:shortest] for name, array in attempt.rows.arrays().items()}
+        arrays = {name: array[:shortest] for name, array in row_arrays(attempt.rows).items()}
         prefill, ttft = (attempt.times.get(name) for name in ("prefill", "ttft"))
         summary = summarise(arrays, prefill, ttft, None, None, warmup_tokens=attempt.settings.warmup_tokens)
         results.append(RunResult(arrays, summary, status, reason, first))
@@ -185,69 +154,62 @@ def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
 
 
 class Attempt:
-    """One pass over a text: what it measured so far.
-
-    Attributes
-    ----------
-    ids : Tensor, (tokens,), int64, on the device
-    first, last : int
-        The first token that is decoded, after the prefill, and the last of the text, which is only predicted.
-    rows : TokenRows
-    times : dict
-        Seconds of those of `TIMES` that have ended.
-    report : callable
-        Called with the tokens decoded so far.
-    """
+    """One pass over token ids (tokens,) int64 on the device, teacher-forced: what it measured so far."""
 
     def __init__(self, loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings):
         self.loaded, self.ids, self.settings = loaded, ids, settings
-        self.first, self.last = settings.prefill_tokens(len(ids)), len(ids) - 1
-        self.rows = TokenRows()
-        self.times: dict[str, float] = {}
-        self.report: Callable[[int], None] = lambda done: None
+        self.first = settings.prefill_tokens(len(ids))  # the first token that is decoded
+        self.last = len(ids) - 1  # the last token of the text, which is predicted and not decoded
+        self.rows: list[Row] = []  # appended whole: Ctrl-C may come at any time
+        self.times: dict[str, float] = {}  # seconds of those of `TIMES` that have ended
+        self.report: Callable[[int], None] = lambda done: None  # called with the number of decoded tokens
 
     @torch.inference_mode()
     def decode(self) -> None:
-        """Prefill, then all tokens: those that are timed one by one, the others in blocks."""
-        to_decode = self.last - self.first
-        one_by_one = min(to_decode, self.settings.timed_tokens or to_decode) if self.settings.evaluate == "steps" else 0
+        """Prefill, then all tokens: those that are timed one by one, the others in blocks if the decoder has blocks."""
+        to_decode, bad_block = self.last - self.first, None
+        timed_tokens = min(to_decode, self.settings.timed_tokens or to_decode)
+        timed_end = self.first + (timed_tokens if self.settings.evaluate == "steps" else 0)
         with closing(open_decoder(self.loaded, self.settings)) as decoder:
             self.prefill(decoder)
-            self.decode_steps(decoder, range(self.first, self.first + one_by_one))
-            bad_block = self._decode_blocks(decoder, self.first + one_by_one)
+            self.decode_steps(decoder, range(self.first, timed_end))
+            if isinstance(decoder, ModuleDecoder):
+                bad_block = self._decode_blocks(decoder, timed_end)
+            else:
+                self.decode_steps(decoder, range(timed_end, self.last), keep_times=False)
         if bad_block:
             self._decode_bad_block(bad_block)
 
     def prefill(self, decoder: Decoder) -> None:
-        """Feed the prompt and pick a token."""
+        """Feed the prompt and choose a token."""
         device = self.ids.device
         logits, seconds = timed(decoder.prefill, self.ids[: self.first], device=device)
-        _, pick_seconds = timed(lambda: logits.argmax(-1).item(), device=device)
-        self.times |= {"prefill": seconds, "ttft": seconds + pick_seconds}
+        _, choice_seconds = timed(lambda: logits.argmax(-1).item(), device=device)
+        self.times |= {"prefill": seconds, "ttft": seconds + choice_seconds}
         if not torch.isfinite(logits).all():
             raise NonFiniteLogits(f"the logits after the prefill of {self.first} tokens are not finite")
 
     def decode_steps(self, decoder: Decoder, tokens: range, *, keep_times: bool = True) -> None:
-        """Tokens one by one, each step timed by itself; scoring is left out of the time."""
+        """Teacher forcing, token by token: each step is timed by itself, without scoring."""
         for t in tokens:
             token = self.ids[t : t + 1]
             if self.settings.sample_every > 1 and (t - self.first) % self.settings.sample_every:
                 assert isinstance(decoder, RecomputeDecoder), "only recompute leaves tokens out"
                 decoder.skip(token)
-                self.rows.add(t + 1, float("nan"), float("nan"), decoder.last_step())
+                self.rows.append(Row(t + 1, nan, nan, decoder.last_step()))
             else:
                 logits, seconds = timed(decoder.step, token, device=token.device)
                 nll = token_nll(logits, self.ids[t + 1 : t + 2]).item()
                 if not np.isfinite(nll):
                     raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
                 top1 = int(logits.argmax(-1))
-                self.rows.add(t + 1, nll, seconds if keep_times else float("nan"), decoder.last_step(), top1)
+                self.rows.append(Row(t + 1, nll, seconds if keep_times else nan, decoder.last_step(), top1))
             self.report(t + 1 - self.first)
 
-    def _decode_blocks(self, decoder: Decoder, start: int) -> range | None:
-        """From `start` on: all tokens up to where the policy must decide in one forward; no times are taken.
+    def _decode_blocks(self, decoder: ModuleDecoder, start: int) -> range | None:
+        """Teacher forcing in blocks, from `start` on: one forward up to the policy's next decision; nothing is timed.
 
-        Ends at the first block with a non-finite prediction and returns that block's tokens, none of which got a row.
+        Stops at the first block with a non-finite prediction and returns the tokens of that block, which have no rows.
         """
         t = start
         for size in decoder.chunk_sizes(self.last - start):
@@ -257,15 +219,15 @@ class Attempt:
                 return range(t, t + size)
             top1 = [UNKNOWN] * len(nll) if decoder.top1 is None else decoder.top1.tolist()
             for i, (value, step, token) in enumerate(zip(nll, decoder.steps(), top1, strict=True)):
-                self.rows.add(t + i + 1, value, float("nan"), step, token)
+                self.rows.append(Row(t + i + 1, value, nan, step, token))
             t += len(nll)
             self.report(t - self.first)
         return None
 
     def _decode_bad_block(self, block: range) -> None:
-        """Decode a block again one by one up to its bad token: in one forward a NaN spoils the tokens before it, too.
+        """Decode a block again, token by token, to find the token that is not finite.
 
-        (A masked token has weight 0, and 0 times NaN is NaN.)
+        In one forward a NaN also spoils earlier tokens: a masked token has weight 0, and 0 times NaN is NaN.
         """
         with closing(open_decoder(self.loaded, self.settings)) as decoder:
             decoder.prefill(self.ids[: block.start])
@@ -276,29 +238,25 @@ class Attempt:
         )
 
 
-def _ended(work: Callable[[], None], attempts: list[Attempt]) -> tuple[str, str | None]:
-    """Do the work of a run; returns its status and, unless it is complete, why and where it ended."""
+def _status_of(decode: Callable[[], None], attempts: list[Attempt]) -> tuple[str, str | None]:
+    """Decode; returns the status of the run and, unless it is complete, the reason."""
     try:
-        work()
+        decode()
     except KeyboardInterrupt:
-        return "partial", f"interrupted {_place(attempts)}"
+        return "partial", f"interrupted {_last_token(attempts)}"
     except NonFiniteLogits as error:
         return "failed", str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        told = next(iter(str(error).splitlines()), "")
-        return "failed", f"out of memory {_place(attempts)}: {told}".rstrip(": ")
+        first_line = next(iter(str(error).splitlines()), "")
+        return "failed", f"out of memory {_last_token(attempts)}: {first_line}".rstrip(": ")
     return "complete", None
 
 
-def _place(attempts: list[Attempt]) -> str:
-    """Where the runs stopped, in words."""
-    number, latest = [(i, one) for i, one in enumerate(attempts, 1) if i == 1 or one.rows.rows or one.times][-1]
+def _last_token(attempts: list[Attempt]) -> str:
+    """The last token that was decoded, in words."""
+    number, latest = [(i, one) for i, one in enumerate(attempts, 1) if i == 1 or one.rows or one.times][-1]
     repeat = f" of repeat {number}" if len(attempts) > 1 else ""
-    return f"after token {latest.rows.rows[-1][0] if latest.rows.rows else latest.first}{repeat}"
-
-
-def _median(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None
+    return f"after token {latest.rows[-1].token if latest.rows else latest.first}{repeat}"
 
 
 def _shifted(progress: Progress, offset: int, total: int) -> Callable[[int], None]:

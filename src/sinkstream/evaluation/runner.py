@@ -1,4 +1,4 @@
-"""The one runner of commands that keep records: the folder is checked first, and nothing that was measured is lost."""
+"""The one runner of commands that write records: the folder is checked first, and no measurement is lost."""
 
 import os
 import signal
@@ -9,104 +9,58 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from sinkstream.measure.timing import timed
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.files import WriteError
-from sinkstream.show.progress import hide_ended, shown, tell, tell_ended, token_progress
+from sinkstream.show.progress import hide_ended, say, shown, tell_ended, token_progress
 
 Report = Callable[[int, int], None]  # called with (done, of how many)
 
 
-class AnyRecord(Protocol):
-    """What every kind of record on disk has."""
-
-    @property
-    def id(self) -> str:
-        """Name of its file."""
-
-    @property
-    def status(self) -> str:
-        """Whether what it records came to its end: "complete", or else."""
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Every argument of the command, and the identity of the work."""
-
-
-R = TypeVar("R", bound=AnyRecord)
+R = TypeVar("R", bound=StatusRecord)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command was asked for, as its records keep it.
+    """The arguments of a command, as its records keep them."""
 
-    Attributes
-    ----------
-    out : Path
-        Folder of the records.
-    arguments : dict
-        Every argument of the command, given or default.
-    command : list of str
-        As typed.
-    seed : int
-    resume : bool
-        Take complete records of the very same work from `out` instead of doing it again.
-    """
-
-    out: Path
-    arguments: dict[str, Any]
-    command: list[str]
+    out: Path  # folder of the records
+    arguments: dict[str, Any]  # every argument of the command, given or default
+    command: list[str]  # as typed
     seed: int
-    resume: bool = False
+    resume: bool = False  # take complete records of the very same work from `out` instead of doing it again
 
 
 @dataclass(frozen=True)
 class Job(Generic[R]):
-    """Work that ends in one or several records.
-
-    Attributes
-    ----------
-    name : str
-    measure : callable
-        Does the work, given a `Report`. Returns a callable for each record, which builds its content; none if the
-        work failed and the caller knows.
-    find : callable
-        Returns complete records of the very same work that `out` holds; an empty list without any.
-    """
+    """Work that ends in one or several records."""
 
     name: str
+    # does the work, given a `Report`. Returns a callable for each record, which builds its content; none if the work
+    # failed and the caller knows
     measure: Callable[[Report], Sequence[Callable[[], Any]]]
+    # returns complete records of the very same work that `out` holds; an empty list without any
     find: Callable[[], list[R]]
 
 
 @dataclass
 class Runner(Generic[R]):
-    """Does jobs one after the other, with progress, resuming and records.
-
-    Attributes
-    ----------
-    write : callable
-        Given the content of a record and a folder, writes the record; returns its path.
-    load : callable
-        Reads the record at a path.
-    device : torch.device
-        What the jobs run on.
-    figures : callable
-        What to say of the records of a job that has ended, a few words each.
-    display, line : callable
-        The progress display on a console, and a new line of it as a `Report`.
-    """
+    """Runs jobs one after the other, with progress, resuming and records."""
 
     request: Request
+    # given the content of a record and a folder, writes the record; returns its path
     write: Callable[[Any, Path], Path]
-    load: Callable[[Path], R]
-    device: torch.device
+    load: Callable[[Path], R]  # reads the record at a path
+    device: torch.device  # what the jobs run on
+    # what to say of the records of a job that has ended, a few words each
     figures: Callable[[list[R]], list[str]] = lambda records: []
+    # display, line: the progress display on a console, and a new line of it as a `Report`
     display: Callable[[Console], Progress] = token_progress
     line: Callable[[Progress, str], Report] = shown
 
@@ -117,26 +71,15 @@ class Runner(Generic[R]):
         row: Callable[[list[R]], str] | None = None,
         enough: Callable[[list[R]], bool] | None = None,
     ) -> list[R]:
-        """Do all jobs in order; an interrupted or failed one is recorded and is the last.
+        """Run all jobs in order; an interrupted or failed job is recorded and is the last.
 
-        Parameters
-        ----------
-        jobs : sequence of Job
-        console : Console
-            Shows the progress; a file gets a line for every job that has ended.
-        row : callable, optional
-            Given the records so far after each job, the line to print about the last of them, in place of its bar.
-        enough : callable, optional
-            Given the records so far after each job, whether to leave the other jobs out.
+        The console shows the progress; a file gets a line for every job that has ended. After each job, `row` gives the
+        line to print about its last record, in place of the bar, and `enough` says whether to skip the other jobs; both
+        are given all records so far.
 
-        Raises
-        ------
-        ValueError
-            If `out` cannot be written to; nothing has run then.
-        WriteError
-            If a record cannot be written; the message says where a copy was kept instead.
-        KeyboardInterrupt
-            After Ctrl-C while records were being written; they are written.
+        Raises ValueError, before anything runs, if `out` cannot be written to; WriteError if a record cannot be
+        written, with the path of the copy that was kept instead; KeyboardInterrupt after Ctrl-C while records were
+        being written, once they are written.
         """
         check_writable(self.request.out)
         records: list[R] = []
@@ -144,7 +87,7 @@ class Runner(Generic[R]):
             for job in jobs:
                 found = job.find() if self.request.resume else []
                 if found:
-                    tell(bars, f"{job.name}: taken from {', '.join(record.id for record in found)}")
+                    say(bars.console, f"{job.name}: taken from {', '.join(record.id for record in found)}")
                 else:
                     unwritten, seconds = timed(job.measure, self.line(bars, job.name), device=self.device)
                     found = self._save(unwritten)
@@ -153,13 +96,13 @@ class Runner(Generic[R]):
                 records += found
                 if row:
                     hide_ended(bars)
-                    tell(bars, row(records))
+                    say(bars.console, row(records))
                 if (found and found[-1].status != "complete") or (enough and enough(records)):
                     break
         return records
 
     def _save(self, unwritten: Sequence[Callable[[], Any]]) -> list[R]:
-        """Write all records, each where it can be; WriteError afterwards if one is not in its folder."""
+        """Write all records; WriteError afterwards if a record had to be rescued."""
         paths: list[Path] = []
         errors: list[WriteError] = []
         with uninterrupted():
@@ -176,10 +119,7 @@ class Runner(Generic[R]):
 def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
     """Write a record with `save(folder)` to `out`; returns its path.
 
-    Raises
-    ------
-    WriteError
-        If that cannot be done; the message says where a copy was kept instead.
+    Raises WriteError if that cannot be done; the message says where a copy was kept instead.
     """
     try:
         return save(out)
@@ -188,7 +128,7 @@ def save_or_rescue(save: Callable[[Path], Path], out: Path) -> Path:
 
 
 def _rescue(save: Callable[[Path], Path]) -> str:
-    """Write the record to the folder of temporary files; returns what came of it, in words."""
+    """Write the record to the folder of temporary files; returns the end of an error message."""
     try:
         return f"the record was kept as {save(Path(tempfile.mkdtemp(prefix='sinkstream-rescued-')))}"
     except OSError as error:
@@ -208,7 +148,7 @@ def check_writable(out: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back while a record is being written; it acts afterwards."""
+    """Defer Ctrl-C until the records are written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

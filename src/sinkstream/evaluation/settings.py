@@ -35,53 +35,29 @@ def method_summary(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One run of the protocol.
+    """One run of the protocol. Raises ValueError, naming the option, the value and what is accepted."""
 
-    Attributes
-    ----------
-    method : str
-        One of `method_names`.
-    cap : int or None
-        KV slots; the window of recompute. Needed by every method but full.
-    options : dict
-        Policy options that override those of the named policy.
-    prefill : int or None
-        Tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache.
-    evaluate : {"steps", "blocks"}
-        Token by token, or many tokens in one forward (quality only; the NLL is the same).
-    timed_tokens : int or None
-        With ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
-        default: all.
-    block_tokens : int
-        Most tokens of one forward in prefill and blocks; bounds the peak memory of blocks.
-    sample_every : int
-        Recompute only: every k-th token is recomputed and scored.
-    repeats : int
-        Runs of the step-by-step path; each token's time is the median over them.
-    interleaved : int
-        How many runs took turns, token by token (`evaluation.run.run_interleaved`).
-
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
-    """
-
-    method: str
+    method: str  # one of `method_names`
+    # KV slots; the window of recompute. Needed by every method but full
     cap: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # policy options that override those of the named policy
     cap_accounting: str = "peak"
     positions: str = "cache"
     allow_untrained_positions: bool = False
     backend: str = "hf"
+    # tokens fed before decoding starts; default: cap, so that every decoded token sees a full cache
     prefill: int | None = None
+    # {"steps", "blocks"}: token by token, or many tokens in one forward (quality only; the NLL is the same)
     evaluate: str = "steps"
+    # with ``evaluate="steps"``: how many tokens are decoded and timed one by one before the rest goes in blocks;
+    # default: all
     timed_tokens: int | None = None
+    # most tokens of one forward in prefill and blocks; bounds the peak memory of blocks
     block_tokens: int = BLOCK_TOKENS["cpu"]
-    sample_every: int = 1
-    repeats: int = 1
+    sample_every: int = 1  # recompute only: every k-th token is recomputed and scored
+    repeats: int = 1  # runs of the step-by-step path; each token's time is the median over them
     warmup_tokens: int = WARMUP_TOKENS
-    interleaved: int = 1
+    interleaved: int = 1  # how many runs took turns, token by token (`evaluation.run.run_interleaved`)
 
     def __post_init__(self) -> None:
         if self.method not in method_names():
@@ -129,10 +105,7 @@ class RunSettings:
     def policy(self) -> EvictionPolicy | None:
         """The eviction policy, or None for the baselines.
 
-        Raises
-        ------
-        ValueError
-            If the options do not fit together or a baseline is given policy options.
+        Raises ValueError if the options do not fit together or a baseline is given policy options.
         """
         given = {k: v for k, v in self.options.items() if v is not None}
         if self.method in BASELINES:
@@ -165,10 +138,7 @@ class RunSettings:
     def prefill_tokens(self, tokens: int) -> int:
         """Tokens fed before decoding, for a text of that many tokens.
 
-        Raises
-        ------
-        ValueError
-            If nothing would be left to decode.
+        Raises ValueError if nothing would be left to decode.
         """
         policy = self.policy()
         default = self.cap if self.cap is not None else (tokens // 4 if policy is None else policy.peak)

@@ -16,24 +16,12 @@ KINDS = {"cuda": "device-to-device copy", "cpu": "host memcpy"}
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What a device was found to move.
+    """The measured bandwidth of a device."""
 
-    Attributes
-    ----------
-    kind : str
-        How: "device-to-device copy" on a GPU, "host memcpy" on a CPU.
-    copy_gbs : float
-        GB/s (1e9 bytes) of a large copy, bytes read and bytes written both counted.
-    read_gbs : float
-        GB/s of reading the same bytes in a reduction.
-    copy_bytes : int
-        Bytes of what was copied.
-    """
-
-    kind: str
-    copy_gbs: float
-    read_gbs: float
-    copy_bytes: int
+    kind: str  # how: "device-to-device copy" on a GPU, "host memcpy" on a CPU
+    copy_gbs: float  # GB/s (1e9 bytes) of a large copy, bytes read and bytes written both counted
+    read_gbs: float  # GB/s of reading the same bytes in a reduction
+    copy_bytes: int  # bytes of what was copied
 
     def record(self) -> dict:
         """JSON-able."""
@@ -48,12 +36,9 @@ class Bandwidth:
 
 
 def memory_bandwidth(device: torch.device | str, *, size: int | None = None, repeats: int = REPEATS) -> Bandwidth:
-    """Measure the bandwidth of a device's memory: medians over `repeats` passes, on a GPU after two seconds of them.
+    """Measure the bandwidth of a device's memory: medians over `repeats` passes, on a GPU after two seconds of warm-up.
 
-    Parameters
-    ----------
-    size : int or None
-        Bytes to copy; default: 2 GiB on a GPU, 256 MiB on a CPU. Twice that is allocated meanwhile.
+    `size` is the number of bytes to copy, default: 2 GiB on a GPU, 256 MiB on a CPU; twice that is allocated meanwhile.
     """
     device = torch.device(device)
     size = COPY_BYTES[device.type] if size is None else size

@@ -25,19 +25,9 @@ def utc_now() -> str:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Describe the machine and the software for a record or a bug report.
+    """The machine and the software of a run on `device`, for a record or a bug report; MB are 2**20 bytes.
 
-    Parameters
-    ----------
-    device : torch.device or str
-        The device of the run; with `cuda` the GPU fields describe it, otherwise they are None.
-
-    Returns
-    -------
-    dict
-        `timestamp`, `device`, `git` {commit, dirty, reason}, `versions` {package: version or None}, `gpu` {name,
-        memory_mb, driver, cuda_runtime}, `cpu` {model, cores_logical, cores_usable, torch_threads}, `memory_mb`,
-        `platform`, `tf32` {matmul, cudnn}. MB are 2**20 bytes.
+    Without a GPU as device the fields of `gpu` are None.
     """
     device = torch.device(device)
     return {
@@ -78,12 +68,8 @@ def git_revision(package_directory: Path = _PACKAGE_DIRECTORY) -> dict[str, Any]
 
     `dirty` looks at the package's own folder only: a record written elsewhere in the checkout changes no result.
     Where the source was copied without its history (a container, a remote machine), the environment variable
-    SINKSTREAM_GIT_COMMIT may state the commit, with "-dirty" appended if it was; `reason` then says so.
-
-    Returns
-    -------
-    dict
-        `commit` (40 hex digits) and `dirty`, or None for both with a `reason`.
+    SINKSTREAM_GIT_COMMIT may state the commit, with "-dirty" appended if it was; `reason` then says so. Where neither
+    is known, `commit` and `dirty` are None.
     """
     if _git(package_directory, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(package_directory, "rev-parse", "--verify", "HEAD")

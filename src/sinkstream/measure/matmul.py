@@ -13,19 +13,10 @@ WARM_SEC = {"cuda": 2.0, "cpu": 0.0}  # of products first: clocks are what they 
 
 @dataclass(frozen=True)
 class MatmulRate:
-    """What a device was found to compute.
+    """The measured rate of matrix products of a device."""
 
-    Attributes
-    ----------
-    tflops : float
-        1e12 floating-point operations a second of a product of square matrices, additions and multiplications counted.
-    size : int
-        Rows of the matrices.
-    dtype : str
-    """
-
-    tflops: float
-    size: int
+    tflops: float  # 1e12 operations a second of a product of square matrices, additions and multiplications counted
+    size: int  # rows of the matrices
     dtype: str
 
     def record(self) -> dict:
@@ -41,12 +32,9 @@ class MatmulRate:
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, size: int | None = None) -> MatmulRate:
-    """Measure the rate of matrix products in a dtype, after two seconds of them on a GPU.
+    """Measure the rate of matrix products in a dtype, on a GPU after two seconds of warm-up.
 
-    Parameters
-    ----------
-    size : int or None
-        Rows of the matrices; default: 8,192 on a GPU, 1,024 on a CPU.
+    `size` is the number of rows of the matrices, default: 8,192 on a GPU, 1,024 on a CPU.
     """
     device = torch.device(device)
     size, repeats = SIZE[device.type] if size is None else size, REPEATS[device.type]

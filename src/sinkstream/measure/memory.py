@@ -34,24 +34,14 @@ def free_bytes(device: torch.device | str) -> int:
 class PeakMemory:
     """Context manager that measures the peak memory of its body.
 
-    Parameters
-    ----------
-    device : torch.device or str
-        `cuda`: peak of the bytes allocated by torch on that device, weights included. Anything else: peak RSS of the
-        process, sampled.
-
-    Attributes
-    ----------
-    kind : str
-        "cuda_allocated" or "process_rss_sampled".
-    peak_mb : float or None
-        Peak in MB of 2**20 bytes; None until the body has ended.
+    On `cuda` it is the peak of the bytes allocated by torch on that device, weights included; on anything else the peak
+    RSS of the process, sampled.
     """
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
         self.kind = "cuda_allocated" if self.device.type == "cuda" else "process_rss_sampled"
-        self.peak_mb: float | None = None
+        self.peak_mb: float | None = None  # MB of 2**20 bytes; None until the body has ended
 
     def __enter__(self) -> "PeakMemory":
         if self.kind == "cuda_allocated":

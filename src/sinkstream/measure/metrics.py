@@ -15,17 +15,7 @@ NLL_ROWS = 128  # tokens whose logits are turned into float32 at once
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats, computed in float32; waits for no device.
-
-    Parameters
-    ----------
-    logits : Tensor, (tokens, vocab)
-    targets : Tensor, (tokens,), int64
-
-    Returns
-    -------
-    Tensor, (tokens,), float32
-    """
+    """NLL of each target, (tokens,) float32, in nats, from logits (tokens, vocab); no device synchronisation."""
     if len(logits) > NLL_ROWS:
         slices = zip(logits.split(NLL_ROWS), targets.split(NLL_ROWS), strict=True)
         return torch.cat([token_nll(*one) for one in slices])
@@ -46,25 +36,21 @@ def summarise(
     *,
     warmup_tokens: int = WARMUP_TOKENS,
 ) -> dict[str, Any]:
-    """Summarise a run, whole or cut short.
+    """The `summary` part of a record, of a complete run or of an interrupted one; missing figures are None.
 
     Parameters
     ----------
     arrays : mapping
-        Per-token arrays as `sinkstream.records.records` defines them: `nll` (natural log, NaN = not scored), `seconds`
-        (NaN = not timed), `kv_length` (0 or less = not measured), `event`, `drop_size`. Each (tokens,), may be empty.
+        Per-token arrays of a record (see `records.schema.ARRAYS`), each (tokens,), may be empty.
     prefill_seconds, ttft_seconds, total_seconds : float or None
-        Time of the prefill, from the start to the first token's logits, and of the whole run.
+        Time of the prefill, from the start to the first token, and of the whole run.
     peak_memory : PeakMemory or None
         A measurement that has ended.
     warmup_tokens : int, default=64
         Tokens left out of the steady latency.
 
-    Returns
-    -------
-    dict
-        The `summary` part of a record. Figures that do not exist are None. `decode_sec` is the sum of the timed tokens;
-        `process_sec` is the age of the process, so that the last record of a command tells how long the command took.
+    `decode_sec` is the sum of the timed tokens. `process_sec` is the age of the process, so that the last record of a
+    command tells how long the command took.
     """
     nll = np.asarray(arrays["nll"], dtype=np.float64)
     seconds = np.asarray(arrays["seconds"], dtype=np.float64)
@@ -88,13 +74,14 @@ def summarise(
         "process_sec": round(time.time() - psutil.Process().create_time(), 3),
         "peak_memory_mb": finite_or_none(peak_memory.peak_mb) if peak_memory else None,
         "peak_memory_kind": peak_memory.kind if peak_memory else None,
-        "kv_length": _kv_length(np.asarray(arrays["kv_length"])),
+        "kv_length": kv_length_range(np.asarray(arrays["kv_length"])),
         "events": int(np.count_nonzero(arrays["event"])),
         "drop_size": distribution(drops[drops > 0], with_max=True),
     }
 
 
-def _kv_length(lengths: np.ndarray) -> dict[str, float | int | None]:
+def kv_length_range(lengths: np.ndarray) -> dict[str, float | int | None]:
+    """Shortest, mean and longest of the visible lengths (tokens,) above 0, which were measured; None without any."""
     lengths = lengths[lengths > 0]
     if lengths.size == 0:
         return {"min": None, "mean": None, "max": None}

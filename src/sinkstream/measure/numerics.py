@@ -6,15 +6,10 @@ import torch
 
 
 def set_numerics(*, tf32: bool, cudnn_attention: bool) -> None:
-    """Set the switches of a run.
+    """Allow or forbid TF32 in float32 matrix products and convolutions, and cuDNN's attention.
 
-    Parameters
-    ----------
-    tf32 : bool
-        Allow TF32 in float32 matrix products and convolutions.
-    cudnn_attention : bool
-        Allow cuDNN's attention. It builds a plan for every new cache length, which costs tens of milliseconds a token
-        while a cache grows; the protocol leaves it out, so that a growing cache is not charged for it.
+    cuDNN builds an execution plan for every new cache length, which costs tens of milliseconds a token while a cache
+    grows. The protocol forbids cuDNN's attention, so that a growing cache is not charged for these plans.
     """
     cudnn: Any = torch.backends.cudnn  # which declares no `conv`
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"

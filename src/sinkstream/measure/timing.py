@@ -22,20 +22,10 @@ def synchronise(device: torch.device | str) -> None:
 
 
 def timed(fn: Callable[..., Result], *args: Any, device: torch.device | str, **kwargs: Any) -> tuple[Result, float]:
-    """Call `fn(*args, **kwargs)` and measure it between two synchronised clock reads.
+    """Call `fn(*args, **kwargs)` between two synchronised clock reads; returns its result and wall-clock seconds.
 
-    Parameters
-    ----------
-    fn : callable
-        What is measured; it gets `args` and `kwargs` unchanged.
-    device : torch.device or str
-        The device that `fn` works on. It is synchronised before both clock reads, so that work queued earlier is not
-        charged to `fn` and work queued by `fn` is.
-
-    Returns
-    -------
-    (result, seconds) : tuple
-        What `fn` returned, and wall-clock seconds of `time.perf_counter`.
+    `device` is the one that `fn` works on. It is synchronised before both clock reads, so that work queued earlier is
+    not charged to `fn` and work queued by `fn` is.
     """
     synchronise(device)
     start = time.perf_counter()
@@ -95,25 +85,10 @@ def distribution(values: np.ndarray, *, with_max: bool = False) -> dict[str, flo
 
 
 def latency_summary(seconds: np.ndarray, warmup_tokens: int = WARMUP_TOKENS) -> dict[str, Any]:
-    """TPOT over all tokens, and the distribution of the steady part.
+    """`tpot_ms`, milliseconds per timed token or None, and `steady_tpot_ms`, the distribution after the warm-up.
 
-    Parameters
-    ----------
-    seconds : (tokens,) float
-        Decode seconds of each token, in order; NaN where a token was not timed (sampled runs).
-    warmup_tokens : int, default=64
-        The steady figures leave out that many tokens at the start, timed or not.
-
-    Returns
-    -------
-    dict
-        `tpot_ms`: decode milliseconds per timed token, or None. `steady_tpot_ms`: `mean`, `p50`, `p90`, `p99` in
-        milliseconds, each None if no timed token remains after the warm-up.
-
-    Raises
-    ------
-    ValueError
-        If `warmup_tokens` is negative.
+    `seconds` (tokens,) are the decode seconds of each token, in order; NaN: not timed. The first `warmup_tokens`, timed
+    or not, are left out of the steady part. Raises ValueError if `warmup_tokens` is negative.
     """
     if warmup_tokens < 0:
         raise ValueError(f"warmup_tokens = {warmup_tokens}: must be 0 or more")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from sinkstream.records.json_files import check_schema, load_family, read_json, write_json
+from sinkstream.records.json_files import check_schema, family_of, read_json, write_json
 from sinkstream.records.plain import plain_json, scrub_paths
 from sinkstream.records.schema import check_environment, check_keys, field_value
 
@@ -15,8 +15,8 @@ class BaseRecord:
     """A record: its file, and the fields of the JSON object in it.
 
     A kind of record is a class of its own. It adds fields, and states `SCHEMA` ("family/version"), `KIND` (a word for
-    messages), `REQUIRED` (keys, nested as in `schema.REQUIRED`), `NOT_NULL` (dotted names of fields that may not be
-    null) and `STATUSES` (accepted values of the field `status`; none where the kind has no status).
+    messages), `REQUIRED` (keys, nested as in `schema.REQUIRED`) and `NOT_NULL` (dotted names of fields that may not be
+    null).
     """
 
     path: Path
@@ -32,7 +32,6 @@ class BaseRecord:
     KIND: ClassVar[str]
     REQUIRED: ClassVar[Mapping[str, Any]]
     NOT_NULL: ClassVar[tuple[str, ...]] = ()
-    STATUSES: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, content: Any, where: str) -> None:
@@ -42,15 +41,6 @@ class BaseRecord:
         for name in cls.NOT_NULL:
             if field_value(content, name) is None:
                 raise ValueError(f"{where}: field {name!r} is null; a record must state it")
-        if cls.STATUSES:
-            if content["status"] not in cls.STATUSES:
-                raise ValueError(
-                    f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(cls.STATUSES)}"
-                )
-            if (content["status"] == "complete") != (content["status_reason"] is None):
-                raise ValueError(
-                    f"{where}: field 'status_reason' must be null for complete records and say why for all others"
-                )
         cls.check_own(content, where)
         check_environment(content["environment"], cls.device_of(content), where)
 
@@ -67,10 +57,7 @@ class BaseRecord:
     def build(cls, record: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Content of a record's file: `schema` and `more` filled in, paths cut, NaN null, checked.
 
-        Raises
-        ------
-        ValueError
-            A required field is missing or malformed, or the id is no plain file name.
+        Raises ValueError: a required field is missing or malformed, or the id is no plain file name.
         """
         content = {"schema": cls.SCHEMA, **scrub_paths(plain_json(record)), **more}
         cls.check(content, f"{cls.KIND} record {record.get('id')!r}")
@@ -90,12 +77,8 @@ class BaseRecord:
     def write(cls, record: Mapping[str, Any], directory: Path | str) -> Path:
         """Write a record atomically as ``<id>.json``; returns its path.
 
-        Raises
-        ------
-        ValueError
-            As `build` and `place`.
-        WriteError
-            The file could not be written; nothing is left behind.
+        Raises ValueError as `build` and `place`. Raises WriteError: the file could not be written; nothing is left
+        behind.
         """
         content = cls.build(record)
         return write_json(cls.place(content, directory), content)
@@ -104,10 +87,7 @@ class BaseRecord:
     def read(cls, path: Path | str) -> Self:
         """Read and check one record.
 
-        Raises
-        ------
-        ValueError
-            Naming the file and the field: no JSON, another kind or version, or an incomplete record.
+        Raises ValueError, naming the file and the field: no JSON, another kind or version, or an incomplete record.
         """
         path = Path(path)
         content = read_json(path)
@@ -123,9 +103,28 @@ class BaseRecord:
     def below(cls, folder: Path | str) -> list[Self]:
         """All records of this kind below a folder, by creation time and id; other JSON files are left alone.
 
-        Raises
-        ------
-        ValueError
-            As `read`.
+        Raises ValueError as `read`.
         """
-        return load_family(folder, cls.SCHEMA, cls.read)
+        family = cls.SCHEMA.partition("/")[0]
+        paths = [path for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]
+        return sorted(map(cls.read, paths), key=lambda record: (record.created, record.id))
+
+
+@dataclass(frozen=True)
+class StatusRecord(BaseRecord):
+    """A record of work that may end early; `STATUSES` are the accepted values of the field `status`."""
+
+    status: str
+    status_reason: str | None
+
+    STATUSES: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def check(cls, content: Any, where: str) -> None:
+        super().check(content, where)
+        if content["status"] not in cls.STATUSES:
+            raise ValueError(f"{where}: field 'status' is {content['status']!r}; accepted: {', '.join(cls.STATUSES)}")
+        if (content["status"] == "complete") != (content["status_reason"] is None):
+            raise ValueError(
+                f"{where}: field 'status_reason' must be null for complete records and say why for all others"
+            )

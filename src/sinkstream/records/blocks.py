@@ -13,30 +13,16 @@ DIGITS = 5  # decimals of a sum in nats; a figure of a table has at most four
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """NLL of a run in contiguous blocks of its text.
+    """NLL of a run in contiguous blocks of its text."""
 
-    Attributes
-    ----------
-    tokens : int
-        Length of a block.
-    first, last : int
-        Index in the text of the first and of the last token.
-    sums : (blocks,) float
-        NLL of the scored tokens of each block, in nats, to `DIGITS` decimals.
-    counts : (blocks,) int
-        Scored tokens of each block.
-    whole : bool
-        Whether every token from `first` to `last` is scored.
-    kv : (blocks,) int or None
-        Most KV entries that a token of each block saw; None in records that were made without it.
-    """
-
-    tokens: int
+    tokens: int  # length of a block
+    # first, last: index in the text of the first and of the last token
     first: int
     last: int
-    sums: np.ndarray
-    counts: np.ndarray
-    whole: bool
+    sums: np.ndarray  # (blocks,) float: NLL of the scored tokens of each block, in nats, to `DIGITS` decimals
+    counts: np.ndarray  # (blocks,) int: scored tokens of each block
+    whole: bool  # whether every token from `first` to `last` is scored
+    # (blocks,) int: most KV entries that a token of each block saw; None in records that were made without it
     kv: np.ndarray | None = None
 
     @classmethod
@@ -79,5 +65,5 @@ class Blocks:
 
     def pairs_with(self, other: "Blocks") -> bool:
         """Whether the differences of the sums are the sums of the differences: both score the same tokens."""
-        mine, its = ((b.tokens, b.first, b.last) for b in (self, other))
-        return self.whole and other.whole and mine == its
+        extents = [(blocks.tokens, blocks.first, blocks.last) for blocks in (self, other)]
+        return self.whole and other.whole and extents[0] == extents[1]

@@ -10,19 +10,12 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> Path:
-    """Write `content` to `path` through a temporary file in the same folder, fsync and rename.
+    """Write `content` (text: as UTF-8) to `path` through a temporary file in the same folder, fsync and rename.
 
-    Parameters
-    ----------
-    path : path
-        The file to create or replace; its folder is created if need be.
-    content : bytes or str
-        Text is encoded as UTF-8.
+    The folder is created if need be.
 
-    Raises
-    ------
-    WriteError
-        Disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays as it was.
+    Raises WriteError: disk full, no permission, or any other OSError. Nothing is left behind, and an older file stays
+    as it was.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content

@@ -1,22 +1,12 @@
-"""What all kinds of records share as files: reading, telling the kind by the `schema` field, finding them, writing."""
+"""JSON files of records: reading, the family that the `schema` field names, writing."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from sinkstream.records.files import write_atomically
-
-
-class _Identified(Protocol):
-    @property
-    def created(self) -> str: ...
-
-    @property
-    def id(self) -> str: ...
-
-
-Kind = TypeVar("Kind", bound=_Identified)
 
 
 def read_json(path: Path) -> Any:
@@ -31,12 +21,8 @@ def read_json(path: Path) -> Any:
 
 def as_text(content: Mapping[str, Any]) -> str:
     """Content of a record's file: one line a field."""
-    lines = (f"{json.dumps(name)}: {_one_line(value)}" for name, value in content.items())
-    return "{\n " + ",\n ".join(lines) + "\n}\n"
-
-
-def _one_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    line = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return "{\n " + ",\n ".join(f"{json.dumps(name)}: {line(value)}" for name, value in content.items()) + "\n}\n"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
@@ -45,7 +31,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def check_schema(content: Any, schema: str, kind: str, where: str) -> None:
-    """Raise ValueError, naming `where`, unless `content` calls itself a record of this schema ("family/version")."""
+    """Raise ValueError, naming `where`, unless the `schema` field of `content` is this one ("family/version")."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: not a {kind} record: expected a JSON object, got {type(content).__name__}")
     if content.get("schema") != schema:
@@ -58,16 +44,3 @@ def family_of(path: Path) -> str | None:
         return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).partition("/")[0]
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def load_family(folder: Path | str, schema: str, load: Callable[[Path], Kind]) -> list[Kind]:
-    """All records of the schema's family below a folder, by creation time and id; other JSON files are left alone.
-
-    Raises
-    ------
-    ValueError
-        As `load`: a record of another version, or an incomplete one.
-    """
-    family = schema.partition("/")[0]
-    found = [load(path) for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]
-    return sorted(found, key=lambda record: (record.created, record.id))

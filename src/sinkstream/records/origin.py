@@ -16,9 +16,9 @@ def text_and_machine(record: Any) -> str:
     return ", ".join([*parts, protocol["dtype"], machine([record])])
 
 
-def machine(records: Sequence[Any], *beside: str) -> str:
-    """Hardware and releases of the newest record, commits of all; `beside` stands after the hardware."""
+def machine(records: Sequence[Any], *more: str) -> str:
+    """Hardware and releases of the newest record, commits of all; `more` stands after the hardware."""
     newest = max(records, key=lambda record: record.created).environment
     commits = sorted({(record.environment["git"]["commit"] or "unknown")[:10] for record in records})
     releases = [f"{name} {newest['versions'][name]}" for name in ("torch", "transformers")]
-    return ", ".join([hardware(newest), *beside, *releases, f"commit {', '.join(f'`{c}`' for c in commits)}"]) + "."
+    return ", ".join([hardware(newest), *more, *releases, f"commit {', '.join(f'`{c}`' for c in commits)}"]) + "."

@@ -1,4 +1,4 @@
-"""Figures of several runs that need the tokens of each: computed where the arrays are, kept for where they are not.
+"""Figures of several runs that need per-token arrays: computed from the arrays, stored for checkouts without arrays.
 
 ``pairs.json`` beside the records holds them: `figures` has, by name of the figure and ids of its runs, plain JSON.
 """
@@ -17,21 +17,15 @@ SCHEMA = "sinkstream.pairs/1"
 
 
 class Pairs:
-    """Figures of several runs.
-
-    Parameters
-    ----------
-    kept : mapping
-        Name of a figure -> ids of its runs, separated by blanks -> value.
-    """
+    """Figures of several runs; `kept` is name of a figure -> ids of its runs, separated by blanks -> value."""
 
     def __init__(self, kept: Mapping[str, Mapping[str, Any]] | None = None):
         self.kept = kept or {}
         self.used: dict[str, dict[str, Any]] = {}
 
     @classmethod
-    def beside(cls, folder: Path | str) -> "Pairs":
-        """Those of a folder's ``pairs.json``; none without it. Raises ValueError if it is something else."""
+    def load(cls, folder: Path | str) -> "Pairs":
+        """The stored figures of a folder; none without a ``pairs.json``. Raises ValueError for another kind of file."""
         path = Path(folder) / PAIRS_FILE
         if not path.is_file():
             return cls()
@@ -40,19 +34,9 @@ class Pairs:
         return cls(content["figures"])
 
     def figure(self, name: str, runs: Sequence["Record"], compute: Callable[[], Any]) -> Any:
-        """The figure `name` of these runs: `compute()` where all of them have their arrays, else the kept one.
+        """The figure `name` of these runs, as plain JSON: `compute()` if all have their arrays, else the kept value.
 
-        Parameters
-        ----------
-        name : str
-        runs : sequence of Record
-        compute : callable
-            Returns plain JSON.
-
-        Raises
-        ------
-        ValueError
-            The arrays of a run are absent, and the figure was not kept.
+        Raises ValueError: the arrays of a run are absent, and the figure was not kept.
         """
         key = " ".join(run.id for run in runs)
         if all(run.has_arrays for run in runs):

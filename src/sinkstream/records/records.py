@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.base import BaseRecord
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
-from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.files import write_atomically
 from sinkstream.records.json_files import family_of, write_json
 from sinkstream.records.pairs import Pairs
-from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
 
 #: JSON files beside records that are no records.
@@ -33,14 +32,12 @@ BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
 
 
 @dataclass(frozen=True)
-class Record(BaseRecord):
+class Record(StatusRecord):
     """One run: the fields of its JSON file (see `schema.REQUIRED`), and its per-token arrays, read when first used."""
 
     SCHEMA, KIND, REQUIRED, NOT_NULL, STATUSES = SCHEMA, "run", REQUIRED, NOT_NULL, STATUSES
 
     schema: str
-    status: str
-    status_reason: str | None
     data: dict[str, Any]
     policy: dict[str, Any]
     summary: dict[str, Any]
@@ -51,6 +48,11 @@ class Record(BaseRecord):
     @classmethod
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         return super().values(content) | {"block_sums": content.get("blocks")}
+
+    @property
+    def label(self) -> str:
+        """The policy's label, or its name where an older record has no label."""
+        return self.policy.get("label") or self.policy["name"]
 
     @property
     def tokens_path(self) -> Path:
@@ -77,10 +79,7 @@ class Record(BaseRecord):
     def arrays(self) -> dict[str, np.ndarray]:
         """Per-token arrays (tokens,) by name, as `schema.ARRAYS` defines them.
 
-        Raises
-        ------
-        ValueError
-            The arrays are absent, or not those that the record was written with.
+        Raises ValueError: the arrays are absent, or not those that the record was written with.
         """
         where = self.tokens_path
         if not self.has_arrays:
@@ -93,33 +92,18 @@ class Record(BaseRecord):
 
 
 def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory: Path | str) -> Path:
-    """Write a record and its arrays, both or neither.
+    """Write a record and its per-token arrays, both or neither, to a folder; returns the path of the JSON file.
 
-    Parameters
-    ----------
-    record : mapping
-        Every field of `schema.REQUIRED`; `schema`, `blocks` and `tokens_file` are filled in here. Absolute paths are
-        reduced to their last component and NaN becomes null.
-    arrays : mapping
-        Per-token arrays, cast to the types of `schema.ARRAYS`.
-    directory : path
-        Created if need be.
+    `record` has every field of `schema.REQUIRED` but `schema`, `blocks` and `tokens_file`, which are filled in here;
+    absolute paths are reduced to their last component and NaN becomes null. Arrays are cast to the types of
+    `schema.ARRAYS`.
 
-    Returns
-    -------
-    Path
-        The JSON file.
-
-    Raises
-    ------
-    ValueError
-        A required field or array is missing or malformed, or a record of that id is there already.
-    WriteError
-        The files could not be written (an OSError: full disk, permission); neither is left behind.
+    Raises ValueError: a required field or array is missing or malformed, or a record of that id is there already.
+    Raises WriteError: the files could not be written (an OSError: full disk, permission); neither is left behind.
     """
     where = f"record {record.get('id')!r}"
     typed = check_arrays(arrays, where)
-    tokens, blocks = _npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
+    tokens, blocks = npz_bytes(typed), Blocks.of(*(typed[name] for name in BLOCKED))
     name = str(record.get("id"))
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"{where}: field 'id' must be a plain file name; see new_record_id")
@@ -140,11 +124,8 @@ def write_record(record: Mapping[str, Any], arrays: Mapping[str, Any], directory
 def load_record(path: Path | str, pairs: Pairs | None = None) -> Record:
     """Read and check one record; `pairs` holds the figures that it has with others, default none.
 
-    Raises
-    ------
-    ValueError
-        Naming the file and the field: not JSON, another schema version, a required field missing or null, the array
-        file there with another content than the record states, or absent from a record without block sums.
+    Raises ValueError, naming the file and the field: not JSON, another schema version, a required field missing or
+    null, the array file there with another content than the record states, or absent from a record without block sums.
     """
     record = Record.read(path)
     name = record.tokens_file["name"]
@@ -164,7 +145,7 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
     """
     entries = [Path(source)] if isinstance(source, str | Path) else [Path(entry) for entry in source]
     folder = next((entry for entry in entries if entry.is_dir()), None)
-    pairs = pairs or (Pairs.beside(folder) if folder else Pairs())
+    pairs = pairs or (Pairs.load(folder) if folder else Pairs())
     records = {}
     for entry in entries:
         if not entry.exists():
@@ -175,16 +156,17 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
 
 
 def _may_be_record(path: Path) -> bool:
-    """False for files that say themselves that they are no run record; broken files are left to the loader."""
+    """False for files whose `schema` names another kind of file; broken files are left to the loader."""
     if path.name == SUMMARY_FILE or path.name.startswith("."):
         return False
     family = family_of(path)
     return family is None or not family.startswith("sinkstream.") or family == SCHEMA.partition("/")[0]
 
 
-def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The content of a compressed ``.npz`` file."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array of `ARRAYS` is called allow_pickle
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
     return buffer.getvalue()
 
 
@@ -197,17 +179,3 @@ def _verified_bytes(path: Path, sha256: str) -> bytes:
     if found != sha256:
         raise ValueError(f"{path}: field 'tokens_file.sha256' is {sha256}, but the file's is {found}")
     return data
-
-
-__all__ = [
-    "SCHEMA",
-    "Record",
-    "WriteError",
-    "load_record",
-    "load_records",
-    "new_record_id",
-    "plain_json",
-    "scrub_paths",
-    "short_name",
-    "write_record",
-]

@@ -5,20 +5,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from sinkstream.measure.environment import hardware
+from sinkstream.records.base import BaseRecord
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.records import Record
 
 #: Models that documents have a section of -> the short name in the names of its tables; and texts, longest first.
 DIAGNOSED_MODELS = {"SmolLM2-135M": "smollm2", "neox-27m-sink": "neox-sink", "neox-27m-nosink": "neox-nosink"}
 DIAGNOSED_TEXTS = ("PG19", "WikiText")
-
-#: Names that mean the same policy in a selection.
-POLICY_ALIASES = {
-    "full-cache": "full",
-    "sliding-window-recompute": "recompute",
-    "window": "window-only",
-    "no-sink": "window-only",
-}
 
 #: Options that make a policy a variant of itself, with the value that switches each off.
 VARIANT_OPTIONS = {"overlap": 0, "max_drop": None, "slack": None, "refresh": 0, "positions": "cache"}
@@ -29,24 +22,18 @@ def normalised(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")
 
 
-def policy_name(record: Record) -> str:
-    """The record's policy in normal form, aliases resolved ("window_only" and "window" are "window-only")."""
-    name = normalised(record.policy["name"])
-    return POLICY_ALIASES.get(name, name)
-
-
 def is_plain(record: Record) -> bool:
     """Whether no option turns the policy into a variant: no overlap, max_drop, slack or refresh, cache positions."""
     options = record.policy["options"]
     return all(options.get(name) in (off, None, 0, False) for name, off in VARIANT_OPTIONS.items())
 
 
-def has_model(record: Record, name: str) -> bool:
+def has_model(record: BaseRecord, name: str) -> bool:
     """Whether the record's model name or source contains `name`, both in normal form."""
     return any(normalised(name) in normalised(record.model[field]) for field in ("name", "source"))
 
 
-def has_text(record: Record, name: str) -> bool:
+def has_text(record: Any, name: str) -> bool:
     """Whether the name of the record's text contains `name`, both in normal form without hyphens ("PG-19", "pg19")."""
     return normalised(name).replace("-", "") in normalised(record.data["name"]).replace("-", "")
 
@@ -60,20 +47,19 @@ def select(
     plain: bool = False,
     backend: str | None = None,
     device: str | None = None,
-    status: str | None = "complete",
 ) -> list[Record]:
-    """The records that match everything given, in their order.
+    """The complete records that match everything given, in their order.
 
-    `model` and `text` match as `has_model` and `has_text` do, `policy` by its exact normal form, `backend` exactly,
-    `device` by its type ("cuda" matches "cuda:0"). `plain` leaves out variants of a policy. `status=None` takes all.
+    `model` and `text` match as `has_model` and `has_text` do, `policy` and `backend` exactly,
+    `device` by its type ("cuda" matches "cuda:0"). `plain` leaves out variants of a policy.
     """
     return [
         record
         for record in records
-        if (status is None or record.status == status)
+        if record.status == "complete"
         and (model is None or has_model(record, model))
         and (text is None or has_text(record, text))
-        and (policy is None or policy_name(record) == policy)
+        and (policy is None or record.policy["name"] == policy)
         and (not plain or is_plain(record))
         and (backend is None or record.protocol["backend"] == backend)
         and (device is None or str(record.protocol["device"]).partition(":")[0] == device)

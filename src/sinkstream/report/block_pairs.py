@@ -47,16 +47,13 @@ def block_pairs(records: Sequence[Record]) -> list[BlockPair]:
         Oldest first, as the pairs are.
     """
     complete = [r for r in records if r.status == "complete" and r.protocol["sample_every"] == 1]
-    stepped = [r for r in complete if evaluated(r) == "steps" and _all_timed(r)]
+    timed = [r for r in complete if r.summary["timed_tokens"] == r.summary["decode_tokens"]]
+    stepped = [r for r in timed if evaluated(r) == "steps"]
     pairs = []
     for run in complete:
         if evaluated(run) == "blocks" and run.summary["total_sec"]:
             pairs += [BlockPair(run, other) for other in stepped if _same_run(run, other)][-1:]
     return pairs
-
-
-def _all_timed(record: Record) -> bool:
-    return record.summary["timed_tokens"] == record.summary["decode_tokens"]
 
 
 def _same_run(blocks: Record, steps: Record) -> bool:
@@ -72,6 +69,7 @@ def _same_run(blocks: Record, steps: Record) -> bool:
 
 def _begins_like(blocks: Record, steps: Record) -> bool:
     """Whether the tokens of the steps are the first ones of the blocks."""
-    mine, its = blocks.blocks, steps.blocks
-    begins = mine and its and mine.whole and its.whole and mine.first == its.first and mine.last >= its.last
-    return bool(begins) and same_whole_text(blocks, steps)
+    longer, shorter = blocks.blocks, steps.blocks
+    if not (longer and shorter and longer.whole and shorter.whole and same_whole_text(blocks, steps)):
+        return False
+    return longer.first == shorter.first and longer.last >= shorter.last

@@ -23,35 +23,18 @@ _OPEN = re.compile(r"^<!-- generated:([\w.-]+) -->$", flags=re.MULTILINE)
 def generated_names(path: Path | str) -> list[str]:
     """Names of the generated sections of a document, in order.
 
-    Raises
-    ------
-    ValueError
-        The file does not exist, a section is not closed, or a name occurs twice.
+    Raises ValueError: the file does not exist, a section is not closed, or a name occurs twice.
     """
     return [found["name"] for found in _sections(Path(path))[1]]
 
 
 def update_document(path: Path | str, sections: Mapping[str, str], *, check: bool = False) -> list[str]:
-    """Bring the generated sections of a document up to date.
+    """Bring the generated sections of a document up to date; returns the names of those that were not.
 
-    Parameters
-    ----------
-    path : path
-        The Markdown file.
-    sections : mapping
-        Name -> Markdown that belongs between the markers; names that are not given keep their text.
-    check : bool, default=False
-        Write nothing, only say what is out of date.
+    `sections` is name -> Markdown that belongs between the markers; names that are not given keep their text. With
+    `check` nothing is written.
 
-    Returns
-    -------
-    list of str
-        Names of the sections that were (with `check`: are) out of date.
-
-    Raises
-    ------
-    ValueError
-        The document is malformed (see `generated_names`) or has no section of a given name.
+    Raises ValueError: the document is malformed (see `generated_names`) or has no section of a given name.
     """
     path = Path(path)
     text, found = _sections(path)

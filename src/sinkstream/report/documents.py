@@ -19,39 +19,33 @@ from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import Record, load_records
 from sinkstream.records.selection import (
     DIAGNOSED_MODELS,
-    conditions,
-    evaluated,
     has_model,
-    policy_name,
     same_conditions,
     select,
 )
 from sinkstream.registry import Registry
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
-from sinkstream.report.readme import readme_quality
-from sinkstream.report.summary import compute_headlines
-from sinkstream.show.comparison import comparison_rows, comparison_table
-from sinkstream.show.table import NONE_YET, Table
+from sinkstream.report.readme import comparable_runs, readme_quality
+from sinkstream.report.summary import HEADLINES
+from sinkstream.show.comparison import comparison_table
+from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
 from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall
-from sinkstream.studies.recall.record import RecallRecord, load_recalls
+from sinkstream.studies.recall.record import RecallRecord
 
-DOCUMENT_TABLES: Registry = Registry("document table")
-RECALL_TABLES: Registry = Registry("document table of recall records")
+DOCUMENT_TABLES: Registry[Callable[[Sequence[Record]], str]] = Registry("document table")
+RECALL_TABLES: Registry[Callable[[Sequence[RecallRecord]], str]] = Registry("document table of recall records")
 
 
 def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     """Markdown of every registered table, by name; `pairs` as in `load_records`.
 
-    Raises
-    ------
-    ValueError
-        The folder holds a broken record.
+    Raises ValueError: the folder holds a broken record.
     """
     there = results.is_dir()
-    records, recalls = load_records(results, pairs) if there else [], load_recalls(results) if there else []
+    records, recalls = load_records(results, pairs) if there else [], RecallRecord.below(results) if there else []
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     return tables | render_diagnoses(results) | render_bench(results) | render_prompts(results)
@@ -107,48 +101,33 @@ def features_table(records: Sequence[Record]) -> str:
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:
-    """Comparison of all complete runs of one model on one text at one cap, recompute the control.
-
-    Only runs in the control's way: its backend, dtype and hardware, steps or blocks.
-    """
-    runs = select(records, model=model, text=text, device=device)
-    runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
-    controls = [r for r in runs if policy_name(r) == "recompute"]
-    if not controls:
-        return NONE_YET
-    newest = {label(r): r for r in runs if _way(r) == _way(controls[-1])}
-    ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "recompute")
-    return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"
+    """Comparison of all complete runs of one model on one text at one cap, recompute the control."""
+    runs = comparable_runs(records, model=model, text=text, cap=cap, device=device)
+    return _comparison(runs) if runs else NONE_YET
 
 
-def _way(record: Record) -> tuple:
-    """What two runs must have in common to stand in one table: the text, and how it was evaluated."""
-    return record.data["sha256"], evaluated(record), conditions(record)
-
-
-def label(record: Record) -> str:
-    """The run's name in tables."""
-    return record.policy.get("label") or record.policy["name"]
+def _comparison(runs: Sequence[Record]) -> str:
+    return f"{text_and_machine(runs[0])}\n\n{comparison_table(runs).markdown()}"
 
 
 def cliff_table(records: Sequence[Record], *, model: str) -> str:
     """The newest grid of ``sinkstream cliff`` of a model."""
-    mine = [r for r in records if has_model(r, model)]
-    runs = cliff.grid(mine)
+    of_model = [r for r in records if has_model(r, model)]
+    runs = cliff.grid(of_model)
     if not runs:
         return NONE_YET
     newest = runs[-1].record
     named = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens"
     origin = f"{named}, {newest.protocol['dtype']}, {machine([newest])}"
-    return f"{origin}\n\n{cliff.cliff_table(mine).markdown()}"
+    return f"{origin}\n\n{cliff.cliff_table(of_model).markdown()}"
 
 
 def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> str:
     """Recall gain by distance, all policies of a model at a cap."""
-    mine = recall.select_recalls(records, model=model, cap=cap)
-    if not mine:
+    runs = recall.select_recalls(records, model=model, cap=cap)
+    if not runs:
         return NONE_YET
-    return f"{text_and_machine(mine[0])}\n\n{recall.recall_table(mine).markdown()}"
+    return f"{text_and_machine(runs[0])}\n\n{recall.recall_table(runs).markdown()}"
 
 
 DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
@@ -188,73 +167,61 @@ def pythia_tpot_table(records: Sequence[Record]) -> str:
     """TPOT of the hf backend on the Pythia-2.8B shape, interleaved runs, against the full cache of the same session."""
     runs = select(records, model="pythia-2.8b", backend="hf", device="cuda")
     runs = [r for r in runs if r.protocol.get("interleaved", 1) > 1]
-    fulls = [r for r in runs if policy_name(r) == "full"]
+    fulls = [r for r in runs if r.policy["name"] == "full"]
     if not fulls:
         return NONE_YET
     rows = []
     for record in runs:
-        beside = [r for r in fulls if same_conditions(record, r)]
-        if not beside:
+        controls = [r for r in fulls if same_conditions(record, r)]
+        if not controls:
             continue
         steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
         counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
         written = datetime.fromisoformat(record.created)
-        same_session = min(beside, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
+        same_session = min(controls, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
         ratio = steady["mean"] / same_session.summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
-        rows.append([label(record), f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
+        rows.append([record.label, f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
     header = ["run", "steady tokens", "steady TPOT mean (ms)", "P50", "P90", "P99", "÷ full (mean)", "KV length"]
     return f"{text_and_machine(fulls[-1])} Random weights: speed only.\n\n{Table(header, rows).markdown()}"
+
+
+PRECISION_COLUMNS: list[Column] = [
+    ("model", lambda p: p.record.model["name"]),
+    ("text", lambda p: p.record.data["name"]),
+    ("policy", lambda p: p.record.label),
+    ("engine", lambda p: f"{p.record.protocol['backend']} {p.record.protocol['dtype']}"),
+    ("on", lambda p: hardware(p.record.environment)),
+    ("tokens", lambda p: f"{p.tokens:,}"),
+    ("PPL", lambda p: f"{p.ppl:.4f}"),
+    ("PPL hf float32", lambda p: f"{p.control_ppl:.4f}"),
+    ("error %", lambda p: f"{100 * p.relative_error:+.4f}"),
+    ("same top token %", lambda p: EMPTY if p.agreement is None else f"{100 * p.agreement:.2f}"),
+]
 
 
 @DOCUMENT_TABLES.register("engine-precision")
 def precision_table(records: Sequence[Record]) -> str:
     """Perplexity of the engine in half precision against the float32 hf backend, on the same tokens."""
-    rows = [
-        [
-            p.record.model["name"],
-            p.record.data["name"],
-            label(p.record),
-            f"{p.record.protocol['backend']} {p.record.protocol['dtype']}",
-            hardware(p.record.environment),
-            f"{p.tokens:,}",
-            f"{p.ppl:.4f}",
-            f"{p.control_ppl:.4f}",
-            f"{100 * p.relative_error:+.4f}",
-            "–" if p.agreement is None else f"{100 * p.agreement:.2f}",
-        ]
-        for p in precision_runs(records)
-    ]
-    header = [
-        "model",
-        "text",
-        "policy",
-        "engine",
-        "on",
-        "tokens",
-        "PPL",
-        "PPL hf float32",
-        "error %",
-        "same top token %",
-    ]
-    return Table(header, rows, left=5).markdown() if rows else NONE_YET
+    runs = precision_runs(records)
+    return Table.of(runs, PRECISION_COLUMNS, left=5).markdown() if runs else NONE_YET
 
 
 @DOCUMENT_TABLES.register("headline")
 def headline_sentence(records: Sequence[Record]) -> str:
     """The promise in measured numbers, one sentence."""
-    figures, _ = compute_headlines(records)
     names = ("ppl_recompute", "ppl_window_only", "ppl_strict", "hf_strict_over_full_tpot")
-    if any(f"foundation.{name}" not in figures for name in names):
+    found = [headline for name in names if (headline := HEADLINES[f"foundation.{name}"](records)) is not None]
+    if len(found) < len(names):
         return NONE_YET
-    recompute, window_only, strict_ppl, ratio = (figures[f"foundation.{name}"] for name in names)
-    strict = next(r for r in records if r.id == strict_ppl["record"])
+    recompute, window_only, strict_ppl, ratio = found
+    strict = next(r for r in records if r.id == strict_ppl.record)
     return (
         f"Measured: {strict.model['name']} over {strict.summary['decode_tokens']:,} tokens of a PG19 book with"
-        f" {strict.protocol['cap']} KV slots has a perplexity of **{strict_ppl['value']:.2f}**, where recomputing"
-        f" the window for every token gives {recompute['value']:.2f} and a window without sinks collapses to"
-        f" {window_only['value']:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
-        f" {ratio['value']:.2f} × the time that it takes without any eviction."
+        f" {strict.protocol['cap']} KV slots has a perplexity of **{strict_ppl.value:.2f}**, where recomputing"
+        f" the window for every token gives {recompute.value:.2f} and a window without sinks collapses to"
+        f" {window_only.value:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
+        f" {ratio.value:.2f} × the time that it takes without any eviction."
     )
 
 
@@ -265,6 +232,5 @@ def demo_table(records: Sequence[Record]) -> str:
     if not demos:
         return NONE_YET
     same = [r for r in demos if r.command == demos[-1].command and same_text_and_model(r, demos[-1])]
-    newest = {label(r): r for r in same}
-    ordered = sorted(newest.values(), key=lambda r: policy_name(r) != "full")
-    return f"{text_and_machine(ordered[0])}\n\n{comparison_table(comparison_rows(ordered)).markdown()}"
+    newest = {r.label: r for r in same}
+    return _comparison(sorted(newest.values(), key=lambda r: r.policy["name"] != "full"))

@@ -6,7 +6,7 @@ from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model
 from sinkstream.show.table import EMPTY, NONE_YET, Table
 from sinkstream.studies.cliff import tables as cliff
-from sinkstream.studies.diagnosis import Diagnosis
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import find_diagnosis, interval
 from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord
@@ -32,10 +32,10 @@ def diagnosis_overview(diagnoses: Sequence[Diagnosis]) -> str:
     missing = [head for head, column in columns.items() if not column]
     policies = list(dict.fromkeys(label for column in known.values() for label in column))
     rows = [[label, *(column.get(label, EMPTY) for column in known.values())] for label in policies]
-    told = [Table(["ΔPPL % against strict [95 %]", *known], rows).markdown()] if rows else []
+    parts = [Table(["ΔPPL % against strict [95 %]", *known], rows).markdown()] if rows else []
     if missing:
-        told.append(f"{NONE_YET}: {'; '.join(missing)}.")
-    return "\n\n".join(told)
+        parts.append(f"{NONE_YET}: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
 
 
 def _deltas(diagnosis: Diagnosis | None) -> dict[str, str]:
@@ -46,12 +46,12 @@ def _deltas(diagnosis: Diagnosis | None) -> dict[str, str]:
 def recall_overview(records: Sequence[RecallRecord]) -> str:
     """Recall gain by distance of the policies that differ, all models."""
     found = {model: recall.select_recalls(records, model=model, cap=CAP) for model in DIAGNOSED_MODELS}
-    found = {model: [r for r in its if r.policy["name"] in RECALL_POLICIES] for model, its in found.items()}
-    ratios = recall.ratios_of([record for its in found.values() for record in its])
+    found = {model: [r for r in runs if r.policy["name"] in RECALL_POLICIES] for model, runs in found.items()}
+    ratios = recall.ratios_of([record for runs in found.values() for record in runs])
     rows = []
-    for model, its in found.items():
-        rows += [[model, recall.display_name(record), *recall.gains_text(record, ratios)] for record in its]
-        rows += [] if its else [[model, NONE_YET, *[EMPTY] * len(ratios)]]
+    for model, runs in found.items():
+        rows += [[model, recall.display_name(record), *recall.gains_text(record, ratios)] for record in runs]
+        rows += [] if runs else [[model, NONE_YET, *[EMPTY] * len(ratios)]]
     return Table(["Model", "Policy", *(f"{ratio:g} ×" for ratio in ratios)], rows, left=2).markdown()
 
 
@@ -59,8 +59,8 @@ def cliff_overview(records: Sequence[Record]) -> str:
     """What the published and the largest R cost at a cap of the trained length T, and which part is length."""
     rows = []
     for model in DIAGNOSED_MODELS:
-        mine = [r for r in records if has_model(r, model)]
-        rows += _cliff_rows(model, mine) or [[model, NONE_YET, *[EMPTY] * (len(CLIFF_HEADER) - 2)]]
+        of_model = [r for r in records if has_model(r, model)]
+        rows += _cliff_rows(model, of_model) or [[model, NONE_YET, *[EMPTY] * (len(CLIFF_HEADER) - 2)]]
     return Table(CLIFF_HEADER, rows).markdown()
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sinkstream.engine import STEPS
+from sinkstream.records.pairing import common_places
 from sinkstream.records.records import Record
-from sinkstream.records.selection import is_plain, policy_name, same_text_and_model
+from sinkstream.records.selection import is_plain, same_text_and_model
 
 HALF = ("float16", "bfloat16")
 LEAST_TOKENS = 1000
@@ -16,22 +17,15 @@ LEAST_TOKENS = 1000
 
 @dataclass(frozen=True)
 class Precision:
-    """An engine run beside its float32 control.
-
-    Attributes
-    ----------
-    relative_error : float
-        Of the perplexity, on the tokens that both scored; positive where the engine's is higher.
-    agreement : float or None
-        Share of tokens at which both find the same token likeliest; None where a record does not say.
-    """
+    """An engine run beside its float32 control."""
 
     record: Record
     control: Record
     tokens: int
     ppl: float
     control_ppl: float
-    relative_error: float
+    relative_error: float  # of the perplexity, on the tokens that both scored; positive where the engine's is higher
+    # share of tokens at which both find the same token likeliest; None where a record does not say
     agreement: float | None
 
 
@@ -56,9 +50,7 @@ def compare(record: Record, control: Record) -> Precision | None:
 
 
 def _figures(record: Record, control: Record) -> dict[str, Any] | None:
-    _, here, there = np.intersect1d(
-        record.arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
-    )
+    _, here, there = common_places(record, control)
     nll, control_nll = (r.arrays["nll"][at].astype(np.float64) for r, at in ((record, here), (control, there)))
     both = np.isfinite(nll) & np.isfinite(control_nll)
     if both.sum() < LEAST_TOKENS:
@@ -70,18 +62,12 @@ def _figures(record: Record, control: Record) -> dict[str, Any] | None:
     return {**figures, "relative_error": error, "agreement": agreement}
 
 
-def worst_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
-    """The largest absolute relative error of all `precision_runs`, and its record's id."""
-    found = precision_runs(records)
-    return max(((abs(p.relative_error), p.record.id) for p in found), default=None)
-
-
 def _agreement(record: Record, control: Record, here: np.ndarray, there: np.ndarray) -> float | None:
     if "top1" not in record.arrays or "top1" not in control.arrays:
         return None
-    own, its = record.arrays["top1"][here], control.arrays["top1"][there]
-    known = (own >= 0) & (its >= 0)
-    return float((own == its)[known].mean()) if known.any() else None
+    own, other = record.arrays["top1"][here], control.arrays["top1"][there]
+    known = (own >= 0) & (other >= 0)
+    return float((own == other)[known].mean()) if known.any() else None
 
 
 def _is_engine(record: Record) -> bool:
@@ -96,7 +82,7 @@ def _is_control(control: Record, record: Record) -> bool:
         and not protocol["tf32"]
         and same_text_and_model(control, record)
         and is_plain(control) == is_plain(record)
-        and policy_name(control) == policy_name(record)
+        and control.policy["name"] == record.policy["name"]
         and control.policy["options"] == record.policy["options"]
         and protocol["cap"] == record.protocol["cap"]
     )

@@ -1,16 +1,17 @@
 """The two short tables of the README: quality and speed, four rows each."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from sinkstream.bench.records import BenchRecord
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import rival
 from sinkstream.bench.summary import tpot_over_floor
 from sinkstream.bench.tables import BENCH_TABLES
 from sinkstream.measure.environment import hardware
 from sinkstream.records.records import Record
-from sinkstream.records.selection import conditions, evaluated, policy_name, select
-from sinkstream.show.comparison import comparison_rows
-from sinkstream.show.table import NONE_YET, Table, with_interval
+from sinkstream.records.selection import conditions, evaluated, select
+from sinkstream.show.comparison import compared_runs
+from sinkstream.show.table import NONE_YET, Column, Table
 
 CAP = 512
 POLICIES = {
@@ -25,30 +26,41 @@ POLICIES = {
 REPORTED_STATIC_MS, REPORTED_ENGINE_MS = 4.756, 2.097
 
 
-def readme_quality(records: Sequence[Record]) -> str:
-    """Perplexity of SmolLM2-135M on PG19 at 512 slots: recompute the control, then three policies."""
-    runs = select(records, model="SmolLM2-135M", text="pg19", device="cuda")
-    runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (CAP, CAP)]
-    control = next((r for r in reversed(runs) if policy_name(r) == "recompute"), None)
-    if control is None:
-        return NONE_YET
+def comparable_runs(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> list[Record]:
+    """The newest complete run of each policy of one model on one text at one cap; recompute, the control, comes first.
 
-    def way(record: Record) -> tuple:
+    Only runs in the control's way: its tokens, backend, dtype and hardware, steps or blocks; none without a control.
+    """
+    runs = select(records, model=model, text=text, device=device)
+    runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
+    control = next((r for r in reversed(runs) if r.policy["name"] == "recompute"), None)
+    if control is None:
+        return []
+
+    def way(record: Record) -> tuple[Any, ...]:
         return record.data["sha256"], evaluated(record), conditions(record)
 
-    newest = {r.policy.get("label") or r.policy["name"]: r for r in runs if way(r) == way(control)}
-    rows = comparison_rows([newest[label] for label in POLICIES if label in newest])
-    cells = []
-    for row in rows:
-        delta = "control"
-        if not row["is_control"]:
-            delta = with_interval(row["delta_percent"], row["delta_low"], row["delta_high"], 2)
-        cells.append([POLICIES[row["name"]], f"{row['ppl']:.2f}", delta])
+    newest = {r.label: r for r in runs if way(r) == way(control)}
+    return sorted(newest.values(), key=lambda r: r.policy["name"] != "recompute")
+
+
+def readme_quality(records: Sequence[Record]) -> str:
+    """Perplexity of SmolLM2-135M on PG19 at 512 slots: recompute the control, then three policies."""
+    runs = {r.label: r for r in comparable_runs(records, model="SmolLM2-135M", text="pg19", cap=CAP, device="cuda")}
+    if not runs:
+        return NONE_YET
+    rows = compared_runs([runs[label] for label in POLICIES if label in runs])
+    control = next(iter(runs.values()))
     origin = (
         f"{control.model['name']}, {control.summary['decode_tokens']:,} tokens of a PG19 book, {CAP} KV slots,"
         f" {control.protocol['dtype']}, {hardware(control.environment)}."
     )
-    return f"{origin}\n\n{Table(['policy', 'perplexity', 'ΔPPL % [95 %]'], cells).markdown()}"
+    columns: list[Column] = [
+        ("policy", lambda run: POLICIES[run.record.label]),
+        ("perplexity", lambda run: f"{run.record.summary['ppl']:.2f}"),
+        ("ΔPPL % [95 %]", lambda run: run.delta_text),
+    ]
+    return f"{origin}\n\n{Table.of(rows, columns).markdown()}"
 
 
 @BENCH_TABLES.register("readme-speed")
@@ -57,7 +69,7 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
     found = tpot_over_floor(records)
     if found is None:
         return NONE_YET
-    engine = next(r for r in records if r.id == found[1])
+    engine = next(r for r in records if r.id == found.record)
     others = [rival(records, engine, rung) for rung in ("hf-static", "hf", "hf-recompute-sdpa")]
     tpots = [other.steady["tpot_ms"] for other in others if other is not None]
     if len(tpots) < len(others):

@@ -4,25 +4,29 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from sinkstream.bench.prompt_records import PromptRecord, load_prompt_records
+from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
-from sinkstream.bench.records import BenchRecord, load_bench_records
+from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.files import write_atomically
+from sinkstream.records.headline import Headline
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
-from sinkstream.records.selection import policy_name, same_conditions, select
+from sinkstream.records.selection import same_conditions, select
 from sinkstream.registry import Registry
-from sinkstream.report.block_pairs import BlockPair, block_pairs
-from sinkstream.report.precision import worst_relative_error
+from sinkstream.report.block_pairs import block_pairs
+from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
-from sinkstream.studies.diagnosis import Diagnosis, load_diagnoses
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 
-#: Key -> function of all records, oldest first, that returns (value, record id), or None if records are missing.
-HEADLINES: Registry[Callable[[Sequence[Record]], tuple[float, str] | None]] = Registry("headline")
+#: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
+HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
+AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, Diagnosis)
+Headlines = dict[str, dict[str, float | str]]
 
 
 @dataclass(frozen=True)
@@ -30,78 +34,62 @@ class Summary:
     """What was written: the file, its headline figures, and what each missing key would need."""
 
     path: Path
-    headlines: dict[str, dict[str, float | str]]
+    headlines: Headlines
     missing: dict[str, str]
 
 
-def compute_headlines(
-    records: Sequence[Record],
-    diagnoses: Sequence[Diagnosis] = (),
-    speeds: Sequence[BenchRecord] = (),
-    prompts: Sequence[PromptRecord] = (),
-) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
-    """All headline figures that the records allow, and for every other key what it is computed from."""
-    headlines, missing = {}, {}
-    for registry, computed in (
-        (HEADLINES, {key: compute(records) for key, compute in HEADLINES.items()}),
-        (SPEED_HEADLINES, {key: compute(speeds) for key, compute in SPEED_HEADLINES.items()}),
-        (PROMPT_HEADLINES, {key: compute(prompts) for key, compute in PROMPT_HEADLINES.items()}),
-        (DIAGNOSIS_HEADLINES, {key: compute(diagnoses) for key, compute in DIAGNOSIS_HEADLINES.items()}),
-    ):
-        for key, found in computed.items():
-            if found is None:
-                missing[key] = f"no record for: {registry.summary(key)}"
-                continue
-            figures = found if isinstance(found, dict) else dict(zip(("value", "record"), found))
-            headlines[key] = {name: v if name == "record" else _rounded(v) for name, v in figures.items()}
-    return headlines, missing
-
-
-def _headlines_below(
-    directory: Path, pairs: Pairs | None = None
-) -> tuple[dict[str, dict[str, float | str]], dict[str, str]]:
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: not a folder with records")
-    return compute_headlines(
-        load_records(directory, pairs),
-        load_diagnoses(directory),
-        load_bench_records(directory),
-        load_prompt_records(directory),
-    )
-
-
-def write_summary(results_dir: Path | str, pairs: Pairs | None = None) -> Summary:
-    """Compute the headline figures from all records below `results_dir` and write its summary.json; see `load_records`.
+def write_summary(results: Path, pairs: Pairs | None = None) -> Summary:
+    """Compute the headline figures from all records below a folder and write its summary.json; see `load_records`.
 
     Nothing of an older file is kept: a key whose records are gone disappears.
 
-    Raises
-    ------
-    ValueError
-        The folder does not exist, or it holds a broken record.
+    Raises ValueError: the folder does not exist, or it holds a broken record.
     """
-    directory = Path(results_dir)
-    headlines, missing = _headlines_below(directory, pairs)
-    return Summary(write_atomically(directory / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
+    headlines, missing = _headlines_below(results, pairs)
+    return Summary(write_atomically(results / SUMMARY_FILE, _as_text(headlines)), headlines, missing)
 
 
-def summary_is_current(results_dir: Path | str, pairs: Pairs | None = None) -> bool:
+def summary_is_current(results: Path, pairs: Pairs | None = None) -> bool:
     """Whether the folder's summary.json is what its records give. Raises as `write_summary`."""
-    path = Path(results_dir) / SUMMARY_FILE
-    headlines, _ = _headlines_below(Path(results_dir), pairs)
+    path = results / SUMMARY_FILE
+    headlines, _ = _headlines_below(results, pairs)
     return path.is_file() and path.read_text(encoding="utf-8") == _as_text(headlines)
+
+
+def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dict[str, str]]:
+    """All headline figures that the records allow, and for every other key what it is computed from."""
+    if not results.is_dir():
+        raise ValueError(f"{results}: not a folder with records")
+    headlines: Headlines = {}
+    missing: dict[str, str] = {}
+
+    def compute(registry: Registry[Callable[[Sequence[AnyRecord]], Headline | None]], of: list[AnyRecord]) -> None:
+        for key, headline in registry.items():
+            found = headline(of)
+            if found is None:
+                missing[key] = f"no record for: {registry.summary(key)}"
+            else:
+                figures = {"value": found.value, "low": found.low, "high": found.high}
+                rounded = {name: _rounded(figure) for name, figure in figures.items() if figure is not None}
+                headlines[key] = {**rounded, "record": found.record}
+
+    compute(HEADLINES, load_records(results, pairs))
+    compute(SPEED_HEADLINES, BenchRecord.below(results))
+    compute(PROMPT_HEADLINES, PromptRecord.below(results))
+    compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
+    return headlines, missing
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
-def _as_text(headlines: dict[str, dict[str, float | str]]) -> str:
+def _as_text(headlines: Headlines) -> str:
     return json.dumps(headlines, indent=1, ensure_ascii=False) + "\n"
 
 
 @HEADLINES.register("foundation.hf_strict_over_full_tpot")
-def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | None:
+def hf_strict_over_full_tpot(records: Sequence[Record]) -> Headline | None:
     """Mean steady TPOT of strict over the full cache's, newest interleaved pair, Pythia-2.8B shape, hf backend, GPU."""
     of_shape = select(records, model="pythia-2.8b", backend="hf", device="cuda")
     strict, full = select(of_shape, policy="strict", plain=True), select(of_shape, policy="full")
@@ -110,20 +98,20 @@ def hf_strict_over_full_tpot(records: Sequence[Record]) -> tuple[float, str] | N
         for baseline in reversed(full):
             tpots = [one.summary["steady_tpot_ms"]["mean"] for one in (run, baseline)]
             if same_conditions(run, baseline) and None not in tpots:
-                return tpots[0] / tpots[1], run.id
+                return Headline(tpots[0] / tpots[1], run.id)
     return None
 
 
 @HEADLINES.register("foundation.demo_seconds")
-def demo_seconds(records: Sequence[Record]) -> tuple[float, str] | None:
+def demo_seconds(records: Sequence[Record]) -> Headline | None:
     """Age of the process at the last record of the newest demo, which must be complete."""
     demos = [record for record in records if "demo" in record.command[:3]]
     if not demos or demos[-1].status != "complete":
         return None
-    return demos[-1].summary["process_sec"], demos[-1].id
+    return Headline(demos[-1].summary["process_sec"], demos[-1].id)
 
 
-def _pg19_ppl(records: Sequence[Record], policy: str) -> tuple[float, str] | None:
+def _pg19_ppl(records: Sequence[Record], policy: str) -> Headline | None:
     """PPL of SmolLM2-135M on PG19 under `policy`, from the group of comparable runs with most policies and tokens."""
     runs = [
         record
@@ -134,78 +122,74 @@ def _pg19_ppl(records: Sequence[Record], policy: str) -> tuple[float, str] | Non
     groups: dict[tuple, dict[str, Record]] = {}
     for run in sorted(runs, key=lambda record: record.created):
         key = (run.data["sha256"], run.model["hash"], run.protocol["dtype"], run.protocol["cap"])
-        groups.setdefault((*key, run.protocol["decode_tokens"]), {})[policy_name(run)] = run
+        groups.setdefault((*key, run.protocol["decode_tokens"]), {})[run.policy["name"]] = run
     if not groups:
         return None
     best = max(
         groups.values(), key=lambda group: (len(group), max(run.summary["decode_tokens"] for run in group.values()))
     )
-    return (best[policy].summary["ppl"], best[policy].id) if policy in best else None
+    return Headline(best[policy].summary["ppl"], best[policy].id) if policy in best else None
 
 
 @HEADLINES.register("foundation.ppl_recompute")
-def ppl_recompute(records: Sequence[Record]) -> tuple[float, str] | None:
+def ppl_recompute(records: Sequence[Record]) -> Headline | None:
     """PPL of sliding-window recompute, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "recompute")
 
 
 @HEADLINES.register("foundation.ppl_window_only")
-def ppl_window_only(records: Sequence[Record]) -> tuple[float, str] | None:
+def ppl_window_only(records: Sequence[Record]) -> Headline | None:
     """PPL of the window without sinks, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "window-only")
 
 
 @HEADLINES.register("foundation.ppl_strict")
-def ppl_strict(records: Sequence[Record]) -> tuple[float, str] | None:
+def ppl_strict(records: Sequence[Record]) -> Headline | None:
     """PPL of strict streaming, SmolLM2-135M on PG19."""
     return _pg19_ppl(records, "strict")
 
 
 @HEADLINES.register("diagnosis.cliff_share_length")
-def cliff_share_length(records: Sequence[Record]) -> tuple[float, str] | None:
+def cliff_share_length(records: Sequence[Record]) -> Headline | None:
     """Share of visible length past the trained positions in the loss at the largest R, neox-27m-sink, cliff grid."""
     return share_past_trained(records, model="neox-27m-sink")
 
 
 @HEADLINES.register("engine.ppl_relative_error")
-def ppl_relative_error(records: Sequence[Record]) -> tuple[float, str] | None:
+def ppl_relative_error(records: Sequence[Record]) -> Headline | None:
     """Largest relative PPL error of the engine's fastest rung against the float32 hf backend, same model and tokens."""
-    return worst_relative_error(records)
+    errors = (Headline(abs(p.relative_error), p.record.id) for p in precision_runs(records))
+    return max(errors, default=None)
 
 
-def _newest_block_pair(records: Sequence[Record], device: str, policy: str, compress_every: int) -> BlockPair | None:
-    """The newest pair of a plain policy on the hf backend with that device."""
+def _block_speedup(records: Sequence[Record], device: str, policy: str, compress_every: int) -> Headline | None:
+    """Of the newest pair of a plain policy on the hf backend with that device."""
     pairs = block_pairs(select(records, policy=policy, backend="hf", device=device, plain=True))
     found = [pair for pair in pairs if pair.blocks.policy["options"].get("compress_every") == compress_every]
-    return found[-1] if found else None
-
-
-def _block_speedup(pair: BlockPair | None) -> tuple[float, str] | None:
-    return (pair.speedup, pair.blocks.id) if pair else None
+    return Headline(found[-1].speedup, found[-1].blocks.id) if found else None
 
 
 @HEADLINES.register("diagnosis.block_speedup_lazy32")
-def block_speedup_lazy32(records: Sequence[Record]) -> tuple[float, str] | None:
+def block_speedup_lazy32(records: Sequence[Record]) -> Headline | None:
     """Lazy R = 32 in blocks against step by step, newest pair of runs, hf backend, GPU."""
-    return _block_speedup(_newest_block_pair(records, "cuda", "lazy", 32))
+    return _block_speedup(records, "cuda", "lazy", 32)
 
 
 @HEADLINES.register("diagnosis.block_speedup_strict")
-def block_speedup_strict(records: Sequence[Record]) -> tuple[float, str] | None:
+def block_speedup_strict(records: Sequence[Record]) -> Headline | None:
     """Strict in blocks against step by step, newest pair of runs, hf backend, GPU."""
-    return _block_speedup(_newest_block_pair(records, "cuda", "strict", 1))
+    return _block_speedup(records, "cuda", "strict", 1)
 
 
 @HEADLINES.register("diagnosis.block_speedup_cpu")
-def block_speedup_cpu(records: Sequence[Record]) -> tuple[float, str] | None:
+def block_speedup_cpu(records: Sequence[Record]) -> Headline | None:
     """Blocks against step by step on the CPU: the smaller of strict's and lazy's (R = 32), newest pairs, hf backend."""
-    strict = _block_speedup(_newest_block_pair(records, "cpu", "strict", 1))
-    lazy = _block_speedup(_newest_block_pair(records, "cpu", "lazy", 32))
+    strict, lazy = _block_speedup(records, "cpu", "strict", 1), _block_speedup(records, "cpu", "lazy", 32)
     return None if strict is None or lazy is None else min(strict, lazy)
 
 
 @HEADLINES.register("diagnosis.block_max_abs_nll_difference")
-def block_max_abs_nll_difference(records: Sequence[Record]) -> tuple[float, str] | None:
+def block_max_abs_nll_difference(records: Sequence[Record]) -> Headline | None:
     """Largest difference of one token's NLL between blocks and step by step, over all float32 pairs of runs."""
     pairs = [pair for pair in block_pairs(records) if pair.blocks.protocol["dtype"] == "float32"]
-    return max(((pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)
+    return max((Headline(pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)

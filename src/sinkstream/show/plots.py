@@ -10,20 +10,20 @@ import numpy as np
 
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import write_atomically
-from sinkstream.records.pairing import paired_blocks
+from sinkstream.records.pairing import paired_blocks, paired_delta
 from sinkstream.records.records import BLOCKED, Record
-from sinkstream.show.comparison import delta_against, display_name, find_control
+from sinkstream.show.comparison import display_name
 from sinkstream.statistics import PairedDelta
 
 #: Okabe and Ito's palette without its yellow, which is too faint on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1.5, 1.5, 1.5, 1.5)))
 GRID, SHADE, TINTS = "#dddddd", "#f2f2f2", 10
-MOST_LINES = 5  # policies of a picture beside its control; the others are in the table
+MOST_LINES = 5  # policies of a picture, the control not counted; the others are in the table
 LINE_COLOURS = ("#009E73", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")  # from the lowest ΔPPL to the highest
 OUTLIER = 6  # times the median ΔPPL: beyond, a line leaves the axis
 ALIKE = 0.03  # of the axis of memory: lines that end nearer share a label
-BAR_STEP = 0.006  # of the length of the text: bars of intervals stand beside each other
+BAR_STEP = 0.006  # of the length of the text: the distance between the bars of two intervals
 LABEL_HEIGHT = 0.075  # of the axis
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MB = 1 << 20
@@ -37,33 +37,19 @@ def line_formats() -> Iterator[dict[str, Any]]:
         number += 1
 
 
-def memory_and_quality(
-    records: Sequence[Record], path: Path | str, *, control_id: str | None = None, title: str | None = None
-) -> Path:
-    """Draw what the runs hold in memory over the text, and below it what that costs: ΔPPL so far against a control.
+def memory_and_quality(records: Sequence[Record], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw memory over the text and, below, ΔPPL so far against the first run, the control, as PNG.
 
-    Up to `MOST_LINES` policies are drawn, from the lowest ΔPPL to the highest; policies that were sampled are left to
-    the table. The bar at the end of a line is its 95 % interval. A policy whose loss would flatten all others leaves
-    the axis at the top, and its label says where it ends.
+    All runs are of one text and one model. Up to `MOST_LINES` policies are drawn, from the lowest ΔPPL to the highest;
+    sampled runs are left to the table. The bar at the end of a line is its 95 % interval. A policy whose loss would
+    flatten all others leaves the axis at the top, with its ΔPPL in the label. One record gives the upper panel only.
 
-    Parameters
-    ----------
-    records : sequence of Record
-        All of one text and one model.
-    path : path
-        PNG file to write, atomically.
-    control_id : str, optional
-        Record that the others are paired with; default the first one. With one record there is no lower panel.
-
-    Raises
-    ------
-    ValueError
-        No records, an unknown control, a record without tokens, or records that can not be paired with the control; or
-        the arrays of an older record are absent.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no records, a record without tokens, or records that can not be paired with the control; or the
+    arrays of an older record are absent. Raises ImportError: matplotlib is not installed.
     """
-    control = find_control(records, control_id)
+    if not records:
+        raise ValueError("no records to draw")
+    control = records[0]
     lines = _lines(records, control)
     figure, axes = new_figure(2 if lines else 1)
     _draw_memory(axes[0], control, lines)
@@ -99,7 +85,7 @@ def _lines(records: Sequence[Record], control: Record) -> list[_Line]:
         sums, counts, _ = paired_blocks(record, control)
         with np.errstate(over="ignore"):
             so_far = 100 * np.expm1(np.cumsum(sums) / np.cumsum(counts))
-        delta = delta_against(record, control)
+        delta = paired_delta(record, control)
         if delta.delta_percent is not None:
             found.append(_Line(record, delta, delta.delta_percent, so_far))
     found.sort(key=lambda line: line.end)
@@ -158,8 +144,8 @@ def _draw_quality(axis: Any, control: Record, lines: Sequence[_Line], others: in
         labels.append((float(np.clip(line.end, low - margin, high + margin)), text, line.colour))
     axis.set_ylabel("ΔPPL so far (%)")
     more = f"; {others} more in the table" if others else ""
-    told = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
-    axis.set_title(told, fontsize="medium", loc="left")
+    title = f"perplexity of all tokens so far against {display_name(control)}, same tokens; bars: 95 % intervals{more}"
+    axis.set_title(title, fontsize="medium", loc="left")
     _label_ends(axis, labels)
 
 
@@ -242,10 +228,7 @@ def _palette() -> bytes:
 def new_figure(n_panels: int, *, share_x: bool = True, height: float | None = None) -> tuple[Any, np.ndarray]:
     """A figure on matplotlib's Agg canvas with panels one above the other; `height` in inches, default 3.6 a panel.
 
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
+    Raises ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -37,27 +37,19 @@ def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def tell(progress: Progress, line: str) -> None:
-    """Print a line as it is, above the bars if there are any."""
-    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is, above the bars of a progress display if there are any."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_ended(progress: Progress, name: str, status: str, seconds: float, *figures: str) -> None:
-    """Where no bar says so, print what came of a run: ``lazy R=32: done in 14 s, PPL 13.27``.
+    """Without a bar, print the outcome of a run: ``lazy R=32: done in 14 s, PPL 13.27``.
 
-    Parameters
-    ----------
-    name : str
-    status : str
-        Of its record; one that is not complete is named instead of "done".
-    seconds : float
-        How long the run took.
-    figures : str
-        What it found, in a few words each.
+    `status` is that of the record; one that is not complete is printed instead of "done".
     """
     if progress.disable:
         ended = f"done in {seconds:.0f} s" if status == "complete" else f"{status} after {seconds:.0f} s"
-        tell(progress, ", ".join([f"{name}: {ended}", *figures]))
+        say(progress.console, ", ".join([f"{name}: {ended}", *figures]))
 
 
 def hide_ended(progress: Progress) -> None:

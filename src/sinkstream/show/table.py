@@ -3,8 +3,9 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any, TypeVar
 
@@ -22,30 +23,14 @@ Column = tuple[str, Callable[[Item], str]]
 
 @dataclass(frozen=True)
 class Table:
-    """Header, rows and what a reader must know.
+    """Header, rows and what a reader must know."""
 
-    Attributes
-    ----------
-    header : sequence of str
-        Names of the columns, with their units.
-    rows : sequence of sequences of str
-        Plain text, one cell a column.
-    title : str or None
-        Of the terminal.
-    notes : sequence of str
-        Lines below the table.
-    left : int
-        How many columns are text, aligned to the left; the others are figures.
-    bold : sequence of int
-        Rows that the terminal prints in bold.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str | None = None
-    notes: Sequence[str] = ()
-    left: int = 1
-    bold: Sequence[int] = ()
+    header: Sequence[str]  # names of the columns, with their units
+    rows: Sequence[Sequence[str]]  # plain text, one cell a column
+    title: str | None = None  # of the terminal
+    notes: Sequence[str] = ()  # lines below the table
+    left: int = 1  # how many columns are text, aligned to the left; the others are figures
+    bold: Sequence[int] = ()  # rows that the terminal prints in bold
 
     @classmethod
     def of(cls, items: Iterable[Item], columns: Sequence[Column], **more: Any) -> "Table":
@@ -75,12 +60,16 @@ class Table:
     def html(self) -> str:
         """The table in HTML, without its notes; intervals, "[low, high]", and shares, "(3 %)", are not broken."""
         head = "".join(f"<th>{escape(name)}</th>" for name in self.header)
-        lines = ("<tr>" + "".join(f"<td>{_unbroken(escape(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
+        unbroken = partial(re.sub, r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>')
+        lines = ("<tr>" + "".join(f"<td>{unbroken(escape(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _unbroken(text: str) -> str:
-    return re.sub(r"\[[^]]*\]|\([^)]*\)", r'<span class="whole">\g<0></span>', text)
+def figures_text(figures: Mapping[str, float | None], names: Sequence[str], digits: int) -> str:
+    """Several figures as "1.2 / 3.4": a dash in place of a missing figure, one dash if all are missing."""
+    if all(figures[name] is None for name in names):
+        return EMPTY
+    return " / ".join(EMPTY if figures[name] is None else f"{figures[name]:,.{digits}f}" for name in names)
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:

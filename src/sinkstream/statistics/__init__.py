@@ -1,5 +1,6 @@
 """Statistics of paired runs: intervals of ΔPPL and means, event-aligned curves, what a length of text resolves."""
 
+from sinkstream.statistics.bootstrap import DEFAULT, Bootstrap, Estimate
 from sinkstream.statistics.curves import AFTER, BEFORE, EventCurve, event_curve, event_cycles
 from sinkstream.statistics.delta import (
     BLOCK_TOKENS,
@@ -13,14 +14,15 @@ from sinkstream.statistics.delta import (
     share_of_blocks,
     suitable_block_tokens,
 )
-from sinkstream.statistics.estimate import Estimate
 from sinkstream.statistics.power import Resolution, resolution
 
 __all__ = [
     "AFTER",
     "BEFORE",
     "BLOCK_TOKENS",
+    "DEFAULT",
     "MIN_BLOCKS",
+    "Bootstrap",
     "Estimate",
     "EventCurve",
     "PairedDelta",

@@ -1,33 +1,61 @@
-"""The percentile bootstrap of a ratio of sums, by scipy."""
+"""Figures with their intervals, and the percentile bootstrap of a ratio of sums (by scipy) that gives these."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 
-def ratio_interval(
-    tops: np.ndarray, bottoms: np.ndarray, *, resamples: int, confidence: float, seed: int, batch: int | None = None
-) -> tuple[float, float]:
-    """Interval of sum(tops) / sum(bottoms), the pairs resampled together.
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval."""
 
-    Parameters
-    ----------
-    tops, bottoms : (pairs,) float or int
-    resamples : int
-    confidence : float
-        Nominal coverage.
-    seed : int
-    batch : int or None
-        Resamples held in memory at once; default: all.
-    """
-    found = stats.bootstrap(
-        (tops, bottoms),
-        lambda top, bottom, axis=-1: top.sum(axis=axis) / bottom.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=batch,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    value: float | None = None  # None if the figure does not exist
+    # low, high: the interval; None with a `reason` where it cannot be given
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None  # why value or interval is missing
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the interval says that the figure is positive."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.above_zero or (self.high is not None and self.high < 0)
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are computed. Raises ValueError, naming the option, the value and what is accepted."""
+
+    resamples: int = 2000
+    confidence: float = 0.95  # nominal coverage
+    seed: int = 0
+    batch: int | None = 500  # resamples held in memory at once; None: all
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence = {self.confidence}: must lie between 0 and 1")
+        if self.resamples < 1:
+            raise ValueError(f"resamples = {self.resamples}: must be 1 or more")
+
+    def ratio_interval(self, tops: np.ndarray, bottoms: np.ndarray) -> tuple[float, float]:
+        """Percentile interval of sum(tops) / sum(bottoms), each (pairs,), the pairs resampled together."""
+        found = stats.bootstrap(
+            (tops, bottoms),
+            lambda top, bottom, axis=-1: top.sum(axis=axis) / bottom.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=self.resamples,
+            batch=self.batch,
+            confidence_level=self.confidence,
+            method="percentile",
+            rng=np.random.default_rng(self.seed),
+        ).confidence_interval
+        return float(found.low), float(found.high)
+
+
+DEFAULT = Bootstrap()

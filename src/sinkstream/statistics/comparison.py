@@ -6,30 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sinkstream.statistics.bootstrap import ratio_interval
+from sinkstream.statistics.bootstrap import Bootstrap
 
 MIN_PAIRS = 8
-RESAMPLES = 5000
+BOOTSTRAP = Bootstrap(resamples=5000, batch=None)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of sums with its percentile-bootstrap interval; `low` and `high` are None with fewer than 8 pairs."""
+    """A ratio of sums with its 95 % bootstrap interval; `low` and `high` are None with fewer than 8 pairs."""
 
     value: float
     low: float | None
     high: float | None
     pairs: int
-    confidence: float
 
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"{self.low:.4f} – {self.high:.4f}"
         return f"{self.value:.4f} [{interval}]"
 
 
-def ratio_of_times(
-    seconds: Sequence[float], base_seconds: Sequence[float], *, confidence: float = 0.95, seed: int = 0
-) -> Ratio:
+def ratio_of_times(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
     """Time of one run over that of another, from chunks of equally many tokens that took turns.
 
     Pairs of chunks are resampled, so that a drift which both share cancels out.
@@ -39,35 +36,24 @@ def ratio_of_times(
     seconds, base_seconds : (chunks,) float
         Seconds of chunk i of either run.
 
-    Raises
-    ------
-    ValueError
-        The chunks do not pair, or there is none.
+    Raises ValueError: the chunks do not pair, or there is none.
     """
     own, base = np.asarray(seconds, dtype=np.float64), np.asarray(base_seconds, dtype=np.float64)
     if own.shape != base.shape or own.ndim != 1 or own.size == 0:
         raise ValueError(f"chunks of shape {own.shape} and {base.shape}: expected equally many, at least one")
     value = float(own.sum() / base.sum())
     if own.size < MIN_PAIRS:
-        return Ratio(value, None, None, own.size, confidence)
+        return Ratio(value, None, None, own.size)
     if np.ptp(own / base) == 0:
-        return Ratio(value, value, value, own.size, confidence)
-    interval = ratio_interval(own, base, resamples=RESAMPLES, confidence=confidence, seed=seed)
-    return Ratio(value, *interval, own.size, confidence)
+        return Ratio(value, value, value, own.size)
+    return Ratio(value, *BOOTSTRAP.ratio_interval(own, base), own.size)
 
 
 @dataclass(frozen=True)
 class TimeLine:
-    """Time = `fixed_ms` + bytes / `gbs`, by least squares.
+    """Time = `fixed_ms` + bytes / `gbs`, by least squares."""
 
-    Attributes
-    ----------
-    gbs : float
-        Speed at which more bytes are read, in GB/s (1e9 bytes): 1 / slope.
-    slope_ms_per_gb, fixed_ms, r_squared : float
-    """
-
-    gbs: float
+    gbs: float  # speed at which more bytes are read, in GB/s (1e9 bytes): 1 / slope
     slope_ms_per_gb: float
     fixed_ms: float
     r_squared: float

@@ -7,56 +7,40 @@ Student's t as Hesterberg (The American Statistician 69, 2015) does.
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from sinkstream.statistics.bootstrap import DEFAULT, Bootstrap, Estimate
 from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS
-from sinkstream.statistics.estimate import Estimate
 
 BEFORE = AFTER = 32
 
 
 @dataclass(frozen=True)
 class EventCurve:
-    """Mean paired difference by distance from the prune event, and the spike above the level before the event.
+    """Mean paired difference by distance from the prune event, and the spike above the level before the event."""
 
-    Attributes
-    ----------
-    lags : (lags,) int
-        Tokens since the event (0 is the first token that was predicted with the pruned cache); negative ones count
-        towards the next event.
-    mean, low, high : (lags,) float
-        Mean difference at each lag in nats, and its pointwise interval (NaN where there are too few events).
-    events : (lags,) int
-        Events that each lag averages over.
-    level : Estimate
-        Mean difference over the negative lags, in nats a token.
-    peak : Estimate
-        Largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
-        average; the interval comes from a band that holds all lags at once, so it stays honest.
-    peak_lag : int or None
-        Where the peak lies.
-    width : Estimate
-        Equivalent width, area over peak, in tokens; only where the interval of the peak, and the area, are above zero.
-    area : Estimate
-        Sum of the excess over the first `AFTER` lags, in nats an event.
-    n_events, n_blocks : int
-        Events, and groups of events that were resampled.
-    confidence : float
-    """
-
+    # (lags,) int: tokens since the event (0 is the first token that was predicted with the pruned cache); negative ones
+    # count towards the next event
     lags: np.ndarray
+    # mean, low, high: (lags,) float: mean difference at each lag in nats, and its pointwise interval (NaN where there
+    # are too few events)
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    events: np.ndarray
-    level: Estimate
+    events: np.ndarray  # (lags,) int: events that each lag averages over
+    level: Estimate  # mean difference over the negative lags, in nats a token
+    # largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
+    # average; the interval comes from a band that holds all lags at once, so it stays honest
     peak: Estimate
-    peak_lag: int | None
+    peak_lag: int | None  # where the peak lies
+    # equivalent width, area over peak, in tokens; only where the interval of the peak, and the area, are above zero
     width: Estimate
-    area: Estimate
+    area: Estimate  # sum of the excess over the first `AFTER` lags, in nats an event
+    # n_events, n_blocks: events, and groups of events that were resampled
     n_events: int
     n_blocks: int
     confidence: float
@@ -68,24 +52,6 @@ class EventCurve:
         (Each of the two is wrong upwards at half that rate.)
         """
         return self.peak.above_zero or self.area.above_zero
-
-
-class _Averages(TypedDict):
-    """Attributes of an `EventCurve` that are known with or without a spike."""
-
-    lags: np.ndarray
-    mean: np.ndarray
-    events: np.ndarray
-    n_events: int
-    n_blocks: int
-    confidence: float
-
-
-class _Spike(TypedDict):
-    peak: Estimate
-    peak_lag: int
-    width: Estimate
-    area: Estimate
 
 
 def event_cycles(
@@ -104,13 +70,8 @@ def event_cycles(
         Position of each value in the text, increasing.
     events : (events,) int
         Positions of the first values after each event, increasing.
-    before : int
-        Most tokens before an event.
 
-    Returns
-    -------
-    (lags, table) : (lags,) int and (events, lags) float
-        NaN where an event has no value at a lag.
+    Returns the lags (lags,) int and a table (events, lags) float: NaN where an event has no value at a lag.
     """
     values, positions = np.asarray(values, dtype=np.float64), np.asarray(positions, dtype=np.int64)
     events = np.asarray(events, dtype=np.int64)
@@ -137,14 +98,12 @@ def event_curve(
     positions: np.ndarray,
     events: np.ndarray,
     *,
-    before: int = BEFORE,
-    after: int = AFTER,
     block_tokens: int = BLOCK_TOKENS,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> EventCurve:
     """Average a paired difference by distance from the events, with intervals.
+
+    The `BEFORE` tokens before an event give the level; a spike is looked for in the `AFTER` tokens from the event on.
 
     Parameters
     ----------
@@ -152,24 +111,14 @@ def event_curve(
         NLL minus the control's NLL on the same token, in nats; NaN = missing.
     positions, events
         As in `event_cycles`.
-    before, after : int, default=32
-        Tokens before an event that give the level, and tokens from the event on in which a spike is looked for.
     block_tokens : int, default=64
         Least length of text that is resampled in one piece; should exceed the range of the correlation.
-    resamples, confidence, seed
-        Of the bootstrap.
 
-    Raises
-    ------
-    ValueError
-        An option out of range.
+    Raises ValueError: an option out of range.
     """
-    if min(before, after, block_tokens, resamples) < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"before={before}, after={after}, block_tokens={block_tokens}, resamples={resamples},"
-            f" confidence={confidence}: accepted: whole numbers of at least 1, and a confidence between 0 and 1"
-        )
-    lags, table = event_cycles(values, positions, events, before)
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens={block_tokens} is not accepted; accepted: a whole number of at least 1")
+    lags, table = event_cycles(values, positions, events)
     known = np.isfinite(table)
     enough = known.sum(axis=0) >= min(MIN_BLOCKS, max(1, len(table) - 1))  # before the first event there may be no text
     lags, table, known = lags[enough], table[:, enough], known[:, enough]
@@ -177,39 +126,44 @@ def event_curve(
     mean = totals / np.maximum(counts, 1)
     group = max(1, math.ceil(block_tokens / max(1.0, float(np.median(np.diff(events)))))) if len(events) > 1 else 1
     starts = np.arange(0, len(table), group)
-    n_blocks = len(starts)
-    shared: _Averages = {
-        "lags": lags,
-        "mean": mean,
-        "events": counts,
-        "n_events": len(table),
-        "n_blocks": n_blocks,
-        "confidence": confidence,
-    }
-    window, level = (lags >= 0) & (lags < after), lags < 0
+    n_blocks, unknown = len(starts), np.full_like(mean, np.nan)
+    averages = partial(
+        EventCurve, lags, mean, events=counts, n_events=len(table), n_blocks=n_blocks, confidence=bootstrap.confidence
+    )
+    window, level = (lags >= 0) & (lags < AFTER), lags < 0
     if not window.any() or not level.any():
-        return _without_spike(shared, "an event at every token, or none: there is no level before an event")
+        none = Estimate(reason="an event at every token, or none: there is no level before an event")
+        return averages(unknown, unknown, level=none, peak=none, peak_lag=None, width=none, area=none)
     level_mean = float(totals[level].sum() / counts[level].sum())
     excess = mean[window] - level_mean
     if n_blocks < MIN_BLOCKS:
         reason = f"{n_blocks} groups of {group} events; an interval needs at least {MIN_BLOCKS}"
-        return _without_interval(shared, excess, level_mean, reason)
+        return averages(
+            unknown,
+            unknown,
+            level=Estimate(level_mean, reason=reason),
+            peak=Estimate(float(excess.max()), reason=reason),
+            peak_lag=int(excess.argmax()),
+            width=Estimate(reason=reason),
+            area=Estimate(float(excess.sum()), reason=reason),
+        )
     sums = np.add.reduceat(np.nan_to_num(table), starts, axis=0)
     numbers = np.add.reduceat(known.astype(np.float64), starts, axis=0)
-    draws = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=resamples)
+    rng, resamples = np.random.default_rng(bootstrap.seed), bootstrap.resamples
+    draws = rng.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=resamples)
     drawn_sums, drawn_numbers = draws @ sums, draws @ numbers
     with np.errstate(invalid="ignore", divide="ignore"):
         means = drawn_sums / drawn_numbers
         levels = drawn_sums[:, level].sum(axis=1) / drawn_numbers[:, level].sum(axis=1)
     means = np.where(np.isfinite(means), means, mean)  # a lag that a resample happens to miss
-    low, high = np.quantile(means, _widened(confidence, n_blocks), axis=0)
-    level_low, level_high = np.quantile(levels, _widened(confidence, n_blocks))
-    level_estimate = Estimate(level_mean, float(level_low), float(level_high))
-    spike = _spike(excess, means[:, window] - levels[:, None], confidence, n_blocks)
-    return EventCurve(low=low, high=high, level=level_estimate, **spike, **shared)
+    quantiles = _widened(bootstrap.confidence, n_blocks)
+    low, high = np.quantile(means, quantiles, axis=0)
+    level_low, level_high = np.quantile(levels, quantiles)
+    spike = _spike(excess, means[:, window] - levels[:, None], bootstrap.confidence, n_blocks)
+    return averages(low, high, level=Estimate(level_mean, float(level_low), float(level_high)), **spike)
 
 
-def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> _Spike:
+def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> dict[str, Any]:
     """Peak, width and area of the excess `(lags,)`, from its resamples `(resamples, lags)`."""
     error = drawn.std(axis=0, ddof=1) * math.sqrt(n_blocks / (n_blocks - 1))
     away = np.abs(drawn - excess)
@@ -231,25 +185,3 @@ def _widened(confidence: float, n_blocks: int) -> tuple[float, float]:
     """Quantiles of a bootstrap whose interval has the length of Student's."""
     tail = stats.t.ppf((1 - confidence) / 2, n_blocks - 1) * math.sqrt(n_blocks / (n_blocks - 1))
     return float(stats.norm.cdf(tail)), float(stats.norm.sf(tail))
-
-
-def _without_interval(shared: _Averages, excess: np.ndarray, level: float, reason: str) -> EventCurve:
-    unknown = np.full_like(shared["mean"], np.nan)
-    return EventCurve(
-        low=unknown,
-        high=unknown,
-        level=Estimate(level, reason=reason),
-        peak=Estimate(float(excess.max()), reason=reason),
-        peak_lag=int(excess.argmax()),
-        width=Estimate(reason=reason),
-        area=Estimate(float(excess.sum()), reason=reason),
-        **shared,
-    )
-
-
-def _without_spike(shared: _Averages, reason: str) -> EventCurve:
-    unknown = np.full_like(shared["mean"], np.nan)
-    nothing = Estimate(reason=reason)
-    return EventCurve(
-        low=unknown, high=unknown, level=nothing, peak=nothing, peak_lag=None, width=nothing, area=nothing, **shared
-    )

@@ -8,22 +8,13 @@ degenerate cases.
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 
-from sinkstream.statistics.bootstrap import ratio_interval
-from sinkstream.statistics.estimate import Estimate
+from sinkstream.statistics.bootstrap import DEFAULT, Bootstrap, Estimate
 
 BLOCK_TOKENS = 64
 MIN_BLOCKS = 8
-_RESAMPLES_PER_BATCH = 500
-
-
-class _Bootstrap(TypedDict):
-    resamples: int
-    confidence: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class PairedDelta:
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval says that there is a difference."""
-        return self.low is not None and (self.low > 0 or (self.high is not None and self.high < 0))
+        return Estimate(self.delta_percent, self.low, self.high).excludes_zero
 
 
 def suitable_block_tokens(n_tokens: int) -> int:
@@ -59,9 +50,7 @@ def paired_delta_ppl(
     *,
     positions: np.ndarray | None = None,
     block_tokens: int = BLOCK_TOKENS,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> PairedDelta:
     """Relative difference of perplexity, 100 (exp(mean(nll - control)) - 1), on the tokens that both have scored.
 
@@ -73,17 +62,8 @@ def paired_delta_ppl(
         Position of each token in the text, increasing, if the arrays have gaps; blocks are contiguous in the text.
     block_tokens : int, default=64
         Length of a block in the text; should exceed the range of the correlation.
-    resamples : int, default=2000
-        Bootstrap resamples.
-    confidence : float, default=0.95
-        Nominal coverage of the interval.
-    seed : int, default=0
-        Seed of the resampling.
 
-    Raises
-    ------
-    ValueError
-        Arrays of different shape, or an option out of range.
+    Raises ValueError: arrays of different shape, or an option out of range.
     """
     nll, control_nll = (np.asarray(array, dtype=np.float64) for array in (nll, control_nll))
     if nll.shape != control_nll.shape:
@@ -93,25 +73,16 @@ def paired_delta_ppl(
     with np.errstate(invalid="ignore"):
         difference = nll - control_nll
     _, sums, counts = block_sums(difference, positions, block_tokens)
-    return delta_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
+    return delta_of_blocks(sums, counts, block_tokens, bootstrap)
 
 
 def delta_of_blocks(
-    sums: np.ndarray,
-    counts: np.ndarray,
-    block_tokens: int,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    sums: np.ndarray, counts: np.ndarray, block_tokens: int, bootstrap: Bootstrap = DEFAULT
 ) -> PairedDelta:
     """As `paired_delta_ppl`, from the sums (blocks,) of nll − control_nll and the tokens (blocks,) of each block."""
-    mean = mean_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
-    with np.errstate(over="ignore"):
-        delta, low, high = (
-            None if x is None else _finite(100 * np.expm1(x)) for x in (mean.value, mean.low, mean.high)
-        )
-    return PairedDelta(delta, low, high, int(counts.sum()), int(counts.size), confidence, mean.reason)
+    mean = mean_of_blocks(sums, counts, block_tokens, bootstrap)
+    delta, low, high = (_percent(nats) for nats in (mean.value, mean.low, mean.high))
+    return PairedDelta(delta, low, high, int(counts.sum()), counts.size, bootstrap.confidence, mean.reason)
 
 
 def mean_interval(
@@ -119,51 +90,27 @@ def mean_interval(
     *,
     positions: np.ndarray | None = None,
     block_tokens: int = BLOCK_TOKENS,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Estimate:
     """Mean of the finite values with its interval; parameters as in `paired_delta_ppl`."""
     _, sums, counts = block_sums(values, positions, block_tokens)
-    return mean_of_blocks(sums, counts, block_tokens, resamples=resamples, confidence=confidence, seed=seed)
+    return mean_of_blocks(sums, counts, block_tokens, bootstrap)
 
 
-def mean_of_blocks(
-    sums: np.ndarray,
-    counts: np.ndarray,
-    block_tokens: int,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def mean_of_blocks(sums: np.ndarray, counts: np.ndarray, block_tokens: int, bootstrap: Bootstrap = DEFAULT) -> Estimate:
     """As `mean_interval`, from the sum (blocks,) and the number (blocks,) of the values of each block."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}: must lie between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples = {resamples}: must be 1 or more")
-    n_tokens, n_blocks = int(counts.sum()), int(counts.size)
+    n_tokens, n_blocks = int(counts.sum()), counts.size
     mean = float(sums.sum() / n_tokens) if n_tokens else None
     if n_blocks < MIN_BLOCKS:
         reason = f"{n_blocks} blocks of {block_tokens} tokens; an interval needs at least {MIN_BLOCKS}"
         return Estimate(mean, reason=reason)
     if np.ptp(sums / counts) == 0:
         return Estimate(mean, mean, mean)
-    low, high = ratio_interval(
-        sums, counts, resamples=resamples, confidence=confidence, seed=seed, batch=_RESAMPLES_PER_BATCH
-    )
-    return Estimate(mean, low, high)
+    return Estimate(mean, *bootstrap.ratio_interval(sums, counts))
 
 
 def share_of_blocks(
-    part: np.ndarray,
-    whole: np.ndarray,
-    counts: np.ndarray,
-    block_tokens: int,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    part: np.ndarray, whole: np.ndarray, counts: np.ndarray, block_tokens: int, bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
     """What share of a mean a part of it makes up, sum(part) / sum(whole), with its interval.
 
@@ -176,15 +123,10 @@ def share_of_blocks(
         Sums over the tokens of each block.
     counts : (blocks,) int
         Tokens of each block.
-    block_tokens, resamples, confidence, seed
-        As in `paired_delta_ppl`.
     """
-    options: _Bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    if not mean_of_blocks(whole, counts, block_tokens, **options).excludes_zero:
-        return Estimate(reason="the whole is not told from zero")
-    return Estimate(
-        float(part.sum() / whole.sum()), *ratio_interval(part, whole, **options, batch=_RESAMPLES_PER_BATCH)
-    )
+    if not mean_of_blocks(whole, counts, block_tokens, bootstrap).excludes_zero:
+        return Estimate(reason="the interval of the whole holds zero")
+    return Estimate(float(part.sum() / whole.sum()), *bootstrap.ratio_interval(part, whole))
 
 
 def block_sums(
@@ -201,10 +143,7 @@ def block_sums(
     block_tokens : int, default=64
         Positions a block, counted from the first position.
 
-    Returns
-    -------
-    (starts, sums, counts) : (blocks,) int, float, int
-        First position of each block, and what it holds.
+    Returns the first position of each block, its sum and its count, each (blocks,).
     """
     if block_tokens < 1:
         raise ValueError(f"block_tokens = {block_tokens}: must be 1 or more")
@@ -219,5 +158,8 @@ def block_sums(
     return origin + blocks * block_tokens, sums, np.bincount(inverse, minlength=blocks.size)
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _percent(nats: float | None) -> float | None:
+    """A difference of mean NLL as a change of perplexity in percent; None if missing or infinite."""
+    with np.errstate(over="ignore"):
+        percent = math.inf if nats is None else float(100 * np.expm1(nats))
+    return percent if math.isfinite(percent) else None

@@ -8,66 +8,45 @@ from scipy import stats
 
 from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS, block_sums
 
+CONFIDENCE, POWER = 0.95, 0.8  # of `Resolution.tokens_needed`
+
 
 @dataclass(frozen=True)
 class Resolution:
-    """A mean paired difference against its noise.
+    """A mean paired difference against its noise."""
 
-    Attributes
-    ----------
-    mean : float
-        Mean difference, nats a token.
-    noise : float
-        Long-run standard deviation a token: the variance of the mean of n tokens is noise² / n, correlation included.
-    n_tokens : int
-    effect_size : float or None
-        mean / noise, a token (Cohen's d of paired differences); None without noise.
-    z : float or None
-        The mean in units of its standard error.
-    """
-
-    mean: float
+    mean: float  # mean difference, nats a token
+    # long-run standard deviation a token: the variance of the mean of n tokens is noise² / n, correlation included
     noise: float
     n_tokens: int
 
     @property
     def effect_size(self) -> float | None:
+        """mean / noise, a token (Cohen's d of paired differences); None without noise."""
         return self.mean / self.noise if self.noise else None
 
     @property
     def z(self) -> float | None:
+        """The mean in units of its standard error."""
         return None if self.effect_size is None else self.effect_size * math.sqrt(self.n_tokens)
 
-    def tokens_needed(self, delta_percent: float, *, confidence: float = 0.95, power: float = 0.8) -> int:
-        """Tokens at which a true ΔPPL of that size gives an interval without zero in a share `power` of texts.
+    def tokens_needed(self, delta_percent: float) -> int:
+        """Tokens at which a true ΔPPL of that size gives a 95 % interval without zero in 80 % of all texts.
 
-        Raises
-        ------
-        ValueError
-            A ΔPPL of 0 or of −100 % and less, or a confidence or power that is no probability.
+        Raises ValueError: a ΔPPL of 0 or of −100 % and less.
         """
         if delta_percent <= -100 or delta_percent == 0:
             raise ValueError(f"delta_percent={delta_percent} is not accepted; accepted: above -100, and not 0")
-        if not (0 < confidence < 1 and 0 < power < 1):
-            raise ValueError(f"confidence={confidence}, power={power}: accepted: between 0 and 1")
-        quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+        quantiles = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
         return math.ceil((quantiles * self.noise / math.log1p(delta_percent / 100)) ** 2)
 
 
 def resolution(
     values: np.ndarray, positions: np.ndarray | None = None, block_tokens: int = BLOCK_TOKENS
 ) -> Resolution | None:
-    """Mean and long-run noise of paired differences, from the variance between blocks.
+    """Mean and long-run noise of paired differences (nats), from the variance between blocks; parameters: `block_sums`.
 
-    Parameters
-    ----------
-    values, positions, block_tokens
-        As in `block_sums`; values in nats.
-
-    Returns
-    -------
-    Resolution or None
-        None with fewer than `MIN_BLOCKS` blocks.
+    None with fewer than `MIN_BLOCKS` blocks.
     """
     _, sums, counts = block_sums(values, positions, block_tokens)
     if counts.size < MIN_BLOCKS:

@@ -1,8 +1,8 @@
 """The cliff: a grid of runs from well under to beyond the trained positions, with growth inside and outside the cap.
 
-Growth outside the cap, as in the published tables, makes two changes at once against strict streaming at the same cap:
-R tokens leave together, and the cache sees up to cap + R - 1 of them. Growth inside the cap makes the first only. All
-runs of a grid decode the same tokens, so that `report.cliff` can tell the two apart token by token.
+Growth outside the cap, as in the published tables, changes two things at once against strict streaming at the same cap:
+R tokens are evicted together, and up to cap + R - 1 tokens are visible. Growth inside the cap changes the first only.
+All runs of a grid decode the same tokens, so that `studies.cliff.tables` can separate the two token by token.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def cliff_settings(
     sink: int = SINK,
     block_tokens: int = 256,
 ) -> list[RunSettings]:
-    """The runs of the grid: strict at every cap, and lazy with both cap accountings at every cap up to the trained.
+    """The runs of the grid: strict at every cap, and lazy with both cap accountings up to the trained positions.
 
-    Lazy runs whose growth would leave no window inside the cap are left out.
+    Lazy runs whose growth leaves no window inside the cap are left out.
 
     Parameters
     ----------
@@ -43,12 +43,9 @@ def cliff_settings(
     strides : sequence of int
         R of the lazy runs.
     positions : sequence of {"cache", "original"}
-    sink, block_tokens : int
 
-    Raises
-    ------
-    ValueError
-        An option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R, to score.
+    Raises ValueError: an option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R,
+    to score.
     """
     for name, given in (("caps", caps), ("compress_every", strides), ("positions", positions)):
         if not given or len(set(given)) < len(given):

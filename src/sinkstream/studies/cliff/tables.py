@@ -1,4 +1,4 @@
-"""The cliff taken apart: hard eviction, and visible length past the trained positions. From run records alone.
+"""The cliff decomposed: hard eviction, and visible length past the trained positions. From run records alone.
 
 With S strict streaming, I lazy with growth inside the cap and O lazy with growth outside it, all of one cap, R and
 text, the mean over the n tokens that all three have scored splits exactly:
@@ -8,7 +8,7 @@ text, the mean over the n tokens that all three have scored splits exactly:
 
 I and S never see more than the cap; I drops R tokens at once as O does, so the first part is what hard eviction (and
 seeing fewer tokens at times) costs. O drops the same tokens at the same steps and only sees more of them: the rest is
-visible length, told apart by whether a token's attention saw more than the T trained positions.
+visible length, split by whether a token attended to more than the T trained positions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,18 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.blocks import DIGITS
-from sinkstream.records.pairing import paired_blocks, same_text_and_model
+from sinkstream.records.blocks import DIGITS, Blocks
+from sinkstream.records.headline import Headline
+from sinkstream.records.pairing import common_tokens, paired_delta, same_text_and_model
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
 from sinkstream.statistics import (
-    BLOCK_TOKENS,
     Estimate,
     PairedDelta,
     block_sums,
-    delta_of_blocks,
     mean_interval,
     mean_of_blocks,
     share_of_blocks,
@@ -43,24 +42,13 @@ _GROWTH = {"peak": "inside cap", "published": "outside cap"}
 
 @dataclass(frozen=True)
 class CliffRun:
-    """One run of the grid.
-
-    Attributes
-    ----------
-    record : Record
-    positions : {"cache", "original"}
-    cap : int
-    stride : int
-        R; 1 for strict.
-    accounting : {"peak", "published"}
-        Whether growth is inside or outside the cap; "peak" for strict.
-    """
+    """One run of the grid."""
 
     record: Record
-    positions: str
+    positions: str  # {"cache", "original"}
     cap: int
-    stride: int
-    accounting: str
+    stride: int  # R; 1 for strict
+    accounting: str  # {"peak", "published"}: whether growth is inside or outside the cap; "peak" for strict
 
     @classmethod
     def of(cls, record: Record) -> "CliffRun":
@@ -83,22 +71,14 @@ class CliffRun:
 
 @dataclass(frozen=True)
 class CliffShares:
-    """What the loss of one run with growth outside the cap is made of, in nats per token; see the module.
+    """The decomposed loss of one run with growth outside the cap, in nats per token; see the module."""
 
-    Attributes
-    ----------
-    total, eviction, within, past : Estimate
-        Their means; the last three add up to the first.
-    share_past : Estimate
-        past / total; no value where the total is not told from zero, or a gain.
-    n_tokens : int
-    """
-
+    # total, eviction, within, past: their means; the last three add up to the first
     total: Estimate
     eviction: Estimate
     within: Estimate
     past: Estimate
-    share_past: Estimate
+    share_past: Estimate  # past / total; no value unless the total is above zero by its interval
     n_tokens: int
 
 
@@ -108,8 +88,8 @@ def grid(records: Sequence[Record]) -> list[CliffRun]:
     A grid is what ``sinkstream cliff`` ran on one model and text, on one kind of device, in one precision and with one
     prefill; of equal runs the newest counts. `records` are in the order in which they were made.
     """
-    mine = [r for r in records if r.status == "complete" and "cliff" in r.command[:3]]
-    alike = [r for r in mine if same_text_and_model(r, mine[-1]) and _protocol(r) == _protocol(mine[-1])]
+    complete = [r for r in records if r.status == "complete" and "cliff" in r.command[:3]]
+    alike = [r for r in complete if same_text_and_model(r, complete[-1]) and _protocol(r) == _protocol(complete[-1])]
     runs = {(r.positions, r.cap, r.stride, r.accounting): r for r in map(CliffRun.of, alike)}
     return [runs[key] for key in sorted(runs)]
 
@@ -121,65 +101,40 @@ def _protocol(record: Record) -> tuple[Any, ...]:
 def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:
     """Split the mean NLL difference of `outside` from `strict`, as the module says, with block-bootstrap intervals.
 
-    Parameters
-    ----------
-    strict, inside, outside : Record
-        Strict, and lazy with growth inside and outside the cap, of one cap, R, text and model.
-
-    Raises
-    ------
-    ValueError
-        Records of another text or model, or without a common token.
+    The records are strict, and lazy with growth inside and outside the cap, of one cap and R. Raises ValueError unless
+    all three score the same tokens, of one text and under one model.
     """
+    base, lazy, grown = (record.blocks for record in (strict, inside, outside))
+    ids = f"records {strict.id!r}, {inside.id!r} and {outside.id!r}"
     if not (same_text_and_model(inside, strict) and same_text_and_model(outside, strict)):
-        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} are of several texts or models")
-    total, eviction, past, counts, tokens = _parts(strict, inside, outside)
-    within = total - eviction - past
-    whole, hard, near, far = (mean_of_blocks(sums, counts, tokens) for sums in (total, eviction, within, past))
-    share = share_of_blocks(past, total, counts, tokens) if whole.above_zero else Estimate(reason="no loss")
-    return CliffShares(whole, hard, near, far, share, int(counts.sum()))
+        raise ValueError(f"{ids} are of several texts or models")
+    if not (base and lazy and grown and lazy.pairs_with(base) and grown.pairs_with(base)):
+        raise ValueError(f"{ids} do not score the same tokens; accepted: runs of one grid")
+    total, eviction, past = grown.sums - base.sums, lazy.sums - base.sums, _past_trained(inside, outside, grown)
+    parts = (total, eviction, total - eviction - past, past)
+    whole, hard, near, far = (mean_of_blocks(sums, base.counts, base.tokens) for sums in parts)
+    share = Estimate(reason="no loss")
+    if whole.above_zero:
+        share = share_of_blocks(past, total, base.counts, base.tokens)
+    return CliffShares(whole, hard, near, far, share, int(base.counts.sum()))
 
 
-def _parts(
-    strict: Record, inside: Record, outside: Record
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Sums of total, eviction and length past the trained positions (blocks,), tokens (blocks,) and block length."""
-    one, two, three = (record.blocks for record in (strict, inside, outside))
-    if one and two and three and two.pairs_with(one) and three.pairs_with(one):
-        return three.sums - one.sums, two.sums - one.sums, _past_trained(inside, outside), one.counts, one.tokens
-    index = outside.arrays["index"]
-    for record in (strict, inside):
-        index = np.intersect1d(index, record.arrays["index"], assume_unique=True)
-    if not index.size:
-        raise ValueError(f"records {strict.id!r}, {inside.id!r} and {outside.id!r} have no token in common")
-    s, i, o = (_at(record, "nll", index).astype(np.float64) for record in (strict, inside, outside))
-    _, total, counts = block_sums(o - s, index)
-    eviction, past = (block_sums(values, index)[1] for values in (i - s, _where_past(outside, index, o - i)))
-    return total, eviction, past, counts, BLOCK_TOKENS
-
-
-def _past_trained(inside: Record, outside: Record) -> np.ndarray:
-    """Sums (blocks,) of the NLL difference at tokens that saw more than the trained positions."""
-    blocks = outside.blocks
-    assert blocks is not None, "the caller has paired the blocks"
-    if outside.summary["kv_length"]["max"] <= outside.model["trained_positions"]:
+def _past_trained(inside: Record, outside: Record, blocks: Blocks) -> np.ndarray:
+    """Sums (blocks,) of the NLL difference at tokens that attended to more than the trained positions."""
+    trained = outside.model["trained_positions"]
+    if outside.summary["kv_length"]["max"] <= trained:
         return np.zeros_like(blocks.sums)
 
     def compute() -> list[float]:
-        o, i = (record.arrays["nll"].astype(np.float64) for record in (outside, inside))
-        past = _where_past(outside, outside.arrays["index"], o - i)
+        difference = outside.arrays["nll"].astype(np.float64) - inside.arrays["nll"]
+        past = np.where(outside.arrays["kv_length"] > trained, difference, 0.0)
         return np.round(block_sums(past, outside.arrays["index"], blocks.tokens)[1], DIGITS).tolist()
 
     return np.array(outside.pairs.figure("length past trained", (inside, outside), compute))
 
 
-def _where_past(outside: Record, index: np.ndarray, values: np.ndarray) -> np.ndarray:
-    beyond = _at(outside, "kv_length", index) > outside.model["trained_positions"]
-    return np.where(beyond, values, 0.0 * values)
-
-
 def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
-    """Every run with growth outside the cap whose two partners are there, taken apart."""
+    """Every run with growth outside the cap that has both its controls, decomposed."""
     found = {(r.positions, r.cap, r.stride, r.accounting): r for r in runs}
     for run in runs:
         strict, inside = (found.get((run.positions, run.cap, stride, "peak")) for stride in (1, run.stride))
@@ -187,37 +142,29 @@ def shares(runs: Sequence[CliffRun]) -> Iterator[tuple[CliffRun, CliffShares]]:
             yield run, decompose(strict.record, inside.record, run.record)
 
 
-def share_past_trained(records: Sequence[Record], *, model: str) -> tuple[float, str] | None:
+def share_past_trained(records: Sequence[Record], *, model: str) -> Headline | None:
     """Share of visible length past the trained positions in the loss at the largest R, at the cap that equals them.
 
     Of the newest grid of that model, positions inside the cache; None if it has no such runs, or no loss.
     """
     runs = grid([record for record in records if has_model(record, model)])
-    wanted = [
-        (run, its)
-        for run, its in shares(runs)
+    at_trained = [
+        (run, parts)
+        for run, parts in shares(runs)
         if run.cap == run.record.model["trained_positions"] and run.positions == "cache"
     ]
-    if not wanted:
+    if not at_trained:
         return None
-    run, its = max(wanted, key=lambda pair: pair[0].stride)
-    return None if its.share_past.value is None else (its.share_past.value, run.record.id)
+    run, parts = max(at_trained, key=lambda pair: pair[0].stride)
+    return None if parts.share_past.value is None else Headline(parts.share_past.value, run.record.id)
 
 
 @dataclass(frozen=True)
 class CliffLine:
-    """A run of the newest grid with its ΔPPL and, with growth outside the cap, what its loss is made of.
-
-    Attributes
-    ----------
-    run : CliffRun
-    delta : PairedDelta or None
-        Against strict at the same cap and positions; None for the control itself, or without one.
-    is_control : bool
-    shares : CliffShares or None
-    """
+    """A run of the newest grid with its ΔPPL and, with growth outside the cap, the decomposition of its loss."""
 
     run: CliffRun
+    # against strict at the same cap and positions; None for the control itself, or without one
     delta: PairedDelta | None
     is_control: bool
     shares: CliffShares | None
@@ -232,11 +179,11 @@ class CliffLine:
     @property
     def parts_text(self) -> list[str]:
         """Eviction, length up to and past the trained positions, share of the last: four cells."""
-        its = self.shares
-        if its is None:
+        if self.shares is None:
             return [EMPTY] * 4
-        nats = [plus_minus(e.value, e.low, e.high, 4) for e in (its.eviction, its.within, its.past)]
-        share = its.share_past
+        parts = (self.shares.eviction, self.shares.within, self.shares.past)
+        nats = [plus_minus(part.value, part.low, part.high, 4) for part in parts]
+        share = self.shares.share_past
         if share.value is None:
             return [*nats, EMPTY]
         assert share.low is not None and share.high is not None, "a share has an interval"
@@ -247,13 +194,13 @@ def cliff_lines(records: Sequence[Record]) -> list[CliffLine]:
     """One line a run of the newest grid."""
     runs = grid(records)
     strict = {(run.positions, run.cap): run.record for run in runs if run.stride == 1}
-    taken_apart = {run.record.id: its for run, its in shares(runs)}
+    decomposed = {run.record.id: parts for run, parts in shares(runs)}
     lines = []
     for run in runs:
         control = strict.get(("cache" if run.stride == 1 else run.positions, run.cap))
         is_control = control is run.record
-        delta = None if control is None or is_control else delta_of_blocks(*paired_blocks(run.record, control))
-        lines.append(CliffLine(run, delta, is_control, taken_apart.get(run.record.id)))
+        delta = None if control is None or is_control else paired_delta(run.record, control)
+        lines.append(CliffLine(run, delta, is_control, decomposed.get(run.record.id)))
     return lines
 
 
@@ -293,17 +240,12 @@ def footnote(records: Sequence[Record]) -> str:
 
 
 def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None = None) -> Path:
-    """Draw the newest grid: PPL over peak visible length, a panel a position mode, and NLL over the visible length.
+    """Draw the newest grid as PNG: PPL over peak visible length, a panel a position mode; NLL over visible length.
 
     The lowest panel has, for the largest R and the cap nearest the trained positions, the paired NLL difference from
-    strict streaming by how many entries the token saw, with its 95 % band. Writes a PNG atomically.
+    strict streaming by the visible length of the token, with its 95 % band.
 
-    Raises
-    ------
-    ValueError
-        No complete record of ``sinkstream cliff``.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no complete record of ``sinkstream cliff``. Raises ImportError: matplotlib is not installed.
     """
     runs = grid(records)
     if not runs:
@@ -335,9 +277,9 @@ def draw_cliff(records: Sequence[Record], path: Path | str, *, title: str | None
 
 def _draw_ppl(axis: Any, runs: Sequence[CliffRun], strides: Sequence[int]) -> None:
     for line in dict.fromkeys(run.line for run in sorted(runs, key=lambda r: (r.stride, r.accounting))):
-        its = sorted((run for run in runs if run.line == line), key=lambda run: run.peak)
-        ppl = [run.record.summary["ppl"] for run in its]
-        axis.plot([run.peak for run in its], ppl, label=line, **_style(its[0], strides))
+        joined = sorted((run for run in runs if run.line == line), key=lambda run: run.peak)
+        ppl = [run.record.summary["ppl"] for run in joined]
+        axis.plot([run.peak for run in joined], ppl, label=line, **_style(joined[0], strides))
     axis.set_yscale("log")
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks(lambda value, _: f"{value:,.4g}")
@@ -345,7 +287,7 @@ def _draw_ppl(axis: Any, runs: Sequence[CliffRun], strides: Sequence[int]) -> No
 
 
 def _style(run: CliffRun, strides: Sequence[int]) -> dict[str, Any]:
-    """R is told by the colour, growth by the line."""
+    """Colour: R; line style: growth."""
     colour = COLOURS[_COLOUR_ORDER[strides.index(run.stride) % len(_COLOUR_ORDER)]]
     line = _STYLES["strict" if run.stride == 1 else run.accounting]
     return {"color": colour, "linestyle": line, "marker": "o", "markersize": 4}
@@ -373,9 +315,8 @@ def _draw_lengths(axis: Any, runs: Sequence[CliffRun], strides: Sequence[int], t
 
 def _by_length(record: Record, control: Record) -> tuple[list[float], list[Estimate]]:
     """NLL difference from the control in `BINS` equal ranges of visible length: their centres, and the means."""
-    index = np.intersect1d(record.arrays["index"], control.arrays["index"], assume_unique=True)
-    difference = _at(record, "nll", index).astype(np.float64) - _at(control, "nll", index)
-    lengths = _at(record, "kv_length", index)
+    index, nll, control_nll = common_tokens(record, control)
+    difference, lengths = nll - control_nll, _at(record, "kv_length", index)
     edges = np.linspace(lengths.min(), lengths.max() + 1, BINS + 1)
     bins = np.digitize(lengths, edges) - 1
     present = [b for b in range(BINS) if (bins == b).any()]

@@ -4,17 +4,17 @@ Every token's paired difference, NLL(policy) − NLL(strict at the same cap), is
 NLL of token i under strict streaming that sees v tokens, known from strict runs at several caps and interpolated
 linearly between them, token by token; v_i what the policy saw at token i, V the mean of v_i, C the cap of the control.
 
-    NLL_i(policy) − f_i(C)  =  [f_i(V) − f_i(C)]          fewer_tokens: simply seeing fewer tokens on average
-                             + [f_i(v_i) − f_i(V)]        varying_length: seeing now more, now fewer than the mean
+    NLL_i(policy) − f_i(C)  =  [f_i(V) − f_i(C)]          fewer_tokens: a shorter visible length on average
+                             + [f_i(v_i) − f_i(V)]        varying_length: a visible length that varies about its mean
                              + [NLL_i(policy) − f_i(v_i)] what the visible length does not explain
 
 and the last bracket is credited whole to one class of tokens: past_trained (the visible length exceeds the trained
-positions), else near_event (in the 32 tokens from an event on), else elsewhere (the choice of tokens kept, errors that
-stay). Lengths are clipped at the trained positions, so that f never carries damage from untrained ones: that damage
-falls to past_trained. Beyond the shortest or longest strict run f is constant.
+positions), else near_event (in the 32 tokens from an event on), else elsewhere (the choice of tokens kept, lasting
+error). Lengths are clipped at the trained positions, so that f holds no loss from untrained positions: that loss is
+credited to past_trained. Beyond the shortest or longest strict run f is constant.
 
-Without strict runs at other caps the first two parts cannot be told from the third; they are then None, with a reason,
-and the classes of tokens split the whole difference.
+Without strict runs at other caps the first two parts cannot be separated from the third; they are then None, with a
+reason, and the classes of tokens split the whole difference.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinkstream.statistics import AFTER, BLOCK_TOKENS, Estimate, mean_interval
+from sinkstream.statistics import AFTER, BLOCK_TOKENS, DEFAULT, Bootstrap, Estimate, mean_interval
 
 PARTS = {
     "fewer_tokens": "seeing fewer tokens on average",
@@ -35,27 +35,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """Parts of the mean paired difference, in nats a token.
+    """Parts of the mean paired difference, in nats a token."""
 
-    Attributes
-    ----------
-    total : Estimate
-        Mean of NLL(policy) − NLL(strict); log of the ratio of perplexities.
-    parts : dict of str to Estimate
-        By the names of `PARTS`; the values that are not None add up to the total.
-    tokens : dict of str to int
-        How many tokens each class has (past_trained, near_event, elsewhere).
-    mean_length : float
-        V above.
-    lengths : list of int
-        Caps of the strict runs that f was made of.
-    """
-
-    total: Estimate
-    parts: dict[str, Estimate]
-    tokens: dict[str, int]
-    mean_length: float
-    lengths: list[int]
+    total: Estimate  # mean of NLL(policy) − NLL(strict); log of the ratio of perplexities
+    parts: dict[str, Estimate]  # by the names of `PARTS`; the values that are not None add up to the total
+    tokens: dict[str, int]  # how many tokens each class has (past_trained, near_event, elsewhere)
+    mean_length: float  # V above
+    lengths: list[int]  # caps of the strict runs that f was made of
 
     def shares(self) -> dict[str, float | None]:
         """Each part over the total; None unless the interval of the total leaves out zero."""
@@ -74,9 +60,8 @@ def attribute(
     cap: int,
     trained_positions: int | None = None,
     positions: np.ndarray | None = None,
-    near_tokens: int = AFTER,
     block_tokens: int = BLOCK_TOKENS,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Attribution:
     """Split the paired difference of a policy from strict streaming; see the head of this module for the estimator.
 
@@ -94,22 +79,17 @@ def attribute(
         The control's.
     trained_positions : int or None
         None: unknown, so none is past them.
-    positions, block_tokens, seed
+    positions, block_tokens
         As in `paired_delta_ppl`.
-    near_tokens : int, default=32
-        Tokens from an event on that are near it.
 
-    Raises
-    ------
-    ValueError
-        There is no strict run at `cap`.
+    Raises ValueError: there is no strict run at `cap`.
     """
     if cap not in strict:
         raise ValueError(f"no strict run at cap={cap}; there are: {', '.join(map(str, sorted(strict))) or 'none'}")
     nll, visible = np.asarray(nll, dtype=np.float64), np.asarray(visible)
     control = np.asarray(strict[cap], dtype=np.float64)
     past = np.zeros(len(nll), dtype=bool) if trained_positions is None else visible > trained_positions
-    near = (since_event >= 0) & (since_event < near_tokens)
+    near = (since_event >= 0) & (since_event < AFTER)
     classes = {"past_trained": past, "near_event": near & ~past, "elsewhere": ~near & ~past}
     clipped = visible if trained_positions is None else np.minimum(visible, trained_positions)
     usable = {v: run for v, run in strict.items() if v == cap or trained_positions is None or v <= trained_positions}
@@ -126,7 +106,7 @@ def attribute(
 
     def mean(value: np.ndarray) -> Estimate:
         return mean_interval(
-            np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, seed=seed
+            np.where(measured, value, np.nan), positions=positions, block_tokens=block_tokens, bootstrap=bootstrap
         )
 
     unknown = Estimate(reason="needs strict runs at other caps")

@@ -5,42 +5,26 @@ from typing import Any
 
 import numpy as np
 
+from sinkstream.measure.metrics import kv_length_range
 from sinkstream.measure.timing import distribution
 
 
 def drift(arrays: Mapping[str, np.ndarray], trained_positions: int | None) -> dict[str, Any]:
-    """Visible length and drop sizes of a run.
+    """Visible length and drop sizes of a run, from its per-token arrays.
 
-    Parameters
-    ----------
-    arrays : mapping
-        Per-token arrays of a run record.
-    trained_positions : int or None
-        None if the model does not say; the share is None then.
-
-    Returns
-    -------
-    dict
-        `kv_length` {min, mean, max, share_past_trained} in tokens, and `drop_size`, a distribution over the drops.
+    Returns `kv_length` {min, mean, max, share_past_trained} in tokens, and `drop_size`, a distribution over the drops.
+    The share is None without `trained_positions`.
     """
     lengths = arrays["kv_length"][arrays["kv_length"] > 0]
     drops = arrays["drop_size"][arrays["drop_size"] > 0]
-    kv = dict.fromkeys(("min", "mean", "max", "share_past_trained"))
-    if lengths.size:
-        kv |= {"min": int(lengths.min()), "mean": float(lengths.mean()), "max": int(lengths.max())}
-        if trained_positions is not None:
-            kv["share_past_trained"] = float(np.mean(lengths > trained_positions))
+    known = lengths.size and trained_positions is not None
+    share = float(np.mean(lengths > trained_positions)) if known else None
+    kv = {**kv_length_range(lengths), "share_past_trained": share}
     return {"kv_length": kv, "drop_size": distribution(drops, with_max=True)}
 
 
 def latency(arrays: Mapping[str, np.ndarray], warmup_tokens: int) -> dict[str, Any]:
-    """Latency of the timed tokens after the warm-up, in milliseconds: all, at event steps, at the others.
-
-    Returns
-    -------
-    dict
-        `tokens` (how many were counted), `all`, `event_steps` and `other_steps`: distributions.
-    """
+    """Distributions of the latency after the warm-up, in milliseconds: all steps, steps with an event, the others."""
     milliseconds = 1e3 * np.asarray(arrays["seconds"], dtype=np.float64)[warmup_tokens:]
     event = arrays["event"][warmup_tokens:]
     return {

@@ -1,14 +1,14 @@
-"""The page of a diagnosis: one HTML file that carries its figures and pictures in itself."""
+"""The page of a diagnosis: one self-contained HTML file with tables and pictures."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from sinkstream.records.files import write_atomically
-from sinkstream.show.table import EMPTY, Table
-from sinkstream.studies.diagnosis import PARTS, Diagnosis
+from sinkstream.show.table import EMPTY, Table, figures_text
+from sinkstream.studies.diagnosis.attribution import PARTS
+from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import NOTES, Entry, diagnosis_tables, interval, origin
 
 STYLE = """
@@ -32,17 +32,10 @@ code { background: #f2f2f2; padding: 0 0.2rem; overflow-wrap: anywhere; }
 def write_page(
     diagnosis: Diagnosis, pictures: Sequence[Mapping[str, Path]], attribution: Path | None, path: Path | str
 ) -> Path:
-    """Write the page.
+    """Write the page, which refers to no other file.
 
-    Parameters
-    ----------
-    diagnosis : Diagnosis
-    pictures : sequence of mapping
-        PNG files of each policy, by name, in the order of the policies; empty where none were drawn.
-    attribution : path or None
-        The picture of all policies.
-    path : path
-        The HTML file; it refers to no other file.
+    `pictures` are the PNG files of each policy, by name, in the order of the policies; `attribution` is the picture of
+    all policies.
     """
     title = escape(f"Diagnosis: {diagnosis.model['name']} on {diagnosis.data['name']}")
     anchors = [f"policy-{number}" for number in range(len(diagnosis.policies))]
@@ -114,7 +107,7 @@ def _parts(entry: Entry) -> str:
 def _plain(entry: Entry) -> str:
     names = {"max": "maximum NLL (nats)", "width": "width (tokens)", "area": "area above the median (nats)"}
     rows = [
-        [text, *(_numbers(entry["plain"][run][name], ("mean", "p90", "max"), 2) for run in ("policy", "strict"))]
+        [text, *(figures_text(entry["plain"][run][name], ("mean", "p90", "max"), 2) for run in ("policy", "strict"))]
         for name, text in names.items()
     ]
     return Table(
@@ -125,14 +118,14 @@ def _plain(entry: Entry) -> str:
 def _lengths(entry: Entry) -> str:
     kv, extreme = entry["drift"]["kv_length"], entry["extreme"]
     past = EMPTY if kv["share_past_trained"] is None else f"{100 * kv['share_past_trained']:.1f} %"
-    sizes = _numbers(entry["drift"]["drop_size"], ("mean", "p50", "p90", "p99", "max"), 1)
+    sizes = figures_text(entry["drift"]["drop_size"], ("mean", "p50", "p90", "p99", "max"), 1)
     rate = extreme["extreme_per_1000_tokens"]
     rows = [
-        ["visible KV min / mean / max (tokens)", _numbers(kv, ("min", "mean", "max"), 1)],
+        ["visible KV min / mean / max (tokens)", figures_text(kv, ("min", "mean", "max"), 1)],
         ["share above the trained length", past],
         ["drop size mean / P50 / P90 / P99 / max (tokens)", sizes],
         [f"events above {extreme['threshold_nats']} nats a token, per 1,000 tokens", f"{rate:.2f}"],
-        ["mean difference after an event: P99 / max (nats)", _numbers(extreme["mean_nats"], ("p99", "max"), 3)],
+        ["mean difference after an event: P99 / max (nats)", figures_text(extreme["mean_nats"], ("p99", "max"), 3)],
     ]
     return Table(["Drift", "figure"], rows).html()
 
@@ -141,15 +134,9 @@ def _latency(entry: Entry) -> str:
     figures = {"policy": entry["latency"], "strict": entry["strict"]["latency"]}
     keys = ("mean", "p50", "p90", "p99")
     names = {"all": "all steps", "event_steps": "steps with an event", "other_steps": "other steps"}
-    rows = [[text, *(_numbers(one[name], keys, 2) for one in figures.values())] for name, text in names.items()]
+    rows = [[text, *(figures_text(one[name], keys, 2) for one in figures.values())] for name, text in names.items()]
     rows.append(["timed tokens", *(f"{one['tokens']:,}" for one in figures.values())])
     return Table(["Latency mean / P50 / P90 / P99 (ms)", *figures], rows).html()
-
-
-def _numbers(figures: Mapping[str, Any], keys: Sequence[str], digits: int) -> str:
-    if all(figures[key] is None for key in keys):
-        return EMPTY
-    return " / ".join(EMPTY if figures[key] is None else f"{figures[key]:,.{digits}f}" for key in keys)
 
 
 def _picture(path: Path, description: str) -> str:

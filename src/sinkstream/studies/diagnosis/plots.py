@@ -11,7 +11,7 @@ from sinkstream.records.records import Record
 from sinkstream.registry import Registry
 from sinkstream.show.plots import COLOURS, SHADE, new_figure, save
 from sinkstream.statistics import AFTER, BLOCK_TOKENS, block_sums
-from sinkstream.studies.diagnosis import PARTS
+from sinkstream.studies.diagnosis.attribution import PARTS
 
 #: Name -> function (record, control, entry) that returns a figure, or None if there is nothing to draw.
 DIAGNOSIS_PICTURES: Registry[Callable[[Record, Record, dict[str, Any]], Any]] = Registry("picture of a diagnosis")
@@ -26,10 +26,7 @@ DPI = 96  # the page holds five pictures a policy
 def draw_policy(record: Record, control: Record, entry: dict[str, Any], folder: Path, slug: str) -> dict[str, Path]:
     """Draw every registered picture of one policy as PNG files; returns them by name.
 
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
+    Raises ImportError: matplotlib is not installed.
     """
     paths = {}
     for name, draw in DIAGNOSIS_PICTURES.items():
@@ -56,9 +53,9 @@ def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> An
     paired.vlines(index[shown], 0, (nll - control_nll)[shown], color=BLUE, linewidth=1.8)
     for axis in (zoom, paired):
         _marks(axis, record, first, last, label="prune event" if axis is zoom else None)
-    told = _ticks(whole, record)
+    prunes = _ticks(whole, record)
     whole.axvspan(first, last, color=SKY, alpha=0.3, linewidth=0, label="stretch below")
-    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: means of {BLOCK_TOKENS} tokens{told}")
+    whole.set(ylabel="NLL (nats per token)", title=f"{entry['label']}: means of {BLOCK_TOKENS} tokens{prunes}")
     zoom.set(ylabel="NLL (nats per token)", title=f"the stretch of {last - first + 1} tokens, one by one")
     paired.set(ylabel="difference (nats per token)", title="the same tokens, NLL of the policy minus NLL of strict")
     paired.axhline(0, color=BLACK, linewidth=0.8)
@@ -83,7 +80,7 @@ def paired_curve(record: Record, control: Record, entry: dict[str, Any]) -> Any:
 
 
 def _legend(figure: Any, *handles_and_labels: Any) -> None:
-    """A legend below the panels, in one line, so that neither it nor a long title takes room from them."""
+    """A legend below the panels, in one line."""
     figure.legend(*handles_and_labels, loc="outside lower center", ncols=5, frameon=False, handlelength=3)
 
 
@@ -197,7 +194,7 @@ def draw_attribution(entries: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def _spread_out(axis: Any, totals: Sequence[float]) -> str:
-    """A scale that is logarithmic outside the middle where one policy would flatten all others; says so."""
+    """Switch to a symmetric logarithmic scale where one policy would flatten all others; returns a note on it."""
     typical = max(1.0, 2 * float(np.median(totals)))
     if max(totals) < 10 * typical:
         return ""
@@ -229,7 +226,7 @@ def _close_up(record: Record) -> tuple[int, int]:
 
 
 def _ticks(axis: Any, record: Record) -> str:
-    """Short marks at the foot of the picture, one a prune event of the whole run; returns what the title adds."""
+    """Short marks at the foot of the picture, one a prune event; returns the words for the title."""
     events = record.arrays["index"][record.arrays["event"]]
     if events.size > MOST_MARKS:
         return f", {events.size:,} prune events (too many to mark)"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sinkstream.records.base import BaseRecord
-from sinkstream.records.records import Record, new_record_id
+from sinkstream.records.plain import new_record_id
+from sinkstream.records.records import Record
 from sinkstream.records.schema import check_keys
 
 FIELDS = ("id", "created", "command", "arguments", "environment", "model", "data", "protocol", "policies")
@@ -21,7 +22,7 @@ _DIGITS = 7
 class Diagnosis(BaseRecord):
     """One diagnosis: the fields of its JSON file; `policies` holds what `diagnose` returned for each policy.
 
-    The file tells what is equal in the entries of all policies once, in `shared`; floats have 7 digits.
+    In the file, what is equal in the entries of all policies stands once, in `shared`; floats have 7 digits.
     """
 
     SCHEMA, KIND, NOT_NULL = "sinkstream.diagnosis/1", "diagnosis", FIELDS
@@ -50,9 +51,6 @@ class Diagnosis(BaseRecord):
         return super().values(content) | {"policies": _policies(content)}
 
 
-write_diagnosis, load_diagnosis, load_diagnoses = Diagnosis.write, Diagnosis.read, Diagnosis.below
-
-
 def build_diagnosis(
     runs: Sequence[Record],
     policies: Sequence[Mapping[str, Any]],
@@ -65,19 +63,9 @@ def build_diagnosis(
 ) -> dict[str, Any]:
     """Assemble the record of a diagnosis.
 
-    Parameters
-    ----------
-    runs : sequence of Record
-        The diagnosed runs, in the order of `policies`; model, text and protocol are those of the first.
-    policies : sequence of dict
-        What `diagnose` returned for each.
-    arguments, command, created
-        As in a run record; of the diagnosis, not of the runs.
-    git : dict
-        Revision that the diagnosis was computed with, as `git_revision` tells it. The `environment` is that of the
-        first run: where its figures were measured, which may be another machine than the one that reads its record.
-    seed : int
-        Of the resampling.
+    `policies` holds what `diagnose` returned for each of `runs`. Model, text, protocol and environment are those of the
+    first run, whose figures may come from another machine; arguments, command, `created`, git revision and seed (of
+    the resampling) are those of the diagnosis.
     """
     first = runs[0]
     protocol = {key: first.protocol[key] for key in PROTOCOL_KEYS}
@@ -100,7 +88,7 @@ def _policies(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _without_repetition(content: dict[str, Any]) -> dict[str, Any]:
-    """What is equal in the entries of all policies, told once, in `shared`."""
+    """What is equal in the entries of all policies stands once, in `shared`."""
     first, *others = content["policies"] or [{}]
     shared = {key: value for key, value in first.items() if others and all(e.get(key) == value for e in others)}
     policies = [{key: value for key, value in entry.items() if key not in shared} for entry in content["policies"]]

@@ -1,4 +1,4 @@
-"""The diagnosis experiment: the policies' runs and the controls that they are held against."""
+"""The diagnosis: the runs of the policies and of their controls, and the files that are written."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,19 +10,12 @@ from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.environment import git_revision, utc_now
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.records import Record
-from sinkstream.records.selection import normalised, policy_name
-from sinkstream.studies.diagnosis import (
-    Controls,
-    Diagnosis,
-    build_diagnosis,
-    diagnose,
-    load_diagnosis,
-    write_diagnosis,
-    write_event_table,
-    write_token_table,
-)
+from sinkstream.records.selection import normalised
+from sinkstream.studies.diagnosis.diagnose import Controls, diagnose
 from sinkstream.studies.diagnosis.page import write_page
 from sinkstream.studies.diagnosis.plots import draw_attribution, draw_policy
+from sinkstream.studies.diagnosis.record import Diagnosis, build_diagnosis
+from sinkstream.studies.diagnosis.tokens import write_event_table, write_token_table
 
 TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 
@@ -53,10 +46,8 @@ def diagnosis_settings(
     sample_every : int
         Recompute scores every k-th token.
 
-    Raises
-    ------
-    ValueError
-        A policy without prune events or that is the control itself, no cap, or a text shorter than two prune periods.
+    Raises ValueError: a policy without prune events or that is the control itself, no cap, or a text shorter than two
+    prune periods.
     """
     policies = [one for one in policies if not _is_the_control(one)]
     if not policies:
@@ -108,11 +99,8 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
     A control has the same text, model, precision and positions; strict and recompute have the policy's cap as well.
     Of several the newest counts.
 
-    Raises
-    ------
-    ValueError
-        Runs of several texts or models, runs that are not complete, no policy with events, policies of several caps,
-        prefills or precisions, or a policy without a strict run at its cap.
+    Raises ValueError: runs of several texts or models, runs that are not complete, no policy with events, policies of
+    several caps, prefills or precisions, or a policy without a strict run at its cap.
     """
     if not records:
         raise ValueError("no run records to diagnose")
@@ -127,10 +115,10 @@ def pair_runs(records: Sequence[Record]) -> list[tuple[Record, Controls]]:
             raise ValueError(
                 f"record {record.id!r} is {record.status} ({record.status_reason}); accepted: complete runs"
             )
-    evicting = [r for r in records if policy_name(r) not in BASELINES]
+    evicting = [r for r in records if r.policy["name"] not in BASELINES]
     policies = [r for r in evicting if not _is_strict(r)]
     if not policies:
-        names = ", ".join(sorted({policy_name(r) for r in records}))
+        names = ", ".join(sorted({r.policy["name"] for r in records}))
         raise ValueError(
             f"no policy to diagnose among the records ({names}): strict streaming is the control and baselines have no"
             " prune events; accepted: also the record of another policy, as in lazy"
@@ -154,13 +142,12 @@ def _controls(record: Record, records: Sequence[Record]) -> Controls:
         if _is_strict(run) and run.policy["options"].get("positions", "cache") == positions:
             strict[run.protocol["cap"]] = run
     if cap not in strict:
-        label = record.policy.get("label") or record.policy["name"]
         raise ValueError(
-            f"policy {label!r} (cap={cap}, {record.protocol['dtype']}, positions={positions}) has no strict run beside"
-            " it; accepted: also the record of a strict run at the same cap, precision and positions"
+            f"policy {record.label!r} (cap={cap}, {record.protocol['dtype']}, positions={positions}) has no strict run"
+            " beside it; accepted: also the record of a strict run at the same cap, precision and positions"
         )
     control = strict.pop(cap)
-    named = {name: [r for r in comparable if policy_name(r) == name] for name in BASELINES}
+    named = {name: [r for r in comparable if r.policy["name"] == name] for name in BASELINES}
     recompute = [r for r in named["recompute"] if r.protocol["cap"] == cap]
     lengths = {other: run for other, run in strict.items() if other <= max(cap, longest)}
     return Controls(control, _newest(named["full"]), _newest(recompute), lengths)
@@ -171,7 +158,7 @@ def _newest(records: Sequence[Record]) -> Record | None:
 
 
 def _is_strict(record: Record) -> bool:
-    return policy_name(record) == "strict" and not any(
+    return record.policy["name"] == "strict" and not any(
         record.policy["options"].get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive")
     )
 
@@ -204,26 +191,11 @@ def write_diagnosis_files(
 ) -> tuple[Diagnosis, list[str]]:
     """Diagnose every policy and write record, tables, pictures and page below the folder of the request.
 
-    Parameters
-    ----------
-    pairs : sequence of (Record, Controls)
-        From `pair_runs`.
-    texts : sequence of str or None
-        Text of every token, for the per-token tables.
-    request : Request
-        The seed is that of the resampling.
+    `pairs` come from `pair_runs`; `texts` is the text of every token, for the per-token tables, or None; the seed of
+    the request is that of the resampling. Returns the record, and lines that name the files.
 
-    Returns
-    -------
-    (Diagnosis, list of str)
-        The record as written, and lines that say what lies where.
-
-    Raises
-    ------
-    ValueError
-        As `diagnose` and `write_diagnosis`, or if the folder cannot be written to; nothing is computed then.
-    WriteError
-        If a file cannot be written; for the record the message says where a copy was kept instead.
+    Raises ValueError as `diagnose` and `Diagnosis.write`, or if the folder cannot be written to; nothing is computed
+    then. Raises WriteError if a file cannot be written; for the record the message says where a copy was kept instead.
     """
     check_writable(request.out)
     entries = [diagnose(record, controls, seed=request.seed) for record, controls in pairs]
@@ -237,7 +209,7 @@ def write_diagnosis_files(
         seed=request.seed,
     )
     with uninterrupted():
-        diagnosis = load_diagnosis(save_or_rescue(partial(write_diagnosis, content), request.out))
+        diagnosis = Diagnosis.read(save_or_rescue(partial(Diagnosis.write, content), request.out))
     slugs = [f"{number:02d}-{normalised(entry['label'])}" for number, entry in enumerate(entries, 1)]
     notes = [f"record: {diagnosis.path}, tables: {_write_tables(pairs, slugs, texts, request.out / TABLES)}"]
     if texts is None:

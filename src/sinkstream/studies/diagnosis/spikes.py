@@ -1,4 +1,4 @@
-"""Figures of single prune events: where they are, the plan's plain ones, and how bad the worst are."""
+"""Figures of single prune events: where they are, unpaired spikes, and how bad the worst events are."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ def event_positions(record: Record) -> np.ndarray:
 
 def tokens_since_event(positions: np.ndarray, events: np.ndarray) -> np.ndarray:
     """Tokens since the latest event, (tokens,) int; -1 before the first one."""
+    if not events.size:
+        return np.full(len(positions), -1)
     last = np.searchsorted(events, positions, side="right") - 1
-    return (
-        np.where(last >= 0, positions - events[np.maximum(last, 0)], -1) if events.size else np.full(len(positions), -1)
-    )
+    return np.where(last >= 0, positions - events[np.maximum(last, 0)], -1)
 
 
 def period(events: np.ndarray) -> dict[str, float | int | None]:
@@ -33,19 +33,19 @@ def period(events: np.ndarray) -> dict[str, float | int | None]:
     return {"events": int(events.size), **figures}
 
 
-def plain_spikes(nll: np.ndarray, positions: np.ndarray, events: np.ndarray, window: int = AFTER) -> dict[str, Any]:
-    """The plan's figures: maximum, width and area above the median of the NLL in a window after each event.
+def after_events(values: np.ndarray, positions: np.ndarray, events: np.ndarray) -> np.ndarray:
+    """The values in the `AFTER` tokens from each event on, (events, tokens) float; NaN from the next event on.
 
-    They are not paired: any window of natural text has a maximum and an area above its median, event or not.
+    Parameters as in `event_cycles`.
+    """
+    lags, table = event_cycles(values, positions, events, before=1)
+    return table[:, (lags >= 0) & (lags < AFTER)]
 
-    Parameters
-    ----------
-    nll : (tokens,) float
-        In nats.
-    positions, events
-        As in `event_cycles`.
-    window : int, default=32
-        Tokens from the event on; it ends early at the next event.
+
+def plain_spikes(nll: np.ndarray, positions: np.ndarray, events: np.ndarray) -> dict[str, Any]:
+    """Unpaired figures: maximum, width and area above the median of the NLL (nats) in the window after each event.
+
+    Any window of natural text has a maximum and an area above its median, event or not.
 
     Returns
     -------
@@ -53,8 +53,7 @@ def plain_spikes(nll: np.ndarray, positions: np.ndarray, events: np.ndarray, win
         `max` (nats), `width` (tokens above the middle between median and maximum) and `area` (nats above the median,
         summed), each as a distribution over the events.
     """
-    lags, table = event_cycles(nll, positions, events, before=1)
-    table = table[:, (lags >= 0) & (lags < window)]
+    table = after_events(nll, positions, events)
     table = table[np.isfinite(table).any(axis=1)]
     if table.size == 0:
         return dict.fromkeys(("max", "width", "area"), distribution(np.empty(0), with_max=True))
@@ -65,26 +64,18 @@ def plain_spikes(nll: np.ndarray, positions: np.ndarray, events: np.ndarray, win
     return {name: distribution(values, with_max=True) for name, values in figures.items()}
 
 
-def extreme_events(
-    difference: np.ndarray, positions: np.ndarray, events: np.ndarray, window: int = AFTER
-) -> dict[str, Any]:
-    """Mean paired difference over the window after each event, as a distribution, and how many are extreme.
+def extreme_events(difference: np.ndarray, positions: np.ndarray, events: np.ndarray) -> dict[str, Any]:
+    """Mean paired difference (nats) in the window after each event, as a distribution; how many exceed `EXTREME_NATS`.
 
-    Returns
-    -------
-    dict
-        `mean_nats`: distribution over the events. `extreme`: how many events exceed `EXTREME_NATS`;
-        `extreme_per_1000_tokens`: the same by length of text.
+    `extreme` counts the events, `extreme_per_1000_tokens` is the same by length of text.
     """
-    lags, table = event_cycles(difference, positions, events, before=1)
-    table = table[:, (lags >= 0) & (lags < window)]
+    table = after_events(difference, positions, events)
     table = table[np.isfinite(table).any(axis=1)]
     means = np.nanmean(table, axis=1) if table.size else np.empty(0)
     extreme = int(np.count_nonzero(means > EXTREME_NATS))
-    per_1000 = 1000 * extreme / len(positions) if len(positions) else None
     return {
         "threshold_nats": EXTREME_NATS,
         "mean_nats": distribution(means, with_max=True),
         "extreme": extreme,
-        "extreme_per_1000_tokens": per_1000,
+        "extreme_per_1000_tokens": 1000 * extreme / len(positions) if len(positions) else None,
     }

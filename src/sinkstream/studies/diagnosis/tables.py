@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sinkstream.records.headline import Headline
 from sinkstream.records.origin import text_and_machine
-from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, normalised
+from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS, has_model, has_text
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table, with_interval
-from sinkstream.studies.diagnosis import PARTS, Diagnosis, load_diagnoses
+from sinkstream.studies.diagnosis.attribution import PARTS
+from sinkstream.studies.diagnosis.record import Diagnosis
 
 #: Tables of documents that are made from diagnosis records, and headline figures.
 DIAGNOSIS_TABLES: Registry[Callable[[Sequence[Diagnosis]], str]] = Registry("diagnosis table")
-DIAGNOSIS_HEADLINES: Registry = Registry("diagnosis headline")
+DIAGNOSIS_HEADLINES: Registry[Callable[[Sequence[Diagnosis]], Headline | None]] = Registry("diagnosis headline")
 
 Entry = Mapping[str, Any]
 
@@ -107,19 +109,13 @@ def origin(diagnosis: Diagnosis) -> str:
 
 def render_diagnoses(results: Path) -> dict[str, str]:
     """Markdown of every registered diagnosis table, by name. Raises ValueError if the folder holds a broken record."""
-    diagnoses = load_diagnoses(results) if results.is_dir() else []
+    diagnoses = Diagnosis.below(results) if results.is_dir() else []
     return {name: render(diagnoses) for name, render in DIAGNOSIS_TABLES.items()}
 
 
 def find_diagnosis(diagnoses: Sequence[Diagnosis], *, model: str, text: str, cap: int) -> Diagnosis | None:
     """Of a model (part of its name) on a text (part of its name) at a cap: the newest diagnosis of the most tokens."""
-    found = [
-        one
-        for one in diagnoses
-        if normalised(model) in normalised(one.model["name"])
-        and text.lower() in normalised(one.data["name"]).replace("-", "")
-        and one.protocol["cap"] == cap
-    ]
+    found = [one for one in diagnoses if has_model(one, model) and has_text(one, text) and one.protocol["cap"] == cap]
     return max(reversed(found), key=lambda one: one.protocol["decode_tokens"], default=None)
 
 
@@ -144,7 +140,7 @@ def diagnosis_notes(diagnoses: Sequence[Diagnosis]) -> str:
 
 
 @DIAGNOSIS_HEADLINES.register("diagnosis.spike_area_lazy64")
-def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] | None:
+def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> Headline | None:
     """Spike area of lazy R=64 against strict, nats an event with interval; SmolLM2-135M, PG19, cap 512."""
     diagnosis = find_diagnosis(diagnoses, model="smollm2-135m", text="pg19", cap=512)
     if diagnosis is None:
@@ -152,5 +148,5 @@ def spike_area_lazy64(diagnoses: Sequence[Diagnosis]) -> dict[str, float | str] 
     for entry in diagnosis.policies:
         area = spike_of(entry)["area"]
         if entry["label"] == "lazy R=64" and area["low"] is not None:
-            return {"value": area["value"], "low": area["low"], "high": area["high"], "record": diagnosis.id}
+            return Headline(area["value"], diagnosis.id, area["low"], area["high"])
     return None

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from sinkstream.records.files import write_atomically
+from sinkstream.records.pairing import common_tokens
 from sinkstream.records.records import Record
-from sinkstream.statistics import AFTER, event_cycles
-from sinkstream.studies.diagnosis.spikes import event_positions
+from sinkstream.studies.diagnosis.spikes import after_events, event_positions
 
 TOKEN_COLUMNS = ("index", "token", "nll", "control_nll", "time_ms", "kv_len", "event", "drop_size")
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\0": r"\0"})
@@ -53,28 +53,15 @@ def write_event_table(record: Record, control: Record, path: Path | str) -> Path
     """
     arrays, events = record.arrays, event_positions(record)
     at = np.flatnonzero(arrays["event"])
-    index, here, there = np.intersect1d(
-        arrays["index"], control.arrays["index"], assume_unique=True, return_indices=True
-    )
-    difference = arrays["nll"][here].astype(float) - control.arrays["nll"][there]
-    lags, table = event_cycles(difference, index, events, before=1)
-    table = table[:, (lags >= 0) & (lags < AFTER)]
+    index, nll, control_nll = common_tokens(record, control)
+    table = after_events(nll - control_nll, index, events)
     known = np.isfinite(table).sum(axis=1)
     means = np.where(known > 0, np.nansum(table, axis=1) / np.maximum(known, 1), np.nan)
     gaps = [*np.diff(events).tolist(), ""]
     drops = [part[part > 0] for part in np.split(arrays["drop_size"], at)[1:]]
-    lines = [
-        (
-            int(index),
-            int(arrays["drop_size"][row]),
-            part.size,
-            part.sum(),
-            arrays["kv_length"][row],
-            gap,
-            _cell(mean, 6),
-        )
-        for index, row, part, gap, mean in zip(events, at, drops, gaps, means)
-    ]
+    sizes, lengths = arrays["drop_size"][at], arrays["kv_length"][at]
+    columns = zip(events, sizes, drops, lengths, gaps, means)
+    lines = [(event, size, d.size, d.sum(), kv, gap, _cell(mean, 6)) for event, size, d, kv, gap, mean in columns]
     return _write(EVENT_COLUMNS, lines, path)
 
 

@@ -1,4 +1,4 @@
-"""The plan's rule of its diagnosis phase, computed: go, or where to look first."""
+"""The verdict of a diagnosis, computed: go, or no-go with the part to look at first."""
 
 from collections.abc import Mapping
 
@@ -14,16 +14,14 @@ VERDICTS = {
 
 
 def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> dict[str, str]:
-    """Apply the rule; criteria are stated in `VERDICTS` and decided by 95 % intervals.
+    """Apply the criteria of `VERDICTS` by 95 % intervals.
 
-    Returns
-    -------
-    dict
-        `outcome`, a key of `VERDICTS`, and `line`, one sentence with the figures.
+    Returns `outcome`, a key of `VERDICTS`, and `line`, one sentence with the figures.
     """
     if delta.low is None:
         return {"outcome": "undecided", "line": f"undecided: {delta.reason}"}
-    figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {_or_infinity(delta.high)}]"
+    high = "inf" if delta.high is None else f"{delta.high:+.2f}"
+    figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {high}]"
     spike = _spike(curve)
     if delta.low <= 0:
         return {"outcome": "go", "line": f"go: {figure} is not worse than strict; {spike}"}
@@ -47,7 +45,3 @@ def _largest(parts: Mapping[str, Estimate]) -> str:
     known = {name: part.value for name, part in parts.items() if part.value is not None}
     name = max(known, key=lambda part: known[part])
     return f"the largest part is {PARTS[name]} ({100 * known[name]:+.2f} of 100 × nats)"
-
-
-def _or_infinity(value: float | None) -> str:
-    return "inf" if value is None else f"{value:+.2f}"

@@ -1,18 +1,18 @@
-"""Recall past the window: what a passage costs when it comes again, by how far back it was seen.
+"""Recall past the window: what a passage costs when it occurs again, by how far back it occurred before.
 
-Perplexity hides what eviction forgets, because ordinary text seldom repeats itself word for word. Here it does: real
-passages are written into a stream of other real text twice, a known distance apart, and the model streams over it.
+Perplexity hides what eviction forgets, because ordinary text seldom repeats itself word for word. In this study real
+passages occur twice in a stream of other real text, a known distance apart, and the model streams over it.
 
-    … text [passage] text of the distance [passage] text …        the passage is seen again
-    … text  text     text of the distance [passage] text …        the control: seen for the first time
+    … text [passage] text of the distance [passage] text …        the passage is repeated
+    … text  text     text of the distance [passage] text …        the control: the passage is new
 
-The recall gain of a passage is its mean NLL in the control minus its mean NLL when seen again, on the same tokens at
-the same place; the first token, which nothing announces, is left out. A gain of 0 means that the passage is forgotten.
-One stream holds all passages at all distances, each passage once, so that two runs serve a whole curve of a policy.
+The recall gain of a passage is its mean NLL in the control minus its mean NLL when repeated, on the same tokens at the
+same index; the first token, which no context predicts, is left out. A gain of 0 means that the passage is forgotten.
+One stream holds all passages at all distances, each passage once, so that two runs give the whole curve of a policy.
 
-The full cache would go past the trained positions on that stream. For it, every passage's surroundings are cut out:
-the stream's first tokens (for models that lean on them), up to cap tokens of context, and all from the first place to
-the end of the second, where that fits the trained positions.
+That stream is longer than the trained positions, which the full cache must not exceed. For the full cache an excerpt of
+every passage is run: the first tokens of the stream (attention sinks), up to cap tokens of context, and all tokens from
+the first occurrence to the end of the second, where that fits the trained positions.
 """
 
 from collections.abc import Callable
@@ -25,59 +25,31 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import find_complete, provenance, run_identity
+from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
-from sinkstream.records.records import new_record_id
-from sinkstream.studies.recall.record import RecallRecord, load_recall, load_recalls, write_recall
+from sinkstream.records.plain import new_record_id
+from sinkstream.studies.recall.record import Placement, RecallRecord, ScoredPassage, passage_columns
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 PASSAGES, PASSAGE_TOKENS = 16, 64
 GAP = 32  # tokens of text between a passage and the next one
-SPREAD = 96  # a passage is placed at random among this many places, so that places keep no step with prunes
-FIRST_TOKENS = 4  # of the stream, before what is cut out of it
+SPREAD = 96  # free indices that a passage is placed at random among, so that placements do not align with prunes
+FIRST_TOKENS = 4  # of the stream, at the start of every excerpt
 SMALLEST_PASSAGE = 8
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a passage stands: the indices of its first token, and the distance over cap that was asked for."""
-
-    ratio: float
-    first: int
-    second: int
-
-
-@dataclass(frozen=True)
 class RecallDesign:
-    """How passages are laid out.
+    """How passages are laid out. Raises ValueError, naming the option, the value and what is accepted."""
 
-    Attributes
-    ----------
-    cap : int
-        Unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`, which every cut keeps.
-    ratios : tuple of float
-        Distances from the start of the first place to the start of the second, over cap.
-    passages : int
-        At each distance.
-    passage_tokens : int
-    seed : int
-        Of the places, and of which passage goes where.
-
-    Raises
-    ------
-    ValueError
-        Naming the option, the value and what is accepted.
-    """
-
-    cap: int
-    ratios: tuple[float, ...] = RATIOS
-    passages: int = PASSAGES
+    cap: int  # unit of the distances, and tokens before the first passage; at least `FIRST_TOKENS`
+    ratios: tuple[float, ...] = RATIOS  # distances from the first occurrence to the second, over cap
+    passages: int = PASSAGES  # at each distance
     passage_tokens: int = PASSAGE_TOKENS
-    seed: int = 0
+    seed: int = 0  # of the placements, and of the order of the passages
 
     def __post_init__(self) -> None:
         for name, least in (("cap", FIRST_TOKENS), ("passages", 1), ("passage_tokens", SMALLEST_PASSAGE), ("seed", 0)):
@@ -91,7 +63,7 @@ class RecallDesign:
             if not (np.isfinite(ratio) and self.distance(ratio) >= self.passage_tokens):
                 raise ValueError(
                     f"distance {ratio:g} × cap {self.cap} is less than a passage of {self.passage_tokens} tokens, whose"
-                    f" two places would overlap; accepted: at least {self.passage_tokens / self.cap:.3g}"
+                    f" two occurrences would overlap; accepted: at least {self.passage_tokens / self.cap:.3g}"
                 )
         if len(set(self.ratios)) < len(self.ratios):
             raise ValueError(
@@ -99,11 +71,11 @@ class RecallDesign:
             )
 
     def distance(self, ratio: float) -> int:
-        """Tokens from first to second place."""
+        """Tokens from the first occurrence to the second."""
         return round(ratio * self.cap)
 
-    def places(self) -> list[Place]:
-        """All passages, the longest distances first; no two of them touch, and none is in the first cap tokens."""
+    def placements(self) -> list[Placement]:
+        """All passages, the longest distances first; no two passages touch, none is in the first cap tokens."""
         rng, near = np.random.default_rng(self.seed), self.passage_tokens + GAP
         room = self.cap + self.distance(max(self.ratios)) + 8 * near * self.passages * len(self.ratios) + SPREAD
         free, placed = np.ones(room, dtype=bool), []
@@ -112,7 +84,7 @@ class RecallDesign:
             distance = self.distance(ratio)
             for _ in range(self.passages):
                 first = int(rng.choice(np.flatnonzero(free[: room - distance] & free[distance:])[:SPREAD]))
-                placed.append(Place(ratio, first, first + distance))
+                placed.append(Placement(ratio, first, first + distance))
                 for start in (first, first + distance):
                     free[max(0, start - near + 1) : start + near] = False
         return placed
@@ -120,13 +92,10 @@ class RecallDesign:
     def streams(self, tokens: Callable[[int], TokenStream]) -> "RecallStreams":
         """Write the passages into a text.
 
-        Parameters
-        ----------
-        tokens : callable
-            Gives the first so many tokens of the text, or raises ValueError if it is too short: the stream comes
-            first, the passages are what follows.
+        `tokens` gives the first so many tokens of the text, or raises ValueError if it is too short. The text of the
+        stream comes first, then that of the passages.
         """
-        places, size = self.places(), self.passage_tokens
+        places, size = self.placements(), self.passage_tokens
         length = max(place.second for place in places) + size
         try:
             text = tokens(length + len(places) * size)
@@ -150,46 +119,37 @@ class RecallDesign:
 
 @dataclass(frozen=True)
 class Trial:
-    """Tokens that one run and its control go over, and which passages are scored in them.
+    """Tokens of one run and of its control, and the passages that are scored."""
 
-    Attributes
-    ----------
-    repeated, control : Tensor, (tokens,), int64
-    prefill : int
-    scored : list of (int, int)
-        Number of the passage among the places, and the index in these tokens of its second place.
-    """
-
+    # repeated, control: (tokens,), int64
     repeated: torch.Tensor
     control: torch.Tensor
     prefill: int
+    # number of the passage among the placements, and the index in these tokens of its second occurrence
     scored: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class RecallStreams:
-    """The stream with every passage twice, and its control with the second places only."""
+    """The stream with every passage twice, and its control with the second occurrences only."""
 
     design: RecallDesign
-    places: list[Place]
+    placements: list[Placement]
     repeated: TokenStream
     control: TokenStream
 
     def whole(self) -> list[Trial]:
-        """The stream as it is, all passages scored."""
-        scored = [(number, place.second) for number, place in enumerate(self.places)]
+        """One trial: the whole stream, with all passages scored."""
+        scored = [(number, place.second) for number, place in enumerate(self.placements)]
         return [Trial(self.repeated.ids, self.control.ids, self.design.cap, scored)]
 
-    def cut(self, positions: int | None) -> list[Trial]:
-        """Every passage by itself with what comes before it, at most `positions` tokens (None: no limit).
+    def excerpts(self, positions: int | None) -> list[Trial]:
+        """One trial a passage: an excerpt of at most `positions` tokens (None: no limit).
 
-        Raises
-        ------
-        ValueError
-            If not even the shortest distance fits.
+        Raises ValueError if not even the shortest distance fits.
         """
         trials = []
-        for number, place in enumerate(self.places):
+        for number, place in enumerate(self.placements):
             end = place.second + self.design.passage_tokens
             start = max(FIRST_TOKENS, place.first - self.design.cap)
             start = start if positions is None else max(start, end + FIRST_TOKENS - positions)
@@ -199,7 +159,7 @@ class RecallStreams:
                 second = place.second - start + FIRST_TOKENS
                 trials.append(Trial(repeated, control, second, [(number, second)]))
         if not trials:
-            assert positions is not None, "without a limit every passage fits: each stands after the first cap tokens"
+            assert positions is not None, "without a limit every passage fits: all lie after the first cap tokens"
             shortest = self.design.distance(min(self.design.ratios))
             raise ValueError(
                 f"the full cache of a passage seen {shortest} tokens before goes past the {positions} trained"
@@ -211,34 +171,24 @@ class RecallStreams:
 
 @dataclass
 class RecallBatch:
-    """Several policies over one model and one pair of streams.
-
-    Attributes
-    ----------
-    request : Request
-        Where the records go, and what they say of the command.
-    """
+    """Several policies over one model and one pair of streams."""
 
     loaded: LoadedModel
     streams: RecallStreams
-    request: Request
+    request: Request  # where the records go, and what they say of the command
 
     def run(self, settings: list[RunSettings], console: Console) -> list[RecallRecord]:
         """Run all policies in order; an interrupted or failed one is recorded and ends the batch.
 
-        Raises
-        ------
-        ValueError
-            If a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has run then.
-        WriteError
-            As `Runner.run`.
+        Raises ValueError if a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has
+        run then. Raises WriteError as `Runner.run`.
         """
         trials = [self._trials(one) for one in settings]
         jobs = [
-            Job(one.label(), partial(self._measure, one, its), partial(self._find, one))
-            for one, its in zip(settings, trials)
+            Job(one.label(), partial(self._measure, one, paired), partial(self._find, one))
+            for one, paired in zip(settings, trials)
         ]
-        runner = Runner(self.request, write_recall, load_recall, self.loaded.model.device)
+        runner = Runner(self.request, RecallRecord.write, RecallRecord.read, self.loaded.model.device)
         return runner.run(jobs, console)
 
     def _trials(self, settings: RunSettings) -> list[Trial]:
@@ -249,24 +199,20 @@ class RecallBatch:
             )
         if settings.method == "full":
             limit = None if settings.allow_untrained_positions else self.loaded.trained_positions
-            return self.streams.cut(limit)
+            return self.streams.excerpts(limit)
         check_run(self.loaded, len(self.streams.repeated), settings)
         return self.streams.whole()
 
     def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:
-        nll = {name: np.full(len(self.streams.places), np.nan) for name in ("repeated", "control")}
+        nll = {name: np.full(len(self.streams.placements), np.nan) for name in ("repeated", "control")}
         done, total = 0, 2 * sum(len(trial.control) - 1 - trial.prefill for trial in trials)
 
-        def tell(before: int, now: int, _: int) -> None:
+        def report_all(before: int, now: int, _: int) -> None:
             report(before + now, total)
 
         for trial, name in ((trial, name) for trial in trials for name in nll):
-            result = run(
-                self.loaded,
-                getattr(trial, name),
-                replace(settings, prefill=trial.prefill),
-                partial(tell, done),
-            )
+            one = replace(settings, prefill=trial.prefill)
+            result = run(self.loaded, getattr(trial, name), one, partial(report_all, done))
             done += len(trial.control) - 1 - trial.prefill
             for number, start in trial.scored:
                 nll[name][number] = self._passage_nll(result, start)
@@ -275,7 +221,7 @@ class RecallBatch:
         return [partial(self._record, settings, result, nll)]
 
     def _passage_nll(self, result: RunResult, start: int) -> float:
-        """Mean NLL of a passage, its first token left out; NaN if the run did not come that far."""
+        """Mean NLL of a passage without its first token; NaN if the run ended before."""
         index, size = result.arrays["index"], self.streams.design.passage_tokens
         scored = result.arrays["nll"][(index > start) & (index < start + size)]
         return float(scored.mean()) if len(scored) == size - 1 else float("nan")
@@ -289,38 +235,28 @@ class RecallBatch:
         }
 
     def _find(self, settings: RunSettings) -> list[RecallRecord]:
-        return find_complete(load_recalls, self.request.out, self._identity(settings))
+        return find_complete(RecallRecord.below, self.request.out, self._identity(settings))
 
     def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The record of a policy; `result` is that of its last run, which ends it and gives the control's PPL."""
+        """The record of a policy; the last run, `result`, gives its status and the PPL of the control."""
         streams, identity = self.streams, self._identity(settings)
         scored = np.flatnonzero(np.isfinite(nll["repeated"] + nll["control"]))
-        places = [streams.places[number] for number in scored]
+        passages = [
+            ScoredPassage(streams.placements[i], float(nll["repeated"][i]), float(nll["control"][i])) for i in scored
+        ]
         covers_stream = settings.method != "full"
         return {
             "id": new_record_id("recall", self.loaded.name, streams.repeated.name, settings.label()),
             "status": result.status,
             "status_reason": result.reason,
-            **provenance(self.loaded, streams.repeated, settings, self.request, identity),
+            **provenance(self.loaded, settings, self.request, identity),
+            "data": streams.repeated.record(),
             "protocol": {
-                "backend": settings.backend,
-                "evaluate": settings.evaluate,
-                "dtype": identity["dtype"],
-                "device": str(self.loaded.model.device),
-                **numerics(),
-                "seed": self.request.seed,
+                **run_protocol(self.loaded, settings, self.request),
                 "cap": streams.design.cap,
-                "cap_accounting": settings.cap_accounting,
                 "block_tokens": settings.block_tokens,
                 **identity["recall"],
             },
             "summary": {"ppl": result.summary["ppl"] if covers_stream and result.status == "complete" else None},
-            "passages": {
-                "ratio": [place.ratio for place in places],
-                "distance": [place.second - place.first for place in places],
-                "first": [place.first for place in places],
-                "second": [place.second for place in places],
-                "nll_again": nll["repeated"][scored],
-                "nll_unseen": nll["control"][scored],
-            },
+            "passages": passage_columns(passages),
         }

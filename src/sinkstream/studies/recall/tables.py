@@ -1,4 +1,4 @@
-"""Recall past the window: the curve of a policy, the table and the picture of several."""
+"""Recall past the window: the curve of a policy, the table and the picture of several policies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkstream.records.selection import normalised
+from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
 from sinkstream.statistics import Estimate, mean_interval
@@ -19,21 +19,11 @@ _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 @dataclass(frozen=True)
 class RecallPoint:
-    """What a policy recalls at one distance.
+    """What a policy recalls at one distance."""
 
-    Attributes
-    ----------
-    ratio : float
-        Distance over cap.
-    distance : int
-        Tokens.
-    gain : Estimate
-        Nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back.
-    """
-
-    ratio: float
-    distance: int
-    gain: Estimate
+    ratio: float  # distance over cap
+    distance: int  # tokens
+    gain: Estimate  # nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back
 
 
 def recall_curve(record: RecallRecord) -> list[RecallPoint]:
@@ -41,15 +31,14 @@ def recall_curve(record: RecallRecord) -> list[RecallPoint]:
     passages, points = record.passages, []
     gains = passages["nll_unseen"] - passages["nll_again"]
     for ratio in np.unique(passages["ratio"]):
-        its = passages["ratio"] == ratio
-        points.append(
-            RecallPoint(float(ratio), int(passages["distance"][its][0]), mean_interval(gains[its], block_tokens=1))
-        )
+        at = passages["ratio"] == ratio
+        gain = mean_interval(gains[at], block_tokens=1)
+        points.append(RecallPoint(float(ratio), int(passages["distance"][at][0]), gain))
     return points
 
 
 def display_name(record: RecallRecord) -> str:
-    """The policy's label, marked if the record is not whole."""
+    """The policy's label, with the status if the record is not complete."""
     label = record.policy["label"]
     return label if record.status == "complete" else f"{label} ({record.status})"
 
@@ -94,12 +83,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
 
     Up to `MOST_BANDS` lines have bands; more have bars instead and stand a little apart.
 
-    Raises
-    ------
-    ValueError
-        No records.
-    ImportError
-        matplotlib is not installed.
+    Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
     """
     if not records:
         raise ValueError("no recall records to draw")
@@ -135,11 +119,10 @@ def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: f
 
 def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> list[RecallRecord]:
     """The newest complete record of each policy of a model at a cap, on the streams of the newest, full cache first."""
-    mine = [
+    runs = [
         record
         for record in records
-        if record.status == "complete" and normalised(model) in normalised(record.model["name"])
-        if record.protocol["cap"] == cap
+        if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
     ]
-    newest = {record.policy["label"]: record for record in mine if record.data["sha256"] == mine[-1].data["sha256"]}
+    newest = {record.policy["label"]: record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
