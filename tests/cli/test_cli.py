@@ -58,7 +58,7 @@ def shared(tmp_path_factory) -> Path:
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(b"\x89PNG\0\0")
     (folder / "broken.json").write_text("{")
-    (folder / "text.pdf").write_text("text")
+    (folder / "text.pdf").write_bytes(b"%PDF-1.7\xe2\xe3")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "notes.json").write_text("{}")
     return folder
@@ -337,7 +337,7 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"text": "binary.txt"}, "", "text file 'binary.txt' .*binary"),
     ({"text": "nosuch.txt"}, "", "text file 'nosuch.txt' does not exist"),
     ({"text": "nosuch"}, "", "unknown text 'nosuch'; accepted: builtin, pg19, wikitext, or a file"),
-    ({"text": "text.pdf"}, "", "the suffix '.pdf'; accepted: .txt, .json"),
+    ({"text": "text.pdf"}, "", "text.pdf' is binary or not in UTF-8: byte 8 is invalid"),
     ({"text": "broken.json"}, "", "'broken.json' is not valid JSON"),
     ({"text": "random", "tokens": None}, "", "--text random has no length of its own; give --tokens N"),
     ({"text": "pg19"}, "", "text 'pg19'.*--text FILE"),
