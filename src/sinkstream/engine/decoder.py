@@ -204,6 +204,35 @@ class StreamDecoder(WatchedModel):
             nll[0] = float("nan")
         return nll
 
+    # ---- turns of a conversation ----
+
+    def begin_turn(self, ahead: int = 0, *, stream: int = 0) -> None:
+        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``; other policies ignore turns.
+
+        Raises
+        ------
+        ValueError
+            If a later turn has been announced already.
+        """
+        self._check_stream(stream)
+        self.state.settle()
+        schedule = self.state.schedules[stream]
+        schedule.begin_turn(schedule.seen + ahead)
+
+    def rewind(self, tokens: int, *, stream: int = 0) -> None:
+        """Take back the latest tokens of a stream; feed at least one token before anything is generated.
+
+        The stream is then what it was before these tokens, but for what was evicted meanwhile: evicted tokens stay so.
+
+        Raises
+        ------
+        ValueError
+            If so many tokens are not in the window, or the policy pins older tokens or reads the logits; nothing is
+            taken back then.
+        """
+        self._check_stream(stream)
+        self.state.rewind(tokens, stream)
+
     # ---- keeping ----
 
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
@@ -223,6 +252,16 @@ class StreamDecoder(WatchedModel):
         self._check_stream(stream)
         self.check_model()
         snapshots.load(path, self.state, stream, model_hash=self.model_hash)
+
+    def dump(self, *, stream: int = 0) -> bytes:
+        """One stream as the bytes of a snapshot file. Raises ValueError for a stream that was rewound and not fed."""
+        self._check_stream(stream)
+        return snapshots.dump(self.state, stream, model_hash=self.model_hash)
+
+    def undump(self, data: bytes, *, stream: int = 0) -> None:
+        """As `restore`, from the bytes that `dump` gave."""
+        self._check_stream(stream)
+        snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
 
     def reset(self, *, stream: int | None = None) -> None:
         """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
@@ -272,6 +311,8 @@ class StreamDecoder(WatchedModel):
         ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
         if not len(ids) and not self.state.counters[stream].seen:
             raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
+        if not len(ids) and stream in self.state.rewound:
+            raise ValueError(f"stream {stream} was rewound and the prompt is empty; give at least one token")
         return ids
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
@@ -50,6 +51,13 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
     WriteError
         If the file cannot be written; an older one stays as it was.
     """
+    write_atomically(path, dump(state, stream, model_hash=model_hash))
+
+
+def dump(state: StreamState, stream: int, *, model_hash: str) -> bytes:
+    """One stream as the bytes of its snapshot. Raises ValueError for a stream that was rewound and not fed since."""
+    if stream in state.rewound:
+        raise ValueError(f"stream {stream} was rewound; feed at least one token before a snapshot is taken")
     state.settle()
     counters = {name: getattr(state.counters[stream], name) for name in COUNTED}
     header = {
@@ -62,7 +70,7 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
         "schedule": _plain(vars(state.schedules[stream])),
     }
     tensors = {name: t.cpu().contiguous().clone() for name, t in state.stream_buffers(stream).items() if t.numel()}
-    write_atomically(path, safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)}))
+    return safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)})
 
 
 def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) -> None:
@@ -83,9 +91,28 @@ def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
     with file:
         header = _header(file.metadata(), path)
         _check_header(header, state, model_hash, path)
-        buffers = state.stream_buffers(stream)
-        buffers = {name: b for name, b in buffers.items() if b.numel()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    _take(state, stream, header, tensors, path)
+
+
+def undump(data: bytes, state: StreamState, stream: int, *, model_hash: str) -> None:
+    """Read the bytes that `dump` gave into one stream. Raises ValueError as `load`."""
+    try:
+        tensors = tensors_of_bytes(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__")
+    except Exception as error:
+        raise ValueError(f"these bytes are not a safetensors file: {error}") from None
+    header = _header(metadata, "in memory")
+    _check_header(header, state, model_hash, "in memory")
+    _take(state, stream, header, tensors, "in memory")
+
+
+def _take(
+    state: StreamState, stream: int, header: dict[str, Any], tensors: dict[str, torch.Tensor], path: str | Path
+) -> None:
+    """Fill a stream with what a snapshot holds, once all of it is known to fit."""
+    buffers = {name: b for name, b in state.stream_buffers(stream).items() if b.numel()}
     for name, buffer in buffers.items():
         if name not in tensors or tensors[name].shape != buffer.shape or tensors[name].dtype != buffer.dtype:
             raise ValueError(f"snapshot {str(path)!r} does not fit: {name} is missing or of another shape or dtype")
@@ -160,7 +187,7 @@ def _refill(target: Any, saved: dict[str, Any]) -> None:
     """Set the attributes of a fresh object, and of the objects in it, to saved values."""
     for name, value in saved.items():
         current = getattr(target, name)
-        if isinstance(current, list):
+        if isinstance(current, list) and all(inner is None or isinstance(inner, dict) for inner in value):
             for inner, inner_saved in zip(current, value):
                 if inner is not None:
                     _refill(inner, inner_saved)

@@ -55,6 +55,7 @@ class StreamState(StreamBuffers):
         self.structure = None if structure is None else structure.to(device)
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
+        self.rewound: set[int] = set()  # streams whose logits are not those of their last token
         self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
         self.clear()
 
@@ -62,6 +63,7 @@ class StreamState(StreamBuffers):
         """Forget one stream, or all of them; addresses stay."""
         which = range(self.streams) if stream is None else [stream]
         if stream is None:
+            self.rewound.clear()
             self.schedules = [PruneSchedule(self.policy) for _ in which]
             self.counters = [Counters(self.geometry) for _ in which]
             self._keep_recorded()
@@ -70,9 +72,18 @@ class StreamState(StreamBuffers):
             self._discard_plan()
             return
         self.settle()
+        self.rewound.discard(stream)
         self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
+
+    def rewind(self, tokens: int, stream: int) -> None:
+        """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
+        self.settle()
+        self.schedules[stream].rewind(tokens)
+        if tokens:
+            self.counters[stream].seen -= tokens
+            self.rewound.add(stream)
 
     # ---- which tokens ----
 
@@ -153,6 +164,7 @@ class StreamState(StreamBuffers):
                 part.copy_(saved)
         self._row += 1
         self.last_steps = [None] * self.streams
+        self.rewound.difference_update(active)
         for s in active:
             done = self.last_steps[s] = self.schedules[s].step()
             self.counters[s].append(done.drop)
