@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | env | report``.
+"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | serve | chat | env | report``.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -30,6 +30,8 @@ COMMAND_TABLE: dict[str, tuple[str, str]] = {
         "cliff",
         "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions",
     ),
+    "serve": ("serve", "Serve a model behind the OpenAI API, in sessions that never overflow"),
+    "chat": ("chat", "Chat in the terminal, with a local model or any server that speaks the OpenAI API"),
     "env": ("env", "Print versions and hardware, for bug reports"),
     "report": (
         "report",

@@ -254,7 +254,7 @@ class StreamDecoder(WatchedModel):
         snapshots.load(path, self.state, stream, model_hash=self.model_hash)
 
     def dump(self, *, stream: int = 0) -> bytes:
-        """One stream as the bytes of a snapshot file. Raises ValueError for a stream that was rewound and not fed."""
+        """One stream as the bytes of a snapshot file."""
         self._check_stream(stream)
         return snapshots.dump(self.state, stream, model_hash=self.model_hash)
 

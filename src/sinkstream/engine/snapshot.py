@@ -55,9 +55,7 @@ def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) 
 
 
 def dump(state: StreamState, stream: int, *, model_hash: str) -> bytes:
-    """One stream as the bytes of its snapshot. Raises ValueError for a stream that was rewound and not fed since."""
-    if stream in state.rewound:
-        raise ValueError(f"stream {stream} was rewound; feed at least one token before a snapshot is taken")
+    """One stream as the bytes of its snapshot."""
     state.settle()
     counters = {name: getattr(state.counters[stream], name) for name in COUNTED}
     header = {
@@ -68,6 +66,7 @@ def dump(state: StreamState, stream: int, *, model_hash: str) -> bytes:
         "positions": "original" if state.geometry.original else "cache",
         "counters": counters,
         "schedule": _plain(vars(state.schedules[stream])),
+        "rewound": stream in state.rewound,
     }
     tensors = {name: t.cpu().contiguous().clone() for name, t in state.stream_buffers(stream).items() if t.numel()}
     return safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)})
@@ -122,6 +121,8 @@ def _take(
     for name, value in header["counters"].items():
         setattr(state.counters[stream], name, value)
     state.schedules[stream] = _schedule(state, header["schedule"])
+    if header.get("rewound"):
+        state.rewound.add(stream)
 
 
 def _header(metadata: Mapping[str, str] | None, path) -> dict[str, Any]:
