@@ -55,8 +55,8 @@ class EvictionPolicy:
             )
 
         if any(isinstance(t, Turns) for t in self.triggers):
-            others = {"refresh": self.refresh, "overlap": self.overlap, "max_drop": self.max_drop}
-            others["another trigger"] = self.triggers[1:]
+            others = {"refresh": self.refresh, "overlap": self.overlap, "max_drop": self.max_drop or 0}
+            others["another trigger"] = len(self.triggers) - 1
             wrong = next((name for name, value in others.items() if value), None)
             if wrong:
                 raise ValueError(f"evict='turns' goes with sink and window only, and {wrong} is given")
