@@ -105,7 +105,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def wrong_body(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        invalid_json = first["type"] == "json_invalid"
+        place = "" if invalid_json else ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{place or 'the body'}: {first['msg']}"
         return response(invalid(message, place or None, "invalid_request"))
 

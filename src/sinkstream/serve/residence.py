@@ -35,6 +35,7 @@ class Residence:
         self._held: dict[str, tuple[Session, StreamDecoder]] = {}  # least recently used first
         self._free: list[StreamDecoder] = []
         self.busy: set[str] = set()
+        self._unwritten: set[str] = set()  # resident sessions that went on since they were written to disk
 
     def acquire(self, session: Session) -> StreamDecoder | None:
         """The decoder with a session's stream, for its only user; None if it must be waited for.
@@ -73,10 +74,29 @@ class Residence:
     def release(self, session: Session) -> None:
         """The session is not in use any more; it keeps its decoder until another one needs it."""
         self.busy.discard(session.id)
+        self._unwritten.add(session.id)
+
+    def write_one(self) -> bool:
+        """Write a resident session that is not in use to disk, where a killed server finds it; False if none is left.
+
+        Its decoder stays its own.
+        """
+        waiting = [i for i in self._held if i in self._unwritten and i not in self.busy]
+        if not waiting or self.spill.files.folder is None:
+            return False
+        session, decoder = self._held[waiting[0]]
+        self._unwritten.discard(session.id)
+        if session.counts["seen"]:
+            try:
+                self.spill.files.write(session, decoder.dump())
+            except SpillFull:
+                return False
+        return True
 
     def drop(self, session_id: str) -> None:
         """Forget a session's stream, wherever it is."""
         self.busy.discard(session_id)
+        self._unwritten.discard(session_id)
         held = self._held.pop(session_id, None)
         if held is not None:
             held[1].reset()
@@ -155,5 +175,6 @@ class Residence:
         if session.counts["seen"]:
             self.spill.put(session, decoder.dump())
         del self._held[session_id]
+        self._unwritten.discard(session_id)
         decoder.reset()
         self._free.append(decoder)

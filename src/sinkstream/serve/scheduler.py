@@ -16,6 +16,7 @@ from sinkstream.serve.errors import busy, stopping
 T = TypeVar("T")
 WAITING = "waiting"  # what a job yields that has done nothing, because it waits for another job
 RETRY_SECONDS = 5
+IDLE_SECONDS = 0.5
 Work = Generator[str | None, None, None]
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,12 @@ class Scheduler:
     ----------
     limit : int
         Most jobs at once.
+    idle : callable
+        Called when there has been nothing to do for a while; says whether there is more of it to do.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, idle: Callable[[], bool] = lambda: False):
+        self.limit, self._idle = limit, idle
         self._jobs: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], object], Future]] = deque()
         self._changed = threading.Condition()
@@ -102,9 +105,8 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
+            self._wait()
             with self._changed:
-                while not (self._jobs or self._calls or self._stopping):
-                    self._changed.wait()
                 if all(job.waiting and not job.cancelled.is_set() for job in self._jobs) and not self._calls:
                     self._changed.wait(0.05)
                 ends, jobs = self._stopping, list(self._jobs)
@@ -116,6 +118,22 @@ class Scheduler:
                 return
             for job in jobs:
                 self._advance(job)
+
+    def _wait(self) -> None:
+        """Wait for something to do; meanwhile do what is for idle times, a piece at a time."""
+        more = True
+        while True:
+            with self._changed:
+                if not (self._jobs or self._calls or self._stopping):
+                    self._changed.wait(IDLE_SECONDS if more else None)
+                if self._jobs or self._calls or self._stopping:
+                    return
+            if more:
+                try:
+                    more = self._idle()
+                except Exception:
+                    log.exception("what is done in idle times failed")
+                    more = False
 
     def _run_calls(self) -> None:
         while True:

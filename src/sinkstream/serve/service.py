@@ -12,7 +12,7 @@ from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy
 from sinkstream.serve.conversation import Call, Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
-from sinkstream.serve.events import Emit, Failed
+from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.metrics import Metrics
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
@@ -62,7 +62,7 @@ class Service:
         self.conversations = Conversations(
             loaded, self.template, settings, self.store, self.residence, self.metrics.evicted
         )
-        self.scheduler = Scheduler(settings.queue)
+        self.scheduler = Scheduler(settings.queue, self.residence.write_one)
         self.started = int(time.time())
 
     def start(self) -> None:
@@ -88,7 +88,19 @@ class Service:
                 "max_tokens",
             )
         timed = self.metrics.timed(emit)
+        if self.settings.log_text:
+            timed = self._logged(call, timed)
         return self.scheduler.submit(self._work(call, timed))
+
+    def _logged(self, call: Call, emit: Emit) -> Emit:
+        log.info("%s asks: %s", call.response, call.messages or call.prompt)
+
+        def logging_emit(event: Event) -> None:
+            if isinstance(event, Done):
+                log.info("%s says: %s", call.response, event.texts)
+            emit(event)
+
+        return logging_emit
 
     def _work(self, call: Call, emit: Emit) -> Work:
         try:
