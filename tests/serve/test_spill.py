@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny_model
@@ -234,8 +235,9 @@ def test_the_command_spills_when_it_ends_and_survives_a_kill(tmp_path):
             session = found[0]["id"] if found else opened(client)
             replies.append(say(client, session, "again"))
             if end == signal.SIGKILL:  # an idle server writes what it holds
-                before = json.loads((tmp_path / "spill" / f"{session}.json").read_text())["sha256"]
-                while json.loads((tmp_path / "spill" / f"{session}.json").read_text())["sha256"] == before:
+                header = tmp_path / "spill" / f"{session}.json"
+                seen = client.get(f"/sessions/{session}", cast_to=object)["tokens"]["seen"]
+                while json.loads(header.read_text())["session"]["counts"]["seen"] < seen:
                     time.sleep(0.05)
         finally:
             os.kill(process.pid, end)

@@ -69,6 +69,8 @@ class Alone:
     The pieces of text that are fed are written down here by hand; they are those of `TEMPLATE`.
     """
 
+    bias = BIAS
+
     def __init__(self, model: LoadedModel, system: str | None = SYSTEM["content"], cap: int = CAP):
         self.tokenizer = model.tokenizer
         head = f"<s>{system}\n" if system is not None else ""
@@ -87,7 +89,7 @@ class Alone:
         self.engine.begin_turn()
         self._feed(f"<u>{text}\n<a>")
         self._left = "\n"
-        return self.engine.generate([], max_new_tokens=tokens, logit_bias=BIAS).text
+        return self.engine.generate([], max_new_tokens=tokens, logit_bias=self.bias).text
 
     @property
     def evicted_turns(self) -> int:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sinkstream import __version__
-from sinkstream.serve import completions, session_routes
+from sinkstream.serve import completions, responses, session_routes
 from sinkstream.serve.access import BodyLimit, Keys
 from sinkstream.serve.errors import INTERNAL, APIError, invalid
 from sinkstream.serve.http import Owner, Served
@@ -40,6 +40,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.state.service, app.state.keys = service, Keys(keys, service.settings.rate)
     app.add_middleware(BodyLimit, limit=service.settings.body_mb * MB)
     app.include_router(completions.router)
+    app.include_router(responses.router)
     app.include_router(session_routes.router)
     _add_plain_routes(app)
     _add_errors(app)
