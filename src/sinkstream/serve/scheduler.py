@@ -31,8 +31,20 @@ class Job:
         Whether its latest turn did nothing.
     """
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Work, dropped: Callable[[], None]):
         self.work, self.waiting, self.cancelled = work, False, threading.Event()
+        self._dropped, self._begun = dropped, False
+
+    def advance(self) -> None:
+        """Do one unit of work. Raises StopIteration at the end."""
+        self._begun = True
+        self.waiting = next(self.work) == WAITING
+
+    def close(self) -> None:
+        """End it; a generator that has not begun cannot tell so by itself."""
+        self.work.close()
+        if not self._begun:
+            self._dropped()
 
     def cancel(self) -> None:
         """Ask for its end before its next unit of work, from any thread."""
@@ -56,15 +68,22 @@ class Scheduler:
         self._calls: deque[tuple[Callable[[], object], Future]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._last: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="sinkstream-scheduler", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, work: Work) -> Job:
-        """Add a job. Raises APIError 429 if there are too many, 503 if the server is stopping."""
-        job = Job(work)
+    def submit(self, work: Work, dropped: Callable[[], None] = lambda: None) -> Job:
+        """Add a job; `dropped` is called if it ends before it has begun.
+
+        Raises
+        ------
+        APIError
+            429 if there are too many, 503 if the server is stopping.
+        """
+        job = Job(work, dropped)
         with self._changed:
             if self._stopping:
                 raise stopping()
@@ -94,10 +113,8 @@ class Scheduler:
         """Cancel all jobs, run `last` in the thread, end the thread and wait for it."""
         if not self._thread.is_alive():
             return
-        done: Future = Future()
         with self._changed:
-            self._stopping = True
-            self._calls.append((last or (lambda: None), done))
+            self._stopping, self._last = True, last
             self._changed.notify()
         self._thread.join()
 
@@ -115,6 +132,8 @@ class Scheduler:
                     self._end(job)
             self._run_calls()
             if ends:
+                if self._last is not None:
+                    self._last()
                 return
             for job in jobs:
                 self._advance(job)
@@ -153,7 +172,7 @@ class Scheduler:
             self._end(job)
             return
         try:
-            job.waiting = next(job.work) == WAITING
+            job.advance()
         except StopIteration:
             self._remove(job)
         except BaseException:
@@ -162,7 +181,7 @@ class Scheduler:
 
     def _end(self, job: Job) -> None:
         try:
-            job.work.close()
+            job.close()
         except BaseException:
             log.exception("a job failed while it was ended")
         self._remove(job)

@@ -23,6 +23,7 @@ from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate
 
 MB = 2**20
+CANCELLED = APIError(503, "the request was cancelled", code="cancelled")
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +91,7 @@ class Service:
         timed = self.metrics.timed(emit)
         if self.settings.log_text:
             timed = self._logged(call, timed)
-        return self.scheduler.submit(self._work(call, timed))
+        return self.scheduler.submit(self._work(call, timed), lambda: timed(Failed(CANCELLED)))
 
     def _logged(self, call: Call, emit: Emit) -> Emit:
         log.info("%s asks: %s", call.response, call.messages or call.prompt)
@@ -108,7 +109,7 @@ class Service:
         except APIError as error:
             emit(Failed(error))
         except GeneratorExit:
-            emit(Failed(APIError(503, "the request was cancelled", code="cancelled")))
+            emit(Failed(CANCELLED))
             raise
         except ValueError as error:  # the engine's own refusals name the option
             emit(Failed(invalid(str(error))))

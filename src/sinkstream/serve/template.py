@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sinkstream.serve.errors import invalid
+from sinkstream.serve.errors import APIError, invalid
 
 Message = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
@@ -59,15 +59,23 @@ class ChatTemplate:
         """The text before the first turn: system prompt and tools, or what the template writes in their place."""
         user, reply = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
         first = self.render([*head, user], tools)
-        try:
-            before = self.render([*head, user, reply], tools)
-            later = self.render([*head, user, reply, user], tools)
-        except Exception:
-            before = later = ""
+        alone = self._tried(head, tools) if head else ""
+        if alone and first.startswith(alone):
+            return alone
+        before, later = self._tried([*head, user, reply], tools), self._tried([*head, user, reply, user], tools)
         turn = later[len(before) :] if before and later.startswith(before) else ""
         if turn and first.endswith(turn):
             return first[: -len(turn)]
-        return first[: first.rfind(PROBE)]  # the first turn is not written as later ones are
+        if not head and not tools:
+            return ""
+        return first[: first.rfind(PROBE)]  # the system prompt is a part of the first user message
+
+    def _tried(self, messages: Sequence[Message], tools: list | None) -> str:
+        """The text of messages; empty if the template refuses them."""
+        try:
+            return self.render(messages, tools)
+        except APIError:
+            return ""
 
     def opening(
         self, head: Sequence[Message], tools: list | None, new: Sequence[Message], *, reply: bool
