@@ -42,12 +42,18 @@ def add_serve_settings(parser: argparse.ArgumentParser, names: tuple[str, ...] =
     )
 
 
-def make_service(args: argparse.Namespace, spill: Path | None) -> Service:
+def make_service(args: argparse.Namespace, spill: Path | None, *, write_idle: bool = True) -> Service:
     """The service that the options of `add_model_options` and `add_serve_settings` ask for."""
     settings = ServeSettings.of(vars(args) | {"spill": spill})
     loaded = load_given_model(args)
     backend = args.backend or default_backend(args.device)
-    return Service(loaded, settings, backend=backend, allow_untrained_positions=args.allow_untrained_positions)
+    return Service(
+        loaded,
+        settings,
+        backend=backend,
+        allow_untrained_positions=args.allow_untrained_positions,
+        write_idle=write_idle,
+    )
 
 
 @COMMANDS.register("serve")
@@ -85,6 +91,7 @@ class Serve:
         listening = listen(args.host, args.port)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         service = make_service(args, None if args.no_spill else args.spill or cache_dir() / "sessions")
+        service.store.spill.files.lock()
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         settings, kept = service.settings, len(service.store.sessions)

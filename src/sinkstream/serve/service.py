@@ -39,6 +39,8 @@ class Service:
         The engine's: "ring" on a CPU, "fused" on a GPU.
     allow_untrained_positions : bool
         As for the engine.
+    write_idle : bool
+        Whether sessions are written to disk in idle times, for a server that is killed.
 
     Raises
     ------
@@ -47,7 +49,13 @@ class Service:
     """
 
     def __init__(
-        self, loaded: LoadedModel, settings: ServeSettings, *, backend: str, allow_untrained_positions: bool = False
+        self,
+        loaded: LoadedModel,
+        settings: ServeSettings,
+        *,
+        backend: str,
+        allow_untrained_positions: bool = False,
+        write_idle: bool = True,
     ):
         if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"model {loaded.name!r} has no fast tokenizer, and a server reads and writes text")
@@ -63,7 +71,7 @@ class Service:
         self.conversations = Conversations(
             loaded, self.template, settings, self.store, self.residence, self.metrics.evicted
         )
-        self.scheduler = Scheduler(settings.queue, self.residence.write_one)
+        self.scheduler = Scheduler(settings.queue, self.residence.write_one if write_idle else lambda: False)
         self.started = int(time.time())
 
     def start(self) -> None:

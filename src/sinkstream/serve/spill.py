@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.sessions import Session
@@ -44,6 +46,18 @@ class SessionFiles:
             folder.mkdir(parents=True, exist_ok=True)
             os.chmod(folder, 0o700)
         self.sizes = {path.stem: size for path, size in self._streams().items()}
+
+    def lock(self) -> None:
+        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it."""
+        if self.folder is None:
+            return
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"the sessions of {self.folder} are in use by another server; accepted: another --spill FOLDER"
+            ) from None
 
     @property
     def total(self) -> int:
