@@ -1,6 +1,7 @@
 """The API: options reach the sampler, every mistake has OpenAI's shape, nobody sees another's session."""
 
 import json
+import re
 import time
 
 import httpx
@@ -213,6 +214,15 @@ def test_no_text_is_logged(client, caplog):
     caplog.set_level("DEBUG", logger="sinkstream")
     chat(client, "a very private question")
     assert "private" not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("sinkstream"))
+
+
+def test_the_page_needs_nobody_else_and_a_foreign_host_is_refused(address):
+    page = httpx.get(address + "/")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=|https?://|innerHTML", page.text)
+    for path in ("/", "/health", "/v1/models"):
+        answer = httpx.get(address + path, headers={"Host": "evil.example"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_host")
 
 
 # ---- whose sessions ----

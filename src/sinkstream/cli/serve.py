@@ -83,7 +83,7 @@ class Serve:
         try:
             import uvicorn
 
-            from sinkstream.serve.app import create_app
+            from sinkstream.serve.app import LOOPBACK, create_app
         except ImportError as error:
             raise ImportError(INSTALL.format(error.name)) from None
         keys = api_keys(args.api_key_file)
@@ -102,7 +102,9 @@ class Serve:
             flush=True,
         )
         config = uvicorn.Config(
-            create_app(service, keys), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+            create_app(service, keys, LOOPBACK if is_loopback(args.host) else None),
+            log_level="warning",
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         uvicorn.Server(config).run(sockets=[listening])
         return 0
@@ -122,13 +124,17 @@ def api_keys(path: Path | None) -> list[str]:
     return keys
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def check_exposure(host: str, keys: list[str], no_key: bool) -> None:
     """Refuse to listen beyond this machine without a key, unless asked for by name. Raises ValueError."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not (local or keys or no_key):
+    if not (is_loopback(host) or keys or no_key):
         raise ValueError(
             f"--host {host} can be reached by other machines; accepted: with --api-key-file FILE or {KEY_VARIABLE},"
             " or with --no-api-key"

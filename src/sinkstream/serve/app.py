@@ -3,31 +3,38 @@
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from sinkstream import __version__
 from sinkstream.serve import completions, responses, session_routes
 from sinkstream.serve.access import BodyLimit, Keys
 from sinkstream.serve.errors import INTERNAL, APIError, invalid
-from sinkstream.serve.http import Owner, Served
+from sinkstream.serve.http import Owner, Served, check_host
 from sinkstream.serve.schemas import TokenizeRequest
 from sinkstream.serve.service import MB, Service, model_name
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 log = logging.getLogger(__name__)
 
 
-def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] | None = LOOPBACK) -> FastAPI:
     """The application of a service, which is started and stopped with it.
 
     Parameters
     ----------
     keys : sequence of str
         API keys that are accepted; none: no key is asked for.
+    hosts : sequence of str or None
+        Names of the server in the Host header, so that no web page reaches it under a name of its own; None: any.
     """
 
     @asynccontextmanager
@@ -36,8 +43,15 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         yield
         service.stop()
 
-    app = FastAPI(title="sinkstream", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.state.keys = service, Keys(keys, service.settings.rate)
+    app = FastAPI(
+        title="sinkstream",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(check_host)],
+    )
+    app.state.service, app.state.keys, app.state.hosts = service, Keys(keys, service.settings.rate), hosts
     app.add_middleware(BodyLimit, limit=service.settings.body_mb * MB)
     app.include_router(completions.router)
     app.include_router(responses.router)
@@ -48,6 +62,11 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
 
 
 def _add_plain_routes(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """A page to talk, which asks nobody but this server."""
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
     @app.get("/health")
     async def health(service: Served) -> dict[str, Any]:
         """Whether the server runs."""

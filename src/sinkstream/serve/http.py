@@ -4,12 +4,20 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from sinkstream.serve.errors import APIError
 from sinkstream.serve.service import Service
 
 
 def service_of(request: Request) -> Service:
     """The service behind the application."""
     return request.app.state.service
+
+
+def check_host(request: Request) -> None:
+    """Refuse a request under a name that is not the server's. Raises APIError 403."""
+    hosts = request.app.state.hosts
+    if hosts is not None and request.url.hostname not in hosts:
+        raise APIError(403, f"host {request.url.hostname!r} is not this server's name", code="wrong_host")
 
 
 def owner(request: Request) -> str:
