@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from sinkstream import __version__
@@ -16,7 +16,7 @@ from sinkstream.serve import completions, responses, session_routes
 from sinkstream.serve.access import BodyLimit, Keys
 from sinkstream.serve.errors import INTERNAL, APIError, invalid
 from sinkstream.serve.http import Owner, Served, check_host
-from sinkstream.serve.schemas import TokenizeRequest
+from sinkstream.serve.schemas import ErrorBody, TokenizeRequest
 from sinkstream.serve.service import MB, Service, model_name
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -50,6 +50,7 @@ def create_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] 
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(check_host)],
+        responses={code: {"model": ErrorBody, "description": "OpenAI's error object"} for code in ("4XX", "5XX")},
     )
     app.state.service, app.state.keys, app.state.hosts = service, Keys(keys, service.settings.rate), hosts
     app.add_middleware(BodyLimit, limit=service.settings.body_mb * MB)
@@ -98,7 +99,7 @@ def _add_plain_routes(app: FastAPI) -> None:
             ids = tokenizer(body.text, add_special_tokens=body.add_special_tokens)["input_ids"]
         return {"tokens": ids, "count": len(ids), "cap": service.settings.cap}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(who: Owner, service: Served) -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -11,7 +11,7 @@ from sse_starlette import EventSourceResponse
 from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece, TokenLogprob
-from sinkstream.serve.http import Owner, Served
+from sinkstream.serve.http import STREAMED, Owner, Served
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.options import reply_options
 from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1")
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMED)
 async def chat_completions(body: ChatRequest, request: Request, who: Owner, service: Served):
     """Reply to a conversation of any length: all of it, or what is new in the session `session_id`."""
     if body.model is not None:
@@ -42,7 +42,7 @@ async def chat_completions(body: ChatRequest, request: Request, who: Owner, serv
     return await _answer(Chat(call.response, model_name(service.loaded)), body, [call], request, service)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request, who: Owner, service: Served):
     """Continue a prompt of any length; in the session `session_id`, the text that is there already."""
     if body.model is not None:

@@ -1,6 +1,6 @@
 """What every route asks of its request: the service and the owner."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -24,6 +24,9 @@ def owner(request: Request) -> str:
     """The owner that the request's API key stands for. Raises APIError 401 or 429."""
     return request.app.state.keys.owner(request.headers.get("authorization"))
 
+
+#: What routes say of an answer that may be streamed.
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 Served = Annotated[Service, Depends(service_of)]
 Owner = Annotated[str, Depends(owner)]

@@ -11,7 +11,7 @@ from sse_starlette import EventSourceResponse
 from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece
-from sinkstream.serve.http import Owner, Served
+from sinkstream.serve.http import STREAMED, Owner, Served
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.options import response_options
 from sinkstream.serve.schemas import ChatMessage, ResponseRequest
@@ -21,7 +21,7 @@ from sinkstream.serve.sessions import new_id
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/responses")
+@router.post("/responses", responses=STREAMED)
 async def responses(body: ResponseRequest, request: Request, who: Owner, service: Served):
     """Respond to an input of any length; both values of `truncation` are accepted, since nothing ever overflows."""
     if body.model is not None:

@@ -14,6 +14,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer that is a refusal."""
+
+    error: ErrorDetail
+
+
 class TextPart(BaseModel):
     """A part of a message."""
 

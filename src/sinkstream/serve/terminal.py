@@ -142,7 +142,7 @@ class Terminal:
             self.console.print(bar(context["pinned"], context["kept"], context["cap"]), end=" ")
             parts.insert(0, f"{context['kept']}/{context['cap']}")
             if context["evicted"]:
-                parts.insert(1, f"evicted {context['evicted']} tokens, {context['evicted_turns']} turns")
+                parts.insert(1, f"evicted {context['evicted']} tokens (turns: {context['evicted_turns']})")
             if context["evicted"] and not self._forgets:
                 parts.append("the oldest turns are being forgotten from now on")
             self._forgets = bool(context["evicted"])
