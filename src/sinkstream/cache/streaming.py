@@ -250,7 +250,7 @@ class StreamingCache(AppendOnlyCache):
 
     def begin_turn(self, ahead: int = 0) -> None:
         """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``. Raises ValueError."""
-        self.schedule.begin_turn(self.seen_tokens + ahead)
+        self.stream.schedule.begin_turn(self.seen_tokens + ahead)
 
     def check_conversation(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,21 +9,21 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
-from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.handover import prefill_by_module
-from sinkstream.engine.inputs import Ids, check_stream, encoded, token_ids
+from sinkstream.engine.inputs import Ids, encoded, token_ids
+from sinkstream.engine.keeping import StreamKeeper
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
-from sinkstream.engine.watch import ModelWatch, WatchedModel
+from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
-from sinkstream.policies import EvictionPolicy, Step
+from sinkstream.policies import EvictionPolicy
 
 
-class StreamDecoder(WatchedModel):
+class StreamDecoder(StreamKeeper):
     """Decodes one or several independent streams with one set of weights; `Engine` adds generation.
 
     Parameters
@@ -204,97 +203,11 @@ class StreamDecoder(WatchedModel):
             nll[0] = float("nan")
         return nll
 
-    # ---- turns of a conversation ----
-
-    def begin_turn(self, ahead: int = 0, *, stream: int = 0) -> None:
-        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``; other policies ignore turns.
-
-        Raises
-        ------
-        ValueError
-            If a later turn has been announced already.
-        """
-        self._check_stream(stream)
-        self.state.settle()
-        schedule = self.state.schedules[stream]
-        schedule.begin_turn(schedule.seen + ahead)
-
-    def rewind(self, tokens: int, *, stream: int = 0) -> None:
-        """Take back the latest tokens of a stream; feed at least one token before anything is generated.
-
-        The stream is then what it was before these tokens, but for what was evicted meanwhile: evicted tokens stay so.
-
-        Raises
-        ------
-        ValueError
-            If so many tokens are not in the window, or the policy pins older tokens or reads the logits; nothing is
-            taken back then.
-        """
-        self._check_stream(stream)
-        self.state.rewind(tokens, stream)
-
-    # ---- keeping ----
-
-    def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
-        """Write one stream to a safetensors file."""
-        self._check_stream(stream)
-        self.check_model()
-        snapshots.save(path, self.state, stream, model_hash=self.model_hash)
-
-    def restore(self, path: str | Path, *, stream: int = 0) -> None:
-        """Replace one stream by the stream of a snapshot, which continues bit for bit.
-
-        Raises
-        ------
-        ValueError
-            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
-        """
-        self._check_stream(stream)
-        self.check_model()
-        snapshots.load(path, self.state, stream, model_hash=self.model_hash)
-
-    def dump(self, *, stream: int = 0) -> bytes:
-        """One stream as the bytes of a snapshot file."""
-        self._check_stream(stream)
-        return snapshots.dump(self.state, stream, model_hash=self.model_hash)
-
-    def undump(self, data: bytes, *, stream: int = 0) -> None:
-        """As `restore`, from the bytes that `dump` gave."""
-        self._check_stream(stream)
-        snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
-
-    def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
-        self.renew_model() if stream is None else self._check_stream(stream)
-        self.state.clear(stream)
-
     def close(self) -> None:
         """Remove the prefill hooks from the model, as garbage collection of the engine does."""
         self._cache.close()
 
-    @property
-    def last_steps(self) -> list[Step | None]:
-        """What the policy did in each stream at the latest step; None for a stream that was idle."""
-        return self.state.last_steps
-
-    def stats(self, *, stream: int = 0) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
-        self._check_stream(stream)
-        c = self.state.counters[stream]
-        return {
-            "seen": c.seen,
-            "kept": c.kept,
-            "evicted": c.seen - c.kept,
-            "events": c.events,
-            "rebases": c.rebases,
-            "bytes": self.state.bytes,
-            "weight_bytes": self.weights.step_bytes,
-        }
-
     # ---- checks ----
-
-    def _check_stream(self, stream: int) -> None:
-        check_stream(stream, self.state.streams)
 
     def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:
         self._check_stream(stream)

@@ -124,19 +124,21 @@ class PruneSchedule:
         """
         drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
         before, done = self.cached, 0
+        periodic = all(trigger.periodic for trigger in self.policy.triggers)
         met: dict[tuple[int, bool], int] = {}
         while done < tokens:
             quiet = min(self.sure_steps(), tokens - done)
             if quiet:
-                self.cached += quiet
+                self.seen, self.cached = self.seen + quiet, self.cached + quiet
                 done += quiet
                 continue
             first = met.setdefault((self.cached, self.pruning), done)
-            period = done - first
+            period = done - first if periodic else 0
             repeated = (tokens - done) // period * period if period else 0
             if repeated:
                 for part in (drop, event):
                     part[done : done + repeated] = np.resize(part[first:done], repeated)
+                self.seen += repeated
                 done += repeated
                 continue
             step = self.step()

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from starlette.requests import Request
 
-from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.events import Done, Emit, Ended, Event, Failed, TextPiece
+from sinkstream.serve.planning import Call
 from sinkstream.serve.scheduler import Job
 from sinkstream.serve.service import Service
 

@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from sse_starlette import EventSourceResponse
 
-from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece
 from sinkstream.serve.http import STREAMED, Owner, Served
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.options import response_options
+from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import ChatMessage, ResponseRequest
 from sinkstream.serve.service import check_model, model_name
 from sinkstream.serve.sessions import new_id

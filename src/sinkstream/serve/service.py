@@ -10,10 +10,11 @@ from typing import Any
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy
-from sinkstream.serve.conversation import Call, Conversations
+from sinkstream.serve.conversation import Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.metrics import Metrics
+from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
@@ -68,9 +69,8 @@ class Service:
         self.store = SessionStore(settings.sessions, settings.idle_seconds, spill)
         self.residence = Residence(self._decoder, settings.resident, spill, self._give_up)
         self.residence.add_free(self._decoder(4))  # refuses here what does not fit
-        self.conversations = Conversations(
-            loaded, self.template, settings, self.store, self.residence, self.metrics.evicted
-        )
+        self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
+        self.conversations = Conversations(loaded, self.planner)
         self.scheduler = Scheduler(settings.queue, self.residence.write_one if write_idle else lambda: False)
         self.started = int(time.time())
 
@@ -125,7 +125,7 @@ class Service:
             log.exception("a request failed")
             emit(Failed(APIError(500, INTERNAL, code="internal_error")))
         for session in self.store.expired(self.residence.busy):
-            self.conversations.forget(session)
+            self.planner.forget(session)
 
     # ---- sessions ----
 
@@ -134,7 +134,7 @@ class Service:
 
         def work() -> dict:
             session = Session(owner, found_by="id", head=head, tools=tools)
-            self.store.add(session, self.residence.busy, self.conversations.forget)
+            self.store.add(session, self.residence.busy, self.planner.forget)
             return self.view(session)
 
         return self.scheduler.call(work)
@@ -190,14 +190,14 @@ class Service:
             raise APIError(409, "all memory for sessions is in use by requests", code="session_busy")
         try:
             turn = session.turns[-1]
-            self.conversations.rewind(session, decoder, turn)
+            self.planner.rewind(session, decoder, turn)
         finally:
             self.residence.release(session)
         return self.view(session)
 
     def delete(self, session: Session) -> dict:
         """Delete a session and its files."""
-        self.conversations.forget(session)
+        self.planner.forget(session)
         return {"id": session.id, "object": "session", "deleted": True}
 
     def view(self, session: Session) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Service:
     # ---- parts ----
 
     def _add_copy(self, copy: Session, data: bytes | None) -> None:
-        self.store.add(copy, self.residence.busy, self.conversations.forget)
+        self.store.add(copy, self.residence.busy, self.planner.forget)
         if data is None:
             return
         try:
@@ -234,7 +234,7 @@ class Service:
         least = self.store.least(busy_ids)
         if least is None:
             return False
-        self.conversations.forget(least)
+        self.planner.forget(least)
         return True
 
     def _spill_all(self) -> None:

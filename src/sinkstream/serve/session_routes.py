@@ -5,11 +5,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Done
 from sinkstream.serve.http import Owner, Served
 from sinkstream.serve.listen import Listener
+from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import AppendRequest, NameRequest, SessionRequest
 from sinkstream.serve.service import Service
 from sinkstream.serve.template import SYSTEM_ROLES

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 
 from sinkstream.records.files import write_atomically
-from sinkstream.serve.conversation import Call
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.events import Done, Event, Failed, TextPiece
 from sinkstream.serve.options import sampler_of
+from sinkstream.serve.planning import Call
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.service import Service, owner_of
 from sinkstream.serve.sessions import new_id

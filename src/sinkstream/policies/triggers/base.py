@@ -43,6 +43,11 @@ class Trigger(ABC):
         """Tokens past the target that surely gather before this trigger can fire, whatever is observed."""
         return self.growth
 
+    @property
+    def periodic(self) -> bool:
+        """Whether, as long as nothing is observed, decisions depend on the number of cached entries only."""
+        return True
+
     @abstractmethod
     def due(self, over: int, state: Any) -> bool:
         """Whether to prune now.

@@ -27,6 +27,10 @@ class Turns(Trigger):
     def growth(self) -> int:
         return 0
 
+    @property
+    def periodic(self) -> bool:
+        return False
+
     def start(self) -> _TurnState:
         return _TurnState()
 
