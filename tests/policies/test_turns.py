@@ -42,6 +42,14 @@ def test_the_schedule_agrees_with_the_oracle(sink, window, lengths):
         assert (step.drop, step.event, step.visible) == (want.drop_size, want.event, len(want.visible[None]))
 
 
+@given(st.lists(st.integers(1, 60), max_size=20), st.lists(st.integers(1, 90), min_size=1, max_size=6))
+def test_tokens_that_are_counted_at_once_are_those_counted_one_by_one(lengths, parts):
+    one_by_one, at_once = (schedule_of(begins(lengths), sink=4, window=30) for _ in range(2))
+    for part in parts:
+        assert at_once.advance(part) == [one_by_one.step() for _ in range(part)]
+        assert (at_once.seen, at_once.cached, at_once.oldest) == (one_by_one.seen, one_by_one.cached, one_by_one.oldest)
+
+
 def test_turns_leave_whole_and_a_long_one_leaves_token_by_token():
     # sink 2, window 8: turns of 3, 4 and 5 tokens, then one of 20
     schedule = schedule_of(begins((3, 4, 5, 20), 2), sink=2, window=8)
