@@ -8,7 +8,7 @@ from oracle.forward import run
 from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.rules import Rule, simulate
-from streams import TOLERANCE, feed, make_cache, nll_of, odd_sizes
+from streams import TOLERANCE, feed, make_cache, nll_of, odd_sizes, rounding_bound
 
 from sinkstream.engine import Engine
 from sinkstream.policies import EvictionPolicy, PruneSchedule
@@ -140,6 +140,22 @@ def test_the_engine_agrees_with_the_oracle_fed_turn_by_turn(backend, tmp_path):
             engine.undump(data)
     for middle, found in nll:
         assert (found - expected.nll[middle - 1 : middle - 1 + len(found)]).abs().max() < TOLERANCE
+
+
+@pytest.mark.gpu
+def test_turns_under_one_graph_are_those_of_plain_steps():
+    model, ids, turns = build("llama").half().cuda(), token_ids(TOKENS), [t for t in begins(LENGTHS) if t < TOKENS]
+    scores = []
+    for backend in ("ring", "fused"):
+        engine = Engine(model, backend=backend, rebase_at=60, **OPTIONS)
+        engine.prefill(ids[:4])
+        for begin, end in zip(turns, [*turns[1:], TOKENS]):
+            engine.begin_turn()
+            scores.append((backend, begin, engine.score(ids[begin:end])))
+        scores.append((backend, -1, torch.tensor(engine.stats()["events"])))
+    ring, fused = ([s for name, _, s in scores if name == backend] for backend in ("ring", "fused"))
+    assert ring[-1] == fused[-1]
+    assert (torch.cat(ring[:-1]) - torch.cat(fused[:-1])).abs().max() < 10 * rounding_bound(model)
 
 
 def test_an_engine_that_was_rewound_goes_on_as_if_nothing_had_come():
