@@ -115,7 +115,7 @@ def test_the_cache_agrees_with_the_oracle(positions):
     for sizes in (odd_sizes(), ()):
         cache = make_cache(model, OPTIONS, positions=positions)
         for turn in turns:
-            cache.begin_turn(turn)
+            cache.stream.begin_turn(turn)
         logits = feed(model, cache, ids[None], sizes)
         assert (nll_of(logits, ids[None])[0] - expected.nll).abs().max() < TOLERANCE
     assert (strict.nll - expected.nll).abs().max() > 100 * TOLERANCE

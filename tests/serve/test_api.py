@@ -4,7 +4,7 @@ import json
 import re
 import time
 
-import httpx
+import httpx2 as httpx
 import pytest
 from openai import APIStatusError
 from serving import BIAS, CAP, SYSTEM, client_of, loaded, make_service, served, user

@@ -248,10 +248,6 @@ class StreamingCache(AppendOnlyCache):
         batch, tokens = input_ids.shape
         return {"input_ids": input_ids, "attention_mask": input_ids.new_ones(batch, self.seen_tokens + tokens)}
 
-    def begin_turn(self, ahead: int = 0) -> None:
-        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``. Raises ValueError."""
-        self.stream.schedule.begin_turn(self.seen_tokens + ahead)
-
     def check_conversation(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""
         seen, seen_ids = self.seen_tokens, self.stream.seen_ids

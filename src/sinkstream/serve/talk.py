@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 
 from sinkstream.records.files import write_atomically
 from sinkstream.serve.errors import APIError
