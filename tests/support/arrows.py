@@ -18,10 +18,11 @@ ARROWS: dict[str, frozenset[str]] = {
     "cache": LEAVES | {"records", "policies", "kernels"},
     "kernels": LEAVES,
     "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
+    "serve": LEAVES | MODELS | {"measure", "records", "policies", "cache", "engine"},
     "evaluation": BASE | {"cache", "engine", "show"},
     "bench": BASE | {"cache", "engine", "evaluation", "show"},
     "studies": BASE | {"evaluation", "show"},
     "report": BASE | {"cache", "engine", "show", "bench", "studies"},
-    "cli": BASE | {"cache", "engine", "evaluation", "show", "bench", "studies", "report"},
+    "cli": BASE | {"cache", "engine", "serve", "evaluation", "show", "bench", "studies", "report"},
     "__init__": frozenset({"cache", "engine", "policies"}),  # the public names
 }

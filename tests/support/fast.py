@@ -44,6 +44,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "policies/test_policies.py": (),
     "records/test_records.py": (),
     "report/test_report.py": ("selection_is_by_content", "malformed", "replaced_and_checked"),
+    "serve/test_parts.py": (),
     "statistics/test_event_statistics.py": ("planted_spike",),
     "statistics/test_statistics.py": (),
     "studies/test_attribution.py": (),

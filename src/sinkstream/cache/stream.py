@@ -155,6 +155,10 @@ class Stream:
             self.observer = AttentionObserver(ring, queries, "accumulated" in policy.needs)
         return ring
 
+    def begin_turn(self, ahead: int = 0) -> None:
+        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``. Raises ValueError."""
+        self.schedule.begin_turn(self.schedule.seen + ahead)
+
     def resume(
         self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
     ) -> SoftRing:

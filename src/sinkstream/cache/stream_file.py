@@ -8,13 +8,14 @@ every tensor has a checksum there.
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
@@ -217,11 +218,16 @@ def check_tensors(saved: SavedStream, path: str | Path, spec: ModelSpec, policy:
 
 def write_stream(path: str | Path, saved: SavedStream) -> Path:
     """Write a file, in one piece; an older one is replaced. Raises WriteError, and then the older one is as it was."""
+    return write_atomically(path, stream_bytes(saved))
+
+
+def stream_bytes(saved: SavedStream) -> bytes:
+    """What the file of a stream holds."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in saved.tensors.items() if t.numel()}
     header = {f.name: getattr(saved, f.name) for f in fields(saved) if f.name != "tensors"}
     header |= {"format": FORMAT, "sinkstream": __version__, "counts": asdict(saved.counts)}
     header["checksums"] = {name: _checksum(t) for name, t in tensors.items()}
-    return write_atomically(path, safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)}))
+    return safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)})
 
 
 def read_stream(path: str | Path) -> SavedStream:
@@ -239,8 +245,25 @@ def read_stream(path: str | Path) -> SavedStream:
     except Exception as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file, or is truncated: {error}") from None
     with file:
-        header = _header(file.metadata(), path)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        metadata = file.metadata()
+        return _saved_stream(metadata, lambda: {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118
+
+
+def stream_of_bytes(data: bytes) -> SavedStream:
+    """Read what `stream_bytes` gave. Raises ValueError as `read_stream`."""
+    try:
+        tensors = tensors_of_bytes(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__")
+    except Exception as error:
+        raise ValueError(f"these bytes are not a safetensors file, or are truncated: {error}") from None
+    return _saved_stream(metadata, lambda: tensors, "in memory")
+
+
+def _saved_stream(
+    metadata: Mapping[str, str] | None, read_tensors: Callable[[], dict[str, torch.Tensor]], path: str | Path
+) -> SavedStream:
+    header, tensors = _header(metadata, path), read_tensors()
     checksums = header["checksums"]
     for name in sorted(checksums.keys() | tensors.keys()):
         if name not in tensors or checksums.get(name) != _checksum(tensors[name]):

@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | env | report``.
+"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | serve | chat | env | report``.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -25,6 +25,8 @@ COMMANDS = {
     "cliff": (
         "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions"
     ),
+    "serve": "Serve a model behind the OpenAI API, in sessions that never overflow",
+    "chat": "Chat in the terminal, with a local model or any server that speaks the OpenAI API",
     "env": "Print versions and hardware, for bug reports",
     "report": "Compute the headline figures from the records and write the generated tables of the documents",
 }

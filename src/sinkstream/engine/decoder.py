@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,21 +9,21 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
-from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.handover import prefill_by_module
-from sinkstream.engine.inputs import Ids, check_stream, encoded, token_ids
+from sinkstream.engine.inputs import Ids, encoded, token_ids
+from sinkstream.engine.keeping import StreamKeeper
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
-from sinkstream.engine.watch import ModelWatch, WatchedModel
+from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
-from sinkstream.policies import EvictionPolicy, Step
+from sinkstream.policies import EvictionPolicy
 
 
-class StreamDecoder(WatchedModel):
+class StreamDecoder(StreamKeeper):
     """Decodes one or several independent streams with one set of weights; `Engine` adds generation.
 
     Parameters
@@ -206,54 +205,11 @@ class StreamDecoder(WatchedModel):
             nll[0] = float("nan")
         return nll
 
-    # ---- keeping ----
-
-    def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
-        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read."""
-        self._check_stream(stream)
-        self.check_model()
-        snapshots.save(path, self.state, stream, model_hash=self.model_hash)
-
-    def restore(self, path: str | Path, *, stream: int = 0, row: int | None = None) -> None:
-        """Replace one stream by that of a file of `snapshot`, which continues bit for bit, or of a cache's `save`.
-
-        Parameters
-        ----------
-        row : int or None
-            Which row, where a cache has saved a batch.
-
-        Raises
-        ------
-        ValueError
-            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
-        """
-        self._check_stream(stream)
-        self.check_model()
-        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
-
-    def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
-        self.renew_model() if stream is None else self._check_stream(stream)
-        self.state.clear(stream)
-
     def close(self) -> None:
         """Remove the prefill hooks from the model, as garbage collection of the engine does."""
         self._cache.close()
 
-    @property
-    def last_steps(self) -> list[Step | None]:
-        """What the policy did in each stream at the latest step; None for a stream that was idle."""
-        return self.state.last_steps
-
-    def stats(self, *, stream: int = 0) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
-        self._check_stream(stream)
-        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
-
     # ---- checks ----
-
-    def _check_stream(self, stream: int) -> None:
-        check_stream(stream, self.state.streams)
 
     def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:
         self._check_stream(stream)

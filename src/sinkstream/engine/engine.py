@@ -86,7 +86,7 @@ class Engine(StreamDecoder):
         ids : Tensor (tokens,), sequence of int or str
             New tokens only; empty to go on with a stream that has begun. Text needs a tokenizer.
         max_new_tokens : int
-        temperature, top_k, top_p, min_p, repetition_penalty
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias
             See `Sampler`; the default is greedy.
         stop : str or sequence of str
             Texts that end the stream.

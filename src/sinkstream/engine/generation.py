@@ -112,13 +112,23 @@ class Writer(ABC):
 @torch.no_grad()
 def write(decoder: StreamDecoder, writer: Writer, streams: Sequence[int], max_new_tokens: int) -> None:
     """Let streams write, stepped together; those that end are idle from then on. Every drawn token is appended."""
+    for _ in steps(decoder, writer, streams, max_new_tokens):
+        pass
+
+
+def steps(
+    decoder: StreamDecoder, writer: Writer, streams: Sequence[int], max_new_tokens: int
+) -> Iterator[Sequence[int]]:
+    """As `write`, one step for each `next`: gives the streams that have not ended."""
     active = list(streams)
     for _ in range(max_new_tokens):
-        tokens = writer.draw(decoder.state.logits)
-        look = writer.look()
-        decoder.advance(tokens, active)
-        ended = [] if look is None else writer.ended(look(), active)
+        with torch.no_grad():
+            tokens = writer.draw(decoder.state.logits)
+            look = writer.look()
+            decoder.advance(tokens, active)
+            ended = [] if look is None else writer.ended(look(), active)
         active = [s for s in active if s not in ended]
+        yield active
         if not active:
             return
 
@@ -177,6 +187,7 @@ class SamplingWriter(Writer):
         self._drawn: torch.Tensor | None = None
         self._least: torch.Tensor | None = None  # of the ids drawn by each stream, where none is read one by one
         self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
+        self._counts = torch.zeros_like(state.logits, dtype=torch.int32) if sampler.counts else None
         if self._seen is not None:
             for stream, ids in prompts.items():
                 self._seen[stream, ids] = True
@@ -184,9 +195,12 @@ class SamplingWriter(Writer):
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
         if self.sampler.bare:
             return None
-        self._drawn = self.sampler.draw(logits, self._seen, self._generator)
+        self._drawn = self.sampler.draw(logits, self._seen, self._generator, self._counts)
+        place = self._drawn[:, None].clamp(min=0)
         if self._seen is not None:
-            self._seen.scatter_(1, self._drawn[:, None].clamp(min=0), True)
+            self._seen.scatter_(1, place, True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
         if not self._looks:
             self._least = self._drawn if self._least is None else torch.minimum(self._least, self._drawn)
         return self._drawn

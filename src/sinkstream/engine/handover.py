@@ -86,6 +86,7 @@ def take_from_cache(state: StreamState, stream: int, cache: PrefillCache, logits
             places = torch.arange(counters.seen - queries.shape[2], counters.seen, device=state.device)
             state.queries[layer, one].index_copy_(2, places % state.observed_queries, queries)
     state.logits[stream] = logits
+    state.stale_logits.discard(stream)
 
 
 def _give_queries(state: StreamState, stream: int, observer: AttentionObserver) -> None:

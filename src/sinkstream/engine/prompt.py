@@ -43,6 +43,7 @@ class PromptForward:
         with torch.cuda.device_of(ids):  # Triton launches on the current device
             for part in ids.split(self.chunk_tokens):
                 last = self._forward(part, stream)
+            self.state.stale_logits.discard(stream)
             self.state.logits[stream] = F.linear(_norm(last, self.weights.final_norm), self.weights.head)[0]
 
     def _forward(self, ids: torch.Tensor, stream: int) -> torch.Tensor:

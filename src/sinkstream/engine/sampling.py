@@ -1,9 +1,12 @@
-"""Choosing the next token on the device: repetition penalty, temperature, top-k, top-p, min-p, in this order.
+"""Choosing the next token on the device: bias, penalties, temperature, top-k, top-p, min-p, in this order.
 
-The order and the meaning of each option are those of transformers' logits processors.
+The order and the meaning of each option are those of transformers' logits processors; those of the presence and the
+frequency penalty, which transformers does not have, are those of OpenAI's API.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +35,10 @@ class Sampler:
     repetition_penalty : float, default=1.0
         Logits of tokens seen before are divided by it where positive and multiplied where negative
         (Keskar et al., arXiv:1909.05858).
+    presence_penalty, frequency_penalty : float, default=0.0
+        Subtracted from the logits of tokens that were generated before: once, and once for each time.
+    logit_bias : mapping of int to float
+        Added to the logits of these token ids; -inf forbids a token.
 
     Raises
     ------
@@ -44,6 +51,9 @@ class Sampler:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
         _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0 (0 is greedy)")
@@ -52,6 +62,11 @@ class Sampler:
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1")
         _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), abs(getattr(self, name)) < float("inf"), "a finite number")
+        ids = all(isinstance(t, int) and t >= 0 for t in self.logit_bias)
+        right = ids and all(bias < float("inf") for bias in self.logit_bias.values())  # NaN is refused too
+        _check("logit_bias", self.logit_bias, right, "token ids and numbers, or -inf to forbid a token")
         if self.greedy and any(o is not None for o in (self.top_k, self.top_p, self.min_p)):
             raise ValueError("top_k, top_p and min_p change nothing at temperature=0; give a temperature above 0")
 
@@ -71,14 +86,21 @@ class Sampler:
     @property
     def bare(self) -> bool:
         """Whether the likeliest token of the logits as they are is taken, which a step does by itself."""
-        return self.greedy and not self.remembers
+        return self.greedy and not (self.remembers or self.counts or self.logit_bias)
 
     @property
     def remembers(self) -> bool:
         """Whether tokens seen before matter."""
         return self.repetition_penalty != 1.0
 
-    def process(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often tokens were generated before."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
+    def process(
+        self, logits: torch.Tensor, seen: torch.Tensor | None = None, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of the distribution that is drawn from; -inf for what cannot be drawn.
 
         Parameters
@@ -86,17 +108,25 @@ class Sampler:
         logits : Tensor, (streams, vocab)
         seen : Tensor or None, (streams, vocab), bool
             Tokens that appeared before; needed with a repetition penalty.
+        counts : Tensor or None, (streams, vocab), whole numbers
+            How often tokens were generated before; needed with a presence or frequency penalty.
 
         Returns
         -------
         Tensor, (streams, vocab), float32
         """
         logits = logits.float()
+        if self.logit_bias:
+            logits = logits + self._bias(logits.shape[-1], logits.device)
         if self.remembers:
             if seen is None:
                 raise ValueError(f"repetition_penalty={self.repetition_penalty} needs `seen`, the tokens seen before")
             punished = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(seen, punished, logits)
+        if self.counts:
+            if counts is None:
+                raise ValueError("a presence or frequency penalty needs `counts`, how often tokens were generated")
+            logits = logits - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
         if self.greedy:
             return logits
         logits = logits / self.temperature
@@ -111,14 +141,32 @@ class Sampler:
             logits = logits.masked_fill(unlikely, float("-inf"))
         return logits
 
+    def _bias(self, vocab: int, device: torch.device) -> torch.Tensor:
+        """The bias of every token, (vocab,) float32 on the device; made once."""
+        if (vocab, device) not in self._biases:
+            if max(self.logit_bias) >= vocab:
+                raise ValueError(f"logit_bias for token {max(self.logit_bias)}; accepted: 0 to {vocab - 1}")
+            bias = torch.zeros(vocab)
+            bias[list(self.logit_bias)] = torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
+            self._biases[vocab, device] = bias.to(device)
+        return self._biases[vocab, device]
+
+    @cached_property
+    def _biases(self) -> dict[tuple[int, torch.device], torch.Tensor]:
+        return {}
+
     def draw(
-        self, logits: torch.Tensor, seen: torch.Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        logits: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`.
 
         `NO_TOKEN` where a logit is NaN or plus infinity: then there is no distribution to draw from.
         """
-        logits = self.process(logits, seen)
+        logits = self.process(logits, seen, counts)
         if self.greedy:
             return likeliest(logits)
         probabilities = logits.softmax(-1)

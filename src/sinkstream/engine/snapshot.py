@@ -13,6 +13,8 @@ from sinkstream.cache.stream_file import (
     read_stream,
     saved_schedule,
     schedule_record,
+    stream_bytes,
+    stream_of_bytes,
     write_stream,
 )
 from sinkstream.engine.geometry import Counters
@@ -52,7 +54,23 @@ def load(path: str | Path, state: StreamState, stream: int, *, model_hash: str, 
         If the file is no snapshot, or one of another format, model, policy or kind of positions; the stream is left as
         it was.
     """
-    saved = read_stream(path)
+    _take(read_stream(path), path, state, stream, model_hash=model_hash, row=row)
+
+
+def dump(state: StreamState, stream: int, *, model_hash: str) -> bytes:
+    """One stream as the bytes of its file."""
+    return stream_bytes(stream_record(state, stream, model_hash=model_hash))
+
+
+def undump(data: bytes, state: StreamState, stream: int, *, model_hash: str) -> None:
+    """Read the bytes that `dump` gave into one stream. Raises ValueError as `load`."""
+    _take(stream_of_bytes(data), "in memory", state, stream, model_hash=model_hash, row=None)
+
+
+def _take(
+    saved: SavedStream, path: str | Path, state: StreamState, stream: int, *, model_hash: str, row: int | None
+) -> None:
+    """Fill a stream with what was saved, once all of it is known to fit."""
     positions = "original" if state.geometry.original else "cache"
     check_fits(saved, path, model=identity(state.spec, model_hash), policy=state.policy, positions=positions)
     rows = saved.counts.rows

@@ -88,9 +88,17 @@ class StreamState(StreamBuffers):
             raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
         if stream in self.stale_logits:
             raise ValueError(
-                f"stream {stream} was restored from a cache's file, which has no logits, and the prompt is empty;"
-                " give at least one token"
+                f"stream {stream} was rewound, or restored from a cache's file, which has no logits, and the prompt is"
+                " empty; give at least one token"
             )
+
+    def rewind(self, tokens: int, stream: int) -> None:
+        """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
+        self.settle()
+        self.schedules[stream].rewind(tokens)
+        if tokens:
+            self.counters[stream].seen -= tokens
+            self.stale_logits.add(stream)
 
     # ---- which tokens ----
 

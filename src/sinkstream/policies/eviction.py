@@ -6,7 +6,7 @@ from typing import Any
 
 from sinkstream.policies.options import check_options, option, option_fields
 from sinkstream.policies.scorers import SCORERS, Scorer
-from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger
+from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger, Turns
 from sinkstream.registry import Registry
 
 CAP_ACCOUNTING: Registry = Registry("cap accounting")
@@ -53,6 +53,13 @@ class EvictionPolicy:
                 f"refresh={self.refresh} goes with a scorer and a scorer with refresh > 0; "
                 f"accepted scorers: {', '.join(SCORERS)}"
             )
+
+        if any(isinstance(t, Turns) for t in self.triggers):
+            others = {"refresh": self.refresh, "overlap": self.overlap, "max_drop": self.max_drop or 0}
+            others["another trigger"] = len(self.triggers) - 1
+            wrong = next((name for name, value in others.items() if value), None)
+            if wrong:
+                raise ValueError(f"evict='turns' goes with sink and window only, and {wrong} is given")
 
     @classmethod
     def build(cls, *, cap: int | None = None, cap_accounting: str = "peak", **options: Any) -> "EvictionPolicy":

@@ -81,9 +81,14 @@ class PruneSchedule:
 
     def __init__(self, policy: EvictionPolicy):
         self.policy = policy
-        self.cached = 0
+        self.seen = self.cached = 0
         self.pruning = False
         self._states = [t.start() for t in policy.triggers]
+
+    @property
+    def oldest(self) -> int:
+        """Index in the stream of the oldest window token, where no older tokens are pinned."""
+        return self.seen - self.cached + self.policy.sink
 
     def step(self) -> Step:
         """Account for one token. While pruning mode lasts every step drops; a new event starts only after it."""
@@ -93,8 +98,11 @@ class PruneSchedule:
         event = not self.pruning and over > 0 and any(t.due(over, s) for t, s in zip(policy.triggers, self._states))
         drop = 0
         if self.pruning or event:
-            drop = over if policy.max_drop is None else min(over, policy.max_drop)
+            drop = max(t.drop(over, self.oldest, self.seen, s) for t, s in zip(policy.triggers, self._states))
+            if policy.max_drop is not None:
+                drop = min(drop, policy.max_drop)
             self.pruning = drop < over
+        self.seen += 1
         self.cached = n - drop
         return Step(drop, event, self.cached)
 
@@ -116,19 +124,21 @@ class PruneSchedule:
         """
         drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
         before, done = self.cached, 0
+        periodic = all(trigger.periodic for trigger in self.policy.triggers)
         met: dict[tuple[int, bool], int] = {}
         while done < tokens:
             quiet = min(self.sure_steps(), tokens - done)
             if quiet:
-                self.cached += quiet
+                self.seen, self.cached = self.seen + quiet, self.cached + quiet
                 done += quiet
                 continue
             first = met.setdefault((self.cached, self.pruning), done)
-            period = done - first
+            period = done - first if periodic else 0
             repeated = (tokens - done) // period * period if period else 0
             if repeated:
                 for part in (drop, event):
                     part[done : done + repeated] = np.resize(part[first:done], repeated)
+                self.seen += repeated
                 done += repeated
                 continue
             step = self.step()
@@ -146,6 +156,40 @@ class PruneSchedule:
 
     def _steps_to(self, growth: int) -> int:
         return 0 if self.pruning else max(0, self.policy.target + growth - self.cached)
+
+    def begin_turn(self, index: int) -> None:
+        """Take in that a turn of a conversation begins at the token of this index, which is not appended yet.
+
+        Raises
+        ------
+        ValueError
+            If the token has been appended already, or a later turn is known.
+        """
+        if index < self.seen:
+            raise ValueError(f"a turn begins at token {index}, but {self.seen} tokens have been appended")
+        for trigger, state in zip(self.policy.triggers, self._states):
+            trigger.begin_turn(state, index, self.oldest)
+
+    def rewind(self, tokens: int) -> None:
+        """Take back the latest tokens; what was evicted when they came does not come back.
+
+        A turn that began with the first of them, or later, is forgotten.
+
+        Raises
+        ------
+        ValueError
+            If so many tokens are not in the window, or the policy cannot tell what to take back.
+        """
+        if self.policy.scorer is not None or self.pruning or self.signals():
+            raise ValueError("a stream with pinned tokens, an adaptive trigger or a prune under way cannot be rewound")
+        window = self.cached - (self.policy.sink if self.cached < self.seen else 0)
+        if not 0 <= tokens <= window:
+            raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
+        if not tokens:
+            return
+        self.seen, self.cached = self.seen - tokens, self.cached - tokens
+        for trigger, state in zip(self.policy.triggers, self._states):
+            trigger.rewind(state, self.seen)
 
     def observe(self, signal: str, risk: float) -> None:
         """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it."""

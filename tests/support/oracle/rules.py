@@ -4,6 +4,9 @@ Time is counted in appended tokens. Just before token t is written, n = cached +
 target T = C + O, an event fires when n >= T + R (lazy; R = 1 is strict), when n > T + slack, or when a callback says
 so; then every step drops min(n - T, max_drop) until n <= T. The oldest window tokens go. With a refresh budget the
 leaving tokens compete with the pinned ones, and a callback chooses who stays.
+
+With turns, all of the oldest turn goes, and as many turns as make room; a turn that is cut already, or that alone fills
+the window, goes token by token.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -18,7 +21,8 @@ class Rule:
     """Sizes in tokens: sink S, window W, refresh B, overlap O, compress_every R, slack, max_drop D.
 
     `compress_every` defaults to 1 (strict) if neither `slack` nor `adaptive` is given. With `adaptive` the callback
-    `want_prune` fires events too, and `compress_every` is then the longest wait (R_max).
+    `want_prune` fires events too, and `compress_every` is then the longest wait (R_max). `turns` are the tokens that
+    begin a turn.
     """
 
     sink: int
@@ -29,6 +33,7 @@ class Rule:
     slack: int | None = None
     max_drop: int | None = None
     adaptive: bool = False
+    turns: frozenset[int] = frozenset()
 
     def __post_init__(self):
         if self.window + self.overlap < 1:
@@ -122,8 +127,8 @@ class Stream:
             drop = n - self.rule.target
             if self.rule.max_drop is not None:
                 drop = min(drop, self.rule.max_drop)
-            self._drop(t, n - drop)
             self.pruning = n - drop > self.rule.target
+            drop += self._drop(t, n - drop)
         (self.sinks if len(self.sinks) < self.rule.sink else self.window).append(t)
         self.seen += 1
         return Step(t, before, self._visible(), event, drop)
@@ -136,19 +141,27 @@ class Stream:
         asked = self.want_prune is not None and gathered >= 1 and self.want_prune(t, gathered)
         return lazy or slack or asked
 
-    def _drop(self, t: int, total: int) -> None:
-        """Shrink so that `total` tokens are visible once t has been written."""
+    def _drop(self, t: int, total: int) -> int:
+        """Shrink so that `total` tokens are visible once t has been written; returns how many went beyond that."""
         window_after = total - 1 - len(self.sinks) - self.rule.refresh  # without t
         leaving = self.window[: len(self.window) - window_after]
-        self.window = self.window[len(leaving) :]
+        more = self._rest_of_turn(leaving, self.window[len(leaving) :], t)
+        self.window = self.window[len(leaving) + more :]
         if not self.rule.refresh:
-            return
+            return more
         for group, pinned in self.pinned.items():
             candidates = pinned + leaving
             kept = sorted(self.choose(list(candidates), self.rule.refresh, t, group))
             if len(kept) != self.rule.refresh or len(set(kept)) != len(kept) or not set(kept) <= set(candidates):
                 raise ValueError(f"choose returned {kept}; need {self.rule.refresh} distinct of {candidates}")
             self.pinned[group] = kept
+        return more
+
+    def _rest_of_turn(self, leaving: list[int], rest: list[int], t: int) -> int:
+        """How many tokens of `rest` belong to the turn that `leaving` ends in, if whole turns go."""
+        if not leaving or leaving[0] not in self.rule.turns:
+            return 0
+        return next((i for i, token in enumerate([*rest, t]) if token in self.rule.turns), 0)
 
     def _visible(self) -> dict[Hashable, list[int]]:
         return {group: self.sinks + pinned + self.window for group, pinned in self.pinned.items()}

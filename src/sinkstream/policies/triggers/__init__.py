@@ -7,5 +7,6 @@ import_folder(__name__, __path__)
 
 from sinkstream.policies.triggers.adaptive import SIGNALS, Adaptive  # noqa: E402
 from sinkstream.policies.triggers.lazy import Lazy  # noqa: E402
+from sinkstream.policies.triggers.turns import Turns  # noqa: E402
 
-__all__ = ["SIGNALS", "TRIGGERS", "Adaptive", "Lazy", "Trigger"]
+__all__ = ["SIGNALS", "TRIGGERS", "Adaptive", "Lazy", "Trigger", "Turns"]

@@ -43,6 +43,11 @@ class Trigger(ABC):
         """Tokens past the target that surely gather before this trigger can fire, whatever is observed."""
         return self.growth
 
+    @property
+    def periodic(self) -> bool:
+        """Whether, as long as nothing is observed, decisions depend on the number of cached entries only."""
+        return True
+
     @abstractmethod
     def due(self, over: int, state: Any) -> bool:
         """Whether to prune now.
@@ -55,9 +60,29 @@ class Trigger(ABC):
             What `start` returned for this run.
         """
 
+    def drop(self, over: int, oldest: int, newest: int, state: Any) -> int:
+        """How many entries an event of this trigger drops, at least `over`.
+
+        Parameters
+        ----------
+        over : int
+            As in `due`.
+        oldest, newest : int
+            Indices in the stream of the oldest window token and of the token about to be appended.
+        state : object
+            As in `due`.
+        """
+        return over
+
     def start(self) -> Any:
         """Fresh state for one run."""
         return None
+
+    def begin_turn(self, state: Any, index: int, oldest: int) -> None:  # noqa: B027  (most triggers know no turns)
+        """Take in that a turn begins at the token of this index; `oldest` is the index of the oldest window token."""
+
+    def rewind(self, state: Any, seen: int) -> None:  # noqa: B027  (most triggers count nothing by themselves)
+        """Forget what was taken in about tokens from index `seen` on."""
 
     def observe(self, state: Any, risk: float) -> None:
         """Take in the `signal` of the distribution that was predicted after one token."""

@@ -1,0 +1,99 @@
+"""What is done to the streams of a decoder between their steps: turns, snapshots, counts."""
+
+from pathlib import Path
+
+from sinkstream.engine import snapshot as snapshots
+from sinkstream.engine.inputs import check_stream
+from sinkstream.engine.packing import PackedWeights
+from sinkstream.engine.watch import WatchedModel
+from sinkstream.policies import Step
+
+
+class StreamKeeper(WatchedModel):
+    """The part of `StreamDecoder` that decodes nothing."""
+
+    weights: PackedWeights
+
+    # ---- turns of a conversation ----
+
+    def begin_turn(self, ahead: int = 0, *, stream: int = 0) -> None:
+        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``; other policies ignore turns.
+
+        Raises
+        ------
+        ValueError
+            If a later turn has been announced already.
+        """
+        self._check_stream(stream)
+        self.state.settle()
+        schedule = self.state.schedules[stream]
+        schedule.begin_turn(schedule.seen + ahead)
+
+    def rewind(self, tokens: int, *, stream: int = 0) -> None:
+        """Take back the latest tokens of a stream; feed at least one token before anything is generated.
+
+        The stream is then what it was before these tokens, but for what was evicted meanwhile: evicted tokens stay so.
+
+        Raises
+        ------
+        ValueError
+            If so many tokens are not in the window, or the policy pins older tokens or reads the logits; nothing is
+            taken back then.
+        """
+        self._check_stream(stream)
+        self.state.rewind(tokens, stream)
+
+    # ---- keeping ----
+
+    def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
+        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read."""
+        self._check_stream(stream)
+        self.check_model()
+        snapshots.save(path, self.state, stream, model_hash=self.model_hash)
+
+    def restore(self, path: str | Path, *, stream: int = 0, row: int | None = None) -> None:
+        """Replace one stream by that of a file of `snapshot`, which continues bit for bit, or of a cache's `save`.
+
+        Parameters
+        ----------
+        row : int or None
+            Which row, where a cache has saved a batch.
+
+        Raises
+        ------
+        ValueError
+            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
+        """
+        self._check_stream(stream)
+        self.check_model()
+        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
+
+    def dump(self, *, stream: int = 0) -> bytes:
+        """One stream as the bytes of a snapshot file."""
+        self._check_stream(stream)
+        self.check_model()
+        return snapshots.dump(self.state, stream, model_hash=self.model_hash)
+
+    def undump(self, data: bytes, *, stream: int = 0) -> None:
+        """As `restore`, from the bytes that `dump` gave."""
+        self._check_stream(stream)
+        self.check_model()
+        snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
+
+    def reset(self, *, stream: int | None = None) -> None:
+        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
+        self.renew_model() if stream is None else self._check_stream(stream)
+        self.state.clear(stream)
+
+    @property
+    def last_steps(self) -> list[Step | None]:
+        """What the policy did in each stream at the latest step; None for a stream that was idle."""
+        return self.state.last_steps
+
+    def stats(self, *, stream: int = 0) -> dict[str, int]:
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
+        self._check_stream(stream)
+        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
+
+    def _check_stream(self, stream: int) -> None:
+        check_stream(stream, self.state.streams)

@@ -1,0 +1,227 @@
+"""/v1/chat/completions and /v1/completions."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from sse_starlette import EventSourceResponse
+
+from sinkstream.serve.errors import invalid
+from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece, TokenLogprob
+from sinkstream.serve.http import STREAMED, Owner, Served
+from sinkstream.serve.listen import Listener
+from sinkstream.serve.options import reply_options
+from sinkstream.serve.planning import Call
+from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
+from sinkstream.serve.service import Service, check_model, model_name
+from sinkstream.serve.sessions import new_id
+
+router = APIRouter(prefix="/v1")
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+@router.post("/chat/completions", responses=STREAMED)
+async def chat_completions(body: ChatRequest, request: Request, who: Owner, service: Served):
+    """Reply to a conversation of any length: all of it, or what is new in the session `session_id`."""
+    if body.model is not None:
+        check_model(service, body.model)
+    if body.response_format and body.response_format.get("type") != "text":
+        raise invalid("response_format is not served; accepted: text", "response_format", "unsupported_value")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    reply = reply_options(body, service.settings, service.vocab, logprobs)
+    call = Call(
+        who,
+        messages=tuple(message.plain() for message in body.messages),
+        tools=body.tools if body.tool_choice != "none" else None,
+        session=body.session_id,
+        response=new_id("chatcmpl"),
+        reply=reply,
+    )
+    return await _answer(Chat(call.response, model_name(service.loaded)), body, [call], request, service)
+
+
+@router.post("/completions", responses=STREAMED)
+async def completions(body: CompletionRequest, request: Request, who: Owner, service: Served):
+    """Continue a prompt of any length; in the session `session_id`, the text that is there already."""
+    if body.model is not None:
+        check_model(service, body.model)
+    for name in ("echo", "suffix"):
+        if getattr(body, name):
+            raise invalid(f"{name} is not served; accepted: none", name, "unsupported_value")
+    if body.best_of not in (None, body.n or 1):
+        raise invalid(f"best_of={body.best_of} is not served; accepted: n", "best_of", "unsupported_value")
+    prompts = [tuple(p) if isinstance(p, list) else p for p in _prompts(body.prompt)]
+    if body.session_id is not None and len(prompts) > 1:
+        raise invalid(f"{len(prompts)} prompts for one session; accepted: 1", "prompt")
+    if any(isinstance(p, tuple) and p and max(p) >= service.vocab for p in prompts):
+        raise invalid(f"a token of the prompt is not known; accepted: 0 to {service.vocab - 1}", "prompt")
+    reply = reply_options(body, service.settings, service.vocab, body.logprobs)
+    response = new_id("cmpl")
+    calls = [
+        Call(who, prompt=p, session=body.session_id, response=response, reply=reply, keep=body.session_id is not None)
+        for p in prompts
+    ]
+    return await _answer(Text(response, model_name(service.loaded)), body, calls, request, service)
+
+
+def _prompts(prompt: str | list[int] | list[str]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise invalid("the prompt is empty; accepted: a text, token ids or a list of texts", "prompt")
+    return [*prompt] if isinstance(prompt[0], str) else [prompt]
+
+
+class Shape:
+    """How a reply is written in JSON: what chat and completions have in common."""
+
+    name, chunk_name = "", ""
+
+    def __init__(self, response: str, model: str):
+        self.response, self.model, self.created = response, model, int(time.time())
+
+    def whole(self, events: list[Event]) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        ended = sorted((e for e in events if isinstance(e, Ended)), key=lambda e: e.index)
+        choices = []
+        for end in ended:
+            pieces = [e for e in events if isinstance(e, TextPiece) and e.index == end.index]
+            logprobs = [entry for piece in pieces for entry in piece.logprobs]
+            choices.append(self.choice(end, "".join(piece.text for piece in pieces), logprobs))
+        done = [e for e in events if isinstance(e, Done)]
+        return self._about(self.name) | {"choices": choices, "usage": usage_of(done)}
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The body of one event of a stream."""
+        return self._about(self.chunk_name) | {"choices": choices} | more
+
+    def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        """One choice of a whole reply."""
+        raise NotImplementedError
+
+    def piece(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        """One choice of an event."""
+        raise NotImplementedError
+
+    def _about(self, name: str) -> dict[str, Any]:
+        return {"id": self.response, "object": name, "created": self.created, "model": self.model}
+
+
+class Chat(Shape):
+    """/v1/chat/completions."""
+
+    name, chunk_name = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, response: str, model: str):
+        super().__init__(response, model)
+        self._begun: set[int] = set()
+
+    def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "index": end.index,
+            "message": message,
+            "logprobs": _chat_logprobs(logprobs),
+            "finish_reason": end.reason,
+        }
+
+    def piece(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if text or index not in self._begun else {}
+        if index not in self._begun:
+            self._begun.add(index)
+            delta = {"role": "assistant", **delta}
+        return {"index": index, "delta": delta, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
+
+
+class Text(Shape):
+    """/v1/completions."""
+
+    name, chunk_name = "text_completion", "text_completion"
+
+    def __init__(self, response: str, model: str):
+        super().__init__(response, model)
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        return self.piece(end.index, text, logprobs, end.reason)
+
+    def piece(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": reason}
+
+    def _logprobs(self, index: int, entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+        entries = list(entries)
+        if not entries:
+            return None
+        offsets = []
+        for entry in entries:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(entry.text)
+        return {
+            "tokens": [e.text for e in entries],
+            "token_logprobs": [_finite(e.logprob) for e in entries],
+            "top_logprobs": [{text: _finite(value) for text, value in e.top} for e in entries],
+            "text_offset": offsets,
+        }
+
+
+def usage_of(done: list[Done]) -> dict[str, Any]:
+    """The usage of one request, which may be several calls."""
+    found = done[-1].usage()
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        found[name] = sum(d.usage()[name] for d in done)
+    return found
+
+
+async def _answer(shape: Shape, body: Sampling, calls: list[Call], request: Request, service: Service):
+    listener = Listener(service, calls)
+    try:
+        await listener.first()
+        if not body.stream:
+            return shape.whole(await listener.all(request))
+    except BaseException:
+        listener.cancel()
+        raise
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventSourceResponse(_stream(shape, listener, include_usage), sep="\n")
+
+
+async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> AsyncIterator[dict[str, str]]:
+    """The events of a stream as server-sent events; closed by the server if the client goes away."""
+    done: list[Done] = []
+    ended: list[Ended] = []
+    async for event in listener.events():
+        if isinstance(event, TextPiece):
+            yield _sse(shape.chunk([shape.piece(event.index, event.text, event.logprobs, None)]))
+        elif isinstance(event, Ended):
+            ended.append(event)
+        elif isinstance(event, Context):  # clients that know nothing of it see an empty piece of text
+            yield _sse(shape.chunk([shape.piece(0, "", (), None)], context=vars(event)), "context")
+        elif isinstance(event, Failed):
+            yield _sse(event.error.body())
+            return
+        elif isinstance(event, Done):
+            done.append(event)
+    for end in sorted(ended, key=lambda end: end.index):  # last: some clients hear nothing after it
+        yield _sse(shape.chunk([shape.piece(end.index, "", (), end.reason)]))
+    if include_usage:
+        yield _sse(shape.chunk([], usage=usage_of(done)))
+    yield {"data": "[DONE]"}
+
+
+def _sse(body: dict[str, Any], event: str | None = None) -> dict[str, str]:
+    data = {"data": json.dumps(body, ensure_ascii=False)}
+    return data if event is None else {"event": event, **data}
+
+
+def _chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+    def one(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+    found = [one(e.text, e.logprob) | {"top_logprobs": [one(*pair) for pair in e.top]} for e in entries]
+    return {"content": found, "refusal": None} if found else None
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

@@ -1,0 +1,184 @@
+"""One request on one session: find it, feed what is new, write the replies, note what the stream holds then."""
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+
+import torch
+
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.engine.inputs import end_tokens
+from sinkstream.models import LoadedModel
+from sinkstream.serve.errors import invalid
+from sinkstream.serve.events import Context, Done, Emit, Started
+from sinkstream.serve.planning import Call, Plan, Planner
+from sinkstream.serve.reply import Reply
+from sinkstream.serve.scheduler import WAITING, Work
+from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
+from sinkstream.serve.template import Message
+
+PREFILL_TOKENS = {"cpu": 128}  # of one turn of the scheduler
+DEFAULT_PREFILL_TOKENS = 1024
+
+
+class Conversations:
+    """Serves calls; used by the scheduler's thread only.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    planner : Planner
+    """
+
+    def __init__(self, loaded: LoadedModel, planner: Planner):
+        self.loaded, self.planner = loaded, planner
+        self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
+        self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
+        end = getattr(loaded.tokenizer, "eos_token_id", None)
+        self.ends = frozenset([*end_tokens(loaded.model), *([] if end is None else [end])])
+
+    def run(self, call: Call, emit: Emit) -> Work:
+        """Serve one call; what happens is told to `emit`. Raises APIError."""
+        branch: list[tuple[Session, Turn]] = []
+        while (plan := self.planner.plan(call, branch)) is None:
+            yield WAITING
+        session = plan.session
+        try:
+            emit(Started(session.id))
+            yield from self._serve(call, plan, emit)
+        finally:
+            session.used = time.time()
+            self.residence.release(session)
+            if not call.keep or (session.sink is None and session.found_by != "id"):
+                self.planner.forget(session)
+
+    # ---- feeding and writing ----
+
+    def _serve(self, call: Call, plan: Plan, emit: Emit) -> Work:
+        session, decoder = plan.session, plan.decoder
+        reused = decoder.state.counters[0].seen
+        fed: list[int] = []
+        try:
+            yield from self._feed(call, plan, fed)
+        except BaseException:
+            self._unfeed(session, decoder, reused)
+            raise
+        self._note_messages(session, plan.new, "" if call.reply is None else None)
+        context = self._tell(session, decoder, len(fed), reused, emit)
+        if call.reply is None:
+            emit(Done(reused + len(fed), reused, 0, context))
+            return
+        if not decoder.state.counters[0].seen:
+            raise invalid("the prompt is empty; accepted: at least one token", "prompt")
+        options, texts, written = call.reply, {}, 0
+        start = decoder.dump() if options.choices > 1 else b""
+        for index in reversed(range(options.choices)):  # the session goes on with choice 0
+            if index < options.choices - 1:
+                decoder.undump(start)
+            prompt = torch.tensor(fed, dtype=torch.int64, device=decoder.state.device)
+            reply = Reply(decoder, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
+            try:
+                yield from reply.run()
+            finally:  # a reply whose client has gone stays as far as it was written
+                texts[index] = reply.text.text
+                written += reply.tokens
+                if index == 0:
+                    self._note_reply(call, session, decoder, reply)
+        context = self._tell(session, decoder, len(fed), reused, emit)
+        emit(Done(reused + len(fed), reused, written, context, texts))
+
+    def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
+        session, decoder = plan.session, plan.decoder
+        if call.prompt is not None:
+            ids = self.template.encode(call.prompt) if isinstance(call.prompt, str) else list(call.prompt)
+            decoder.begin_turn()
+            yield from self._prefill(decoder, ids, fed)
+            return
+        if plan.opening:
+            yield from self._prefill(decoder, self.template.encode(plan.opening), fed)
+        turns = self._turns_of(session, plan)
+        for piece in plan.pieces:
+            if piece.turn:
+                decoder.begin_turn()
+                session.turns.append(replace(next(turns), start=decoder.state.counters[0].seen))
+                session.turns_seen += 1
+            yield from self._prefill(decoder, self.template.encode(piece.text), fed)
+
+    def _unfeed(self, session: Session, decoder: StreamDecoder, reused: int) -> None:
+        """Take back a part of a prompt; a session that cannot be what it was goes on with what is left of it."""
+        fed = decoder.state.counters[0].seen - reused
+        kept = [turn for turn in session.turns if turn.start < reused]
+        session.turns_seen -= len(session.turns) - len(kept)
+        session.turns = kept
+        if fed < 0 or not reused:  # the engine has cleared the stream, or it had not begun
+            self.residence.drop(session.id)
+            session.sink, session.turns, session.turn, session.held = None, [], [], None
+            session.counts = {"seen": 0, "kept": 0, "evicted": 0}
+            return
+        try:
+            decoder.rewind(fed)
+        except ValueError:  # a long prompt has pushed out what was there
+            session.turn, session.held = [], None
+        self.planner.counts(session, decoder)
+
+    def _prefill(self, decoder: StreamDecoder, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
+        for first in range(0, len(ids), self.prefill_tokens):
+            part = ids[first : first + self.prefill_tokens]
+            decoder.prefill(part)
+            fed += part
+            yield
+
+    def _turns_of(self, session: Session, plan: Plan) -> Iterator[Turn]:
+        """The turns that the pieces begin, without their start; digests where they are known."""
+        begun = sum(piece.turn for piece in plan.pieces)
+        users = [i for i, message in enumerate(plan.new) if message["role"] == "user"]
+        if begun != len(users):
+            for _ in range(begun):
+                yield Turn(0, "", "", [], None)
+            return
+        digests = [session.digest]
+        for message in plan.new:
+            digests.append(digest_of(digests[-1], message))
+        for place, i in enumerate(users):
+            earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
+            yield Turn(0, digests[i], digests[i + 1], list(earlier), session.response if place == 0 else None)
+
+    # ---- what the stream holds then ----
+
+    def _note_messages(self, session: Session, new: list[Message], held: str | None) -> None:
+        for message in new:
+            session.digest = digest_of(session.digest, message)
+        has_turn = any(message["role"] == "user" for message in new)
+        session.turn = last_turn(new) if has_turn else [*session.turn, *new]
+        if held is not None and new:
+            session.held = self.template.render([*session.head, *session.turn], session.tools)
+
+    def _note_reply(self, call: Call, session: Session, decoder: StreamDecoder, reply: Reply) -> None:
+        held = reply.held()
+        if call.prompt is None:
+            base = self.template.render([*session.head, *session.turn], session.tools, reply=True)
+            message = {"role": "assistant", "content": reply.text.text}
+            session.held = base + held
+            session.turn = [*session.turn, message]
+            session.digest = digest_of(session.digest, message)
+        session.response = call.response
+        self.planner.counts(session, decoder)
+
+    def _tell(self, session: Session, decoder: StreamDecoder, sent: int, reused: int, emit: Emit) -> Context:
+        self.planner.counts(session, decoder)
+        counts = session.counts
+        first = bool(counts["evicted"]) and not session.announced
+        session.announced = session.announced or first
+        context = Context(
+            session=session.id,
+            sent=sent,
+            reused=reused,
+            evicted=counts["evicted"],
+            evicted_turns=session.evicted_turns,
+            pinned=min(session.sink or 0, counts["kept"]),
+            kept=counts["kept"],
+            cap=self.settings.cap,
+            first_eviction=first,
+        )
+        emit(context)
+        return context

@@ -1,0 +1,224 @@
+"""Which session a request belongs to, and what of it is new: found, taken back, and turned into text to feed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.serve.errors import busy, invalid
+from sinkstream.serve.reply import ReplyOptions
+from sinkstream.serve.residence import RETRY_SECONDS, Residence
+from sinkstream.serve.sessions import Session, Turn, digests_of, new_id, split_head
+from sinkstream.serve.settings import ServeSettings
+from sinkstream.serve.spill import SpillFull
+from sinkstream.serve.store import SessionStore
+from sinkstream.serve.template import ChatTemplate, Message, Piece
+
+LEAST_SINK = 4  # without the first tokens of a stream models collapse
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a request asks for.
+
+    Attributes
+    ----------
+    messages : tuple of Message
+        A chat: all of the conversation, or what is new in a session that is named.
+    prompt : str, tuple of int or None
+        A completion instead of a chat.
+    reply : ReplyOptions or None
+        None: the messages are fed and nothing is written.
+    """
+
+    owner: str
+    messages: tuple[Message, ...] = ()
+    tools: list | None = None
+    prompt: str | tuple[int, ...] | None = None
+    session: str | None = None
+    previous: str | None = None
+    response: str = field(default_factory=lambda: new_id("resp"))
+    keep: bool = True
+    found_by: str = "messages"
+    reply: ReplyOptions | None = None
+
+
+@dataclass
+class Plan:
+    """How a call goes on with its session: what is taken back, then what is fed."""
+
+    session: Session
+    decoder: StreamDecoder
+    pieces: list[Piece]
+    opening: str | None = None
+    new: list[Message] = field(default_factory=list)
+
+
+class Planner:
+    """Finds the sessions of calls; used by the scheduler's thread only.
+
+    Parameters
+    ----------
+    template : ChatTemplate
+    settings : ServeSettings
+    store : SessionStore
+    residence : Residence
+    evicted : callable
+        Told how many tokens were evicted.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        settings: ServeSettings,
+        store: SessionStore,
+        residence: Residence,
+        evicted: Callable[[int], None],
+    ):
+        self.template, self.settings = template, settings
+        self.store, self.residence, self.evicted = store, residence, evicted
+
+    def forget(self, session: Session) -> None:
+        """Delete a session."""
+        self.residence.drop(session.id)
+        self.store.sessions.pop(session.id, None)
+
+    def counts(self, session: Session, decoder: StreamDecoder) -> None:
+        """Note what a session's stream holds now."""
+        stats, before = decoder.stats(), session.counts["evicted"]
+        session.counts = {name: stats[name] for name in ("seen", "kept", "evicted")}
+        session.forget_evicted(decoder.state.schedules[0].oldest if stats["evicted"] else 0)
+        self.evicted(max(0, stats["evicted"] - before))
+
+    # ---- which session, and what is new ----
+
+    def plan(self, call: Call, branch: list[tuple[Session, Turn]]) -> Plan | None:
+        """The session with its decoder and what is to be fed; None if another request has to end first.
+
+        A copy of a session that had to be made is kept in `branch`.
+        """
+        if call.prompt is not None:
+            return self._plan_prompt(call)
+        messages, replies = list(call.messages), call.reply is not None
+        digests = digests_of(messages, call.tools)
+        session, turn = branch[0] if branch else self._find(call, digests)
+        if turn is not None and not branch and session is not None:
+            branch.append(self._branch(session, turn))
+            session, turn = branch[0]
+        if session is None or session.sink is None:
+            return self._plan_opening(call, session, messages)
+        decoder = self.residence.acquire(session)
+        if decoder is None:
+            return None
+        try:
+            place = {digest: i for i, digest in enumerate(digests)}
+            if turn is not None:
+                return self._plan_again(session, decoder, turn, messages, replies)
+            held = place.get(session.digest, 0)
+            if session.found_by == "messages" and not held:  # the last turn is asked again, or changed
+                turn = session.turns[-1]
+                return self._plan_again(session, decoder, turn, messages[place[turn.before] :], replies)
+            if session.found_by != "messages" and held == len(messages):
+                held = 0  # new messages that repeat the conversation by chance
+            return self._plan_next(session, decoder, messages[held:], replies)
+        except BaseException:
+            self.residence.release(session)
+            raise
+
+    def _find(self, call: Call, digests: Sequence[str]) -> tuple[Session | None, Turn | None]:
+        if call.session is not None:
+            return self.store.get(call.owner, call.session), None
+        if call.previous is not None:
+            return self.store.by_response(call.owner, call.previous)
+        return self.store.find(call.owner, digests, self.residence.busy), None
+
+    def _branch(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
+        """A copy of a session, to go on before one of its turns."""
+        data = self.residence.dump(session)
+        assert data is not None, "a session with a response has begun"
+        copy = session.copy(found_by="response")
+        self.store.add(copy, self.residence.busy, self.forget)
+        try:
+            self.store.spill.put(copy, data)
+        except SpillFull:
+            self.store.sessions.pop(copy.id, None)
+            raise busy("there is no room for one more session", RETRY_SECONDS) from None
+        return copy, copy.turns[session.turns.index(turn)]
+
+    def _plan_opening(self, call: Call, session: Session | None, messages: list[Message]) -> Plan | None:
+        """A conversation that begins."""
+        head, new = split_head(messages)
+        tools = call.tools
+        if session is not None:
+            head, tools = head or session.head, tools or session.tools
+        if not new:
+            raise invalid("messages hold no message but the system's; accepted: at least one of a user", "messages")
+        opening, pieces = self.template.opening(head, tools, new, reply=call.reply is not None)
+        sink = max(LEAST_SINK, len(self.template.encode(opening)))
+        if sink > self.settings.cap // 2:
+            raise invalid(
+                f"system prompt and tools take {sink} tokens, which are never evicted; accepted: at most"
+                f" {self.settings.cap // 2}, half of the {self.settings.cap} slots of a session",
+                "messages",
+                "pinned_prompt_too_long",
+            )
+        fresh = session or Session(call.owner, found_by=call.found_by)
+        plan = self._begin(fresh, sink)
+        if plan is None:
+            return None
+        fresh.head, fresh.tools, fresh.digest = head, tools, digests_of(head, tools)[-1]
+        return replace(plan, pieces=pieces, opening=opening, new=new)
+
+    def _plan_prompt(self, call: Call) -> Plan | None:
+        """A completion: its prompt is the text of one turn."""
+        session = self.store.get(call.owner, call.session) if call.session else None
+        if session is not None and session.sink is not None:
+            decoder = self.residence.acquire(session)
+            return None if decoder is None else Plan(session, decoder, [])
+        return self._begin(session or Session(call.owner, kind="text", found_by=call.found_by), LEAST_SINK)
+
+    def _begin(self, session: Session, sink: int) -> Plan | None:
+        known = session.id in self.store.sessions
+        before, session.sink = session.sink, sink
+        try:
+            decoder = self.residence.acquire(session)
+            if decoder is not None and not known:
+                self.store.add(session, self.residence.busy, self.forget)
+        except BaseException:
+            session.sink = before
+            self.residence.drop(session.id)
+            raise
+        if decoder is None:
+            session.sink = before
+            return None
+        return Plan(session, decoder, [])
+
+    def _plan_next(self, session: Session, decoder: StreamDecoder, new: list[Message], replies: bool) -> Plan:
+        """A conversation that goes on."""
+        before = [*session.head, *session.turn]
+        pieces = None
+        if session.held is not None:
+            pieces = self.template.continuing(before, session.tools, session.held, new, reply=replies)
+        if pieces is not None:
+            return Plan(session, decoder, pieces, new=new)
+        if session.held is None or not session.turns:  # without turns the last one is cut, and stays as it is
+            pieces = self.template.resuming(session.head, session.turn, session.tools, new, reply=replies)
+            return Plan(session, decoder, pieces, new=new)
+        return self._plan_again(session, decoder, session.turns[-1], [*session.turn, *new], replies)
+
+    def _plan_again(
+        self, session: Session, decoder: StreamDecoder, turn: Turn, new: list[Message], replies: bool
+    ) -> Plan:
+        """Take back everything from a turn on, and go on from there."""
+        self.rewind(session, decoder, turn)
+        pieces = self.template.resuming(session.head, session.turn, session.tools, new, reply=replies)
+        return Plan(session, decoder, pieces, new=new)
+
+    def rewind(self, session: Session, decoder: StreamDecoder, turn: Turn) -> None:
+        """Take back everything from a turn on."""
+        decoder.rewind(decoder.state.counters[0].seen - turn.start)
+        place = session.turns.index(turn)
+        session.turns_seen -= len(session.turns) - place
+        session.turns = session.turns[:place]
+        session.turn, session.digest, session.response = turn.previous, turn.before, turn.response
+        session.held = None
+        self.counts(session, decoder)

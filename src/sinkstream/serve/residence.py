@@ -1,0 +1,180 @@
+"""Which sessions hold a stream that is ready to decode: a fixed number of decoders, all with the same weights.
+
+A decoder is made for one number of pinned tokens, since a policy's sinks are fixed. A session that is not in use gives
+its decoder up when another one needs it; its stream is spilled.
+"""
+
+from collections.abc import Callable
+
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.serve.errors import busy
+from sinkstream.serve.sessions import Session
+from sinkstream.serve.spill import Spill, SpillFull
+
+RETRY_SECONDS = 30
+
+
+class Residence:
+    """Decoders and who holds them. Used by the scheduler's thread only.
+
+    Parameters
+    ----------
+    make : callable
+        A decoder of one stream for so many pinned tokens.
+    limit : int
+        Most decoders.
+    spill : Spill
+    give_up : callable
+        Deletes the session that is worth least and returns True, or returns False if there is none.
+    """
+
+    def __init__(
+        self, make: Callable[[int], StreamDecoder], limit: int, spill: Spill, give_up: Callable[[set[str]], bool]
+    ):
+        self._make, self._limit, self.spill, self._give_up = make, limit, spill, give_up
+        self._held: dict[str, tuple[Session, StreamDecoder]] = {}  # least recently used first
+        self._free: list[StreamDecoder] = []
+        self.busy: set[str] = set()
+        self._unwritten: set[str] = set()  # resident sessions that went on since they were written to disk
+
+    def acquire(self, session: Session) -> StreamDecoder | None:
+        """The decoder with a session's stream, for its only user; None if it must be waited for.
+
+        Raises
+        ------
+        APIError
+            429 if nothing can be spilled; 409 if the session's file is damaged.
+        """
+        assert session.sink is not None, "the number of pinned tokens is known"
+        if session.id in self.busy:
+            return None
+        if session.id in self._held:
+            decoder = self._held.pop(session.id)[1]
+        else:
+            found = self._vacant(session.sink)
+            if found is None:
+                return None
+            decoder = found
+            try:
+                if self.spill.where(session.id):
+                    decoder.undump(self.spill.get(session.id))
+                    self.spill.forget_ram(session.id)
+            except BaseException:
+                decoder.reset()
+                self._free.append(decoder)
+                raise
+        self._held[session.id] = session, decoder
+        self.busy.add(session.id)
+        return decoder
+
+    def add_free(self, decoder: StreamDecoder) -> None:
+        """Add a decoder that nobody holds."""
+        self._free.append(decoder)
+
+    def release(self, session: Session) -> None:
+        """The session is not in use any more; it keeps its decoder until another one needs it."""
+        self.busy.discard(session.id)
+        self._unwritten.add(session.id)
+
+    def write_one(self) -> bool:
+        """Write a resident session that is not in use to disk, where a killed server finds it; False if none is left.
+
+        Its decoder stays its own.
+        """
+        waiting = [i for i in self._held if i in self._unwritten and i not in self.busy]
+        if not waiting or self.spill.files.folder is None:
+            return False
+        session, decoder = self._held[waiting[0]]
+        self._unwritten.discard(session.id)
+        if session.counts["seen"]:
+            try:
+                self.spill.files.write(session, decoder.dump())
+            except SpillFull:
+                return False
+        return True
+
+    def drop(self, session_id: str) -> None:
+        """Forget a session's stream, wherever it is."""
+        self.busy.discard(session_id)
+        self._unwritten.discard(session_id)
+        held = self._held.pop(session_id, None)
+        if held is not None:
+            held[1].reset()
+            self._free.append(held[1])
+        self.spill.drop(session_id)
+
+    def where(self, session_id: str) -> str:
+        """ "resident", "ram", "disk" or "new"."""
+        return "resident" if session_id in self._held else self.spill.where(session_id) or "new"
+
+    def dump(self, session: Session) -> bytes | None:
+        """A copy of an idle session's stream; None if it has not begun."""
+        if session.id in self._held:
+            return self._held[session.id][1].dump()
+        return self.spill.get(session.id) if self.spill.where(session.id) else None
+
+    def spill_all(self) -> list[str]:
+        """Spill every stream to disk; returns the ids of those for which there was no room."""
+        left = []
+        for session_id in list(self._held):
+            self.busy.discard(session_id)
+            try:
+                self._spill(session_id)
+            except SpillFull:
+                left.append(session_id)
+        return left + self.spill.to_disk()
+
+    @property
+    def resident(self) -> int:
+        """Sessions that hold a decoder."""
+        return len(self._held)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all decoders' streams, in bytes."""
+        return sum(d.state.bytes for d in [*self._free, *(d for _, d in self._held.values())])
+
+    # ---- decoders ----
+
+    def _vacant(self, sink: int) -> StreamDecoder | None:
+        """An empty decoder for so many pinned tokens, made or taken from an idle session."""
+        fitting = next((d for d in self._free if d.policy.sink == sink), None)
+        if fitting is not None:
+            self._free.remove(fitting)
+            return fitting
+        if len(self._held) + len(self._free) >= self._limit and not self._make_vacant():
+            return None
+        if self._free and self._free[-1].policy.sink == sink:
+            return self._free.pop()
+        while self._free and len(self._held) + len(self._free) >= self._limit:
+            self._free.pop(0).close()
+        try:
+            return self._make(sink)
+        except ValueError as error:
+            raise busy(f"no memory for one more session now: {error}", RETRY_SECONDS) from None
+
+    def _make_vacant(self) -> bool:
+        """Ensure that a decoder is free, whatever its pinned tokens; False if all sessions are in use."""
+        if self._free:
+            return True
+        idle = next((session_id for session_id in self._held if session_id not in self.busy), None)
+        if idle is None:
+            return False
+        while True:
+            try:
+                self._spill(idle)
+                return True
+            except SpillFull:
+                if not self._give_up(self.busy):
+                    raise busy("no session can be spilled: RAM and disk are full", RETRY_SECONDS) from None
+                if idle not in self._held:  # it was the one that was given up
+                    return True
+
+    def _spill(self, session_id: str) -> None:
+        session, decoder = self._held[session_id]
+        if session.counts["seen"]:
+            self.spill.put(session, decoder.dump())
+        del self._held[session_id]
+        self._unwritten.discard(session_id)
+        decoder.reset()
+        self._free.append(decoder)

@@ -1,0 +1,44 @@
+"""What a server is told: its cap, its limits and where idle sessions are kept."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sinkstream.policies.options import check_options, option
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Limits of one server; every field is an option of ``sinkstream serve``.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, the value and what is accepted.
+    """
+
+    cap: int = option(1024, "KV slots of one session, pinned system prompt included", minimum=16)
+    evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
+    resident: int = option(4, "most sessions that hold a stream in memory ready to decode", minimum=1)
+    queue: int = option(64, "most requests that wait or run; one more is answered 429", minimum=1)
+    sessions: int = option(1024, "most sessions, spilled ones included", minimum=1)
+    ram_mb: int = option(2048, "most MB of spilled sessions in RAM", minimum=0)
+    disk_mb: int = option(16384, "most MB of spilled sessions on disk", minimum=0)
+    body_mb: int = option(8, "most MB of a request's body", minimum=1)
+    max_tokens: int = option(1024, "tokens of a reply whose request does not say", minimum=1)
+    max_tokens_limit: int = option(65536, "most tokens of one reply", minimum=1)
+    rate: int = option(0, "most requests a minute of one key; 0: no limit", minimum=0)
+    idle_seconds: int = option(
+        86400, "a session that was not opened by a client is deleted after so many idle seconds", minimum=1
+    )
+    log_text: bool = option(False, "write prompts and replies to the log")
+    spill: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "ServeSettings":
+        """Settings from a mapping that may hold other names too."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in names and value is not None})

@@ -1,0 +1,117 @@
+"""The chat in the terminal: with a local engine and with a server, the same conversation; every command."""
+
+import io
+import json
+from types import MappingProxyType
+
+import pytest
+import tiny_model
+from rich.console import Console
+from serving import CAP, SYSTEM, TEMPLATE, Alone, loaded, make_service, served
+
+from sinkstream.cli import main
+from sinkstream.serve.talk import LocalTalk, RemoteTalk, TalkError
+from sinkstream.serve.terminal import HELP, Terminal, bar
+
+SYSTEM_TEXT = SYSTEM["content"]
+
+
+class Plain(Alone):
+    """Without a bias, which the chat does not set."""
+
+    bias = MappingProxyType({})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded()
+
+
+@pytest.fixture(params=["local", "remote"])
+def talk(request, model, tmp_path):
+    if request.param == "local":
+        found = LocalTalk(make_service(model, spill=tmp_path), SYSTEM_TEXT)
+        yield found
+        found.close()
+        assert not list(tmp_path.glob("sess_*")), "nothing of a chat is left that was not saved"
+        return
+    with served(make_service(model)) as address:
+        found = RemoteTalk(f"{address}/v1", None, "none", SYSTEM_TEXT, tmp_path)
+        found.options["temperature"] = 0.0
+        yield found
+        found.close()
+
+
+def chat(talk, *lines: str) -> str:
+    out = io.StringIO()
+    Terminal(talk, Console(file=out, width=200)).run(iter(lines))
+    return out.getvalue()
+
+
+def says(alone: Alone, text: str) -> str:
+    return alone.say(text).replace("<unk>", "")
+
+
+def test_a_conversation_and_its_figures(talk, model):
+    alone = Plain(model)
+    out = chat(talk, *["Hello you", "And then what?", "x"] * 2, "/quit", "never sent")
+    for text in ["Hello you", "And then what?", "x"] * 2:
+        assert says(alone, text) in out
+    assert "TTFT" in out and "tok/s" in out and f"/{CAP}" in out and "never sent" not in out
+    assert out.count("forgotten from now on") == 1
+
+
+def test_turns_are_taken_back_and_written_anew(talk, model):
+    alone = Plain(model)
+    expected = [says(alone, "one"), says(alone, "two")]
+    out = chat(talk, "one", "a mistake", "/undo", "two", "/regen")
+    assert expected[0] in out and out.count(expected[1]) == 2, "greedy: written anew, the same"
+    assert "taken back" in out
+    assert "error" in chat(talk, "/undo", "/undo", "/undo")
+
+
+def test_a_conversation_is_saved_and_loaded(talk, model):
+    alone = Plain(model)
+    says(alone, "one")
+    expected = says(alone, "two")
+    out = chat(talk, "one", "/save my-chat", "/reset", "something else", "/load my-chat", "two")
+    assert expected in out and "'my-chat'" in out
+    assert "error: " in chat(talk, "/load nothing") and "error: " in chat(talk, "/save ../x")
+
+
+def test_system_options_and_stats(talk, model):
+    alone = Plain(model, "Be long.")
+    out = chat(talk, "x", "/system Be long.", "/set max_tokens 5", "one", "/stats", "/set", "/set max_tokens")
+    assert alone.say("one", 5) + "\n" in out and "max_tokens" in out
+    assert "max_tokens" not in talk.options
+    assert "seen" in out or "messages" in out
+
+
+def test_mistakes_are_told_and_the_chat_goes_on(talk):
+    out = chat(talk, "/dance", "/set colour red", "/set seed x", "/regen", "/help", "/set temperature -1", "hi")
+    assert out.count("error:") == 5 and all(name in out for name in HELP)
+    assert "/dance is no command" in out and "colour" in out and "a whole number" in out
+
+
+def test_no_server_is_told(tmp_path):
+    with pytest.raises(TalkError, match="lists no model"):
+        RemoteTalk("http://127.0.0.1:9/v1", None, "none", None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pinned", "kept", "shown"), [(0, 0, "[|····]"), (1, 4, "[█|█··]"), (2, 8, "[█|███]"), (4, 8, "[██|██]")]
+)
+def test_the_bar_shows_pinned_kept_and_free_slots(pinned, kept, shown):
+    assert bar(pinned, kept, 8, 4).plain == shown
+
+
+def test_the_command_talks_to_a_local_model(tmp_path, monkeypatch, capsys):
+    folder = tiny_model.save_model(tmp_path / "model", "llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    monkeypatch.setenv("SINKSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/stats\n"))
+    arguments = ["--model", str(folder), "--cap", str(CAP), "--max-tokens", "12", "--device", "cpu"]
+    assert main(["chat", *arguments, "--system", SYSTEM_TEXT]) == 0
+    out = capsys.readouterr().out
+    assert says(Plain(loaded()), "one") in out and "evicted turns" in out

@@ -1,0 +1,247 @@
+"""Sessions that are spilled, forked, saved, loaded, restarted or damaged go on with the same tokens, or say why not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_model
+from openai import APIStatusError
+from serving import BIAS, CAP, SYSTEM, TEMPLATE, Alone, client_of, loaded, make_service, served, user
+
+from sinkstream.serve.sessions import Session
+from sinkstream.serve.spill import SessionFiles, Spill, SpillFull
+
+TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded()
+
+
+def opened(client, system: str = SYSTEM["content"]) -> str:
+    return client.post("/sessions", body={"messages": [{"role": "system", "content": system}]}, cast_to=object)["id"]
+
+
+def say(client, session: str, text: str, tokens: int = 12) -> str:
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[user(text)],
+        temperature=0,
+        max_tokens=tokens,
+        logit_bias=BIAS,
+        extra_body={"session_id": session},
+    )
+    return answer.choices[0].message.content
+
+
+def state(client, session: str) -> str:
+    return client.get(f"/sessions/{session}", cast_to=object)["state"]
+
+
+@pytest.mark.parametrize("ram_mb", [0, 100])
+def test_spilled_sessions_go_on_with_the_same_tokens(model, tmp_path, ram_mb):
+    with served(make_service(model, resident=1, ram_mb=ram_mb, spill=tmp_path)) as address:
+        client = client_of(address)
+        sessions = [(opened(client, name), Alone(model, name)) for name in ("one", "another", "third one")]
+        for text in TEXTS:
+            for session, alone in sessions:
+                assert say(client, session, text) == alone.say(text)
+        places = sorted(state(client, session) for session, _ in sessions)
+        assert places == (["ram", "ram", "resident"] if ram_mb else ["disk", "disk", "resident"])
+
+
+def test_a_restarted_server_goes_on_with_what_it_spilled(model, tmp_path):
+    alone = Alone(model)
+    for texts in (TEXTS[:3], TEXTS[3:]):
+        with served(make_service(model, spill=tmp_path)) as address:
+            client = client_of(address)
+            found = client.get("/sessions", cast_to=object)["data"]
+            session = found[0]["id"] if found else opened(client)
+            for text in texts:
+                assert say(client, session, text) == alone.say(text)
+    assert (tmp_path.stat().st_mode & 0o777) == 0o700
+
+
+def test_a_conversation_that_is_sent_again_goes_on_after_a_restart(model, tmp_path):
+    messages, alone = [SYSTEM], Alone(model)
+    for text in TEXTS[:3]:
+        with served(make_service(model, spill=tmp_path)) as address:
+            messages.append(user(text))
+            answer = client_of(address).chat.completions.create(
+                model="tiny-llama", messages=messages, temperature=0, max_tokens=12, logit_bias=BIAS
+            )
+            assert answer.choices[0].message.content == alone.say(text)
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    assert answer.usage.context["reused"] > answer.usage.context["sent"]
+
+
+def test_forks_and_saved_copies_go_their_own_ways(model, tmp_path):
+    with served(make_service(model, spill=tmp_path)) as address:
+        client, alone, other = client_of(address), Alone(model), Alone(model)
+        session = opened(client)
+        for text in TEXTS[:3]:
+            assert say(client, session, text) == alone.say(text) == other.say(text)
+        fork = client.post(f"/sessions/{session}/fork", cast_to=object)["id"]
+        saved = client.post(f"/sessions/{session}/save", body={"name": "my-talk"}, cast_to=object)
+        assert saved["name"] == "my-talk" and client.get("/sessions", cast_to=object)["saved"] == ["my-talk"]
+        expected = alone.say("this way")
+        assert say(client, session, "this way") == expected
+        assert say(client, fork, "or quite another") == other.say("or quite another") != expected
+        copy = client.post("/sessions/load", body={"name": "my-talk"}, cast_to=object)["id"]
+        assert say(client, copy, "this way") == expected
+
+
+def test_a_turn_can_be_taken_back(model, tmp_path):
+    with served(make_service(model, spill=tmp_path, resident=1)) as address:
+        client, alone = client_of(address), Alone(model)
+        session = opened(client)
+        assert say(client, session, "one") == alone.say("one")
+        say(client, session, "a mistake")
+        view = client.post(f"/sessions/{session}/undo", cast_to=object)
+        assert view["turns"] == {"seen": 1, "evicted": 0}
+        say(client, opened(client, "pushes the other one out"), "x")
+        assert state(client, session) == "ram"
+        assert say(client, session, "two") == alone.say("two")
+        for _ in range(2):
+            client.post(f"/sessions/{session}/undo", cast_to=object)
+        with pytest.raises(APIStatusError) as error:
+            client.post(f"/sessions/{session}/undo", cast_to=object)
+        assert error.value.status_code == 409
+        assert say(client, session, "one") == Alone(model).say("one")
+
+
+def test_messages_can_be_appended_without_a_reply(model):
+    with served(make_service(model)) as address:
+        client, alone = client_of(address), Alone(model)
+        session = opened(client)
+        body = {"messages": [user("my name is Ann"), {"role": "assistant", "content": "ok"}]}
+        view = client.post(f"/sessions/{session}/append", body=body, cast_to=object)
+        alone.engine.begin_turn()
+        alone._feed("<u>my name is Ann\n<a>ok\n")
+        assert view["tokens"]["seen"] == alone.engine.stats()["seen"]
+        assert say(client, session, "who am I?") == alone.say("who am I?")
+
+
+# ---- what goes wrong ----
+
+
+def test_a_damaged_file_is_told_and_the_server_goes_on(model, tmp_path):
+    with served(make_service(model, resident=1, ram_mb=0, spill=tmp_path)) as address:
+        client = client_of(address)
+        damaged = opened(client)
+        say(client, damaged, "x")
+        healthy = opened(client)
+        say(client, healthy, "y")
+        path = next(tmp_path.glob(f"{damaged}.*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(APIStatusError) as error:
+            say(client, damaged, "z")
+        assert error.value.status_code == 409 and error.value.code == "session_damaged"
+        assert say(client, healthy, "z")
+        assert client.delete(f"/sessions/{damaged}", cast_to=object)["deleted"]
+        assert not list(tmp_path.glob(f"{damaged}*"))
+
+
+def test_when_nothing_can_be_spilled_the_answer_is_429_and_nothing_is_lost(model, tmp_path):
+    with served(make_service(model, resident=1, ram_mb=0, disk_mb=0, spill=tmp_path)) as address:
+        client, alone = client_of(address), Alone(model)
+        session = opened(client)
+        assert say(client, session, "x") == alone.say("x")
+        other = opened(client)
+        with pytest.raises(APIStatusError) as error:
+            say(client, other, "y")
+        assert error.value.status_code == 429 and int(error.value.response.headers["retry-after"]) > 0
+        assert say(client, session, "z") == alone.say("z")
+        client.delete(f"/sessions/{session}", cast_to=object)
+        assert say(client, other, "y")
+
+
+def test_a_session_that_is_only_found_by_its_messages_makes_room(model):
+    with served(make_service(model, resident=1, ram_mb=0, sessions=2)) as address:
+        client = client_of(address)
+        for text in ("a", "b", "c"):
+            answer = client.chat.completions.create(model="tiny-llama", messages=[SYSTEM, user(text)], max_tokens=3)
+            assert answer.usage.completion_tokens == 3
+
+
+def test_a_full_disk_is_told_and_older_files_stay(tmp_path, monkeypatch):
+    files = SessionFiles(tmp_path, 10**9)
+    session = Session("me")
+    files.write(session, b"first")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(SpillFull):
+            files.write(session, b"second")
+        spill = Spill(files, 6)
+        spill.put(Session("me"), b"123456")
+        with pytest.raises(SpillFull):
+            spill.put(Session("me"), b"more")
+        assert spill.ram_bytes == 6
+    assert files.read(session.id)[1] == b"first"
+    assert [s.id for s in SessionFiles(tmp_path, 10**9).sessions()] == [session.id]
+
+
+def test_a_half_written_session_is_the_one_before(tmp_path):
+    """Killed between the stream and the JSON that names it."""
+    files, session = SessionFiles(tmp_path, 10**9), Session("me")
+    files.write(session, b"first")
+    header = (tmp_path / f"{session.id}.json").read_text()
+    files.write(session, b"second")
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / f"{session.id}.{json.loads(header)['sha256'][:16]}.safetensors").write_bytes(b"first")
+    (tmp_path / f"{session.id}.json").write_text(header)
+    assert SessionFiles(tmp_path, 10**9).read(session.id)[1] == b"first"
+
+
+# ---- the command ----
+
+
+def start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert "http://" in line, process.stderr.read()
+    return process, line.partition("http://")[2].split()[0].join(["http://", ""])
+
+
+@pytest.mark.slow
+def test_the_command_spills_when_it_ends_and_survives_a_kill(tmp_path):
+    folder = tiny_model.save_model(tmp_path / "model", "llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    arguments = ["--model", str(folder), "--cap", str(CAP), "--spill", str(tmp_path / "spill"), "--device", "cpu"]
+    replies = []
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        process, address = start(arguments)
+        try:
+            client = client_of(address)
+            found = client.get("/sessions", cast_to=object)["data"]
+            assert bool(found) == bool(replies)
+            session = found[0]["id"] if found else opened(client)
+            replies.append(say(client, session, "again"))
+            if end == signal.SIGKILL:  # an idle server writes what it holds
+                header = tmp_path / "spill" / f"{session}.json"
+                seen = client.get(f"/sessions/{session}", cast_to=object)["tokens"]["seen"]
+                while json.loads(header.read_text())["session"]["counts"]["seen"] < seen:
+                    time.sleep(0.05)
+        finally:
+            os.kill(process.pid, end)
+            process.wait()
+    alone = Alone(loaded())
+    assert replies == [alone.say("again") for _ in range(3)]
+    assert len(set(replies)) == 3
