@@ -5,7 +5,7 @@ Token by token, in chunks that cross prunes, and through generate() must give th
 
 import pytest
 import torch
-from oracle.models import FAMILIES, build, token_ids
+from oracle.models import ENGINE, FAMILIES, build, token_ids
 from oracle.rules import Rule
 from streams import (
     TOLERANCE,
@@ -27,7 +27,7 @@ from sinkstream.policies import PRESETS
 
 TOKENS = 304
 THOROUGH = ("gpt_neox", "llama")
-ROTATED = [f for f in FAMILIES if f not in THOROUGH]
+ROTATED = [f for f in ENGINE if f not in THOROUGH]
 COMPOSED = {
     "max-drop+overlap+slack": {"sink": 3, "window": 17, "compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8},
     "refresh-uniform+max-drop": small_policy("refresh-uniform", max_drop=3, overlap=3),
