@@ -93,12 +93,7 @@ class StreamingCache(CopiedCache):
         policy = _policy_of(policy, options)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
-        check_policy(spec, policy, positions)
-        if compiled and not spec.observable:
-            raise ValueError(
-                f"a compiled {spec.family} is not supported: its attention does not go through transformers' attention"
-                " interface; accepted: the model before torch.compile"
-            )
+        check_policy(spec, policy, positions, compiled=compiled)
         _check_trained(spec, policy, allow_untrained_positions)
         structure = None
         if "structure" in policy.needs:

@@ -101,8 +101,8 @@ class ModelSpec:
         return None if self.original_length is None else self.original_length - self.original_length // HEADROOM
 
 
-def check_policy(spec: ModelSpec, policy: EvictionPolicy, positions: str) -> None:
-    """Raise ValueError unless a model computes, under a policy, what it was trained to compute."""
+def check_policy(spec: ModelSpec, policy: EvictionPolicy, positions: str, *, compiled: bool = False) -> None:
+    """Raise ValueError unless a model, compiled or not, computes under a policy what it was trained to compute."""
     peak, window, most = policy.peak, spec.every_window, spec.largest_bounded_peak
     if window is not None and (peak > window or positions == "original"):
         held = f"the cache would hold up to {peak} entries" if peak > window else f"positions={positions!r}"
@@ -122,4 +122,9 @@ def check_policy(spec: ModelSpec, policy: EvictionPolicy, positions: str) -> Non
         raise ValueError(
             f"scorers that read attention are not supported for {spec.family}, whose attention does not go through"
             " transformers' attention interface; accepted: policies that do not read attention"
+        )
+    if not spec.observable and compiled:
+        raise ValueError(
+            f"a compiled {spec.family} is not supported, since its attention does not go through transformers' attention"
+            " interface; accepted: the model before torch.compile"
         )
