@@ -125,6 +125,6 @@ def check_policy(spec: ModelSpec, policy: EvictionPolicy, positions: str, *, com
         )
     if not spec.observable and compiled:
         raise ValueError(
-            f"a compiled {spec.family} is not supported, since its attention does not go through transformers' attention"
-            " interface; accepted: the model before torch.compile"
+            f"a compiled {spec.family} is not supported: its attention does not go through transformers'"
+            " attention interface; accepted: the model before torch.compile"
         )
