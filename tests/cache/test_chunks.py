@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from oracle.models import FAMILIES, build, token_ids
+from oracle.models import ENGINE, build, token_ids
 from streams import (
     TOLERANCE,
     feed,
@@ -35,9 +35,9 @@ PLANNED = [name for name in PRESETS if EvictionPolicy.build(window=20, **PRESETS
 ADAPTIVE = [name for name in PRESETS if "adaptive" in PRESETS[name]()]
 EVERY_FAMILY = ("strict", "max-drop")
 CASES = [
-    (policy, FAMILIES[(i + j) % len(FAMILIES)])
+    (policy, ENGINE[(i + j) % len(ENGINE)])
     for i, policy in enumerate(PRESETS)
-    for j in range(0, len(FAMILIES), 1 if policy in EVERY_FAMILY else 4)
+    for j in range(0, len(ENGINE), 1 if policy in EVERY_FAMILY else 4)
 ]
 MIXED = small_policy("adaptive-top1") | {"refresh": 6, "scorer": "window-attention", "observation": 5}
 

@@ -1,10 +1,14 @@
 """Which models the cache serves, what it reads of them, and which it refuses, each by name and reason."""
 
+import re
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle.models import FAMILIES as ORACLE_FAMILIES
 from oracle.models import MAX_POSITIONS, build, token_ids
-from oracle.network import FLOAT32_POWER, rope_frequencies
+from oracle.rotation import FLOAT32_POWER, rotation_of_layer
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -14,6 +18,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -24,17 +30,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from sinkstream.cache import FAMILIES, ROPE_TYPES, StreamingCache, describe
+from sinkstream.cache import FAMILIES, FAMILY, ROPE_TYPES, UNSERVED, StreamingCache, describe
 from sinkstream.compat import cache_argument
 
 TINY = {
@@ -64,7 +69,6 @@ LONGROPE = {
     "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 32,
 }
-SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 
 
 def llama(**rope):
@@ -87,21 +91,31 @@ def test_a_supported_model_is_described(family):
     config = model.config
     assert spec.family == config.model_type and spec.family in FAMILIES
     assert (spec.layers, spec.query_heads) == (config.num_hidden_layers, config.num_attention_heads)
-    assert spec.trained_positions == MAX_POSITIONS and spec.dtype == torch.float32 and spec.attention == "sdpa"
+    assert spec.trained_positions == MAX_POSITIONS and spec.dtype == torch.float32
+    assert spec.attention == ("eager" if family in ("gemma2", "gpt_oss") else "sdpa")
     keys = {}
     with torch.no_grad():
         past = getattr(model(token_ids(3)[None]), cache_argument(model))
     for i, layer in enumerate(past.layers):
         keys[i] = layer.keys.shape
     assert keys == {i: (1, spec.kv_heads, 3, spec.head_dim) for i in range(spec.layers)}
-    torch.testing.assert_close(spec.rope.inv_freq.double(), rope_frequencies(config)[0], rtol=FLOAT32_POWER, atol=0)
+    rotations = [rotation_of_layer(config, i)[0] for i in range(spec.layers)]
+    for rope, layers in (
+        (spec.rope, spec.full_layers),
+        *([(spec.sliding.rope, spec.sliding.layers)] if spec.sliding else []),
+    ):
+        for row, layer in enumerate(layers):
+            expected = torch.zeros(rope.rotary_dim // 2).double() if rotations[layer] is None else rotations[layer]
+            torch.testing.assert_close(rope.layer(row).inv_freq, expected, rtol=FLOAT32_POWER, atol=0)
     assert spec.decoder is describe(spec.decoder).decoder
 
 
 def test_every_family_and_rope_type_is_met_by_the_oracle():
     configs = [build(family).config for family in ORACLE_FAMILIES]
     assert {c.model_type for c in configs} == set(FAMILIES)
-    assert {c.rope_parameters["rope_type"] for c in configs} == set(ROPE_TYPES)
+    ropes = [c.rope_parameters for c in configs]
+    kinds = [rope.get("full_attention", rope)["rope_type"] for rope in ropes]
+    assert set(kinds) == set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("gpt_neox", torch.float16), ("qwen3", torch.bfloat16)])
@@ -117,22 +131,25 @@ def test_half_precision_is_kept(family, dtype):
 # ---- what is refused ----
 
 REFUSED = {
-    "dynamic rope": (lambda: llama(rope_type="dynamic", factor=2.0), "rope_type='dynamic'.*change with the length"),
-    "longrope": (lambda: llama(**LONGROPE), "rope_type='longrope'.*change with the length"),
+    "longrope": (lambda: llama(**LONGROPE), "constant inside its original length of 32 positions only"),
     "mistral with a sliding window": (
         tiny(MistralForCausalLM, MistralConfig, sliding_window=16),
-        "'mistral' with layer types full_attention and sliding_window=16",
+        "mistral with sliding_window=16 in every layer: a cap at or below the window makes the window moot",
     ),
-    "qwen2 with sliding layers": (
-        tiny(Qwen2ForCausalLM, Qwen2Config, **SLIDING),
-        "'qwen2' with layer types full_attention, sliding_attention",
+    "gemma2 that looks ahead": (
+        tiny(Gemma2ForCausalLM, Gemma2Config, head_dim=16, use_bidirectional_attention=True),
+        "'gemma2' with use_bidirectional_attention=True",
     ),
-    "qwen3 with sliding layers": (
-        tiny(Qwen3ForCausalLM, Qwen3Config, **SLIDING),
-        "'qwen3' with layer types full_attention, sliding_attention",
+    "gemma3 that looks ahead": (
+        tiny(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True),
+        "'gemma3_text' with use_bidirectional_attention=True",
     ),
-    "gemma2": (tiny(Gemma2ForCausalLM, Gemma2Config, head_dim=16), "'gemma2'.*alternating sliding-window"),
-    "gemma3": (tiny(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=16), "'gemma3_text'.*alternating sliding-window"),
+    "falcon with alibi": (
+        lambda: FalconForCausalLM(
+            FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+        ),
+        "'falcon' with alibi=True",
+    ),
     "deepseek v2": (tiny(DeepseekV2ForCausalLM, DeepseekV2Config, **LATENT), "'deepseek_v2'.*latent attention"),
     "deepseek v3": (tiny(DeepseekV3ForCausalLM, DeepseekV3Config, **LATENT), "'deepseek_v3'.*latent attention"),
     "bloom": (lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)), "ALiBi"),
@@ -161,9 +178,9 @@ REFUSED = {
         ),
         "'gpt2'.*learned absolute positions",
     ),
-    "a family not on the list": (
-        tiny(MixtralForCausalLM, MixtralConfig, num_local_experts=2),
-        "'mixtral' is not supported; accepted: gpt_neox, llama",
+    "a family on no list": (
+        tiny(PersimmonForCausalLM, PersimmonConfig),
+        "'persimmon' is not supported; accepted: falcon, gemma, ",
     ),
     "no model at all": (lambda: "gpt-neox", "model=str is not accepted"),
 }
@@ -177,6 +194,33 @@ def test_an_unsupported_model_is_refused_with_its_reason(name):
         StreamingCache.for_model(model, cap=32)
     assert "accepted: " in str(caught.value)
     assert not getattr(model, "_forward_pre_hooks", None)
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_every_unserved_family_is_refused_with_its_reason(name):
+    config = PreTrainedConfig()
+    config.model_type = name
+    with pytest.raises(
+        ValueError, match=re.escape(f"model type {name!r} is not supported ({UNSERVED[name]}); accepted: ")
+    ):
+        describe(SimpleNamespace(config=config))
+    assert name not in FAMILY, "either served or not"
+
+
+def test_every_family_has_a_file_of_its_own_and_says_what_it_is():
+    files = [sys.modules[FAMILY[name].__module__].__file__ for name in FAMILY]
+    assert len(set(files)) == len(FAMILY)
+    assert all(FAMILY.summary(name) for name in FAMILY)
+
+
+def test_layer_types_that_nobody_knows_are_refused():
+    model = build("qwen2_sliding")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="'qwen2' with layer types linear_attention is not supported"):
+        describe(model)
+    model.config.layer_types, model.config.sliding_window = ["full_attention", "sliding_attention"], None
+    with pytest.raises(ValueError, match="sliding_attention layers and sliding_window=None"):
+        describe(model)
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])

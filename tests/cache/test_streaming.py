@@ -80,7 +80,7 @@ def one_layer(dtype: torch.dtype) -> tuple:
     """A model of one layer, and its oracle with the frequencies that the model itself rotates with."""
     model = build("llama", layers=1, dtype=dtype)
     network = Network(model)
-    network.frequencies = model.model.rotary_emb.inv_freq.double()
+    network.rotations = [(model.model.rotary_emb.inv_freq.double(), 1.0)]
     return model, network
 
 

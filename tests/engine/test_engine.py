@@ -5,7 +5,7 @@ Also: streams that share the weights and nothing else, positions that are rebase
 
 import pytest
 import torch
-from oracle.models import FAMILIES, VOCAB, build, token_ids
+from oracle.models import ENGINE, VOCAB, build, token_ids
 from streams import (
     TOLERANCE,
     FakeTokenizer,
@@ -22,7 +22,7 @@ from sinkstream.engine import STEPS, Engine
 from sinkstream.policies import PRESETS
 
 TOKENS = 304
-SERVED = [f for f in FAMILIES if f != "gpt_neox_sequential"]
+SERVED = [f for f in ENGINE if f != "gpt_neox_sequential"]
 THOROUGH = ("gpt_neox", "llama")
 OTHERS = [f for f in SERVED if f not in THOROUGH]
 POLICIES = {name: small_policy(name) for name in PRESETS} | {

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
-from oracle.models import FAMILIES, build, token_ids
+from oracle.models import ENGINE, build, token_ids
 
 from sinkstream.engine import pack
 from sinkstream.engine.packing import NeoxLayer
 
-SERVED = [f for f in FAMILIES if f != "gpt_neox_sequential"]
+SERVED = [f for f in ENGINE if f != "gpt_neox_sequential"]
 
 
 @pytest.mark.parametrize("family", SERVED)

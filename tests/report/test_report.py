@@ -194,7 +194,7 @@ def test_summary_holds_each_headline_with_its_record(store, tmp_path):
             for evaluate in ("steps", "blocks"):
                 store_evaluated(store, f"{device}-{policy}-{evaluate}", policy, evaluate, every, device=device)
     summary = write_summary(tmp_path)
-    here = [key for key in HEADLINES if key.startswith(("foundation.", "diagnosis.block_"))]
+    here = [key for key in HEADLINES if key.startswith(("foundation.", "diagnosis.block_", "dropin."))]
     written = json.loads((tmp_path / "summary.json").read_text())
     assert set(written) == set(here), "the others are tested with their records"
     assert list(written) == [key for key in HEADLINES if key not in summary.missing]
@@ -264,9 +264,9 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     store("ppl-strict", "strict")
     store("cpu", "full", model="random:pythia-2.8b")
     summary = write_summary(tmp_path)
-    assert list(summary.headlines) == ["foundation.ppl_strict"]
+    assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
     keys = {*HEADLINES, *SPEED_HEADLINES, *PROMPT_HEADLINES, *DIAGNOSIS_HEADLINES}
-    assert set(summary.missing) == keys - {"foundation.ppl_strict"}
+    assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):
         write_summary(tmp_path / "none")

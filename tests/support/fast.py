@@ -7,6 +7,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "cache/test_against_oracle.py": ("agrees_with_the_oracle[strict-llama-", "off_by_one_would_show[gpt_neox]"),
     "cache/test_chunks.py": ("off_by_one", "eager_models"),
     "cache/test_copied_models.py": ("on_disk",),
+    "cache/test_every_family.py": ("agrees_with_the_oracle[gemma3-lazy", "agrees_with_the_oracle[smollm3-lazy"),
     "cache/test_families.py": ("is_described", "not_listed", "do_not_exist"),
     "cache/test_fork.py": ("hooks_count", "held_once"),
     "cache/test_generate.py": ("while_nothing_is_evicted", "beam_search"),

@@ -169,13 +169,8 @@ def _bit_reversal(past: Past, tokens, group):
     return torch.tensor([-int(f"{token:040b}"[::-1], 2) for token in tokens])
 
 
-def _cached_norm(past: Past, tokens, group):
-    """The cache sees keys with the factor of yarn in them."""
-    return past.key_norm(tokens, group) * past.network.rope_factor
-
-
 def _key_norm(past: Past, tokens, group):
-    return -(1000 * _cached_norm(past, tokens, group).log())
+    return -(1000 * past.cached_key_norm(tokens, group).log())
 
 
 # What the oracle knows by itself; any other scorer is asked (`AskedScorer`).
@@ -273,9 +268,7 @@ class AskedScorer:
             "entropy": lambda tokens, group: past.entropy(tokens),
             "attention": lambda tokens, group: past.recent(tokens, self.scorer.observed_queries, group),
             "accumulated": past.accumulated,
-            "key_norm": lambda tokens, group: (
-                past.key_norm(tokens, group) * past.network.rope_factor
-            ),  # as it is cached
+            "key_norm": past.cached_key_norm,
         }
         layers, heads, _ = positions.shape
         fields = {

@@ -1,6 +1,15 @@
 """Caches: they move memory and keep positions right."""
 
-from sinkstream.cache.families import ATTENTION, FAMILIES, ROPE_TYPES, ModelSpec, describe
+from sinkstream.cache.families import (
+    ATTENTION,
+    BOUNDED_ROPE_TYPES,
+    FAMILIES,
+    FAMILY,
+    ROPE_TYPES,
+    UNSERVED,
+    ModelSpec,
+    describe,
+)
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.rope import Rope
 from sinkstream.cache.streaming import POSITIONS, StreamingCache
@@ -8,9 +17,12 @@ from sinkstream.cache.wrappers import inner_model
 
 __all__ = [
     "ATTENTION",
+    "BOUNDED_ROPE_TYPES",
     "FAMILIES",
+    "FAMILY",
     "POSITIONS",
     "ROPE_TYPES",
+    "UNSERVED",
     "ModelSpec",
     "Rope",
     "SoftRing",

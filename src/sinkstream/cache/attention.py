@@ -5,9 +5,9 @@ that crosses prunes. Nothing happens on import, and in a forward of anybody else
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,11 +36,17 @@ class Forward:
     write : callable or None
         ``write(layer, keys, values)`` puts the new entries into the cache and returns everything visible; given where
         this function is handed the new entries alone.
+    rows : dict of int
+        Rows of the ring, by layer; other layers slide, and sdpa computes their attention.
+    sliding_mask : Tensor or None, (1, 1, tokens, visible), bool
+        What their queries see, where this function is handed the new entries alone; None: everything.
     """
 
     observer: AttentionObserver | None = None
     frames: TwoFrames | None = None
     write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    rows: Mapping[int, int] = field(default_factory=dict)
+    sliding_mask: torch.Tensor | None = None
 
 
 _PLAIN = Forward()
@@ -68,14 +74,15 @@ def _write_and_attend(
     if forward is None or forward.write is None:
         raise ValueError("a compiled forward was run outside of a call of the model that its StreamingCache belongs to")
     key, value = forward.write(layer, key, value)
-    if forward.observer is not None:
-        forward.observer.see(layer, query, key, scaling)
-    if forward.frames is not None:
-        return forward.frames.attend(query, key, value, scaling).contiguous()
-    tokens, visible, mask = query.shape[2], key.shape[2], None
-    if 1 < tokens < visible:
+    row = forward.rows.get(layer)
+    if forward.observer is not None and row is not None:
+        forward.observer.see(row, query, key, scaling)
+    if forward.frames is not None and row is not None:
+        return forward.frames.attend(row, query, key, value, scaling).contiguous()
+    tokens, visible, mask = query.shape[2], key.shape[2], forward.sliding_mask if row is None else None
+    if mask is None and 1 < tokens < visible:
         mask = torch.ones(tokens, visible, dtype=torch.bool, device=query.device).tril(visible - tokens)
-    causal = 1 < tokens == visible
+    causal = mask is None and 1 < tokens == visible
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
@@ -108,10 +115,11 @@ def _sinkstream_sdpa(module, query, key, value, attention_mask, **kwargs):
         call = torch.ops.sinkstream.write_and_attend if torch.compiler.is_compiling() else _write_and_attend
         return call(query, key, value, module.layer_idx, kwargs["scaling"]), None
     forward = running.get() or _PLAIN
-    if forward.observer is not None:
-        forward.observer.see(module.layer_idx, query, key, kwargs["scaling"])
-    if forward.frames is not None:
-        return forward.frames.attend(query, key, value, kwargs["scaling"]), None
+    row = forward.rows.get(module.layer_idx)
+    if forward.observer is not None and row is not None:
+        forward.observer.see(row, query, key, kwargs["scaling"])
+    if forward.frames is not None and row is not None:
+        return forward.frames.attend(row, query, key, value, kwargs["scaling"]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -93,10 +93,12 @@ class PinnedCopies:
         if not self.copies:
             return keys, values
         ring, times = self.ring, self.segments.count - 1
-        pinned = (
-            ring.pinned_keys[layer] if self.unpin is None else ring.rope.unrotate(keys[:, :, : ring.sink], *self.unpin)
-        )
-        copies = ring.rope.rotate(pinned.repeat(1, 1, times, 1), self.cos, self.sin).to(keys.dtype)
+        if self.unpin is None:
+            pinned = ring.pinned_keys[layer]
+        else:
+            pinned = ring.rope.unrotate(keys[:, :, : ring.sink], *ring.rope.of_layer(layer, self.unpin))
+        angles = ring.rope.of_layer(layer, (self.cos, self.sin))
+        copies = ring.rope.rotate(pinned.repeat(1, 1, times, 1), *angles).to(keys.dtype)
         return torch.cat([copies, keys], 2), torch.cat([values[:, :, : ring.sink].repeat(1, 1, times, 1), values], 2)
 
     def mask(self) -> torch.Tensor:
@@ -130,24 +132,32 @@ class TwoFrames:
         self.cached, self.pinned = ring.live, min(ring.sink, ring.live + len(steps))
         still = ring.original_positions or ring.sink == 0
         device = ring.keys.device
-        self.band = Band(
-            first,
-            None if still else dropped,
-            ring.rope.frequencies(device),
-            past=ring.seen,
-            length=max(0, self.cached - self.pinned),
-        )
+        self.rope = ring.rope
+        self.bands = {
+            rope: Band(
+                first,
+                None if still else dropped,
+                rope.frequencies(device),
+                past=ring.seen,
+                length=max(0, self.cached - self.pinned),
+            )
+            for rope in ring.rope.kinds
+        }
         self.unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     def mask(self) -> torch.Tensor:
         """In place of a mask, so that transformers makes none: ``(1, 1, 1, 1)``, bool; `attend` knows who sees what."""
         return self.unused_mask
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         """Softmax attention of one layer.
 
         Parameters
         ----------
+        layer : int
+            Its row in the ring.
         query : Tensor, (batch, query_heads, tokens, head_dim)
             Rotated for the window.
         key, value : Tensor, (batch, kv_heads, visible, head_dim)
@@ -160,5 +170,5 @@ class TwoFrames:
         keys, values = ([part[:, :, which] for which in (pinned, past, own)] for part in (key, value))
         columns = Columns(keys[0], values[0], keys[1], values[1], keys[2], values[2])
         kernel = None if not query.requires_grad else "torch"  # gradients flow through the twin only
-        wide = query.to(key.dtype)  # under autocast they differ
-        return attention_prefill(wide, columns, self.band, scaling=scaling, implementation=kernel).to(query.dtype)
+        wide, band = query.to(key.dtype), self.bands[self.rope.layer(layer)]  # under autocast dtypes differ
+        return attention_prefill(wide, columns, band, scaling=scaling, implementation=kernel).to(query.dtype)

@@ -52,7 +52,7 @@ class CopiedCache(AppendOnlyCache):
     def attach_to(self, model: PreTrainedModel) -> None:
         """Put the hooks on the model that the cache is for."""
         observed = bool({"attention", "accumulated"} & self.policy.needs)
-        in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa"
+        in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa" and self.spec.observable
         self._close = attach(self, model, attention=observed or in_blocks or self.compiled)
 
     def save(self, path: str | Path) -> None:
@@ -159,6 +159,11 @@ class CopiedCache(AppendOnlyCache):
 
     def _attached_model(self, wanted: str) -> Any:
         """The model that the cache was made for. Raises ValueError if the cache is closed, or the model is gone."""
+        if self.spec.sliding is not None:
+            raise ValueError(
+                f"a cache of {self.spec.family} with sliding layers cannot be {wanted}; accepted: models whose layers"
+                " all stream under the policy"
+            )
         model = None if self.model is None else self.model()
         if model is None:
             raise ValueError(

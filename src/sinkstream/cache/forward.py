@@ -11,7 +11,9 @@ import torch
 from sinkstream.cache.attention import Forward, running, switch_attention, writing_mask
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
+from sinkstream.cache.families.base import FULL, SLIDING
 from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.sliding import SlidingRing
 from sinkstream.cache.stream import Stream
 from sinkstream.policies import SIGNALS, Step, Steps
 
@@ -33,7 +35,7 @@ class PendingForward:
     positions : Tensor, (batch, tokens), int64
         Position ids of the new tokens.
     mask : Tensor or None, (1, 1, tokens, visible), bool or dtype of the model
-        None where the causal mask is the right one.
+        None where the causal mask is the right one. Of a hybrid model, a dict with the mask of either kind of layers.
     """
 
     def __init__(self, stream: Stream, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
@@ -55,18 +57,23 @@ class PendingForward:
                 stream.observer.rebase(delta)
         self._crossing = _crossing(stream, ring, self.steps)
         ring.open(tokens)
+        if stream.sliding:
+            stream.sliding.make_room(tokens, ring.base)
+            stream.sliding.open(tokens)
         frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
         if frames is not None:
             switch_attention(stream.spec.decoder, stream)
-        self._attention = Forward(stream.observer, frames)
+        self._attention = Forward(stream.observer, frames, rows=stream.spec.streaming_rows)
         running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
-        self.mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
+        mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
+        self.mask = self._masks(stream.sliding, mask) if stream.sliding else mask
 
     def write_in_attention(self) -> torch.Tensor:
         """Let the switched attention itself call `write`; returns the mask by which it knows."""
-        running.set(replace(self._attention, write=self.write))
+        sliding = self.mask[SLIDING] if isinstance(self.mask, dict) else None
+        running.set(replace(self._attention, write=self.write, sliding_mask=sliding))
         return writing_mask(self.positions.device)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +96,12 @@ class PendingForward:
                 " back, or begin again with cache.reset()"
             )
         self._layers_written += 1
-        visible = self.ring.write(layer, keys, values)
-        return self._crossing.extend(layer, *visible) if isinstance(self._crossing, PinnedCopies) else visible
+        buffers, row = self.stream.buffers_of(layer)
+        assert buffers is not None, "allocated when the forward began"
+        visible = buffers.write(row, keys, values)
+        if isinstance(self._crossing, PinnedCopies) and buffers is self.ring:
+            return self._crossing.extend(row, *visible)
+        return visible
 
     def commit(self, logits: torch.Tensor | None) -> None:
         """The called model has returned: count the tokens, do the prunes inside the chunk, observe the logits.
@@ -122,6 +133,8 @@ class PendingForward:
         if stream.seen_ids:
             stream.seen_ids.append(None if self.input_ids is None else self.input_ids[:, : self.tokens])
         self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()))
+        if stream.sliding:
+            stream.sliding.advance(self.tokens)
         stream.schedule, stream.last_steps = self.schedule, self.steps
         stream.events += int(self.steps.event.sum())
 
@@ -164,6 +177,17 @@ class PendingForward:
         before = torch.zeros_like(self.stream.log_probs) if before is None else before
         return torch.cat([before, log_probs[:, :-1]], 1)
 
+    def _masks(self, sliding: SlidingRing, crossing: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        """The masks of a hybrid model, which makes none itself once it is given one; a single token sees everything."""
+        if self.tokens == 1:
+            return {FULL: crossing, SLIDING: None}
+        if crossing is None:
+            live = self.ring.live
+            causal = torch.arange(live + self.tokens) <= live + torch.arange(self.tokens)[:, None]
+            crossing = self._attention_mask(causal[None, None].to(self.ring.keys.device))
+        visible = sliding.visible_columns(self.tokens)[None, None].to(sliding.keys.device)
+        return {FULL: crossing, SLIDING: self._attention_mask(visible)}
+
     def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         spec = self.stream.spec
         if spec.attention == "sdpa":
@@ -196,4 +220,5 @@ def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | Tw
     """How a chunk crosses the prunes that fall inside it; None if none does."""
     if not (stream.policy.plan_known and steps.drop[1:].any()):
         return None
-    return TwoFrames(ring, steps) if stream.spec.attention == "sdpa" else PinnedCopies(ring, Segments.of(steps))
+    ours = stream.spec.attention == "sdpa" and stream.spec.observable
+    return TwoFrames(ring, steps) if ours else PinnedCopies(ring, Segments.of(steps))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from sinkstream import compat
 from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
@@ -29,7 +29,7 @@ class HookedCache(Cache):
     spec : ModelSpec
     model : weak reference or None
         To the model the cache was made for; None before `attach` and after it is detached.
-    checked_frequencies : Tensor or None
+    checked_frequencies : tuple of Tensor
         The rotary frequencies of the model that were last compared with those of `spec`.
     chunk_user : object
         In whose name the model's attention is switched for one chunk.
@@ -42,7 +42,7 @@ class HookedCache(Cache):
     spec: ModelSpec
     chunk_user: object
     model: "weakref.ref[nn.Module] | None" = None
-    checked_frequencies: torch.Tensor | None = None
+    checked_frequencies: tuple[torch.Tensor, ...] = ()
     checked_weights: tuple | None = None
     compiled = False
 
@@ -75,8 +75,8 @@ class HookedCache(Cache):
     @abstractmethod
     def begin_forward(
         self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The decoder is called: returns (position_ids, attention mask or None) of the coming tokens."""
+    ) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor | None] | None]:
+        """The decoder is called: returns (position_ids, attention mask, masks by layer type or None) of new tokens."""
 
     @abstractmethod
     def end_decoder(self) -> None:
@@ -260,7 +260,9 @@ def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=No
     if cache is not None and again and input_ids is not None and inputs_embeds is None:
         cache.check_conversation(input_ids)
     more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
-    return getattr(type(self), _PREPARE)(self, input_ids, next_sequence_length, *args, **more)
+    of_all = cache is not None and cache.spec.drops_long_caches  # the method of the class would drop this very cache
+    prepare = getattr(GenerationMixin if of_all else type(self), _PREPARE)
+    return prepare(self, input_ids, *args, next_sequence_length=next_sequence_length, **more)
 
 
 _prepare.__name__ = _PREPARE  # generate() reads the signature of the method, and pickle its name
@@ -295,7 +297,7 @@ def _before_decoder(module, args, kwargs=None):
         return None  # the decoder itself refuses that
     batch, tokens = given.shape[:2]
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
-    _check_frequencies(cache, module.rotary_emb.inv_freq)
+    _check_frequencies(cache, module.rotary_emb)
     _check_weights(cache, module)
     _check_mask_and_positions(named, cache.seen_tokens, tokens)
     positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
@@ -372,11 +374,14 @@ def _check_attention(made_for: str, now: str | None) -> None:
         )
 
 
-def _check_frequencies(cache: HookedCache, now: torch.Tensor) -> None:
+def _check_frequencies(cache: HookedCache, rotary: nn.Module) -> None:
     """Refuse rotary frequencies that are not those the cache rotates by; compared whenever the module has new ones."""
-    if now is cache.checked_frequencies or now.is_meta:
+    known = cache.spec.frequencies
+    now = tuple(getattr(rotary, name) for name in known)
+    same = len(now) == len(cache.checked_frequencies) and all(a is b for a, b in zip(now, cache.checked_frequencies))
+    if same or any(frequencies.is_meta for frequencies in now):
         return
-    if not torch.equal(now.detach().to("cpu", torch.float64), cache.spec.rope.inv_freq):
+    if not all(torch.equal(a.detach().to("cpu", torch.float64), b) for a, b in zip(now, known.values())):
         raise ValueError(
             "the model's rotary frequencies changed after the cache was made (a model that was cast to half precision"
             " has rounded ones, also when it is cast back); load the model again, or make the cache again"

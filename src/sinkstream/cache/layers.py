@@ -95,4 +95,5 @@ class StreamingLayer(CacheLayerMixin):
         self._cache.batch_select_indices(indices)
 
     def _stored(self, name: str) -> torch.Tensor | None:
-        return self._cache.stream.ring.stored[name][self._index] if self.is_initialized else None
+        buffers, row = self._cache.stream.buffers_of(self._index)
+        return None if buffers is None else buffers.stored[name][row]

@@ -71,10 +71,12 @@ class AttentionObserver:
 
     @torch.no_grad()
     def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """Called by the attention function of every layer.
+        """Called by the attention function of every layer that streams under the policy.
 
         Parameters
         ----------
+        layer : int
+            Its row in the ring.
         query : Tensor, (batch, query_heads, new, head_dim)
         key : Tensor, (batch, kv_heads, visible, head_dim)
             The visible cache, the new entries included.
@@ -91,7 +93,8 @@ class AttentionObserver:
 
     def rebase(self, delta: int) -> None:
         """Move the kept queries with a rebase of the window."""
-        self.queries = {i: turned_back(self.ring.rope, q, delta).to(q.dtype) for i, q in self.queries.items()}
+        rope = self.ring.rope
+        self.queries = {i: turned_back(rope.layer(i), q, delta).to(q.dtype) for i, q in self.queries.items()}
 
     def latest(self) -> Queries:
         """The kept queries."""

@@ -161,7 +161,7 @@ def candidate_attention(held: Held, leaving: int, queries: Queries) -> torch.Ten
     rows = []
     for layer, keys in enumerate(held.keys.split(1)):
         query, key = queries.latest(layer, asked), held.read(keys, 0, live)[0]
-        pinned_query = turned_back(held.rope, query, held.frame_shift) if held.frame_shift else None
+        pinned_query = turned_back(held.rope.layer(layer), query, held.frame_shift) if held.frame_shift else None
         rows.append(attention_received(query, key, hidden, queries.scaling, held.pinned, pinned_query))
     return torch.stack(rows)[..., held.sink : held.pinned + leaving]
 

@@ -142,6 +142,8 @@ class SoftRing(RingBuffers):
         Pinned tokens keep their index in the stream instead of moving along with the window.
     rebase_at : int
         Relative position past which a wrap rebases the window.
+    positions : int or None
+        How many positions there are: the window is rebased before a new token would stand past them.
     shape, dtype, device, channels, storage
         As for `RingBuffers`.
     """
@@ -158,10 +160,11 @@ class SoftRing(RingBuffers):
         rebase_at: int,
         channels: list[Channel],
         storage: tuple[torch.Tensor, torch.Tensor] | None = None,
+        positions: int | None = None,
     ):
         super().__init__(shape, dtype, device, channels, storage)
         layers, batch, heads, _, dim = shape
-        self.rope, self.sink, self.rebase_at = rope, sink, rebase_at
+        self.rope, self.sink, self.rebase_at, self.positions = rope, sink, rebase_at, positions
         self.original_positions = original_positions
         self.pinned_keys = torch.zeros((layers, batch, heads, 0, dim), dtype=torch.float32, device=device)
         self.pinned_values = torch.zeros((layers, batch, heads, 0, dim), dtype=dtype, device=device)
@@ -242,18 +245,19 @@ class SoftRing(RingBuffers):
         int or None
             By how many positions the window was rebased, if it was.
         """
+        spent = self.positions is not None and self.seen - self.base + tokens > self.positions
         if self.tail + tokens <= self.capacity:
-            return None
+            return self._rebase() if spent else None
         assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
         self._compact()
-        return self._rebase() if self.seen - self.base > self.rebase_at else None
+        return self._rebase() if spent or self.seen - self.base > self.rebase_at else None
 
     def _rebase(self) -> int:
         base = window_base(self.first_window, self.pinned, self.original_positions)
         delta = base - self.base
-        for layer in self.keys:
+        for row, layer in enumerate(self.keys):
             window = layer[:, :, self.start + self.pinned : self.tail]
-            window.copy_(turned_back(self.rope, window, delta))
+            window.copy_(turned_back(self.rope.layer(row), window, delta))
         self.base = base
         self.rebases += 1
         self._write_pinned()

@@ -12,15 +12,28 @@ class Rope:
 
     Parameters
     ----------
-    inv_freq : Tensor, (rotary_dim / 2,)
-        Frequencies of the model's rotary module, radians per position.
+    inv_freq : Tensor, (rotary_dim / 2,) or (layers, 1, 1, 1, rotary_dim / 2)
+        Frequencies of the model's rotary module, radians per position. Where layers differ, each has its own; angles
+        then have the axes of buffers ``(layers, batch, kv_heads, slots, rotary_dim / 2)``.
     """
 
     def __init__(self, inv_freq: torch.Tensor):
         self.inv_freq = inv_freq.detach().to("cpu", torch.float64)
-        self.rotary_dim = 2 * len(self.inv_freq)
+        self.rotary_dim = 2 * self.inv_freq.shape[-1]
         self._host_freq = self.inv_freq.numpy()
         self._on: dict[torch.device, torch.Tensor] = {}
+        rows = [] if self.inv_freq.ndim == 1 else [tuple(row.flatten().tolist()) for row in self.inv_freq]
+        of_frequencies = {row: Rope(torch.tensor(row, dtype=torch.float64)) for row in rows}
+        self._layers = [of_frequencies[row] for row in rows]
+        self.kinds = list(of_frequencies.values()) or [self]  # the rotations that layers have, each once
+
+    def layer(self, row: int) -> "Rope":
+        """The rotation of one layer, given by its row in the stacked buffers."""
+        return self._layers[row] if self._layers else self
+
+    def of_layer(self, row: int, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is one layer's of cosines and sines of all layers."""
+        return (angles[0][row], angles[1][row]) if self._layers else angles
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of every angle.
@@ -33,12 +46,13 @@ class Rope:
         Returns
         -------
         cos, sin : Tensor, (..., rotary_dim / 2), float32
+            Of each layer where layers differ: then positions are ``(slots,)`` or have the axes of buffers.
         """
         angle = positions.to(torch.float64)[..., None] * self.frequencies(positions.device)
         return angle.cos().float(), angle.sin().float()
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
-        """``(rotary_dim / 2,)``, float64, radians per position, on a device."""
+        """``(rotary_dim / 2,)``, float64, radians per position, on a device; of each layer where layers differ."""
         if device not in self._on:
             self._on[device] = self.inv_freq.to(device)
         return self._on[device]
@@ -49,6 +63,7 @@ class Rope:
         Returns
         -------
         Tensor, (count, rotary_dim / 2), complex64, on `device`
+            Of each layer where layers differ.
         """
         angle = np.arange(first, first + count, dtype=np.float64)[:, None] * self._host_freq
         return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)

@@ -12,7 +12,8 @@ from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.pinned import Refreshed, refresh
-from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.ring import RingBuffers, SoftRing
+from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
@@ -37,6 +38,8 @@ class Stream:
     ----------
     ring : SoftRing or None
         What is cached; None before the first token.
+    sliding : SlidingRing or None
+        What the layers with a window of their own hold; None before the first token, and where there are none.
     observer : AttentionObserver or None
         Of the attention, where the scorer reads it.
     schedule : PruneSchedule
@@ -55,6 +58,7 @@ class Stream:
     """
 
     ring: SoftRing | None
+    sliding: SlidingRing | None
     observer: AttentionObserver | None
     schedule: PruneSchedule
     seen_ids: SeenTokens | None
@@ -82,7 +86,7 @@ class Stream:
     def clear(self) -> None:
         """Forget everything; memory is given back."""
         self._leave()
-        self.ring = self.observer = self.seen_ids = self.log_probs = None
+        self.ring = self.sliding = self.observer = self.seen_ids = self.log_probs = None
         self.last_steps = []
         self.schedule = PruneSchedule(self.policy)
         self.events = 0
@@ -109,7 +113,7 @@ class Stream:
 
     def stats(self) -> dict[str, int]:
         """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks."""
-        held = sum(part.bytes for part in (self.ring, self.observer, self.seen_ids) if part)
+        held = sum(part.bytes for part in (self.ring, self.sliding, self.observer, self.seen_ids) if part)
         return {
             "seen": self.seen,
             "kept": self.kept,
@@ -127,6 +131,10 @@ class Stream:
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
         room = self.capacity() - self.kept
+        if self.spec.original_length is not None:
+            room = min(room, self.spec.original_length - self.kept)
+        if self.spec.sliding:
+            room = min(room, self.sliding.room if self.sliding else self._sliding_capacity())
         if self.policy.plan_known:
             return room
         ahead = self.schedule.copy()
@@ -141,14 +149,23 @@ class Stream:
             self.structure = self.structure.to(device)
         with torch.inference_mode(False):  # so that calls in and out of inference mode can share the buffers
             self.ring = ring = self._new_ring(
-                (spec.layers, batch, spec.kv_heads, self.capacity(), spec.head_dim),
+                (len(spec.full_layers), batch, spec.kv_heads, self.capacity(), spec.head_dim),
                 device,
                 rope=spec.rope,
                 sink=policy.sink,
                 original_positions=self.positions == "original",
                 rebase_at=max(0, self.rebase_at - self.block_tokens),  # a block runs that much further
                 channels=kept_channels(policy),
+                positions=spec.original_length,
             )
+            if spec.sliding:
+                self.sliding = SlidingRing(
+                    (len(spec.sliding.layers), batch, spec.kv_heads, self._sliding_capacity(), spec.head_dim),
+                    spec.dtype,
+                    device,
+                    rope=spec.sliding.rope,
+                    window=spec.sliding.window,
+                )
             self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
@@ -225,12 +242,23 @@ class Stream:
         if sharers is not None:
             sharers.discard(self)
 
+    def buffers_of(self, layer: int) -> tuple[RingBuffers | None, int]:
+        """The buffers that hold a layer of the model, None before the first token, and the layer's row in them."""
+        row = self.spec.streaming_rows.get(layer)
+        return (self.sliding, self.spec.sliding_rows[layer]) if row is None else (self.ring, row)
+
     def choose(self, leaving: int) -> Refreshed:
         """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""
         ring, observer, scorer = self.ring, self.observer, self.policy.scorer
         assert ring is not None and scorer is not None, "a refresh scores the tokens that are cached"
         queries = observer.latest() if observer is not None and "attention" in scorer.needs else None
         return refresh(ring.held(), leaving, scorer, self.policy.refresh, queries)
+
+    def _sliding_capacity(self) -> int:
+        """Slots of the ring of the layers with a window of their own, as `capacity` of the others."""
+        assert self.spec.sliding is not None, "asked of hybrid models only"
+        window = self.spec.sliding.window
+        return max(2 * max(window, 256), window + self.block_tokens)
 
     def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
         return SoftRing(shape, self.spec.dtype, device, **more)

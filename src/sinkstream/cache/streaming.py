@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache.attention import release_attention, running
 from sinkstream.cache.copies import CopiedCache
-from sinkstream.cache.families import ModelSpec, describe
+from sinkstream.cache.families import ModelSpec, check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
 from sinkstream.cache.stream import Stream
 from sinkstream.cache.wrappers import inner_model, is_compiled
@@ -65,8 +65,8 @@ class StreamingCache(CopiedCache):
         Parameters
         ----------
         model : PreTrainedModel, or a wrapper of one
-            A supported family: gpt_neox, llama, mistral, qwen2, qwen3. The cache belongs to the model inside PEFT's
-            and torch.compile's wrappers and works for calls of either. Give a model that is compiled already: the cache
+            Of a supported family: `sinkstream.cache.FAMILIES`. The cache belongs to the model inside PEFT's and
+            torch.compile's wrappers and works for calls of either. Give a model that is compiled already: the cache
             then keeps out of the compiled graphs.
         policy : EvictionPolicy or None
             Or give its options: ``sink``, ``window`` or ``cap``, ``compress_every``, ``max_drop``, ``refresh`` …
@@ -93,6 +93,7 @@ class StreamingCache(CopiedCache):
         policy = _policy_of(policy, options)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
+        check_policy(spec, policy, positions, compiled=compiled)
         _check_trained(spec, policy, allow_untrained_positions)
         structure = None
         if "structure" in policy.needs:

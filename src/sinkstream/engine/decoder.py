@@ -13,7 +13,7 @@ from sinkstream.engine.handover import prefill_by_module
 from sinkstream.engine.inputs import Ids, encoded, token_ids
 from sinkstream.engine.keeping import StreamKeeper
 from sinkstream.engine.memory import check_engine
-from sinkstream.engine.packing import PackedWeights, check_packable, pack
+from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
 from sinkstream.engine.state import REBASE_AT, StreamState
@@ -248,6 +248,7 @@ def checked_cache(
     check_packable(model)
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
+        check_layers(cache.spec)
         step.check(cache.spec, cache.policy, model.device)
         check_engine(model, cache.spec, cache.policy, streams, chunk_tokens, model.device)
     except ValueError:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sinkstream.cache import ModelSpec
 from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, parts, plain
 
 _packed: WeakKeyDictionary = WeakKeyDictionary()
@@ -178,6 +179,21 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"weights of dtype {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))} are not served by the"
             " engine; accepted: all of one dtype, float16, bfloat16 or float32"
+        )
+
+
+def check_layers(spec: ModelSpec) -> None:
+    """Refuse, by name, attention that the decode step does not serve. Raises ValueError."""
+    instead = "or the StreamingCache with this model (backend hf)"
+    if spec.sliding is not None:
+        raise ValueError(
+            f"{spec.family} with {len(spec.sliding.layers)} sliding layers is not served by the engine;"
+            f" accepted: full attention in every layer, {instead}"
+        )
+    if spec.original_length is not None:
+        raise ValueError(
+            f"{spec.family} with rotary frequencies that are constant inside {spec.original_length} positions only is"
+            f" not served by the engine; accepted: other rotary types, {instead}"
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from sinkstream.bench.prompt_tables import render_prompts
 from sinkstream.bench.tables import render_bench
-from sinkstream.cache import ATTENTION, FAMILIES, POSITIONS, ROPE_TYPES
+from sinkstream.cache import ATTENTION, BOUNDED_ROPE_TYPES, FAMILIES, FAMILY, POSITIONS, ROPE_TYPES, UNSERVED
 from sinkstream.data import TEXTS
+from sinkstream.engine.modules import ACTIVATIONS
 from sinkstream.measure.environment import hardware
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
@@ -85,9 +86,10 @@ def features_table(records: Sequence[Record]) -> str:
     def names(*values: str) -> str:
         return ", ".join(f"`{value}`" for value in values)
 
+    always = [rope_type for rope_type in ROPE_TYPES if rope_type not in BOUNDED_ROPE_TYPES]
     rows = [
         ["model families", names(*FAMILIES)],
-        ["rotary types", names(*ROPE_TYPES)],
+        ["rotary types", f"{names(*always)}; inside the original length: {names(*BOUNDED_ROPE_TYPES)}"],
         ["attention implementations", names(*ATTENTION)],
         ["policies", f"{len(PRESETS)} named: {names(*PRESETS)}"],
         ["triggers (when to prune)", names(*TRIGGERS)],
@@ -98,6 +100,27 @@ def features_table(records: Sequence[Record]) -> str:
         ["texts", names(*TEXTS, ".txt", ".md", ".json", ".jsonl") + ", any other text file, a directory"],
     ]
     return Table(["feature", "accepted"], rows, left=2).markdown()
+
+
+@DOCUMENT_TABLES.register("families")
+def families_table(records: Sequence[Record]) -> str:
+    """Model families that are served, and what they are."""
+    rows = [
+        [f"`{name}`", FAMILY.summary(name), ", ".join(f"`{a}`" for a in family.attention), _yes(name in ACTIVATIONS)]
+        for name, family in FAMILY.items()
+    ]
+    return Table(["`model_type`", "what it is", "attention", "engine"], rows, left=4).markdown()
+
+
+@DOCUMENT_TABLES.register("unserved-families")
+def unserved_families_table(records: Sequence[Record]) -> str:
+    """Model families that are refused, and why."""
+    rows = [[f"`{name}`", why] for name, why in UNSERVED.items()]
+    return Table(["`model_type`", "why it is refused"], rows, left=2).markdown()
+
+
+def _yes(served: bool) -> str:
+    return "yes" if served else "no"
 
 
 def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int, device: str) -> str:

@@ -10,6 +10,7 @@ from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
+from sinkstream.cache import FAMILIES
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairs import Pairs
@@ -193,3 +194,9 @@ def block_max_abs_nll_difference(records: Sequence[Record]) -> Headline | None:
     """Largest difference of one token's NLL between blocks and step by step, over all float32 pairs of runs."""
     pairs = [pair for pair in block_pairs(records) if pair.blocks.protocol["dtype"] == "float32"]
     return max((Headline(pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)
+
+
+@HEADLINES.register("dropin.families")
+def dropin_families(records: Sequence[Record]) -> Headline | None:
+    """Model families that the cache serves; the tests run each against the oracle. Of the registry, not of a record."""
+    return Headline(len(FAMILIES), "sinkstream.cache.FAMILIES") if records else None

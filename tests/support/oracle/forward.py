@@ -62,6 +62,11 @@ class Past:
         """L2 norm of the unrotated key."""
         return self._pick(self.keys.norm(dim=-1).mean(1), group, tokens)
 
+    def cached_key_norm(self, tokens, group=None) -> torch.Tensor:
+        """L2 norm of the key as a cache holds it."""
+        keys = torch.stack([self.network.as_cached(layer, keys) for layer, keys in enumerate(self.keys)])
+        return self._pick(keys.norm(dim=-1).mean(1), group, tokens)
+
     def accumulated(self, tokens, group=None) -> torch.Tensor:
         """Attention received, summed over all queries so far (the token's own included)."""
         return self._pick(self._received, group, tokens)
@@ -90,19 +95,19 @@ class Past:
             asking = visible[layer, :, n - obs :]
             q = q.transpose(2, 3)[:, rows, asking].transpose(2, 3)
             allowed = visible[layer][:, None, :] <= asking[:, :, None]
-            probabilities = network.attend(q, k, place[layer, :, n - obs :], place[layer], allowed)
+            probabilities = network.attend(q, k, place[layer, :, n - obs :], place[layer], allowed, layer)
             scores[layer].scatter_(1, visible[layer], probabilities.sum(3).mean((0, 2)))
         return self._pick(scores, group, tokens)
 
 
 @dataclass
 class Trace:
-    """What happened at one step: indices (layers, kv_heads, n), attention (layers, batch, q_heads, n) or None."""
+    """What happened at one step: indices (layers, kv_heads, n), attention (batch, q_heads, n) a layer, or None."""
 
     visible: torch.Tensor
     event: bool
     drop_size: int
-    attention: torch.Tensor | None
+    attention: list[torch.Tensor] | None
 
 
 @dataclass
@@ -220,8 +225,8 @@ def _as_tensor(visible: dict, network: Network) -> torch.Tensor:
     return rows.unflatten(0, (network.layers, -1)).expand(-1, network.kv_heads, -1)
 
 
-def _step(network: Network, past: Past, t: int, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token through all layers; returns logits (batch, vocab) and attention (layers, batch, q_heads, n)."""
+def _step(network: Network, past: Past, t: int, visible: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One token through all layers; returns logits (batch, vocab) and every layer's attention (batch, q_heads, n)."""
     place = past.positions(visible)
     hidden, attention = network.embed(past.ids[:, t]), []
     past._last.zero_()
@@ -229,10 +234,12 @@ def _step(network: Network, past: Past, t: int, visible: torch.Tensor) -> tuple[
     for layer in range(network.layers):
         q, k, v = network.project(layer, hidden)
         past.queries[layer, :, :, t], past.keys[layer, :, :, t], past.values[layer, :, :, t] = q, k, v
-        seen = visible[layer]
+        seen, where = visible[layer], place[layer]
+        if network.windows[layer] is not None:  # a layer that slides: the latest tokens, at their own indices
+            seen = where = torch.arange(max(0, t + 1 - network.windows[layer]), t + 1).expand(network.kv_heads, -1)
         grouped = q.unflatten(1, (network.kv_heads, -1))[:, :, :, None]  # (batch, kv_heads, group, 1, dim)
         probabilities = network.attend(
-            grouped, past.keys[layer][:, rows, seen], place[layer, :, -1:], place[layer]
+            grouped, past.keys[layer][:, rows, seen], where[:, -1:], where, layer=layer
         ).squeeze(3)
         context = probabilities @ past.values[layer][:, rows, seen]
         past._last[layer].scatter_(1, seen, probabilities.mean((0, 2)))
@@ -244,4 +251,4 @@ def _step(network: Network, past: Past, t: int, visible: torch.Tensor) -> tuple[
     past._doubt[:, t] = 1 - log_p.amax(-1).exp()
     if t + 1 < past.ids.shape[1]:
         past._nll[:, t + 1] = -log_p.gather(1, past.ids[:, t + 1 : t + 2])[:, 0]
-    return logits, torch.stack(attention)
+    return logits, attention

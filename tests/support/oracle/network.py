@@ -1,87 +1,61 @@
-"""Weights and the arithmetic of one token in float64: norms, projections, rotation, attention, MLP, output.
+"""Weights and the arithmetic of one token in float64: norms, projections, attention, blocks, output.
 
-All of it is written out here; a transformers model gives its state dict and its configuration and nothing else.
+All of it is written out here and in `rotation`, `mlp`; a transformers model gives its state dict and its configuration
+and nothing else.
 """
 
 import math
 
 import torch
 
-F64 = torch.float64
-# What a frequency may be off by where float32 takes base ** exponent, relative: half an ulp of the exponent times the
-# logarithm of 10,000 is 5.5e-7, the power itself two ulps on some machines, each of two divisions half an ulp.
-FLOAT32_POWER = 1e-6
+from .mlp import ACTIVATIONS, MLP, bounded
+from .rotation import F64, rotation_of_layer
+
+LAYERS = {"gpt_neox": "gpt_neox.layers.{}.", "falcon": "transformer.h.{}."}  # else model.layers
+EMBEDDING = {"gpt_neox": "gpt_neox.embed_in", "falcon": "transformer.word_embeddings"}  # else model.embed_tokens
+LAST_NORM = {"gpt_neox": "gpt_neox.final_layer_norm", "falcon": "transformer.ln_f"}  # else model.norm
+MEAN_FREE = ("gpt_neox", "falcon", "stablelm")  # LayerNorm; the others RMSNorm
+AROUND_ONE = ("gemma", "gemma2", "gemma3_text")  # the weight of a norm is 1 + w
+POST_NORMED = ("olmo2", "olmo3", "gemma2", "gemma3_text")  # what attention and MLP add is normed
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 
-def rope_frequencies(config) -> tuple[torch.Tensor, float]:
-    """Angle per position of each rotary pair, and the factor on cos and sin.
-
-    Returns
-    -------
-    frequencies : torch.Tensor
-        (rotary_dims / 2,) float64, radians per position.
-    factor : float
-        1 except for yarn; it multiplies cos and sin, so it enters once through q and once through k.
-    """
-    rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dims = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    pairs = torch.arange(dims // 2, dtype=F64)
-    base, kind = rope["rope_theta"], rope["rope_type"]
-    plain = base ** (-2 * pairs / dims)
-    if kind == "default":
-        return plain, 1.0
-    if kind == "linear":
-        return plain / rope["factor"], 1.0
-    trained = rope["original_max_position_embeddings"] if kind in ("llama3", "yarn") else None
-    if kind == "llama3":
-        turns = trained * plain / (2 * math.pi)  # rotations of a pair over the trained length
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return plain * (keep + (1 - keep) / rope["factor"]), 1.0
-    if kind == "yarn":
-        return _yarn(rope, plain, pairs, dims, base, trained)
-    raise ValueError(f"rope_type {kind!r} is unknown to the oracle; accepted: default, linear, llama3, yarn")
-
-
-def _yarn(rope, plain, pairs, dims, base, trained) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071): fast pairs keep their frequency, slow ones are divided by the factor, a ramp between."""
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise ValueError("the oracle does not know yarn's mscale")
-
-    def pair_turning(turns: float) -> float:
-        return dims / 2 * math.log(trained / (2 * math.pi * turns), base)
-
-    first, last = pair_turning(rope.get("beta_fast") or 32), pair_turning(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dims - 1)
-    slow = ((pairs - first) / (last - first)).clamp(0, 1)
-    given = rope.get("attention_factor")
-    factor = given if given is not None else 0.1 * math.log(rope["factor"]) + 1
-    return plain * (1 - slow + slow / rope["factor"]), factor
+def windows(config) -> list[int | None]:
+    """Tokens that a query of each layer sees, where its layers slide; None: all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class Network:
-    """Weights of a GPT-NeoX or Llama-like model in float64 and the arithmetic around attention.
+    """Weights of a model in float64 and the arithmetic around attention.
 
     Build it with `Network(model)`: it reads `model.state_dict()` and `model.config` and calls nothing of the model.
     """
 
     def __init__(self, model):
-        self.config = model.config
+        config = self.config = model.config
+        self.kind = config.model_type
+        if self.kind not in ACTIVATIONS:
+            raise ValueError(f"model_type {self.kind!r} is unknown to the oracle")
         self.weights = {key: value.detach().to(F64) for key, value in model.state_dict().items()}
-        self.is_neox = self.config.model_type == "gpt_neox"
-        if not self.is_neox and self.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise ValueError(f"model_type {self.config.model_type!r} is unknown to the oracle")
-        expected_act = "gelu" if self.is_neox else "silu"
-        if self.config.hidden_act != expected_act:
-            raise ValueError(f"hidden_act {self.config.hidden_act!r}; the oracle knows {expected_act!r} here")
-        self.layers = self.config.num_hidden_layers
-        self.heads = self.config.num_attention_heads
-        self.kv_heads = self.heads if self.is_neox else self.config.num_key_value_heads
-        self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
-        self.frequencies, self.rope_factor = rope_frequencies(self.config)
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.kv_heads = self._count_kv_heads()
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.windows = windows(config)
+        self.rotations = [rotation_of_layer(config, i) for i in range(self.layers)]
+        self.scale = 1 / math.sqrt(self.head_dim)
+        if self.kind in ("gemma2", "gemma3_text"):
+            self.scale = config.query_pre_attn_scalar**-0.5
+        if self.kind == "granite":
+            self.scale = config.attention_multiplier
+        self.mlp = MLP(self.kind, config, self.weights)
+
+    def _count_kv_heads(self) -> int:
+        if self.kind == "falcon":
+            grouped = self.config.new_decoder_architecture  # keys are repeated for every query head and cached so
+            many = self.heads if grouped else self.config.num_kv_heads
+            return 1 if self.config.multi_query and not grouped else many
+        return self.heads if self.kind == "gpt_neox" else self.config.num_key_value_heads
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         bias = self.weights.get(f"{name}.bias")
@@ -89,65 +63,110 @@ class Network:
         return y if bias is None else y + bias
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        if self.is_neox:
+        """A norm over the last axis; none where the model has none of that name."""
+        weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
+        if weight is None:
+            return x
+        eps = next(getattr(self.config, n) for n in EPSILONS if hasattr(self.config, n))
+        if self.kind in MEAN_FREE:
             x = x - x.mean(-1, keepdim=True)
-            x = x / (x.pow(2).mean(-1, keepdim=True) + self.config.layer_norm_eps).sqrt()
-            return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[f"{name}.weight"]
+        x = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        x = x * (weight + 1 if self.kind in AROUND_ONE else weight)
+        return x if bias is None else x + bias
 
     def _prefix(self, layer: int) -> str:
-        return f"gpt_neox.layers.{layer}." if self.is_neox else f"model.layers.{layer}."
+        return LAYERS.get(self.kind, "model.layers.{}.").format(layer)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(batch,) token ids to (batch, hidden)."""
-        return self.weights["gpt_neox.embed_in.weight" if self.is_neox else "model.embed_tokens.weight"][ids]
+        found = self.weights[EMBEDDING.get(self.kind, "model.embed_tokens") + ".weight"][ids]
+        if self.kind in AROUND_ONE:
+            return found * math.sqrt(self.config.hidden_size)
+        return found * self.config.embedding_multiplier if self.kind == "granite" else found
 
     def project(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unrotated q (batch, heads, dim), k and v (batch, kv_heads, dim) of one token; QK-norm applied."""
-        prefix, batch = self._prefix(layer), hidden.shape[0]
-        normed = self._norm(hidden, prefix + "input_layernorm")
-        if self.is_neox:
+        prefix = self._prefix(layer)
+        normed = self._norm(self._norm(hidden, prefix + "input_layernorm"), prefix + "ln_attn")  # a layer has one
+        if self.kind == "gpt_neox":
             fused = self._linear(normed, prefix + "attention.query_key_value")
-            fused = fused.reshape(batch, self.heads, 3, self.head_dim)
-            return fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
-        q, k, v = (
-            self._linear(normed, f"{prefix}self_attn.{part}_proj").reshape(batch, -1, self.head_dim) for part in "qkv"
-        )
-        if prefix + "self_attn.q_norm.weight" in self.weights:
-            q, k = self._norm(q, prefix + "self_attn.q_norm"), self._norm(k, prefix + "self_attn.k_norm")
-        return q, k, v
+            return fused.unflatten(1, (self.heads, 3, -1)).unbind(2)
+        if self.kind == "falcon":
+            return self._falcon(self._linear(normed, prefix + "self_attention.query_key_value"))
+        name = prefix + "self_attn."
+        if self.kind == "phi3":
+            sizes = [self.heads * self.head_dim, *2 * [self.kv_heads * self.head_dim]]
+            q, k, v = self._linear(normed, name + "qkv_proj").split(sizes, 1)
+        else:
+            q, k, v = (self._linear(normed, f"{name}{part}_proj") for part in "qkv")
+        return self._qk_norm(q, name + "q"), self._qk_norm(k, name + "k"), v.unflatten(1, (-1, self.head_dim))
+
+    def _qk_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Split into heads, with the norm before (OLMo), after (Qwen3, Gemma 3), or one a head (StableLM)."""
+        if self.kind in ("olmo2", "olmo3"):
+            return self._norm(x, name + "_norm").unflatten(1, (-1, self.head_dim))
+        x = self._norm(x.unflatten(1, (-1, self.head_dim)), name + "_norm")
+        return torch.stack([self._norm(head, f"{name}_layernorm.norms.{i}") for i, head in enumerate(x.unbind(1))], 1)
+
+    def _falcon(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.config.new_decoder_architecture:
+            grouped = fused.unflatten(1, (self.config.num_kv_heads, -1, self.head_dim))
+            q, k, v = grouped[:, :, :-2], grouped[:, :, -2:-1], grouped[:, :, -1:]
+            return tuple(part.expand_as(q).flatten(1, 2) for part in (q, k, v))
+        if self.config.multi_query:
+            return fused.unflatten(1, (-1, self.head_dim)).split([self.heads, 1, 1], 1)
+        return fused.unflatten(1, (self.heads, 3, -1)).unbind(2)
 
     def finish(self, layer: int, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Output projection, MLP and residuals; context is (batch, heads, dim)."""
-        prefix = self._prefix(layer)
-        name = "attention.dense" if self.is_neox else "self_attn.o_proj"
-        after = hidden + self._linear(context.flatten(1), prefix + name)
-        parallel = self.is_neox and self.config.use_parallel_residual
-        x = self._norm(hidden if parallel else after, prefix + "post_attention_layernorm")
-        if self.is_neox:
-            x = self._linear(x, prefix + "mlp.dense_h_to_4h")
-            x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-            return after + self._linear(x, prefix + "mlp.dense_4h_to_h")
-        gate = self._linear(x, prefix + "mlp.gate_proj")
-        gate = gate / (1 + torch.exp(-gate))
-        return after + self._linear(gate * self._linear(x, prefix + "mlp.up_proj"), prefix + "mlp.down_proj")
+        prefix, config = self._prefix(layer), self.config
+        names = {"gpt_neox": "attention.dense", "falcon": "self_attention.dense"}
+        attended = self._linear(context.flatten(1), prefix + names.get(self.kind, "self_attn.o_proj"))
+        if self.kind in POST_NORMED:
+            hidden = hidden + self._norm(attended, prefix + "post_attention_layernorm")
+            added = self.mlp(prefix, self._norm(hidden, prefix + "pre_feedforward_layernorm"))
+            return hidden + self._norm(added, prefix + "post_feedforward_layernorm")
+        after = hidden + attended * (config.residual_multiplier if self.kind == "granite" else 1)
+        if self.kind == "gpt_neox":
+            read = hidden if config.use_parallel_residual else after
+            return after + self.mlp(prefix, self._norm(read, prefix + "post_attention_layernorm"))
+        if self.kind == "falcon" and (config.new_decoder_architecture or config.parallel_attn):
+            own = prefix + "ln_mlp"
+            normed = self._norm(hidden, own if f"{own}.weight" in self.weights else prefix + "input_layernorm")
+            return after + self.mlp(prefix, normed)
+        if self.kind == "stablelm" and config.use_parallel_residual:
+            return after + self.mlp(prefix, self._norm(hidden, prefix + "input_layernorm"))
+        added = self.mlp(prefix, self._norm(after, prefix + "post_attention_layernorm"))
+        return after + added * (config.residual_multiplier if self.kind == "granite" else 1)
 
     def log_probabilities(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and log-probabilities of the next token, both (batch, vocab)."""
-        hidden = self._norm(hidden, "gpt_neox.final_layer_norm" if self.is_neox else "model.norm")
+        hidden = self._norm(hidden, LAST_NORM.get(self.kind, "model.norm"))
         names = ("lm_head", "embed_out", "model.embed_tokens")  # the last one if tied and not stored twice
         logits = self._linear(hidden, next(name for name in names if f"{name}.weight" in self.weights))
+        if self.kind == "granite":
+            logits = logits / self.config.logits_scaling
+        logits = bounded(logits, getattr(self.config, "final_logit_softcapping", None))
         return logits, logits - torch.logsumexp(logits, -1, keepdim=True)
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def as_cached(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """Unrotated keys (..., dim) with the factor of yarn and longrope, which a cache finds in its keys."""
+        frequencies, factor = self.rotations[layer]
+        rotary = 0 if frequencies is None else 2 * len(frequencies)
+        return torch.cat([keys[..., :rotary] * factor, keys[..., rotary:]], -1)
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Rotate (..., dim) vectors to float64 positions of shape broadcastable to (...)."""
-        angles = positions[..., None] * self.frequencies
-        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        half = len(self.frequencies)
+        frequencies, factor = self.rotations[layer]
+        if frequencies is None:
+            return x
+        angles = positions[..., None] * frequencies
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        half = len(frequencies)
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
-    def attend(self, q, k, q_positions, k_positions, allowed=None) -> torch.Tensor:
+    def attend(self, q, k, q_positions, k_positions, allowed=None, layer: int = 0) -> torch.Tensor:
         """Attention probabilities of queries over keys, everything rotated from scratch.
 
         Parameters
@@ -160,15 +179,24 @@ class Network:
             (kv_heads, queries) and (kv_heads, keys).
         allowed : torch.Tensor, optional
             (kv_heads, queries, keys) bool; default all.
+        layer : int
+            Whose rotation and whose learned sinks.
 
         Returns
         -------
         torch.Tensor
-            (batch, kv_heads, group, queries, keys).
+            (batch, kv_heads, group, queries, keys); with learned sinks they sum to less than 1.
         """
-        scores = self.rotate(q, q_positions[:, None].to(F64)) @ self.rotate(k, k_positions.to(F64))[:, :, None].mT
-        scores = scores / math.sqrt(self.head_dim)
+        q, k = self.rotate(q, q_positions[:, None].to(F64), layer), self.rotate(k, k_positions.to(F64), layer)
+        scores = q @ k[:, :, None].mT * self.scale
+        if self.kind == "gemma2":
+            scores = bounded(scores, self.config.attn_logit_softcapping)
         if allowed is not None:
             scores = scores.masked_fill(~allowed[:, None], -math.inf)
+        sinks = self.weights.get(f"{self._prefix(layer)}self_attn.sinks")
+        if sinks is not None:
+            sinks = sinks.view(self.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], -1)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        return weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights if sinks is None else weights[..., :-1]
