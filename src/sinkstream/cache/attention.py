@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,10 +18,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sinkstream.cache.chunks import TwoFrames
-from sinkstream.cache.observe import AttentionObserver
 from sinkstream.compat import attention_implementation
 
 SINKSTREAM_SDPA = "sinkstream_sdpa"
+
+
+class Observer(Protocol):
+    """What is shown the attention of every layer: an `AttentionObserver`, or one of each row."""
+
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """As `AttentionObserver.see`."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,21 @@ class Forward:
 
     Attributes
     ----------
-    observer : AttentionObserver or None
+    observer : Observer or None
         Is shown the queries of every layer.
     frames : TwoFrames or None
         Computes the attention in place of sdpa.
     write : callable or None
         ``write(layer, keys, values)`` puts the new entries into the cache and returns everything visible; given where
         this function is handed the new entries alone.
+    mask : Tensor or None, (batch, 1, tokens, visible), bool
+        Which entries a query sees, where this function writes them; None: as a causal mask has it.
     """
 
-    observer: AttentionObserver | None = None
+    observer: Observer | None = None
     frames: TwoFrames | None = None
     write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    mask: torch.Tensor | None = None
 
 
 _PLAIN = Forward()
@@ -72,10 +82,10 @@ def _write_and_attend(
         forward.observer.see(layer, query, key, scaling)
     if forward.frames is not None:
         return forward.frames.attend(query, key, value, scaling).contiguous()
-    tokens, visible, mask = query.shape[2], key.shape[2], None
-    if 1 < tokens < visible:
+    tokens, visible, mask = query.shape[2], key.shape[2], forward.mask
+    if mask is None and 1 < tokens < visible:
         mask = torch.ones(tokens, visible, dtype=torch.bool, device=query.device).tril(visible - tokens)
-    causal = 1 < tokens == visible
+    causal = mask is None and 1 < tokens == visible
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped

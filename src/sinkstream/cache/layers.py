@@ -45,7 +45,7 @@ class StreamingLayer(CacheLayerMixin):
     @property
     def device(self) -> torch.device | None:
         """Of the buffers; None before they are allocated."""
-        return self._cache.stream.ring.keys.device if self.is_initialized else None
+        return self._cache.stream.device
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache allocates all layers at once."""
@@ -95,4 +95,12 @@ class StreamingLayer(CacheLayerMixin):
         self._cache.batch_select_indices(indices)
 
     def _stored(self, name: str) -> torch.Tensor | None:
-        return self._cache.stream.ring.stored[name][self._index] if self.is_initialized else None
+        if not self.is_initialized:
+            return None
+        ring = self._cache.stream.ring
+        if ring is None:
+            raise ValueError(
+                "rows that differ hold different entries, not one tensor; accepted: cache.fork() and"
+                " batch_select_indices(torch.tensor([row])) for each row"
+            )
+        return ring.stored[name][self._index]

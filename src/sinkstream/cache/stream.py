@@ -32,6 +32,8 @@ class Stream:
         Structural weight of every token id, where the scorer needs it.
     block_tokens : int
         Tokens of the largest forward that the buffer must have room for, beside what is cached.
+    user : object
+        In whose name the model's attention is switched for one chunk; default: a new one.
 
     Attributes
     ----------
@@ -73,11 +75,19 @@ class Stream:
         rebase_at: int,
         structure: torch.Tensor | None,
         block_tokens: int,
+        user: object = None,
     ):
+        self.user = user or object()
         self.spec, self.policy, self.positions = spec, policy, positions
         self.rebase_at, self.structure, self.block_tokens = rebase_at, structure, block_tokens
         self.speculative = False
         self.clear()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make another stream like this one, empty."""
+        names = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
+        return {name: getattr(self, name) for name in names}
 
     def clear(self) -> None:
         """Forget everything; memory is given back."""
@@ -87,10 +97,39 @@ class Stream:
         self.schedule = PruneSchedule(self.policy)
         self.events = 0
 
+    def start_over(self) -> "Stream":
+        """Forget everything; returns the stream to go on with."""
+        self.clear()
+        return self
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the buffers; None before they are allocated."""
+        return self.ring.keys.device if self.ring is not None else None
+
+    @property
+    def batch(self) -> int:
+        """Rows held; 0 before the first token."""
+        return self.ring.keys.shape[1] if self.ring and self.ring.seen else 0
+
     @property
     def seen(self) -> int:
-        """Tokens appended since the beginning of the stream."""
+        """Tokens appended since the beginning of the stream; of the longest row where rows differ."""
         return self.ring.seen if self.ring else 0
+
+    @property
+    def row_seen(self) -> list[int]:
+        """Tokens that each row has seen, pads left out."""
+        return [self.seen] * self.batch
+
+    def row_stats(self) -> list[dict[str, int]]:
+        """Counts of every row, as in `stats`; bytes are the row's share."""
+        return [self.stats() | {"bytes": self.stats()["bytes"] // self.batch} for _ in range(self.batch)]
+
+    def row_ids(self, row: int) -> SeenTokens | None:
+        """Which tokens one row has seen; None where they are not known."""
+        ids = self.seen_ids
+        return ids.take(torch.tensor([row], device=ids.device)) if ids and ids.complete else None
 
     @property
     def kept(self) -> int:
@@ -224,6 +263,22 @@ class Stream:
         sharers, self._sharers = self._sharers, None
         if sharers is not None:
             sharers.discard(self)
+
+    def select(self, indices: torch.Tensor) -> "Stream":
+        """Keep these rows, ``(any,)`` int64, in this order and as often as they are named; returns the stream."""
+        ring = self.ring
+        assert ring is not None, "there are rows to select from"
+        with torch.inference_mode(False):
+            rows = indices.to(ring.keys.device)
+            ring.select(rows)  # copies: nobody else reads them
+            self._leave()
+            if self.seen_ids is not None:
+                self.seen_ids = self.seen_ids.take(rows)
+            if self.observer is not None:
+                self.observer.queries = {i: q[rows] for i, q in self.observer.queries.items()}
+            if self.log_probs is not None:
+                self.log_probs = self.log_probs[rows]
+        return self
 
     def choose(self, leaving: int) -> Refreshed:
         """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""
