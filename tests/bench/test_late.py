@@ -13,6 +13,7 @@ from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
+from sinkstream.records.headline import Headline
 from sinkstream.report.summary import write_summary
 
 KEY = "dropin.late_over_early_token"
@@ -44,7 +45,7 @@ def test_the_headline_is_the_ratio_of_late_and_early(tmp_path):
     assert KEY not in write_summary(tmp_path).headlines, "other places"
     record.places[0].update(seen=EARLY, conversation_ms=2.0)
     record.places[1].update(seen=LATE, conversation_ms=3.0)
-    assert LATE_HEADLINES[KEY]([record]) == (1.5, record.id)
+    assert LATE_HEADLINES[KEY]([record]) == Headline(1.5, record.id)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

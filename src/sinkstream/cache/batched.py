@@ -9,6 +9,7 @@ from sinkstream import compat
 from sinkstream.cache.append_only import AppendOnlyCache
 from sinkstream.cache.conversation import check_beginning, unseen
 from sinkstream.cache.padding import check_axes, default_positions
+from sinkstream.cache.rows import selected
 from sinkstream.cache.stream import Stream
 
 
@@ -43,7 +44,7 @@ class BatchedCache(AppendOnlyCache):
         if not chosen or min(chosen) < 0 or max(chosen) >= batch:
             raise ValueError(f"indices={chosen} are not accepted; accepted: at least one, from 0 to {batch - 1}")
         self.abort_forward()
-        self.stream, self.ended = self.stream.select(indices.reshape(-1)), ()
+        self.stream, self.ended = selected(self.stream, indices.reshape(-1)), ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold every row `repeats` times, copies side by side, as generate() repeats its input_ids."""

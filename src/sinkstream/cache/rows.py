@@ -135,7 +135,7 @@ class Rows(Stream):
         return other
 
     def select(self, indices: torch.Tensor) -> Stream:
-        """As `Stream.select`; one row alone becomes a stream without masks."""
+        """As `selected`; one row alone becomes a stream without masks."""
         with torch.inference_mode(False):
             index = indices.to(self.keys.device)
             keys, values = (buffer.index_select(1, index) for buffer in (self.keys, self.values))
@@ -185,3 +185,21 @@ def row_stream(source: Stream, row: int, storage: tuple[torch.Tensor, torch.Tens
     new.log_probs = None if source.log_probs is None else source.log_probs[one]
     new.last_steps = source.last_steps
     return new
+
+
+def selected(stream: Stream, indices: torch.Tensor) -> Stream:
+    """The stream with these rows, ``(any,)`` int64, in this order and as often as they are named, to go on with."""
+    if isinstance(stream, Rows):
+        return stream.select(indices)
+    ring = ring_of(stream)
+    with torch.inference_mode(False):
+        rows = indices.to(ring.keys.device)
+        stream.own()  # nobody else reads the buffers any more
+        ring.select(rows)
+        if stream.seen_ids is not None:
+            stream.seen_ids = stream.seen_ids.take(rows)
+        if stream.observer is not None:
+            stream.observer.queries = {i: q[rows] for i, q in stream.observer.queries.items()}
+        if stream.log_probs is not None:
+            stream.log_probs = stream.log_probs[rows]
+    return stream

@@ -264,22 +264,6 @@ class Stream:
         if sharers is not None:
             sharers.discard(self)
 
-    def select(self, indices: torch.Tensor) -> "Stream":
-        """Keep these rows, ``(any,)`` int64, in this order and as often as they are named; returns the stream."""
-        ring = self.ring
-        assert ring is not None, "there are rows to select from"
-        with torch.inference_mode(False):
-            rows = indices.to(ring.keys.device)
-            ring.select(rows)  # copies: nobody else reads them
-            self._leave()
-            if self.seen_ids is not None:
-                self.seen_ids = self.seen_ids.take(rows)
-            if self.observer is not None:
-                self.observer.queries = {i: q[rows] for i, q in self.observer.queries.items()}
-            if self.log_probs is not None:
-                self.log_probs = self.log_probs[rows]
-        return self
-
     def choose(self, leaving: int) -> Refreshed:
         """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""
         ring, observer, scorer = self.ring, self.observer, self.policy.scorer
