@@ -15,6 +15,7 @@ from sinkstream.cache.pinned import Refreshed, refresh
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
+SETTINGS = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
 
 
@@ -86,8 +87,7 @@ class Stream:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that make another stream like this one, empty."""
-        names = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def clear(self) -> None:
         """Forget everything; memory is given back."""
