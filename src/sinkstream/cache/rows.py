@@ -126,6 +126,11 @@ class Rows(Stream):
         self.tail += tokens
         self.last_steps = steps
 
+    def begin_turn(self, ahead: int = 0) -> None:
+        """As `Stream.begin_turn`, for every row: `ahead` counts the row's own tokens."""
+        for row in self.rows:
+            row.begin_turn(ahead)
+
     def fork(self, *, share: bool = True) -> "Rows":
         """As `Stream.fork`; rows are copied at once."""
         other = copy.copy(self)
