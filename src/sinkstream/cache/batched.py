@@ -9,7 +9,7 @@ from sinkstream import compat
 from sinkstream.cache.append_only import AppendOnlyCache
 from sinkstream.cache.conversation import check_beginning, unseen
 from sinkstream.cache.padding import check_axes, default_positions
-from sinkstream.cache.rows import selected
+from sinkstream.cache.rows import Rows, selected
 from sinkstream.cache.stream import Stream
 
 
@@ -30,7 +30,10 @@ class BatchedCache(AppendOnlyCache):
 
     def row_stats(self) -> list[dict[str, int]]:
         """The counts of `stats` for every row; bytes are the row's share."""
-        return self.stream.row_stats()
+        if isinstance(self.stream, Rows):
+            return self.stream.row_stats()
+        stats = self.stream.stats()
+        return [stats | {"bytes": stats["bytes"] // self.stream.batch} for _ in range(self.stream.batch)]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order and as often as they are named; the others are forgotten.

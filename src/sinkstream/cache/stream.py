@@ -122,10 +122,6 @@ class Stream:
         """Tokens that each row has seen, pads left out."""
         return [self.seen] * self.batch
 
-    def row_stats(self) -> list[dict[str, int]]:
-        """Counts of every row, as in `stats`; bytes are the row's share."""
-        return [self.stats() | {"bytes": self.stats()["bytes"] // self.batch} for _ in range(self.batch)]
-
     def row_ids(self, row: int) -> SeenTokens | None:
         """Which tokens one row has seen; None where they are not known."""
         ids = self.seen_ids
