@@ -7,6 +7,8 @@ release              what it does                                        answere
                      ``cache``, in ``generate()`` too                    `named_arguments`, `find_argument`
 5.17 and newer       ``generate()`` hands a callable neither the         `generate_arguments`
                      streamer nor the assistant
+5.17 and newer       which rows have ended is known to the decoding      `sampling_loop`, `ended_rows`
+                     loop alone
 5.17 and newer       whether a cache came from the caller, the padding   `is_callers_cache`, `pad_token`,
                      token and the attention in use are private names    `attention_implementation`
 ===================  ==================================================  =========================================
@@ -18,7 +20,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -130,6 +132,25 @@ def generate_arguments(frame: types.FrameType | None, model: nn.Module) -> dict[
     if frame is None or frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model:
         return {}
     return {name: frame.f_locals[name] for name in NOT_PASSED if frame.f_locals.get(name) is not None}
+
+
+def sampling_loop(frame: types.FrameType | None) -> Mapping[str, Any] | None:
+    """Variables of the decoding loop of generate() that has called, wrappers between them; None if none has."""
+    for _ in range(6):
+        if frame is None or frame.f_code.co_name == "_prefill":  # a prompt in pieces: before 5.23 called like a step
+            return None
+        if frame.f_code.co_name == "_sample" and "unfinished_sequences" in frame.f_code.co_varnames:
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+def ended_rows(loop: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which rows have ended in a decoding loop: it fills them up with pads. Empty for one row, or if none can end."""
+    unfinished = loop["unfinished_sequences"]
+    if len(unfinished) == 1 or not loop.get("has_eos_stopping_criteria"):
+        return ()
+    return tuple(left == 0 for left in unfinished.tolist())
 
 
 def is_callers_cache(cache: Any) -> bool:

@@ -22,7 +22,7 @@ from streams import (
     small_policy,
 )
 
-from sinkstream.cache import SoftRing
+from sinkstream.cache import SoftRing, describe
 from sinkstream.policies import PRESETS
 
 TOKENS = 304

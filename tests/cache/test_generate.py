@@ -157,16 +157,6 @@ def beams(model, ids, cache):
     generate(model, ids, cache, num_beams=2)
 
 
-def padded(model, ids, cache):
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    generate(model, ids, cache, attention_mask=mask)
-
-
-def pads_in_the_prompt(model, ids, cache):
-    generate(model, torch.cat([ids[:, :60], torch.full_like(ids[:, 60:], PAD)], 1), cache)
-
-
 def own_positions(model, ids, cache):
     model(ids[:, :3], position_ids=torch.arange(3)[None], **with_cache(model, cache))
 
@@ -203,20 +193,10 @@ def without_cache(model, ids, cache):
     model.generate(ids[:, :60], **with_cache(model, cache), use_cache=False, max_new_tokens=3)
 
 
-def repeated(model, ids, cache):
-    cache.batch_repeat_interleave(2)
-
-
-def selected(model, ids, cache):
-    cache.batch_select_indices(torch.tensor([0]))
-
-
 REFUSED = {
     assisted: "assisted decoding",
     crop: "cannot be rolled back",
     beams: "batch of 2",
-    padded: "attention_mask with zeros",
-    pads_in_the_prompt: "pad_token_id",
     own_positions: "the next 3 tokens take 50 to 52",
     own_mask: "attention_mask of 4 dimensions",
     nothing_new: "50 tokens seen and at least one new one",
@@ -226,8 +206,6 @@ REFUSED = {
     other_model: "not attached to the model",
     pickled: r"cannot be pickled; accepted: cache.save\(path\)",
     without_cache: "use_cache=False and a streaming cache exclude each other",
-    repeated: "change its batch",
-    selected: "change its batch",
 }
 
 

@@ -130,6 +130,36 @@ def test_rows_end_one_by_one_and_are_padded():
     assert [e.stats(stream=i)["seen"] for i in range(3)] == lengths and len(set(lengths)) > 1
 
 
+def padded(rows: list[torch.Tensor]) -> dict:
+    """Rows (tokens,) of any length, left-padded, as inputs of generate()."""
+    ids = torch.full((len(rows), max(map(len, rows))), PAD)
+    for i, row in enumerate(rows):
+        ids[i, ids.shape[1] - len(row) :] = row
+    return {"ids": ids, "attention_mask": (ids != PAD).long()}
+
+
+@pytest.mark.parametrize(("family", "policy"), jobs())
+def test_padded_rows_write_what_each_writes_alone(family, policy):
+    rows = [prompt_of(n, seed=n)[0] for n in (20, 66, 45)]
+    expected, found, e = both(family, policy, **padded(rows), max_new_tokens=40)
+    assert torch.equal(found, expected)
+    alone = engine(e.model, policy)
+    for i, row in enumerate(rows):
+        single = e.model.generate(row[None], custom_generate=alone.custom_generate, **options(max_new_tokens=40))
+        assert torch.equal(found[i, 66:], single[0, len(row) :])
+        assert e.stats(stream=i)["seen"] == len(row) + 40
+
+
+def test_padded_rows_end_one_by_one():
+    rows = [prompt_of(n, seed=n)[0] for n in (20, 66, 45)]
+    more = padded(rows) | {"logits_processor": lambda: [Forbid(PAD)]}
+    free = both("llama", "lazy", **more)[1]
+    expected, found, e = both("llama", "lazy", **more, eos_token_id=[int(free[0, 80]), int(free[1, 130])])
+    assert torch.equal(found, expected)
+    lengths = [int((row != PAD).sum()) for row in found]
+    assert [e.stats(stream=i)["seen"] for i in range(3)] == lengths and len(set(lengths)) > 1
+
+
 def test_rows_that_end_without_a_token_for_padding_go_on():
     ids = prompt_of(20, batch=2)
     texts = [tokenizer().decode(row) for row in both("llama", "lazy", ids)[1][:, 20:]]
@@ -166,17 +196,11 @@ def test_a_call_starts_over_and_leaves_other_streams_alone():
     assert longer[0, -10:].tolist() == more
 
 
-def padded(ids: torch.Tensor) -> dict:
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    return {"attention_mask": mask}
-
-
 REFUSED = {
     "beams": ({"num_beams": 2}, "beam search: .*accepted: greedy decoding and sampling"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation: "),
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search: "),
-    "padding": (padded, "an attention_mask with zeros"),
+    "pads alone": (lambda ids: {"attention_mask": torch.zeros_like(ids)}, "a row of pads alone"),
     "positions": (lambda ids: {"position_ids": torch.arange(3, 3 + ids.shape[1])[None]}, "position_ids of the caller"),
     "rows": (lambda ids: {"num_return_sequences": 3}, "3 rows: .*accepted: at most 2, the engine's streams"),
     "no cache": ({"use_cache": False}, "use_cache=False: "),

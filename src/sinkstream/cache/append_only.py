@@ -10,7 +10,7 @@ from sinkstream.cache.stream import Stream
 
 
 class AppendOnlyCache(HookedCache):
-    """A cache that takes new tokens and nothing else: no rollback, no other batch."""
+    """A cache that takes new tokens and nothing else: no rollback."""
 
     stream: Stream
 
@@ -28,12 +28,12 @@ class AppendOnlyCache(HookedCache):
     @property
     def is_initialized(self) -> bool:
         """Whether the buffers are allocated."""
-        return self.stream.ring is not None
+        return self.stream.ring is not None or self.stream.batch > 0
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch; -1 before the first token."""
-        return self.stream.ring.keys.shape[1] if self.stream.ring is not None else -1
+        return self.stream.ring.keys.shape[1] if self.stream.ring is not None else self.stream.batch or -1
 
     @property
     def max_batch_size(self) -> int:
@@ -105,14 +105,3 @@ class AppendOnlyCache(HookedCache):
             "StreamingCache cannot be rolled back; assisted decoding and crop() are not supported; accepted: go on from"
             " cache.fork(), made before the tokens in question"
         )
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused, as `reorder_cache`."""
-        raise ValueError(
-            "StreamingCache cannot change its batch; accepted: the batch size of the first call, or cache.fork() for"
-            " every continuation"
-        )
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refused, as `reorder_cache`."""
-        self.batch_repeat_interleave(len(indices))

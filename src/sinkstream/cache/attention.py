@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,10 +18,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sinkstream.cache.chunks import TwoFrames
-from sinkstream.cache.observe import AttentionObserver
 from sinkstream.compat import attention_implementation
 
 SINKSTREAM_SDPA = "sinkstream_sdpa"
+
+
+class Observer(Protocol):
+    """What is shown the attention of every layer: an `AttentionObserver`, or one of each row."""
+
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """As `AttentionObserver.see`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Forward:
 
     Attributes
     ----------
-    observer : AttentionObserver or None
+    observer : Observer or None
         Is shown the queries of every layer.
     frames : TwoFrames or None
         Computes the attention in place of sdpa.
@@ -38,14 +45,16 @@ class Forward:
         this function is handed the new entries alone.
     rows : dict of int
         Rows of the ring, by layer; other layers slide, and sdpa computes their attention.
-    sliding_mask : Tensor or None, (1, 1, tokens, visible), bool
-        What their queries see, where this function is handed the new entries alone; None: everything.
+    mask, sliding_mask : Tensor or None, (batch or 1, 1, tokens, visible), bool
+        Which entries a query of a streaming layer, and of a sliding one, sees, where this function writes them; None:
+        as a causal mask has it.
     """
 
-    observer: AttentionObserver | None = None
+    observer: Observer | None = None
     frames: TwoFrames | None = None
     write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     rows: Mapping[int, int] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
     sliding_mask: torch.Tensor | None = None
 
 
@@ -79,7 +88,8 @@ def _write_and_attend(
         forward.observer.see(row, query, key, scaling)
     if forward.frames is not None and row is not None:
         return forward.frames.attend(row, query, key, value, scaling).contiguous()
-    tokens, visible, mask = query.shape[2], key.shape[2], forward.sliding_mask if row is None else None
+    tokens, visible = query.shape[2], key.shape[2]
+    mask = forward.sliding_mask if row is None else forward.mask
     if mask is None and 1 < tokens < visible:
         mask = torch.ones(tokens, visible, dtype=torch.bool, device=query.device).tril(visible - tokens)
     causal = mask is None and 1 < tokens == visible

@@ -5,9 +5,11 @@ before it are. So the cache remembers what it saw: the latest ids themselves, al
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 REMEMBERED = 8_192  # the latest ids, at least; the oldest half of the buffer is hashed when it is full
 MULTIPLIER = 6_364_136_223_846_793_005  # of a polynomial hash modulo 2 ** 64
@@ -27,6 +29,11 @@ class SeenTokens:
         self._hash = torch.zeros(batch, dtype=torch.int64, device=device)
         self._hashed = self._count = 0
         self.complete = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids are."""
+        return self._ids.device
 
     @property
     def bytes(self) -> int:
@@ -51,6 +58,13 @@ class SeenTokens:
         other = copy.copy(self)
         other._ids, other._hash = self._ids.clone(), self._hash.clone()
         return other
+
+    def take(self, rows: torch.Tensor) -> "SeenTokens":
+        """A copy that consists of these rows, ``(any,)`` int64, of the batch."""
+        taken = object.__new__(type(self))
+        taken.__dict__ |= self.__dict__
+        taken._ids, taken._hash = self._ids[rows], self._hash[rows]
+        return taken
 
     def append(self, ids: torch.Tensor | None) -> None:
         """Remember new tokens ``(batch, new)``; None where the caller gave embeddings: then nothing can be compared."""
@@ -86,6 +100,61 @@ class SeenTokens:
         rest = self._ids[:, leaving : self._count].clone()
         self._ids[:, : rest.shape[1]] = rest
         self._hashed, self._count = self._hashed + leaving, rest.shape[1]
+
+
+def check_beginning(ids: torch.Tensor, seen: int, known: SeenTokens, of: str = "the conversation") -> None:
+    """Raise ValueError unless ids ``(batch, tokens)``, where there are more than `seen`, begin with what was seen."""
+    index = known.first_difference(ids) if ids.shape[1] > seen else None
+    if index is not None:
+        raise ValueError(
+            f"{of} differs from what the cache has seen at token {index} of {seen}; the cache cannot"
+            " go back, so nothing was computed. Ways out: cache.reset() and pass the conversation again"
+            " (also after a chat template has rendered an earlier turn in another way); pass new tokens only, with"
+            " generate(**cache.continuation(new_ids), …) or cache.prefill(model, new_ids)"
+        )
+
+
+def unseen(
+    ids: torch.Tensor, mask: torch.Tensor, seen: list[int], known: Callable[[int], SeenTokens | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each row of a padded conversation has that was not seen.
+
+    Parameters
+    ----------
+    ids, mask : Tensor, (batch, tokens)
+        0 in the mask where a row has pads, anywhere.
+    seen : list of int
+        Tokens that were seen of each row; empty before the first.
+    known : callable
+        ``known(row)`` gives the tokens that were seen of a row, where they are known.
+
+    Returns
+    -------
+    ids, mask : Tensor, (batch, most new tokens of a row), int64
+        New tokens, with pads before them.
+
+    Raises
+    ------
+    ValueError
+        If a row does not begin with what was seen of it, or has nothing new.
+    """
+    new = []
+    for row, (row_ids, row_mask) in enumerate(zip(ids, mask)):
+        own, before = row_ids[row_mask != 0], seen[row] if row < len(seen) else 0
+        if len(own) <= before:
+            raise ValueError(
+                f"row {row} of the conversation has {len(own)} tokens, pads left out, and the cache has seen {before}"
+                " of them; accepted: all tokens seen and at least one new one. A row that has ended is dropped by"
+                " cache.batch_select_indices(indices of the others)"
+            )
+        row_known = known(row) if before else None
+        if row_known is not None:
+            check_beginning(own[None], before, row_known, f"row {row} of the conversation")
+        new.append(own[before:])
+    pads = [max(map(len, new)) - len(row) for row in new]
+    filled = [pad(row, (p, 0)) for row, p in zip(new, pads)]
+    masks = [pad(torch.ones_like(row), (p, 0)) for row, p in zip(new, pads)]
+    return torch.stack(filled), torch.stack(masks)
 
 
 def _fold(hashed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

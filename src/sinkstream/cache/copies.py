@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from sinkstream.cache.append_only import AppendOnlyCache
+from sinkstream.cache.batched import BatchedCache
 from sinkstream.cache.hooks import attach
 from sinkstream.cache.layers import StreamingLayer
+from sinkstream.cache.rows import Rows
 from sinkstream.cache.saving import fill_stream, stream_record
 from sinkstream.cache.stream import Stream
 from sinkstream.cache.stream_file import check_fits, fingerprint, identity, read_stream, saved_policy, write_stream
@@ -25,7 +26,7 @@ from sinkstream.policies.eviction import option_names
 POLICY_OPTIONS = ("policy", "cap", "cap_accounting")  # beside those of `option_names`
 
 
-class CopiedCache(AppendOnlyCache):
+class CopiedCache(BatchedCache):
     """A cache that can be written to a file, read from one, and forked.
 
     Attributes
@@ -41,7 +42,7 @@ class CopiedCache(AppendOnlyCache):
     def __init__(self, stream: Stream):
         super().__init__(layers=[StreamingLayer(self, i) for i in range(stream.spec.layers)])
         self.spec, self.policy, self.stream = stream.spec, stream.policy, stream
-        self.chunk_user = stream
+        self.chunk_user = stream.user
         self._close: Callable[[], object] = lambda: None
 
     @classmethod
@@ -71,6 +72,11 @@ class CopiedCache(AppendOnlyCache):
             If the file cannot be written; an older one stays as it was.
         """
         model = self._attached_model("saved")
+        if isinstance(self.stream, Rows):
+            raise ValueError(
+                "rows that differ are not written to one file; accepted: for each row, cache.fork(),"
+                " batch_select_indices(torch.tensor([row])) and save(path)"
+            )
         write_stream(path, stream_record(self.stream, identity(self.spec, fingerprint(model))))
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from sinkstream.cache.attention import Forward, running, switch_attention, writing_mask
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
+from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.families.base import FULL, SLIDING
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sliding import SlidingRing
@@ -42,19 +43,26 @@ class PendingForward:
         self.stream, self.tokens, self.input_ids = stream, tokens, input_ids
         self._layers_written = 0
         stream.own()
-        ring = stream.ring
-        if ring is None or ring.seen == 0:
-            ring = stream.allocate(batch, device)
-        self.ring, self.schedule = ring, stream.schedule.copy()
+        self.ring = self._ring(batch, device)
+        self.schedule = stream.schedule.copy()
         self.steps = self.schedule.advance(tokens)
-        drop = self.steps[0].drop - (stream.schedule.cached - ring.live)  # a failed forward may have dropped already
+        # a failed forward may have dropped already
+        drop = self.steps[0].drop - (stream.schedule.cached - self.ring.live)
         if drop > 0:
-            ring.prune(drop, stream.policy.refresh, stream.choose)
+            self.ring.prune(drop, stream.policy.refresh, stream.choose)
+        self._open(batch, device)
+
+    def _ring(self, batch: int, device: torch.device) -> SoftRing:
+        ring = self.stream.ring
+        return self.stream.allocate(batch, device) if ring is None or ring.seen == 0 else ring
+
+    def _open(self, batch: int, device: torch.device) -> None:
+        """Make room, and let the attention of the forward know what it must do."""
+        stream, ring, tokens = self.stream, self.ring, self.tokens
         delta = ring.make_room(tokens)
-        if stream.observer:
-            stream.observer.begin(tokens, spare=tokens - 1 if stream.speculates else 0)
-            if delta is not None:
-                stream.observer.rebase(delta)
+        if stream.observer and delta is not None:
+            stream.observer.rebase(delta)
+        self._observe_attention()
         self._crossing = _crossing(stream, ring, self.steps)
         ring.open(tokens)
         if stream.sliding:
@@ -62,13 +70,17 @@ class PendingForward:
             stream.sliding.open(tokens)
         frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
         if frames is not None:
-            switch_attention(stream.spec.decoder, stream)
+            switch_attention(stream.spec.decoder, stream.user)
         self._attention = Forward(stream.observer, frames, rows=stream.spec.streaming_rows)
         running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
-        mask = None if self._crossing is None else self._attention_mask(self._crossing.mask())
+        mask = None if self._crossing is None else attention_mask(stream.spec, self._crossing.mask())
         self.mask = self._masks(stream.sliding, mask) if stream.sliding else mask
+
+    def _observe_attention(self) -> None:
+        if self.stream.observer:
+            self.stream.observer.begin(self.tokens, spare=self.tokens - 1 if self.stream.speculates else 0)
 
     def write_in_attention(self) -> torch.Tensor:
         """Let the switched attention itself call `write`; returns the mask by which it knows."""
@@ -84,17 +96,7 @@ class PendingForward:
         ValueError
             If the model's dtype or device is not that of the buffers.
         """
-        spec = self.stream.spec
-        if keys.dtype != spec.dtype and not torch.is_autocast_enabled(keys.device.type):
-            raise ValueError(
-                f"the model's dtype was changed from {spec.dtype} to {keys.dtype} after the cache was made;"
-                " change it back, or make the cache again"
-            )
-        if keys.device != self.ring.keys.device:
-            raise ValueError(
-                f"the model was moved from {self.ring.keys.device} to {keys.device} after the cache was filled; move it"
-                " back, or begin again with cache.reset()"
-            )
+        check_entries(self.stream.spec, keys, self.ring.keys.device)
         self._layers_written += 1
         buffers, row = self.stream.buffers_of(layer)
         assert buffers is not None, "allocated when the forward began"
@@ -116,13 +118,11 @@ class PendingForward:
         ValueError
             If a layer wrote nothing.
         """
+        check_written(self.stream.spec, self._layers_written)
+        self._count(logits)
+
+    def _count(self, logits: torch.Tensor | None) -> None:
         stream, begun, log_probs = self.stream, self.tokens, None
-        if self._layers_written != stream.spec.layers:
-            raise ValueError(
-                f"{self._layers_written} of {stream.spec.layers} layers wrote their keys and values into the cache, so"
-                " its tokens are not counted: layers with gradient checkpointing pass no cache on in training mode;"
-                " call model.eval(), or model.gradient_checkpointing_disable()"
-            )
         if stream.needs_logits:
             assert logits is not None, "a policy that reads the logits is refused when the decoder is called alone"
             log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
@@ -184,26 +184,51 @@ class PendingForward:
         if crossing is None:
             live = self.ring.live
             causal = torch.arange(live + self.tokens) <= live + torch.arange(self.tokens)[:, None]
-            crossing = self._attention_mask(causal[None, None].to(self.ring.keys.device))
+            crossing = attention_mask(self.stream.spec, causal[None, None].to(self.ring.keys.device))
         visible = sliding.visible_columns(self.tokens)[None, None].to(sliding.keys.device)
-        return {FULL: crossing, SLIDING: self._attention_mask(visible)}
+        return {FULL: crossing, SLIDING: attention_mask(self.stream.spec, visible)}
 
-    def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
-        spec = self.stream.spec
-        if spec.attention == "sdpa":
-            return visible
-        lowest = torch.finfo(spec.dtype).min
-        return torch.zeros_like(visible, dtype=spec.dtype).masked_fill_(~visible, lowest)
+
+def attention_mask(spec: ModelSpec, visible: torch.Tensor) -> torch.Tensor:
+    """A mask as the model's attention takes it: bool for sdpa, else 0 or the lowest number, in the model's dtype."""
+    if spec.attention == "sdpa":
+        return visible
+    lowest = torch.finfo(spec.dtype).min
+    return torch.zeros_like(visible, dtype=spec.dtype).masked_fill_(~visible, lowest)
+
+
+def check_entries(spec: ModelSpec, keys: torch.Tensor, device: torch.device) -> None:
+    """Raise ValueError if the model's dtype or device is not that of the buffers."""
+    if keys.dtype != spec.dtype and not torch.is_autocast_enabled(keys.device.type):
+        raise ValueError(
+            f"the model's dtype was changed from {spec.dtype} to {keys.dtype} after the cache was made;"
+            " change it back, or make the cache again"
+        )
+    if keys.device != device:
+        raise ValueError(
+            f"the model was moved from {device} to {keys.device} after the cache was filled; move it"
+            " back, or begin again with cache.reset()"
+        )
+
+
+def check_written(spec: ModelSpec, layers: int) -> None:
+    """Raise ValueError unless all layers have written."""
+    if layers != spec.layers:
+        raise ValueError(
+            f"{layers} of {spec.layers} layers wrote their keys and values into the cache, so"
+            " its tokens are not counted: layers with gradient checkpointing pass no cache on in training mode;"
+            " call model.eval(), or model.gradient_checkpointing_disable()"
+        )
 
 
 def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tensor | None, *, has_logits: bool) -> None:
     """Raise ValueError unless the stream can take these tokens in one forward."""
     if tokens < 1:
         raise ValueError("0 tokens in one call; accepted: at least 1")
-    ring = stream.ring
-    if ring is not None and ring.seen and batch != ring.keys.shape[1]:
+    if stream.batch and batch != stream.batch:
         raise ValueError(
-            f"batch of {batch}, but this cache holds {ring.keys.shape[1]} streams; use reset() or another cache"
+            f"batch of {batch}, but this cache holds {stream.batch} streams; use reset() or another cache, or change"
+            " the rows with cache.batch_select_indices(indices) or cache.batch_repeat_interleave(times)"
         )
     if input_ids is None and {"structure", "nll"} & stream.policy.needs:
         raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")

@@ -5,11 +5,12 @@ looks for a streaming cache among the arguments of a call and acts only on a cac
 The hooks are plain functions of this module, so that a model with hooks can be copied and pickled.
 """
 
+import sys
 import threading
 import types
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from sinkstream import compat
 from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.padding import call_tokens
 
 
 class HookedCache(Cache):
@@ -37,6 +39,8 @@ class HookedCache(Cache):
         The decoder's weights, as `_weights_of`, that the stream began with; None: whichever come first.
     compiled : bool
         Whether attention writes the entries, so that no length of the cache is in a compiled graph.
+    ended : tuple of bool
+        Rows of the generate() under way that had ended at its latest step; empty: none.
     """
 
     spec: ModelSpec
@@ -45,11 +49,17 @@ class HookedCache(Cache):
     checked_frequencies: tuple[torch.Tensor, ...] = ()
     checked_weights: tuple | None = None
     compiled = False
+    ended: tuple[bool, ...] = ()
 
     @property
     @abstractmethod
     def seen_tokens(self) -> int:
-        """Tokens appended since the beginning of the stream."""
+        """Tokens appended since the beginning of the stream; of the longest row where rows differ."""
+
+    @property
+    @abstractmethod
+    def row_seen(self) -> list[int]:
+        """Tokens that each row has seen, pads left out; empty before the first."""
 
     @property
     @abstractmethod
@@ -61,12 +71,26 @@ class HookedCache(Cache):
         """The most tokens that the next forward may append."""
 
     @abstractmethod
-    def prefill_all_but_last_chunk(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-        """Feed ``(batch, tokens)`` new token ids of any number but for the last chunk, which is returned."""
+    def prefill_all_but_last_chunk(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Feed ``(batch, tokens)`` new token ids of any number but for the last chunk, which is returned.
+
+        The mask, ``(batch, tokens)`` if given, has 0 for pads.
+        """
 
     @abstractmethod
-    def check_conversation(self, input_ids: torch.Tensor) -> None:
-        """Raise ValueError unless ``(batch, tokens)`` ids begin with the tokens that the cache has seen."""
+    def begin_prompt(
+        self, input_ids: torch.Tensor, new: int, given: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+        """What the first call of a generate() is given, of a whole conversation ``(batch, tokens)``. Raises ValueError.
+
+        Ids, how many of the last are new, and other arguments instead of `given` ones.
+        """
+
+    @abstractmethod
+    def next_step(self, loop: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Arguments for the call of a later step, given the variables of the loop of generate() where it is known."""
 
     @abstractmethod
     def enter_model(self) -> None:
@@ -74,9 +98,12 @@ class HookedCache(Cache):
 
     @abstractmethod
     def begin_forward(
-        self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device
+        self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device, own: list[int] | None
     ) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor | None] | None]:
-        """The decoder is called: returns (position_ids, attention mask, masks by layer type or None) of new tokens."""
+        """The decoder is called: returns (position_ids, attention mask, masks by layer type or None) of new tokens.
+
+        `own`: how many of them are tokens of each row, behind pads; None: all.
+        """
 
     @abstractmethod
     def end_decoder(self) -> None:
@@ -249,16 +276,25 @@ def _unwatch_prompts(module: nn.Module) -> None:
 
 
 def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=None, **kwargs):
-    """As the method of the class; a conversation that is passed again must be the one that the cache has seen."""
+    """As the method of the class, but the cache is given what it has not seen.
+
+    A conversation that is passed again must be the one that the cache has seen; pads are taken out of it, wherever they
+    are. In the steps that follow, rows that have ended get pads.
+    """
     cache = compat.find_argument(HookedCache, args, kwargs)
     if cache is not None and kwargs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False and a streaming cache exclude each other in generate(), which would feed the whole text"
             " for every token; accepted: use_cache=True, or no cache"
         )
-    again = kwargs.get("is_first_iteration") and next_sequence_length is not None  # not the new tokens alone
-    if cache is not None and again and input_ids is not None and inputs_embeds is None:
-        cache.check_conversation(input_ids)
+    if cache is not None and input_ids is not None:
+        if not kwargs.get("is_first_iteration"):
+            kwargs |= cache.next_step(compat.sampling_loop(sys._getframe(1)))
+        elif inputs_embeds is not None or next_sequence_length is None:  # new tokens alone, or nothing to compare
+            cache.ended = ()
+        else:
+            input_ids, next_sequence_length, more = cache.begin_prompt(input_ids, next_sequence_length, kwargs)
+            kwargs |= more
     more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
     of_all = cache is not None and cache.spec.drops_long_caches  # the method of the class would drop this very cache
     prepare = getattr(GenerationMixin if of_all else type(self), _PREPARE)
@@ -299,8 +335,8 @@ def _before_decoder(module, args, kwargs=None):
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
     _check_frequencies(cache, module.rotary_emb)
     _check_weights(cache, module)
-    _check_mask_and_positions(named, cache.seen_tokens, tokens)
-    positions, mask = cache.begin_forward(batch, tokens, ids, given.device)
+    own = call_tokens(named, cache.row_seen or [0] * batch, batch, tokens)
+    positions, mask = cache.begin_forward(batch, tokens, ids, given.device, own)
     return (), named | {"position_ids": positions, "attention_mask": mask}
 
 
@@ -333,9 +369,11 @@ def _prefill_all_but_last_chunk(cache: HookedCache, model: PreTrainedModel, name
     ids = named.get("input_ids")
     if ids is None or named.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
         return named
-    _check_mask_and_positions(named, cache.seen_tokens, ids.shape[1])
-    last = cache.prefill_all_but_last_chunk(model, ids)
-    return named | {"attention_mask": None, "position_ids": None, "input_ids": last}
+    own = call_tokens(named, cache.row_seen or [0] * len(ids), *ids.shape)
+    mask = None if own is None else named["attention_mask"][:, -ids.shape[1] :]
+    last = cache.prefill_all_but_last_chunk(model, ids, mask)
+    left = None if mask is None else mask[:, -last.shape[1] :]
+    return named | {"attention_mask": left, "position_ids": None, "input_ids": last}
 
 
 def _after_model(module, args, kwargs=None, output=None):
@@ -400,30 +438,3 @@ def _check_weights(cache: HookedCache, decoder: nn.Module) -> None:
             " before; cache.reset() begins a new stream, or load the old weights again"
         )
     cache.checked_weights = hooked.weights
-
-
-def _check_mask_and_positions(named: dict[str, Any], seen: int, tokens: int) -> None:
-    """Refuse padding, custom masks and positions of the caller's own: the cache owns both."""
-    mask, positions = named.get("attention_mask"), named.get("position_ids")
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or all ones (2-D)"
-        )
-    checks = []
-    if mask is not None:
-        checks.append((mask != 0).all())
-    if positions is not None:
-        expected = torch.arange(seen, seen + tokens, device=positions.device)
-        checks.append((positions == expected).all() if positions.shape[-1] == tokens else torch.tensor(False))
-    if not checks or bool(torch.stack([c.to(checks[0].device) for c in checks]).all()):
-        return
-    if mask is not None and not checks[0]:
-        raise ValueError(
-            "attention_mask with zeros is not supported: pads would become sinks; give rows of equal length without"
-            " padding (without an attention_mask generate() takes every pad_token_id of a prompt for padding)"
-        )
-    raise ValueError(
-        f"position_ids of the caller's own are not supported: the next {tokens} tokens take {seen} to"
-        f" {seen + tokens - 1}; give no position_ids, and give generate() the whole conversation: the {seen} tokens"
-        " seen and at least one new one"
-    )

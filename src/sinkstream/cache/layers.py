@@ -45,7 +45,7 @@ class StreamingLayer(CacheLayerMixin):
     @property
     def device(self) -> torch.device | None:
         """Of the buffers; None before they are allocated."""
-        return self._cache.stream.ring.keys.device if self.is_initialized else None
+        return self._cache.stream.device
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache allocates all layers at once."""
@@ -95,5 +95,12 @@ class StreamingLayer(CacheLayerMixin):
         self._cache.batch_select_indices(indices)
 
     def _stored(self, name: str) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
         buffers, row = self._cache.stream.buffers_of(self._index)
-        return None if buffers is None else buffers.stored[name][row]
+        if buffers is None:
+            raise ValueError(
+                "rows that differ hold different entries, not one tensor; accepted: cache.fork() and"
+                " batch_select_indices(torch.tensor([row])) for each row"
+            )
+        return buffers.stored[name][row]

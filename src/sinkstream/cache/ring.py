@@ -114,20 +114,21 @@ class RingBuffers:
         self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
         return self._visible[0][layer], self._visible[1][layer]
 
-    def _compact(self) -> None:
-        """Copy the live part back to the front."""
-        live = self.live
-        if self.start:
+    def move(self, start: int) -> None:
+        """Copy the live part to where slot `start` is its first."""
+        shift, live = start - self.start, self.live
+        if shift and live:
             for buffer in (self.keys, self.values, *self.channels.values()):
-                self._to_front(buffer, live)
-        self.start, self.tail = 0, live
+                self._move(buffer, shift, live)
+        self.start, self.tail = start, start + live
 
-    def _to_front(self, buffer: torch.Tensor, live: int) -> None:
-        if self.start >= live:
-            buffer.narrow(SLOT_AXIS, 0, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
+    def _move(self, buffer: torch.Tensor, shift: int, live: int) -> None:
+        if abs(shift) >= live:
+            buffer.narrow(SLOT_AXIS, self.start + shift, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
             return
-        for row in buffer:  # source and target overlap: one layer at a time bounds the extra memory
-            row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
+        for layer in buffer:  # source and target overlap: one layer at a time bounds the extra memory
+            held = layer.narrow(SLOT_AXIS - 1, self.start, live).clone()
+            layer.narrow(SLOT_AXIS - 1, self.start + shift, live).copy_(held)
 
 
 class SoftRing(RingBuffers):
@@ -249,8 +250,12 @@ class SoftRing(RingBuffers):
         if self.tail + tokens <= self.capacity:
             return self._rebase() if spent else None
         assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
-        self._compact()
-        return self._rebase() if spent or self.seen - self.base > self.rebase_at else None
+        self.move(0)
+        return self._rebase() if spent else self.rebase_if_far()
+
+    def rebase_if_far(self) -> int | None:
+        """Rebase the window if its positions have grown past `rebase_at`; returns by how many, if so."""
+        return self._rebase() if self.seen - self.base > self.rebase_at else None
 
     def _rebase(self) -> int:
         base = window_base(self.first_window, self.pinned, self.original_positions)
@@ -307,6 +312,21 @@ class SoftRing(RingBuffers):
             refreshed=self.pinned_positions[..., self.sink :],
             read=lambda buffer, first, count: buffer.narrow(SLOT_AXIS, self.start + first, count),
         )
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch, ``(any,)`` int64, in copies."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        self.channels = {name: channel.index_select(1, rows) for name, channel in self.channels.items()}
+        self.take_pinned(self, rows)
+
+    def take_pinned(self, other: "SoftRing", rows: torch.Tensor) -> None:
+        """Take over the pinned tokens and the counts of rows, ``(any,)`` int64, of another ring."""
+        self.start, self.tail = other.start, other.tail
+        self.base, self.first_window, self.rebases = other.base, other.first_window, other.rebases
+        self._keep_pinned_keys(other.pinned_keys.index_select(1, rows))
+        self.pinned_values = other.pinned_values.index_select(1, rows)
+        positions = other.pinned_positions
+        self.pinned_positions = positions.index_select(1, rows) if positions.shape[1] > 1 else positions
 
     def pinned_phases(self) -> torch.Tensor:
         """Rotations of the pinned frame, relative to the base: it ends where the window begins."""

@@ -50,7 +50,7 @@ class SlidingRing(RingBuffers):
         self.start = max(self.start, self.tail - (self.window - 1))
         if self.tail + tokens > self.capacity:
             assert self.live + tokens <= self.capacity, f"{self.live} + {tokens} entries exceed {self.capacity}"
-            self._compact()
+            self.move(0)
         if base != self.base:
             for row, layer in enumerate(self.keys):
                 live = layer[:, :, self.start : self.tail]

@@ -16,6 +16,7 @@ from sinkstream.cache.ring import RingBuffers, SoftRing
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
+SETTINGS = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
 
 
@@ -33,6 +34,8 @@ class Stream:
         Structural weight of every token id, where the scorer needs it.
     block_tokens : int
         Tokens of the largest forward that the buffer must have room for, beside what is cached.
+    user : object
+        In whose name the model's attention is switched for one chunk; default: a new one.
 
     Attributes
     ----------
@@ -77,11 +80,18 @@ class Stream:
         rebase_at: int,
         structure: torch.Tensor | None,
         block_tokens: int,
+        user: object = None,
     ):
+        self.user = user or object()
         self.spec, self.policy, self.positions = spec, policy, positions
         self.rebase_at, self.structure, self.block_tokens = rebase_at, structure, block_tokens
         self.speculative = False
         self.clear()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make another stream like this one, empty."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def clear(self) -> None:
         """Forget everything; memory is given back."""
@@ -91,10 +101,35 @@ class Stream:
         self.schedule = PruneSchedule(self.policy)
         self.events = 0
 
+    def start_over(self) -> "Stream":
+        """Forget everything; returns the stream to go on with."""
+        self.clear()
+        return self
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the buffers; None before they are allocated."""
+        return self.ring.keys.device if self.ring is not None else None
+
+    @property
+    def batch(self) -> int:
+        """Rows held; 0 before the first token."""
+        return self.ring.keys.shape[1] if self.ring and self.ring.seen else 0
+
     @property
     def seen(self) -> int:
-        """Tokens appended since the beginning of the stream."""
+        """Tokens appended since the beginning of the stream; of the longest row where rows differ."""
         return self.ring.seen if self.ring else 0
+
+    @property
+    def row_seen(self) -> list[int]:
+        """Tokens that each row has seen, pads left out."""
+        return [self.seen] * self.batch
+
+    def row_ids(self, row: int) -> SeenTokens | None:
+        """Which tokens one row has seen; None where they are not known."""
+        ids = self.seen_ids
+        return ids.take(torch.tensor([row], device=ids.device)) if ids and ids.complete else None
 
     @property
     def kept(self) -> int:

@@ -19,6 +19,10 @@ from sinkstream.cache.attention import release_attention, running
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec, check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
+from sinkstream.cache.padding import own_tokens
+from sinkstream.cache.row_forward import RowsForward, begun, parted
+from sinkstream.cache.rows import CHUNK as ROWS_CHUNK
+from sinkstream.cache.rows import Rows
 from sinkstream.cache.stream import Stream
 from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
@@ -32,19 +36,24 @@ REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by
 class StreamingCache(CopiedCache):
     """Attention sinks, pinned tokens and a window of KV entries, under an eviction policy.
 
-    Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, batch rows of
-    equal length, and prompts in chunks of any size; each token sees exactly what it would see token by token.
+    Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, with prompts in
+    chunks of any size, and with left-padded batches; each token sees exactly what it would see token by token, and
+    each row of a batch what it would see alone. Pads are neither seen nor kept. A row that has ended while generate()
+    goes on with others keeps what it held: the tokens that fill it up are pads.
 
     Attributes
     ----------
     policy : EvictionPolicy
     spec : ModelSpec
     stream : Stream
-        What is held between two forwards.
+        What is held between two forwards; `Rows` as soon as the rows of the batch differ.
+    ended : tuple of bool
+        Which rows of the generate() under way have ended, so that pads are fed to them; empty: none.
     """
 
+    ended: tuple[bool, ...] = ()
     stream_class: ClassVar[type[Stream]] = Stream
-    _pending: PendingForward | None = None  # a forward that has begun
+    _pending: PendingForward | RowsForward | None = None  # a forward that has begun
     _in_model = False  # whether the causal model, not its decoder alone, is being called
 
     @classmethod
@@ -130,13 +139,16 @@ class StreamingCache(CopiedCache):
         return self.stream.last_steps
 
     def stats(self) -> dict[str, int]:
-        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks."""
+        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks.
+
+        Where rows differ, each count is the largest of any row.
+        """
         return self.stream.stats()
 
     def reset(self) -> None:
         """Forget the stream; memory is given back and the cache can be used for another one."""
         self.abort_forward()
-        self.stream.clear()
+        self.stream, self.ended = self.stream.start_over(), ()
 
     def chunks(self, tokens: int, chunk_tokens: int = CHUNK) -> Iterator[int]:
         """Sizes of the forwards that feed `tokens` tokens: at most `chunk_tokens`, cut where the policy must decide.
@@ -152,32 +164,52 @@ class StreamingCache(CopiedCache):
         return self.stream.max_chunk_tokens()
 
     @torch.no_grad()
-    def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, chunk_tokens: int = CHUNK) -> torch.Tensor:
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        chunk_tokens: int = CHUNK,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Feed a prompt of any length in bounded memory, evicting on the way.
 
         Parameters
         ----------
         input_ids : Tensor, (batch, tokens), int64
             New tokens only.
+        attention_mask : Tensor or None, (batch, tokens)
+            0 where a row has pads, which come before its tokens.
 
         Returns
         -------
         Tensor, (batch, vocab)
-            Logits after the last token.
+            Logits after the last token; without meaning for a row that has none.
         """
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}; accepted: (batch, tokens) with tokens > 0")
-        fed = 0
-        for size in self.chunks(input_ids.shape[1], chunk_tokens):
-            out = model(input_ids[:, fed : fed + size], **with_cache(model, self), logits_to_keep=1)
-            fed += len(self.last_steps)
-        return out.logits[:, : len(self.last_steps)][:, -1]
+        mask = attention_mask
+        if mask is not None:
+            pads = input_ids.shape[1] - max(own_tokens(mask, input_ids.shape[1], self.row_seen))  # of every row
+            input_ids, mask = input_ids[:, pads:], mask[:, pads:]
+        if mask is not None or isinstance(self.stream, Rows):
+            chunk_tokens = min(chunk_tokens, ROWS_CHUNK)
+        fed, taken = 0, 0
+        while fed < input_ids.shape[1]:
+            now = slice(fed, fed + min(input_ids.shape[1] - fed, chunk_tokens, self.max_chunk_tokens()))
+            masked = {} if mask is None else {"attention_mask": mask[:, now]}
+            out = model(input_ids[:, now], **masked, **with_cache(model, self), logits_to_keep=1)
+            taken = now.stop - now.start if masked else len(self.last_steps)
+            fed += taken
+        return out.logits[:, :taken][:, -1]
 
     @torch.no_grad()
-    def prefill_all_but_last_chunk(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    def prefill_all_but_last_chunk(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Feed a prompt as `prefill` does, but for its last chunk, ``(batch, at least 1)``, which is returned."""
-        if not self.policy.plan_known:
-            self.prefill(model, input_ids[:, :-1])
+        if attention_mask is not None or isinstance(self.stream, Rows) or not self.policy.plan_known:
+            mask = None if attention_mask is None else attention_mask[:, :-1]
+            self.prefill(model, input_ids[:, :-1], attention_mask=mask)
             return input_ids[:, -1:]
         for size in self.chunks(input_ids.shape[1]):
             if size == input_ids.shape[1]:
@@ -185,39 +217,6 @@ class StreamingCache(CopiedCache):
             model(input_ids[:, :size], **with_cache(model, self), logits_to_keep=1)
             input_ids = input_ids[:, size:]
         return input_ids
-
-    def continuation(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """New tokens only, as arguments of generate(), which takes what it is given for the whole conversation.
-
-            model.generate(**cache.continuation(new_ids), cache=cache)
-
-        Parameters
-        ----------
-        input_ids : Tensor, (batch, tokens), int64
-
-        Returns
-        -------
-        dict
-            ``input_ids`` as given, and an ``attention_mask`` ``(batch, seen + tokens)`` of ones.
-        """
-        batch, tokens = input_ids.shape
-        return {"input_ids": input_ids, "attention_mask": input_ids.new_ones(batch, self.seen_tokens + tokens)}
-
-    def check_conversation(self, input_ids: torch.Tensor) -> None:
-        """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""
-        seen, seen_ids = self.seen_tokens, self.stream.seen_ids
-        if not (seen_ids and seen_ids.complete) or input_ids.shape[1] <= seen:
-            return
-        if self.stream.ring is None or len(input_ids) != self.stream.ring.keys.shape[1]:
-            return  # refused when the decoder is called
-        index = seen_ids.first_difference(input_ids)
-        if index is not None:
-            raise ValueError(
-                f"the conversation differs from what the cache has seen at token {index} of {seen}; the cache cannot"
-                " go back, so nothing was computed. Ways out: cache.reset() and pass the conversation again"
-                " (also after a chat template has rendered an earlier turn in another way); pass new tokens only, with"
-                " generate(**cache.continuation(new_ids), …) or cache.prefill(model, new_ids)"
-            )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
@@ -235,12 +234,16 @@ class StreamingCache(CopiedCache):
 
     # ---- the life of one forward, driven by the hooks ----
 
-    def begin_forward(self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device):
+    def begin_forward(
+        self, batch: int, tokens: int, input_ids: torch.Tensor | None, device: torch.device, own: list[int] | None
+    ):
         """Prune if it is time, make room, and return (position_ids, mask or None) for the coming tokens."""
         if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
             self.abort_forward()
         check_forward(self.stream, batch, tokens, input_ids, has_logits=self._in_model)
-        pending = self._pending = PendingForward(self.stream, batch, tokens, input_ids, device)
+        self.stream = parted(self.stream, batch, own, device)
+        check_forward(self.stream, batch, tokens, input_ids, has_logits=self._in_model)
+        pending = self._pending = begun(self.stream, batch, tokens, input_ids, device, own)
         return pending.positions, pending.write_in_attention() if self.compiled else pending.mask
 
     def enter_model(self) -> None:

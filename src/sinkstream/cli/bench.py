@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sinkstream.bench.late import LateSession
+from sinkstream.bench.late_records import late_table
 from sinkstream.bench.prompt_tables import append_table, prompt_table
 from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
@@ -78,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.numbers(int),
         help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
     )
+    group.add_argument(
+        "--late",
+        type=options.numbers(int),
+        help="time tokens of generate() with a StreamingCache instead, after so many, as in 1000,200000",
+    )
     group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
     group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
     group.add_argument(
@@ -90,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     models, protocol = _checked(args)
     if args.prefill:
         return _time_prompts(args, models)
+    if args.late:
+        return _time_late_tokens(args, models)
     console = wide_console()
     device = resolve_device(args.device)
     set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
@@ -144,6 +153,22 @@ def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
     return 0
 
 
+def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
+    """``--late``: time every model under every policy; print the tables, write the records."""
+    console, device = wide_console(), resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    dtype, name = resolve_dtype(args.dtype, device), new_record_id("bench")
+    check_writable(args.out)
+    for model in models:
+        loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
+        session = LateSession(loaded, _text(args, loaded), args.late, options.request(args), name)
+        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
+        console.print(late_table(records, f"{loaded.name}: tokens of generate()"))
+        del loaded, session
+    say(console, f"records: {args.out}")
+    return 0
+
+
 def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
     """Print the tables of one model, and what was refused or failed."""
     if outcome.records:
@@ -189,6 +214,13 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
         raise ValueError(
             f"--prefill {args.prefill} times prompts of one stream; accepted: whole numbers of at least 1, without"
             " --ladder, --profile and --streams"
+        )
+    if args.late is not None and (
+        min(args.late, default=0) < 2 or args.prefill or args.ladder or args.backend or args.streams != [1]
+    ):
+        raise ValueError(
+            f"--late {args.late} times generate() with one stream; accepted: whole numbers of at least 2, without"
+            " --prefill, --ladder, --backend and --streams"
         )
     if args.prefill and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
         raise ValueError(

@@ -9,6 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream import compat
+from sinkstream.cache.padding import default_positions
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import CopyInFlight, Writer, write
 
@@ -20,15 +21,19 @@ KNOWN = ("attention_mask", "position_ids", *compat.CACHE_NAMES, "use_cache", "lo
 def run(
     decoder: StreamDecoder,
     input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Start over with a stream for each row and let all of them write; `check` comes before. See `custom_generate`."""
+    """Start over with a stream for each row and let all of them write; `check` comes before. See `custom_generate`.
+
+    `mask`, ``(batch, tokens)`` if given, has 0 for pads, which no stream is fed.
+    """
     for row, ids in enumerate(input_ids):
         decoder.reset(stream=row)
-        decoder.prefill(ids, stream=row)
+        decoder.prefill(ids if mask is None else ids[mask[row] != 0], stream=row)
     writer = ProcessorsWriter(decoder.state.streams, input_ids, processors, criteria, config, streamer)
     write(decoder, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
     return writer.result()
@@ -129,11 +134,13 @@ def check(
     if any(compat.is_callers_cache(value) for value in given.values()):
         _refuse("a cache of the caller's own", "no cache: the engine holds the streams itself")
     mask, positions, tokens = given.get("attention_mask"), given.get("position_ids"), input_ids.shape[1]
-    if mask is not None and (mask.shape != input_ids.shape or not bool((mask != 0).all())):
-        _refuse("an attention_mask with zeros or of another shape", "rows of equal length without padding")
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    if mask.shape != input_ids.shape or not bool((mask != 0).any(1).all()):
+        _refuse("an attention_mask of another shape or a row of pads alone", "(batch, tokens) with 0 for pads")
     if positions is not None:
-        expected = torch.arange(tokens, device=positions.device)
-        if positions.shape[-1] != tokens or not bool((positions == expected).all()):
+        fits = positions.shape[-1] == tokens
+        if not fits or not bool(((positions == default_positions(mask)) | (mask == 0)).all()):
             _refuse("position_ids of the caller's own", "no position_ids")
 
 

@@ -125,9 +125,10 @@ class Engine(StreamDecoder):
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Decode for transformers: ``model.generate(**inputs, custom_generate=engine.custom_generate)``.
 
-        Each row of the batch becomes a stream of its own, from stream 0 on; these streams start over. Logits processors
-        and stopping criteria are those that generate() has made from its options, and the caller's own. Greedy output
-        is that of generate() with a `StreamingCache` of the same policy; the last token is in the stream as well.
+        Each row of the batch, without its pads, becomes a stream of its own, from stream 0 on; these streams start
+        over. Logits processors and stopping criteria are those that generate() has made from its options, and the
+        caller's own. Greedy output is that of generate() with a `StreamingCache` of the same policy; the last token is
+        in the stream as well.
 
         Returns
         -------
@@ -137,7 +138,7 @@ class Engine(StreamDecoder):
         Raises
         ------
         ValueError
-            Naming what the engine cannot do: beams, an assistant, padding, a cache, embeddings or positions of the
+            Naming what the engine cannot do: beams, an assistant, a cache, embeddings or positions of the
             caller's own, more rows than streams, another model. The streams are as they were then.
         """
         frame = inspect.currentframe()
@@ -146,6 +147,7 @@ class Engine(StreamDecoder):
         streamer = streamer if streamer is not None else extra.get("streamer")
         with ending(streamer):
             check_custom_generate(self, model, input_ids, generation_config, given)
+            mask = model_kwargs.get("attention_mask")
             return run_custom_generate(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer
+                self, input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer
             )

@@ -71,7 +71,7 @@ class LentRing(SoftRing):
                 self.prune(early)
                 drop -= early
             if self.tail + rest > self.capacity:
-                self._compact()
+                self.move(0)
             fits = min(rest, self.capacity - self.tail)
             for buffer, new in zip((self.keys, self.values), self._chunk):
                 buffer[..., self.tail : self.tail + fits, :] = new[..., taken : taken + fits, :]
@@ -84,7 +84,7 @@ class LentRing(SoftRing):
         """As `SoftRing.make_room`; where entries must be dropped first, `advance` makes the room."""
         if self.live + tokens <= self.capacity:
             return super().make_room(tokens)
-        return self._rebase() if self.seen - self.base > self.rebase_at else None
+        return self.rebase_if_far()
 
 
 class PrefillStream(Stream):

@@ -5,6 +5,7 @@ a trigger is due the drop happens first, so that no token's attention ever sees 
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import overload
 
@@ -111,6 +112,12 @@ class PruneSchedule:
         ahead = object.__new__(type(self))
         ahead.__dict__.update(self.__dict__)
         return ahead
+
+    def fork(self) -> "PruneSchedule":
+        """A schedule that goes on from here, with observations of its own."""
+        other = self.copy()
+        other._states = deepcopy(self._states)
+        return other
 
     def plan(self, tokens: int) -> Steps:
         """The next `tokens` steps if nothing is observed meanwhile; this schedule is left as it is."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sinkstream.bench.late_records import LATE_HEADLINES, LateRecord
 from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.record import BenchRecord
@@ -26,7 +27,7 @@ from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, Diagnosis)
+AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, Diagnosis)
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -77,6 +78,7 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(HEADLINES, load_records(results, pairs))
     compute(SPEED_HEADLINES, BenchRecord.below(results))
     compute(PROMPT_HEADLINES, PromptRecord.below(results))
+    compute(LATE_HEADLINES, LateRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
     return headlines, missing
 

@@ -1,0 +1,168 @@
+"""``bench --late``: what a token of ``generate()`` with a streaming cache takes at several places of a stream.
+
+The cache's work is the same everywhere. What grows is transformers' own: at every token its loop copies the ids, the
+positions and, before 5.24, the mask of the whole conversation. So a call of the model is timed as well.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.generation.streamers import BaseStreamer
+
+from sinkstream.bench.late_records import LATE_TIMES, LateRecord
+from sinkstream.cache import StreamingCache
+from sinkstream.compat import with_cache
+from sinkstream.data import TokenStream
+from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.environment import environment, utc_now
+from sinkstream.measure.numerics import numerics
+from sinkstream.models import LoadedModel
+from sinkstream.policies import EvictionPolicy
+from sinkstream.records.plain import new_record_id
+
+TOKENS = 200  # timed at every place
+WARMUP = 20  # before them
+
+DEFINITIONS = {
+    "conversation": "median token of generate(), given the whole conversation",
+    "continuation": "median token of generate(**cache.continuation(new_ids)), given new tokens only",
+    "call": "median call of the model with the cache, one token, without generate()",
+}
+
+
+class Clock(BaseStreamer):
+    """When generate() shows each token, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then token by token; each is on the host already."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+@dataclass
+class LateSession:
+    """Times tokens of one model, under one policy after the other.
+
+    Attributes
+    ----------
+    text : TokenStream
+        What is fed, repeated as often as need be.
+    places : list of int
+        Tokens before those that are timed.
+    request : Request
+    name : str
+        The same in all records of one command.
+    """
+
+    loaded: LoadedModel
+    text: TokenStream
+    places: Sequence[int]
+    request: Request
+    name: str
+    tokens: int = TOKENS
+
+    def run(self, runs: Sequence[RunSettings], console: Console) -> list[LateRecord]:
+        """Time all policies; one record each. Raises as `Runner.run`."""
+        jobs = [Job(f"late tokens, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
+        return Runner(self.request, LateRecord.write, LateRecord.read, self.loaded.model.device).run(jobs, console)
+
+    @torch.no_grad()
+    def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
+        policy = run.policy()
+        assert policy is not None, "baselines are refused before"
+        cache = StreamingCache.for_model(
+            self.loaded.model,
+            policy=policy,
+            positions=run.positions,
+            allow_untrained_positions=run.allow_untrained_positions,
+            tokenizer=self.loaded.tokenizer if "structure" in policy.needs else None,
+        )
+        places, done = [], 0
+        try:
+            for seen in self.places:
+                place: dict[str, Any] = {"seen": seen}
+                for name in LATE_TIMES:
+                    cache.reset()
+                    place[f"{name}_ms"] = self._token(cache, seen, name)
+                    done += 1
+                    report(done, len(self.places) * len(LATE_TIMES))
+                places.append(place)
+        finally:
+            cache.close()
+        return [partial(self._record, run, policy, places)]
+
+    def _token(self, cache: StreamingCache, seen: int, name: str) -> float:
+        """Median milliseconds of a token."""
+        model: Any = self.loaded.model
+        ids = self.text.ids.to(model.device)
+        ids = ids.repeat(-(-seen // len(ids)))[None, :seen]
+        cache.prefill(model, ids[:, :-1])
+        if name == "call":
+            clock = Clock()
+            for _ in range(self.tokens + WARMUP + 1):
+                clock.put(model(ids[:, -1:], **with_cache(model, cache)).logits.argmax(-1).cpu())
+        else:
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            given = cache.continuation(ids[:, -1:]) if name == "continuation" else given
+            new = self.tokens + WARMUP
+            more = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+            clock = Clock()
+            model.generate(**given, **more, **with_cache(model, cache), streamer=clock)
+        times = clock.seconds[WARMUP:]
+        return 1e3 * statistics.median(b - a for a, b in pairwise(times))
+
+    def _identity(self, run: RunSettings) -> dict[str, Any]:
+        return {
+            "model_hash": self.loaded.hash,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "run": run.record(),
+            "places": list(self.places),
+            "data_sha256": self.text.sha256,
+        }
+
+    def _finished(self, run: RunSettings) -> list[LateRecord]:
+        same = self._identity(run)
+        return [r for r in LateRecord.below(self.request.out) if r.arguments.get("identity") == same][-1:]
+
+    def _record(self, run: RunSettings, policy: EvictionPolicy, places: list[dict[str, Any]]) -> dict[str, Any]:
+        model = self.loaded.model
+        return {
+            "id": new_record_id("late", self.loaded.name, run.label()),
+            "status": "complete",
+            "status_reason": None,
+            "created": utc_now(),
+            "session": self.name,
+            "command": self.request.command,
+            "arguments": {**self.request.arguments, "identity": self._identity(run)},
+            "environment": environment(model.device),
+            "model": self.loaded.record(),
+            "policy": {
+                "name": run.method,
+                "label": run.label(),
+                "options": {**policy.record(), "positions": run.positions},
+            },
+            "protocol": {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                **numerics(),
+                "seed": self.request.seed,
+                "cap": run.cap,
+                "places": list(self.places),
+                "tokens": self.tokens,
+                **DEFINITIONS,
+            },
+            "places": places,
+        }

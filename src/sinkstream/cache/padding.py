@@ -1,0 +1,103 @@
+"""What an attention mask says of pads, and position ids of rows that have some."""
+
+from typing import Any
+
+import torch
+
+
+def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
+    """How many of a forward's columns are tokens of each row; the columns before them are pads.
+
+    Parameters
+    ----------
+    mask : Tensor, (batch, at least tokens), 0 for a pad
+        Its last columns are those of the forward. Columns before them must be ones, or as many ones in each row as the
+        row has seen: what a cache has seen cannot be hidden any more.
+    seen : list of int
+        Tokens that each row has seen; empty before the first.
+
+    Raises
+    ------
+    ValueError
+        If the mask has another shape or says something else.
+    """
+    check_axes(mask)
+    if mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask of {mask.shape[1]} columns for {tokens} tokens; accepted: at least one a token"
+        )
+    given = mask != 0
+    new, past = given[:, mask.shape[1] - tokens :], given[:, : mask.shape[1] - tokens]
+    count = new.sum(1)
+    left = new == (torch.arange(tokens, device=mask.device) >= tokens - count[:, None])
+    told = torch.stack([left.all(1).long(), count, past.sum(1)]).tolist()
+    for row, (is_left, _, before) in enumerate(zip(*told)):
+        if not is_left:
+            raise ValueError(
+                f"attention_mask of row {row} has zeros behind or between its tokens; a forward accepts pads before the"
+                " tokens of a row only (padding_side='left'); generate() accepts them anywhere in a conversation"
+            )
+        if before not in (past.shape[1], seen[row] if row < len(seen) else 0):
+            raise ValueError(
+                f"attention_mask counts {before} tokens of row {row} before the new ones, and the cache has seen"
+                f" {seen[row] if row < len(seen) else 0} of it, which cannot be hidden any more; give a mask of the new"
+                " tokens alone, or call reset() and pass all of them again"
+            )
+    if not any(told[1]):
+        raise ValueError("attention_mask with nothing but zeros: no token in this call; accepted: at least 1")
+    return told[1]
+
+
+def check_axes(mask: torch.Tensor) -> None:
+    """Raise ValueError unless a mask has two axes."""
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or (batch, tokens) with 0 for"
+            " the pads before the tokens of a row"
+        )
+
+
+def are_positions(positions: torch.Tensor, seen: list[int], own: list[int], tokens: int) -> bool:
+    """Whether position ids ``(batch or 1, tokens)`` are the indices of each row's tokens, whatever they are for pads.
+
+    Parameters
+    ----------
+    seen, own : list of int
+        Tokens that each row has seen, and those that come now, behind ``tokens - own`` pads.
+    """
+    if positions.shape[-1] != tokens:
+        return False
+    first = torch.tensor([s - tokens + n for s, n in zip(seen, own)], device=positions.device)[:, None]
+    column = torch.arange(tokens, device=positions.device)
+    pads = torch.tensor([tokens - n for n in own], device=positions.device)[:, None]
+    return bool(((positions == first + column) | (column < pads)).all())
+
+
+def default_positions(mask: torch.Tensor) -> torch.Tensor:
+    """The position ids that generate() makes of a mask ``(batch, tokens)``; 0 for pads."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def call_tokens(named: dict[str, Any], seen: list[int], batch: int, tokens: int) -> list[int] | None:
+    """How many of the coming columns are tokens of each row; None: all of them.
+
+    Refuses masks that are no padding, and positions of the caller's own: the cache owns both.
+
+    Parameters
+    ----------
+    seen : list of int
+        Tokens that each row has seen.
+    """
+    mask, positions, own = named.get("attention_mask"), named.get("position_ids"), None
+    if mask is not None:
+        check_axes(mask)
+        if not bool((mask != 0).all()):
+            own = own_tokens(mask, tokens, seen)
+    if positions is not None and not are_positions(positions, seen, own or [tokens] * batch, tokens):
+        first = seen[0]
+        raise ValueError(
+            f"position_ids of the caller's own are not supported: the next {tokens} tokens take {first} to"
+            f" {first + tokens - 1}; give no position_ids, and give generate() the whole conversation: the {first}"
+            " tokens seen and at least one new one"
+        )
+    return None if own == [tokens] * batch else own
