@@ -101,7 +101,7 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     e = engine(model, "strict", chunk_tokens=100)
     monkeypatch.setattr(e._cache, "begin_forward", lambda *_: pytest.fail("the module is called"))
     sizes, forward = [], e._append._forward
-    monkeypatch.setattr(e._append, "_forward", lambda part, stream: sizes.append(len(part)) or forward(part, stream))
+    monkeypatch.setattr(e._append, "_forward", lambda part, *a: sizes.append(len(part)) or forward(part, *a))
     e.prefill(ids)
     assert sizes == [100, 100, 100] and e.stats()["events"] > 200
 

@@ -27,6 +27,8 @@ from sinkstream.cache.pinned import (
 )
 from sinkstream.cache.rope import Rope
 
+FRONT_PIECES = 4  # copies of all layers at once, rather than two of each layer
+
 
 class RingBuffers:
     """Keys, values and channels of all layers, each in one stacked tensor; entries `start` to `tail` count.
@@ -123,10 +125,15 @@ class RingBuffers:
         self.start, self.tail = 0, live
 
     def _to_front(self, buffer: torch.Tensor, live: int) -> None:
-        if self.start >= live:
-            buffer.narrow(SLOT_AXIS, 0, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
+        """Copy `live` entries from the start to the front: in pieces that do not overlap their targets, if few do."""
+        pieces = -(-live // self.start)
+        if pieces <= FRONT_PIECES:
+            for first in range(0, live, self.start):
+                count = min(self.start, live - first)
+                target = buffer.narrow(SLOT_AXIS, first, count)
+                target.copy_(buffer.narrow(SLOT_AXIS, self.start + first, count))
             return
-        for row in buffer:  # source and target overlap: one layer at a time bounds the extra memory
+        for row in buffer:  # one layer at a time bounds the extra memory
             row.narrow(SLOT_AXIS - 1, 0, live).copy_(row.narrow(SLOT_AXIS - 1, self.start, live).clone())
 
 
