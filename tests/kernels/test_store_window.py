@@ -26,8 +26,10 @@ def band(tokens: int, stays: int, slot: int, past: int = 9, **more) -> Band:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("tokens", "stays", "slot", "past"),
-    [(50, 27, 19, 9), (50, 30, 0, 4), (3, 0, 22, 9), (7, 7, 3, 9), (23, 0, 5, 9)]
-    + [(9, 4, 19, 0), (40, 20, 21, 2), (1, 1, 1, 1)],
+    [
+        (50, 27, 19, 9), (50, 30, 0, 4), (3, 0, 22, 9), (7, 7, 3, 9), (23, 0, 5, 9), (9, 4, 19, 0), (40, 20, 21, 2),
+        (1, 1, 1, 1),
+    ],
 )  # fmt: skip
 def test_what_stays_is_in_its_slot(tokens, stays, slot, past, padding, implementation):
     """The first of them are sinks where the stream begins with them."""
