@@ -53,6 +53,19 @@ def test_rebases_change_nothing(policy):
         assert cache.stats()["rebases"] >= least and (cache.stats()["rebases"] == 0) == (least == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_fewer_rebases_are_as_exact(dtype):
+    """Every rebase rounds the keys of the window once more, so the default of half precision rebases rarely."""
+    model, ids, options = build("llama", layers=1, dtype=dtype), token_ids(2200), small_policy("strict")
+    expected, errors = oracle_run(model, ids, options).nll, []
+    for rebase_at, rebases in ((100, 4), (None, 0)):
+        cache = make_cache(model, options, rebase_at=rebase_at)
+        nll = nll_of(feed(model, cache, ids[None], [50] * 44), ids[None])[0]
+        errors.append((nll - expected).square().mean().sqrt())
+        assert cache.stats()["rebases"] == rebases
+    assert errors[1] < 1.1 * errors[0]
+
+
 @pytest.mark.parametrize("positions", ["cache", "original"])
 def test_rebases_change_nothing_in_either_frame_nor_in_chunks_that_cross_prunes(positions):
     model, ids, options = build("gpt_neox", layers=1), token_ids(2200)[None], small_policy("max-drop")

@@ -10,7 +10,7 @@ from sinkstream.engine import Engine
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
-from sinkstream.kernels.attention_prefill import Band
+from sinkstream.kernels.band import Band
 from sinkstream.models import load_model
 from sinkstream.policies import PRESETS, EvictionPolicy
 

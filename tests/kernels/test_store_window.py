@@ -5,7 +5,7 @@ import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, draw
 
-from sinkstream.kernels.attention_prefill import Band
+from sinkstream.kernels.band import Band
 from sinkstream.kernels.store_window import store_window
 
 

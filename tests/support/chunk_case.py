@@ -5,7 +5,8 @@ import torch
 from ops_cases import DEVICE, draw
 from ring_case import NAN, rotate
 
-from sinkstream.kernels.attention_prefill import SCALARS, Band, Columns, attention_prefill
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import SCALARS, Band, Columns
 
 
 class ChunkCase:

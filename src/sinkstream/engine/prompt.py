@@ -17,7 +17,8 @@ from sinkstream.engine.refresh import rebase_stream
 from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
-from sinkstream.kernels.attention_prefill import POSITION, ROW, TOKENS, Band, Columns, attention_prefill
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import POSITION, ROW, TOKENS, Band, Columns
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
 

@@ -14,7 +14,7 @@ import torch
 
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.attention_prefill import SCALARS, Band
+from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
 
 SHORT_SIZES = (16, 32, *range(64, 513, 64))

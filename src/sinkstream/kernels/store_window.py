@@ -2,7 +2,7 @@
 
 import torch
 
-from sinkstream.kernels.attention_prefill import Band
+from sinkstream.kernels.band import Band
 from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
 TOKENS = 16  # of one program
