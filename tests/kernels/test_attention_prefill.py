@@ -26,13 +26,16 @@ def lazy(tokens: int, every: int) -> list[int]:
     return [-20 + (t // every) * every for t in range(tokens)]
 
 
-BANDS = [  # a chunk over an evicting ring that is wrapped; a whole stream; a start; the sinks themselves; lazy; no past
+BANDS = [  # a chunk over an evicting ring that is wrapped; a whole stream; a start; the sinks themselves; lazy; a ring
+    # with room; two with tiles that all queries see, in the ring and in the chunk; no sinks
     dict(first=strict(40, 21, 500), past=500, length=20, ring=23, start=11),
     dict(first=strict(70, 30, 0), past=0, window_at=0),
     dict(first=[4] * 3, past=0, window_at=0),
     dict(first=[2] * 9, past=2, window_at=2),
     dict(first=lazy(50, 7), past=90, length=20, ring=20, start=19),
     dict(first=strict(33, 5, 50), past=50, length=5, ring=64, start=62, window_at=40),
+    dict(first=strict(50, 90, 500), past=500, length=89, ring=97, start=60),
+    dict(first=strict(90, 70, 2), past=2, window_at=2),
     dict(first=[max(t - 9, -3) for t in range(20)], past=3, sink=0, length=3, ring=5, start=4),
 ]
 

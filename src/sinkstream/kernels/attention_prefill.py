@@ -35,35 +35,47 @@ DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more
 
 
 @jit
-def _load_part(ptr, rows, valid, stride, offset: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns [offset, offset + WIDTH) of rows of D values; zero past D and where a row is not valid."""
+def _load_part(ptr, rows, valid, stride, offset: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr):
+    """Columns [offset, offset + WIDTH) of rows of D values; zero past D and, without ALL, where a row is not valid."""
     columns = offset + tl.arange(0, WIDTH)[None, :]
-    mask = valid[:, None] & (columns < D) if offset + WIDTH > D else valid[:, None]
-    return tl.load(ptr + rows[:, None] * stride + columns, mask=mask, other=0.0)
+    place = ptr + rows[:, None] * stride + columns
+    if ALL:
+        part = tl.load(place, mask=columns < D, other=0.0) if offset + WIDTH > D else tl.load(place)
+    else:
+        mask = valid[:, None] & (columns < D) if offset + WIDTH > D else valid[:, None]
+        part = tl.load(place, mask=mask, other=0.0)
+    return part
 
 
 @jit
 def _see_tile(
     qa, qb, keys, values, slots, valid, seen, key_stride, value_stride, scale, m, s, a, b,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys more in maxima m, sums s and weighted values a (first DA columns) and b (the DB others)."""
-    ka = _load_part(keys, slots, valid, key_stride, 0, DA, D)
+    """One tile of keys more in maxima m, sums s and weighted values a (first DA columns) and b (the DB others).
+
+    With ALL every query sees every key, so `valid` and `seen` are not looked at.
+    """
+    ka = _load_part(keys, slots, valid, key_stride, 0, DA, D, ALL)
     z = tl.dot(qa, tl.trans(ka.to(KIND)))
     if DB > 0:
-        kb = _load_part(keys, slots, valid, key_stride, DA, DB, D)
+        kb = _load_part(keys, slots, valid, key_stride, DA, DB, D, ALL)
         z = tl.dot(qb, tl.trans(kb.to(KIND)), z)
-    z = tl.where(seen, z * scale, -float("inf"))
-    top = tl.maximum(m, tl.max(z, 1))
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    p = tl.exp2(z - safe[:, None])
+    if ALL:
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        safe = top
+    else:
+        z = tl.where(seen, z, -float("inf"))
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        safe = tl.where(top == -float("inf"), 0.0, top)
+    p = tl.exp2(z * scale - safe[:, None])
     old = tl.exp2(m - safe)
     s = s * old + tl.sum(p, 1)
     p = p.to(KIND)
-    va = _load_part(values, slots, valid, value_stride, 0, DA, D)
+    va = _load_part(values, slots, valid, value_stride, 0, DA, D, ALL)
     a = tl.dot(p, va.to(KIND), a * old[:, None])
     if DB > 0:
-        vb = _load_part(values, slots, valid, value_stride, DA, DB, D)
+        vb = _load_part(values, slots, valid, value_stride, DA, DB, D, ALL)
         b = tl.dot(p, vb.to(KIND), b * old[:, None])
     return top, s, a, b
 
@@ -102,10 +114,10 @@ def _attention_prefill_kernel(
     s = tl.zeros((BM,), tl.float32)
     a = tl.zeros((BM, DA), tl.float32)
     b = tl.zeros((BM, DB if DB > 0 else 1), tl.float32)
-    qa = _load_part(query, held, here, q_row, 0, DA, D).to(KIND)
+    qa = _load_part(query, held, here, q_row, 0, DA, D, False).to(KIND)
     qb = qa
     if DB > 0:
-        qb = _load_part(query, held, here, q_row, DA, DB, D).to(KIND)
+        qb = _load_part(query, held, here, q_row, DA, DB, D, False).to(KIND)
     columns = tl.arange(0, BN)
     # the pinned columns
     ta, tb = qa, qb
@@ -140,33 +152,52 @@ def _attention_prefill_kernel(
         index = c + columns
         seen = (index[None, :] < before) & (rows[:, None] >= 0)
         m, s, a, b = _see_tile(
-            ta, tb, keys, values, index, index < before, seen, pk_row, pv_row, scale, m, s, a, b, D, DA, DB, KIND
+            ta, tb, keys, values, index, index < before, seen, pk_row, pv_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
     for c in tl.range(0, pinned - before, BN):
         index = c + columns
         valid = index < pinned - before
         seen = valid[None, :] & (index[None, :] <= rows[:, None])
         m, s, a, b = _see_tile(
-            ta, tb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND
+            ta, tb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
-    # the past, in its ring
+    # the past, in its ring: tiles at the edge of the band, and then those that all queries see, up to the end
     keys, values = past_k_ptr + kept_row * rk_batch + kv * rk_head, past_v_ptr + kept_row * rv_batch + kv * rv_head
-    for c in tl.range(past_first, past_end, BN, num_stages=STAGES):
+    latest_first = tl.load(band_ptr + SCALARS + tl.minimum(begin + BM, tokens) - 1)
+    shared = past_end - tl.maximum(latest_first + length, past_first)
+    whole = past_end - tl.maximum(shared, 0) // BN * BN
+    for c in tl.range(past_first, whole, BN, num_stages=STAGES):
         index = c + columns
         slots = start + index
         slots = tl.where(slots >= ring, slots - ring, slots)
-        valid = index < past_end
+        valid = index < whole
         seen = valid[None, :] & (index[None, :] - length >= first[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, keys, values, slots, valid, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND
+            qa, qb, keys, values, slots, valid, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
-    # the chunk itself
-    for c in tl.range(own_first, own_end, BN, num_stages=STAGES):
-        index = c + columns
-        valid = index < own_end
+    for c in tl.range(whole, past_end, BN, num_stages=STAGES):
+        slots = start + c + columns
+        slots = tl.where(slots >= ring, slots - ring, slots)
+        m, s, a, b = _see_tile(
+            qa, qb, keys, values, slots, here, here, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, True
+        )  # fmt: skip
+    # the chunk itself: what all queries see ends with the first of them; the other tiles lie on both sides
+    shared_end = tl.maximum(tl.minimum(own_end, begin + 1), own_first)
+    shared = shared_end - tl.maximum(latest_first, own_first)
+    whole = shared_end - tl.maximum(shared, 0) // BN * BN
+    before = (whole - own_first + BN - 1) // BN
+    after = (tl.maximum(own_end - shared_end, 0) + BN - 1) // BN
+    for i in tl.range(0, before + after, num_stages=STAGES):
+        index = tl.where(i < before, own_first + i * BN, shared_end + (i - before) * BN) + columns
+        valid = index < tl.where(i < before, whole, own_end)
         seen = valid[None, :] & (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND
+            qa, qb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
+        )  # fmt: skip
+    for c in tl.range(whole, shared_end, BN, num_stages=STAGES):
+        index = c + columns
+        m, s, a, b = _see_tile(
+            qa, qb, own_keys, own_values, index, here, here, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, True
         )  # fmt: skip
     wide = tl.arange(0, DA)[None, :]
     if SPLITS > 1:
