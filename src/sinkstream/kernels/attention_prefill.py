@@ -156,10 +156,10 @@ def _attention_prefill_kernel(
         )  # fmt: skip
     for c in tl.range(0, pinned - before, BN):
         index = c + columns
-        valid = index < pinned - before
-        seen = valid[None, :] & (index[None, :] <= rows[:, None])
+        usable = index < pinned - before
+        seen = usable[None, :] & (index[None, :] <= rows[:, None])
         m, s, a, b = _see_tile(
-            ta, tb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
+            ta, tb, own_keys, own_values, index, usable, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
     # the past, in its ring: tiles at the edge of the band, and then those that all queries see, up to the end
     keys, values = past_k_ptr + kept_row * rk_batch + kv * rk_head, past_v_ptr + kept_row * rv_batch + kv * rv_head
@@ -170,10 +170,10 @@ def _attention_prefill_kernel(
         index = c + columns
         slots = start + index
         slots = tl.where(slots >= ring, slots - ring, slots)
-        valid = index < whole
-        seen = valid[None, :] & (index[None, :] - length >= first[:, None])
+        usable = index < whole
+        seen = usable[None, :] & (index[None, :] - length >= first[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, keys, values, slots, valid, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, False
+            qa, qb, keys, values, slots, usable, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
     for c in tl.range(whole, past_end, BN, num_stages=STAGES):
         slots = start + c + columns
@@ -189,10 +189,10 @@ def _attention_prefill_kernel(
     after = (tl.maximum(own_end - shared_end, 0) + BN - 1) // BN
     for i in tl.range(0, before + after, num_stages=STAGES):
         index = tl.where(i < before, own_first + i * BN, shared_end + (i - before) * BN) + columns
-        valid = index < tl.where(i < before, whole, own_end)
-        seen = valid[None, :] & (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
+        usable = index < tl.where(i < before, whole, own_end)
+        seen = usable[None, :] & (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, own_keys, own_values, index, valid, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
+            qa, qb, own_keys, own_values, index, usable, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
     for c in tl.range(whole, shared_end, BN, num_stages=STAGES):
         index = c + columns
