@@ -95,14 +95,18 @@ class ShortChunks:
             with torch.cuda.device(state.device):
                 self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         band, logits = idle_band(state, table), state.logits[0].clone()
-        graph = captured(
-            lambda: self.forward(ids, band),
-            state.device,
-            name=f"the forward of a chunk of {size} tokens",
-            warmups=WARMUPS,
-            stream=self._side,
-            pool=self._pool,
-        )
+        try:
+            graph = captured(
+                lambda: self.forward(ids, band),
+                state.device,
+                name=f"the forward of a chunk of {size} tokens",
+                warmups=WARMUPS,
+                stream=self._side,
+                pool=self._pool,
+            )
+        except BaseException:
+            self._side = self._pool = None  # what a capture that failed leaves in them is not known
+            raise
         state.logits[0] = logits
         return graph
 
