@@ -70,7 +70,8 @@ cliff_of() {
 side_by_side() { "$python" -c 'import xdist' 2>/dev/null && echo "-n $1"; }
 tests() { PYTHON=$python make test-gpu ARGS="$(side_by_side 8)" 2>&1 | tee "$out/test-gpu.txt"; }
 SANITIZED='triton and (agree or rings or every_way or combined or any_width or negative or cursor or 520-65-dtype0-1-
- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or products and 3-200 or activations and 48'
+ or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or products and 3-200 or activations and 48
+ or splits or stays_is and 5-'
 sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do

@@ -26,7 +26,7 @@ from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.chunks import PinnedCopies
 from sinkstream.compat import with_cache
 from sinkstream.kernels import attention_prefill
-from sinkstream.kernels.attention_prefill import Band, Columns
+from sinkstream.kernels.band import Band, Columns
 from sinkstream.policies import PRESETS, EvictionPolicy
 
 TOKENS = 160

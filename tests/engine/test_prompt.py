@@ -7,7 +7,10 @@ from streams import TOLERANCE, oracle_run, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
-from sinkstream.kernels.attention_prefill import Band
+from sinkstream.engine.graphs import captured
+from sinkstream.engine.prompt import PromptForward
+from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
+from sinkstream.kernels.band import Band
 from sinkstream.models import load_model
 from sinkstream.policies import PRESETS, EvictionPolicy
 
@@ -46,6 +49,67 @@ def test_the_next_token_is_that_of_the_oracle(policy, family, positions, parts, 
     stats = e.stats()
     assert stats["events"] == sum(step.event for step in expected.steps)
     assert stats["kept"] == expected.steps[-1].visible.shape[-1]
+
+
+def at_fixed_addresses(e: Engine, sizes: tuple[int, ...], chunk_tokens: int = 2048) -> Engine:
+    """The engine, its short chunks padded as for a CUDA graph, but run as they are."""
+    e._append = PromptForward(e.weights, e.state, chunk_tokens, sizes, capture=False)
+    return e
+
+
+@pytest.mark.parametrize(
+    ("policy", "family", "positions"),
+    [(policy, SERVED[i % len(SERVED)], POSITIONS[i % 2]) for i, policy in enumerate(POLICIES)],
+)
+def test_short_chunks_at_fixed_addresses_are_exact(policy, family, positions):
+    """Two streams in turn through the same addresses, with chunks of their own, one of them longer than all sizes."""
+    model, texts = build(family, layers=2), [token_ids(270, seed=s) for s in range(2)]
+    expected = [oracle_run(model, ids, POLICIES[policy], positions) for ids in texts]
+    e = at_fixed_addresses(engine(model, policy, positions=positions, rebase_at=60, streams=2), (8, 32, 64))
+    fed = [0, 0]
+    for sizes in ((2, 40), (1, 8), (97, 3), (3, 33), (50, 61), (64, 32), (5, 5)):
+        for s, size in enumerate(sizes):
+            ids, first = texts[s], fed[s]
+            logits = e.prefill(ids[first : first + size], stream=s)
+            fed[s] += size
+            found = -logits.double().log_softmax(-1)[ids[fed[s]]]
+            assert (found - expected[s].nll[fed[s] - 1]).abs() < TOLERANCE, (s, fed)
+    for s, ids in enumerate(texts):
+        nll = e.score(ids[fed[s] :], stream=s).double()
+        assert (nll - expected[s].nll[fed[s] - 1 :]).abs().max() < TOLERANCE
+        assert e.stats(stream=s)["events"] == sum(step.event for step in expected[s].steps)
+
+
+@pytest.mark.parametrize("wrong", ["row", "position", "past", "slot"])
+def test_a_wrong_scalar_in_the_table_would_show(wrong, monkeypatch):
+    model, ids = build("llama", layers=2), token_ids(200)
+    expected, made, found = oracle_run(model, ids, POLICIES["strict"]).nll, Band.__init__, []
+    change = {"row": lambda row: 1 - row, "position": lambda value: 2 * value}.get(wrong, lambda value: value + 3)
+    monkeypatch.setattr(
+        Band,
+        "__init__",
+        lambda band, *a, **k: made(band, *a, **(k | ({wrong: change(k[wrong])} if wrong in k else {}))),
+    )
+    e = at_fixed_addresses(engine(model, "strict", streams=2), (16, 64))
+    for first in range(0, 180, 30):
+        logits = e.prefill(ids[first : first + 30])
+        found.append(abs(float(-logits.double().log_softmax(-1)[ids[first + 30]] - expected[first + 29])))
+    assert max(found) > 1e-2
+
+
+def test_chunks_are_padded_to_the_next_size_and_only_where_steps_are_captured():
+    model = build("llama", layers=1)
+    e = at_fixed_addresses(engine(model, "strict"), (16, 64))
+    assert [e._append.short.size(tokens) for tokens in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, None]
+    assert all(engine(model, "strict", backend=b)._append.short.size(9) is None for b in ("ring", "kernels"))
+    assert short_chunk_sizes(2048) == SHORT_SIZES and short_chunk_sizes(40) == (16, 32, 64)
+    assert short_chunk_sizes(1) == (16,)
+
+
+def test_a_capture_that_fails_says_what_was_captured():
+    with pytest.raises(ValueError) as caught:
+        captured(lambda: None, torch.device("cpu"), name="nothing at all")
+    assert "while nothing at all was captured in a CUDA graph" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("policy", ["strict", "max-drop"])
@@ -101,7 +165,7 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     e = engine(model, "strict", chunk_tokens=100)
     monkeypatch.setattr(e._cache, "begin_forward", lambda *_: pytest.fail("the module is called"))
     sizes, forward = [], e._append._forward
-    monkeypatch.setattr(e._append, "_forward", lambda part, stream: sizes.append(len(part)) or forward(part, stream))
+    monkeypatch.setattr(e._append, "_forward", lambda part, *a: sizes.append(len(part)) or forward(part, *a))
     e.prefill(ids)
     assert sizes == [100, 100, 100] and e.stats()["events"] > 200
 
@@ -134,3 +198,55 @@ def test_on_a_gpu_the_engine_and_the_cache_predict_the_same(shape, dtype):
     e.reset()
     other = e.prefill(ids[:1450].flip(0))
     assert (other - stepped).norm() > 5 * (prompted - stepped).norm(), "control: another text"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
+def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape):
+    """Beginnings, turns behind a full stream, two streams, in sizes that are captured in any order."""
+    model = load_model(f"random:{shape}", dtype=torch.float16, device="cuda").model
+    ids, logits, held = token_ids(2400).cuda(), {}, {}
+    for backend in ("kernels", "fused"):
+        e, fed, logits[backend] = Engine(model, cap=300, backend=backend, streams=2), [0, 600], []
+        for sizes in ((2, 300), (1, 50), (600, 17), (50, 100), (50, 50), (33, 50), (512, 1)):
+            for s, size in enumerate(sizes):
+                logits[backend].append(e.prefill(ids[fed[s] : fed[s] + size], stream=s))
+                fed[s] += size
+                logits[backend].append(e.step(ids[fed[s] : fed[s] + 1], streams=[s])[0])
+                fed[s] += 1
+        held[backend] = e.state.keys.float()
+        graphs = sorted(e._append.short._graphs)
+        assert graphs == ([] if backend == "kernels" else [16, 32, 64, 128, 320, 512])
+        e.close()
+    for plain, graphed in zip(*logits.values()):
+        assert (graphed - plain).norm() < 0.02 * plain.norm()
+    plain, graphed = held.values()
+    assert (graphed - plain).norm() < 0.02 * plain.norm()
+    control = torch.stack([a - b for a, b in zip(logits["fused"][2:], logits["fused"])])
+    assert control.norm(dim=-1).median() > 0.05 * logits["fused"][0].norm(), "control: other tokens, other logits"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_capture_changes_no_stream_and_a_failing_one_is_said():
+    model = load_model("random:smollm2-135m", dtype=torch.float16, device="cuda").model
+    ids, e = token_ids(900).cuda(), Engine(model, cap=300, backend="fused", streams=2)
+    e.prefill(ids[:700], stream=0)
+    before = {name: part.clone() for name, part in e.state.stream_buffers(0).items()}
+    e.prefill(ids[:50], stream=1)
+    assert all(torch.equal(part, before[name]) for name, part in e.state.stream_buffers(0).items())
+    forward = e._append.short.forward
+
+    def fails(padded, band):
+        forward(padded, band)
+        if torch.cuda.is_current_stream_capturing():
+            raise MemoryError("in the middle of a capture")
+
+    e._append.short.forward = fails
+    with pytest.raises(MemoryError) as caught:
+        e.prefill(ids[:20], stream=1)
+    assert any("the forward of a chunk of 32 tokens" in note for note in caught.value.__notes__)
+    assert e.stats(stream=1)["seen"] == 0
+    e._append.short.forward = forward
+    again, other = e.prefill(ids[:20], stream=1), Engine(model, cap=300, backend="kernels").prefill(ids[:20])
+    assert (again - other).norm() < 0.02 * other.norm()
+    assert all(torch.equal(part, before[name]) for name, part in e.state.stream_buffers(0).items())

@@ -26,13 +26,16 @@ def lazy(tokens: int, every: int) -> list[int]:
     return [-20 + (t // every) * every for t in range(tokens)]
 
 
-BANDS = [  # a chunk over an evicting ring that is wrapped; a whole stream; a start; the sinks themselves; lazy; no past
+BANDS = [  # a chunk over an evicting ring that is wrapped; a whole stream; a start; the sinks themselves; lazy; a ring
+    # with room; two with tiles that all queries see, in the ring and in the chunk; no sinks
     dict(first=strict(40, 21, 500), past=500, length=20, ring=23, start=11),
-    dict(first=strict(70, 30, 0), past=0),
-    dict(first=[4] * 3, past=0),
-    dict(first=[2] * 9, past=2),
+    dict(first=strict(70, 30, 0), past=0, window_at=0),
+    dict(first=[4] * 3, past=0, window_at=0),
+    dict(first=[2] * 9, past=2, window_at=2),
     dict(first=lazy(50, 7), past=90, length=20, ring=20, start=19),
     dict(first=strict(33, 5, 50), past=50, length=5, ring=64, start=62, window_at=40),
+    dict(first=strict(50, 90, 500), past=500, length=89, ring=97, start=60),
+    dict(first=strict(90, 70, 2), past=2, window_at=2),
     dict(first=[max(t - 9, -3) for t in range(20)], past=3, sink=0, length=3, ring=5, start=4),
 ]
 
@@ -48,6 +51,17 @@ def small_tiles(monkeypatch):
 def test_bands(band, heads, implementation):
     case = ChunkCase(torch.float16, **heads, **band)
     assert error(case.run(implementation, config=SMALL), case.expected()) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(("band", "implementation"), on_implementations(BANDS, quick=3))
+@pytest.mark.parametrize("splits", [2, 8])
+def test_splits_and_padding_change_nothing(band, splits, implementation):
+    """The keys of a short chunk are split; its padding is NaN and stays as it was; the rows of other streams too."""
+    case, config = ChunkCase(torch.float16, **LLAMA, **band), PrefillConfig(rows=32, columns=16, splits=splits)
+    found = case.run_padded(implementation, padding=19, row=2, config=config)
+    tokens = len(case.first)
+    assert error(found[:, :tokens], case.expected()) < TOLERANCE[torch.float16]
+    assert (found[:, tokens:] == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +118,9 @@ def test_the_floor_counts_what_is_visible():
     assert attention_flops(case.band(), 6, 64, 4) == 4 * 6 * 64 * pairs
 
 
-def test_short_chunks_get_low_tiles():
-    rows = [default_prefill(tokens, 32, 64, 132).rows for tokens in (50, 300, 2048)]
-    assert rows == sorted(rows) and rows[0] == 16 and rows[-1] == 128
+def test_short_chunks_split_their_keys_and_long_ones_do_not():
+    chosen = [default_prefill(tokens, 32, 64, 132) for tokens in (50, 130, 300, 2048)]
+    assert [(c.rows, c.splits) for c in chosen] == [(64, 8), (64, 2), (64, 1), (128, 1)]
+    assert default_prefill(9, 32, 64, 132).rows == 16
+    with pytest.raises(ValueError, match="splits=3"):
+        PrefillConfig(splits=3)

@@ -5,7 +5,8 @@ import torch
 from ops_cases import DEVICE, draw
 from ring_case import NAN, rotate
 
-from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import SCALARS, Band, Columns
 
 
 class ChunkCase:
@@ -36,6 +37,10 @@ class ChunkCase:
         shapes = {"pinned": self.pinned, "past": length, "own": tokens}
         self.keys = {n: draw(batch, kv_heads, count, head_dim) for n, count in shapes.items()}
         self.values = {n: draw(batch, kv_heads, count, head_dim) for n, count in shapes.items()}
+        if past < self.pinned:  # the chunk brings sinks: its own first tokens
+            assert window_at == past, "nothing has been rebased before the first prune"
+            for part in (self.keys, self.values):
+                part["own"][:, :, : self.pinned - past] = part["pinned"][:, :, past:]
 
     def visible(self, t: int) -> list[tuple[str, int]]:
         """What query t sees, in the order of the cache: (part, index)."""
@@ -69,7 +74,9 @@ class ChunkCase:
             ring = torch.full((*part["past"].shape[:2], self.ring, part["past"].shape[3]), NAN, device=DEVICE)
             ring = ring.to(self.dtype)
             ring[:, :, slots] = part["past"].to(self.dtype)
-            held |= {f"pinned_{name}": part["pinned"].to(self.dtype), f"past_{name}": ring}
+            pinned = part["pinned"].to(self.dtype).clone()
+            pinned[:, :, self.past :] = NAN  # not written yet
+            held |= {f"pinned_{name}": pinned, f"past_{name}": ring}
             held[name] = part["own"].to(self.dtype)
         return Columns(**held)
 
@@ -80,13 +87,16 @@ class ChunkCase:
             else keys
         )
 
+    def turns(self) -> np.ndarray:
+        """By how many positions each query is turned back to its place in the cache."""
+        frame = np.array([len(self.visible(t)) - 1 for t in range(len(self.first))])
+        return self.window_at + np.arange(len(self.first)) - frame
+
     def band(self, first: int = 0, turn: int = 0) -> Band:
         """The band of the case; `first` and `turn` put it off by so many, for a control."""
-        frame = np.array([len(self.visible(t)) - 1 for t in range(len(self.first))])
-        away = self.window_at + np.arange(len(self.first)) - frame
         return Band(
             np.array(self.first) + first,
-            away + turn,
+            self.turns() + turn,
             self.inv_freq,
             past=self.past,
             start=self.start,
@@ -100,3 +110,30 @@ class ChunkCase:
             query, self.columns(), band or self.band(), scaling=self.scaling, config=config,
             implementation=implementation,
         )  # fmt: skip
+
+    def run_padded(self, implementation: str, *, padding: int, row: int, config=None) -> torch.Tensor:
+        """The op on the case padded with NaN at fixed addresses, in a row of several; 7 where nothing is written."""
+        query, columns = self._at(self.query.double(), self.window_at).to(self.dtype), self.columns()
+
+        def padded(part: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(part, (0, 0, 0, padding), value=NAN)
+
+        def among_others(part: torch.Tensor) -> torch.Tensor:
+            others = torch.full((row, *part.shape[1:]), NAN, dtype=part.dtype, device=DEVICE)
+            return torch.cat([others, part, others])
+
+        columns = Columns(
+            among_others(columns.pinned_keys), among_others(columns.pinned_values), among_others(columns.past_keys),
+            among_others(columns.past_values), padded(columns.keys), padded(columns.values),
+        )  # fmt: skip
+        rows = len(self.first) + padding
+        band = Band(
+            np.array(self.first), self.turns(), self.inv_freq, past=self.past, start=self.start, length=self.length,
+            row=row, table=torch.zeros(SCALARS + 2 * rows, dtype=torch.int32, device=DEVICE),
+        )  # fmt: skip
+        band.rotate()
+        query = padded(query)
+        out = torch.full((len(query), rows, query.shape[1], query.shape[3]), 7, dtype=self.dtype, device=DEVICE)
+        return attention_prefill(
+            query, columns, band, scaling=self.scaling, out=out, config=config, implementation=implementation
+        )

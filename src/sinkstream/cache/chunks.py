@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from sinkstream.cache.ring import SoftRing
-from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import Band, Columns
 from sinkstream.policies import Steps
 
 

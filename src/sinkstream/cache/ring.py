@@ -27,6 +27,8 @@ from sinkstream.cache.pinned import (
 )
 from sinkstream.cache.rope import Rope
 
+MOVED_PIECES = 4  # copies of all layers at once, rather than two of each layer
+
 
 class RingBuffers:
     """Keys, values and channels of all layers, each in one stacked tensor; entries `start` to `tail` count.
@@ -123,10 +125,16 @@ class RingBuffers:
         self.start, self.tail = start, start + live
 
     def _move(self, buffer: torch.Tensor, shift: int, live: int) -> None:
-        if abs(shift) >= live:
-            buffer.narrow(SLOT_AXIS, self.start + shift, live).copy_(buffer.narrow(SLOT_AXIS, self.start, live))
+        """Copy `live` entries from the start by `shift` slots: in pieces that meet no other's source, if few do."""
+        size = abs(shift)
+        firsts = range(0, live, size)
+        if len(firsts) <= MOVED_PIECES:
+            for first in firsts if shift < 0 else reversed(firsts):
+                count = min(size, live - first)
+                target = buffer.narrow(SLOT_AXIS, self.start + shift + first, count)
+                target.copy_(buffer.narrow(SLOT_AXIS, self.start + first, count))
             return
-        for layer in buffer:  # source and target overlap: one layer at a time bounds the extra memory
+        for layer in buffer:  # one layer at a time bounds the extra memory
             held = layer.narrow(SLOT_AXIS - 1, self.start, live).clone()
             layer.narrow(SLOT_AXIS - 1, self.start + shift, live).copy_(held)
 

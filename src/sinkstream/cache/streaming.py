@@ -30,7 +30,6 @@ from sinkstream.policies import EvictionPolicy, Step, structural_weights
 
 POSITIONS = ("cache", "original")
 CHUNK = 2_048  # tokens of one forward of a prompt
-REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 
 
 class StreamingCache(CopiedCache):
@@ -65,7 +64,7 @@ class StreamingCache(CopiedCache):
         positions: str = "cache",
         tokenizer: Any = None,
         allow_untrained_positions: bool = False,
-        rebase_at: int = REBASE_AT,
+        rebase_at: int | None = None,
         block_tokens: int = 0,
         **options: Any,
     ) -> "StreamingCache":
@@ -86,8 +85,9 @@ class StreamingCache(CopiedCache):
             Needed by ``scorer="structural"`` only.
         allow_untrained_positions : bool
             Accept a cache that grows past the positions the model was trained on.
-        rebase_at : int
-            Position past which the window's rotation is rebased, so that float32 angles stay exact.
+        rebase_at : int or None
+            Position past which the window's rotation is rebased, so that float32 angles stay exact; default: 1,024, and
+            8,192 in half precision, where a rebase rounds every key of the window once more.
         block_tokens : int
             Prepare for scoring in blocks of that many tokens: the buffer has room for one, and until the cache is
             closed the model's sdpa is switched to a function whose cost does not grow with the prunes in a block.

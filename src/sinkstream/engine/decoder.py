@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
-from sinkstream.cache.streaming import REBASE_AT as PREFILL_REBASE_AT
+from sinkstream.cache.stream import default_rebase
 from sinkstream.engine.handover import prefill_by_module
 from sinkstream.engine.inputs import Ids, encoded, token_ids
 from sinkstream.engine.keeping import StreamKeeper
@@ -16,6 +16,7 @@ from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
+from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
 from sinkstream.engine.watch import ModelWatch
@@ -84,7 +85,7 @@ class StreamDecoder(StreamKeeper):
             positions=positions,
             tokenizer=tokenizer,
             allow_untrained_positions=allow_untrained_positions,
-            rebase_at=min(rebase_at, PREFILL_REBASE_AT),
+            rebase_at=min(rebase_at, default_rebase(model.dtype)),
             chunk_tokens=chunk_tokens,
             **options,
         )
@@ -104,7 +105,8 @@ class StreamDecoder(StreamKeeper):
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
-        self._append = _prompts(self.weights, self.state, chunk_tokens, self._cache, model)
+        short_sizes = short_chunk_sizes(chunk_tokens) if self._step.captures else ()
+        self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache, model)
         self._watch = ModelWatch(model, self.weights)
 
     # ---- feeding ----
@@ -250,7 +252,7 @@ def checked_cache(
     try:
         check_layers(cache.spec)
         step.check(cache.spec, cache.policy, model.device)
-        check_engine(model, cache.spec, cache.policy, streams, chunk_tokens, model.device)
+        check_engine(model, cache.spec, cache.policy, streams, chunk_tokens, model.device, captures=step.captures)
     except ValueError:
         cache.close()
         raise
@@ -258,9 +260,14 @@ def checked_cache(
 
 
 def _prompts(
-    weights: PackedWeights, state: StreamState, chunk_tokens: int, cache: PrefillCache, model: PreTrainedModel
+    weights: PackedWeights,
+    state: StreamState,
+    chunk_tokens: int,
+    short_sizes: tuple[int, ...],
+    cache: PrefillCache,
+    model: PreTrainedModel,
 ) -> Callable[[torch.Tensor, int], None]:
     """What appends token ids to a stream: chunks that cross prunes, or, where these are not known, that end there."""
     if state.policy.plan_known:
-        return PromptForward(weights, state, chunk_tokens)
+        return PromptForward(weights, state, chunk_tokens, short_sizes)
     return partial(prefill_by_module, state, cache, model)

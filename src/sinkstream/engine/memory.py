@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.prefill import PrefillStream
+from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.measure.memory import free_bytes
 from sinkstream.policies import EvictionPolicy
@@ -23,8 +24,8 @@ class MemoryNeed:
     streams : int
         Rings, scalars, logits and channels of all streams.
     prompt : int
-        While a prompt is fed: the activations of one chunk. Where prunes are not known beforehand also its entries, and
-        the cache of one layer twice.
+        While a prompt is fed: the activations of one chunk, and those that captured forwards of short chunks keep.
+        Where prunes are not known beforehand also the entries of a chunk, and the cache of one layer twice.
     workspace : int
         Of the device's libraries.
     """
@@ -40,9 +41,22 @@ class MemoryNeed:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, spec: ModelSpec, policy: EvictionPolicy, streams: int, chunk_tokens: int
+        cls,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        streams: int,
+        chunk_tokens: int,
+        *,
+        captures: bool = False,
     ) -> "MemoryNeed":
-        """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`."""
+        """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
+
+        Parameters
+        ----------
+        captures : bool
+            Whether the backend captures CUDA graphs.
+        """
         vocab = model.get_output_embeddings().weight.shape[0]
         empty = StreamState(
             spec,
@@ -53,14 +67,18 @@ class MemoryNeed:
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
         )
-        size = spec.dtype.itemsize
+        size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
+        cached = kept = 0
         if policy.plan_known:
-            chunk, cached = chunk_tokens, 0
+            chunk = chunk_tokens
+            if captures:  # sizes are captured in any order: the pool holds up to twice the largest
+                kept, workspace = 2 * short_chunk_sizes(chunk_tokens)[-1], 2 * workspace
         else:
             chunk, slot = PrefillStream.chunk_tokens, 2 * spec.kv_heads * spec.head_dim * size  # of one layer
             cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
-        hidden = chunk * (3 * model.config.intermediate_size + 6 * model.config.hidden_size) * size
-        return cls(empty.bytes, cached + hidden + 2 * vocab * 4, CUDA_WORKSPACE if model.device.type == "cuda" else 0)
+        width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
+        hidden = (chunk + kept) * width * size
+        return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
 
 
 def check_engine(
@@ -70,9 +88,12 @@ def check_engine(
     streams: int,
     chunk_tokens: int,
     device: torch.device,
+    *,
+    captures: bool = False,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
-    need, free = MemoryNeed.of(model, spec, policy, streams, chunk_tokens), free_bytes(device)
+    need = MemoryNeed.of(model, spec, policy, streams, chunk_tokens, captures=captures)
+    free = free_bytes(device)
     if need.total > free:
         raise ValueError(
             f"{streams} streams of {policy.peak} slots need {_gb(need.total)} of memory on {device}"

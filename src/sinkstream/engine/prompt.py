@@ -2,7 +2,8 @@
 
 Where every prune is known beforehand, what each token of a chunk sees is known too (`Band`), so a chunk is one forward
 however many prunes fall into it. Its keys and values stay beside the ring until the chunk's own queries of that layer
-have seen the ring as it was; then those that stay are written to their slots.
+have seen the ring as it was; then those that stay are written to their slots. Short chunks, the last of a prompt or a
+chat turn, go through the same forward at fixed addresses (`ShortChunks`).
 """
 
 from typing import Any
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.refresh import rebase_stream
+from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
-from sinkstream.kernels.attention_prefill import Band, Columns, attention_prefill
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import POSITION, ROW, TOKENS, Band, Columns
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
 
@@ -31,32 +34,60 @@ class PromptForward:
     state : StreamState
     chunk_tokens : int
         Most tokens of one forward.
+    short_sizes : sequence of int
+        Sizes that short chunks are padded to, for one forward at fixed addresses; none: no chunk is padded.
+    capture : bool
+        Whether the forwards of short chunks are captured in CUDA graphs, where kernels compute them.
     """
 
-    def __init__(self, weights: PackedWeights, state: StreamState, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(
+        self,
+        weights: PackedWeights,
+        state: StreamState,
+        chunk_tokens: int = CHUNK_TOKENS,
+        short_sizes: tuple[int, ...] = (),
+        *,
+        capture: bool = True,
+    ):
         assert state.policy.plan_known, "what a token sees must be known before the forward"
         self.weights, self.state, self.spec, self.chunk_tokens = weights, state, state.spec, chunk_tokens
+        self.short = ShortChunks(state, self._append, short_sizes, capture=capture)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
         """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
         with torch.cuda.device_of(ids):  # Triton launches on the current device
-            for part in ids.split(self.chunk_tokens):
-                last = self._forward(part, stream)
+            for first in range(0, len(ids), self.chunk_tokens):
+                part = ids[first : first + self.chunk_tokens]
+                self._forward(part, stream, first + len(part) == len(ids))
             self.state.stale_logits.discard(stream)
-            self.state.logits[stream] = F.linear(_norm(last, self.weights.final_norm), self.weights.head)[0]
 
-    def _forward(self, ids: torch.Tensor, stream: int) -> torch.Tensor:
-        """One chunk; returns the hidden state of its last token, ``(1, hidden)``."""
+    def _forward(self, ids: torch.Tensor, stream: int, last: bool) -> None:
+        """One chunk; the logits are computed if it is the last one."""
         counters = self.state.counters[stream]
         if counters.seen - counters.base > self.state.rebase_at:
             rebase_stream(self.state, stream)
-        chunk = Chunk(self.state, stream, len(ids), self.weights.rope_factor)
+        size = self.short.size(len(ids))
+        if size is None:
+            coming = Coming(self.state, stream, len(ids))
+            self._append(ids, coming.band, logits=last)
+        else:
+            coming = Coming(self.state, stream, len(ids), self.short.table(size))
+            self.short(ids, coming.band)
+        coming.count()
+
+    def _append(self, ids: torch.Tensor, band: Band, *, logits: bool = True) -> None:
+        """Append token ids ``(tokens,)``, with padding, as a band says."""
+        if band.fixed:
+            band.rotate()
+        chunk = Chunk(self.state, band, self.weights.rope_factor)
         x = F.embedding(ids, self.weights.embedding)
         for i, layer in enumerate(self.weights.layers):
             x = (self._neox if isinstance(layer, NeoxLayer) else self._llama)(chunk, i, layer, x)
-        chunk.count()
-        return x[-1:]
+        if logits:
+            index = band.table[TOKENS : TOKENS + 1] - 1
+            found = F.linear(_norm(x.index_select(0, index), self.weights.final_norm), self.weights.head)
+            self.state.logits.index_copy_(0, band.table[ROW : ROW + 1].long(), found.float())
 
     def _neox(self, chunk: "Chunk", index: int, layer: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
         """One GPT-NeoX layer with parallel residual; x ``(tokens, hidden)``. Its last product has both inputs."""
@@ -90,22 +121,22 @@ def _norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
 
 
 def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x + W · a + bias; without a bias in one kernel."""
-    return torch.addmm(x, a, weight.T) if bias is None else F.linear(a, weight, bias).add_(x)
+    """x + W · a + bias, in place of x; without a bias in one kernel."""
+    return x.addmm_(a, weight.T) if bias is None else x.add_(F.linear(a, weight, bias))
 
 
-class Chunk:
-    """Tokens that a stream appends in one forward: what each sees, where each lies, and the attention of a layer.
+class Coming:
+    """Tokens that a stream is about to append in one forward, as the policy and the ring have it.
 
     Parameters
     ----------
     state : StreamState
     stream, tokens : int
-    rope_factor : float
-        What rotated dimensions are multiplied by.
+    table : Tensor or None
+        Where the band is written; as for `Band`.
     """
 
-    def __init__(self, state: StreamState, stream: int, tokens: int, rope_factor: float):
+    def __init__(self, state: StreamState, stream: int, tokens: int, table: torch.Tensor | None = None):
         self.state, self.stream, self.tokens = state, stream, tokens
         self.counters, g = state.counters[stream], state.geometry
         seen, base, first_window = self.counters.seen, self.counters.base, self.counters.first_window
@@ -113,20 +144,47 @@ class Chunk:
         self.steps = self.schedule.advance(tokens)
         oldest = first_window + self.steps.drop.cumsum() - seen
         at = np.arange(seen - base, seen - base + tokens)
-        inv_freq = state.spec.rope.frequencies(state.device)
         self.band = Band(
             oldest,
             None if g.original else at - (self.steps.visible - 1),
-            inv_freq,
+            state.spec.rope.frequencies(state.device),
             past=seen,
             start=(first_window - g.sink) % g.ring,
             length=self.counters.window,
             stays=min(max(int(oldest[-1]), 0), tokens),
             slot=(seen - g.sink) % g.ring,
+            row=stream,
+            position=seen - base,
+            table=table,
         )
-        angle = torch.arange(seen - base, seen - base + tokens, device=state.device).double()[:, None] * inv_freq
+
+    def count(self) -> None:
+        """Count the tokens, once all layers have appended them."""
+        self.state.schedules[self.stream] = self.schedule
+        drop = int(self.steps.drop.sum())
+        if drop:
+            self.counters.first_window += drop
+            self.counters.pruned = True
+        self.counters.seen += self.tokens
+        self.counters.events += int(self.steps.event.sum())
+
+
+class Chunk:
+    """What the layers do with the tokens of one forward: rotation, attention, and the way to their slots.
+
+    Parameters
+    ----------
+    state : StreamState
+    band : Band
+    rope_factor : float
+        What rotated dimensions are multiplied by.
+    """
+
+    def __init__(self, state: StreamState, band: Band, rope_factor: float):
+        self.state, self.band = state, band
+        positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
+        angle = positions.double()[:, None] * band.inv_freq
         self.rotation = torch.stack([angle.cos(), angle.sin()], 1).mul_(rope_factor).float()
-        self.sinks = slice(min(seen, g.sink), min(g.sink, seen + tokens))  # the chunk's first tokens, by slot
 
     def attend(
         self,
@@ -155,16 +213,13 @@ class Chunk:
         query, key, value = rotate_qkv(
             qkv, self.rotation, query_heads=spec.query_heads, kv_heads=spec.kv_heads, order=order, **norms
         )
-        keys, values = state.keys[layer, self.stream], state.values[layer, self.stream]
-        if self.sinks.stop > self.sinks.start:
-            for slots, new in ((keys, key), (values, value)):
-                slots[:, self.sinks] = new[: self.sinks.stop - self.sinks.start].transpose(0, 1)
-        pinned, ring = slice(0, self.sinks.stop), slice(g.pinned_slots, None)
+        keys, values = state.keys[layer], state.values[layer]
+        pinned, ring = slice(0, g.pinned_slots), slice(g.pinned_slots, None)
         columns = Columns(
-            keys[None, :, pinned],
-            values[None, :, pinned],
-            keys[None, :, ring],
-            values[None, :, ring],
+            keys[:, :, pinned],
+            values[:, :, pinned],
+            keys[:, :, ring],
+            values[:, :, ring],
             key.transpose(0, 1)[None],
             value.transpose(0, 1)[None],
         )
@@ -173,16 +228,6 @@ class Chunk:
             columns,
             self.band,
             scaling=spec.head_dim**-0.5,
-            out=out.view(1, self.tokens, spec.query_heads, spec.head_dim),
+            out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
         )
-        store_window(key, value, keys[:, ring], values[:, ring], self.band)
-
-    def count(self) -> None:
-        """Count the tokens, once all layers have appended them."""
-        self.state.schedules[self.stream] = self.schedule
-        drop = int(self.steps.drop.sum())
-        if drop:
-            self.counters.first_window += drop
-            self.counters.pruned = True
-        self.counters.seen += self.tokens
-        self.counters.events += int(self.steps.event.sum())
+        store_window(key, value, keys, values, self.band, sinks=g.pinned_slots)

@@ -10,6 +10,7 @@ import torch
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.fused import FusedDecode, check_kernels
+from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.state import StreamState
 from sinkstream.policies import EvictionPolicy
@@ -27,6 +28,8 @@ class StepFunction(ABC):
     state : StreamState
         Empty; `prepare` may run steps on it and leaves it empty.
     """
+
+    captures = False  # whether work is captured in CUDA graphs
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         self.weights, self.state = weights, state
@@ -55,6 +58,7 @@ class RingStep(StepFunction):
 class GraphedStep(StepFunction):
     """Any step under one CUDA graph: captured once, replayed for every token."""
 
+    captures = True
     warmups = 3
 
     @abstractmethod
@@ -74,16 +78,7 @@ class GraphedStep(StepFunction):
         state = self.state
         idle = torch.tensor(state.geometry.idle_row(), dtype=torch.int32, device=state.device)
         state.plan.copy_(idle.expand_as(state.plan))
-        with torch.cuda.device(state.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(self.warmups):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-                self.run()
+        self.graph = captured(self.run, state.device, name="a decode step", warmups=self.warmups)
         state.clear()
 
     def __call__(self) -> None:

@@ -5,14 +5,16 @@ of keys wholly outside that band are skipped. The pinned keys lie in a frame of 
 back by as many positions as it stands too far from the frame. One softmax runs over both. The past lies in a ring, the
 chunk's own keys beside it, so that a chunk may be longer than the ring and nothing is moved before its queries have
 seen it.
-"""
 
-from dataclasses import dataclass
-from functools import cached_property
+A short chunk has too few queries to fill the device, so its keys are split over several programs, and a second kernel
+puts their sums together. Everything that changes from chunk to chunk is read from a table on the device, so that a
+CUDA graph can hold the forward of a chunk of at most so many tokens.
+"""
 
 import numpy as np
 import torch
 
+from sinkstream.kernels.band import SCALARS, Band, Columns
 from sinkstream.kernels.config import PrefillConfig, default_prefill
 from sinkstream.kernels.online_softmax import rotated
 from sinkstream.kernels.runtime import (
@@ -24,174 +26,87 @@ from sinkstream.kernels.runtime import (
     launch,
     multiprocessors,
     tl,
+    triton,
     use_triton,
 )
 
-SCALARS = 8  # of a band: tokens, past, start, length, stays, slot, two spare
 TILE = {"cpu": 64}  # queries of one tile of the twin, by kind of device
 DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
 
 
-class Band:
-    """What each query of a chunk sees, and where it meets the pinned keys. Tokens are counted from the chunk's first.
-
-    Everything that changes from chunk to chunk goes to the device in one copy, which nobody waits for.
-
-    Parameters
-    ----------
-    first : array, (tokens,), integers, never falling
-        Oldest window token that each query sees; negative ones came before the chunk.
-    turn : array, (tokens,), integers, or None
-        By how many positions each query is turned back to where it stands in the frame of the pinned keys; None: by
-        none.
-    inv_freq : Tensor, (rotary_dim / 2,), float64, on the device of the queries
-        Radians per position.
-    past : int
-        Tokens of the stream before the chunk: pinned entry i is seen by queries from token ``i - past`` on.
-    start, length : int
-        Slot of the oldest window entry of the past in its ring, and how many there are; the latest is the token before
-        the chunk.
-    stays, slot : int
-        The first of the chunk's tokens that stays in the ring afterwards; where in the ring its first token would lie.
-    """
-
-    def __init__(
-        self,
-        first: np.ndarray,
-        turn: np.ndarray | None,
-        inv_freq: torch.Tensor,
-        *,
-        past: int,
-        length: int,
-        start: int = 0,
-        stays: int = 0,
-        slot: int = 0,
-    ):
-        self.first, self.past, self.start, self.length, self.stays, self.slot = first, past, start, length, stays, slot
-        tokens, scalars = len(first), [len(first), past, start, length, stays, slot, 0, 0]
-        host = np.zeros(SCALARS + 2 * tokens, dtype=np.int32)
-        host[:SCALARS], host[SCALARS : SCALARS + tokens] = scalars, first
-        turned = turn is not None and turn.any()
-        if turn is not None:
-            host[SCALARS + tokens :] = turn
-        table = torch.from_numpy(host)
-        if inv_freq.device.type == "cuda":
-            table = table.pin_memory()
-        self.table = table.to(inv_freq.device, non_blocking=True)
-        self.rotation: torch.Tensor | None = None
-        if turned:
-            angle = self.table[SCALARS + tokens :].double()[:, None] * inv_freq
-            self.rotation = torch.stack([angle.cos(), -angle.sin()], 1).float()
-
-    @property
-    def tokens(self) -> int:
-        """Queries of the chunk."""
-        return len(self.first)
-
-    @cached_property
-    def host_first(self) -> list[int]:
-        """`first`, as integers of the host."""
-        return self.first.tolist()
-
-    @property
-    def device_first(self) -> torch.Tensor:
-        """`first`, ``(tokens,)`` int32, on the device."""
-        return self.table[SCALARS : SCALARS + self.tokens]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Keys and values of one layer that a chunk sees. All may be strided, but for the last axis.
-
-    Attributes
-    ----------
-    pinned_keys, pinned_values : Tensor, (batch, kv_heads, pinned, head_dim)
-        In the frame of their own.
-    past_keys, past_values : Tensor, (batch, kv_heads, slots, head_dim)
-        A ring of window entries, rotated as the chunk's own are; the band says which of its slots are used.
-    keys, values : Tensor, (batch, kv_heads, tokens, head_dim)
-        Of the chunk itself.
-    """
-
-    pinned_keys: torch.Tensor
-    pinned_values: torch.Tensor
-    past_keys: torch.Tensor
-    past_values: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def window(self, band: Band, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of window tokens `first` to `end` - 1, ``(batch, kv_heads, end - first, head_dim)``."""
-        ring, pieces = self.past_keys.shape[2], []
-        oldest = band.start + band.length + min(first, 0)  # of what is asked of the past, its slot
-        while first < min(end, 0):
-            slot = oldest % ring
-            count = min(min(end, 0) - first, ring - slot)
-            pieces.append((self.past_keys[:, :, slot : slot + count], self.past_values[:, :, slot : slot + count]))
-            first, oldest = first + count, oldest + count
-        if end > 0 or not pieces:
-            own = slice(max(first, 0), max(end, first, 0))
-            pieces.append((self.keys[:, :, own], self.values[:, :, own]))
-        if len(pieces) == 1:
-            return pieces[0]
-        keys, values = zip(*pieces)
-        return torch.cat(keys, 2), torch.cat(values, 2)
-
-
 @jit
-def _load_part(ptr, rows, valid, stride, offset: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns [offset, offset + WIDTH) of rows of D values; zero past D and where a row is not valid."""
+def _load_part(ptr, rows, valid, stride, offset: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr):
+    """Columns [offset, offset + WIDTH) of rows of D values; zero past D and, without ALL, where a row is not valid."""
     columns = offset + tl.arange(0, WIDTH)[None, :]
-    mask = valid[:, None] & (columns < D) if offset + WIDTH > D else valid[:, None]
-    return tl.load(ptr + rows[:, None] * stride + columns, mask=mask, other=0.0)
+    place = ptr + rows[:, None] * stride + columns
+    if ALL:
+        part = tl.load(place, mask=columns < D, other=0.0) if offset + WIDTH > D else tl.load(place)
+    else:
+        mask = valid[:, None] & (columns < D) if offset + WIDTH > D else valid[:, None]
+        part = tl.load(place, mask=mask, other=0.0)
+    return part
 
 
 @jit
 def _see_tile(
     qa, qb, keys, values, slots, valid, seen, key_stride, value_stride, scale, m, s, a, b,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys more in maxima m, sums s and weighted values a (first DA columns) and b (the DB others)."""
-    ka = _load_part(keys, slots, valid, key_stride, 0, DA, D)
+    """One tile of keys more in maxima m, sums s and weighted values a (first DA columns) and b (the DB others).
+
+    With ALL every query sees every key, so `valid` and `seen` are not looked at.
+    """
+    ka = _load_part(keys, slots, valid, key_stride, 0, DA, D, ALL)
     z = tl.dot(qa, tl.trans(ka.to(KIND)))
     if DB > 0:
-        kb = _load_part(keys, slots, valid, key_stride, DA, DB, D)
+        kb = _load_part(keys, slots, valid, key_stride, DA, DB, D, ALL)
         z = tl.dot(qb, tl.trans(kb.to(KIND)), z)
-    z = tl.where(seen, z * scale, -float("inf"))
-    top = tl.maximum(m, tl.max(z, 1))
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    p = tl.exp2(z - safe[:, None])
+    if ALL:
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        safe = top
+    else:
+        z = tl.where(seen, z, -float("inf"))
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        safe = tl.where(top == -float("inf"), 0.0, top)
+    p = tl.exp2(z * scale - safe[:, None])
     old = tl.exp2(m - safe)
     s = s * old + tl.sum(p, 1)
     p = p.to(KIND)
-    va = _load_part(values, slots, valid, value_stride, 0, DA, D)
+    va = _load_part(values, slots, valid, value_stride, 0, DA, D, ALL)
     a = tl.dot(p, va.to(KIND), a * old[:, None])
     if DB > 0:
-        vb = _load_part(values, slots, valid, value_stride, DA, DB, D)
+        vb = _load_part(values, slots, valid, value_stride, DA, DB, D, ALL)
         b = tl.dot(p, vb.to(KIND), b * old[:, None])
     return top, s, a, b
 
 
-@jit(do_not_specialize=["pinned_slots", "ring"])
+@jit(do_not_specialize=["pinned_slots", "ring", "query_rows"])
 def _attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, pinned_k_ptr, pinned_v_ptr, past_k_ptr, past_v_ptr, band_ptr, turn_ptr, out_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     pk_batch, pk_head, pk_row, pv_batch, pv_head, pv_row, rk_batch, rk_head, rk_row, rv_batch, rv_head, rv_row,
-    out_batch, out_head, out_row, pinned_slots, ring, groups, scale,
+    out_batch, out_head, out_row, pinned_slots, ring, groups, scale, stats_ptr, query_rows,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, RD: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, SCALARS: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, KIND: tl.constexpr, SCALARS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of queries, query head, row of the batch); the tiles with most keys come first."""
+    """Program (tile of queries, query head, row of the batch and split); the tiles with most keys come first.
+
+    With splits, `out_ptr` is a float32 buffer (batch, heads, query_rows, SPLITS, D) of sums that are not normalised,
+    and `stats_ptr` one of their maxima and weights (batch, heads, query_rows, SPLITS, 2).
+    """
     tokens, past = tl.load(band_ptr), tl.load(band_ptr + 1)
     start, length = tl.load(band_ptr + 2), tl.load(band_ptr + 3)
-    pinned = tl.minimum(pinned_slots, past + tokens)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(1), (tl.program_id(2) // SPLITS).to(tl.int64)
+    kept_row = row + tl.load(band_ptr + 6)
     kv = (head // groups).to(tl.int64)
     begin = tile * BM
     rows = begin + tl.arange(0, BM)
     here = rows < tokens
     held = tl.minimum(rows, tokens - 1)
+    used = begin < tokens  # a tile of padding looks at nothing
+    pinned = tl.where(used, tl.minimum(pinned_slots, past + tokens), 0)
     first = tl.load(band_ptr + SCALARS + held)
     oldest = tl.load(band_ptr + SCALARS + tl.minimum(begin, tokens - 1))
     query = q_ptr + row * q_batch + head.to(tl.int64) * q_head
@@ -199,10 +114,10 @@ def _attention_prefill_kernel(
     s = tl.zeros((BM,), tl.float32)
     a = tl.zeros((BM, DA), tl.float32)
     b = tl.zeros((BM, DB if DB > 0 else 1), tl.float32)
-    qa = _load_part(query, held, here, q_row, 0, DA, D).to(KIND)
+    qa = _load_part(query, held, here, q_row, 0, DA, D, False).to(KIND)
     qb = qa
     if DB > 0:
-        qb = _load_part(query, held, here, q_row, DA, DB, D).to(KIND)
+        qb = _load_part(query, held, here, q_row, DA, DB, D, False).to(KIND)
     columns = tl.arange(0, BN)
     # the pinned columns
     ta, tb = qa, qb
@@ -214,38 +129,109 @@ def _attention_prefill_kernel(
             tb_columns = DA + tl.arange(0, DB)[None, :]
             valid = here[:, None] & (tb_columns < D)
             tb = rotated(place, tb_columns, valid, angle, q_ptr, 0.0, D, RD, False, DB).to(KIND)
-    keys = pinned_k_ptr + row * pk_batch + kv * pk_head
-    values = pinned_v_ptr + row * pv_batch + kv * pv_head
-    for c in tl.range(0, pinned, BN):
+    # which tiles of the window are this program's
+    past_first, own_first = tl.maximum(oldest + length, 0), tl.maximum(oldest, 0)
+    past_end = tl.where(used, length, 0)
+    own_end = tl.where(used, tl.minimum(begin + BM, tokens), 0)
+    if SPLITS > 1:
+        split = tl.program_id(2) % SPLITS
+        pinned = tl.where(split == 0, pinned, 0)
+        past_tiles = tl.maximum(past_end - past_first + BN - 1, 0) // BN
+        own_tiles = tl.maximum(own_end - own_first + BN - 1, 0) // BN
+        share = (past_tiles + own_tiles + SPLITS - 1) // SPLITS
+        past_end = tl.minimum(past_end, past_first + (split + 1) * share * BN)
+        past_first += split * share * BN
+        own_end = tl.minimum(own_end, own_first + tl.maximum((split + 1) * share - past_tiles, 0) * BN)
+        own_first += tl.maximum(split * share - past_tiles, 0) * BN
+    # the pinned columns that came before the chunk, and those of the chunk itself
+    own_keys, own_values = k_ptr + row * k_batch + kv * k_head, v_ptr + row * v_batch + kv * v_head
+    keys = pinned_k_ptr + kept_row * pk_batch + kv * pk_head
+    values = pinned_v_ptr + kept_row * pv_batch + kv * pv_head
+    before = tl.minimum(pinned, past)
+    for c in tl.range(0, before, BN):
         index = c + columns
-        seen = (index[None, :] < pinned) & (index[None, :] <= past + rows[:, None])
+        seen = (index[None, :] < before) & (rows[:, None] >= 0)
         m, s, a, b = _see_tile(
-            ta, tb, keys, values, index, index < pinned, seen, pk_row, pv_row, scale, m, s, a, b, D, DA, DB, KIND
+            ta, tb, keys, values, index, index < before, seen, pk_row, pv_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
-    # the past, in its ring
-    keys, values = past_k_ptr + row * rk_batch + kv * rk_head, past_v_ptr + row * rv_batch + kv * rv_head
-    for c in tl.range(tl.maximum(oldest + length, 0), length, BN, num_stages=STAGES):
+    for c in tl.range(0, pinned - before, BN):
+        index = c + columns
+        usable = index < pinned - before
+        seen = usable[None, :] & (index[None, :] <= rows[:, None])
+        m, s, a, b = _see_tile(
+            ta, tb, own_keys, own_values, index, usable, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
+        )  # fmt: skip
+    # the past, in its ring: tiles at the edge of the band, and then those that all queries see, up to the end
+    keys, values = past_k_ptr + kept_row * rk_batch + kv * rk_head, past_v_ptr + kept_row * rv_batch + kv * rv_head
+    latest_first = tl.load(band_ptr + SCALARS + tl.minimum(begin + BM, tokens) - 1)
+    shared = past_end - tl.maximum(latest_first + length, past_first)
+    whole = past_end - tl.maximum(shared, 0) // BN * BN
+    for c in tl.range(past_first, whole, BN, num_stages=STAGES):
         index = c + columns
         slots = start + index
         slots = tl.where(slots >= ring, slots - ring, slots)
-        seen = (index < length)[None, :] & (index[None, :] - length >= first[:, None])
+        usable = index < whole
+        seen = usable[None, :] & (index[None, :] - length >= first[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, keys, values, slots, index < length, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND
+            qa, qb, keys, values, slots, usable, seen, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
-    # the chunk itself
-    keys, values = k_ptr + row * k_batch + kv * k_head, v_ptr + row * v_batch + kv * v_head
-    for c in tl.range(tl.maximum(oldest, 0), tl.minimum(begin + BM, tokens), BN, num_stages=STAGES):
+    for c in tl.range(whole, past_end, BN, num_stages=STAGES):
+        slots = start + c + columns
+        slots = tl.where(slots >= ring, slots - ring, slots)
+        m, s, a, b = _see_tile(
+            qa, qb, keys, values, slots, here, here, rk_row, rv_row, scale, m, s, a, b, D, DA, DB, KIND, True
+        )  # fmt: skip
+    # the chunk itself: what all queries see ends with the first of them; the other tiles lie on both sides
+    shared_end = tl.maximum(tl.minimum(own_end, begin + 1), own_first)
+    shared = shared_end - tl.maximum(latest_first, own_first)
+    whole = shared_end - tl.maximum(shared, 0) // BN * BN
+    before = (whole - own_first + BN - 1) // BN
+    after = (tl.maximum(own_end - shared_end, 0) + BN - 1) // BN
+    for i in tl.range(0, before + after, num_stages=STAGES):
+        index = tl.where(i < before, own_first + i * BN, shared_end + (i - before) * BN) + columns
+        usable = index < tl.where(i < before, whole, own_end)
+        seen = usable[None, :] & (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
+        m, s, a, b = _see_tile(
+            qa, qb, own_keys, own_values, index, usable, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
+        )  # fmt: skip
+    for c in tl.range(whole, shared_end, BN, num_stages=STAGES):
         index = c + columns
-        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= rows[:, None])
         m, s, a, b = _see_tile(
-            qa, qb, keys, values, index, index < tokens, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND
+            qa, qb, own_keys, own_values, index, here, here, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, True
         )  # fmt: skip
-    out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + held[:, None].to(tl.int64) * out_row
     wide = tl.arange(0, DA)[None, :]
+    if SPLITS > 1:
+        place = ((row * tl.num_programs(1) + head) * query_rows + held) * SPLITS + split
+        out = out_ptr + place[:, None] * D
+        tl.store(stats_ptr + place * 2, m, mask=here)
+        tl.store(stats_ptr + place * 2 + 1, s, mask=here)
+        s = tl.full((BM,), 1.0, tl.float32)
+    else:
+        out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + held[:, None].to(tl.int64) * out_row
     tl.store(out + wide, (a / s[:, None]).to(out_ptr.dtype.element_ty), mask=here[:, None] & (wide < D))
     if DB > 0:
         wide = DA + tl.arange(0, DB)[None, :]
         tl.store(out + wide, (b / s[:, None]).to(out_ptr.dtype.element_ty), mask=here[:, None] & (wide < D))
+
+
+@jit(do_not_specialize=["query_rows"])
+def _combine_splits_kernel(
+    parts_ptr, stats_ptr, out_ptr, band_ptr, query_rows, out_batch, out_head, out_row,
+    D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (query, query head, row of the batch): one softmax of the sums of all splits."""
+    query, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here = query < tl.load(band_ptr)
+    place = ((row * tl.num_programs(1) + head) * query_rows + query) * SPLITS + tl.arange(0, SPLITS)
+    columns = tl.arange(0, SIZE)[None, :]
+    m = tl.load(stats_ptr + place * 2, mask=here, other=0.0)
+    s = tl.load(stats_ptr + place * 2 + 1, mask=here, other=1.0)
+    weight = tl.exp2(m - tl.max(m, 0))
+    parts = tl.load(parts_ptr + place[:, None] * D + columns, mask=here & (columns < D), other=0.0)
+    found = tl.sum(parts * weight[:, None], 0) / tl.sum(s * weight, 0)
+    columns = tl.arange(0, SIZE)
+    out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + query.to(tl.int64) * out_row
+    tl.store(out + columns, found.to(out_ptr.dtype.element_ty), mask=here & (columns < D))
 
 
 def attention_prefill(
@@ -266,7 +252,7 @@ def attention_prefill(
         Rotated for the window. May be strided, but for the last axis.
     columns : Columns
     band : Band
-        Of the same tokens.
+        Of the same tokens; of padded ones, which come last, nothing is computed or written.
     scaling : float
         Of the scores.
     out : Tensor, (batch, tokens, query_heads, head_dim), optional
@@ -305,14 +291,16 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
     kv_heads = columns.keys.shape[1]
     for name in ("keys", "pinned_keys", "past_keys"):
         keys, values = getattr(columns, name), getattr(columns, name.replace("keys", "values"))
-        wanted = (batch, kv_heads, tokens if name == "keys" else None, dim)
+        wanted = (batch, kv_heads, tokens, dim) if name == "keys" else (None, kv_heads, None, dim)
         check_tensor(name, keys, wanted, dtypes=(query.dtype,), device=device, contiguous=False)
         name = name.replace("keys", "values")
         check_tensor(name, values, tuple(keys.shape), dtypes=(query.dtype,), device=device, contiguous=False)
     if heads % kv_heads:
         raise ValueError(f"query has {heads} heads; accepted: a multiple of the {kv_heads} key-value heads")
-    if band.tokens != tokens:
-        raise ValueError(f"a band of {band.tokens} tokens for {tokens} queries; accepted: as many")
+        if name != "keys" and not 0 <= band.row <= len(keys) - batch:
+            raise ValueError(f"row={band.row}; accepted: 0 to {len(keys) - batch}, {batch} fewer than {name} has")
+    if band.rows != tokens:
+        raise ValueError(f"a band of {band.rows} tokens for {tokens} queries; accepted: as many")
     if not 0 <= band.length <= columns.past_keys.shape[2]:
         raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
@@ -328,16 +316,26 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
         columns.past_values,
     )  # fmt: skip
     strides = [part.stride(axis) for part in parts for axis in range(3)]
-    rotation = band.rotation
+    rotation, splits = band.rotation, config.splits
+    sums = stats = out
+    if splits > 1:
+        sums, stats = (
+            query.new_empty((batch, heads, tokens, splits, width), dtype=torch.float32) for width in (dim, 2)
+        )
+    out_strides = out.stride(0), out.stride(2), out.stride(1)
     launch(
-        _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch), *parts, band.table,
-        band.table if rotation is None else rotation, out, *strides, out.stride(0), out.stride(2),
-        out.stride(1), columns.pinned_keys.shape[2], columns.past_keys.shape[2], heads // kv_heads,
-        scaling * 1.4426950408889634,
+        _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch * splits), *parts, band.table,
+        band.table if rotation is None else rotation, sums, *strides, *out_strides, columns.pinned_keys.shape[2],
+        columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634, stats, tokens,
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
-        BM=config.rows, BN=config.columns, STAGES=config.stages, KIND=dot_kind(query.dtype),
+        BM=config.rows, BN=config.columns, STAGES=config.stages, SPLITS=splits, KIND=dot_kind(query.dtype),
         SCALARS=SCALARS, num_warps=config.warps, pdl=False,
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            _combine_splits_kernel, (tokens, heads, batch), sums, stats, out, band.table, tokens, *out_strides,
+            D=dim, SIZE=triton.next_power_of_2(dim), SPLITS=splits, num_warps=1, pdl=False,
+        )  # fmt: skip
 
 
 def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, out: torch.Tensor) -> torch.Tensor:
@@ -347,11 +345,12 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
     sees.
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, tokens, dim = query.shape
-    kv_heads, pinned = columns.keys.shape[1], columns.pinned_keys.shape[2]
+    batch, heads, _, dim = query.shape
+    kv_heads, tokens = columns.keys.shape[1], band.tokens
     device, size = query.device, TILE.get(query.device.type, DEFAULT_TILE)
+    pinned_keys, pinned_values = (part.to(work) for part in columns.pinned(band))
+    pinned = pinned_keys.shape[2]
     pinned_columns = torch.arange(pinned, device=device)
-    pinned_keys, pinned_values = columns.pinned_keys.to(work), columns.pinned_values.to(work)
     for begin in range(0, tokens, size):
         end = min(begin + size, tokens)
         oldest = min(max(band.host_first[begin], -band.length), end)

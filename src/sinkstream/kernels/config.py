@@ -152,14 +152,19 @@ class PrefillConfig:
         Queries and keys of one tile (powers of two, at least 16).
     warps, stages : int
         Warps of a program; tiles of its shared-memory pipeline.
+    splits : int
+        Programs that the keys of one tile of queries are split over (a power of two).
     """
 
     rows: int = 128
     columns: int = 64
     warps: int = 4
     stages: int = 3
+    splits: int = 1
 
     def __post_init__(self):
+        if self.splits < 1 or self.splits & (self.splits - 1):
+            raise ValueError(f"splits={self.splits} in the configuration; accepted: a power of two")
         for name in ("rows", "columns"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
@@ -282,7 +287,7 @@ def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int,
 
 
 def default_prefill(tokens: int, heads: int, head_dim: int, processors: int) -> PrefillConfig:
-    """What `attention_prefill` uses: tall tiles where they fill the device, lower ones for a short chunk.
+    """What `attention_prefill` uses: tall tiles where they fill the device; a short chunk splits the keys instead.
 
     Parameters
     ----------
@@ -292,6 +297,9 @@ def default_prefill(tokens: int, heads: int, head_dim: int, processors: int) -> 
         Multiprocessors of the device.
     """
     rows = 128
-    while rows > 16 and -(-tokens // rows) * heads < processors:
+    while rows > 16 and (tokens <= rows // 2 or (rows > 64 and -(-tokens // rows) * heads < processors)):
         rows //= 2
-    return PrefillConfig(rows=rows, columns=64, warps=8 if rows == 128 else 4, stages=2)
+    programs, splits = -(-tokens // rows) * heads, 1
+    while programs < processors and splits < 16 and 2 * splits * programs <= 2 * processors:
+        splits *= 2
+    return PrefillConfig(rows=rows, columns=64, warps=8 if rows == 128 else 4, stages=2, splits=splits)

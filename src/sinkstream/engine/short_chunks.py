@@ -1,0 +1,131 @@
+"""Short chunks of a prompt at addresses that never change, so that a CUDA graph holds the whole forward of one.
+
+A chat turn is a few dozen tokens: launching the kernels of its forward one by one takes many times as long as the
+kernels themselves. A chunk is padded to one of a few sizes; padded tokens come last, are seen by no query and are
+written nowhere. Which stream, which slots and how many tokens is read from a table on the device, so one graph a size
+serves all streams.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from sinkstream.engine.graphs import captured
+from sinkstream.engine.state import StreamState
+from sinkstream.kernels.band import SCALARS, Band
+from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
+
+SHORT_SIZES = (16, 32, *range(64, 513, 64))
+WARMUPS = 2
+
+
+class ShortChunks:
+    """The forward of chunks of at most so many tokens.
+
+    Parameters
+    ----------
+    state : StreamState
+    forward : callable
+        ``forward(ids, band)`` appends padded token ids ``(size,)`` as the band says and writes the logits after the
+        last token that is not padding; nothing that it launches may depend on the band's integers on the host.
+    sizes : sequence of int
+        Padded sizes, rising.
+    capture : bool
+        Whether the forwards are captured in CUDA graphs, each at the first chunk of its size, where kernels compute
+        them; otherwise they are run as they are.
+    """
+
+    def __init__(
+        self,
+        state: StreamState,
+        forward: Callable[[torch.Tensor, Band], None],
+        sizes: tuple[int, ...] = SHORT_SIZES,
+        *,
+        capture: bool = True,
+    ):
+        self.state, self.forward, self.sizes, self.capture = state, forward, sizes, capture
+        self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def size(self, tokens: int) -> int | None:
+        """The size that a chunk is padded to; None for a chunk that is not short, or that no kernel computes."""
+        if self.capture and not self._kernels():
+            return None
+        return next((size for size in self.sizes if size >= tokens), None)
+
+    def table(self, size: int) -> torch.Tensor:
+        """Where the band of the coming chunk of a size is written; captures the forward of that size before, once."""
+        if self.capture and size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        return self._buffers(size)[1]
+
+    def __call__(self, ids: torch.Tensor, band: Band) -> None:
+        """Append token ids ``(tokens,)`` as a band in the table of their size says."""
+        padded, _ = self._buffers(band.rows)
+        padded[: len(ids)].copy_(ids)
+        if self.capture:
+            self._graphs[band.rows].replay()
+        else:
+            self.forward(padded, band)
+
+    def _kernels(self) -> bool:
+        """Whether kernels compute the forward: their twins are cut up by the host, so a graph cannot hold them."""
+        keys = self.state.keys
+        return keys.is_cuda and keys.dtype in HALF_DTYPES and use_triton(None, keys)
+
+    def _buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids ``(size,)`` int64 and the table of the band; padding is any token."""
+        if size not in self._inputs:
+            device = self.state.device
+            with torch.inference_mode(False):
+                self._inputs[size] = (
+                    torch.zeros(size, dtype=torch.int64, device=device),
+                    torch.zeros(SCALARS + 2 * size, dtype=torch.int32, device=device),
+                )
+        return self._inputs[size]
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        """Capture the forward of one token that stays nowhere; the logits of stream 0 are put back."""
+        state, (ids, table) = self.state, self._buffers(size)
+        if self._side is None:
+            with torch.cuda.device(state.device):
+                self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        band, logits = idle_band(state, table), state.logits[0].clone()
+        try:
+            graph = captured(
+                lambda: self.forward(ids, band),
+                state.device,
+                name=f"the forward of a chunk of {size} tokens",
+                warmups=WARMUPS,
+                stream=self._side,
+                pool=self._pool,
+            )
+        except BaseException:
+            self._side = self._pool = None  # what a capture that failed leaves in them is not known
+            raise
+        state.logits[0] = logits
+        return graph
+
+
+def short_chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:
+    """`SHORT_SIZES`, up to the first that a chunk of at most `chunk_tokens` tokens fits."""
+    below = [size for size in SHORT_SIZES if size < chunk_tokens]
+    return SHORT_SIZES[: len(below) + 1]
+
+
+def idle_band(state: StreamState, table: torch.Tensor) -> Band:
+    """The band of one token behind the sinks that sees itself and the sinks, and is written nowhere; row 0."""
+    g = state.geometry
+    return Band(
+        np.zeros(1, dtype=np.int64),
+        None if g.original else np.zeros(1, dtype=np.int64),
+        state.spec.rope.frequencies(state.device),
+        past=g.sink,
+        length=0,
+        stays=1,
+        table=table,
+    )
