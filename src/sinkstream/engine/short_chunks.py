@@ -96,7 +96,7 @@ class ShortChunks:
                 self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         band, logits = idle_band(state, table), state.logits[0].clone()
         try:
-            graph = captured(
+            return captured(
                 lambda: self.forward(ids, band),
                 state.device,
                 name=f"the forward of a chunk of {size} tokens",
@@ -107,8 +107,8 @@ class ShortChunks:
         except BaseException:
             self._side = self._pool = None  # what a capture that failed leaves in them is not known
             raise
-        state.logits[0] = logits
-        return graph
+        finally:
+            state.logits[0] = logits
 
 
 def short_chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:
