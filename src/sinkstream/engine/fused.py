@@ -98,10 +98,7 @@ class FusedDecode:
     def __call__(self) -> None:
         """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
         state, weights = self.state, self.weights
-        begin_step(
-            state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
-            factor=weights.rope_factor, tiles=self.tiles, scalars=state.scalars, hidden=self.hidden, rope=self.rope,
-        )  # fmt: skip
+        self._begin(state.plan, state.cursor, state.scalars, self.hidden, self.rope)
         self._row = plain.Row(state, weights.rope_factor)
         plain.note_token(state, self._row)
         for i in range(len(weights.layers)):
@@ -109,6 +106,18 @@ class FusedDecode:
                 self.run(op, i)
         self.run("head", len(weights.layers))
         state.end_row()
+
+    def rehearse(self) -> None:
+        """Launch the kernels of the draws, which a capture must find loaded; streams do not notice."""
+        state = self.state
+        self._begin(*(t.clone() for t in (state.plan, state.cursor, state.scalars, self.hidden, self.rope)))
+
+    def _begin(self, plan, cursor, scalars, hidden, rope) -> None:
+        state, weights = self.state, self.weights
+        begin_step(
+            state.tokens, state.logits, plan, cursor, weights.embedding, self.inv_freq, factor=weights.rope_factor,
+            tiles=self.tiles, draws=state.sampling.draws, scalars=scalars, hidden=hidden, rope=rope,
+        )  # fmt: skip
 
     def run(self, op: str, layer: int) -> None:
         """Launch one op of one layer; its inputs are the outputs of the previous op. "head" ignores the layer."""

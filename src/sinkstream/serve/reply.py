@@ -8,7 +8,7 @@ import torch
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import SamplingWriter, StopRule, steps
-from sinkstream.engine.sampling import Sampler
+from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.serve.events import Emit, Ended, TextPiece, TokenLogprob
 from sinkstream.serve.text import TextStream
 
@@ -97,10 +97,9 @@ class Reply:
         """Write it, one token for each `next`. Raises ValueError if there is nothing to draw from."""
         options, state = self.options, self.decoder.state
         rule = StopRule(sorted(self.ends), (), self._take, self.tokenizer)
-        with state.recording(looks=True) as recorder:
-            writer = self._writer = _LogprobWriter(
-                state, recorder, {0: self.prompt}, options.sampler, rule, options.seed + self.index, None
-            )
+        sampler = StreamSampler(options.sampler, options.seed + self.index, self.prompt)
+        with state.sampling.using({0: sampler}), state.recording(looks=True) as recorder:
+            writer = self._writer = _LogprobWriter([0], recorder, rule, None)
             writer.keep_log_probs = options.logprobs is not None
             for _ in steps(self.decoder, writer, [0], options.max_tokens):
                 yield
