@@ -189,7 +189,7 @@ def test_wrong_options_are_refused_by_name(options):
 
 def test_a_bias_of_no_token_and_a_wrong_seed_are_refused_before_anything_is_fed():
     e = Engine(build("llama"), **small_policy("lazy"))
-    with pytest.raises(ValueError, match="logit_bias=.*accepted: token ids from 0 to"):
+    with pytest.raises(ValueError, match=r"logit_bias=.*accepted: token ids from 0 to"):
         e.generate([1], max_new_tokens=3, logit_bias={100_000: 1.0})
     with pytest.raises(ValueError, match="seed='x'"):
         e.generate([1], max_new_tokens=3, temperature=1.0, seed="x")

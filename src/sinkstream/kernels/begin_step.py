@@ -31,12 +31,14 @@ def _begin_step_kernel(
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64. DRAWN: what marks drawn streams; 0: there are none.
 
-    Before its wait it may overlap with the kernel that fills the tiles, which reads nothing that is written here.
+    Before its wait it may overlap with the kernel that fills the tiles, which reads nothing that is written until then:
+    a draw reads the cursor.
     """
     stream = tl.program_id(0)
     at = (tl.load(cursor_ptr + stream) + 1) % rows
     tl.debug_barrier()  # all threads have read the cursor before one of them moves it
-    tl.store(cursor_ptr + stream, at)
+    if not DRAWN:
+        tl.store(cursor_ptr + stream, at)
     source = plan_ptr + (at * tl.num_programs(0) + stream) * FIELDS
     field = tl.arange(0, FIELDS)
     planned = tl.load(source + field)
@@ -49,6 +51,8 @@ def _begin_step_kernel(
         tl.store(place + HALF, tl.sin(angle).to(tl.float32) * factor, mask=pair < HALF)
     if PDL:
         gdc_wait()
+    if DRAWN:
+        tl.store(cursor_ptr + stream, at)
     given = tl.load(token_ptr + stream).to(tl.int64)
     token = given
     noted = given
