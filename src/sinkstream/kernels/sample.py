@@ -187,7 +187,7 @@ def _search_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    launched = tl.to_tensor(launched)  # Triton makes a constant of a 1
+    launched = tl.full((), launched, tl.int32)  # Triton makes a constant of a 1
     k = tl.load(setting_ptr + stream * SETTINGS + 1)
     p = tl.load(number_ptr + stream * NUMBERS + 1)
     if tl.load(token_ptr + stream) == DRAWN:
