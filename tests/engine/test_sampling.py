@@ -1,6 +1,7 @@
 """Sampling against transformers' logits processors, and draws against their distribution."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from oracle.models import build, token_ids
 from streams import small_policy
 
 from sinkstream.engine import Engine, Sampler
+from sinkstream.engine.sampling import StreamSampler
+from sinkstream.engine.steps import GraphStep
 from sinkstream.kernels.sample import sample
 from sinkstream.kernels.sample_twin import processed, weights
 
@@ -25,6 +28,19 @@ def draws_of(options: dict, logits: torch.Tensor, count: int, *, prompt: torch.T
     )
     positions = torch.arange(count, device=DEVICE)
     return sample(logits.to(DEVICE).expand(count, -1), positions, table, kernels)
+
+
+def twin_draw(options: dict, logits: torch.Tensor, position: int, *, prompt: list[int], seed: int = 3) -> int:
+    """The token that the twin draws on the CPU from one row of logits, after the kernel has drawn the same."""
+    table, kernels = table_of([Sampler(**options)], len(logits), seeds=[seed], prompts=[torch.tensor(prompt).long()])
+    row, positions = logits[None].to(DEVICE), torch.tensor([position], device=DEVICE)
+    found = sample(row, positions, table, kernels).cpu()
+    for tensor in ("numbers", "settings", "counts", "bias"):
+        value = getattr(table, tensor)
+        setattr(table, tensor, None if value is None else value.cpu())
+    drawn = sample(row.cpu(), positions.cpu(), table, kernels, implementation="torch")
+    assert torch.equal(found, drawn), "kernel and twin"
+    return int(drawn)
 
 
 # ---- the distribution ----
@@ -154,6 +170,31 @@ def test_greedy_follows_sampling():
     assert e.generate(prompt, max_new_tokens=20).tokens == expected
 
 
+@pytest.mark.parametrize("backend", ["graph", "fused"])
+def test_the_rehearsal_of_a_capture_changes_nothing(backend):
+    """A capture comes between two tokens, with the options of the next one in place: it must not count a token."""
+    options = {"temperature": 1.0, "presence_penalty": 50.0, "repetition_penalty": 1.2}
+    e = Engine(build("llama"), backend="kernels", **small_policy("lazy"))
+    e.prefill(token_ids(15))
+    state, step = e.state, e._step
+    rehearse = step.decode.rehearse if backend == "fused" else partial(GraphStep.rehearse, step)
+
+    def held() -> list[torch.Tensor]:
+        table = state.sampling.draws.table
+        buffers = [*state._buffers().values(), state.cursor, state.plan, state.tokens]
+        return [t.clone() for t in (*buffers, table.numbers, table.settings, table.counts, table.bias)]
+
+    with state.sampling.using({0: StreamSampler(Sampler(**options), 3, torch.tensor([1, 2]))}):
+        state.choose(None)
+        with state.step([0]):
+            before = held()
+            rehearse()
+            assert all(torch.equal(a, b) for a, b in zip(before, held()))
+            step()
+            assert not all(torch.equal(a, b) for a, b in zip(before, held())), "control"
+            assert int(state.sampling.draws.table.counts.count_nonzero()) in (2, 3)
+
+
 # ---- mistakes ----
 
 
@@ -218,29 +259,30 @@ def test_drawing_never_waits_for_the_device(options):
 @pytest.mark.parametrize("backend", ["graph", "kernels", "fused"])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_a_graph_draws_what_the_twin_draws_from_its_logits(family, backend):
-    """Every stream has options of its own; the twin draws on the CPU from the logits that the step found."""
-    chosen = [*OPTIONS, {"repetition_penalty": 1.5}, {}, {"temperature": 1.0, "presence_penalty": 1.0, "top_k": 20}]
+    """Every stream has options of its own; the twin draws on the CPU from the logits that the step found.
+
+    The first draw of a kind comes after a capture, and that of the second round does not.
+    """
+    chosen = [*OPTIONS, {"repetition_penalty": 1.5}, {}, {"temperature": 1.0, "presence_penalty": 50.0, "top_k": 20}]
     e = Engine(build(family, torch.float16).cuda(), backend=backend, streams=len(chosen), **small_policy("lazy"))
-    seen, expected = [], []
-
-    def watch(token: int, stream: int) -> None:
-        seen.append(token)
-
+    seen: list[int] = []
+    tokens, logits = {}, {}
     for round_ in range(2):
         for s, options in enumerate(chosen):
             e.reset(stream=s)
             prompt = token_ids(9 + s, seed=s)
             e.prefill(prompt, stream=s)
-            alone = e.generate([], max_new_tokens=40, stream=s, stop_tokens=(), seed=3, callback=watch, **options)
-            (seen if round_ else expected).extend([] if round_ else alone.tokens)
-    assert seen == expected + expected, "a seed repeats, looked at or not"
+            logits[round_, s] = e.state.logits[s].clone()
+            twin = twin_draw(options, logits[round_, s], e.stats(stream=s)["seen"], prompt=[])
+            seen.clear()
+            watch = (lambda token, stream: seen.append(token)) if round_ else None
+            more = {"max_new_tokens": 40, "stop_tokens": (), "seed": 3, "callback": watch}
+            tokens[round_, s] = e.generate([], stream=s, **more, **options).tokens
+            assert tokens[round_, s][0] == twin, f"round {round_}, stream {s}: the first draw"
+            assert not round_ or seen == tokens[round_, s]
+    for s in range(len(chosen)):
+        assert torch.equal(logits[0, s], logits[1, s]), f"stream {s}: logits of the prompt"
+        assert tokens[0, s] == tokens[1, s], f"stream {s}: a seed repeats, looked at or not"
     for s, options in enumerate(chosen):
-        table, kernels = table_of([Sampler(**options)], e.state.logits.shape[1], seeds=[3])
-        logits, position = e.state.logits[s : s + 1], torch.tensor([e.stats(stream=s)["seen"]], device="cuda")
-        on_gpu = sample(logits, position, table, kernels, implementation="triton").cpu()
-        for tensor in ("numbers", "settings", "counts", "bias"):
-            value = getattr(table, tensor)
-            setattr(table, tensor, None if value is None else value.cpu())
-        assert torch.equal(on_gpu, sample(logits.cpu(), position.cpu(), table, kernels, implementation="torch"))
-        more = e.generate([], max_new_tokens=1, stream=s, stop_tokens=(), seed=3, **options)
-        assert more.tokens == on_gpu.tolist()
+        last = twin_draw(options, e.state.logits[s], e.stats(stream=s)["seen"], prompt=[])
+        assert e.generate([], max_new_tokens=1, stream=s, stop_tokens=(), seed=3, **options).tokens == [last]

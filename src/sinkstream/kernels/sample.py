@@ -6,7 +6,7 @@ number of 30 bits, is found 5 bits a launch: each program adds up what its tile 
 so that the order of additions changes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -384,6 +384,11 @@ class Draws:
     table: SampleTable
     kernels: SampleKernels
     buffers: SampleBuffers
+
+    def rehearsal(self) -> "Draws":
+        """The same draws, which count no token in the table of these."""
+        counts = self.table.counts
+        return replace(self, table=replace(self.table, counts=None if counts is None else counts.clone()))
 
     def find(self, logits: torch.Tensor, tokens: torch.Tensor, plan: torch.Tensor, cursor: torch.Tensor) -> bool:
         """As `SampleBuffers.find`."""
