@@ -178,19 +178,25 @@ def _prepare_kernel(
 
 @jit
 def _search_kernel(
-    token_ptr, logit_ptr, number_ptr, setting_ptr, top_ptr, sum_ptr, state_ptr, launched, vocab, stride,
-    ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr, SIZE: tl.constexpr,
-    TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr, PDL: tl.constexpr,
+    token_ptr, logit_ptr, number_ptr, setting_ptr, top_ptr, below_ptr, weight_ptr, sum_ptr, state_ptr, launched, vocab,
+    stride, ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr,
+    START: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, stream): 5 bits more of the key of a threshold; the sum in place 0 is that of all tokens."""
+    """Program (tile, stream): 5 bits more of the key of a threshold; the sum in place 0 is that of all tokens.
+
+    START: the first launch, which keeps the keys and weights of all tokens for the others.
+    """
     tile, stream, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     launched = tl.full((), launched, tl.int32)  # Triton makes a constant of a 1
     k = tl.load(setting_ptr + stream * SETTINGS + 1)
     p = tl.load(number_ptr + stream * NUMBERS + 1)
-    if tl.load(token_ptr + stream) == DRAWN:
+    token = tl.load(token_ptr + stream)
+    if PDL:
+        gdc_wait()
+    if token == DRAWN:
         low, target, limit = _search_state(
             setting_ptr, number_ptr, sum_ptr, state_ptr, stream, launched, ROUNDS, PIVOTS, LAUNCHES, DIGIT, SETTINGS,
             NUMBERS,
@@ -203,15 +209,23 @@ def _search_kernel(
         second = launched >= LAUNCHES
         if ((k > 0) & (p < 1)) | (((k > 0) | (p < 1)) & (launched < LAUNCHES)):
             columns = tile * TILE + tl.arange(0, TILE)
-            logits = tl.load(logit_ptr + stream * stride + columns, mask=columns < vocab, other=-float("inf"))
-            below = _below(logits, _top(top_ptr, stream, tiles, SIZE), _number(number_ptr, stream, 0, NUMBERS))
-            weight = (exp2_minus_jit((below & 16777215) << 8) << 10) >> (below >> 24)
+            inside = columns < vocab
+            place = stream * vocab + columns
+            if START:
+                logits = tl.load(logit_ptr + stream * stride + columns, mask=inside, other=-float("inf"))
+                key = _below(logits, _top(top_ptr, stream, tiles, SIZE), _number(number_ptr, stream, 0, NUMBERS))
+                weight = (exp2_minus_jit((key & 16777215) << 8) << 10) >> (key >> 24)
+                below = key.to(tl.int32)
+                tl.store(below_ptr + place, below, mask=inside)
+                tl.store(weight_ptr + place, weight, mask=inside)
+            else:
+                below = tl.load(below_ptr + place, mask=inside, other=1073741823)
+                weight = tl.load(weight_ptr + place, mask=inside, other=0)
             amount = tl.where((k == 0) | second, weight, 1)
-            amount = tl.where((columns < vocab) & (below <= limit), amount, 0)
+            amount = tl.where(inside & (below <= limit.to(tl.int32)), amount, 0)
             column = tl.arange(0, PIVOTS)
             shift = 30 - DIGIT * (launched % LAUNCHES + 1)
-            pivot = low + (column.to(tl.int64) << shift.to(tl.int64))
-            pivot = tl.where(column == 0, 1073741824, pivot)
+            pivot = tl.where(column == 0, 1073741824, low.to(tl.int32) + (column << shift))
             sums = tl.sum(tl.where(below[:, None] < pivot[None, :], amount[:, None], 0), 0)
             tl.atomic_add(sum_ptr + (stream * ROUNDS + launched) * PIVOTS + column, sums, sem="relaxed")
 
@@ -318,6 +332,17 @@ class SampleBuffers:
         self.sums = torch.zeros(streams, 2 * LAUNCHES, 1 << DIGIT, dtype=torch.int64, device=device)
         self.states = torch.zeros(streams, 2 * LAUNCHES, 4, dtype=torch.int64, device=device)
         self.processed: torch.Tensor | None = None
+        self.below: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
+
+    def _allocate(self, logits: torch.Tensor, kernels: SampleKernels) -> None:
+        """Room that only some draws need, once: processed logits, keys and weights of all tokens."""
+        shape, device = logits.shape, logits.device
+        if kernels.tables and self.processed is None:
+            self.processed = torch.zeros(shape, dtype=torch.float32, device=device)
+        if kernels.thresholds and self.below is None:
+            self.below = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.weights = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def find(
         self,
@@ -344,8 +369,7 @@ class SampleBuffers:
             As `Tiles.find`.
         """
         streams, vocab = logits.shape
-        if kernels.tables and self.processed is None:
-            self.processed = torch.zeros(streams, vocab, dtype=torch.float32, device=logits.device)
+        self._allocate(logits, kernels)
         numbers, settings = table.numbers, table.settings
         processed = logits if self.processed is None else self.processed
         counts, bias = (logits if t is None else t for t in (table.counts, table.bias))
@@ -365,8 +389,9 @@ class SampleBuffers:
         source = processed if kernels.tables else logits
         for launched in range(rounds):
             launch(
-                _search_kernel, grid, tokens, source, numbers, settings, self.tops, self.sums, self.states, launched,
-                vocab, source.stride(0), num_warps=8, pdl=early, **common, **search,
+                _search_kernel, grid, tokens, source, numbers, settings, self.tops, self.below, self.weights, self.sums,
+                self.states, launched, vocab, source.stride(0), START=launched == 0, num_warps=8, pdl=early, **common,
+                **search,
             )  # fmt: skip
         launch(
             _race_kernel, grid, tokens, logits, processed, numbers, settings, counts, bias, self.tops, self.sums,
