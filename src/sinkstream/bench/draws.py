@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, float]] = {
     "top-k 40, top-p 0.95": {"temperature": 1.0, "top_k": 40, "top_p": 0.95},
     "repetition penalty, greedy": {"repetition_penalty": 1.1},
     "temperature, penalties": {"temperature": 1.0, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "greedy, log-probabilities of 5": {"log_probs": 5},
 }
 
 

@@ -99,6 +99,8 @@ class Engine(StreamDecoder):
             make text of them as it comes (the stop string included).
         seed : int, default=0
             Of the draws. A token drawn is a function of the seed, its position in the stream and the logits.
+        log_probs : int or None
+            Also return the log-probability of each token and of this many likeliest ones, at most 20; 0: of the token.
 
         Raises
         ------

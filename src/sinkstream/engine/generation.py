@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.inputs import Ids, end_tokens
+from sinkstream.engine.log_probs import LogProbs, TopLogProbs
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.kernels.layout import LIKELIEST, NO_TOKEN
@@ -34,11 +35,18 @@ class Generation:
         Why it ended.
     text : str or None
         Decoded, up to the stop string; None without a tokenizer.
+    log_probs : list of float or None
+        Of each token, natural logarithm, under the model's own logits: before biases, penalties, temperature and
+        thresholds. None unless asked for.
+    top_log_probs : list of list of (int, float) or None
+        As `log_probs`, of the likeliest tokens at each place, the likeliest first, with their ids.
     """
 
     tokens: list[int] = field(default_factory=list)
     reason: str = "length"
     text: str | None = None
+    log_probs: list[float] | None = None
+    top_log_probs: list[TopLogProbs] | None = None
 
 
 class StopRule:
@@ -159,6 +167,8 @@ class SamplingWriter(Writer):
     stop : StopRule
     streamer : BaseStreamer or None
         Is given each token of the only stream.
+    log_probs : LogProbs or None
+        Is told before each step.
 
     Attributes
     ----------
@@ -172,11 +182,14 @@ class SamplingWriter(Writer):
         recorder: Recorder,
         stop: StopRule,
         streamer: BaseStreamer | None,
+        log_probs: LogProbs | None,
     ):
-        self.recorder, self.stop, self.streamer = recorder, stop, streamer
+        self.recorder, self.stop, self.streamer, self.log_probs = recorder, stop, streamer, log_probs
         self.generations = {s: Generation() for s in streams}
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
+        if self.log_probs is not None:
+            self.log_probs.before_step()
         return None
 
     def look(self) -> Callable[[], list] | None:
@@ -200,11 +213,16 @@ class SamplingWriter(Writer):
     def finish(self) -> dict[int, Generation]:
         """What every stream wrote."""
         written = self.recorder.tokens().tolist()
+        if self.log_probs is not None:
+            self.log_probs.after_step()
         for s, generation in self.generations.items():
             generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
             if NO_TOKEN in generation.tokens:
                 _refuse_logits(f"new token {generation.tokens.index(NO_TOKEN)}", s)
             generation.text = self.stop.text(generation.tokens)
+            if self.log_probs is not None:
+                found = self.log_probs.of_stream(s, len(generation.tokens))
+                generation.log_probs, generation.top_log_probs = found
         return self.generations
 
 
@@ -219,6 +237,7 @@ def generate(
     callback: Callback | None = None,
     streamer: BaseStreamer | None = None,
     seed: int = 0,
+    log_probs: int | None = None,
     **sampling: Any,
 ) -> dict[int, Generation]:
     """Feed each stream its prompt and let all of them write, stepped together.
@@ -239,7 +258,16 @@ def generate(
     """
     with ending(streamer):
         return _generate(
-            decoder, prompts, max_new_tokens, stop, stop_tokens, callback, streamer, seed, Sampler.of(sampling)
+            decoder,
+            prompts,
+            max_new_tokens,
+            stop,
+            stop_tokens,
+            callback,
+            streamer,
+            seed,
+            log_probs,
+            Sampler.of(sampling),
         )
 
 
@@ -252,11 +280,13 @@ def _generate(
     callback: Callback | None,
     streamer: BaseStreamer | None,
     seed: int,
+    log_probs: int | None,
     sampler: Sampler,
 ) -> dict[int, Generation]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r} is not accepted; accepted: a whole number")
     sampler.check_vocab(decoder.state.sampling.vocab)
+    LogProbs.check(log_probs, decoder.state.sampling.vocab)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not accepted; accepted: a whole number from 1")
     if streamer is not None and len(prompts) > 1:
@@ -275,7 +305,8 @@ def _generate(
     samplers = {s: StreamSampler(sampler, seed + i, ids) for i, (s, ids) in enumerate(fed.items())}
     looks = rule.looks or streamer is not None
     with decoder.state.sampling.using(samplers), decoder.state.recording(looks=looks) as recorder:
-        writer = SamplingWriter(fed, recorder, rule, streamer)
+        noted = None if log_probs is None else LogProbs(decoder.state, log_probs)
+        writer = SamplingWriter(fed, recorder, rule, streamer, noted)
         write(decoder, writer, list(fed), max_new_tokens)
         return writer.finish()
 

@@ -1,0 +1,58 @@
+"""Log-probabilities of what an engine writes, against the module's own forward in float64."""
+
+import pytest
+import torch
+from oracle.models import build, token_ids
+from streams import small_policy
+
+from sinkstream.engine import Engine
+from sinkstream.engine import log_probs as module
+
+
+@pytest.mark.parametrize("backend", ["ring", "kernels"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_k": 9, "repetition_penalty": 1.3}])
+def test_they_are_those_of_the_module(options, backend, monkeypatch):
+    """While nothing is evicted; room is made several times."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    model, prompt = build("llama"), token_ids(6)
+    e = Engine(model, backend=backend, streams=2, **small_policy("strict"))
+    e.prefill(token_ids(5, seed=9), stream=0)
+    found = e.generate(prompt, max_new_tokens=10, stream=1, stop_tokens=(), log_probs=4, **options)
+    ids = torch.cat([torch.as_tensor(prompt), torch.tensor(found.tokens)])
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    drawn = expected.gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(found.log_probs).double(), drawn, atol=1e-4)
+    assert not torch.allclose(torch.tensor(found.log_probs).double(), expected.mean(-1), atol=1e-2), "control"
+    best = expected.topk(4, -1)
+    assert [[token for token, _ in row] for row in found.top_log_probs] == best.indices.tolist()
+    values = torch.tensor([[value for _, value in row] for row in found.top_log_probs])
+    assert torch.allclose(values.double(), best.values, atol=1e-4)
+    if not options:
+        assert found.log_probs == pytest.approx(values[:, 0].tolist()), "greedy takes the likeliest"
+
+
+def test_each_stream_has_its_own_and_nothing_else_changes():
+    prompts = [token_ids(n, seed=n) for n in (3, 30, 11)]
+    options = {"temperature": 1.0, "max_new_tokens": 40, "seed": 5, "stop_tokens": [7, 8, 9, 10, 11]}
+
+    def engine(streams: int) -> Engine:
+        return Engine(build("llama"), streams=streams, **small_policy("lazy"))
+
+    together = engine(3).generate_batch(prompts, log_probs=0, **options)
+    plain = engine(3).generate_batch(prompts, **options)
+    assert [g.tokens for g in together] == [g.tokens for g in plain]
+    assert all(g.log_probs is None and g.top_log_probs is None for g in plain)
+    assert len({len(g.tokens) for g in together}) > 1, "streams end one by one"
+    for i, (prompt, found) in enumerate(zip(prompts, together)):
+        assert found.top_log_probs == [[]] * len(found.tokens)
+        alone = engine(1).generate(prompt, log_probs=0, **options | {"seed": 5 + i})
+        assert alone.log_probs == pytest.approx(found.log_probs, abs=1e-5)
+
+
+def test_a_wrong_count_is_refused_before_anything_is_fed():
+    e = Engine(build("llama"), **small_policy("lazy"))
+    for count in (-1, 21, True, "2", 1.0):
+        with pytest.raises(ValueError, match=r"log_probs=.*accepted: a whole number from 0 to 20"):
+            e.generate([1], max_new_tokens=3, log_probs=count)
+    assert e.stats()["seen"] == 0
