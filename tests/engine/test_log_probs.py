@@ -7,6 +7,7 @@ from streams import small_policy
 
 from sinkstream.engine import Engine
 from sinkstream.engine import log_probs as module
+from sinkstream.engine.generation import SamplingWriter, StopRule, write
 
 
 @pytest.mark.parametrize("backend", ["ring", "kernels"])
@@ -48,6 +49,18 @@ def test_each_stream_has_its_own_and_nothing_else_changes():
         assert found.top_log_probs == [[]] * len(found.tokens)
         alone = engine(1).generate(prompt, log_probs=0, **options | {"seed": 5 + i})
         assert alone.log_probs == pytest.approx(found.log_probs, abs=1e-5)
+
+
+def test_the_latest_are_those_of_the_end():
+    e, seen = Engine(build("llama"), **small_policy("lazy")), []
+    e.prefill(token_ids(9))
+    with e.state.recording(looks=True) as recorder:
+        noted = module.LogProbs(e.state, 3)
+        rule = StopRule((), (), lambda token, stream: seen.append(noted.latest(stream, token)), None)
+        writer = SamplingWriter([0], recorder, rule, None, noted)
+        write(e, writer, [0], 12)
+        found = writer.finish()[0]
+    assert [value for value, _ in seen] == found.log_probs and [top for _, top in seen] == found.top_log_probs
 
 
 def test_a_wrong_count_is_refused_before_anything_is_fed():

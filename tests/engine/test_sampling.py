@@ -95,6 +95,15 @@ def test_penalties_and_biases():
     assert draws_of({"temperature": 1.0, "logit_bias": {4: 100.0}}, torch.zeros(1, 6), 50).unique().tolist() == [4]
 
 
+def test_penalties_count_what_was_generated_and_a_bias_forces_a_token():
+    engine = Engine(build("llama"), window=40)
+    written = engine.generate([3, 4, 5], max_new_tokens=60, frequency_penalty=1e4).tokens
+    assert len(set(written)) == 60, "each token is so much less likely once it was written"
+    engine.reset()
+    assert len(set(engine.generate([3, 4, 5], max_new_tokens=60).tokens)) < 60
+    assert engine.generate([6], max_new_tokens=5, logit_bias={9: 1e6}).tokens == [9] * 5
+
+
 def test_penalised_greedy_takes_the_likeliest_of_what_is_left():
     logits = torch.tensor([[1.0, 3.0, 2.9, -1.0]])
     options = {"repetition_penalty": 1.5}

@@ -9,6 +9,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,6 +27,7 @@ OPTIONS = [
     {"temperature": 1.0, "top_p": 1.0},
     {"temperature": 0.9, "min_p": 0.2},
     {"temperature": 0.8, "repetition_penalty": 1.4},
+    {"temperature": 1.1, "top_k": 9, "repetition_penalty": 1.3, "logit_bias": {5: -1.5, 39: 4.0}},
     {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2},
 ]
 
@@ -47,6 +49,8 @@ def table_of(
 def processors(options: dict) -> LogitsProcessorList:
     """The same options as transformers' generate() would order them."""
     made = LogitsProcessorList()
+    if "logit_bias" in options:
+        made.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in options["logit_bias"].items()]))
     if "repetition_penalty" in options:
         made.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
     for name, processor in [

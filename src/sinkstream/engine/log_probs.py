@@ -65,6 +65,12 @@ class LogProbs:
         normalisers, logits = (torch.zeros(shape, device=device) for _ in range(2))
         return normalisers, log_probs, torch.zeros_like(log_probs, dtype=torch.int32), logits
 
+    def latest(self, stream: int, token: int) -> tuple[float, TopLogProbs]:
+        """Log-probability of a token at the place of the latest step, and of the likeliest ones; waits for the step."""
+        normalisers, log_probs, ids, _ = (part[(self._noted - 1) % BLOCK, stream] for part in self._blocks[-1])
+        top = list(zip(ids.tolist(), log_probs.tolist()))
+        return (self._kept[stream, token] - normalisers).item(), top
+
     def of_stream(self, stream: int, tokens: int) -> tuple[list[float], list[TopLogProbs]]:
         """Log-probability of each token that the stream has written since, and of the likeliest ones beside it."""
         normalisers, log_probs, ids, logits = (torch.cat(parts)[:tokens, stream] for parts in zip(*self._blocks))
