@@ -69,3 +69,22 @@ def test_a_wrong_count_is_refused_before_anything_is_fed():
         with pytest.raises(ValueError, match=r"log_probs=.*accepted: a whole number from 0 to 20"):
             e.generate([1], max_new_tokens=3, log_probs=count)
     assert e.stats()["seen"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 2.0}])
+def test_a_graph_notes_what_its_logits_say(options):
+    """Together as one by one, where the logits before each token are at hand."""
+    e = Engine(build("llama", torch.float16).cuda(), backend="fused", **small_policy("lazy"))
+    prompt = token_ids(15)
+    e.prefill(prompt)
+    together = e.generate([], max_new_tokens=30, stop_tokens=(), log_probs=3, **options)
+    e.reset()
+    e.prefill(prompt)
+    for i, token in enumerate(together.tokens):
+        expected = e.state.logits[0].double().log_softmax(-1)
+        best = expected.topk(3)
+        assert together.log_probs[i] == pytest.approx(float(expected[token]), abs=1e-5)
+        assert [value for _, value in together.top_log_probs[i]] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert [float(expected[one]) for one, _ in together.top_log_probs[i]] == pytest.approx(best.values.tolist())
+        e.advance(torch.tensor([token], device="cuda"), [0])
