@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle.models import FAMILIES, build, token_ids
+from oracle.models import ENGINE, build, token_ids
 from streams import TOLERANCE, oracle_run, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
@@ -19,7 +19,7 @@ POLICIES = {name: small_policy(name) for name in PLANNED} | {
     "overlap+slack+max-drop": {"sink": 3, "window": 17, "compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8},
     "many sinks": {"sink": 30, "window": 9, "compress_every": 5},
 }
-SERVED = [f for f in FAMILIES if f != "gpt_neox_sequential"]
+SERVED = [f for f in ENGINE if f != "gpt_neox_sequential"]
 TOKENS = 230
 PARTS = [(230,), (2, 1, 97, 3, 50, 77), (19, 211)]  # prompts that follow each other; the first is shorter than the cap
 CHUNKS = (1, 7, 60, 2048)

@@ -167,3 +167,29 @@ def make_prompt_record(
         "append": {"tokens": 50, "ms": 2 * over_step, "step_ms": 2.0, "over_step": over_step},
         "memory": {"held_mb": 6000.0, "peak_mb": 6200.0},
     }
+
+
+def make_draw_record(
+    name: str,
+    *,
+    model: str = "random:pythia-2.8b",
+    policy: str = "strict",
+    over_greedy: float = 1.01,
+    **protocol: Any,
+) -> dict[str, Any]:
+    """A sampling record that passes every check, of a GPU; further keywords go to `protocol`."""
+    speed = make_bench_record(name, policy=policy, model=model)
+    kept = ("id", "status", "status_reason", "created", "session", "command", "arguments", "environment", "model")
+    draws = [("greedy", {}, 1.0), ("top-p 0.95", {"temperature": 1.0, "top_p": 0.95}, over_greedy)]
+    return {
+        **{key: speed[key] for key in (*kept, "policy")},
+        "protocol": {
+            **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": 2052, "backend": "fused"},
+            **{"tokens": 600, "warmup": 64, "repeats": 5, "text": "random", "text_sha256": "0" * 64},
+            **protocol,
+        },
+        "draws": [
+            {"name": n, "options": options, "ms": 2 * over, "over_greedy": over, "repeats_ms": [2 * over] * 5}
+            for n, options, over in draws
+        ],
+    }

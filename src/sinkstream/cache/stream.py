@@ -1,7 +1,5 @@
 """`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
 
-import copy
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.pinned import Refreshed, refresh
 from sinkstream.cache.ring import RingBuffers, SoftRing
+from sinkstream.cache.sharing import SharedBuffers
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
@@ -27,7 +26,7 @@ def default_rebase(dtype: torch.dtype) -> int:
     return REBASE_AT_HALF if dtype in (torch.float16, torch.bfloat16) else REBASE_AT
 
 
-class Stream:
+class Stream(SharedBuffers):
     """Buffers, counts and observations of the rows of one batch, which share a schedule.
 
     Parameters
@@ -67,15 +66,10 @@ class Stream:
         keeps the tokens before the first prune only: as many as `last_steps` has entries; feed the others again.
     """
 
-    ring: SoftRing | None
     sliding: SlidingRing | None
-    observer: AttentionObserver | None
-    schedule: PruneSchedule
-    seen_ids: SeenTokens | None
     last_steps: Sequence[Step]
     log_probs: torch.Tensor | None
 
-    _sharers: "weakref.WeakSet[Stream] | None" = None  # all that read the same buffers, this stream among them
     remembers_ids = True  # whether a conversation that is passed again is compared with what the cache has seen
 
     def __init__(
@@ -238,52 +232,6 @@ class Stream:
         if logits is not None:
             self.log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None]
         return ring
-
-    def fork(self, *, share: bool = True) -> "Stream":
-        """The same stream so far, to go on independently.
-
-        Parameters
-        ----------
-        share : bool
-            Whether the buffers are shared until one of the two is about to write (`own`); else they are copied at once.
-        """
-        other = copy.copy(self)  # what is replaced and never written to may be shared
-        other._sharers = None
-        ring, observer = self.ring, self.observer
-        if ring is None or not ring.seen:
-            other.clear()
-            return other
-        other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
-        other.ring = ring.twin()
-        if observer is not None:
-            other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)
-            other.observer.accumulate, other.observer.scaling = observer.accumulate, observer.scaling
-            other.observer.queries = dict(observer.queries)
-        if self._sharers is None:
-            self._sharers = weakref.WeakSet([self])
-        self._sharers.add(other)
-        other._sharers = self._sharers
-        if not share:
-            other.own()
-        return other
-
-    def own(self) -> None:
-        """Make sure that nobody else reads the buffers: comes before every write."""
-        if self.shares:
-            assert self.ring is not None, "what is shared is there"
-            self.ring.copy_buffers()
-            self.seen_ids = self.seen_ids.copy() if self.seen_ids is not None else None
-        self._leave()
-
-    @property
-    def shares(self) -> bool:
-        """Whether another stream reads the same buffers."""
-        return self._sharers is not None and len(self._sharers) > 1
-
-    def _leave(self) -> None:
-        sharers, self._sharers = self._sharers, None
-        if sharers is not None:
-            sharers.discard(self)
 
     def buffers_of(self, layer: int) -> tuple[RingBuffers | None, int]:
         """The buffers that hold a layer of the model, None before the first token, and the layer's row in them."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sinkstream.bench.draw_tables import draw_table
+from sinkstream.bench.draws import DrawSession
 from sinkstream.bench.late import LateSession
 from sinkstream.bench.late_records import late_table
 from sinkstream.bench.prompt_tables import append_table, prompt_table
@@ -85,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.numbers(int),
         help="time tokens of generate() with a StreamingCache instead, after so many, as in 1000,200000",
     )
+    group.add_argument(
+        "--sampling",
+        action="store_true",
+        help="time ways of drawing a token instead, in turns, against the likeliest one",
+    )
     group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
     group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
     group.add_argument(
@@ -99,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return _time_prompts(args, models)
     if args.late:
         return _time_late_tokens(args, models)
+    if args.sampling:
+        return _time_draws(args, models)
     console = wide_console()
     device = resolve_device(args.device)
     set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
@@ -169,6 +178,28 @@ def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
     return 0
 
 
+def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
+    """``--sampling``: measure every model; print the tables, write the records."""
+    console, device = wide_console(), resolve_device(args.device)
+    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
+    dtype = resolve_dtype(args.dtype, device)
+    backend = (args.backend or [default_rung(device)])[0]
+    BACKENDS[backend].check_device(device)
+    for model in models:
+        check_fits(model, dtype, device, _largest_turn(args))
+    check_writable(args.out)
+    name = new_record_id("bench")
+    for model in models:
+        loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
+        text, request = _text(args, loaded), options.request(args)
+        session = DrawSession(loaded, text, args.tokens, args.warmup, backend, request, name)
+        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
+        console.print(draw_table(records, f"{loaded.name}: ways of drawing a token"))
+        del loaded, session
+    say(console, f"records: {args.out}")
+    return 0
+
+
 def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
     """Print the tables of one model, and what was refused or failed."""
     if outcome.records:
@@ -222,9 +253,16 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
             f"--late {args.late} times generate() with one stream; accepted: whole numbers of at least 2, without"
             " --prefill, --ladder, --backend and --streams"
         )
-    if args.prefill and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
+    others = args.prefill or args.late or args.ladder or args.profile or args.seconds
+    if args.sampling and (others or args.streams != [1]):
         raise ValueError(
-            f"--prefill with --backend {','.join(args.backend)}; accepted: one of the engine's: {', '.join(STEPS)}"
+            "--sampling times the draws of one stream; accepted: without --prefill, --late, --ladder, --profile,"
+            " --streams and --seconds"
+        )
+    if (args.prefill or args.sampling) and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
+        raise ValueError(
+            f"--backend {','.join(args.backend)} with --prefill or --sampling; accepted: one of the engine's:"
+            f" {', '.join(STEPS)}"
         )
     if args.ladder and args.backend:
         raise ValueError("--ladder times every rung; accepted: --ladder, or --backend RUNG,RUNG")

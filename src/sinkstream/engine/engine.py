@@ -98,6 +98,9 @@ class Engine(StreamDecoder):
             As in transformers' generate(): is given the prompt, then each token; `TextIteratorStreamer` and others
             make text of them as it comes (the stop string included).
         seed : int, default=0
+            Of the draws. A token drawn is a function of the seed, its position in the stream and the logits.
+        log_probs : int or None
+            Also return the log-probability of each token and of this many likeliest ones, at most 20; 0: of the token.
 
         Raises
         ------

@@ -28,6 +28,7 @@ from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, cou
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
+from sinkstream.kernels.sample import Draws
 from sinkstream.policies import EvictionPolicy
 
 MAX_GROUP = 16  # query heads of one key-value head
@@ -98,10 +99,7 @@ class FusedDecode:
     def __call__(self) -> None:
         """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
         state, weights = self.state, self.weights
-        begin_step(
-            state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
-            factor=weights.rope_factor, tiles=self.tiles, scalars=state.scalars, hidden=self.hidden, rope=self.rope,
-        )  # fmt: skip
+        self._begin(state.sampling.draws, state.plan, state.cursor, state.scalars, self.hidden, self.rope)
         self._row = plain.Row(state, weights.rope_factor)
         plain.note_token(state, self._row)
         for i in range(len(weights.layers)):
@@ -109,6 +107,20 @@ class FusedDecode:
                 self.run(op, i)
         self.run("head", len(weights.layers))
         state.end_row()
+
+    def rehearse(self) -> None:
+        """Launch the kernels of the draws, which a capture must find loaded; streams do not notice."""
+        state = self.state
+        draws = state.sampling.draws
+        written = (state.plan, state.cursor, state.scalars, self.hidden, self.rope)
+        self._begin(None if draws is None else draws.rehearsal(), *(t.clone() for t in written))
+
+    def _begin(self, draws: Draws | None, plan, cursor, scalars, hidden, rope) -> None:
+        state, weights = self.state, self.weights
+        begin_step(
+            state.tokens, state.logits, plan, cursor, weights.embedding, self.inv_freq, factor=weights.rope_factor,
+            tiles=self.tiles, draws=draws, scalars=scalars, hidden=hidden, rope=rope,
+        )  # fmt: skip
 
     def run(self, op: str, layer: int) -> None:
         """Launch one op of one layer; its inputs are the outputs of the previous op. "head" ignores the layer."""

@@ -1,11 +1,11 @@
 """Generating with an engine: draw, append, stop. Tokens stay on the device unless the host needs their ids.
 
 Each step is launched before the host reads the tokens that the step appends, so that reading overlaps with the step. A
-drawn token is appended whatever the host finds. Greedy decoding draws inside the step.
+drawn token is appended whatever the host finds. The step itself draws.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.inputs import Ids, end_tokens
+from sinkstream.engine.log_probs import LogProbs, TopLogProbs
 from sinkstream.engine.recorder import Recorder
-from sinkstream.engine.sampling import NO_TOKEN, Sampler
-from sinkstream.engine.state import StreamState
-from sinkstream.kernels.layout import LIKELIEST
+from sinkstream.engine.sampling import Sampler, StreamSampler
+from sinkstream.kernels.layout import LIKELIEST, NO_TOKEN
 
 Callback = Callable[[int, int], bool | None]
 
@@ -35,11 +35,18 @@ class Generation:
         Why it ended.
     text : str or None
         Decoded, up to the stop string; None without a tokenizer.
+    log_probs : list of float or None
+        Of each token, natural logarithm, under the model's own logits: before biases, penalties, temperature and
+        thresholds. None unless asked for.
+    top_log_probs : list of list of (int, float) or None
+        As `log_probs`, of the likeliest tokens at each place, the likeliest first, with their ids.
     """
 
     tokens: list[int] = field(default_factory=list)
     reason: str = "length"
     text: str | None = None
+    log_probs: list[float] | None = None
+    top_log_probs: list[TopLogProbs] | None = None
 
 
 class StopRule:
@@ -97,7 +104,7 @@ class Writer(ABC):
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Next token of every stream, ``(streams,)`` int64, from logits ``(streams, vocab)``, both on the device.
 
-        None: the likeliest one, which the step itself draws.
+        None: the step itself draws.
         """
 
     @abstractmethod
@@ -150,20 +157,18 @@ class CopyInFlight:
 
 
 class SamplingWriter(Writer):
-    """Draws with a `Sampler` and ends by a `StopRule`.
+    """Leaves the draws to the step, see `SamplingState`, and ends by a `StopRule`.
 
     Parameters
     ----------
-    state : StreamState
+    streams : iterable of int
     recorder : Recorder
         Open from the first token on.
-    prompts : dict of Tensor, (tokens,), int64
-        By stream: tokens that a repetition penalty counts as seen.
-    sampler : Sampler
     stop : StopRule
-    seed : int
     streamer : BaseStreamer or None
         Is given each token of the only stream.
+    log_probs : LogProbs or None
+        Is told before each step.
 
     Attributes
     ----------
@@ -173,52 +178,28 @@ class SamplingWriter(Writer):
 
     def __init__(
         self,
-        state: StreamState,
+        streams: Iterable[int],
         recorder: Recorder,
-        prompts: dict[int, torch.Tensor],
-        sampler: Sampler,
         stop: StopRule,
-        seed: int,
         streamer: BaseStreamer | None,
+        log_probs: LogProbs | None,
     ):
-        self.recorder, self.sampler, self.stop, self.streamer = recorder, sampler, stop, streamer
-        self.generations = {s: Generation() for s in prompts}
-        self._generator = torch.Generator(state.device).manual_seed(seed)
-        self._drawn: torch.Tensor | None = None
-        self._least: torch.Tensor | None = None  # of the ids drawn by each stream, where none is read one by one
-        self._seen = torch.zeros_like(state.logits, dtype=torch.bool) if sampler.remembers else None
-        self._counts = torch.zeros_like(state.logits, dtype=torch.int32) if sampler.counts else None
-        if self._seen is not None:
-            for stream, ids in prompts.items():
-                self._seen[stream, ids] = True
+        self.recorder, self.stop, self.streamer, self.log_probs = recorder, stop, streamer, log_probs
+        self.generations = {s: Generation() for s in streams}
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
-        if self.sampler.bare:
-            return None
-        self._drawn = self.sampler.draw(logits, self._seen, self._generator, self._counts)
-        place = self._drawn[:, None].clamp(min=0)
-        if self._seen is not None:
-            self._seen.scatter_(1, place, True)
-        if self._counts is not None:
-            self._counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
-        if not self._looks:
-            self._least = self._drawn if self._least is None else torch.minimum(self._least, self._drawn)
-        return self._drawn
-
-    @property
-    def _looks(self) -> bool:
-        return self.stop.looks or self.streamer is not None
+        if self.log_probs is not None:
+            self.log_probs.before_step()
+        return None
 
     def look(self) -> Callable[[], list] | None:
-        if not self._looks:
-            return None
-        return self.recorder.latest if self._drawn is None else CopyInFlight(self._drawn).tolist
+        return self.recorder.latest if self.stop.looks or self.streamer is not None else None
 
     def ended(self, shown: list, active: Sequence[int]) -> list[int]:
         ended = []
         for s in active:
             tokens = self.generations[s].tokens
-            if self._drawn is not None and shown[s] == NO_TOKEN:
+            if shown[s] == NO_TOKEN:
                 _refuse_logits(f"new token {len(tokens)}", s)
             tokens.append(shown[s])
             if self.streamer is not None:
@@ -232,13 +213,16 @@ class SamplingWriter(Writer):
     def finish(self) -> dict[int, Generation]:
         """What every stream wrote."""
         written = self.recorder.tokens().tolist()
-        if self._least is not None:
-            least = self._least.tolist()
-            for s in (s for s in self.generations if least[s] == NO_TOKEN):
-                _refuse_logits(f"one of the {len(written)} new tokens", s)
+        if self.log_probs is not None:
+            self.log_probs.after_step()
         for s, generation in self.generations.items():
             generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
+            if NO_TOKEN in generation.tokens:
+                _refuse_logits(f"new token {generation.tokens.index(NO_TOKEN)}", s)
             generation.text = self.stop.text(generation.tokens)
+            if self.log_probs is not None:
+                found = self.log_probs.of_stream(s, len(generation.tokens))
+                generation.log_probs, generation.top_log_probs = found
         return self.generations
 
 
@@ -253,6 +237,7 @@ def generate(
     callback: Callback | None = None,
     streamer: BaseStreamer | None = None,
     seed: int = 0,
+    log_probs: int | None = None,
     **sampling: Any,
 ) -> dict[int, Generation]:
     """Feed each stream its prompt and let all of them write, stepped together.
@@ -273,7 +258,16 @@ def generate(
     """
     with ending(streamer):
         return _generate(
-            decoder, prompts, max_new_tokens, stop, stop_tokens, callback, streamer, seed, Sampler.of(sampling)
+            decoder,
+            prompts,
+            max_new_tokens,
+            stop,
+            stop_tokens,
+            callback,
+            streamer,
+            seed,
+            log_probs,
+            Sampler.of(sampling),
         )
 
 
@@ -286,8 +280,13 @@ def _generate(
     callback: Callback | None,
     streamer: BaseStreamer | None,
     seed: int,
+    log_probs: int | None,
     sampler: Sampler,
 ) -> dict[int, Generation]:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} is not accepted; accepted: a whole number")
+    sampler.check_vocab(decoder.state.sampling.vocab)
+    LogProbs.check(log_probs, decoder.state.sampling.vocab)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not accepted; accepted: a whole number from 1")
     if streamer is not None and len(prompts) > 1:
@@ -303,8 +302,11 @@ def _generate(
             streamer.put(ids[None].cpu())
         if len(ids):
             decoder.prefill(ids, stream=stream)
-    with decoder.state.recording(looks=rule.looks or streamer is not None) as recorder:
-        writer = SamplingWriter(decoder.state, recorder, fed, sampler, rule, seed, streamer)
+    samplers = {s: StreamSampler(sampler, seed + i, ids) for i, (s, ids) in enumerate(fed.items())}
+    looks = rule.looks or streamer is not None
+    with decoder.state.sampling.using(samplers), decoder.state.recording(looks=looks) as recorder:
+        noted = None if log_probs is None else LogProbs(decoder.state, log_probs)
+        writer = SamplingWriter(fed, recorder, rule, streamer, noted)
         write(decoder, writer, list(fed), max_new_tokens)
         return writer.finish()
 

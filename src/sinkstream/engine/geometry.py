@@ -11,8 +11,8 @@ from sinkstream.kernels.layout import (
     FIELDS,
     FIRST,
     FRAME_POSITION,
+    IDLE,
     LENGTH,
-    LIKELIEST,
     PINNED,
     QUERY,
     SLOT,
@@ -63,7 +63,7 @@ class Geometry:
     def idle_row(self) -> list[int]:
         """Scalars of a stream that sits a step out: everything it touches is slot 0."""
         row = [0] * FIELDS
-        row[TOKEN] = LIKELIEST
+        row[TOKEN] = IDLE
         row[PINNED], row[LENGTH] = (1, 0) if self.pinned_slots else (0, 1)
         return row
 
@@ -137,5 +137,5 @@ class Counters:
         row[SLOT], row[WINDOW_POSITION] = g.slot(t), t - self.base
         row[FRAME_POSITION] = t - self.base if g.original else self.kept - 1
         row[PINNED], row[FIRST], row[LENGTH] = self.pinned, (self.first_window - g.sink) % g.ring, self.window
-        row[TOKEN], row[QUERY] = LIKELIEST, t % max(1, queries) if t else -1
+        row[TOKEN], row[QUERY] = -1 - t, t % max(1, queries) if t else -1
         return row

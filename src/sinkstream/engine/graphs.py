@@ -11,6 +11,7 @@ def captured(
     device: torch.device,
     *,
     name: str,
+    warm_up: Callable[[], None] | None = None,
     warmups: int = 3,
     stream: torch.cuda.Stream | None = None,
     pool: Any = None,
@@ -23,6 +24,8 @@ def captured(
         Launches the work; reads and writes tensors whose addresses do not change.
     name : str
         What the work is, for the note on an error.
+    warm_up : callable or None
+        What runs before the capture, `warmups` times; default: `run`.
     stream : torch.cuda.Stream or None
         Where it is captured; default: a new one.
     pool : pool handle or None
@@ -39,7 +42,7 @@ def captured(
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(warmups):
-                    run()
+                    (warm_up or run)()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):

@@ -1,21 +1,23 @@
-"""Choosing the next token on the device: bias, penalties, temperature, top-k, top-p, min-p, in this order.
+"""How tokens are drawn: the options of a stream, and their rows in the table that a step reads on the device.
 
-The order and the meaning of each option are those of transformers' logits processors; those of the presence and the
-frequency penalty, which transformers does not have, are those of OpenAI's API.
+The order is that of transformers' logits processors: biases, penalties, temperature, top-k, top-p, min-p.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from sinkstream.kernels import likeliest
+from sinkstream.kernels.fixed_point import LIMIT, ONE
+from sinkstream.kernels.layout import DRAWN, LIKELIEST
+from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
+from sinkstream.kernels.sample_table import PLAIN, PROMPT, RACE, THRESHOLD, SampleTable
 
 GREEDY_TEMPERATURE = 0.0
-
-NO_TOKEN = -1  # drawn where the logits are no distribution; the step takes the likeliest token in its place
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,19 @@ class Sampler:
     temperature : float, default=0.0
         0 takes the likeliest token.
     top_k : int or None
-        Keep the k likeliest tokens.
+        Keep the k likeliest tokens, and those that are as likely as the last of them.
     top_p : float or None
-        Keep the smallest set of likeliest tokens that holds this much probability.
+        Keep the smallest set of likeliest tokens that holds this much probability: a token stays exactly if the tokens
+        that are likelier hold less. Equally likely tokens stay together.
     min_p : float or None
         Keep tokens at least this likely relative to the likeliest.
     repetition_penalty : float, default=1.0
-        Logits of tokens seen before are divided by it where positive and multiplied where negative
-        (Keskar et al., arXiv:1909.05858).
+        Logits of tokens seen before, in the prompt or drawn, are divided by it where positive and multiplied where
+        negative (Keskar et al., arXiv:1909.05858).
     presence_penalty, frequency_penalty : float, default=0.0
-        Subtracted from the logits of tokens that were generated before: once, and once for each time.
-    logit_bias : mapping of int to float
-        Added to the logits of these token ids; -inf forbids a token.
+        Subtracted from the logits of tokens drawn before, once, and once for each time (as in OpenAI's API).
+    logit_bias : mapping of float by int
+        Added to the logits of these token ids; minus infinity forbids a token.
 
     Raises
     ------
@@ -56,17 +59,21 @@ class Sampler:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check("temperature", self.temperature, self.temperature >= 0, "a number of at least 0 (0 is greedy)")
-        whole = self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)
-        _check("top_k", self.top_k, whole, "a whole number of at least 1")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1")
-        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0")
+        number = {f.name: _is_number(getattr(self, f.name)) for f in fields(self)}
+        t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
+        _check("temperature", t, number["temperature"] and 0 <= t < math.inf, "a number of at least 0 (0 is greedy)")
+        _check("top_k", self.top_k, self.top_k is None or _is_whole(self.top_k, 1), "a whole number of at least 1")
+        _check("top_p", p, p is None or (number["top_p"] and 0 < p <= 1), "a number above 0, at most 1")
+        _check("min_p", m, m is None or (number["min_p"] and 0 <= m <= 1), "a number from 0 to 1")
+        _check("repetition_penalty", r, number["repetition_penalty"] and 0 < r < math.inf, "a number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), abs(getattr(self, name)) < float("inf"), "a finite number")
-        ids = all(isinstance(t, int) and t >= 0 for t in self.logit_bias)
-        right = ids and all(bias < float("inf") for bias in self.logit_bias.values())  # NaN is refused too
-        _check("logit_bias", self.logit_bias, right, "token ids and numbers, or -inf to forbid a token")
+            value = getattr(self, name)
+            _check(name, value, number[name] and math.isfinite(value), "a finite number")
+        _check("logit_bias", self.logit_bias, isinstance(self.logit_bias, Mapping), "numbers by token id")
+        for token, bias in self.logit_bias.items():
+            _check("logit_bias", {token: bias}, _is_whole(token, 0), "token ids, whole numbers from 0")
+            right = _is_number(bias) and bias < math.inf
+            _check("logit_bias", {token: bias}, right, "a finite number or minus infinity for each token id")
         if self.greedy and any(o is not None for o in (self.top_k, self.top_p, self.min_p)):
             raise ValueError("top_k, top_p and min_p change nothing at temperature=0; give a temperature above 0")
 
@@ -86,100 +93,144 @@ class Sampler:
     @property
     def bare(self) -> bool:
         """Whether the likeliest token of the logits as they are is taken, which a step does by itself."""
-        return self.greedy and not (self.remembers or self.counts or self.logit_bias)
+        return self.greedy and not self.kernels.tables
 
     @property
-    def remembers(self) -> bool:
-        """Whether tokens seen before matter."""
-        return self.repetition_penalty != 1.0
+    def kernels(self) -> SampleKernels:
+        """What a draw needs."""
+        nucleus = self.top_p is not None and self.top_p < 1
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return SampleKernels(
+            thresholds=(self.top_k is not None) + nucleus,
+            tops=self.top_k is not None or nucleus or bool(self.min_p),
+            tables=penalties or bool(self.logit_bias),
+        )
 
-    @property
-    def counts(self) -> bool:
-        """Whether it matters how often tokens were generated before."""
-        return bool(self.presence_penalty or self.frequency_penalty)
+    def check_vocab(self, vocab: int) -> None:
+        """Raise ValueError if a biased token is none of `vocab`."""
+        for token, bias in self.logit_bias.items():
+            _check("logit_bias", {token: bias}, token < vocab, f"token ids from 0 to {vocab - 1}")
 
-    def process(
-        self, logits: torch.Tensor, seen: torch.Tensor | None = None, counts: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits of the distribution that is drawn from; -inf for what cannot be drawn.
+    def write(self, table: SampleTable, stream: int, seed: int, prompt: torch.Tensor | None = None) -> None:
+        """Fill the rows of a stream.
 
         Parameters
         ----------
-        logits : Tensor, (streams, vocab)
-        seen : Tensor or None, (streams, vocab), bool
-            Tokens that appeared before; needed with a repetition penalty.
-        counts : Tensor or None, (streams, vocab), whole numbers
-            How often tokens were generated before; needed with a presence or frequency penalty.
-
-        Returns
-        -------
-        Tensor, (streams, vocab), float32
+        table : SampleTable
+            With counts and biases, if the sampler needs these.
+        seed : int
+            Of the stream's random numbers, modulo 2^64.
+        prompt : Tensor, (tokens,), int64, or None
+            Tokens seen before.
         """
-        logits = logits.float()
-        if self.logit_bias:
-            logits = logits + self._bias(logits.shape[-1], logits.device)
-        if self.remembers:
-            if seen is None:
-                raise ValueError(f"repetition_penalty={self.repetition_penalty} needs `seen`, the tokens seen before")
-            punished = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-            logits = torch.where(seen, punished, logits)
-        if self.counts:
-            if counts is None:
-                raise ValueError("a presence or frequency penalty needs `counts`, how often tokens were generated")
-            logits = logits - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
-        if self.greedy:
-            return logits
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            lowest = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < lowest, float("-inf"))
-        if self.top_p is not None:
-            logits = _keep_top_p(logits, self.top_p)
-        if self.min_p is not None:
-            probabilities = logits.softmax(-1)
-            unlikely = probabilities < self.min_p * probabilities.amax(-1, keepdim=True)
-            logits = logits.masked_fill(unlikely, float("-inf"))
-        return logits
-
-    def _bias(self, vocab: int, device: torch.device) -> torch.Tensor:
-        """The bias of every token, (vocab,) float32 on the device; made once."""
-        if (vocab, device) not in self._biases:
-            if max(self.logit_bias) >= vocab:
-                raise ValueError(f"logit_bias for token {max(self.logit_bias)}; accepted: 0 to {vocab - 1}")
-            bias = torch.zeros(vocab)
-            bias[list(self.logit_bias)] = torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
-            self._biases[vocab, device] = bias.to(device)
-        return self._biases[vocab, device]
-
-    @cached_property
-    def _biases(self) -> dict[tuple[int, torch.device], torch.Tensor]:
-        return {}
-
-    def draw(
-        self,
-        logits: torch.Tensor,
-        seen: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-        counts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Next token of every stream, ``(streams,)`` int64; nothing is sent to the host. Arguments as in `process`.
-
-        `NO_TOKEN` where a logit is NaN or plus infinity: then there is no distribution to draw from.
-        """
-        logits = self.process(logits, seen, counts)
-        if self.greedy:
-            return likeliest(logits)
-        probabilities = logits.softmax(-1)
-        races = torch.empty_like(probabilities).exponential_(generator=generator)
-        first = (probabilities / races).max(-1)  # of exponential races, one a token
-        return torch.where(first.values.isnan(), NO_TOKEN, first.indices)
+        table.clear(stream)
+        scale = 0.0 if self.greedy else min(ONE / math.log(2) / self.temperature, LARGEST_SCALE)
+        kind = PLAIN if self.greedy else THRESHOLD if self.kernels.tops else RACE
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        lowest = min(LIMIT, int(-math.log2(self.min_p) * ONE)) if self.min_p else LIMIT
+        table.fill(stream, [scale, self.top_p or 1.0, *penalties], [kind, self.top_k or 0, lowest, _signed(seed)])
+        if self.kernels.tables and table.counts is not None and table.bias is not None:
+            if prompt is not None:
+                table.counts[stream, prompt] = PROMPT
+            if self.logit_bias:
+                ids = torch.tensor(list(self.logit_bias), device=table.bias.device)
+                table.bias[stream, ids] = torch.tensor(list(self.logit_bias.values()), device=table.bias.device)
 
 
-def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    ascending, order = logits.sort(dim=-1)
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    drop[..., -1:] = False
-    return logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+@dataclass(frozen=True)
+class StreamSampler:
+    """How one stream draws: its options, its seed, and the tokens seen before, ``(tokens,)`` int64."""
+
+    sampler: Sampler
+    seed: int
+    prompt: torch.Tensor | None = None
+
+
+class SamplingState:
+    """How the streams of an engine draw, in buffers whose addresses never change; these are made when first needed.
+
+    Parameters
+    ----------
+    streams, vocab : int
+    device : torch.device
+
+    Attributes
+    ----------
+    draws : Draws or None
+        What a step needs to draw; None while every stream takes the likeliest token of its logits.
+    marks : Tensor, (streams,), int64
+        `DRAWN` or `LIKELIEST`.
+    version : int
+        Changes whenever `marks` does.
+    """
+
+    def __init__(self, streams: int, vocab: int, device: torch.device):
+        self.streams, self.vocab, self.device = streams, vocab, device
+        self.version = 0
+        self.draws: Draws | None = None
+        with torch.inference_mode(False):
+            self.marks = torch.full((streams,), LIKELIEST, device=device)
+        self._buffers: SampleBuffers | None = None
+        self._table: SampleTable | None = None
+        self._samplers: dict[int, Sampler] = {}
+
+    @property
+    def kernels(self) -> SampleKernels | None:
+        """What the draws of all streams need; a captured step serves these and no others."""
+        return None if self.draws is None else self.draws.kernels
+
+    @contextmanager
+    def using(self, samplers: Mapping[int, StreamSampler]) -> Iterator[None]:
+        """Have streams draw so while the context lasts; the others draw as they did."""
+        before = dict(self._samplers)
+        for stream, one in samplers.items():
+            self._set(stream, one)
+        try:
+            yield
+        finally:
+            for stream in samplers:
+                self._samplers.pop(stream, None)
+            self._samplers |= {s: sampler for s, sampler in before.items() if s not in samplers}
+            self._changed()
+
+    @torch.no_grad()
+    def _set(self, stream: int, one: StreamSampler) -> None:
+        one.sampler.check_vocab(self.vocab)
+        self._samplers.pop(stream, None)
+        if not one.sampler.bare:
+            with torch.inference_mode(False):
+                if self._table is None:
+                    self._table = SampleTable.empty(self.streams, self.device)
+                    self._buffers = SampleBuffers(self.streams, self.vocab, self.device)
+                if one.sampler.kernels.tables:
+                    self._table.remember(self.vocab)
+                one.sampler.write(self._table, stream, one.seed, one.prompt)
+            self._samplers[stream] = one.sampler
+        self._changed()
+
+    def _changed(self) -> None:
+        marks = [DRAWN if s in self._samplers else LIKELIEST for s in range(self.streams)]
+        self.marks.copy_(torch.tensor(marks))
+        self.version += 1
+        self.draws = None
+        if self._samplers and self._table is not None and self._buffers is not None:
+            kernels = SampleKernels()
+            for sampler in self._samplers.values():
+                kernels |= sampler.kernels
+            self.draws = Draws(self._table, kernels, self._buffers)
+
+
+def _signed(seed: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check(option: str, value, right: bool, accepted: str) -> None:

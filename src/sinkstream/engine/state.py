@@ -15,6 +15,7 @@ from sinkstream.engine.buffers import PLAN_TOKENS, StreamBuffers
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
+from sinkstream.engine.sampling import SamplingState
 from sinkstream.kernels.begin_step import read_plan
 from sinkstream.kernels.layout import LIKELIEST, TOKEN
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
@@ -56,7 +57,8 @@ class StreamState(StreamBuffers):
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
         self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
-        self._filled: int | None = None  # version of `tokens` that is LIKELIEST throughout
+        self.sampling = SamplingState(streams, vocab, device)
+        self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
         self.clear()
 
     def clear(self, stream: int | None = None) -> None:
@@ -108,13 +110,13 @@ class StreamState(StreamBuffers):
         Parameters
         ----------
         tokens : Tensor or None, (streams,), int64, on the device
-            None: the likeliest token of each stream; nothing is launched if the step before was told so too.
+            None: what `sampling` says of each stream; nothing is launched if the step before was told so too.
         """
         if tokens is not None:
             self.tokens.copy_(tokens)
-        elif self._filled != self.tokens._version:  # every write counts, whoever did it
-            self.tokens.fill_(LIKELIEST)
-            self._filled = self.tokens._version
+        elif self._filled != (self.tokens._version, self.sampling.version):  # every write counts, whoever did it
+            self.tokens.copy_(self.sampling.marks)
+            self._filled = (self.tokens._version, self.sampling.version)
 
     @contextmanager
     def recording(self, *, looks: bool = False):
@@ -143,7 +145,7 @@ class StreamState(StreamBuffers):
         Returns
         -------
         Tensor, (steps, streams), int64
-            A copy on the device; `LIKELIEST` where the stream sat out.
+            A copy on the device; `LIKELIEST` where the stream sat out, `NO_TOKEN` where nothing could be drawn.
         """
         ids = self.plan[first : self._row, :, TOKEN].long()
         for s in range(self.streams):
@@ -197,7 +199,7 @@ class StreamState(StreamBuffers):
 
     def begin_row(self) -> None:
         """First thing in a step, on the device: its tokens and scalars (the op `begin_step` does the same)."""
-        read_plan(self.tokens, self.logits, self.plan, self.cursor, self.scalars)
+        read_plan(self.tokens, self.logits, self.plan, self.cursor, self.scalars, self.sampling.draws)
 
     def end_row(self) -> None:
         """Last thing in a step, on the device: note what adaptive triggers read in the logits."""

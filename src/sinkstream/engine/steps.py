@@ -13,6 +13,7 @@ from sinkstream.engine.fused import FusedDecode, check_kernels
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.state import StreamState
+from sinkstream.kernels.sample import SampleKernels
 from sinkstream.policies import EvictionPolicy
 from sinkstream.registry import Registry
 
@@ -56,14 +57,19 @@ class RingStep(StepFunction):
 
 
 class GraphedStep(StepFunction):
-    """Any step under one CUDA graph: captured once, replayed for every token."""
+    """Any step under a CUDA graph: captured once for each kind of draw, replayed for every token."""
 
     captures = True
     warmups = 3
+    _graphs: dict[SampleKernels | None, torch.cuda.CUDAGraph]
 
     @abstractmethod
     def run(self) -> None:
         """The step to capture."""
+
+    @abstractmethod
+    def rehearse(self) -> None:
+        """Launch the kernels of the draws, which a capture must find loaded; streams do not notice."""
 
     @classmethod
     def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
@@ -78,12 +84,18 @@ class GraphedStep(StepFunction):
         state = self.state
         idle = torch.tensor(state.geometry.idle_row(), dtype=torch.int32, device=state.device)
         state.plan.copy_(idle.expand_as(state.plan))
-        self.graph = captured(self.run, state.device, name="a decode step", warmups=self.warmups)
+        name = "a decode step"
+        self._graphs = {None: captured(self.run, state.device, name=name, warmups=self.warmups)}
         state.clear()
 
+    @torch.no_grad()
     def __call__(self) -> None:
-        with torch.cuda.device(self.state.device):
-            self.graph.replay()
+        kernels, device = self.state.sampling.kernels, self.state.device
+        if kernels not in self._graphs:
+            name = "a decode step that draws"
+            self._graphs[kernels] = captured(self.run, device, name=name, warm_up=self.rehearse, warmups=1)
+        with torch.cuda.device(device):
+            self._graphs[kernels].replay()
 
 
 @STEPS.register("graph")
@@ -92,6 +104,11 @@ class GraphStep(GraphedStep):
 
     def run(self) -> None:
         plain.decode(self.state, self.weights)
+
+    def rehearse(self) -> None:
+        draws, state = self.state.sampling.draws, self.state
+        if draws is not None:
+            draws.draw(state.logits, torch.zeros_like(state.tokens))
 
 
 @STEPS.register("kernels")
@@ -122,6 +139,9 @@ class FusedStep(GraphedStep):
 
     def run(self) -> None:
         self.decode()
+
+    def rehearse(self) -> None:
+        self.decode.rehearse()
 
     @classmethod
     def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:

@@ -21,7 +21,7 @@ TILE = 2048  # logits of one program
 
 
 @jit
-def _first_largest(values, indices, none):
+def first_largest(values, indices, none):
     """The largest value and the smallest index that has it; a value that is not a number counts as largest."""
     values = tl.where(values != values, float("inf"), values)
     top = tl.max(values, 0)
@@ -30,12 +30,13 @@ def _first_largest(values, indices, none):
 
 @jit
 def likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE: tl.constexpr):
-    """What the tiles of one stream come to, int64; to be called once they are final."""
+    """What the tiles of one stream come to: largest value, index int64; to be called once they are final."""
     column = tl.arange(0, SIZE)
     place = stream * tiles + column
     values = tl.load(value_ptr + place, mask=column < tiles, other=-float("inf"))
     indices = tl.load(index_ptr + place, mask=column < tiles, other=vocab - 1)
-    return _first_largest(values, indices, vocab - 1)[1].to(tl.int64)
+    top, index = first_largest(values, indices, vocab - 1)
+    return top, index.to(tl.int64)
 
 
 @jit
@@ -53,19 +54,24 @@ def _tiles_kernel(
     if wanted:
         columns = tile * TILE + tl.arange(0, TILE)
         values = tl.load(logit_ptr + stream * stride + columns, mask=columns < vocab, other=-float("inf"))
-        top, index = _first_largest(values, columns, vocab - 1)
+        top, index = first_largest(values, columns, vocab - 1)
         place = stream * tl.num_programs(0) + tile
         tl.store(value_ptr + place, top)
         tl.store(index_ptr + place, index)
 
 
 @jit
-def _streams_kernel(value_ptr, index_ptr, out_ptr, tiles, vocab, SIZE: tl.constexpr, PDL: tl.constexpr):
-    """One program a stream."""
+def streams_kernel(
+    value_ptr, index_ptr, out_ptr, tiles, vocab, REFUSE: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr
+):
+    """One program a stream. REFUSE: -1 where the largest value is infinite."""
     stream = tl.program_id(0)
     if PDL:
         gdc_wait()
-    tl.store(out_ptr + stream, likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE))
+    top, index = likeliest_of_tiles(value_ptr, index_ptr, stream, tiles, vocab, SIZE)
+    if REFUSE:
+        index = tl.where((top == float("inf")) | (top == -float("inf")), -1, index)
+    tl.store(out_ptr + stream, index)
 
 
 class Tiles:
@@ -76,6 +82,8 @@ class Tiles:
     streams, vocab : int
         Axes of the logits.
     device : torch.device
+    tile : int
+        Logits of one program.
 
     Attributes
     ----------
@@ -84,8 +92,8 @@ class Tiles:
         Tiles of one stream.
     """
 
-    def __init__(self, streams: int, vocab: int, device: torch.device):
-        self.count = -(-vocab // TILE)
+    def __init__(self, streams: int, vocab: int, device: torch.device, tile: int = TILE):
+        self.count = -(-vocab // tile)
         self.values = torch.zeros(streams, self.count, dtype=torch.float32, device=device)
         self.indices = torch.zeros(streams, self.count, dtype=torch.int32, device=device)
 
@@ -138,7 +146,7 @@ def likeliest(logits: torch.Tensor, *, implementation: str | None = None) -> tor
     out = torch.empty(streams, dtype=torch.int64, device=logits.device)
     early = tiles.find(logits)
     launch(
-        _streams_kernel, (streams,), tiles.values, tiles.indices, out, tiles.count, vocab,
+        streams_kernel, (streams,), tiles.values, tiles.indices, out, tiles.count, vocab, REFUSE=False,
         SIZE=triton.next_power_of_2(tiles.count), num_warps=1, pdl=early,
     )  # fmt: skip
     return out

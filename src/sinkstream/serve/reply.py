@@ -8,7 +8,8 @@ import torch
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import SamplingWriter, StopRule, steps
-from sinkstream.engine.sampling import Sampler
+from sinkstream.engine.log_probs import LogProbs
+from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.serve.events import Emit, Ended, TextPiece, TokenLogprob
 from sinkstream.serve.text import TextStream
 
@@ -38,18 +39,6 @@ class ReplyOptions:
     choices: int = 1
     logprobs: int | None = None
     ignore_end: bool = False
-
-
-class _LogprobWriter(SamplingWriter):
-    """Keeps the distribution of the latest token, where log probabilities are asked for."""
-
-    keep_log_probs = False
-    log_probs: torch.Tensor
-
-    def draw(self, logits: torch.Tensor) -> torch.Tensor | None:
-        if self.keep_log_probs:
-            self.log_probs = logits[0].float().log_softmax(-1)
-        return super().draw(logits)
 
 
 class Reply:
@@ -86,7 +75,7 @@ class Reply:
         self.text = TextStream(tokenizer, options.stop, self.ends)
         self._written: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._writer: _LogprobWriter | None = None
+        self._log_probs: LogProbs | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,11 +86,11 @@ class Reply:
         """Write it, one token for each `next`. Raises ValueError if there is nothing to draw from."""
         options, state = self.options, self.decoder.state
         rule = StopRule(sorted(self.ends), (), self._take, self.tokenizer)
-        with state.recording(looks=True) as recorder:
-            writer = self._writer = _LogprobWriter(
-                state, recorder, {0: self.prompt}, options.sampler, rule, options.seed + self.index, None
-            )
-            writer.keep_log_probs = options.logprobs is not None
+        sampler = StreamSampler(options.sampler, options.seed + self.index, self.prompt)
+        with state.sampling.using({0: sampler}), state.recording(looks=True) as recorder:
+            if options.logprobs is not None:
+                self._log_probs = LogProbs(state, min(options.logprobs, state.sampling.vocab))
+            writer = SamplingWriter([0], recorder, rule, None, self._log_probs)
             for _ in steps(self.decoder, writer, [0], options.max_tokens):
                 yield
         self._send(self.text.finish(), rest=True)
@@ -122,8 +111,10 @@ class Reply:
 
     def _take(self, token: int, stream: int) -> bool:
         self._written.append(token)
-        if self.options.logprobs is not None:
-            self._logprobs.append(self._logprob(token, self.options.logprobs))
+        if self._log_probs is not None:
+            value, top = self._log_probs.latest(stream, token)
+            pairs = tuple((self._piece(one), log_prob) for one, log_prob in top)
+            self._logprobs.append(TokenLogprob(self._piece(token), value, pairs))
         self._send(self.text.push(token))
         return self.text.stopped
 
@@ -131,13 +122,6 @@ class Reply:
         if piece or (rest and self._logprobs):
             self.emit(TextPiece(self.index, piece, tuple(self._logprobs)))
             self._logprobs.clear()
-
-    def _logprob(self, token: int, count: int) -> TokenLogprob:
-        assert self._writer is not None, "a token was drawn"
-        log_probs = self._writer.log_probs
-        top = log_probs.topk(count) if count else None
-        pairs = () if top is None else tuple(zip(map(self._piece, top.indices.tolist()), top.values.tolist()))
-        return TokenLogprob(self._piece(token), log_probs[token].item(), pairs)
 
     def _piece(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,137 @@
+"""``bench --sampling``: a token of every way of drawing against a greedy one, through `Engine.generate`.
+
+The ways take turns, several times, so that a drift of the clock is in all of them. Each call writes on in the same
+stream, which is full, and ends by its length alone.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from sinkstream.bench.draw_records import GREEDY, DrawRecord
+from sinkstream.data import TokenStream
+from sinkstream.engine import Engine
+from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
+from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.timing import timed
+from sinkstream.models import LoadedModel
+from sinkstream.policies import EvictionPolicy
+from sinkstream.records.plain import new_record_id
+
+REPEATS = 5
+
+#: Name -> options of `Engine.generate`.
+WAYS: dict[str, dict[str, float]] = {
+    GREEDY: {},
+    "temperature": {"temperature": 1.0},
+    "top-p 0.95": {"temperature": 1.0, "top_p": 0.95},
+    "top-k 40": {"temperature": 1.0, "top_k": 40},
+    "min-p 0.05": {"temperature": 1.0, "min_p": 0.05},
+    "top-k 40, top-p 0.95": {"temperature": 1.0, "top_k": 40, "top_p": 0.95},
+    "repetition penalty, greedy": {"repetition_penalty": 1.1},
+    "temperature, penalties": {"temperature": 1.0, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "greedy, log-probabilities of 5": {"log_probs": 5},
+}
+
+
+@dataclass
+class DrawSession:
+    """Times the ways of drawing for one model, under one policy after the other."""
+
+    loaded: LoadedModel
+    text: TokenStream  # what the stream is filled with, repeated if need be
+    tokens: int  # of one timed call
+    warmup: int  # tokens of the call of each way before all of them
+    backend: str  # the engine's
+    request: Request
+    name: str  # the same in all records of one command
+    repeats: int = REPEATS
+
+    def run(self, runs: Sequence[RunSettings], console: Console) -> list[DrawRecord]:
+        """Time all policies; one record each. Raises ValueError if the engine does not serve one; as `Runner.run`."""
+        model = self.loaded.model
+        for run in runs:
+            Engine.check(model, self._policy(run), backend=self.backend, **self._options(run))
+        jobs = [Job(f"sampling, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
+        return Runner(self.request, DrawRecord.write, DrawRecord.read, model.device).run(jobs, console)
+
+    def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
+        policy, device = self._policy(run), self.loaded.model.device
+        engine = Engine(
+            self.loaded.model, policy, backend=self.backend, tokenizer=self.loaded.tokenizer, **self._options(run)
+        )
+        try:
+            ids = self.text.ids.to(device)
+            engine.prefill(ids.repeat(-(-policy.peak // len(ids)))[: policy.peak])
+            seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+            for options in WAYS.values():
+                self._generate(engine, self.warmup, options)
+            for done in range(self.repeats):
+                report(done, self.repeats)
+                for name, options in WAYS.items():
+                    seconds[name].append(timed(self._generate, engine, self.tokens, options, device=device)[1])
+            report(self.repeats, self.repeats)
+        finally:
+            engine.close()
+        return [partial(self._record, run, seconds)]
+
+    def _generate(self, engine: Engine, tokens: int, options: dict[str, Any]) -> None:
+        engine.generate([], max_new_tokens=tokens, stop_tokens=(), seed=self.request.seed, **options)
+
+    # ---- what it is ----
+
+    def _policy(self, run: RunSettings) -> EvictionPolicy:
+        policy = run.policy()
+        assert policy is not None, "baselines are refused before"
+        return policy
+
+    def _options(self, run: RunSettings) -> dict[str, Any]:
+        more = {"tokenizer": self.loaded.tokenizer} if "structure" in self._policy(run).needs else {}
+        return {"positions": run.positions, "allow_untrained_positions": run.allow_untrained_positions, **more}
+
+    def _protocol(self, run: RunSettings) -> dict[str, Any]:
+        return {
+            **numeric_protocol(self.loaded),
+            "seed": self.request.seed,
+            "cap": run.cap,
+            "backend": self.backend,
+            "tokens": self.tokens,
+            "warmup": self.warmup,
+            "repeats": self.repeats,
+            "text": self.text.name,
+            "text_sha256": self.text.sha256,
+        }
+
+    def _identity(self, run: RunSettings) -> dict[str, Any]:
+        own = {"run": run.record(), "ways": WAYS, "protocol": self._protocol(run)}
+        return work_identity(self.loaded, self.text, "triton", **own)
+
+    def _finished(self, run: RunSettings) -> list[DrawRecord]:
+        return find_complete(DrawRecord.below, self.request.out, self._identity(run))
+
+    def _record(self, run: RunSettings, seconds: dict[str, list[float]]) -> dict[str, Any]:
+        each = {name: [1e3 * one / self.tokens for one in found] for name, found in seconds.items()}
+        middle = {name: statistics.median(found) for name, found in each.items()}
+        return {
+            "id": new_record_id("sampling", self.loaded.name, run.label()),
+            "status": "complete",
+            "status_reason": None,
+            "session": self.name,
+            **provenance(self.loaded, run, self.request, self._identity(run)),
+            "protocol": self._protocol(run),
+            "draws": [
+                {
+                    "name": name,
+                    "options": options,
+                    "ms": middle[name],
+                    "over_greedy": middle[name] / middle[GREEDY],
+                    "repeats_ms": each[name],
+                }
+                for name, options in WAYS.items()
+            ],
+        }
