@@ -20,6 +20,18 @@ def fed(tokens: int = 60, policy: str = "lazy") -> StreamingCache:
     return cache
 
 
+def repeated(cache: StreamingCache) -> StreamingCache:
+    other = cache.fork()
+    other.batch_repeat_interleave(2)
+    return other
+
+
+def one_row(cache: StreamingCache) -> StreamingCache:
+    other = cache.fork()
+    other.batch_select_indices(torch.tensor([0]))
+    return other
+
+
 # name -> what a cache of 2 rows and 3 layers says after 60 tokens
 ANSWERS = {
     "batch_size": lambda c: c.batch_size == 2 and fed(0).batch_size == -1,
@@ -37,6 +49,8 @@ ANSWERS = {
     "is_recording_past": lambda c: c.is_recording_past(1) is False,
     "is_sliding": lambda c: c.is_sliding == [False] * 3,
     "max_batch_size": lambda c: c.max_batch_size == 2,
+    "batch_repeat_interleave": lambda c: repeated(c).batch_size == 4,
+    "batch_select_indices": lambda c: one_row(c).batch_size == 1,
     "max_cache_len": lambda c: c.max_cache_len == -1,
     "reset": lambda c: c.reset() is None and c.stats()["seen"] == c.stats()["bytes"] == 0 and not c.is_initialized,
 }
@@ -44,8 +58,6 @@ ENTRIES = torch.zeros(2, 2, 1, 16)
 # name -> a call, and words of its refusal
 REFUSED = {
     "activate_past_recording": (lambda c: c.activate_past_recording(), "cannot be rolled back.*fork"),
-    "batch_repeat_interleave": (lambda c: c.batch_repeat_interleave(2), "cannot change its batch; accepted"),
-    "batch_select_indices": (lambda c: c.batch_select_indices(torch.tensor([0])), "cannot change its batch; accepted"),
     "crop": (lambda c: c.crop(-1), "cannot be rolled back"),
     "get_conv_state": (lambda c: c.get_conv_state(0), "non linear attention layer"),
     "get_recurrent_state": (lambda c: c.get_recurrent_state(0), "non linear attention layer"),
@@ -117,19 +129,30 @@ def test_keys_and_values_are_what_attention_sees(policy):
         seen[len(seen) % 3] = key[:, :: key.shape[1] // 2], value[:, :: value.shape[1] // 2]
         return sdpa(query, key, value, **more)
 
-    feed(model, cache, ids[:, :60])
+    rows = ids[:1] if policy.startswith("adaptive") else ids  # rows of an adaptive policy may differ: see below
+    feed(model, cache, rows[:, :60])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-        feed(model, cache, ids[:, 60:61])
+        feed(model, cache, rows[:, 60:61])
     assert len(seen) == 3 == len(cache)
     for i, (keys, values) in enumerate(cache):
-        assert keys.shape == values.shape == (2, 2, cache.kept_tokens, 16) and keys.dtype == cache.layers[i].dtype
+        assert (
+            keys.shape == values.shape == (len(rows), 2, cache.kept_tokens, 16) and keys.dtype == cache.layers[i].dtype
+        )
         assert torch.equal(keys, seen[i][0]) and torch.equal(values, seen[i][1])
         assert torch.equal(cache[i][0], keys) and torch.equal(cache.layers[i].values, values)
         assert keys.data_ptr() == cache.layers[i].keys.data_ptr(), "views, no copies"
     with pytest.raises(IndexError):
         cache[3]
     assert torch.equal(cache[-1][0], cache[2][0]) and cache.layers[0].device == keys.device
+
+
+def test_rows_that_differ_have_no_tensor_in_common():
+    cache = fed(policy="adaptive-top1")
+    with pytest.raises(ValueError, match=r"rows that differ.*accepted: cache\.fork\(\)"):
+        _ = cache.layers[0].keys
+    row = one_row(cache)
+    assert row.layers[0].keys.shape[0] == 1
 
 
 def test_other_software_takes_them_over():
