@@ -1,5 +1,7 @@
 """What transformers' `Cache` and `CacheLayerMixin` offer: every public name is answered truthfully, or refused."""
 
+import functools
+
 import pytest
 import torch
 from oracle.models import build, token_ids
@@ -13,10 +15,16 @@ from sinkstream.policies import PRESETS
 ids = token_ids(90, batch=2)
 
 
+@functools.cache
+def shared_model():
+    """One model, which outlives its caches."""
+    return build("llama")
+
+
 def fed(tokens: int = 60, policy: str = "lazy") -> StreamingCache:
-    cache = make_cache(build("llama"), small_policy(policy))
+    cache = make_cache(shared_model(), small_policy(policy))
     if tokens:
-        feed(cache.model(), cache, ids[:, :tokens])
+        feed(shared_model(), cache, ids[:, :tokens])
     return cache
 
 
