@@ -46,6 +46,12 @@ def test_every_way_is_timed_and_recorded(tmp_path):
     assert [name for name, sampler in samplers.items() if sampler.bare] == ["greedy"]
 
 
+def test_a_policy_that_reads_the_tokenizer_is_timed(tmp_path):
+    runs = [RunSettings("refresh-structural", cap=32, options={"refresh": 8, "compress_every": 4})]
+    (record,) = session(tmp_path).run(runs, Console(file=io.StringIO()))
+    assert record.policy["name"] == "refresh-structural" and len(record.draws) == len(WAYS)
+
+
 def test_a_command_that_is_resumed_takes_what_is_there(tmp_path):
     console, runs = Console(file=io.StringIO()), [RunSettings("strict", cap=32)]
     first = session(tmp_path).run(runs, console)

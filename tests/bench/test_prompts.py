@@ -54,6 +54,12 @@ def test_every_way_is_timed_and_recorded(family, tmp_path):
     assert shown.count("strict") == 3 and f"{strict.append['over_step']:.3f}" in shown
 
 
+def test_a_policy_that_reads_the_tokenizer_is_timed(tmp_path):
+    structural = RunSettings("refresh-structural", cap=32, options={"refresh": 8, "compress_every": 4})
+    (record,) = session(tmp_path).run([structural], Console(file=io.StringIO()))
+    assert record.policy["name"] == "refresh-structural" and len(record.prompts) == 2
+
+
 def test_a_command_that_is_resumed_takes_what_is_there(tmp_path):
     console = Console(file=io.StringIO())
     first = session(tmp_path).run(runs("strict"), console)

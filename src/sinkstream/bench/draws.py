@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-
 from sinkstream.bench.draw_records import GREEDY, DrawRecord
+from sinkstream.bench.policy_session import PolicySession
 from sinkstream.data import TokenStream
 from sinkstream.engine import Engine
-from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
-from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.runner import Report, Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
-from sinkstream.policies import EvictionPolicy
-from sinkstream.records.plain import new_record_id
 
 REPEATS = 5
 
@@ -40,8 +36,11 @@ WAYS: dict[str, dict[str, float]] = {
 
 
 @dataclass
-class DrawSession:
+class DrawSession(PolicySession[DrawRecord]):
     """Times the ways of drawing for one model, under one policy after the other."""
+
+    record_class = DrawRecord
+    work = prefix = "sampling"
 
     loaded: LoadedModel
     text: TokenStream  # what the stream is filled with, repeated if need be
@@ -52,22 +51,17 @@ class DrawSession:
     name: str  # the same in all records of one command
     repeats: int = REPEATS
 
-    def run(self, runs: Sequence[RunSettings], console: Console) -> list[DrawRecord]:
-        """Time all policies; one record each. Raises ValueError if the engine does not serve one; as `Runner.run`."""
-        model = self.loaded.model
+    def check(self, runs: Sequence[RunSettings]) -> None:
+        """Raise ValueError, before anything is timed, if the engine does not serve a policy."""
         for run in runs:
-            Engine.check(model, self._policy(run), backend=self.backend, **self._options(run))
-        jobs = [Job(f"sampling, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
-        return Runner(self.request, DrawRecord.write, DrawRecord.read, model.device).run(jobs, console)
+            Engine.check(self.loaded.model, self._policy(run), backend=self.backend, **self._options(run))
 
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
         policy, device = self._policy(run), self.loaded.model.device
-        engine = Engine(
-            self.loaded.model, policy, backend=self.backend, tokenizer=self.loaded.tokenizer, **self._options(run)
-        )
+        options = self._options(run) | {"tokenizer": self.loaded.tokenizer}
+        engine = Engine(self.loaded.model, policy, backend=self.backend, **options)
         try:
-            ids = self.text.ids.to(device)
-            engine.prefill(ids.repeat(-(-policy.peak // len(ids)))[: policy.peak])
+            engine.prefill(self._ids(policy.peak))
             seconds: dict[str, list[float]] = {name: [] for name in WAYS}
             for options in WAYS.values():
                 self._generate(engine, self.warmup, options)
@@ -85,20 +79,9 @@ class DrawSession:
 
     # ---- what it is ----
 
-    def _policy(self, run: RunSettings) -> EvictionPolicy:
-        policy = run.policy()
-        assert policy is not None, "baselines are refused before"
-        return policy
-
-    def _options(self, run: RunSettings) -> dict[str, Any]:
-        more = {"tokenizer": self.loaded.tokenizer} if "structure" in self._policy(run).needs else {}
-        return {"positions": run.positions, "allow_untrained_positions": run.allow_untrained_positions, **more}
-
     def _protocol(self, run: RunSettings) -> dict[str, Any]:
         return {
-            **numeric_protocol(self.loaded),
-            "seed": self.request.seed,
-            "cap": run.cap,
+            **super()._protocol(run),
             "backend": self.backend,
             "tokens": self.tokens,
             "warmup": self.warmup,
@@ -107,24 +90,16 @@ class DrawSession:
             "text_sha256": self.text.sha256,
         }
 
-    def _identity(self, run: RunSettings) -> dict[str, Any]:
-        own = {"run": run.record(), "ways": WAYS, "protocol": self._protocol(run)}
-        return work_identity(self.loaded, self.text, "triton", **own)
-
-    def _finished(self, run: RunSettings) -> list[DrawRecord]:
-        return find_complete(DrawRecord.below, self.request.out, self._identity(run))
+    def _own_identity(self, run: RunSettings) -> dict[str, Any]:
+        return {"ways": WAYS, "protocol": self._protocol(run)}
 
     def _record(self, run: RunSettings, seconds: dict[str, list[float]]) -> dict[str, Any]:
         each = {name: [1e3 * one / self.tokens for one in found] for name, found in seconds.items()}
         middle = {name: statistics.median(found) for name, found in each.items()}
-        return {
-            "id": new_record_id("sampling", self.loaded.name, run.label()),
-            "status": "complete",
-            "status_reason": None,
-            "session": self.name,
-            **provenance(self.loaded, run, self.request, self._identity(run)),
-            "protocol": self._protocol(run),
-            "draws": [
+        return self._record_of(
+            run,
+            protocol=self._protocol(run),
+            draws=[
                 {
                     "name": name,
                     "options": options,
@@ -134,4 +109,4 @@ class DrawSession:
                 }
                 for name, options in WAYS.items()
             ],
-        }
+        )

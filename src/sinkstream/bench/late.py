@@ -13,20 +13,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.bench.late_records import LATE_TIMES, LateRecord
+from sinkstream.bench.policy_session import PolicySession
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.runner import Report, Request
 from sinkstream.evaluation.settings import RunSettings
-from sinkstream.measure.environment import environment, utc_now
-from sinkstream.measure.numerics import numerics
 from sinkstream.models import LoadedModel
-from sinkstream.policies import EvictionPolicy
-from sinkstream.records.plain import new_record_id
 
 TOKENS = 200  # timed at every place
 WARMUP = 20  # before them
@@ -53,7 +49,7 @@ class Clock(BaseStreamer):
 
 
 @dataclass
-class LateSession:
+class LateSession(PolicySession[LateRecord]):
     """Times tokens of one model, under one policy after the other.
 
     Attributes
@@ -67,6 +63,9 @@ class LateSession:
         The same in all records of one command.
     """
 
+    record_class = LateRecord
+    work, prefix = "late tokens", "late"
+
     loaded: LoadedModel
     text: TokenStream
     places: Sequence[int]
@@ -74,22 +73,9 @@ class LateSession:
     name: str
     tokens: int = TOKENS
 
-    def run(self, runs: Sequence[RunSettings], console: Console) -> list[LateRecord]:
-        """Time all policies; one record each. Raises as `Runner.run`."""
-        jobs = [Job(f"late tokens, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
-        return Runner(self.request, LateRecord.write, LateRecord.read, self.loaded.model.device).run(jobs, console)
-
     @torch.no_grad()
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
-        policy = run.policy()
-        assert policy is not None, "baselines are refused before"
-        cache = StreamingCache.for_model(
-            self.loaded.model,
-            policy=policy,
-            positions=run.positions,
-            allow_untrained_positions=run.allow_untrained_positions,
-            tokenizer=self.loaded.tokenizer if "structure" in policy.needs else None,
-        )
+        cache = StreamingCache.for_model(self.loaded.model, policy=self._policy(run), **self._options(run))
         places, done = [], 0
         try:
             for seen in self.places:
@@ -102,13 +88,12 @@ class LateSession:
                 places.append(place)
         finally:
             cache.close()
-        return [partial(self._record, run, policy, places)]
+        return [partial(self._record, run, places)]
 
     def _token(self, cache: StreamingCache, seen: int, name: str) -> float:
         """Median milliseconds of a token."""
         model: Any = self.loaded.model
-        ids = self.text.ids.to(model.device)
-        ids = ids.repeat(-(-seen // len(ids)))[None, :seen]
+        ids = self._ids(seen)[None]
         cache.prefill(model, ids[:, :-1])
         if name == "call":
             clock = Clock()
@@ -124,45 +109,9 @@ class LateSession:
         times = clock.seconds[WARMUP:]
         return 1e3 * statistics.median(b - a for a, b in pairwise(times))
 
-    def _identity(self, run: RunSettings) -> dict[str, Any]:
-        return {
-            "model_hash": self.loaded.hash,
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "run": run.record(),
-            "places": list(self.places),
-            "data_sha256": self.text.sha256,
-        }
+    def _own_identity(self, run: RunSettings) -> dict[str, Any]:
+        return {"places": list(self.places)}
 
-    def _finished(self, run: RunSettings) -> list[LateRecord]:
-        same = self._identity(run)
-        return [r for r in LateRecord.below(self.request.out) if r.arguments.get("identity") == same][-1:]
-
-    def _record(self, run: RunSettings, policy: EvictionPolicy, places: list[dict[str, Any]]) -> dict[str, Any]:
-        model = self.loaded.model
-        return {
-            "id": new_record_id("late", self.loaded.name, run.label()),
-            "status": "complete",
-            "status_reason": None,
-            "created": utc_now(),
-            "session": self.name,
-            "command": self.request.command,
-            "arguments": {**self.request.arguments, "identity": self._identity(run)},
-            "environment": environment(model.device),
-            "model": self.loaded.record(),
-            "policy": {
-                "name": run.method,
-                "label": run.label(),
-                "options": {**policy.record(), "positions": run.positions},
-            },
-            "protocol": {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-                **numerics(),
-                "seed": self.request.seed,
-                "cap": run.cap,
-                "places": list(self.places),
-                "tokens": self.tokens,
-                **DEFINITIONS,
-            },
-            "places": places,
-        }
+    def _record(self, run: RunSettings, places: list[dict[str, Any]]) -> dict[str, Any]:
+        timed = {"places": list(self.places), "tokens": self.tokens, **DEFINITIONS}
+        return self._record_of(run, protocol={**self._protocol(run), **timed}, places=places)

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import DynamicCache
 
+from sinkstream.bench.policy_session import PolicySession
 from sinkstream.bench.prompt_records import PROMPT_TIMES, PromptRecord
 from sinkstream.bench.settings import kv_token_bytes
 from sinkstream.cache import StreamingCache, describe
@@ -22,15 +22,13 @@ from sinkstream.compat import with_cache
 from sinkstream.data import TokenStream
 from sinkstream.engine import Engine
 from sinkstream.evaluation.decoders import step_weight_bytes
-from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
-from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.runner import Report, Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.matmul import MatmulRate
 from sinkstream.measure.memory import free_bytes
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy, PruneSchedule
-from sinkstream.records.plain import new_record_id
 
 APPEND_TOKENS = 50
 REPEATS = 5
@@ -56,8 +54,11 @@ def prompt_flops(loaded: LoadedModel, policy: EvictionPolicy, tokens: int) -> in
 
 
 @dataclass
-class PromptSession:
+class PromptSession(PolicySession[PromptRecord]):
     """Times prompts of one model, under one policy after the other."""
+
+    record_class = PromptRecord
+    work, prefix = "prompts", "prompt"
 
     loaded: LoadedModel
     text: TokenStream  # what the prompts are the beginning of, repeated if need be
@@ -81,13 +82,6 @@ class PromptSession:
                 f" {free / 1e9:.2f} GB are free; accepted: shorter prompts"
             )
 
-    def run(self, runs: Sequence[RunSettings], console: Console) -> list[PromptRecord]:
-        """Time all policies; one record each. Raises as `check` and `Runner.run`."""
-        self.check(runs)
-        jobs = [Job(f"prompts, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
-        runner = Runner(self.request, PromptRecord.write, PromptRecord.read, self.loaded.model.device)
-        return runner.run(jobs, console)
-
     # ---- one policy ----
 
     @torch.no_grad()
@@ -108,7 +102,8 @@ class PromptSession:
         cache.close()
         del cache
         gc.collect()
-        engine = Engine(model, self._policy(run), backend=self.backend, tokenizer=self.loaded.tokenizer, **options)
+        options |= {"tokenizer": self.loaded.tokenizer}
+        engine = Engine(model, self._policy(run), backend=self.backend, **options)
         try:
             times["engine"], memory = self._engine(engine, ids)
             append = self._append(engine, ids)
@@ -172,25 +167,8 @@ class PromptSession:
 
     # ---- what it is ----
 
-    def _policy(self, run: RunSettings) -> EvictionPolicy:
-        policy = run.policy()
-        assert policy is not None, "baselines are refused before"
-        return policy
-
-    def _options(self, run: RunSettings) -> dict[str, Any]:
-        more = {"tokenizer": self.loaded.tokenizer} if "structure" in self._policy(run).needs else {}
-        return {"positions": run.positions, "allow_untrained_positions": run.allow_untrained_positions, **more}
-
-    def _ids(self, tokens: int) -> torch.Tensor:
-        ids = self.text.ids.to(self.loaded.model.device)
-        return ids.repeat(-(-tokens // len(ids)))[:tokens]
-
-    def _identity(self, run: RunSettings) -> dict[str, Any]:
-        own = {"run": run.record(), "lengths": list(self.lengths), "backend": self.backend}
-        return work_identity(self.loaded, self.text, "triton", **own)
-
-    def _finished(self, run: RunSettings) -> list[PromptRecord]:
-        return find_complete(PromptRecord.below, self.request.out, self._identity(run))
+    def _own_identity(self, run: RunSettings) -> dict[str, Any]:
+        return {"lengths": list(self.lengths), "backend": self.backend}
 
     def _record(self, run: RunSettings, times: dict[str, list[float]], append: dict, memory: dict) -> dict[str, Any]:
         policy, prompts = self._policy(run), []
@@ -198,16 +176,10 @@ class PromptSession:
             flops = prompt_flops(self.loaded, policy, tokens)
             found = {f"{name}_ms": values[i] for name, values in times.items()}
             prompts.append({"tokens": tokens, "flops": flops, "floor_ms": self.ceiling.milliseconds(flops), **found})
-        return {
-            "id": new_record_id("prompt", self.loaded.name, run.label()),
-            "status": "complete",
-            "status_reason": None,
-            "session": self.name,
-            **provenance(self.loaded, run, self.request, self._identity(run)),
-            "protocol": {
-                **numeric_protocol(self.loaded),
-                "seed": self.request.seed,
-                "cap": run.cap,
+        return self._record_of(
+            run,
+            protocol={
+                **self._protocol(run),
                 "backend": self.backend,
                 "lengths": list(self.lengths),
                 "append_tokens": APPEND_TOKENS,
@@ -216,8 +188,8 @@ class PromptSession:
                 "text_sha256": self.text.sha256,
                 **DEFINITIONS,
             },
-            "ceiling": asdict(self.ceiling),
-            "prompts": prompts,
-            "append": append,
-            "memory": memory,
-        }
+            ceiling=asdict(self.ceiling),
+            prompts=prompts,
+            append=append,
+            memory=memory,
+        )
