@@ -1,6 +1,7 @@
 """``sinkstream bench``."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sinkstream.bench.draw_tables import draw_table
 from sinkstream.bench.draws import DrawSession
 from sinkstream.bench.late import LateSession
 from sinkstream.bench.late_records import late_table
+from sinkstream.bench.policy_session import PolicySession
 from sinkstream.bench.prompt_tables import append_table, prompt_table
 from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
@@ -42,6 +44,7 @@ from sinkstream.models import (
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.plain import new_record_id
 from sinkstream.show.progress import say
+from sinkstream.show.table import Table
 
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"
@@ -108,10 +111,7 @@ def run(args: argparse.Namespace) -> int:
         return _time_late_tokens(args, models)
     if args.sampling:
         return _time_draws(args, models)
-    console = wide_console()
-    device = resolve_device(args.device)
-    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-    dtype = resolve_dtype(args.dtype, device)
+    console, device, dtype = _prepared(args)
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
     for rung in () if args.ladder else rungs:
         BACKENDS[rung].check_device(device)
@@ -140,61 +140,77 @@ def run(args: argparse.Namespace) -> int:
 
 def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
     """``--prefill``: measure the rate of products, then every model; print the tables, write the records."""
-    console, device = wide_console(), resolve_device(args.device)
-    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-    dtype = resolve_dtype(args.dtype, device)
-    backend = (args.backend or [default_rung(device)])[0]
-    BACKENDS[backend].check_device(device)
-    for model in models:
-        check_fits(model, dtype, device, _largest_turn(args) + max(args.prefill))
+    console, device, dtype = _prepared(args)
+    backend = _engine_backend(args, models, dtype, device, _largest_turn(args) + max(args.prefill))
     check_writable(args.out)
-    ceiling, name = matmul_rate(device, dtype), new_record_id("bench")
+    ceiling = matmul_rate(device, dtype)
     say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
-    for model in models:
-        loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        text, request = _text(args, loaded), options.request(args)
-        session = PromptSession(loaded, text, args.prefill, backend, ceiling, request, name)
-        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
-        console.print(prompt_table(records, f"{loaded.name}: prompts"))
-        console.print(append_table(records, f"{loaded.name}: a turn on a full stream"))
-        del loaded, session
-    say(console, f"records: {args.out}")
-    return 0
+
+    def session(loaded: LoadedModel, text: TokenStream, name: str) -> PromptSession:
+        return PromptSession(loaded, text, args.prefill, backend, ceiling, options.request(args), name)
+
+    tables = {"prompts": prompt_table, "a turn on a full stream": append_table}
+    return _time_policies(args, models, console, dtype, device, session, tables)
 
 
 def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
     """``--late``: time every model under every policy; print the tables, write the records."""
-    console, device = wide_console(), resolve_device(args.device)
-    set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-    dtype, name = resolve_dtype(args.dtype, device), new_record_id("bench")
+    console, device, dtype = _prepared(args)
     check_writable(args.out)
-    for model in models:
-        loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        session = LateSession(loaded, _text(args, loaded), args.late, options.request(args), name)
-        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
-        console.print(late_table(records, f"{loaded.name}: tokens of generate()"))
-        del loaded, session
-    say(console, f"records: {args.out}")
-    return 0
+
+    def session(loaded: LoadedModel, text: TokenStream, name: str) -> LateSession:
+        return LateSession(loaded, text, args.late, options.request(args), name)
+
+    return _time_policies(args, models, console, dtype, device, session, {"tokens of generate()": late_table})
 
 
 def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
     """``--sampling``: measure every model; print the tables, write the records."""
-    console, device = wide_console(), resolve_device(args.device)
+    console, device, dtype = _prepared(args)
+    backend = _engine_backend(args, models, dtype, device, _largest_turn(args))
+    check_writable(args.out)
+
+    def session(loaded: LoadedModel, text: TokenStream, name: str) -> DrawSession:
+        return DrawSession(loaded, text, args.tokens, args.warmup, backend, options.request(args), name)
+
+    return _time_policies(args, models, console, dtype, device, session, {"ways of drawing a token": draw_table})
+
+
+def _prepared(args: argparse.Namespace) -> tuple[Console, torch.device, torch.dtype]:
+    """Console, device and dtype of a command; numeric switches are set."""
+    device = resolve_device(args.device)
     set_numerics(tf32=args.tf32, cudnn_attention=args.cudnn_attention)
-    dtype = resolve_dtype(args.dtype, device)
+    return wide_console(), device, resolve_dtype(args.dtype, device)
+
+
+def _engine_backend(
+    args: argparse.Namespace, models: list[str], dtype: torch.dtype, device: torch.device, slots: int
+) -> str:
+    """The one backend that is timed. Raises ValueError if the device does not serve it, or a model does not fit."""
     backend = (args.backend or [default_rung(device)])[0]
     BACKENDS[backend].check_device(device)
     for model in models:
-        check_fits(model, dtype, device, _largest_turn(args))
-    check_writable(args.out)
+        check_fits(model, dtype, device, slots)
+    return backend
+
+
+def _time_policies(
+    args: argparse.Namespace,
+    models: list[str],
+    console: Console,
+    dtype: torch.dtype,
+    device: torch.device,
+    begin: Callable[[LoadedModel, TokenStream, str], PolicySession],
+    tables: Mapping[str, Callable[[list, str], Table]],
+) -> int:
+    """Time every model under every policy, with a session from `begin`; `tables` are shown by their titles."""
     name = new_record_id("bench")
     for model in models:
         loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        text, request = _text(args, loaded), options.request(args)
-        session = DrawSession(loaded, text, args.tokens, args.warmup, backend, request, name)
+        session = begin(loaded, _text(args, loaded), name)
         records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
-        console.print(draw_table(records, f"{loaded.name}: ways of drawing a token"))
+        for title, table in tables.items():
+            console.print(table(records, f"{loaded.name}: {title}"))
         del loaded, session
     say(console, f"records: {args.out}")
     return 0
