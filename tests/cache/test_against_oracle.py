@@ -19,10 +19,11 @@ from streams import (
     oracle_run,
     root_mean_square,
     rounding_bound,
+    shift_pinned_frame,
     small_policy,
 )
 
-from sinkstream.cache import SoftRing, describe
+from sinkstream.cache import describe
 from sinkstream.policies import PRESETS
 
 TOKENS = 304
@@ -88,16 +89,7 @@ def test_every_way_of_feeding_agrees_with_the_oracle(policy, family, positions, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
-    phases = SoftRing.pinned_phases
-
-    def off_by_one(ring):
-        ring.first_window += 1
-        try:
-            return phases(ring)
-        finally:
-            ring.first_window -= 1
-
-    monkeypatch.setattr(SoftRing, "pinned_phases", off_by_one)
+    shift_pinned_frame(monkeypatch)
     model, ids, options = build(family), token_ids(TOKENS), POLICIES["lazy"]
     nll = nll_of(feed(model, make_cache(model, options), ids[None]), ids[None])[0]
     assert worst(nll, oracle_run(model, ids, options).nll) > 1e-2

@@ -8,9 +8,19 @@ import pytest
 import torch
 from oracle.models import ENGINE, FAMILIES, HYBRID, WINDOW, build, token_ids
 from oracle.network import Network
-from streams import TOLERANCE, chunk_sizes, feed, generate_text, make_cache, nll_of, oracle_run, small_policy
+from streams import (
+    TOLERANCE,
+    chunk_sizes,
+    feed,
+    generate_text,
+    make_cache,
+    nll_of,
+    oracle_run,
+    shift_pinned_frame,
+    small_policy,
+)
 
-from sinkstream.cache import SoftRing, StreamingCache, describe
+from sinkstream.cache import StreamingCache, describe
 from sinkstream.cache.rope import Rope
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.compat import with_cache
@@ -117,16 +127,7 @@ def test_a_rebase_that_leaves_sliding_layers_alone_would_show(monkeypatch):
 
 @pytest.mark.parametrize("family", NEW)
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
-    phases = SoftRing.pinned_phases
-
-    def off_by_one(ring):
-        ring.first_window += 1
-        try:
-            return phases(ring)
-        finally:
-            ring.first_window -= 1
-
-    monkeypatch.setattr(SoftRing, "pinned_phases", off_by_one)
+    shift_pinned_frame(monkeypatch)
     model, ids, options = build(family), text(TOKENS), small_policy("lazy")
     nll = fed_nll(model, make_cache(model, options), ids, "single")
     assert worst(nll, oracle_run(model, ids, options).nll) > 1e-2

@@ -11,7 +11,7 @@ from oracle.rules import Rule
 from transformers import DynamicCache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from sinkstream.cache import StreamingCache
+from sinkstream.cache import SoftRing, StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, SCORERS, Candidates, EvictionPolicy, Scorer
 
@@ -328,3 +328,17 @@ class Collect(BaseStreamer):
     def end(self) -> None:
         """Nothing more comes."""
         self.ended = True
+
+
+def shift_pinned_frame(monkeypatch) -> None:
+    """A control: pinned keys lie one position beside their place."""
+    phases = SoftRing.pinned_phases
+
+    def off_by_one(ring):
+        ring.first_window += 1
+        try:
+            return phases(ring)
+        finally:
+            ring.first_window -= 1
+
+    monkeypatch.setattr(SoftRing, "pinned_phases", off_by_one)
