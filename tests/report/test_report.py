@@ -11,6 +11,7 @@ from record_factory import make_arrays, make_record
 from rich.console import Console
 
 from sinkstream.bench.draw_tables import DRAW_HEADLINES
+from sinkstream.bench.generate_records import GENERATE_HEADLINES
 from sinkstream.bench.late_records import LATE_HEADLINES
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.summary import SPEED_HEADLINES
@@ -267,7 +268,7 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     store("cpu", "full", model="random:pythia-2.8b")
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
-    speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES}
+    speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES, *GENERATE_HEADLINES}
     keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES}
     assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]

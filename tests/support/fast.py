@@ -5,6 +5,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "bench/test_bench.py": ("hand_numbers", "published_ones", "cached_token", "planted_line", "no_record_no_figure"),
     "bench/test_prompts.py": ("worse_of_two", "no_record_no_figure", "lacks_no_time"),
     "bench/test_draws.py": ("worse_of_two", "no_record_no_figure", "lacks_no_time"),
+    "bench/test_generate_speed.py": ("worse_of_two", "no_record_no_figure", "lacks_no_time"),
     "cache/test_against_oracle.py": ("agrees_with_the_oracle[strict-llama-", "off_by_one_would_show[gpt_neox]"),
     "cache/test_chunks.py": ("off_by_one", "eager_models"),
     "cache/test_copied_models.py": ("on_disk",),

@@ -193,3 +193,25 @@ def make_draw_record(
             for n, options, over in draws
         ],
     }
+
+
+def make_generate_record(
+    name: str,
+    *,
+    model: str = "random:pythia-2.8b",
+    policy: str = "strict",
+    over: float = 1.01,
+    **protocol: Any,
+) -> dict[str, Any]:
+    """A record of tokens of generate() that passes every check, of a GPU; further keywords go to `protocol`."""
+    record = make_draw_record(name, model=model, policy=policy)
+    del record["draws"], record["protocol"]["backend"], record["protocol"]["repeats"]
+    more = {**dict.fromkeys(("dynamic", "streaming", "median", "mean", "over"), "…"), "prompt_tokens": {}, "turns": 2}
+    token = {"dynamic_median_ms": 10.0, "dynamic_mean_ms": 11.0}
+    token |= {"streaming_median_ms": 10 * over, "streaming_mean_ms": 11 * over}
+    return {
+        **record,
+        "protocol": {**record["protocol"], **more, **protocol},
+        "turns": [token, token | {"streaming_median_ms": 10.5 * over}],
+        "token": {**token, "median_over": over, "mean_over": over},
+    }

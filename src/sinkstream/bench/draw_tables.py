@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sinkstream.bench.draw_records import DrawRecord
-from sinkstream.bench.prompt_tables import BOTH, CAP
-from sinkstream.models.shapes import PREFIX
+from sinkstream.bench.two_shapes import newest_on_gpu, shape_name, worse_of_two
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -20,41 +19,20 @@ HEADER = ["shape", "policy", "way", "ms", "over greedy"]
 def draw_table(records: Sequence[DrawRecord], title: str | None = None) -> Table:
     """One row a way of drawing."""
     rows = [
-        [_shape(r), r.policy["label"], draw["name"], f"{draw['ms']:.4f}", f"{draw['over_greedy']:.4f}"]
+        [shape_name(r), r.policy["label"], draw["name"], f"{draw['ms']:.4f}", f"{draw['over_greedy']:.4f}"]
         for r in records
         for draw in r.draws
     ]
     return Table(HEADER, rows, title, ["ms a token of Engine.generate(); the ways take turns, median of each"], 3)
 
 
-def _shape(record: DrawRecord) -> str:
-    return f"{record.model['name'].removeprefix(PREFIX)} {record.protocol['dtype']}"
-
-
-def _newest(records: Sequence[DrawRecord]) -> list[DrawRecord]:
-    """The latest record on a GPU of every shape, dtype and policy at the cap of the ladder."""
-    chosen = [r for r in records if r.protocol["device"] == "cuda" and r.protocol["cap"] == CAP]
-    return list({(_shape(r), r.policy["label"], r.environment["gpu"]["name"]): r for r in chosen}.values())
-
-
 def render_draws(results: Path) -> dict[str, str]:
     """Markdown of the table, by its name in the documents. Raises ValueError if a sampling record is broken."""
-    found = _newest(DrawRecord.below(results))
+    found = newest_on_gpu(DrawRecord.below(results))
     return {"bench-sampling": f"{machine(found)}\n\n{draw_table(found).markdown()}" if found else NONE_YET}
 
 
 @DRAW_HEADLINES.register("engine.top_p_over_greedy")
 def top_p_over_greedy(records: Sequence[DrawRecord]) -> Headline | None:
     """A token drawn with top-p 0.95 over a greedy one, strict, 2,052 slots, GPU; worse of two shapes."""
-    worse = []
-    for model, dtype in BOTH:
-        values = [
-            Headline(value, r.id)
-            for r in _newest(records)
-            if (r.model["name"], r.protocol["dtype"], r.policy["label"]) == (model, dtype, "strict")
-            and (value := r.over_greedy("top-p 0.95")) is not None
-        ]
-        if not values:
-            return None
-        worse.append(values[-1])
-    return max(worse)
+    return worse_of_two(records, lambda r: r.over_greedy("top-p 0.95"))

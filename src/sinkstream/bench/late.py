@@ -5,18 +5,16 @@ positions and, before 5.24, the mask of the whole conversation. So a call of the
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.bench.late_records import LATE_TIMES, LateRecord
 from sinkstream.bench.policy_session import PolicySession
+from sinkstream.bench.token_clock import Clock, generated
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.data import TokenStream
@@ -32,20 +30,6 @@ DEFINITIONS = {
     "continuation": "median token of generate(**cache.continuation(new_ids)), given new tokens only",
     "call": "median call of the model with the cache, one token, without generate()",
 }
-
-
-class Clock(BaseStreamer):
-    """When generate() shows each token, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then token by token; each is on the host already."""
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing more comes."""
 
 
 @dataclass
@@ -99,15 +83,10 @@ class LateSession(PolicySession[LateRecord]):
             clock = Clock()
             for _ in range(self.tokens + WARMUP + 1):
                 clock.put(model(ids[:, -1:], **with_cache(model, cache)).logits.argmax(-1).cpu())
-        else:
-            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            given = cache.continuation(ids[:, -1:]) if name == "continuation" else given
-            new = self.tokens + WARMUP
-            more = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            clock = Clock()
-            model.generate(**given, **more, **with_cache(model, cache), streamer=clock)
-        times = clock.seconds[WARMUP:]
-        return 1e3 * statistics.median(b - a for a, b in pairwise(times))
+            return statistics.median(clock.token_ms(WARMUP))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given = cache.continuation(ids[:, -1:]) if name == "continuation" else given
+        return statistics.median(generated(model, cache, given, self.tokens, WARMUP))
 
     def _own_identity(self, run: RunSettings) -> dict[str, Any]:
         return {"places": list(self.places)}

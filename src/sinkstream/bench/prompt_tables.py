@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sinkstream.bench.prompt_records import PromptRecord
-from sinkstream.bench.selection import LADDER_SHAPE
-from sinkstream.models.shapes import PREFIX
+from sinkstream.bench.two_shapes import newest_on_gpu, shape_name, worse_of_two
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -16,8 +15,6 @@ PROMPT_TABLES: Registry[Callable[[Sequence[PromptRecord]], str]] = Registry("pro
 #: Key -> function of all prompt records, oldest first, that returns a headline, or None if records are missing.
 PROMPT_HEADLINES: Registry[Callable[[Sequence[PromptRecord]], Headline | None]] = Registry("prompt headline")
 
-CAP = 2052
-BOTH = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))
 HEADER = [
     *("shape", "policy", "prompt", "plain forward (ms)", "engine (ms)", "engine / forward", "generate(), drop-in (ms)"),
     *("drop-in / dynamic cache", "floor (ms)", "engine / floor"),
@@ -59,7 +56,7 @@ def append_table(records: Sequence[PromptRecord], title: str | None = None) -> T
 
 
 def _named(record: PromptRecord) -> list[str]:
-    return [f"{record.model['name'].removeprefix(PREFIX)} {record.protocol['dtype']}", record.policy["label"]]
+    return [shape_name(record), record.policy["label"]]
 
 
 # ---- documents ----
@@ -71,23 +68,17 @@ def render_prompts(results: Path) -> dict[str, str]:
     return {name: render(records) for name, render in PROMPT_TABLES.items()}
 
 
-def _newest(records: Sequence[PromptRecord]) -> list[PromptRecord]:
-    """The latest record on a GPU of every shape, dtype and policy at the cap of the ladder."""
-    chosen = [r for r in records if r.protocol["device"] == "cuda" and r.protocol["cap"] == CAP]
-    return list({(*_named(r), r.hardware): r for r in chosen}.values())
-
-
 @PROMPT_TABLES.register("bench-prompts")
 def prompts_table(records: Sequence[PromptRecord]) -> str:
     """Prompts through the engine and the drop-in against a plain forward, 2,052 slots, newest record a policy."""
-    found = _newest(records)
+    found = newest_on_gpu(records)
     return f"{_origin(found)}\n\n{prompt_table(found).markdown()}" if found else NONE_YET
 
 
 @PROMPT_TABLES.register("bench-append")
 def appended_table(records: Sequence[PromptRecord]) -> str:
     """A turn of 50 tokens appended to a full stream, against a step."""
-    found = _newest(records)
+    found = newest_on_gpu(records)
     return f"{_origin(found)}\n\n{append_table(found).markdown()}" if found else NONE_YET
 
 
@@ -99,35 +90,19 @@ def _origin(records: Sequence[PromptRecord]) -> str:
 # ---- headline figures ----
 
 
-def _worse(records: Sequence[PromptRecord], figure: Callable[[PromptRecord], float | None]) -> Headline | None:
-    """The larger figure of the two shapes, strict, 2,052 slots, GPU; None unless both were measured."""
-    found = []
-    for model, dtype in BOTH:
-        values = [
-            Headline(value, r.id)
-            for r in _newest(records)
-            if (r.model["name"], r.protocol["dtype"], r.policy["label"]) == (model, dtype, "strict")
-            and (value := figure(r)) is not None
-        ]
-        if not values:
-            return None
-        found.append(values[-1])
-    return max(found)
-
-
 @PROMPT_HEADLINES.register("engine.prefill_8192_over_forward")
 def prefill_8192_over_forward(records: Sequence[PromptRecord]) -> Headline | None:
     """Engine.prefill of 8,192 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
-    return _worse(records, lambda r: r.over("engine", "forward", 8192))
+    return worse_of_two(records, lambda r: r.over("engine", "forward", 8192))
 
 
 @PROMPT_HEADLINES.register("engine.prefill_32768_over_forward")
 def prefill_32768_over_forward(records: Sequence[PromptRecord]) -> Headline | None:
     """Engine.prefill of 32,768 tokens over the module's own forward, strict, 2,052 slots, GPU; worse of two shapes."""
-    return _worse(records, lambda r: r.over("engine", "forward", 32768))
+    return worse_of_two(records, lambda r: r.over("engine", "forward", 32768))
 
 
 @PROMPT_HEADLINES.register("engine.append_50_over_step")
 def append_50_over_step(records: Sequence[PromptRecord]) -> Headline | None:
     """Appending 50 tokens to a full stream over one decode step, strict, 2,052 slots, GPU; worse of two shapes."""
-    return _worse(records, lambda r: r.append["over_step"] if r.append["tokens"] == 50 else None)
+    return worse_of_two(records, lambda r: r.append["over_step"] if r.append["tokens"] == 50 else None)

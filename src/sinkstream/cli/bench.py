@@ -10,6 +10,8 @@ from rich.console import Console
 
 from sinkstream.bench.draw_tables import draw_table
 from sinkstream.bench.draws import DrawSession
+from sinkstream.bench.generate import GenerateSession
+from sinkstream.bench.generate_records import generate_table
 from sinkstream.bench.late import LateSession
 from sinkstream.bench.late_records import late_table
 from sinkstream.bench.policy_session import PolicySession
@@ -91,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time tokens of generate() with a StreamingCache instead, after so many, as in 1000,200000",
     )
     group.add_argument(
+        "--generate",
+        action="store_true",
+        help="time tokens of generate() instead, with a StreamingCache and a dynamic cache in turns",
+    )
+    group.add_argument(
         "--sampling",
         action="store_true",
         help="time ways of drawing a token instead, in turns, against the likeliest one",
@@ -109,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         return _time_prompts(args, models)
     if args.late:
         return _time_late_tokens(args, models)
+    if args.generate:
+        return _time_generate(args, models)
     if args.sampling:
         return _time_draws(args, models)
     console, device, dtype = _prepared(args)
@@ -162,6 +171,19 @@ def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
         return LateSession(loaded, text, args.late, options.request(args), name)
 
     return _time_policies(args, models, console, dtype, device, session, {"tokens of generate()": late_table})
+
+
+def _time_generate(args: argparse.Namespace, models: list[str]) -> int:
+    """``--generate``: time every model under every policy; print the tables, write the records."""
+    console, device, dtype = _prepared(args)
+    for model in models:
+        check_fits(model, dtype, device, 2 * max(args.cap))
+    check_writable(args.out)
+
+    def session(loaded: LoadedModel, text: TokenStream, name: str) -> GenerateSession:
+        return GenerateSession(loaded, text, args.tokens, args.warmup, options.request(args), name)
+
+    return _time_policies(args, models, console, dtype, device, session, {"tokens of generate()": generate_table})
 
 
 def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
@@ -269,11 +291,17 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
             f"--late {args.late} times generate() with one stream; accepted: whole numbers of at least 2, without"
             " --prefill, --ladder, --backend and --streams"
         )
-    others = args.prefill or args.late or args.ladder or args.profile or args.seconds
+    others = args.prefill or args.late or args.generate or args.ladder or args.profile or args.seconds
     if args.sampling and (others or args.streams != [1]):
         raise ValueError(
-            "--sampling times the draws of one stream; accepted: without --prefill, --late, --ladder, --profile,"
-            " --streams and --seconds"
+            "--sampling times the draws of one stream; accepted: without --prefill, --late, --generate, --ladder,"
+            " --profile, --streams and --seconds"
+        )
+    others = args.prefill or args.late or args.backend or args.ladder or args.profile or args.seconds
+    if args.generate and (others or args.streams != [1]):
+        raise ValueError(
+            "--generate times generate() with one stream; accepted: without --prefill, --late, --sampling, --backend,"
+            " --ladder, --profile, --streams and --seconds"
         )
     if (args.prefill or args.sampling) and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from sinkstream.bench.draw_records import DrawRecord
 from sinkstream.bench.draw_tables import DRAW_HEADLINES
+from sinkstream.bench.generate_records import GENERATE_HEADLINES, GenerateRecord
 from sinkstream.bench.late_records import LATE_HEADLINES, LateRecord
 from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
@@ -29,7 +30,7 @@ from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, DrawRecord, Diagnosis)
+AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, GenerateRecord, DrawRecord, Diagnosis)
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -81,6 +82,7 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(SPEED_HEADLINES, BenchRecord.below(results))
     compute(PROMPT_HEADLINES, PromptRecord.below(results))
     compute(LATE_HEADLINES, LateRecord.below(results))
+    compute(GENERATE_HEADLINES, GenerateRecord.below(results))
     compute(DRAW_HEADLINES, DrawRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
     return headlines, missing
