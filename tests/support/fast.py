@@ -17,6 +17,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "cache/test_ring.py": (),
     "cache/test_saving.py": ("truncated", "not_fed"),
     "cache/test_rows.py": ("agrees_with_the_oracle[strict", "needs_no_mask", "are_not_masked_are_seen"),
+    "cache/test_tensor_file.py": (),
     "cache/test_streaming.py": ("streams_of_their_own[strict", "begins_a_new_stream[strict", "have_no_structure"),
     "cli/test_cli.py": ("version", "table_of_commands", "no_command_imports_none", "report_of_a_table"),
     "data/test_data.py": ("prefix_gives", "refused"),

@@ -6,24 +6,24 @@ every tensor has a checksum there.
 """
 
 import hashlib
+import io
 import json
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load as tensors_of_bytes
-from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
 from sinkstream import __version__
 from sinkstream.cache.channels import UNCERTAINTY, kept_channels
 from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.tensor_file import checksum, write_tensors
 from sinkstream.policies import EvictionPolicy, PruneSchedule
-from sinkstream.records.files import write_atomically
+from sinkstream.records.files import replaced_file
 
 FORMAT = 2
 FRAMES = ("window", "fixed")  # where the pinned keys of a file lie: right before the window, or at positions 0, 1, …
@@ -217,17 +217,28 @@ def check_tensors(saved: SavedStream, path: str | Path, spec: ModelSpec, policy:
 
 
 def write_stream(path: str | Path, saved: SavedStream) -> Path:
-    """Write a file, in one piece; an older one is replaced. Raises WriteError, and then the older one is as it was."""
-    return write_atomically(path, stream_bytes(saved))
+    """Write a file, atomically; an older one is replaced. Raises WriteError, and then the older one is as it was."""
+    size = sum(t.numel() * t.dtype.itemsize for t in saved.tensors.values())
+    with replaced_file(path, size) as file:
+        _write_stream(file, saved)
+    return Path(path)
 
 
 def stream_bytes(saved: SavedStream) -> bytes:
     """What the file of a stream holds."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in saved.tensors.items() if t.numel()}
+    file = io.BytesIO()
+    _write_stream(file, saved)
+    return file.getvalue()
+
+
+def _write_stream(file: BinaryIO, saved: SavedStream) -> None:
     header = {f.name: getattr(saved, f.name) for f in fields(saved) if f.name != "tensors"}
     header |= {"format": FORMAT, "sinkstream": __version__, "counts": asdict(saved.counts)}
-    header["checksums"] = {name: _checksum(t) for name, t in tensors.items()}
-    return safetensors_bytes(tensors, metadata={"sinkstream": json.dumps(header)})
+
+    def metadata(checksums: Mapping[str, int]) -> dict[str, str]:
+        return {"sinkstream": json.dumps(header | {"checksums": checksums})}
+
+    write_tensors(file, {name: t for name, t in saved.tensors.items() if t.numel()}, metadata)
 
 
 def read_stream(path: str | Path) -> SavedStream:
@@ -266,7 +277,7 @@ def _saved_stream(
     header, tensors = _header(metadata, path), read_tensors()
     checksums = header["checksums"]
     for name in sorted(checksums.keys() | tensors.keys()):
-        if name not in tensors or checksums.get(name) != _checksum(tensors[name]):
+        if name not in tensors or checksums.get(name) != checksum(tensors[name]):
             raise ValueError(f"{str(path)!r} is damaged: {name} is not what was written")
     names = [f.name for f in fields(SavedStream) if f.name not in ("tensors", "counts")]
     counts = StreamCounts(**header["counts"])
@@ -297,10 +308,6 @@ def _header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, A
     if wrong or not all(isinstance(n, int) and n >= 0 for n in header["counts"].values()):
         raise ValueError(f"{str(path)!r} is damaged: its header lacks {(wrong or ['counts'])[0]!r}")
     return header | {"seen": header.get("seen")}
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _short(value: Any) -> str:
