@@ -92,8 +92,8 @@ def test_the_command_shows_and_records(tmp_path, capsys):
     assert "ways of drawing a token" in shown and "top-p 0.95" in shown
     assert len(DrawRecord.below(tmp_path / "out")) == 1
     for more, says in [
-        (["--prefill", "9"], "--sampling times the draws"),
-        (["--streams", "2"], "--sampling times the draws"),
+        (["--prefill", "9"], "exclude each other"),
+        (["--streams", "2"], "does not take --streams"),
         (["--tokens", "0"], "tokens=0"),
         (["--warmup", "0"], "warmup=0"),
         (["--backend", "hf"], "one of the engine's"),

@@ -110,10 +110,10 @@ def test_the_command_shows_and_records(tmp_path, capsys):
     assert "tokens of generate()" in capsys.readouterr().out
     assert len(GenerateRecord.below(tmp_path / "out")) == 1
     for more, says in [
-        (["--prefill", "9"], "--generate times generate()"),
-        (["--sampling"], "--sampling times the draws"),
-        (["--backend", "hf"], "--generate times generate()"),
-        (["--streams", "2"], "--generate times generate()"),
+        (["--prefill", "9"], "exclude each other"),
+        (["--sampling"], "exclude each other"),
+        (["--backend", "hf"], "does not take --backend"),
+        (["--streams", "2"], "does not take --streams"),
         (["--tokens", "9"], "--tokens 9 with --generate"),
         (["--warmup", "0"], "warmup=0"),
     ]:

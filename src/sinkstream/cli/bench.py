@@ -20,6 +20,8 @@ from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
 from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
+from sinkstream.bench.snapshot_records import snapshot_table
+from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, options
 from sinkstream.cli.show import wide_console
@@ -102,6 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time ways of drawing a token instead, in turns, against the likeliest one",
     )
+    group.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="time a full stream to its file and back instead, beside the disk itself",
+    )
     group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
     group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
     group.add_argument(
@@ -112,14 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the ceiling, then every model; print the tables, write the records."""
     models, protocol = _checked(args)
-    if args.prefill:
-        return _time_prompts(args, models)
-    if args.late:
-        return _time_late_tokens(args, models)
-    if args.generate:
-        return _time_generate(args, models)
-    if args.sampling:
-        return _time_draws(args, models)
+    mode = _mode(args)
+    if mode is not None:
+        return MODES[mode](args, models)
     console, device, dtype = _prepared(args)
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
     for rung in () if args.ladder else rungs:
@@ -196,6 +198,34 @@ def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
         return DrawSession(loaded, text, args.tokens, args.warmup, backend, options.request(args), name)
 
     return _time_policies(args, models, console, dtype, device, session, {"ways of drawing a token": draw_table})
+
+
+def _time_snapshots(args: argparse.Namespace, models: list[str]) -> int:
+    """``--snapshot``: time every model under every policy; print the tables, write the records."""
+    console, device, dtype = _prepared(args)
+    backend = _engine_backend(args, models, dtype, device, _largest_turn(args))
+    check_writable(args.out)
+
+    def session(loaded: LoadedModel, text: TokenStream, name: str) -> SnapshotSession:
+        return SnapshotSession(loaded, text, backend, options.request(args), name)
+
+    return _time_policies(args, models, console, dtype, device, session, {"a stream to its file": snapshot_table})
+
+
+#: Option -> what times something else than steps: one stream, one record a model and policy.
+MODES: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+    "prefill": _time_prompts,
+    "late": _time_late_tokens,
+    "generate": _time_generate,
+    "sampling": _time_draws,
+    "snapshot": _time_snapshots,
+}
+OF_GENERATE = ("late", "generate")  # modes that time transformers' loop, which has no backend
+LEAST = {"prefill": 1, "late": 2}  # tokens
+
+
+def _mode(args: argparse.Namespace) -> str | None:
+    return next((name for name in MODES if getattr(args, name) not in (None, False)), None)
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Console, torch.device, torch.dtype]:
@@ -277,37 +307,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
     """The models and the protocol, once everything that needs no model is found to be right."""
     if args.shape and args.model:
         raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
-    if args.prefill is not None and (
-        min(args.prefill, default=0) < 1 or args.ladder or args.profile or args.streams != [1]
-    ):
-        raise ValueError(
-            f"--prefill {args.prefill} times prompts of one stream; accepted: whole numbers of at least 1, without"
-            " --ladder, --profile and --streams"
-        )
-    if args.late is not None and (
-        min(args.late, default=0) < 2 or args.prefill or args.ladder or args.backend or args.streams != [1]
-    ):
-        raise ValueError(
-            f"--late {args.late} times generate() with one stream; accepted: whole numbers of at least 2, without"
-            " --prefill, --ladder, --backend and --streams"
-        )
-    others = args.prefill or args.late or args.generate or args.ladder or args.profile or args.seconds
-    if args.sampling and (others or args.streams != [1]):
-        raise ValueError(
-            "--sampling times the draws of one stream; accepted: without --prefill, --late, --generate, --ladder,"
-            " --profile, --streams and --seconds"
-        )
-    others = args.prefill or args.late or args.backend or args.ladder or args.profile or args.seconds
-    if args.generate and (others or args.streams != [1]):
-        raise ValueError(
-            "--generate times generate() with one stream; accepted: without --prefill, --late, --sampling, --backend,"
-            " --ladder, --profile, --streams and --seconds"
-        )
-    if (args.prefill or args.sampling) and args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
-        raise ValueError(
-            f"--backend {','.join(args.backend)} with --prefill or --sampling; accepted: one of the engine's:"
-            f" {', '.join(STEPS)}"
-        )
+    _check_mode(args)
     if args.ladder and args.backend:
         raise ValueError("--ladder times every rung; accepted: --ladder, or --backend RUNG,RUNG")
     models = [PREFIX + name for name in args.shape] if args.shape else [args.model or PREFIX + SHAPE]
@@ -326,6 +326,30 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
         options.policy_settings(args, cap=cap)
     forced = args.text is not None
     return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
+
+
+def _check_mode(args: argparse.Namespace) -> None:
+    """Raise ValueError if a mode is given values or options that it does not take."""
+    given = [f"--{name}" for name in MODES if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; accepted: one of {', --'.join(['', *MODES])[2:]}")
+    mode = _mode(args)
+    if mode is None:
+        return
+    if mode in LEAST and min(getattr(args, mode), default=0) < LEAST[mode]:
+        raise ValueError(f"--{mode} {getattr(args, mode)}: accepted: whole numbers of at least {LEAST[mode]}")
+    others = {"--ladder": args.ladder, "--profile": args.profile, "--seconds": args.seconds}
+    others["--streams"] = args.streams != [1]
+    if mode in OF_GENERATE:
+        others["--backend"] = args.backend
+    refused = next((option for option, value in others.items() if value), None)
+    if refused is not None:
+        listed = ", ".join(others)
+        raise ValueError(f"--{mode} times one stream and does not take {refused}; accepted: --{mode} without {listed}")
+    if args.backend and (len(args.backend) > 1 or args.backend[0] not in STEPS):
+        raise ValueError(
+            f"--backend {','.join(args.backend)} with --{mode}; accepted: one of the engine's: {', '.join(STEPS)}"
+        )
 
 
 def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
