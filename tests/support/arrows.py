@@ -22,7 +22,8 @@ ARROWS: dict[str, frozenset[str]] = {
     "evaluation": BASE | {"cache", "engine", "show"},
     "bench": BASE | {"cache", "engine", "evaluation", "show"},
     "studies": BASE | {"evaluation", "show"},
-    "report": BASE | {"cache", "engine", "show", "bench", "studies"},
-    "cli": BASE | {"cache", "engine", "serve", "evaluation", "show", "bench", "studies", "report"},
+    "matrix": BASE | {"evaluation", "show", "bench", "studies"},
+    "report": BASE | {"cache", "engine", "show", "bench", "studies", "matrix"},
+    "cli": BASE | {"cache", "engine", "serve", "evaluation", "show", "bench", "studies", "matrix", "report"},
     "__init__": frozenset({"cache", "engine", "policies"}),  # the public names
 }

@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | serve | chat | env | report``.
+"""The command line: ``sinkstream COMMAND``, with the commands of `COMMANDS`.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": "Serve a model behind the OpenAI API, in sessions that never overflow",
     "chat": "Chat in the terminal, with a local model or any server that speaks the OpenAI API",
     "env": "Print versions and hardware, for bug reports",
+    "matrix": "Measure a file of points (model, text, policy, cap), one resumable record each",
     "report": "Compute the headline figures from the records and write the generated tables of the documents",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,0 +1,57 @@
+"""``sinkstream matrix``."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from sinkstream.cli import EXIT_FAILED
+from sinkstream.cli.show import wide_console
+from sinkstream.matrix.file import read_matrix
+from sinkstream.matrix.measure import Workbench
+from sinkstream.matrix.run import dry_run, one_by_one, run_points, selected
+from sinkstream.models.placement import DTYPES
+from sinkstream.show.progress import is_live, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.usage = "sinkstream matrix FILE.toml [options]"
+    parser.add_argument("file", type=Path, metavar="FILE.toml", help="the points, as docs/matrix.md describes them")
+    group = parser.add_argument_group("matrix")
+    for kind in ("model", "text"):
+        group.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            metavar="[NAME=]PLACE",
+            help=f"replaces the file's {kind}, or its {kind} NAME; as for sinkstream eval --{kind}",
+        )
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    group.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on the CPU")
+    group.add_argument("--dry-run", action="store_true", help="list the points and the estimated time, measure nothing")
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="only points whose name holds all these words, or an id; several: any of them",
+    )
+    group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
+    group.add_argument("--out", type=Path, help="folder of the records (default: out/matrix/ and the file's name)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the points that have no record yet; list them only with ``--dry-run``."""
+    console = wide_console()
+    matrix = read_matrix(args.file, args.model, args.text, args.device, args.dtype)
+    points, out = selected(matrix, args.only), args.out or Path("out/matrix") / args.file.stem
+    if args.dry_run:
+        dry_run(matrix, points, out, console)
+        return 0
+    arguments = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
+    bars = console if is_live(console) else Console(quiet=True)  # a file gets one line a point
+    bench = Workbench(out, matrix.name, arguments, args.argv, bars)
+    counts = run_points(points, out, one_by_one(matrix, bench), console, retry_failed=args.retry_failed)
+    say(console, ", ".join(f"{number} {status}" for status, number in sorted(counts.items())) + f"; records: {out}")
+    return EXIT_FAILED if counts["failed"] else 0

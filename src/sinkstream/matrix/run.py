@@ -1,0 +1,125 @@
+"""Running a matrix: what is done already, one point after the other, each written in one piece."""
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sinkstream.evaluation.runner import check_writable, save_or_rescue, uninterrupted
+from sinkstream.matrix.estimate import Remaining, in_words
+from sinkstream.matrix.file import Matrix
+from sinkstream.matrix.measure import Workbench
+from sinkstream.matrix.point import Point
+from sinkstream.matrix.record import PointRecord
+from sinkstream.show.progress import say
+
+STATES = ("open", "failed", "complete")
+#: Measures points in any order: yields (point, content of its record, seconds) as they end.
+Measure = Callable[[Sequence[Point]], Iterator[tuple[Point, dict[str, Any], float]]]
+
+
+def states(points: Iterable[Point], out: Path) -> dict[str, str]:
+    """Id of every point -> "complete", "failed" or "open". Raises ValueError if a record is broken."""
+    found = {}
+    for point in points:
+        path = out / f"{point.id}.json"
+        found[point.id] = PointRecord.read(path).status if path.exists() else "open"
+    return found
+
+
+def selected(matrix: Matrix, only: Sequence[str]) -> list[Point]:
+    """The points whose name holds all words of one of `only`, or whose id is one of them; all without any.
+
+    Words are quoted as in a shell: ``"cap 128" lazy`` are two.
+
+    Raises ValueError if no point does, and for a model or text of theirs that has no place.
+    """
+    try:
+        wanted = [shlex.split(words.lower()) for words in only]
+    except ValueError as error:
+        raise ValueError(f"--only {' '.join(only)}: {error}") from error
+    points = [p for p in matrix.points if not wanted or any(_has(p, words) for words in wanted)]
+    if not points:
+        names = "; ".join(p.name for p in matrix.points[:5])
+        raise ValueError(f"--only {' '.join(only)!r}: no point has all these words; points are: {names} …")
+    for point in points:
+        point.model.check_given()
+        point.text.check_given()
+    return points
+
+
+def _has(point: Point, words: Sequence[str]) -> bool:
+    """Whether a point is meant by the words; its id is asked where its places are known, which the hash needs."""
+    given = point.model.spec and point.text.spec
+    return all(word in point.name.lower() for word in words) or bool(given and [point.id] == list(words))
+
+
+def dry_run(matrix: Matrix, points: Sequence[Point], out: Path, console: Console) -> None:
+    """List the points, their states, ids and estimated time."""
+    state, remaining = states(points, out), Remaining(points)
+    for point in points:
+        about = "" if state[point.id] == "complete" else f", about {in_words(remaining.estimates[point.id])}"
+        quality = f"quality {point.settings.backend} in {point.settings.evaluate}" if point.scored else "no quality"
+        speed = f"speed {point.rung}" if point.speed else "no speed"
+        say(console, f"{point.id}  {state[point.id]:8}  {point.name}: {quality}, {speed}{about}")
+    for point in matrix.without_baseline():
+        say(console, f"{point.name}: no strict or recompute point to be compared with", "yellow")
+    counts = Counter(state.values())
+    left = sum(remaining.estimates[p.id] for p in points if state[p.id] == "open")
+    parts = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+    say(console, f"{len(points)} points ({parts}); about {in_words(left)} for the open ones, by formula")
+
+
+def run_points(
+    points: Sequence[Point], out: Path, measure: Measure, console: Console, *, retry_failed: bool = False
+) -> Counter[str]:
+    """Measure all points that have no record, with `retry_failed` also those that failed; returns counts by status.
+
+    Every point is written when it ends, failed ones too. Raises ValueError if `out` cannot be written to or a record
+    there is broken; WriteError if a record cannot be written; KeyboardInterrupt after Ctrl-C: nothing that has ended is
+    lost then.
+    """
+    check_writable(out)
+    before = states(points, out)
+    todo = [p for p in points if before[p.id] == "open" or (retry_failed and before[p.id] == "failed")]
+    counts = Counter(before[p.id] for p in points if p not in todo)
+    remaining, done = Remaining(todo), len(points) - len(todo)
+    if todo:
+        left = f"about {in_words(remaining.seconds)} by formula"
+        say(console, f"{len(todo)} of {len(points)} points to measure, {left}; records: {out}")
+    for point, content, seconds in measure(todo):
+        with uninterrupted():
+            save_or_rescue(partial(PointRecord.write, content), out)
+        remaining.done(point.id, seconds)
+        done += 1
+        counts[content["status"]] += 1
+        left = f", about {in_words(remaining.seconds)} left" if done < len(points) else ""
+        say(console, f"[{done}/{len(points)}] {point.name}: {_outcome(content)} in {in_words(seconds)}{left}")
+    return counts
+
+
+def one_by_one(matrix: Matrix, bench: Workbench) -> Measure:
+    """Measures on this machine, in order."""
+
+    def measure(points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any], float]]:
+        for point in points:
+            start = time.perf_counter()
+            content = bench.measure(point, matrix.baselines(point))
+            yield point, content, time.perf_counter() - start
+
+    return measure
+
+
+def _outcome(content: dict[str, Any]) -> str:
+    if content["status"] != "complete":
+        return f"failed: {content['status_reason']}"
+    quality, speed = content["quality"], content["speed"]
+    ppl = quality and quality["summary"]["ppl"]
+    figures = [f"PPL {ppl:,.3f}"] if ppl is not None else []
+    figures += [f"{speed['tpot_ms']:,.3f} ms a token ({speed['backend']})"] if speed else []
+    return ", ".join(figures)
