@@ -51,6 +51,13 @@ FAST: dict[str, tuple[str, ...]] = {
     "kernels/test_rotate_qkv.py": ("mistakes",),
     "kernels/test_sample.py": ("equal_tokens", "mistakes"),
     "kernels/test_store_window.py": ("mistakes",),
+    "matrix/test_matrix.py": (
+        "every_combination",
+        "hash_of_all",
+        "said_before",
+        "is_the_plans",
+        "never_measured_again",
+    ),
     "measure/test_measure.py": (),
     "models/test_models.py": ("shape_", "spec_finds", "by_name_or", "bad_option"),
     "policies/test_options.py": (),

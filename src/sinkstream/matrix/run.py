@@ -84,8 +84,8 @@ def run_points(
     there is broken; WriteError if a record cannot be written; KeyboardInterrupt after Ctrl-C: nothing that has ended is
     lost then.
     """
-    check_writable(out)
     before = states(points, out)
+    check_writable(out)
     todo = [p for p in points if before[p.id] == "open" or (retry_failed and before[p.id] == "failed")]
     counts = Counter(before[p.id] for p in points if p not in todo)
     remaining, done = Remaining(todo), len(points) - len(todo)
