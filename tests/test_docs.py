@@ -115,6 +115,14 @@ def test_generated_tables_and_headlines_are_those_of_the_records(monkeypatch, tm
     assert main(["report", "--check", "--docs", str(stale)]) == 1, "a stale table must be noticed"
 
 
+def test_the_ledger_is_that_of_the_records(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["verdict", "--check"]) == 0, capsys.readouterr().out
+    page = (ROOT / "docs" / "LEDGER.md").read_text(encoding="utf-8")
+    (tmp_path / "typed.md").write_text(page.replace("**no-go**", "**go**", 1), encoding="utf-8")
+    assert main(["verdict", "--check", "--ledger", str(tmp_path / "typed.md")]) == 1, "a typed verdict must be noticed"
+
+
 def test_faults_are_seen():
     assert machine_paths("run `/home/ann/sinkstream/x`") and machine_paths("cd /scratch/main")
     assert not machine_paths("see https://example.org/home/page and ./work/notes")

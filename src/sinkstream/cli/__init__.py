@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "Chat in the terminal, with a local model or any server that speaks the OpenAI API",
     "env": "Print versions and hardware, for bug reports",
     "matrix": "Measure a file of points (model, text, policy, cap), one resumable record each",
+    "verdict": "Judge the criteria from the records and write the ledger of verdicts",
     "report": "Compute the headline figures from the records and write the generated tables of the documents",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

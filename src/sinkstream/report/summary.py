@@ -15,6 +15,7 @@ from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.cache import FAMILIES
+from sinkstream.matrix.record import PointRecord, load_points
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairs import Pairs
@@ -22,6 +23,7 @@ from sinkstream.records.records import SUMMARY_FILE, Record, load_records
 from sinkstream.records.selection import same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
+from sinkstream.report.evidence import EVIDENCE_HEADLINES, verdict_counts
 from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
@@ -30,7 +32,9 @@ from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, GenerateRecord, DrawRecord, Diagnosis)
+AnyRecord = TypeVar(
+    "AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, GenerateRecord, DrawRecord, Diagnosis, PointRecord
+)
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -85,6 +89,12 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(GENERATE_HEADLINES, GenerateRecord.below(results))
     compute(DRAW_HEADLINES, DrawRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
+    compute(EVIDENCE_HEADLINES, [point for point in load_points(results) if point.status == "complete"])
+    verdicts = verdict_counts(results)
+    if verdicts is None:
+        missing["evidence.verdicts"] = "no criteria beside the records: experiments/criteria.toml"
+    else:
+        headlines["evidence.verdicts"] = verdicts
     return headlines, missing
 
 

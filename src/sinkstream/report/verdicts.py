@@ -1,0 +1,346 @@
+"""How criteria are judged: quality from points, by paired intervals; speed from points and from timings in turns.
+
+"At most" is met where the upper end of the interval meets it: a figure whose interval straddles the limit is a no-go.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from sinkstream.bench.record import BenchRecord
+from sinkstream.bench.selection import LADDER_SHAPE, fastest_rung, newest, pairs, select
+from sinkstream.bench.selection import conditions as speed_conditions
+from sinkstream.matrix.record import PointRecord, point_delta
+from sinkstream.records.selection import has_text
+from sinkstream.report.criteria import GO, KINDS, NO_GO, STOP_LOSS, Criterion, Evidence, Verdict
+from sinkstream.statistics import PairedDelta
+from sinkstream.statistics.comparison import ratio_of_times
+
+BASELINES = ("recompute", "strict", "full", "window-only")
+FASTEST = "fused"
+LADDER_CAP = 2052
+
+
+class Compared(NamedTuple):
+    """A point beside what it is compared with."""
+
+    point: PointRecord
+    other: PointRecord
+    delta: PairedDelta
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval of ΔPPL in percent; infinite without one."""
+        return float("inf") if self.delta.high is None else self.delta.high
+
+    def __str__(self) -> str:
+        low, high = (f"{x:+.2f}" if x is not None else "–" for x in (self.delta.low, self.delta.high))
+        value = "–" if self.delta.delta_percent is None else f"{self.delta.delta_percent:+.2f}"
+        cap = f"cap {self.point.protocol['cap']:,}"
+        return f"{self.point.label} at {cap}: ΔPPL {value} % [{low}, {high}] against {self.other.label}"
+
+
+def compared(point: PointRecord, other: PointRecord | None) -> Compared | None:
+    """The two with ΔPPL; None where they cannot be paired."""
+    if other is None:
+        return None
+    try:
+        return Compared(point, other, point_delta(point, other))
+    except ValueError:
+        return None
+
+
+# ---- groups of points ----
+
+
+def conditions(point: PointRecord) -> tuple[object, ...]:
+    """What points that are compared must share: model, text, cap and its accounting, prefill, precision, hardware."""
+    p, gpu = point.protocol, point.environment["gpu"]["name"]
+    keys = ("cap", "cap_accounting", "prefill_tokens", "dtype", "device")
+    return (point.model["hash"], point.data["sha256"], gpu, *(p[key] for key in keys))
+
+
+def groups(evidence: Evidence, text: str | None = None) -> dict[str, list[list[PointRecord]]]:
+    """Model name -> groups of comparable points, growth inside the cap, by cap; `text` as in `has_text`."""
+    found: dict[tuple[object, ...], list[PointRecord]] = defaultdict(list)
+    for point in evidence.points:
+        if point.protocol["cap_accounting"] == "peak" and (text is None or has_text(point, text)):
+            found[conditions(point)].append(point)
+    models: dict[str, list[list[PointRecord]]] = defaultdict(list)
+    for group in sorted(found.values(), key=lambda g: (g[0].model["name"], g[0].protocol["cap"], g[0].created)):
+        models[group[0].model["name"]].append(group)
+    return models
+
+
+def is_lazy(point: PointRecord) -> bool:
+    """Whether the policy is lazy and nothing else."""
+    return point.policy["name"] == "lazy" and point.policy["label"].startswith("lazy R=") and " " not in point.label[5:]
+
+
+def named(group: Iterable[PointRecord], policies: Sequence[str] | None) -> list[PointRecord]:
+    """The points of these policies; without names, of controlled policies: all but baselines and plain lazy.
+
+    Points with sinks or a window of their own belong to a sweep, and are left out.
+    """
+    group = [p for p in group if not {"sink", "window"} & p.configuration["policy"]["options"].keys()]
+    if policies is not None:
+        return [p for p in group if p.policy["name"] in policies]
+    return [p for p in group if p.policy["name"] not in BASELINES and not is_lazy(p)]
+
+
+def baseline(group: Iterable[PointRecord], name: str) -> PointRecord | None:
+    """The newest point of a baseline without further options in its label."""
+    return next((p for p in reversed(list(group)) if p.label == name), None)
+
+
+def by_model(
+    criterion: Criterion,
+    models: dict[str, list[list[PointRecord]]],
+    judge: Callable[[list[PointRecord]], Verdict | None],
+) -> list[Verdict]:
+    """One verdict a model: the first no-go of its caps if there is one, with how many caps meet the criterion."""
+    verdicts = []
+    for model, of_model in models.items():
+        found = [v for v in map(judge, of_model) if v is not None]
+        if not found:
+            continue
+        decisive = next((v for v in found if v.outcome != GO), found[-1])
+        met = sum(v.outcome == GO for v in found)
+        figures = f"{decisive.figures}; met at {met} of {len(found)} caps"
+        verdicts.append(Verdict(criterion.id, model, decisive.outcome, figures, decisive.records))
+    return verdicts
+
+
+# ---- quality ----
+
+
+@KINDS.register("quality")
+def quality(
+    evidence: Evidence,
+    criterion: Criterion,
+    *,
+    text: str,
+    baseline: str,
+    limit: float,
+    policies: list[str] | None = None,
+) -> list[Verdict]:
+    """ΔPPL of the best of some policies (default: controlled ones) against a baseline is at most `limit` percent."""
+
+    def judge(group: list[PointRecord]) -> Verdict | None:
+        best = _best(named(group, policies), _baseline(group, baseline))
+        if best is None:
+            return None
+        outcome = GO if best.high <= limit else NO_GO
+        return Verdict(criterion.id, "", outcome, str(best), (best.point.id, best.other.id))
+
+    return by_model(criterion, groups(evidence, text), judge)
+
+
+@KINDS.register("quality-and-speed")
+def quality_and_speed(
+    evidence: Evidence, criterion: Criterion, *, text: str, limit: float, tpot_limit: float
+) -> list[Verdict]:
+    """A controlled policy has ΔPPL of at most `limit` percent against recompute and TPOT of at most the best lazy's."""
+
+    def judge(group: list[PointRecord]) -> Verdict | None:
+        lazy = min((p for p in group if is_lazy(p) and p.tpot_ms), key=lambda p: p.tpot_ms or 0, default=None)
+        recompute = _baseline(group, "recompute")
+        found = [c for p in named(group, None) if p.tpot_ms and (c := compared(p, recompute))]
+        if lazy is None or lazy.tpot_ms is None or not found:
+            return None
+        fast = [c for c in found if (c.point.tpot_ms or 0) <= tpot_limit * lazy.tpot_ms]
+        best = min(fast or found, key=lambda c: c.high)
+        ratio = (best.point.tpot_ms or 0) / lazy.tpot_ms
+        outcome = GO if fast and best.high <= limit else NO_GO
+        figures = f"{best}, TPOT {ratio:.3f} × {lazy.label}"
+        return Verdict(criterion.id, "", outcome, figures, (best.point.id, best.other.id, lazy.id))
+
+    return by_model(criterion, groups(evidence, text), judge)
+
+
+@KINDS.register("not-worse")
+def not_worse(
+    evidence: Evidence, criterion: Criterion, *, text: str, policies: list[str], rivals: list[str], margin: float
+) -> list[Verdict]:
+    """The best of some policies has at most `margin` percent more perplexity than the best rival, token by token."""
+
+    def judge(group: list[PointRecord]) -> Verdict | None:
+        strict = _baseline(group, "strict")
+        rival = _lowest(named(group, rivals))
+        own = _lowest(named(group, policies))
+        found = compared(own, rival) if own and rival and strict else None
+        if found is None:
+            return None
+        outcome = GO if found.high <= margin else NO_GO
+        return Verdict(criterion.id, "", outcome, str(found), (found.point.id, found.other.id))
+
+    return by_model(criterion, groups(evidence, text), judge)
+
+
+@KINDS.register("improves")
+def improves(
+    evidence: Evidence, criterion: Criterion, *, policies: list[str], noise: float = 1.0, rounds: int = 2
+) -> list[Verdict]:
+    """A step improves ΔPPL and TPOT of lazy with the same R (or the fastest lazy), both beyond `noise` percent.
+
+    A round is a model, text and cap. Stop-loss where none of at least `rounds` rounds improves both.
+    """
+    seen: list[tuple[bool, Compared, float]] = []
+    for of_model in groups(evidence).values():
+        for group in of_model:
+            tried = [t for p in named(group, policies) if (t := _against_lazy(p, group, noise)) is not None]
+            if tried:
+                seen.append(min(tried, key=lambda t: (not t[0], t[1].high)))
+    if len(seen) < rounds:
+        return []
+    good = [one for one in seen if one[0]]
+    both, best, ratio = min(good or seen, key=lambda t: t[1].high)
+    name = f"{best.point.model['name']} on {best.point.data['name']}"
+    figures = f"both improve in {len(good)} of {len(seen)} rounds; {name}, {best}, TPOT {ratio:.3f} ×"
+    return [Verdict(criterion.id, "", GO if both else STOP_LOSS, figures, (best.point.id, best.other.id))]
+
+
+def _against_lazy(point: PointRecord, group: list[PointRecord], noise: float) -> tuple[bool, Compared, float] | None:
+    lazies = [p for p in group if is_lazy(p) and p.tpot_ms]
+    every = point.policy["options"].get("compress_every")
+    same = [p for p in lazies if p.policy["options"].get("compress_every") == every] or lazies
+    other = min(same, key=lambda p: p.tpot_ms or 0, default=None)
+    found = compared(point, other)
+    if found is None or other is None or not point.tpot_ms or not other.tpot_ms:
+        return None
+    ratio = point.tpot_ms / other.tpot_ms
+    return found.high < -noise and ratio < 1 - noise / 100, found, ratio
+
+
+def _best(points: Iterable[PointRecord], other: PointRecord | None) -> Compared | None:
+    found = [c for p in points if (c := compared(p, other)) is not None]
+    return min(found, key=lambda c: c.high, default=None)
+
+
+def _lowest(points: Iterable[PointRecord]) -> PointRecord | None:
+    return min((p for p in points if p.ppl is not None), key=lambda p: p.ppl or 0, default=None)
+
+
+_baseline = baseline  # a keyword of a criterion bears the same name
+
+
+# ---- stop-loss of every direction ----
+
+
+@KINDS.register("finite")
+def finite(evidence: Evidence, criterion: Criterion) -> list[Verdict]:
+    """No point failed with logits that are not finite."""
+    bad = [p for p in evidence.failed if "not finite" in (p.status_reason or "")]
+    scored = [p for p in evidence.points if p.quality]
+    if not bad and not scored:
+        return []
+    figures = f"{len(bad)} of {len(scored) + len(bad)} scored points"
+    return [Verdict(criterion.id, "", STOP_LOSS if bad else GO, figures, tuple(p.id for p in bad or scored[-1:]))]
+
+
+@KINDS.register("reproducible")
+def reproducible(evidence: Evidence, criterion: Criterion, *, limit: float) -> list[Verdict]:
+    """Largest over smallest TPOT of the repeats of a point is at most `limit`, on the engine's fastest rung."""
+    spreads = []
+    for point in evidence.points:
+        speed = point.speed
+        if speed and len(speed["repeats"]) > 1 and speed["backend"] == FASTEST:
+            low, high = speed["tpot_ms_range"]
+            spreads.append((high / low, point))
+    if not spreads:
+        return []
+    worst, point = max(spreads, key=lambda one: one[0])
+    met = sum(spread <= limit for spread, _ in spreads)
+    figures = f"worst {worst:.4f} ({point.name}); within the limit at {met} of {len(spreads)} points"
+    return [Verdict(criterion.id, "", GO if worst <= limit else STOP_LOSS, figures, (point.id,))]
+
+
+@KINDS.register("same-attention")
+def same_attention(evidence: Evidence, criterion: Criterion) -> list[Verdict]:
+    """Every scored point ran under transformers' own attention, SDPA or eager."""
+    scored = [p for p in evidence.points if p.quality and p.quality["backend"] == "hf"]
+    if not scored:
+        return []
+    used = sorted({str(p.model["attn_implementation"]) for p in scored})
+    outcome = GO if set(used) <= {"sdpa", "eager"} else STOP_LOSS
+    return [Verdict(criterion.id, "", outcome, f"{len(scored)} points: {', '.join(used)}", (scored[-1].id,))]
+
+
+# ---- speed ----
+
+
+@KINDS.register("tpot-ratio")
+def tpot_ratio(
+    evidence: Evidence,
+    criterion: Criterion,
+    *,
+    rung: str,
+    against: str,
+    limit: float,
+    policy: str = "strict",
+    against_policy: str = "strict",
+    shape: str = LADDER_SHAPE,
+    otherwise: str = NO_GO,
+) -> list[Verdict]:
+    """TPOT of a rung over another's is at most `limit`: newest timings, in turns, or of one command."""
+    of = {"model": shape, "short": True}
+    own = select(evidence.bench, rung=rung, policy=policy, **of)  # type: ignore[arg-type]
+    others = select(evidence.bench, rung=against, policy=against_policy, **of)  # type: ignore[arg-type]
+    turns = [(a, b) for a, b in _in_turns(evidence.bench) if a in own and b in others]
+    beside = [(a, b) for a in own for b in others if a.session == b.session and _alike(a, b)]
+    if not turns and not beside:
+        return []
+    a, b = max(turns or beside, key=lambda pair: pair[0].created)
+    ratio, interval, high = a.steady["tpot_ms"] / b.steady["tpot_ms"], "one command, no interval", None
+    if turns:
+        found = ratio_of_times(a.chunks["seconds"], b.chunks["seconds"])
+        ratio, high, interval = found.value, found.high, f"{found}, in turns"
+    outcome = GO if (ratio if high is None else high) <= limit else otherwise
+    tpots = f"{a.steady['tpot_ms']:.3f} against {b.steady['tpot_ms']:.3f} ms on an {a.hardware}"
+    figures = f"{ratio:.3f} × ({tpots}; {interval})"
+    return [Verdict(criterion.id, a.model["name"], outcome, figures, (a.id, b.id))]
+
+
+def _in_turns(records: Sequence[BenchRecord]) -> list[tuple[BenchRecord, BenchRecord]]:
+    """Pairs that took turns, either way round."""
+    found = pairs(records)
+    return [*found, *((b, a) for a, b in found)]
+
+
+def _alike(a: BenchRecord, b: BenchRecord) -> bool:
+    same = [(r.protocol["cap"], r.protocol["streams"], speed_conditions(r)) for r in (a, b)]
+    return same[0] == same[1]
+
+
+@KINDS.register("tail")
+def tail(evidence: Evidence, criterion: Criterion, *, limit: float, tokens: int) -> list[Verdict]:
+    """P99 over P50 of the time between tokens is at most `limit`: fastest rung, newest timing of a configuration."""
+    rung = fastest_rung(evidence.bench)
+    found = [r for r in newest(select(evidence.bench, rung=rung)) if r.steady["tokens"] >= tokens]
+    return _worst(
+        criterion, found, limit, "P99 / P50", lambda r: r.latency_ms["all"]["p99"] / r.latency_ms["all"]["p50"]
+    )
+
+
+@KINDS.register("floor")
+def floor(evidence: Evidence, criterion: Criterion, *, limit: float) -> list[Verdict]:
+    """TPOT over the byte floor is at most `limit`: fastest rung, strict, 2,052 slots, one stream, random shapes."""
+    rung = fastest_rung(evidence.bench)
+    found = newest(select(evidence.bench, rung=rung, policy="strict", cap=LADDER_CAP, streams=1, short=True))
+    return _worst(criterion, found, limit, "× the byte floor", lambda r: r.steady["over_floor"])
+
+
+def _worst(
+    criterion: Criterion, found: Sequence[BenchRecord], limit: float, what: str, figure: Callable[[BenchRecord], float]
+) -> list[Verdict]:
+    """One verdict a model, by its worst record."""
+    worst: dict[str, BenchRecord] = {}
+    for record in found:
+        name = record.model["name"]
+        worst[name] = max(record, worst.get(name, record), key=figure)
+    return [
+        Verdict(
+            criterion.id, name, GO if figure(r) <= limit else NO_GO, f"{figure(r):.4f} {what} ({r.hardware})", (r.id,)
+        )
+        for name, r in sorted(worst.items())
+    ]

@@ -1,0 +1,247 @@
+"""Verdicts: judged by intervals of planted differences, the same on every run, and contradicted by a changed record."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from record_factory import GPU, make_arrays, make_bench_record, make_record
+
+from sinkstream.bench.record import BenchRecord
+from sinkstream.cli import main
+from sinkstream.matrix.record import PointRecord
+from sinkstream.records.blocks import Blocks
+from sinkstream.report.criteria import KINDS, OUTCOMES, Evidence, read_criteria
+from sinkstream.report.ledger import counts, judge_all, read_ledger
+from sinkstream.report.summary import write_summary
+
+CRITERIA = Path(__file__).resolve().parents[2] / "experiments" / "criteria.toml"
+TOKENS = 2560
+
+
+def point(
+    name: str,
+    policy: str = "strict",
+    *,
+    shift: float = 0.0,
+    tpot: float = 1.0,
+    cap: int = 512,
+    text: str = "pg19",
+    model: str = "SmolLM2-135M",
+    label: str | None = None,
+    sample_every: int = 1,
+    status: str = "complete",
+    repeats: tuple[float, ...] = (),
+    options: dict | None = None,
+    accounting: str = "peak",
+) -> dict:
+    """A point record whose NLL is that of the text, moved by `shift` nats a token."""
+    arrays = make_arrays(TOKENS, seed=len(name) + cap, shift=shift, noise=0.02)
+    run = make_record(name, policy, arrays=arrays, model=model, text=text, cap=cap, device="cuda")
+    kept = np.where(np.arange(TOKENS) % sample_every == 0, arrays["nll"], np.nan)
+    blocks = Blocks.of(arrays["index"], kept, arrays["kv_length"])
+    every4 = Blocks.of(
+        arrays["index"], np.where(np.arange(TOKENS) % 4 == 0, arrays["nll"], np.nan), arrays["kv_length"]
+    )
+    times, latency = repeats or (tpot,), {"p50": tpot, "p90": tpot, "p99": tpot, "max": tpot}
+    one = {"record": "b", "created": "", "latency_ms": {}, "chunks": {}, "setup": {}}
+    quality = {
+        **{"backend": "hf", "evaluate": "blocks", "record": f"run-{name}", "created": "", "sample_every": sample_every},
+        **{"summary": run["summary"], "blocks": blocks.record(), "sampled": {"every": 4, "blocks": every4.record()}},
+    }
+    speed = {
+        **{"backend": "fused", "feed": "greedy", "text": "random", "warmup_tokens": 64, "steady_tokens": 600},
+        **{"tpot_ms": tpot, "tpot_ms_range": [min(times), max(times)], "latency_ms": latency, "floor_ms": 0.5},
+        **{"over_floor": 2.0, "peak_mb": 1.0, "memory_kind": "cuda_allocated"},
+        "repeats": [one | {"tpot_ms": t} for t in times],
+    }
+    failed = status == "failed"
+    return {
+        **{key: run[key] for key in ("created", "command", "arguments", "environment", "data")},
+        **{"id": f"point-{name}", "name": name, "experiment": "test", "status": status},
+        "status_reason": "quality: the logits that predict token 7 are not finite" if failed else None,
+        "model": run["model"] | {"attn_implementation": "sdpa"},
+        "policy": {"name": policy, "label": label or policy, "options": options or {}},
+        "protocol": {
+            **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": cap},
+            **{"cap_accounting": accounting, "prefill_tokens": cap},
+        },
+        "configuration": {"quality": {}, "speed": {}, "policy": {"options": options or {}}},
+        "baselines": dict.fromkeys(("recompute", "strict", "full")),
+        "quality": None if failed else quality,
+        "speed": None if failed else speed,
+        "spike": None,
+        "seconds": {"quality": 1.0, "speed": 1.0},
+    }
+
+
+def write(folder: Path, *records: dict) -> Path:
+    for record in records:
+        (BenchRecord if "rung" in record else PointRecord).write(record, folder)
+    return folder
+
+
+def outcomes(results: Path) -> dict[tuple[str, str], str]:
+    """(criterion, subject) -> outcome."""
+    return {(v.criterion, v.subject): v.outcome for v in judge_all(read_criteria(CRITERIA), Evidence.below(results))}
+
+
+def small_matrix(cap: int = 512, **more) -> list[dict]:
+    """Recompute sampled, strict 0.1 % worse, lazy 1 %, slack 0.4 % and faster than lazy, refresh 2 %."""
+    c = {"cap": cap, **more}
+    r64 = {"compress_every": 64}
+    return [
+        point(f"recompute-{cap}", "recompute", sample_every=4, tpot=9.0, **c),
+        point(f"strict-{cap}", "strict", shift=0.001, tpot=1.0, **c),
+        point(f"lazy-{cap}", "lazy", shift=0.01, tpot=1.0, label="lazy R=64", options=r64, **c),
+        point(f"slack-{cap}", "slack", shift=0.004, tpot=1.01, label="slack slack=16", **c),
+        point(f"refresh-{cap}", "refresh-window-attention", shift=0.02, tpot=1.5, label="refresh", options=r64, **c),
+    ]
+
+
+def test_without_records_nothing_is_measured(tmp_path):
+    assert set(outcomes(tmp_path).values()) == {"not measured"}
+    assert main(["verdict", "--results", str(tmp_path / "nosuch"), "--criteria", str(CRITERIA)]) == 2
+
+
+def test_planted_differences_are_judged_by_their_intervals(tmp_path):
+    found = outcomes(write(tmp_path, *small_matrix()))
+    model = "SmolLM2-135M"
+    assert found["pg19-quality-and-speed", model] == "go"
+    assert found["strict-against-recompute", model] == "go"
+    assert found["pg19-snapkv-class", model] == "go"
+    assert found["wikitext-quality", ""] == "not measured", "another text says nothing of WikiText"
+    assert found["finite", ""] == found["same-attention", ""] == "go"
+    assert found["step-slack", ""] == "not measured", "one round is not two"
+
+
+def test_every_cap_counts_and_an_interval_across_the_limit_is_no_go(tmp_path):
+    worse = [p for p in small_matrix(128) if p["policy"]["name"] == "recompute"]
+    results = write(tmp_path, *small_matrix(), *worse, point("strict-128", shift=0.0049, cap=128))
+    verdicts = judge_all(read_criteria(CRITERIA), Evidence.below(results))
+    strict = next(v for v in verdicts if v.criterion == "strict-against-recompute")
+    assert strict.outcome == "no-go" and "met at 1 of 2 caps" in strict.figures and "cap 128" in strict.figures
+    assert strict.records == ("point-strict-128", "point-recompute-128")
+
+
+def test_a_step_that_improves_nothing_in_two_rounds_is_stopped_and_one_that_does_is_not(tmp_path):
+    results = write(tmp_path, *small_matrix(), *small_matrix(128))
+    assert outcomes(results)["step-slack", ""] == "stop-loss"
+    both = point("good", "slack", shift=-0.03, tpot=0.9, label="slack slack=32")
+    assert outcomes(write(results, both))["step-slack", ""] == "go"
+    faster = point("faster", "overlap", shift=0.05, tpot=0.5, label="overlap R=64 O=9", options={"compress_every": 64})
+    better = point("better", "overlap", shift=-0.05, tpot=1.5, cap=128, label="overlap", options={"compress_every": 64})
+    assert outcomes(write(results, faster, better))["step-overlap", ""] == "stop-loss", "each improves one of the two"
+
+
+def test_points_that_are_not_comparable_are_not_compared(tmp_path):
+    other_machine = point("other", "strict", shift=0.001)
+    other_machine["environment"]["gpu"] = GPU | {"name": "Another GPU"}
+    outside = point("outside", "recompute", sample_every=4, accounting="published")
+    results = write(tmp_path, point("recompute-512", "recompute", sample_every=4), other_machine, outside)
+    assert outcomes(results)["strict-against-recompute", ""] == "not measured"
+
+
+def test_failed_and_scattered_points_stop(tmp_path):
+    scattered = point("scattered", repeats=(1.0, 1.02, 1.01), tpot=1.01)
+    steady = point("steady", cap=128, repeats=(1.0, 1.005, 1.001), tpot=1.001)
+    found = outcomes(write(tmp_path / "a", steady))
+    assert (found["finite", ""], found["reproducible", ""]) == ("go", "go")
+    found = outcomes(write(tmp_path / "b", steady, scattered, point("bad", status="failed")))
+    assert (found["finite", ""], found["reproducible", ""]) == ("stop-loss", "stop-loss")
+
+
+def test_steps_of_the_ladder_are_judged_in_turns_and_by_command(tmp_path):
+    def timing(name, rung, ms, **more):
+        seconds = [50 * ms / 1e3 * (1 + 1e-3 * (i % 3)) for i in range(12)]
+        return make_bench_record(name, rung, tpot_ms=ms, chunk_seconds=seconds, **more)
+
+    graph = timing("g", "graph", 6.0)
+    results = write(tmp_path, graph, timing("d1", "graph-norm", 5.97), timing("d3", "graph-linear", 3.0))
+    model = "random:pythia-2.8b"
+    found = outcomes(results)
+    assert (found["step-d1", model], found["step-d3", model]) == ("stop-loss", "go"), "half a percent is no step"
+    assert found["phase-c", ""] == "not measured"
+    cut, ring = timing("cut", "hf-cut", 27.0, session="other"), timing("hf", "hf", 24.0)
+    assert outcomes(write(results, cut, ring))["phase-c", ""] == "not measured", "timed by two commands"
+    turns = [timing("s", "fused", 2.00, turn="s"), timing("l", "fused", 1.99, turn="s", policy="lazy R=64")]
+    assert outcomes(write(results, *turns))["strict-against-lazy", model] == "go"
+    later = "2026-02-01T00:00:00+00:00"
+    slow = [
+        timing("s2", "fused", 2.10, turn="s2", created=later),
+        timing("l2", "fused", 1.99, turn="s2", policy="lazy R=64", created=later),
+    ]
+    assert outcomes(write(results, *slow))["strict-against-lazy", model] == "no-go"
+
+
+def test_the_page_is_the_same_on_every_run_and_a_contradicting_record_is_noticed(tmp_path, capsys):
+    results, page = write(tmp_path / "results", *small_matrix()), tmp_path / "LEDGER.md"
+    command = ["verdict", "--results", str(results), "--criteria", str(CRITERIA), "--ledger", str(page)]
+    assert main(command) == 0 and "written" in capsys.readouterr().out
+    first = page.read_bytes()
+    assert main(command) == 0 and "as it was" in capsys.readouterr().out and page.read_bytes() == first
+    assert main([*command, "--check"]) == 0
+    capsys.readouterr()
+    write(
+        results, point("strict-128", shift=0.2, cap=128), point("recompute-128", "recompute", cap=128, sample_every=4)
+    )
+    assert main([*command, "--check"]) == 1
+    told = capsys.readouterr().out
+    assert "printed: | PG19: strict streaming" in told and "records say: | PG19: strict streaming" in told
+    assert page.read_bytes() == first, "a check writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[[criterion\n", "not valid TOML: Expected"),
+        ("", "one or several [[criterion]]"),
+        ('[[criterion]]\nid = "a"\n', "'statement' is missing"),
+        ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="d"\n', "kind='d' is not known; accepted: quality"),
+        ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="tail"\nlimit=1\n', "key 'tokens' is missing"),
+        ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="finite"\nlimt=1\n', "unknown key 'limt'"),
+        (2 * '[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="finite"\n', "the id occurs twice"),
+    ],
+)
+def test_wrong_criteria_are_refused(tmp_path, content, said):
+    (tmp_path / "c.toml").write_text(content)
+    with pytest.raises(ValueError) as refused:
+        read_criteria(tmp_path / "c.toml")
+    assert said in str(refused.value) and "c.toml" in str(refused.value)
+
+
+def test_headlines_of_the_evidence(tmp_path):
+    results = write(tmp_path / "results", *small_matrix(), *small_matrix(128))
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "criteria.toml").write_text(CRITERIA.read_text())
+    found = write_summary(results).headlines
+    assert found["evidence.matrix_points"]["value"] == 10
+    strict = found["evidence.delta_ppl_strict_vs_recompute"]
+    assert strict["low"] < strict["value"] < strict["high"] and abs(strict["value"] - 0.1) < 0.2
+    assert strict["record"] == "point-strict-512"
+    best = found["evidence.delta_ppl_best_vs_strict"]
+    assert best["record"] == "point-slack-512" and best["value"] == pytest.approx(0.3, abs=0.2)
+    _, verdicts = read_ledger(CRITERIA, results)
+    numbers = counts(verdicts)
+    assert found["evidence.verdicts"] == {
+        "value": len(verdicts) - numbers["not measured"],
+        **{name.replace("-", "_").replace(" ", "_"): numbers[name] for name in OUTCOMES},
+        "record": "docs/LEDGER.md",
+    }
+
+
+def test_without_points_there_is_no_figure(tmp_path):
+    (tmp_path / "results").mkdir()
+    summary = write_summary(tmp_path / "results")
+    assert not [key for key in summary.headlines if key.startswith("evidence.")]
+    assert {key for key in summary.missing if key.startswith("evidence.")} == {
+        "evidence.matrix_points",
+        "evidence.delta_ppl_strict_vs_recompute",
+        "evidence.delta_ppl_best_vs_strict",
+        "evidence.verdicts",
+    }
+
+
+def test_every_kind_is_used_and_says_what_it_does():
+    criteria = read_criteria(CRITERIA)
+    assert {c.kind for c in criteria} == set(KINDS)
+    assert all(KINDS.summary(kind) for kind in KINDS)
