@@ -164,26 +164,48 @@ def note_token(state, row: Row) -> None:
 
 def neox_layer(state, row: Row, layer: int, weights: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
     """One GPT-NeoX layer with parallel residual; x ``(streams, hidden)``."""
+    first, second = norm(x, weights.attention_norm), norm(x, weights.mlp_norm)
+    return x + neox_products(state, row, layer, weights, first, second)
+
+
+def neox_products(
+    state, row: Row, layer: int, weights: NeoxLayer, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    """What a GPT-NeoX layer adds to the residual stream; `first`, `second`: the inputs of attention and MLP, normed."""
     spec = state.spec
     rows = 3 * spec.query_heads * spec.head_dim
-    qkv = F.linear(norm(x, weights.attention_norm), weights.weight_in[:rows], weights.bias_in[:rows])
-    up = F.linear(norm(x, weights.mlp_norm), weights.weight_in[rows:], weights.bias_in[rows:])
-    query, key, value = qkv.view(len(x), spec.query_heads, 3, spec.head_dim).unbind(2)
+    qkv = F.linear(first, weights.weight_in[:rows], weights.bias_in[:rows])
+    up = F.linear(second, weights.weight_in[rows:], weights.bias_in[rows:])
+    query, key, value = qkv.view(len(first), spec.query_heads, 3, spec.head_dim).unbind(2)
     attention = attend(state, row, layer, query, key, value)
-    return x + F.linear(torch.cat([attention, F.gelu(up)], 1), weights.weight_out, weights.bias_out)
+    return F.linear(torch.cat([attention, F.gelu(up)], 1), weights.weight_out, weights.bias_out)
 
 
 def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
     """One Llama-like layer; x ``(streams, hidden)``."""
-    spec = state.spec
-    qkv = F.linear(norm(x, weights.attention_norm), weights.weight_qkv, weights.bias_qkv)
+    x = x + llama_attention(state, row, layer, weights, norm(x, weights.attention_norm))
+    return x + llama_mlp(weights, norm(x, weights.mlp_norm))
+
+
+def llama_heads(spec, weights: LlamaLayer, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values ``(streams, heads, head_dim)`` of a product, normed where the family does."""
     heads = (spec.query_heads, spec.kv_heads, spec.kv_heads)
-    query, key, value = qkv.view(len(x), -1, spec.head_dim).split(heads, 1)
+    query, key, value = qkv.view(len(qkv), -1, spec.head_dim).split(heads, 1)
     if weights.q_norm is not None and weights.k_norm is not None:
         query, key = norm(query, weights.q_norm), norm(key, weights.k_norm)
-    x = x + F.linear(attend(state, row, layer, query, key, value), weights.weight_o, weights.bias_o)
-    gate, up = F.linear(norm(x, weights.mlp_norm), weights.weight_gate_up, weights.bias_gate_up).chunk(2, -1)
-    return x + F.linear(F.silu(gate) * up, weights.weight_down, weights.bias_down)
+    return query, key, value
+
+
+def llama_attention(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
+    """What attention adds to the residual stream; x: its input, normed."""
+    heads = llama_heads(state.spec, weights, F.linear(x, weights.weight_qkv, weights.bias_qkv))
+    return F.linear(attend(state, row, layer, *heads), weights.weight_o, weights.bias_o)
+
+
+def llama_mlp(weights: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
+    """What the MLP adds to the residual stream; x: its input, normed."""
+    gate, up = F.linear(x, weights.weight_gate_up, weights.bias_gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, weights.weight_down, weights.bias_down)
 
 
 def decode(state, weights: PackedWeights) -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine import plain
+from sinkstream.engine import ablations, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
@@ -109,6 +109,39 @@ class GraphStep(GraphedStep):
         draws, state = self.state.sampling.draws, self.state
         if draws is not None:
             draws.draw(state.logits, torch.zeros_like(state.tokens))
+
+
+@STEPS.register("graph-norm")
+class GraphNormStep(GraphStep):
+    """The plain PyTorch step under one CUDA graph, residual additions and norms fused into one kernel."""
+
+    def run(self) -> None:
+        ablations.decode_add_norm(self.state, self.weights)
+
+    @classmethod
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        super().check(spec, policy, device)
+        check_kernels(spec, policy, device)
+
+
+@STEPS.register("graph-linear")
+class GraphLinearStep(GraphedStep):
+    """Fused projections and MLP, with their norms and residuals, and PyTorch's attention, under one CUDA graph."""
+
+    def __init__(self, weights: PackedWeights, state: StreamState):
+        super().__init__(weights, state)
+        self.decode = ablations.LinearDecode(weights, state)
+
+    def run(self) -> None:
+        self.decode()
+
+    def rehearse(self) -> None:
+        self.decode.rehearse()
+
+    @classmethod
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+        super().check(spec, policy, device)
+        check_kernels(spec, policy, device)
 
 
 @STEPS.register("kernels")

@@ -1,0 +1,59 @@
+"""Decode steps that fuse one thing only, so that each fusion has a figure of its own beside the plain step."""
+
+from torch.nn import functional as F
+
+from sinkstream.engine import plain
+from sinkstream.engine.fused import FusedDecode
+from sinkstream.engine.packing import NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.state import StreamState
+from sinkstream.kernels import norm_linear
+from sinkstream.kernels.add_norm import NormTensors, add_norm
+
+
+def _tensors(norm: Norm) -> NormTensors:
+    return norm.weight, norm.bias
+
+
+def decode_add_norm(state: StreamState, weights: PackedWeights) -> None:
+    """One step of all streams as `plain.decode`; every residual addition and the norms after it are one kernel."""
+    state.begin_row()
+    row = plain.Row(state, weights.rope_factor)
+    plain.note_token(state, row)
+    x, delta = F.embedding(row.token, weights.embedding), None
+    for i, layer in enumerate(weights.layers):
+        attention, mlp = _tensors(layer.attention_norm), _tensors(layer.mlp_norm)
+        if isinstance(layer, NeoxLayer):
+            x, first, second = add_norm(x, delta, attention, mlp, eps=layer.attention_norm.eps)
+            delta = plain.neox_products(state, row, i, layer, first, second)
+        else:
+            x, first, _ = add_norm(x, delta, attention, eps=layer.attention_norm.eps)
+            x, first, _ = add_norm(x, plain.llama_attention(state, row, i, layer, first), mlp, eps=layer.mlp_norm.eps)
+            delta = plain.llama_mlp(layer, first)
+    _, last, _ = add_norm(x, delta, _tensors(weights.final_norm), eps=weights.final_norm.eps)
+    state.logits.copy_(F.linear(last, weights.head))
+    state.end_row()
+
+
+class LinearDecode(FusedDecode):
+    """The fused step with PyTorch's attention: projections and MLP are kernels, with their norms and residuals."""
+
+    def __init__(self, weights: PackedWeights, state: StreamState):
+        super().__init__(weights, state)
+        self.observes = True  # kernels after attention come after ops of PyTorch, and may not start early
+
+    def _attention_up(self, i: int) -> None:
+        layer, spec, up = self.weights.layers[i], self.spec, slice(self.qkv_rows, None)
+        assert isinstance(layer, NeoxLayer), "an op of GPT-NeoX layers"
+        heads = self.first.view(len(self.first), spec.query_heads, 3, spec.head_dim).unbind(2)
+        self.context.copy_(plain.attend(self.state, self._row, i, *heads))
+        norm = layer.mlp_norm
+        norm_linear(
+            self.hidden, layer.weight_in[up], norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
+            bias=layer.bias_in[up], activation="gelu", out=self.middle,
+        )  # fmt: skip
+
+    def _attention(self, i: int) -> None:
+        layer, spec = self.weights.layers[i], self.spec
+        assert not isinstance(layer, NeoxLayer), "an op of Llama-like layers"
+        query, key, value = plain.llama_heads(spec, layer, self.first)
+        self.context.copy_(plain.attend(self.state, self._row, i, query, key, value))
