@@ -127,7 +127,9 @@ def test_a_fed_text_gives_the_nll_of_the_engine(session):
     assert record.protocol["feed"] == "text"
 
 
-@pytest.mark.parametrize("rung", ["hf-recompute-eager", "hf-recompute-sdpa", "hf-full", "hf", "ring", "kernels"])
+@pytest.mark.parametrize(
+    "rung", ["hf-recompute-eager", "hf-recompute-sdpa", "hf-cut", "hf-full", "hf", "ring", "kernels"]
+)
 def test_a_fed_text_gives_the_nll_of_the_evaluation(session, rung):
     """One decoder serves both, in the benchmark's loop and in the evaluation's."""
     one = session(tokens=12, teacher_forced=True)
@@ -156,7 +158,7 @@ def test_every_rung_of_a_cpu_runs_and_the_others_say_why_not(session):
     runs = {name: rung_runs(name, [configs()[0].run]) for name in BACKENDS}
     outcome = one.run([[BenchConfig(name, run) for run in runs[name]] for name in BACKENDS], console())
     done = {r.rung["name"]: r for r in outcome.records}
-    assert {"hf-recompute-eager", "hf-recompute-sdpa", "hf-full", "hf", "ring"} <= set(done)
+    assert {"hf-recompute-eager", "hf-recompute-sdpa", "hf-cut", "hf-full", "hf", "ring"} <= set(done)
     assert len(done) + len(outcome.refused) == len(BACKENDS) and not outcome.failed
     refused = " ".join(f"{what}: {why}" for what, why in outcome.refused)
     assert "hf-static" in refused and "graph" in refused and "accepted: cuda" in refused
@@ -233,7 +235,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["greedy", "forced"])
-@pytest.mark.parametrize("rung", ["hf", "hf-full", "ring", "kernels"])
+@pytest.mark.parametrize("rung", ["hf", "hf-cut", "hf-full", "ring", "kernels"])
 def test_nothing_in_the_timed_loop_waits_for_the_device(session, monkeypatch, rung, forced):
     decode, reads = decoding.ActiveRun.decode, Reads()
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from sinkstream.engine import STEPS, Engine, GraphedStep
+from sinkstream.evaluation.cut import CutDecoder
 from sinkstream.evaluation.decoders import Decoder, EngineDecoder, FullDecoder, RecomputeDecoder, StreamingDecoder
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.models import LoadedModel
@@ -75,6 +76,14 @@ class RecomputeSdpaBackend(HfBackend):
     """transformers, the last cap tokens forwarded anew for every token, SDPA."""
 
     baseline, attention = "recompute", "sdpa"
+
+
+@BACKENDS.register("hf-cut")
+class CutBackend(HfBackend):
+    """transformers' DynamicCache, cut and re-rotated at every prune: streaming as published, without the soft ring."""
+
+    def open(self) -> Decoder:
+        return CutDecoder(self.loaded.model, self.settings)
 
 
 @BACKENDS.register("hf-full")
