@@ -2,14 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from sinkstream.cli import EXIT_FAILED
 from sinkstream.cli.show import wide_console
-from sinkstream.matrix.file import read_matrix
+from sinkstream.matrix.file import Matrix, read_matrix
 from sinkstream.matrix.measure import Workbench
-from sinkstream.matrix.run import dry_run, one_by_one, run_points, selected
+from sinkstream.matrix.run import Measure, dry_run, one_by_one, run_points, selected
 from sinkstream.models.placement import DTYPES
 from sinkstream.show.progress import is_live, say
 
@@ -38,6 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only points whose name holds all these words, or an id; several: any of them",
     )
     group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="measure points as Ray tasks, one GPU each, on the cluster at ADDRESS (default: this machine alone)",
+    )
+    group.add_argument(
+        "--gpus-per-point", type=float, default=1.0, help="with --ray: GPUs of a point, fractions allowed"
+    )
     group.add_argument("--out", type=Path, help="folder of the records (default: out/matrix/ and the file's name)")
 
 
@@ -50,8 +61,16 @@ def run(args: argparse.Namespace) -> int:
         dry_run(matrix, points, out, console)
         return 0
     arguments = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
+    measure = _on_ray(args, matrix, out, arguments) if args.ray is not None else None
     bars = console if is_live(console) else Console(quiet=True)  # a file gets one line a point
     bench = Workbench(out, matrix.name, arguments, args.argv, bars)
-    counts = run_points(points, out, one_by_one(matrix, bench), console, retry_failed=args.retry_failed)
+    measure = measure or one_by_one(matrix, bench)
+    counts = run_points(points, out, measure, console, retry_failed=args.retry_failed)
     say(console, ", ".join(f"{number} {status}" for status, number in sorted(counts.items())) + f"; records: {out}")
     return EXIT_FAILED if counts["failed"] else 0
+
+
+def _on_ray(args: argparse.Namespace, matrix: Matrix, out: Path, arguments: dict[str, Any]) -> Measure:
+    from sinkstream.matrix.on_ray import on_ray  # which imports Ray
+
+    return on_ray(matrix, out, arguments, args.argv, args.ray, args.gpus_per_point)

@@ -94,6 +94,11 @@ class Workbench:
                 raise RuntimeError(f"{point.name}: the device does not work any more: {reason}") from error
         return self._content(point, baselines, loaded, stream, parts, seconds, reason)
 
+    def failed(self, point: Point, baselines: Mapping[str, Point | None], reason: str) -> dict[str, Any]:
+        """The content of the record of a point that nothing could be measured of."""
+        parts, seconds = dict.fromkeys(("quality", "speed", "spike")), dict.fromkeys(("quality", "speed"))
+        return self._content(point, baselines, None, None, parts, seconds, reason)
+
     # ---- what a point needs ----
 
     def _model(self, point: Point) -> tuple[LoadedModel, float]:
@@ -184,8 +189,8 @@ class Workbench:
         baselines: Mapping[str, Point | None],
         loaded: LoadedModel | None,
         stream: TokenStream | None,
-        parts: dict[str, Any],
-        seconds: dict[str, float | None],
+        parts: Mapping[str, Any],
+        seconds: Mapping[str, float | None],
         reason: str | None,
     ) -> dict[str, Any]:
         run, policy, configuration = point.settings, point.settings.policy(), point.configuration

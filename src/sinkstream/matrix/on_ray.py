@@ -1,0 +1,135 @@
+"""The points of a matrix as Ray tasks, on this machine or on a cluster: the same records. Ray is imported here only."""
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sinkstream.evaluation.settings import BASELINES
+from sinkstream.matrix.file import Matrix
+from sinkstream.matrix.measure import Workbench
+from sinkstream.matrix.point import Point
+from sinkstream.matrix.run import Measure
+from sinkstream.records.files import WriteError
+
+CONNECT_SEC = 5.0
+RETRIES = 3  # of a point whose worker died; what a point raises is its record, and is not tried again
+DEFAULT_PORT = 6379
+_benches: dict[tuple[str, str], Workbench] = {}  # of a worker: the model of its latest point stays loaded
+
+
+def on_ray(
+    matrix: Matrix, out: Path, arguments: dict[str, Any], command: list[str], address: str, gpus: float
+) -> Measure:
+    """Measures as Ray tasks. Baselines are measured first, so that the others find them.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the records; runs go to its ``runs/``, which workers on other machines see on a shared file system
+        only.
+    address : str
+        Of a cluster, as for ``ray.init``; empty: a Ray of this machine's own.
+    gpus : float
+        GPUs of a point on a GPU; below 1 several points share one.
+
+    Raises ValueError: Ray is not installed, the address does not answer, or timed points would share a GPU.
+    """
+    ray = _ray()
+    _check_address(address)
+
+    def measure(points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any], float]]:
+        on_gpu = any(point.device.startswith("cuda") for point in points)
+        if on_gpu and not gpus.is_integer() and any(point.speed for point in points):
+            raise ValueError(
+                f"--gpus-per-point {gpus}: points that share a GPU cannot be timed; accepted: a whole number, or points"
+                ' with speed_backend = "none"'
+            )
+        _connect(ray, address)
+        bench = Workbench(out, matrix.name, arguments, command, Console(quiet=True))
+        try:
+            task = ray.remote(_measure).options(max_retries=RETRIES, num_cpus=1, num_gpus=gpus if on_gpu else 0)
+            for wave in _waves(points):
+                open_tasks = {}
+                for point in wave:
+                    work = (point, matrix.baselines(point), out.resolve(), matrix.name, arguments, command)
+                    open_tasks[task.remote(*work)] = point
+                while open_tasks:
+                    (done,), _ = ray.wait(list(open_tasks))
+                    point = open_tasks.pop(done)
+                    try:
+                        yield point, *ray.get(done)
+                    except ray.exceptions.RayError as error:
+                        yield point, bench.failed(point, matrix.baselines(point), _reason(error)), 0.0
+        finally:
+            ray.shutdown()
+
+    return measure
+
+
+def _measure(
+    point: Point,
+    baselines: dict[str, Point | None],
+    out: Path,
+    experiment: str,
+    arguments: dict[str, Any],
+    command: list[str],
+) -> tuple[dict[str, Any], float]:
+    """What a worker does: the content of a point's record, and its seconds."""
+    bench = _benches.setdefault(
+        (str(out), experiment), Workbench(out, experiment, arguments, command, Console(quiet=True))
+    )
+    start = time.perf_counter()
+    return bench.measure(point, baselines), time.perf_counter() - start
+
+
+def _reason(error: Exception) -> str:
+    """Why a task ended without a record, for the record of the failed point. Raises WriteError: no point's fault."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, WriteError):
+        raise cause from error
+    first_line = next(iter(str(cause or error).strip().splitlines()), "")
+    died = "" if cause else f"the worker died {RETRIES + 1} times: "
+    return f"{died}{type(cause or error).__name__}: {first_line}"
+
+
+def _waves(points: Sequence[Point]) -> list[list[Point]]:
+    """Baselines, then all that is compared with them."""
+    first = [p for p in points if p.settings.method in (*BASELINES, "strict")]
+    return [wave for wave in (first, [p for p in points if p not in first]) if wave]
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ValueError(f"--ray needs the package ray ({error}); pip install 'sinkstream[ray]'") from error
+    return ray
+
+
+def _check_address(address: str) -> None:
+    """Raise ValueError unless something answers at HOST:PORT: Ray itself would go on trying for minutes."""
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.rpartition("://")[2].partition(":")
+    try:
+        socket.create_connection((host, int(port or DEFAULT_PORT)), timeout=CONNECT_SEC).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--ray {address}: no Ray answers there ({error}); accepted: HOST:PORT of a running cluster, auto, or no"
+            " address for this machine"
+        ) from error
+
+
+def _connect(ray: Any, address: str) -> None:
+    try:
+        ray.init(
+            address=address or "local", ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR",
+            configure_logging=False,
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"--ray {address or 'local'}: cannot connect: {error}") from error
