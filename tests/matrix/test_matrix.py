@@ -27,7 +27,8 @@ from sinkstream.records.records import load_records
 from sinkstream.statistics import paired_delta_ppl
 
 TOKENS, CAP = 240, 40
-EXPERIMENTS = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.toml"))
+FOLDER = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = [path for path in sorted(FOLDER.glob("*.toml")) if path.stem != "criteria"]
 HEAD = f"""
 name = "trial"
 [models]
