@@ -20,6 +20,7 @@ from sinkstream.records.selection import is_plain, select
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
+from sinkstream.report.evidence import EVIDENCE_HEADLINES
 from sinkstream.report.summary import HEADLINES, write_summary
 from sinkstream.show import plots
 from sinkstream.show.comparison import compared_runs, comparison_table
@@ -269,7 +270,7 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
     speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES, *GENERATE_HEADLINES}
-    keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES}
+    keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES, *EVIDENCE_HEADLINES, "evidence.verdicts"}
     assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):
