@@ -60,13 +60,18 @@ def parameters(module: nn.Module) -> tuple[str, ...]:
     return _parameters(type(module).forward)
 
 
+@functools.cache
+def _cache_argument(forward: Callable) -> str:
+    declared = _parameters(forward)
+    return next((name for name in CACHE_NAMES if name in declared), _CACHE_NAME)
+
+
 def cache_argument(module: nn.Module) -> str:
     """The name under which a module takes its KV cache.
 
     A wrapper that passes all of its arguments on declares no name; it gets the one of the installed release.
     """
-    declared = parameters(module)
-    return next((name for name in CACHE_NAMES if name in declared), _CACHE_NAME)
+    return _cache_argument(type(module).forward)
 
 
 def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:
@@ -90,16 +95,19 @@ def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any], cach
     TypeError
         If there are too many positional arguments, or one of them is also given by name.
     """
-    names = parameters(module)
-    twice = sorted(set(names[: len(args)]) & kwargs.keys())
-    if len(args) > len(names) or twice:
-        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} positional arguments"
-        raise TypeError(f"{type(module).__name__}.forward() got {what}; accepted: {', '.join(names)}")
-    named = {n: v for n, v in (dict(zip(names, args)) | kwargs).items() if v is not cache}
+    if args:
+        names = parameters(module)
+        twice = sorted(set(names[: len(args)]) & kwargs.keys())
+        if len(args) > len(names) or twice:
+            what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} positional arguments"
+            raise TypeError(f"{type(module).__name__}.forward() got {what}; accepted: {', '.join(names)}")
+        kwargs = dict(zip(names, args)) | kwargs
+    named = {n: v for n, v in kwargs.items() if v is not cache}
     for name in CACHE_NAMES:
         if named.get(name) is None:
             named.pop(name, None)
-    return named | with_cache(module, cache)
+    named[cache_argument(module)] = cache
+    return named
 
 
 def check_forward(module: nn.Module, *, needed: tuple[str, ...] = ()) -> None:

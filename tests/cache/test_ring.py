@@ -1,9 +1,13 @@
 """The soft ring's buffers: what is cached survives being moved, however it overlaps its target."""
 
 import pytest
+import tiny_model
 import torch
 
-from sinkstream.cache.ring import MOVED_PIECES, RingBuffers
+from sinkstream import StreamingCache
+from sinkstream.cache import ring as ring_module
+from sinkstream.cache.ring import AHEAD, MOVED_PIECES, RingBuffers
+from sinkstream.compat import with_cache
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 7, 8, 15, 16, 29, 40])
@@ -21,3 +25,28 @@ def test_what_is_cached_is_the_same_at_another_place(start, live, forward):
     ring.move(to)
     assert (ring.start, ring.tail) == (to, to + live)
     assert all(torch.equal(part, before[name]) for name, part in ring.stored.items())
+
+
+@torch.no_grad()
+def rotated_sinks(model) -> tuple[list[torch.Tensor], set[int]]:
+    """The sinks' keys of a strict stream after each of 70 tokens, and the bytes that were held over the last 40."""
+    cache = StreamingCache.for_model(model, sink=3, window=9)
+    keys, held = [], set()
+    for i, token in enumerate(torch.randint(0, 90, (1, 70), generator=torch.Generator().manual_seed(0)).split(1, 1)):
+        model(token, **with_cache(model, cache))
+        keys.append(cache.stream.ring.stored["keys"][..., :3, :].clone())
+        held |= {cache.stats()["bytes"]} if i >= 30 else set()
+    cache.close()
+    return keys, held
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_keys_that_are_rotated_ahead_are_those_rotated_one_at_a_time(family, monkeypatch):
+    """Bit for bit, in half precision, over several blocks; keys of another position are not."""
+    model = tiny_model.tiny_model(family).to(torch.bfloat16)
+    ahead, held = rotated_sinks(model)
+    assert len(held) == 1, "constant"
+    monkeypatch.setattr(ring_module, "MOST_AHEAD", 0)
+    alone, _ = rotated_sinks(model)
+    assert 3 * AHEAD < 70 and all(map(torch.equal, ahead, alone))
+    assert not torch.equal(alone[40], alone[41])

@@ -71,10 +71,10 @@ class SeenTokens:
         if ids is None:
             self.complete = False
             return
-        for part in ids.split(REMEMBERED, dim=1):
+        for part in ids.split(REMEMBERED, dim=1) if ids.shape[1] > REMEMBERED else (ids,):
             if self._count + part.shape[1] > self._ids.shape[1]:
                 self._hash_oldest()
-            self._ids[:, self._count : self._count + part.shape[1]] = part
+            self._ids.narrow(1, self._count, part.shape[1]).copy_(part)
             self._count += part.shape[1]
 
     def first_difference(self, ids: torch.Tensor) -> int | None:

@@ -6,6 +6,7 @@ written behind those that count. A forward that raises is dropped, and the strea
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from sinkstream.cache.attention import Forward, running, switch_attention, writing_mask
@@ -47,7 +48,7 @@ class PendingForward:
         self.schedule = stream.schedule.copy()
         self.steps = self.schedule.advance(tokens)
         # a failed forward may have dropped already
-        drop = self.steps[0].drop - (stream.schedule.cached - self.ring.live)
+        drop = int(self.steps.drop[0]) - (stream.schedule.cached - self.ring.live)
         if drop > 0:
             self.ring.prune(drop, stream.policy.refresh, stream.choose)
         self._open(batch, device)
@@ -64,6 +65,8 @@ class PendingForward:
             stream.observer.rebase(delta)
         self._observe_attention()
         self._crossing = _crossing(stream, ring, self.steps)
+        self._copies = self._crossing if isinstance(self._crossing, PinnedCopies) else None
+        self._device = ring.keys.get_device()
         ring.open(tokens)
         if stream.sliding:
             stream.sliding.make_room(tokens, ring.base)
@@ -96,14 +99,16 @@ class PendingForward:
         ValueError
             If the model's dtype or device is not that of the buffers.
         """
-        check_entries(self.stream.spec, keys, self.ring.keys.device)
+        spec = self.stream.spec
+        if not self._layers_written or keys.dtype is not spec.dtype or keys.get_device() != self._device:
+            check_entries(spec, keys, self.ring.keys.device)
         self._layers_written += 1
-        buffers, row = self.stream.buffers_of(layer)
-        assert buffers is not None, "allocated when the forward began"
-        visible = buffers.write(row, keys, values)
-        if isinstance(self._crossing, PinnedCopies) and buffers is self.ring:
-            return self._crossing.extend(row, *visible)
-        return visible
+        row = spec.streaming_rows.get(layer)
+        if row is None:
+            assert self.stream.sliding is not None, "allocated when the forward began"
+            return self.stream.sliding.write(spec.sliding_rows[layer], keys, values)
+        visible = self.ring.write(row, keys, values)
+        return self._copies.extend(row, *visible) if self._copies is not None else visible
 
     def commit(self, logits: torch.Tensor | None) -> None:
         """The called model has returned: count the tokens, do the prunes inside the chunk, observe the logits.
@@ -132,11 +137,11 @@ class PendingForward:
         self._fill_channels(log_probs)
         if stream.seen_ids:
             stream.seen_ids.append(None if self.input_ids is None else self.input_ids[:, : self.tokens])
-        self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()))
+        self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()) if self.tokens > 1 else 0)
         if stream.sliding:
             stream.sliding.advance(self.tokens)
         stream.schedule, stream.last_steps = self.schedule, self.steps
-        stream.events += int(self.steps.event.sum())
+        stream.events += int(np.count_nonzero(self.steps.event))
 
     def _observe(self, log_probs: torch.Tensor) -> None:
         """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.
@@ -164,6 +169,8 @@ class PendingForward:
     def _fill_channels(self, log_probs: torch.Tensor | None) -> None:
         """What is kept of every new token besides key and value; before the ring counts them."""
         ring, tokens = self.ring, self.tokens
+        if not ring.channels:
+            return
         drawn_from = None if log_probs is None else self._drawn_from(log_probs[:, :tokens])
         ids = None if self.input_ids is None else self.input_ids[:, :tokens]
         for name, known in token_channels(ring.channels, ids, drawn_from, self.stream.structure).items():
@@ -234,7 +241,7 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
         raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
     if stream.needs_logits and not has_logits:
         raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
-    if tokens > stream.max_chunk_tokens():
+    if tokens > 1 and tokens > stream.max_chunk_tokens():
         raise ValueError(
             f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now;"
             " feed them with cache.prefill(model, input_ids), or ask for the last logits only (logits_to_keep=1)"
@@ -243,7 +250,7 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
 
 def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | TwoFrames | None:
     """How a chunk crosses the prunes that fall inside it; None if none does."""
-    if not (stream.policy.plan_known and steps.drop[1:].any()):
+    if len(steps) == 1 or not (stream.policy.plan_known and steps.drop[1:].any()):
         return None
     ours = stream.spec.attention == "sdpa" and stream.spec.observable
     return TwoFrames(ring, steps) if ours else PinnedCopies(ring, Segments.of(steps))

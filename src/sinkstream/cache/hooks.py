@@ -335,9 +335,12 @@ def _before_decoder(module, args, kwargs=None):
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
     _check_frequencies(cache, module.rotary_emb)
     _check_weights(cache, module)
-    own = call_tokens(named, cache.row_seen or [0] * batch, batch, tokens)
+    own = None
+    if named.get("attention_mask") is not None or named.get("position_ids") is not None:
+        own = call_tokens(named, cache.row_seen or [0] * batch, batch, tokens)
     positions, mask = cache.begin_forward(batch, tokens, ids, given.device, own)
-    return (), named | {"position_ids": positions, "attention_mask": mask}
+    named["position_ids"], named["attention_mask"] = positions, mask
+    return (), named
 
 
 def _after_decoder(module, args, kwargs=None, output=None):
@@ -367,7 +370,9 @@ def _prefill_all_but_last_chunk(cache: HookedCache, model: PreTrainedModel, name
     Returns the call that is left, that of the last chunk; the same call if the tokens fit one call as they are.
     """
     ids = named.get("input_ids")
-    if ids is None or named.get("logits_to_keep") != 1 or ids.shape[1] <= cache.max_chunk_tokens():
+    if ids is None or ids.shape[1] == 1 or named.get("logits_to_keep") != 1:
+        return named
+    if ids.shape[1] <= cache.max_chunk_tokens():
         return named
     own = call_tokens(named, cache.row_seen or [0] * len(ids), *ids.shape)
     mask = None if own is None else named["attention_mask"][:, -ids.shape[1] :]
@@ -415,16 +420,15 @@ def _check_attention(made_for: str, now: str | None) -> None:
 def _check_frequencies(cache: HookedCache, rotary: nn.Module) -> None:
     """Refuse rotary frequencies that are not those the cache rotates by; compared whenever the module has new ones."""
     known = cache.spec.frequencies
-    now = tuple(getattr(rotary, name) for name in known)
-    same = len(now) == len(cache.checked_frequencies) and all(a is b for a, b in zip(now, cache.checked_frequencies))
-    if same or any(frequencies.is_meta for frequencies in now):
+    now = [getattr(rotary, name) for name in known]
+    if list(map(id, now)) == list(map(id, cache.checked_frequencies)) or any(one.is_meta for one in now):
         return
     if not all(torch.equal(a.detach().to("cpu", torch.float64), b) for a, b in zip(now, known.values())):
         raise ValueError(
             "the model's rotary frequencies changed after the cache was made (a model that was cast to half precision"
             " has rounded ones, also when it is cast back); load the model again, or make the cache again"
         )
-    cache.checked_frequencies = now
+    cache.checked_frequencies = tuple(now)
 
 
 def _check_weights(cache: HookedCache, decoder: nn.Module) -> None:

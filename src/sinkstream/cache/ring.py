@@ -27,6 +27,8 @@ from sinkstream.cache.pinned import (
 )
 from sinkstream.cache.rope import Rope
 
+AHEAD = 16  # prunes in a row for which pinned keys are rotated at once
+MOST_AHEAD = 8  # pinned entries that are rotated so: each is held that many times
 MOVED_PIECES = 4  # copies of all layers at once, rather than two of each layer
 
 
@@ -180,6 +182,8 @@ class SoftRing(RingBuffers):
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
         self.base = self.first_window = 0
         self.rebases = 0
+        self._ahead: tuple[int, torch.Tensor] | None = None  # first position, rotated keys for that and the next ones
+        self._latest_first: int | None = None  # position of the pinned entries when they were last written
 
     @property
     def pinned(self) -> int:
@@ -195,6 +199,7 @@ class SoftRing(RingBuffers):
     def bytes(self) -> int:
         """Memory held, in bytes: buffers, channels and pinned copies."""
         held = [self.keys, self.values, self.pinned_keys, self.pinned_values, *self.channels.values()]
+        held += [self._ahead[1]] if self._ahead else []
         return sum(t.numel() * t.element_size() for t in held)
 
     def load(
@@ -338,8 +343,7 @@ class SoftRing(RingBuffers):
 
     def pinned_phases(self) -> torch.Tensor:
         """Rotations of the pinned frame, relative to the base: it ends where the window begins."""
-        first = None if self.original_positions else self.first_window - self.pinned - self.base
-        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=first)
+        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=self._first_pinned_position)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
@@ -366,11 +370,43 @@ class SoftRing(RingBuffers):
     def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
         """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
         self.pinned_keys, self._pinned_pairs = keys, self.rope.pairs(keys)
+        self._ahead, self._latest_first = None, None
 
     def _write_pinned(self) -> None:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
-        slots = self._pinned_slots(self.keys)
-        write_rotated(self.rope, slots, self.pinned_keys, self.pinned_phases(), self._pinned_pairs)
+        slots, first = self._pinned_slots(self.keys), self._first_pinned_position
+        ahead = self._rotated_ahead(first)
+        if ahead is None:
+            write_rotated(self.rope, slots, self.pinned_keys, self.pinned_phases(), self._pinned_pairs)
+        else:
+            slots.copy_(ahead)
+        self._latest_first = first
         self._pinned_slots(self.values).copy_(self.pinned_values)
+
+    @property
+    def _first_pinned_position(self) -> int | None:
+        """Position of the first pinned entry; None: original positions."""
+        return None if self.original_positions else self.first_window - self.pinned - self.base
+
+    def _rotated_ahead(self, first: int | None) -> torch.Tensor | None:
+        """The pinned keys as they are written at that position, if it is one of several in a row.
+
+        A prune at every token moves them by one position. Then they are rotated for `AHEAD` such prunes at once, so
+        that a token takes one copy instead of a handful of kernels.
+        """
+        if first is None or self.pinned > MOST_AHEAD:
+            return None
+        begun, block = self._ahead or (first, None)
+        if block is not None and begun <= first < begun + AHEAD:
+            return block[first - begun]
+        if self._latest_first is None or first != self._latest_first + 1:
+            return None
+        phases = self.rope.phases_from(first, self.pinned + AHEAD - 1, self.keys.device).unfold(-2, self.pinned, 1)
+        phases = phases.movedim(-3, 0).transpose(-1, -2)  # (AHEAD, ..., pinned, rotary_dim / 2)
+        phases = phases if phases.ndim > 3 else phases[:, None, None, None]
+        block = self.keys.new_empty(AHEAD, *self.pinned_keys.shape)
+        write_rotated(self.rope, block, self.pinned_keys, phases, self._pinned_pairs)
+        self._ahead = (first, block)
+        return block[0]

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+AHEAD = 256  # positions whose rotations are computed before they are asked for
+
 
 class Rope:
     """The rotation of one model, with its own copy of the frequencies.
@@ -22,6 +24,7 @@ class Rope:
         self.rotary_dim = 2 * self.inv_freq.shape[-1]
         self._host_freq = self.inv_freq.numpy()
         self._on: dict[torch.device, torch.Tensor] = {}
+        self._blocks: dict[torch.device, tuple[int, int, torch.Tensor]] = {}  # first position, how many, phases
         rows = [] if self.inv_freq.ndim == 1 else [tuple(row.flatten().tolist()) for row in self.inv_freq]
         of_frequencies = {row: Rope(torch.tensor(row, dtype=torch.float64)) for row in rows}
         self._layers = [of_frequencies[row] for row in rows]
@@ -58,15 +61,23 @@ class Rope:
         return self._on[device]
 
     def phases_from(self, first: int, count: int, device: torch.device) -> torch.Tensor:
-        """Rotations of `count` positions in a row, computed on the host: one small copy beats many launches.
+        """Rotations of `count` positions in a row, not to be written to.
+
+        They are computed on the host, for `AHEAD` further positions too: a strict policy asks for the next one at every
+        token, and a copy to the device would make the host wait for it.
 
         Returns
         -------
         Tensor, (count, rotary_dim / 2), complex64, on `device`
             Of each layer where layers differ.
         """
-        angle = np.arange(first, first + count, dtype=np.float64)[:, None] * self._host_freq
-        return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
+        start, size, block = self._blocks.get(device, (0, 0, None))
+        if block is None or not start <= first <= first + count <= start + size:
+            start, size = first, count + AHEAD
+            angle = np.arange(start, start + size, dtype=np.float64)[:, None] * self._host_freq
+            block = torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
+            self._blocks[device] = (start, size, block)
+        return block.narrow(-2, first - start, count)
 
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations of any positions: complex64, ``(..., rotary_dim / 2)``; see `angles`."""
@@ -79,9 +90,8 @@ class Rope:
 
     def write_rotated(self, out: torch.Tensor, pairs: torch.Tensor, phases: torch.Tensor) -> None:
         """Rotate `pairs` by `phases` and write them over the rotary dimensions of `out`, in its dtype; few kernels."""
-        half, rotated = self.rotary_dim // 2, pairs * phases
-        out.narrow(-1, 0, half).copy_(rotated.real)
-        out.narrow(-1, half, half).copy_(rotated.imag)
+        halves = out.narrow(-1, 0, self.rotary_dim).unflatten(-1, (2, self.rotary_dim // 2))
+        halves.copy_(torch.view_as_real(pairs * phases).transpose(-1, -2))
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate forward by the given angles.

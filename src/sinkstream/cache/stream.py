@@ -1,6 +1,7 @@
 """`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ class Stream(SharedBuffers):
         """Entries cached now."""
         return self.ring.live if self.ring else 0
 
-    @property
+    @cached_property
     def needs_logits(self) -> bool:
         """Whether the policy must see the logits of every token."""
         return bool({"risk", "nll", "entropy"} & self.policy.needs)

@@ -222,15 +222,12 @@ class StreamingCache(CopiedCache):
         """Write new entries ``(batch, kv_heads, new, head_dim)`` of one layer; returns what its queries may see."""
         if self.compiled:
             return key_states, value_states  # attention writes them
-        return self._write(layer_idx, key_states, value_states)
-
-    def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
         if self._pending is None:
             raise ValueError(
                 "this cache is not attached to the model that is using it;"
                 " make one with StreamingCache.for_model(model, …)"
             )
-        return self._pending.write(layer, keys, values)
+        return self._pending.write(layer_idx, key_states, value_states)
 
     # ---- the life of one forward, driven by the hooks ----
 
@@ -241,8 +238,10 @@ class StreamingCache(CopiedCache):
         if self._pending is not None:  # left by an interrupted call of the causal model; this one is of the decoder
             self.abort_forward()
         check_forward(self.stream, batch, tokens, input_ids, has_logits=self._in_model)
-        self.stream = parted(self.stream, batch, own, device)
-        check_forward(self.stream, batch, tokens, input_ids, has_logits=self._in_model)
+        stream = parted(self.stream, batch, own, device)
+        if stream is not self.stream:
+            self.stream = stream
+            check_forward(stream, batch, tokens, input_ids, has_logits=self._in_model)
         pending = self._pending = begun(self.stream, batch, tokens, input_ids, device, own)
         return pending.positions, pending.write_in_attention() if self.compiled else pending.mask
 

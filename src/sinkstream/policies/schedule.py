@@ -50,7 +50,8 @@ class Steps(Sequence[Step]):
     @classmethod
     def of(cls, steps: Sequence[Step]) -> "Steps":
         """The same steps, in arrays."""
-        return cls(*(np.array([getattr(s, name) for s in steps]) for name in ("drop", "event", "visible")))
+        drops, events, visible = [s.drop for s in steps], [s.event for s in steps], [s.visible for s in steps]
+        return cls(np.array(drops), np.array(events), np.array(visible))
 
     def __len__(self) -> int:
         return len(self.drop)
@@ -129,6 +130,8 @@ class PruneSchedule:
         Stretches without a drop are counted at once, and what follows a state that has been met before is repeated:
         the work of the host does not grow with the prunes.
         """
+        if tokens == 1:
+            return Steps.of([self.step()])
         drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
         before, done = self.cached, 0
         periodic = all(trigger.periodic for trigger in self.policy.triggers)
