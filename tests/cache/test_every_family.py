@@ -357,3 +357,47 @@ def test_the_engine_serves_a_mistral_whose_window_is_moot():
 def test_the_oracle_knows_which_layers_slide():
     assert all(any(Network(build(f)).windows) for f in HYBRID)
     assert not any(any(Network(build(f)).windows) for f in FAMILIES if f not in HYBRID)
+
+
+@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("place", [3, 90])
+def test_a_hybrid_models_cache_goes_on_from_a_file_and_in_a_fork(family, place, tmp_path):
+    """Bit for bit, before sliding layers let entries go and after; a fork does not disturb what it was made of."""
+    model, ids, path = build(family), text(TOKENS)[None], tmp_path / "stream.safetensors"
+    cache = make_cache(model, small_policy("lazy"))
+    feed(model, cache, ids[:, :place])
+    cache.save(path)
+    loaded, fork = StreamingCache.load(model, path), cache.fork()
+    feed(model, fork, ids.flip(1)[:, :40])
+    expected = feed(model, cache, ids[:, place:], [1, 1, 20, 30])
+    assert torch.equal(feed(model, loaded, ids[:, place:], [1, 1, 20, 30]), expected)
+    assert loaded.stats() == cache.stats()
+
+
+def test_a_file_of_another_sliding_window_is_refused(tmp_path):
+    model, path = build("gemma3"), tmp_path / "stream.safetensors"
+    cache = make_cache(model, small_policy("lazy"))
+    feed(model, cache, text(60)[None])
+    cache.save(path)
+    model.config.sliding_window = WINDOW + 1
+    with pytest.raises(
+        ValueError, match=f"another model: sliding_window={WINDOW}; accepted: sliding_window={WINDOW + 1}"
+    ):
+        StreamingCache.load(model, path)
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_rows_of_a_hybrid_model_can_be_selected(family):
+    """In another order, and one alone: what sliding layers hold goes with them."""
+    model, first, second = build(family), text(TOKENS), text(TOKENS).flip(0)
+    options = small_policy("lazy")
+    cache = make_cache(model, options)
+    feed(model, cache, torch.stack([first, second])[:, :90], [45, 45])
+    alone = cache.fork()
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    alone.batch_select_indices(torch.tensor([1]))
+    swapped = feed(model, cache, torch.stack([second, first])[:, 90:], [30, 30])
+    expected = feed(model, make_cache(model, options), second[None], [45, 45, 30, 30])[:, 90:]
+    assert torch.allclose(swapped[:1], expected, atol=1e-4)
+    assert torch.allclose(feed(model, alone, second[None, 90:], [30, 30]), expected, atol=1e-4)
+    assert not torch.allclose(swapped[1:], expected, atol=1e-2)

@@ -5,8 +5,8 @@ import tiny_model
 import torch
 
 from sinkstream import StreamingCache
-from sinkstream.cache import ring as ring_module
-from sinkstream.cache.ring import AHEAD, MOVED_PIECES, RingBuffers
+from sinkstream.cache import stream
+from sinkstream.cache.ring import MOVED_PIECES, RingBuffers
 from sinkstream.compat import with_cache
 
 
@@ -29,13 +29,13 @@ def test_what_is_cached_is_the_same_at_another_place(start, live, forward):
 
 @torch.no_grad()
 def rotated_sinks(model) -> tuple[list[torch.Tensor], set[int]]:
-    """The sinks' keys of a strict stream after each of 70 tokens, and the bytes that were held over the last 40."""
+    """The sinks' keys of a strict stream after each of 70 tokens, and the bytes held since the first prune."""
     cache = StreamingCache.for_model(model, sink=3, window=9)
     keys, held = [], set()
     for i, token in enumerate(torch.randint(0, 90, (1, 70), generator=torch.Generator().manual_seed(0)).split(1, 1)):
         model(token, **with_cache(model, cache))
         keys.append(cache.stream.ring.stored["keys"][..., :3, :].clone())
-        held |= {cache.stats()["bytes"]} if i >= 30 else set()
+        held |= {cache.stats()["bytes"]} if i >= 12 else set()
     cache.close()
     return keys, held
 
@@ -46,7 +46,7 @@ def test_keys_that_are_rotated_ahead_are_those_rotated_one_at_a_time(family, mon
     model = tiny_model.tiny_model(family).to(torch.bfloat16)
     ahead, held = rotated_sinks(model)
     assert len(held) == 1, "constant"
-    monkeypatch.setattr(ring_module, "MOST_AHEAD", 0)
+    monkeypatch.setattr(stream, "MOST_AHEAD", 0)
     alone, _ = rotated_sinks(model)
-    assert 3 * AHEAD < 70 and all(map(torch.equal, ahead, alone))
+    assert 3 * stream.AHEAD < 70 and all(map(torch.equal, ahead, alone))
     assert not torch.equal(alone[40], alone[41])

@@ -165,11 +165,6 @@ class CopiedCache(BatchedCache):
 
     def _attached_model(self, wanted: str) -> Any:
         """The model that the cache was made for. Raises ValueError if the cache is closed, or the model is gone."""
-        if self.spec.sliding is not None:
-            raise ValueError(
-                f"a cache of {self.spec.family} with sliding layers cannot be {wanted}; accepted: models whose layers"
-                " all stream under the policy"
-            )
         model = None if self.model is None else self.model()
         if model is None:
             raise ValueError(

@@ -27,8 +27,6 @@ from sinkstream.cache.pinned import (
 )
 from sinkstream.cache.rope import Rope
 
-AHEAD = 16  # prunes in a row for which pinned keys are rotated at once
-MOST_AHEAD = 8  # pinned entries that are rotated so: each is held that many times
 MOVED_PIECES = 4  # copies of all layers at once, rather than two of each layer
 
 
@@ -155,6 +153,8 @@ class SoftRing(RingBuffers):
         Relative position past which a wrap rebases the window.
     positions : int or None
         How many positions there are: the window is rebased before a new token would stand past them.
+    ahead : int
+        Prunes at consecutive tokens for which the sinks are rotated at once; 0 where prunes are rarer.
     shape, dtype, device, channels, storage
         As for `RingBuffers`.
     """
@@ -172,6 +172,7 @@ class SoftRing(RingBuffers):
         channels: list[Channel],
         storage: tuple[torch.Tensor, torch.Tensor] | None = None,
         positions: int | None = None,
+        ahead: int = 0,
     ):
         super().__init__(shape, dtype, device, channels, storage)
         layers, batch, heads, _, dim = shape
@@ -182,8 +183,9 @@ class SoftRing(RingBuffers):
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
         self.base = self.first_window = 0
         self.rebases = 0
-        self._ahead: tuple[int, torch.Tensor] | None = None  # first position, rotated keys for that and the next ones
-        self._latest_first: int | None = None  # position of the pinned entries when they were last written
+        self.ahead = ahead
+        self._ahead_first: int | None = None  # position of the pinned entries in the first of `_ahead_keys`
+        self._new_ahead_keys()
 
     @property
     def pinned(self) -> int:
@@ -198,9 +200,14 @@ class SoftRing(RingBuffers):
     @property
     def bytes(self) -> int:
         """Memory held, in bytes: buffers, channels and pinned copies."""
-        held = [self.keys, self.values, self.pinned_keys, self.pinned_values, *self.channels.values()]
-        held += [self._ahead[1]] if self._ahead else []
+        held = [self.keys, self.values, self.pinned_keys, self.pinned_values, self._ahead_keys]
+        held += self.channels.values()
         return sum(t.numel() * t.element_size() for t in held)
+
+    def copy_buffers(self) -> None:
+        super().copy_buffers()
+        with torch.inference_mode(False):
+            self._new_ahead_keys()
 
     def load(
         self,
@@ -330,6 +337,7 @@ class SoftRing(RingBuffers):
         """Keep these rows of the batch, ``(any,)`` int64, in copies."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
         self.channels = {name: channel.index_select(1, rows) for name, channel in self.channels.items()}
+        self._new_ahead_keys()
         self.take_pinned(self, rows)
 
     def take_pinned(self, other: "SoftRing", rows: torch.Tensor) -> None:
@@ -370,7 +378,7 @@ class SoftRing(RingBuffers):
     def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
         """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
         self.pinned_keys, self._pinned_pairs = keys, self.rope.pairs(keys)
-        self._ahead, self._latest_first = None, None
+        self._ahead_first = None
 
     def _write_pinned(self) -> None:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
@@ -382,7 +390,6 @@ class SoftRing(RingBuffers):
             write_rotated(self.rope, slots, self.pinned_keys, self.pinned_phases(), self._pinned_pairs)
         else:
             slots.copy_(ahead)
-        self._latest_first = first
         self._pinned_slots(self.values).copy_(self.pinned_values)
 
     @property
@@ -391,22 +398,24 @@ class SoftRing(RingBuffers):
         return None if self.original_positions else self.first_window - self.pinned - self.base
 
     def _rotated_ahead(self, first: int | None) -> torch.Tensor | None:
-        """The pinned keys as they are written at that position, if it is one of several in a row.
+        """The pinned keys as they are written at that position, and at the next ones before they are asked for.
 
-        A prune at every token moves them by one position. Then they are rotated for `AHEAD` such prunes at once, so
-        that a token takes one copy instead of a handful of kernels.
+        A prune at every token moves them by one position. So they are rotated for `ahead` prunes at once, and a token
+        takes one copy instead of a handful of kernels. None where that is not so.
         """
-        if first is None or self.pinned > MOST_AHEAD:
+        if not self.ahead or first is None or self.pinned != self.sink:
             return None
-        begun, block = self._ahead or (first, None)
-        if block is not None and begun <= first < begun + AHEAD:
-            return block[first - begun]
-        if self._latest_first is None or first != self._latest_first + 1:
-            return None
-        phases = self.rope.phases_from(first, self.pinned + AHEAD - 1, self.keys.device).unfold(-2, self.pinned, 1)
-        phases = phases.movedim(-3, 0).transpose(-1, -2)  # (AHEAD, ..., pinned, rotary_dim / 2)
-        phases = phases if phases.ndim > 3 else phases[:, None, None, None]
-        block = self.keys.new_empty(AHEAD, *self.pinned_keys.shape)
-        write_rotated(self.rope, block, self.pinned_keys, phases, self._pinned_pairs)
-        self._ahead = (first, block)
-        return block[0]
+        if self._ahead_first is None or not self._ahead_first <= first < self._ahead_first + self.ahead:
+            phases = self.rope.phases_from(first, self.pinned + self.ahead - 1, self.keys.device)
+            phases = phases.unfold(-2, self.pinned, 1).movedim(-3, 0).transpose(-1, -2)  # (ahead, …, pinned, pairs)
+            phases = phases if phases.ndim > 3 else phases[:, None, None, None]
+            write_rotated(self.rope, self._ahead_keys, self.pinned_keys, phases, self._pinned_pairs)
+            self._ahead_first = first
+        return self._ahead_keys[first - self._ahead_first]
+
+    def _new_ahead_keys(self) -> None:
+        """Room for the pinned keys of `ahead` prunes."""
+        layers, batch, heads, _, dim = self.keys.shape
+        shape = (self.ahead, layers, batch, heads, self.sink, dim)
+        self._ahead_keys = torch.zeros(shape, dtype=self.keys.dtype, device=self.keys.device)
+        self._ahead_first = None

@@ -178,6 +178,7 @@ def row_stream(source: Stream, row: int, storage: tuple[torch.Tensor, torch.Tens
         rebase_at=old.rebase_at,
         channels=[],
         storage=storage,
+        ahead=old.ahead,
     )
     ring.take_pinned(old, index)
     ring.channels = {name: channel[:, one].clone() for name, channel in old.channels.items()}
@@ -201,6 +202,8 @@ def selected(stream: Stream, indices: torch.Tensor) -> Stream:
         rows = indices.to(ring.keys.device)
         stream.own()  # nobody else reads the buffers any more
         ring.select(rows)
+        if stream.sliding is not None:
+            stream.sliding.select(rows)
         if stream.seen_ids is not None:
             stream.seen_ids = stream.seen_ids.take(rows)
         if stream.observer is not None:

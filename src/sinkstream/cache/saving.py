@@ -51,8 +51,10 @@ def stream_record(stream: Stream, model: dict) -> SavedStream:
     own = ("keys", "values")
     saved.tensors = {n if n in own else f"channel_{n}": t for n, t in ring.stored.items()}
     saved.tensors |= {"pinned_keys": ring.pinned_keys, "pinned_positions": ring.pinned_positions}
+    if stream.sliding is not None:
+        saved.tensors |= {f"sliding_{name}": t for name, t in stream.sliding.needed.items()}
     if observer is not None and observer.queries:
-        saved.tensors["queries"] = torch.stack([observer.queries[i] for i in range(stream.spec.layers)])
+        saved.tensors["queries"] = torch.stack([observer.queries[i] for i in range(len(stream.spec.full_layers))])
     if stream.log_probs is not None:
         saved.tensors["log_probs"] = stream.log_probs
     if stream.seen_ids is not None:
@@ -78,7 +80,7 @@ def fill_stream(stream: Stream, saved: SavedStream, path: str | Path, device: to
         return
     logits = saved.tensors.get("logits") if UNCERTAINTY & stream.policy.needs else None
     ring = stream.resume(schedule, device, batch=c.rows, logits=None if logits is None else logits.to(device))
-    lead = stream.spec.layers, c.rows, stream.spec.kv_heads
+    lead = len(stream.spec.full_layers), c.rows, stream.spec.kv_heads
     pinned_keys = saved.tensor("pinned_keys", *lead, 0, stream.spec.head_dim)
     pinned_positions = saved.tensor("pinned_positions", 1, 1, 1, 0, dtype=torch.int64)
     with torch.inference_mode(False):  # as the buffers
@@ -91,6 +93,10 @@ def fill_stream(stream: Stream, saved: SavedStream, path: str | Path, device: to
             pinned_positions=pinned_positions.to(device) if c.pruned else None,
             start=c.start if c.start + c.kept <= ring.capacity else 0,
         )
+        if stream.sliding is not None:
+            none = len(stream.sliding.keys), c.rows, stream.spec.kv_heads, 0, stream.spec.head_dim
+            keys, values = (saved.tensor(f"sliding_{name}", *none) for name in ("keys", "values"))
+            stream.sliding.load(keys, values, c.base)
     ring.rebases, stream.events, stream.seen_ids = c.rebases, c.events, seen_ids
     if stream.observer is not None:
         stream.observer.scaling = saved.scaling

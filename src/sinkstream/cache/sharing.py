@@ -8,6 +8,7 @@ from typing import Self
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 
@@ -15,6 +16,7 @@ class SharedBuffers:
     """The part of `Stream` that forks it."""
 
     ring: SoftRing | None
+    sliding: SlidingRing | None
     observer: AttentionObserver | None
     schedule: PruneSchedule
     seen_ids: SeenTokens | None
@@ -41,6 +43,7 @@ class SharedBuffers:
             return other
         other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
         other.ring = ring.twin()
+        other.sliding = None if self.sliding is None else self.sliding.twin()
         if observer is not None:
             other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)
             other.observer.accumulate, other.observer.scaling = observer.accumulate, observer.scaling
@@ -58,6 +61,8 @@ class SharedBuffers:
         if self.shares:
             assert self.ring is not None, "what is shared is there"
             self.ring.copy_buffers()
+            if self.sliding is not None:
+                self.sliding.copy_buffers()
             self.seen_ids = self.seen_ids.copy() if self.seen_ids is not None else None
         self._leave()
 

@@ -6,7 +6,7 @@ ids of the forward with the layers that stream under the policy, and are set bac
 
 import torch
 
-from sinkstream.cache.pinned import turned_back
+from sinkstream.cache.pinned import SLOT_AXIS, turned_back
 from sinkstream.cache.ring import RingBuffers
 from sinkstream.cache.rope import Rope
 
@@ -56,6 +56,23 @@ class SlidingRing(RingBuffers):
                 live = layer[:, :, self.start : self.tail]
                 live.copy_(turned_back(self.rope.layer(row), live, base - self.base))
             self.base = base
+
+    @property
+    def needed(self) -> dict[str, torch.Tensor]:
+        """Keys and values that coming queries see: views ``(layers, batch, kv_heads, below window, head_dim)``."""
+        count = min(self.live, self.window - 1)
+        return {name: stored[..., self.live - count :, :] for name, stored in self.stored.items()}
+
+    def load(self, keys: torch.Tensor, values: torch.Tensor, base: int) -> None:
+        """Take over what `needed` gave, on any device, with keys rotated relative to `base`; the ring must be empty."""
+        assert self.tail == 0, f"{self.live} entries are cached already"
+        self.base, self.tail = base, keys.shape[SLOT_AXIS]
+        self.stored["keys"].copy_(keys)
+        self.stored["values"].copy_(values)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch, ``(any,)`` int64, in copies."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
 
     def advance(self, tokens: int) -> None:
         """Count the entries that were written at the tail."""

@@ -19,6 +19,8 @@ from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 SETTINGS = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 REBASE_AT_HALF = 8_192  # such an angle is off by less than what a rebase rounds off every key of the window
+AHEAD = 16  # prunes at consecutive tokens for which the sinks are rotated at once
+MOST_AHEAD = 8  # sinks that are held that many times
 SPECULATE = 16  # tokens past the sure ones: a forward of so few costs hardly more than one of a single token
 
 
@@ -195,6 +197,7 @@ class Stream(SharedBuffers):
                 rebase_at=max(0, self.rebase_at - self.block_tokens),  # a block runs that much further
                 channels=kept_channels(policy),
                 positions=spec.original_length,
+                ahead=self._prunes_ahead,
             )
             if spec.sliding:
                 self.sliding = SlidingRing(
@@ -245,6 +248,13 @@ class Stream(SharedBuffers):
         assert ring is not None and scorer is not None, "a refresh scores the tokens that are cached"
         queries = observer.latest() if observer is not None and "attention" in scorer.needs else None
         return refresh(ring.held(), leaving, scorer, self.policy.refresh, queries)
+
+    @property
+    def _prunes_ahead(self) -> int:
+        """Prunes at consecutive tokens for which the sinks are rotated at once; 0 where prunes are rarer."""
+        policy = self.policy
+        strict = policy.growth == 0 and not policy.refresh and self.positions == "cache"
+        return AHEAD if strict and policy.sink <= MOST_AHEAD else 0
 
     def _sliding_capacity(self) -> int:
         """Slots of the ring of the layers with a window of their own, as `capacity` of the others."""

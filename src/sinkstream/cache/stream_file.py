@@ -87,7 +87,9 @@ class SavedStream:
     seen : dict or None
         ``hashed`` and ``complete`` of `SeenTokens`; None where the ids of the stream are not known.
     tensors : dict of Tensor
-        keys, values : (layers, rows, kv_heads, kept, head_dim), dtype of the model.
+        keys, values : (layers, rows, kv_heads, kept, head_dim), dtype of the model; `layers` are those that stream.
+        sliding_keys, sliding_values : (sliding layers, rows, kv_heads, at most window - 1, head_dim), likewise; of
+            models with layers that slide.
         pinned_keys : (layers, rows, kv_heads, pinned, head_dim), float32, not rotated.
         pinned_positions : (layers or 1, rows or 1, kv_heads or 1, pinned), int64, token indices.
         channel_NAME : (layers or 1, rows, kv_heads or 1, kept), float32.
@@ -142,6 +144,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 def identity(spec: ModelSpec, weights: str) -> dict[str, Any]:
     """What identifies a model: family, shape, dtype, and `weights`, its fingerprint."""
     shape = {name: getattr(spec, name) for name in ("family", "layers", "query_heads", "kv_heads", "head_dim")}
+    if spec.sliding is not None:
+        shape |= {"sliding_window": spec.sliding.window, "sliding_layers": list(spec.sliding.layers)}
     return shape | {"dtype": str(spec.dtype).removeprefix("torch."), "weights": weights}
 
 
@@ -179,15 +183,18 @@ def check_fits(
 def check_tensors(saved: SavedStream, path: str | Path, spec: ModelSpec, policy: EvictionPolicy) -> None:
     """Raise ValueError if a tensor is missing, or of another shape or dtype than the header says."""
     c, dtype, f32 = saved.counts, spec.dtype, torch.float32
-    heads, queries = (spec.layers, c.rows, spec.kv_heads), 0
+    heads, queries = (len(spec.full_layers), c.rows, spec.kv_heads), 0
     if policy.scorer is not None:
         queries = min(c.seen, policy.scorer.observed_queries)
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "keys": ((*heads, c.kept, spec.head_dim), dtype),
         "values": ((*heads, c.kept, spec.head_dim), dtype),
         "pinned_keys": ((*heads, c.pinned, spec.head_dim), f32),
-        "queries": ((spec.layers, c.rows, spec.query_heads, queries, spec.head_dim), dtype),
+        "queries": ((heads[0], c.rows, spec.query_heads, queries, spec.head_dim), dtype),
     }
+    if spec.sliding is not None:
+        held = (len(spec.sliding.layers), *heads[1:], min(c.seen, spec.sliding.window - 1), spec.head_dim)
+        wanted |= dict.fromkeys(("sliding_keys", "sliding_values"), (held, dtype))
     for channel in kept_channels(policy):
         lead = (heads[0], c.rows, heads[2]) if channel.per_head else (1, c.rows, 1)
         wanted[f"channel_{channel.name}"] = ((*lead, c.kept), f32)
