@@ -14,6 +14,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "cache/test_fork.py": ("hooks_count", "held_once"),
     "cache/test_generate.py": ("while_nothing_is_evicted", "beam_search"),
     "cache/test_interface.py": ("no_public_name", "allocated_early"),
+    "cache/test_live_caches.py": ("takes_three_calls", "refuses_logits"),
     "cache/test_ring.py": (),
     "cache/test_saving.py": ("truncated", "not_fed"),
     "cache/test_rows.py": ("agrees_with_the_oracle[strict", "needs_no_mask", "are_not_masked_are_seen"),

@@ -54,7 +54,8 @@ def token_channels(
     Returns
     -------
     dict of Tensor, (batch, tokens), float32
-        By name; NLL and entropy in nats, 0 for the first token of a stream.
+        By name; NLL and entropy in nats, 0 for the first token of a stream and where they are not a number: a token of
+        which nothing is known is not pinned for it.
     """
     found = {}
     if "structure" in names:
@@ -66,4 +67,6 @@ def token_channels(
     if "entropy" in names:
         assert log_probs is not None, "entropy is read from the distribution"
         found["entropy"] = SIGNALS["entropy"](log_probs)
+    for name in UNCERTAINTY & found.keys():
+        found[name] = torch.where(found[name].isnan(), 0.0, found[name])
     return found

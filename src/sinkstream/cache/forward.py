@@ -18,6 +18,7 @@ from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.cache.stream import Stream
 from sinkstream.policies import SIGNALS, Step, Steps
+from sinkstream.policies.schedule import check_finite
 
 
 class PendingForward:
@@ -121,17 +122,27 @@ class PendingForward:
         Raises
         ------
         ValueError
-            If a layer wrote nothing.
+            If a layer wrote nothing, or an adaptive policy reads logits that are not finite.
         """
         check_written(self.stream.spec, self._layers_written)
-        self._count(logits)
+        self._read(logits)
+        self._count()
 
-    def _count(self, logits: torch.Tensor | None) -> None:
-        stream, begun, log_probs = self.stream, self.tokens, None
-        if stream.needs_logits:
-            assert logits is not None, "a policy that reads the logits is refused when the decoder is called alone"
-            log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
-            self._observe(log_probs)
+    def _read(self, logits: torch.Tensor | None) -> None:
+        """What the policy reads of the logits; the stream stays as it is. Raises ValueError if they are not finite."""
+        self._log_probs, self._risks = None, dict[str, list[float]]()
+        if not self.stream.needs_logits:
+            return
+        assert logits is not None, "a policy that reads the logits is refused when the decoder is called alone"
+        self._log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
+        for signal in self.stream.schedule.signals():
+            self._risks[signal] = SIGNALS[signal](self._log_probs).mean(0).tolist()
+            check_finite(signal, self._risks[signal], self.stream.seen)
+
+    def _count(self) -> None:
+        stream, begun, log_probs = self.stream, self.tokens, self._log_probs
+        if self._risks:
+            self._observe(self._risks)
         if stream.observer:
             stream.observer.commit(let_go=begun - self.tokens)
         self._fill_channels(log_probs)
@@ -143,17 +154,14 @@ class PendingForward:
         stream.schedule, stream.last_steps = self.schedule, self.steps
         stream.events += int(np.count_nonzero(self.steps.event))
 
-    def _observe(self, log_probs: torch.Tensor) -> None:
-        """Step and observe token by token, where triggers look at the logits; the first prune on the way ends it.
+    def _observe(self, risks: dict[str, list[float]]) -> None:
+        """Step and observe token by token; the first prune on the way ends it.
 
         Parameters
         ----------
-        log_probs : Tensor, (batch, tokens, vocab)
-            Predicted by the forward.
+        risks : dict of list of float
+            Signal -> risk after every token.
         """
-        risks = {signal: SIGNALS[signal](log_probs).mean(0).tolist() for signal in self.stream.schedule.signals()}
-        if not risks:
-            return
         schedule, steps = self.stream.schedule, list[Step]()
         for i in range(self.tokens):
             ahead = schedule.copy()

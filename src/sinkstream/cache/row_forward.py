@@ -59,9 +59,13 @@ class RowForward(PendingForward):
         """Position id of the column that the row's first token would have if its pads were tokens."""
         return self.ring.seen - self.ring.base - self.pads
 
-    def count(self, logits: torch.Tensor | None) -> None:
-        """Take over the row's tokens, given the logits ``(1, columns, vocab)`` of the row where they are read."""
-        self._count(None if logits is None else logits[:, self.pads :])
+    def read(self, logits: torch.Tensor | None) -> None:
+        """What the policy reads of the logits ``(1, columns, vocab)`` of the row, where it does. Raises ValueError."""
+        self._read(None if logits is None else logits[:, self.pads :])
+
+    def count(self) -> None:
+        """Take over the row's tokens."""
+        self._count()
 
 
 class RowsForward:
@@ -182,7 +186,9 @@ class RowsForward:
         """The called model has returned: count the tokens of every row. As `PendingForward.commit`."""
         check_written(self.stream.spec, self._layers_written)
         for i, part in self.parts.items():
-            part.count(None if logits is None else logits[i : i + 1])
+            part.read(None if logits is None else logits[i : i + 1])
+        for part in self.parts.values():
+            part.count()
         longest = max(self.parts.values(), key=lambda part: part.tokens)
         self.stream.appended(self.tokens, longest.steps)
 

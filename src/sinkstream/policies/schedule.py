@@ -4,6 +4,7 @@ Time is counted in appended tokens. Just before a token is appended, n counts th
 a trigger is due the drop happens first, so that no token's attention ever sees more than the cap.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -202,7 +203,14 @@ class PruneSchedule:
             trigger.rewind(state, self.seen)
 
     def observe(self, signal: str, risk: float) -> None:
-        """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it."""
+        """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it.
+
+        Raises
+        ------
+        ValueError
+            If the signal is no finite number: a running quantile would never be a number again.
+        """
+        check_finite(signal, [risk])
         for trigger, state in zip(self.policy.triggers, self._states):
             if trigger.signal == signal:
                 trigger.observe(state, risk)
@@ -210,3 +218,15 @@ class PruneSchedule:
     def signals(self) -> set[str]:
         """Names of the risk signals that must be observed after every token."""
         return {t.signal for t in self.policy.triggers if t.signal}
+
+
+def check_finite(signal: str, risks: Sequence[float], first: int | None = None) -> None:
+    """Raise ValueError unless the risk signals of tokens ``first``, ``first + 1``, … are finite numbers."""
+    wrong = next((i for i, risk in enumerate(risks) if not math.isfinite(risk)), None)
+    if wrong is not None:
+        where = "" if first is None else f" after token {first + wrong} of the stream"
+        raise ValueError(
+            f"the logits{where} are not finite, and an adaptive policy reads them"
+            f" ({signal}={risks[wrong]}); accepted: a model whose logits are finite (a wider dtype where half precision"
+            " overflows), or a policy that does not read them"
+        )

@@ -24,8 +24,10 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor, (...)
+        Not a number where a log-probability is not.
     """
-    return -(log_probs.exp() * log_probs).nansum(-1)
+    bounded = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 times minus infinity is 0 here
+    return -(log_probs.exp() * bounded).sum(-1)
 
 
 @SIGNALS.register("top1")
