@@ -12,6 +12,7 @@ from transformers import DynamicCache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.cache import SoftRing, StreamingCache
+from sinkstream.cache.ahead import KeysAhead
 from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, SCORERS, Candidates, EvictionPolicy, Scorer
 
@@ -331,8 +332,8 @@ class Collect(BaseStreamer):
 
 
 def shift_pinned_frame(monkeypatch) -> None:
-    """A control: pinned keys lie one position beside their place."""
-    phases = SoftRing.pinned_phases
+    """A control: pinned keys lie one position beside their place, also those that are rotated ahead."""
+    phases, at = SoftRing.pinned_phases, KeysAhead.at
 
     def off_by_one(ring):
         ring.first_window += 1
@@ -342,3 +343,6 @@ def shift_pinned_frame(monkeypatch) -> None:
             ring.first_window -= 1
 
     monkeypatch.setattr(SoftRing, "pinned_phases", off_by_one)
+    monkeypatch.setattr(
+        KeysAhead, "at", lambda ahead, first, *more: at(ahead, None if first is None else first + 1, *more)
+    )

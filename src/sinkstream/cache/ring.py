@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 
+from sinkstream.cache.ahead import KeysAhead
 from sinkstream.cache.channels import Channel
 from sinkstream.cache.pinned import (
     SLOT_AXIS,
@@ -181,11 +182,8 @@ class SoftRing(RingBuffers):
         self.pinned_keys = torch.zeros((layers, batch, heads, 0, dim), dtype=torch.float32, device=device)
         self.pinned_values = torch.zeros((layers, batch, heads, 0, dim), dtype=dtype, device=device)
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
-        self.base = self.first_window = 0
-        self.rebases = 0
-        self.ahead = ahead
-        self._ahead_first: int | None = None  # position of the pinned entries in the first of `_ahead_keys`
-        self._new_ahead_keys()
+        self.base = self.first_window = self.rebases = 0
+        self.ahead = KeysAhead(ahead, self.keys, sink, rope)
 
     @property
     def pinned(self) -> int:
@@ -200,14 +198,12 @@ class SoftRing(RingBuffers):
     @property
     def bytes(self) -> int:
         """Memory held, in bytes: buffers, channels and pinned copies."""
-        held = [self.keys, self.values, self.pinned_keys, self.pinned_values, self._ahead_keys]
-        held += self.channels.values()
-        return sum(t.numel() * t.element_size() for t in held)
+        held = [self.keys, self.values, self.pinned_keys, self.pinned_values, *self.channels.values()]
+        return self.ahead.bytes + sum(t.numel() * t.element_size() for t in held)
 
     def copy_buffers(self) -> None:
         super().copy_buffers()
-        with torch.inference_mode(False):
-            self._new_ahead_keys()
+        self.ahead = self.ahead.anew(self.keys)
 
     def load(
         self,
@@ -337,7 +333,7 @@ class SoftRing(RingBuffers):
         """Keep these rows of the batch, ``(any,)`` int64, in copies."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
         self.channels = {name: channel.index_select(1, rows) for name, channel in self.channels.items()}
-        self._new_ahead_keys()
+        self.ahead = self.ahead.anew(self.keys)
         self.take_pinned(self, rows)
 
     def take_pinned(self, other: "SoftRing", rows: torch.Tensor) -> None:
@@ -351,7 +347,8 @@ class SoftRing(RingBuffers):
 
     def pinned_phases(self) -> torch.Tensor:
         """Rotations of the pinned frame, relative to the base: it ends where the window begins."""
-        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=self._first_pinned_position)
+        first = None if self.original_positions else self.first_window - self.pinned - self.base
+        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=first)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
@@ -378,44 +375,17 @@ class SoftRing(RingBuffers):
     def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
         """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
         self.pinned_keys, self._pinned_pairs = keys, self.rope.pairs(keys)
-        self._ahead_first = None
+        self.ahead.forget()
 
     def _write_pinned(self) -> None:
         """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
         if self.pinned == 0:
             return
-        slots, first = self._pinned_slots(self.keys), self._first_pinned_position
-        ahead = self._rotated_ahead(first)
-        if ahead is None:
-            write_rotated(self.rope, slots, self.pinned_keys, self.pinned_phases(), self._pinned_pairs)
-        else:
+        slots, keys, pairs = self._pinned_slots(self.keys), self.pinned_keys, self._pinned_pairs
+        first = None if self.original_positions else self.first_window - self.pinned - self.base
+        ahead = self.ahead.at(first, keys, pairs)
+        if ahead is not None:
             slots.copy_(ahead)
+        else:
+            write_rotated(self.rope, slots, keys, self.pinned_phases(), pairs)
         self._pinned_slots(self.values).copy_(self.pinned_values)
-
-    @property
-    def _first_pinned_position(self) -> int | None:
-        """Position of the first pinned entry; None: original positions."""
-        return None if self.original_positions else self.first_window - self.pinned - self.base
-
-    def _rotated_ahead(self, first: int | None) -> torch.Tensor | None:
-        """The pinned keys as they are written at that position, and at the next ones before they are asked for.
-
-        A prune at every token moves them by one position. So they are rotated for `ahead` prunes at once, and a token
-        takes one copy instead of a handful of kernels. None where that is not so.
-        """
-        if not self.ahead or first is None or self.pinned != self.sink:
-            return None
-        if self._ahead_first is None or not self._ahead_first <= first < self._ahead_first + self.ahead:
-            phases = self.rope.phases_from(first, self.pinned + self.ahead - 1, self.keys.device)
-            phases = phases.unfold(-2, self.pinned, 1).movedim(-3, 0).transpose(-1, -2)  # (ahead, …, pinned, pairs)
-            phases = phases if phases.ndim > 3 else phases[:, None, None, None]
-            write_rotated(self.rope, self._ahead_keys, self.pinned_keys, phases, self._pinned_pairs)
-            self._ahead_first = first
-        return self._ahead_keys[first - self._ahead_first]
-
-    def _new_ahead_keys(self) -> None:
-        """Room for the pinned keys of `ahead` prunes."""
-        layers, batch, heads, _, dim = self.keys.shape
-        shape = (self.ahead, layers, batch, heads, self.sink, dim)
-        self._ahead_keys = torch.zeros(shape, dtype=self.keys.dtype, device=self.keys.device)
-        self._ahead_first = None

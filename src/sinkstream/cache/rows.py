@@ -178,7 +178,7 @@ def row_stream(source: Stream, row: int, storage: tuple[torch.Tensor, torch.Tens
         rebase_at=old.rebase_at,
         channels=[],
         storage=storage,
-        ahead=old.ahead,
+        ahead=old.ahead.prunes,
     )
     ring.take_pinned(old, index)
     ring.channels = {name: channel[:, one].clone() for name, channel in old.channels.items()}
