@@ -20,7 +20,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "engine": LEAVES | {"models", "measure", "records", "policies", "cache", "kernels"},
     "serve": LEAVES | MODELS | {"measure", "records", "policies", "cache", "engine"},
     "evaluation": BASE | {"cache", "engine", "show"},
-    "bench": BASE | {"cache", "engine", "evaluation", "show"},
+    "bench": BASE | {"cache", "engine", "serve", "evaluation", "show"},
     "studies": BASE | {"evaluation", "show"},
     "matrix": BASE | {"evaluation", "show", "bench", "studies"},
     "report": BASE | {"cache", "engine", "show", "bench", "studies", "matrix"},

@@ -23,7 +23,7 @@ from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchCo
 from sinkstream.bench.snapshot_records import snapshot_table
 from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
-from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, options
+from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, bench_serve, options
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.engine import STEPS
@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time a full stream to its file and back instead, beside the disk itself",
     )
+    bench_serve.add_arguments(parser)
     group.add_argument("--profile", action="store_true", help="say where a step's time goes, kernel by kernel")
     group.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the records")
     group.add_argument(
@@ -213,12 +214,19 @@ def _time_snapshots(args: argparse.Namespace, models: list[str]) -> int:
 
 
 #: Option -> what times something else than steps: one stream, one record a model and policy.
+def _measure_server(args: argparse.Namespace, models: list[str]) -> int:
+    """``--serve``: see `bench_serve`."""
+    bench_serve.check(args)
+    return bench_serve.run(args, models, *_prepared(args))
+
+
 MODES: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
     "prefill": _time_prompts,
     "late": _time_late_tokens,
     "generate": _time_generate,
     "sampling": _time_draws,
     "snapshot": _time_snapshots,
+    "serve": _measure_server,
 }
 OF_GENERATE = ("late", "generate")  # modes that time transformers' loop, which has no backend
 LEAST = {"prefill": 1, "late": 2}  # tokens

@@ -10,6 +10,7 @@ from sinkstream.bench.draw_tables import render_draws
 from sinkstream.bench.generate_records import render_generate
 from sinkstream.bench.prompt_tables import render_prompts
 from sinkstream.bench.snapshot_records import render_snapshots
+from sinkstream.bench.serving.tables import render_serve
 from sinkstream.bench.tables import render_bench
 from sinkstream.cache import ATTENTION, BOUNDED_ROPE_TYPES, FAMILIES, FAMILY, POSITIONS, ROPE_TYPES, UNSERVED
 from sinkstream.data import TEXTS
@@ -53,7 +54,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     tables = {name: render(records) for name, render in DOCUMENT_TABLES.items()}
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     speed = render_bench(results) | render_prompts(results) | render_draws(results) | render_generate(results)
-    speed |= render_snapshots(results)
+    speed |= render_snapshots(results) | render_serve(results)
     return tables | render_diagnoses(results) | speed
 
 

@@ -13,9 +13,11 @@ from sinkstream.bench.late_records import LATE_HEADLINES, LateRecord
 from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.record import BenchRecord
+from sinkstream.bench.serving.records import ServeRecord
+from sinkstream.bench.serving.tables import SERVE_HEADLINES
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.cache import FAMILIES
-from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.matrix.record import load_points
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairs import Pairs
@@ -32,9 +34,7 @@ from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar(
-    "AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, GenerateRecord, DrawRecord, Diagnosis, PointRecord
-)
+AnyRecord = TypeVar("AnyRecord")
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -88,6 +88,7 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(LATE_HEADLINES, LateRecord.below(results))
     compute(GENERATE_HEADLINES, GenerateRecord.below(results))
     compute(DRAW_HEADLINES, DrawRecord.below(results))
+    compute(SERVE_HEADLINES, ServeRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
     compute(EVIDENCE_HEADLINES, [point for point in load_points(results) if point.status == "complete"])
     verdicts = verdict_counts(results)

@@ -1,0 +1,82 @@
+"""``sinkstream bench --serve``."""
+
+import argparse
+
+import torch
+from rich.console import Console
+
+from sinkstream.bench.serving.hosting import with_tokenizer
+from sinkstream.bench.serving.records import PARTS
+from sinkstream.bench.serving.session import Load, ServingSession
+from sinkstream.bench.serving.tables import serve_table, sessions_table
+from sinkstream.cli import options
+from sinkstream.cli.serve import INSTALL, default_backend
+from sinkstream.evaluation.runner import check_writable
+from sinkstream.models import load_model
+from sinkstream.records.plain import new_record_id
+from sinkstream.show.progress import say
+
+
+def parts(text: str) -> list[str]:
+    """Names of parts, as in turns,soak. Raises ArgumentTypeError for another name."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    wrong = next((name for name in names if name not in PARTS), None)
+    if wrong is not None or not names:
+        raise argparse.ArgumentTypeError(f"{wrong or text!r} is no part; accepted: {', '.join(PARTS)}")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench --serve``."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--serve",
+        type=parts,
+        metavar="PART[,PART…]",
+        help=f"measure a server instead: {', '.join(PARTS)}; the conversation of turns has --turns turns, the one timed"
+        " beside the engine replies of --tokens tokens",
+    )
+    group.add_argument("--turns", type=int, default=1000, help="turns of the one conversation of --serve turns")
+    group.add_argument("--reply", type=int, default=8, help="tokens of each of its replies")
+    group.add_argument("--soak-seconds", type=float, default=600, help="how long --serve soak lasts")
+    group.add_argument("--soak-users", type=int, default=32, help="conversations side by side in it")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError if options do not go together."""
+    others = args.prefill or args.late or args.sampling or args.ladder or args.profile or args.seconds or args.text
+    if others or args.streams != [1] or len(args.cap) > 1:
+        raise ValueError(
+            "--serve measures a server with one cap; accepted: without --prefill, --late, --sampling, --ladder,"
+            " --profile, --streams, --seconds and --text"
+        )
+    least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} with --serve; accepted: at least {value}"
+            )
+
+
+def run(args: argparse.Namespace, models: list[str], console: Console, device: torch.device, dtype: torch.dtype) -> int:
+    """Measure every model; print the tables, write the records."""
+    check_writable(args.out)
+    backend = (args.backend or [default_backend(args.device)])[0]
+    load = Load(args.turns, args.reply, args.tokens, args.cap[0], args.soak_seconds, args.soak_users)
+    name = new_record_id("bench")
+    for model in models:
+        loaded = with_tokenizer(
+            load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
+        )
+        untrained = args.allow_untrained_positions or loaded.source == "random"
+        session = ServingSession(loaded, backend, load, options.request(args), name, untrained)
+        try:
+            records = session.run(args.serve, console)
+        except ModuleNotFoundError as error:
+            raise ImportError(INSTALL.format(error.name)) from None
+        for table in (serve_table, sessions_table):
+            if table(records).rows:
+                console.print(table(records, f"{loaded.name}: a server"))
+        del loaded, session
+    say(console, f"records: {args.out}")
+    return 0
