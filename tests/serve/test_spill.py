@@ -12,8 +12,9 @@ import tiny_model
 from openai import APIStatusError
 from serving import BIAS, CAP, SYSTEM, TEMPLATE, Alone, client_of, loaded, make_service, served, user
 
+from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.sessions import Session
-from sinkstream.serve.spill import SessionFiles, Spill, SpillFull
+from sinkstream.serve.spill import Spill
 
 TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"]
 
@@ -183,11 +184,14 @@ def test_a_full_disk_is_told_and_older_files_stay(tmp_path, monkeypatch):
         patch.setattr("os.fsync", full)
         with pytest.raises(SpillFull):
             files.write(session, b"second")
-        spill = Spill(files, 6)
-        spill.put(Session("me"), b"123456")
+        spill, held = Spill(files, 6), Session("me")
+        spill.put(held, b"123456")
+        spill.put(Session("me"), b"more")  # the other one is being written
+        spill.wait()
+        assert spill.get(held.id) == b"123456" and spill.where(held.id) == "ram", "nothing is lost"
         with pytest.raises(SpillFull):
-            spill.put(Session("me"), b"more")
-        assert spill.ram_bytes == 6
+            spill.put(Session("me"), b"and more")
+        assert spill.get(held.id) == b"123456"
     assert files.read(session.id)[1] == b"first"
     assert [s.id for s in SessionFiles(tmp_path, 10**9).sessions()] == [session.id]
 

@@ -41,7 +41,7 @@ def add_serve_settings(parser: argparse.ArgumentParser, names: tuple[str, ...] =
     )
 
 
-def make_service(args: argparse.Namespace, spill: Path | None, *, write_idle: bool = True) -> Service:
+def make_service(args: argparse.Namespace, spill: Path | None, *, durable: bool = True) -> Service:
     """The service that the options of `add_model_options` and `add_serve_settings` ask for."""
     settings = ServeSettings.of(vars(args) | {"spill": spill})
     loaded = load_given_model(args)
@@ -51,7 +51,7 @@ def make_service(args: argparse.Namespace, spill: Path | None, *, write_idle: bo
         settings,
         backend=backend,
         allow_untrained_positions=args.allow_untrained_positions,
-        write_idle=write_idle,
+        durable=durable,
     )
 
 

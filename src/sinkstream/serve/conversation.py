@@ -48,9 +48,10 @@ class Conversations:
             yield from self._serve(call, plan, emit)
         finally:
             session.used = time.time()
-            self.residence.release(session)
             if not call.keep or (session.sink is None and session.found_by != "id"):
                 self.planner.forget(session)
+            else:
+                self.residence.release(session)
 
     # ---- feeding and writing ----
 

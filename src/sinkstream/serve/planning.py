@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.serve.errors import busy, invalid
+from sinkstream.serve.files import SpillFull
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.residence import RETRY_SECONDS, Residence
 from sinkstream.serve.sessions import Session, Turn, digests_of, new_id, split_head
 from sinkstream.serve.settings import ServeSettings
-from sinkstream.serve.spill import SpillFull
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate, Message, Piece
 

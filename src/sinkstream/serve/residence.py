@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.serve.errors import busy
+from sinkstream.serve.files import SpillFull
 from sinkstream.serve.sessions import Session
-from sinkstream.serve.spill import Spill, SpillFull
+from sinkstream.serve.spill import Spill
 
 RETRY_SECONDS = 30
 
@@ -26,19 +27,29 @@ class Residence:
     spill : Spill
     give_up : callable
         Deletes the session that is worth least and returns True, or returns False if there is none.
+    each_turn : bool
+        Whether a session is written to disk after each of its turns; its next one waits until it is.
     """
 
     def __init__(
-        self, make: Callable[[int], StreamDecoder], limit: int, spill: Spill, give_up: Callable[[set[str]], bool]
+        self,
+        make: Callable[[int], StreamDecoder],
+        limit: int,
+        spill: Spill,
+        give_up: Callable[[set[str]], bool],
+        each_turn: bool = False,
     ):
+        self._each_turn = each_turn
         self._make, self._limit, self.spill, self._give_up = make, limit, spill, give_up
         self._held: dict[str, tuple[Session, StreamDecoder]] = {}  # least recently used first
         self._free: list[StreamDecoder] = []
         self.busy: set[str] = set()
         self._unwritten: set[str] = set()  # resident sessions that went on since they were written to disk
 
-    def acquire(self, session: Session) -> StreamDecoder | None:
+    def acquire(self, session: Session, *, wait: bool = False) -> StreamDecoder | None:
         """The decoder with a session's stream, for its only user; None if it must be waited for.
+
+        With `wait` the disk is waited for here.
 
         Raises
         ------
@@ -46,7 +57,12 @@ class Residence:
             429 if nothing can be spilled; 409 if the session's file is damaged.
         """
         assert session.sink is not None, "the number of pinned tokens is known"
-        if session.id in self.busy:
+        if wait:
+            self.spill.wait()
+        if session.id in self.busy or not self.spill.written(session.id):
+            return None
+        spilled = session.id not in self._held and self.spill.where(session.id) is not None
+        if spilled and not wait and not self.spill.ready(session.id):
             return None
         if session.id in self._held:
             decoder = self._held.pop(session.id)[1]
@@ -56,13 +72,13 @@ class Residence:
                 return None
             decoder = found
             try:
-                if self.spill.where(session.id):
+                if spilled:
                     decoder.undump(self.spill.get(session.id))
-                    self.spill.forget_ram(session.id)
             except BaseException:
                 decoder.reset()
                 self._free.append(decoder)
                 raise
+        self.spill.changes(session.id)
         self._held[session.id] = session, decoder
         self.busy.add(session.id)
         return decoder
@@ -75,6 +91,8 @@ class Residence:
         """The session is not in use any more; it keeps its decoder until another one needs it."""
         self.busy.discard(session.id)
         self._unwritten.add(session.id)
+        if self._each_turn and session.id in self._held:
+            self._write(session.id)
 
     def write_one(self) -> bool:
         """Write a resident session that is not in use to disk, where a killed server finds it; False if none is left.
@@ -84,13 +102,17 @@ class Residence:
         waiting = [i for i in self._held if i in self._unwritten and i not in self.busy]
         if not waiting or self.spill.files.folder is None:
             return False
-        session, decoder = self._held[waiting[0]]
-        self._unwritten.discard(session.id)
-        if session.counts["seen"]:
-            try:
-                self.spill.files.write(session, decoder.dump())
-            except SpillFull:
+        return self._write(waiting[0])
+
+    def _write(self, session_id: str) -> bool:
+        """Begin to write a resident session; False if the disk is full or behind."""
+        session, decoder = self._held[session_id]
+        try:
+            if session.counts["seen"] and not self.spill.write_soon(session, decoder.dump()):
                 return False
+        except SpillFull:
+            return False
+        self._unwritten.discard(session_id)
         return True
 
     def drop(self, session_id: str) -> None:
@@ -172,7 +194,7 @@ class Residence:
 
     def _spill(self, session_id: str) -> None:
         session, decoder = self._held[session_id]
-        if session.counts["seen"]:
+        if session.counts["seen"] and not (self.spill.ram_limit == 0 and self.spill.on_disk(session_id)):
             self.spill.put(session, decoder.dump())
         del self._held[session_id]
         self._unwritten.discard(session_id)

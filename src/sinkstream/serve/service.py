@@ -13,13 +13,14 @@ from sinkstream.policies import EvictionPolicy
 from sinkstream.serve.conversation import Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
+from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.metrics import Metrics
 from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
-from sinkstream.serve.spill import SessionFiles, Spill, SpillFull
+from sinkstream.serve.spill import Spill
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate
 
@@ -40,8 +41,9 @@ class Service:
         The engine's: "ring" on a CPU, "fused" on a GPU.
     allow_untrained_positions : bool
         As for the engine.
-    write_idle : bool
-        Whether sessions are written to disk in idle times, for a server that is killed.
+    durable : bool
+        Whether sessions are written to disk as `settings.write` says, for a server that is killed; else only where they
+        are spilled.
 
     Raises
     ------
@@ -56,7 +58,7 @@ class Service:
         *,
         backend: str,
         allow_untrained_positions: bool = False,
-        write_idle: bool = True,
+        durable: bool = True,
     ):
         if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"model {loaded.name!r} has no fast tokenizer, and a server reads and writes text")
@@ -67,11 +69,12 @@ class Service:
         self.metrics = Metrics(self)
         spill = Spill(SessionFiles(settings.spill, settings.disk_mb * MB), settings.ram_mb * MB)
         self.store = SessionStore(settings.sessions, settings.idle_seconds, spill)
-        self.residence = Residence(self._decoder, settings.resident, spill, self._give_up)
+        each_turn = durable and settings.write == "turn" and settings.spill is not None
+        self.residence = Residence(self._decoder, settings.resident, spill, self._give_up, each_turn)
         self.residence.add_free(self._decoder(4))  # refuses here what does not fit
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
         self.conversations = Conversations(loaded, self.planner)
-        self.scheduler = Scheduler(settings.queue, self.residence.write_one if write_idle else lambda: False)
+        self.scheduler = Scheduler(settings.queue, self.residence.write_one if durable else lambda: False)
         self.started = int(time.time())
 
     def start(self) -> None:
@@ -185,7 +188,7 @@ class Service:
         """Take back the last turn."""
         if not session.turns:
             raise APIError(409, "the session holds no whole turn that could be taken back", code="nothing_to_undo")
-        decoder = self.residence.acquire(session)
+        decoder = self.residence.acquire(session, wait=True)
         if decoder is None:
             raise APIError(409, "all memory for sessions is in use by requests", code="session_busy")
         try:

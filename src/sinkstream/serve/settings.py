@@ -24,6 +24,9 @@ class ServeSettings:
     sessions: int = option(1024, "most sessions, spilled ones included", minimum=1)
     ram_mb: int = option(2048, "most MB of spilled sessions in RAM", minimum=0)
     disk_mb: int = option(16384, "most MB of spilled sessions on disk", minimum=0)
+    write: str = option(
+        "turn", "when a session is written to disk, for a server that is killed", choices=lambda: ["turn", "idle"]
+    )
     body_mb: int = option(8, "most MB of a request's body", minimum=1)
     max_tokens: int = option(1024, "tokens of a reply whose request does not say", minimum=1)
     max_tokens_limit: int = option(65536, "most tokens of one reply", minimum=1)

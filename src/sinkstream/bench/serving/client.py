@@ -80,7 +80,7 @@ async def asked(client: Any, body: dict[str, Any]) -> dict[str, Any]:
         async for piece in answer.aiter_raw():
             last = time.perf_counter()
             text += piece
-            if first is None and begun(text):
+            if first is None and begun(bytes(text)):
                 first = last
     told = {"status": answer.status_code, "begin": begin, "first": first, "last": last}
     if answer.status_code != 200:

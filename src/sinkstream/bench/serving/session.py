@@ -110,7 +110,8 @@ class ServingSession:
 
     def _overhead(self, report: Report) -> Figures:
         """A token of the server's stream over one of `Engine.generate`, in turns, on a full cache."""
-        tokens, times = self.load.tokens, {"engine": [], "server": []}
+        tokens = self.load.tokens
+        times: dict[str, list[float]] = {"engine": [], "server": []}
         text = FILLER * self.load.cap
         engine = self._engine(1)
         plan = self._plan(text, sessions=1, turns=1, tokens=tokens, stream=True)
@@ -172,7 +173,7 @@ class ServingSession:
     def _service(self, resident: int, **more: Any) -> Service:
         settings = ServeSettings(cap=self.load.cap, resident=resident, queue=4 * max(resident, 16), **more)
         return Service(
-            self.loaded, settings, backend=self.backend, allow_untrained_positions=self.untrained, write_idle=False
+            self.loaded, settings, backend=self.backend, allow_untrained_positions=self.untrained, durable=False
         )
 
     @contextmanager

@@ -1,0 +1,133 @@
+"""Files of sessions: what is on disk, within a limit."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.serve.errors import APIError
+from sinkstream.serve.sessions import Session
+
+FORMAT = 1
+
+
+class SpillFull(Exception):
+    """There is no room for one more spilled session."""
+
+
+def damaged(session_id: str) -> APIError:
+    """A 409: the file of a session cannot be read."""
+    return APIError(
+        409,
+        f"the file of session {session_id!r} is damaged or was written with another model or policy; delete it and"
+        " begin a new session",
+        code="session_damaged",
+    )
+
+
+class SessionFiles:
+    """Two files a session: its stream (a snapshot), named by its hash, and JSON, which is written last and names it.
+
+    Parameters
+    ----------
+    folder : Path or None
+        Made if need be, for its owner only; None: nothing can be written.
+    limit : int
+        Most bytes of all streams.
+    """
+
+    def __init__(self, folder: Path | None, limit: int):
+        self.folder, self.limit = folder, limit
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.chmod(folder, 0o700)
+        self.sizes = {path.stem: size for path, size in self._streams().items()}
+
+    def lock(self) -> None:
+        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it."""
+        if self.folder is None:
+            return
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"the sessions of {self.folder} are in use by another server; accepted: another --spill FOLDER"
+            ) from None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all streams."""
+        return sum(list(self.sizes.values()))
+
+    def write(self, session: Session, data: bytes, name: str | None = None) -> None:
+        """Write a session; `name` is that of a saved copy. Raises SpillFull if it cannot be written."""
+        key = name or session.id
+        self.check_room(key, len(data))
+        self.store(key, session.record(), data)
+        self.sizes[key] = len(data)
+
+    def check_room(self, key: str, size: int) -> None:
+        """Raise SpillFull if so many bytes may not be written."""
+        if self.folder is None or self.total - self.sizes.get(key, 0) + size > self.limit:
+            raise SpillFull
+
+    def store(self, key: str, record: dict[str, Any], data: bytes) -> None:
+        """Write the files of a session, given its record; from any thread. Raises SpillFull if the disk refuses."""
+        assert self.folder is not None, "room was checked"
+        digest = hashlib.sha256(data).hexdigest()
+        stream = self.folder / f"{key}.{digest[:16]}.safetensors"
+        header = {"format": FORMAT, "sha256": digest, "stream": stream.name, "session": record}
+        try:
+            write_atomically(stream, data)
+            write_atomically(self.folder / f"{key}.json", json.dumps(header))
+        except WriteError as error:
+            raise SpillFull from error
+        for old in self.folder.glob(f"{key}.*.safetensors"):
+            if old != stream:
+                old.unlink(missing_ok=True)
+
+    def read(self, key: str) -> tuple[Session, bytes]:
+        """A session and the bytes of its stream. Raises APIError 409 if they are not what was written."""
+        assert self.folder is not None, "what was written has a folder"
+        try:
+            header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            data = (self.folder / header["stream"]).read_bytes()
+            session = Session.of(header["session"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise damaged(key) from None
+        if header["format"] != FORMAT or hashlib.sha256(data).hexdigest() != header["sha256"]:
+            raise damaged(key)
+        return session, data
+
+    def sessions(self) -> list[Session]:
+        """All sessions that were spilled, saved copies left out; damaged files are left where they are."""
+        found = []
+        for path in sorted(self.folder.glob("sess_*.json")) if self.folder else []:
+            try:
+                found.append(Session.of(json.loads(path.read_text(encoding="utf-8"))["session"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def delete(self, key: str) -> None:
+        """Delete a session's files, if there are any."""
+        self.sizes.pop(key, None)
+        if self.folder is None:
+            return
+        (self.folder / f"{key}.json").unlink(missing_ok=True)
+        for path in self.folder.glob(f"{key}.*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _streams(self) -> dict[Path, int]:
+        if self.folder is None:
+            return {}
+        return {
+            path.with_suffix("").with_suffix(".json"): path.stat().st_size
+            for path in self.folder.glob("*.*.safetensors")
+            if path.with_suffix("").with_suffix(".json").exists()
+        }
