@@ -215,3 +215,40 @@ def make_generate_record(
         "turns": [token, token | {"streaming_median_ms": 10.5 * over}],
         "token": {**token, "median_over": over, "mean_over": over},
     }
+
+
+def make_serve_record(
+    name: str, part: str, *, model: str = "random:pythia-2.8b", device: str = "cuda", **figures: Any
+) -> dict[str, Any]:
+    """A record of a server that passes every check; further keywords replace figures of the part."""
+    speed = make_bench_record(name, policy="strict", model=model)
+    kept = ("id", "status", "status_reason", "created", "session", "command", "arguments", "environment", "model")
+    ratio = {"turns": 100, "first": 2.0, "last": 2.0, "ratio": 1.0}
+    place = {"pinned": 4, "kept": 500, "cap": 512, "evicted": 9000, "evicted_turns": 900}
+    memory = {"early": 600.0, "last": 601.0, "max": 602.0}
+    known: dict[str, dict[str, Any]] = {
+        "turns": {
+            **{"turns": 1000, "reply_tokens": 8, "sent_tokens": 12, "length_errors": 0, "errors": 0},
+            **{"tpot_ms": ratio, "ttft_ms": {"turn": 10, "turns": 10, "early": 5.0, "late": 5.0, "ratio": 1.0}},
+            **{"rss_mb": memory, "gpu_mb": None, "context": place, "series": {}},
+        },
+        "overhead": {"tokens": 64, "rounds": 3, "engine_ms": [2.0] * 3, "server_ms": [2.1] * 3, "over_engine": 0.05},
+        "sessions": {"tokens": 64, "rows": []},
+        "soak": {
+            **{"seconds": 600.0, "users": 32, "requests": 1200, "by_status": {"200": 1200}, "unexpected_5xx": 0},
+            **{"disconnects": 90, "refused_as_expected": 80, "wrongly_answered": 0, "compared": 900, "differing": 0},
+            **{"leaked_sessions": 0, "leaked_files": 0, "generator": "locust", "rss_mb": memory},
+        },
+        "restart": {
+            **{"sessions": 8, "spilled": 8, "continued": 8, "next_tokens": 256, "same": 8, "turns_lost": 0},
+        },
+    }
+    return {
+        **{key: speed[key] for key in kept},
+        "protocol": {
+            **{"dtype": "float16", "device": device, "tf32": False, "seed": 0, "cap": 512},
+            **{"evict": "turns", "backend": "fused", "client": ""},
+        },
+        "part": part,
+        "figures": known[part] | figures,
+    }

@@ -17,6 +17,7 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from sinkstream.serve.service import Service, check_model, model_name
 from sinkstream.serve.sessions import new_id
+from sinkstream.serve.tools import CallFilter, ToolFormat, told, with_calls
 
 router = APIRouter(prefix="/v1")
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
@@ -39,7 +40,8 @@ async def chat_completions(body: ChatRequest, request: Request, who: Owner, serv
         response=new_id("chatcmpl"),
         reply=reply,
     )
-    return await _answer(Chat(call.response, model_name(service.loaded)), body, [call], request, service)
+    form = service.tools if body.tool_choice != "none" and (body.tools or body.session_id) else None
+    return await _answer(Chat(call.response, model_name(service.loaded), form), body, [call], request, service)
 
 
 @router.post("/completions", responses=STREAMED)
@@ -114,21 +116,31 @@ class Chat(Shape):
 
     name, chunk_name = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, response: str, model: str):
+    def __init__(self, response: str, model: str, tools: ToolFormat | None = None):
         super().__init__(response, model)
+        self._tools = tools
         self._begun: set[int] = set()
+        self._filters: dict[int, CallFilter] = {}
 
     def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {
-            "index": end.index,
-            "message": message,
-            "logprobs": _chat_logprobs(logprobs),
-            "finish_reason": end.reason,
-        }
+        message = with_calls({"role": "assistant", "content": text}, self._tools, self.response) | {"refusal": None}
+        reason = end.reason
+        if message.get("tool_calls"):
+            reason = "tool_calls"
+            message |= {"content": message["content"] or None, "tool_calls": told(message["tool_calls"])}
+        return {"index": end.index, "message": message, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
 
     def piece(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        delta = {"content": text} if text or index not in self._begun else {}
+        calls: list[dict[str, Any]] = []
+        if self._tools is not None:
+            calling = self._filters.setdefault(index, CallFilter(self._tools, self.response))
+            text = calling.push(text)
+            if reason is not None:
+                rest, calls = calling.finish()
+                text, reason = text + rest, "tool_calls" if calls else reason
+        delta: dict[str, Any] = {"content": text} if text or index not in self._begun else {}
+        if calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(told(calls))]
         if index not in self._begun:
             self._begun.add(index)
             delta = {"role": "assistant", **delta}

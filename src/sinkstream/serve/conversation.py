@@ -16,6 +16,7 @@ from sinkstream.serve.reply import Reply
 from sinkstream.serve.scheduler import WAITING, Work
 from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
 from sinkstream.serve.template import Message
+from sinkstream.serve.tools import ToolFormat, with_calls
 
 PREFILL_TOKENS = {"cpu": 128}  # of one turn of the scheduler
 DEFAULT_PREFILL_TOKENS = 1024
@@ -28,10 +29,12 @@ class Conversations:
     ----------
     loaded : LoadedModel
     planner : Planner
+    tools : ToolFormat or None
+        How the model writes calls of tools, where that is known.
     """
 
-    def __init__(self, loaded: LoadedModel, planner: Planner):
-        self.loaded, self.planner = loaded, planner
+    def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None):
+        self.loaded, self.planner, self.tools = loaded, planner, tools
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
         self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
@@ -158,7 +161,8 @@ class Conversations:
         held = reply.held()
         if call.prompt is None:
             base = self.template.render([*session.head, *session.turn], session.tools, reply=True)
-            message = {"role": "assistant", "content": reply.text.text}
+            form = self.tools if session.tools else None
+            message = with_calls({"role": "assistant", "content": reply.text.text}, form, call.response)
             session.held = base + held
             session.turn = [*session.turn, message]
             session.digest = digest_of(session.digest, message)

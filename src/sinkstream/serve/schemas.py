@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from sinkstream.serve.tools import plain_calls
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0)]
 
@@ -50,7 +52,8 @@ class ChatMessage(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The message as templates take it; the same for all ways to write the same message."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
-        more = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        calls = plain_calls(self.tool_calls) if self.tool_calls else None
+        more = {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
         return {"role": self.role, "content": content} | {k: v for k, v in more.items() if v}
 
 

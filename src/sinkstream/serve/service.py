@@ -23,6 +23,7 @@ from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.spill import Spill
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate
+from sinkstream.serve.tools import tool_format
 
 MB = 2**20
 CANCELLED = APIError(503, "the request was cancelled", code="cancelled")
@@ -66,6 +67,7 @@ class Service:
         self._untrained = allow_untrained_positions
         self._hash: str | None = None
         self.template = ChatTemplate(loaded.tokenizer)
+        self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
         self.metrics = Metrics(self)
         spill = Spill(SessionFiles(settings.spill, settings.disk_mb * MB), settings.ram_mb * MB)
         self.store = SessionStore(settings.sessions, settings.idle_seconds, spill)
@@ -73,7 +75,7 @@ class Service:
         self.residence = Residence(self._decoder, settings.resident, spill, self._give_up, each_turn)
         self.residence.add_free(self._decoder(4))  # refuses here what does not fit
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
-        self.conversations = Conversations(loaded, self.planner)
+        self.conversations = Conversations(loaded, self.planner, self.tools)
         self.scheduler = Scheduler(settings.queue, self.residence.write_one if durable else lambda: False)
         self.started = int(time.time())
 

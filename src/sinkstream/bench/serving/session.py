@@ -2,10 +2,13 @@
 
 import gc
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,9 @@ NEAR_TURNS = 10  # turns around one, whose times to the first token are its medi
 EARLY_TURN = 10
 SERIES_TURNS = 10  # one figure of the series
 ROUNDS = 7
+SOAK_RAM_MB = 64  # of spilled sessions, so that some go to disk
+RESTART_SESSIONS, RESTART_TURNS = 8, 5
+NEXT_TOKENS = 256
 SYSTEM = "w0 w4 w5 w6"  # words to a model of random weights, a text to others
 TURN_TEXT = "w7 w8 w9 w10 w11 w12 w13 w14"
 FILLER = "w5 "
@@ -168,12 +174,83 @@ class ServingSession:
             row["over_engine"] = row["tokens_per_second"] / row["engine_tokens_per_second"]
         return {"tokens": tokens, "rows": rows}
 
+    def _soak(self, report: Report) -> Figures:
+        """Locust's users on a server that spills; then every conversation alone."""
+        from sinkstream.bench.serving import soak
+
+        load, memory, name = self.load, [], self.loaded.name
+        with tempfile.TemporaryDirectory(prefix="sinkstream-soak-") as temporary:
+            folder, spill = Path(temporary) / "notes", Path(temporary) / "spill"
+            folder.mkdir()
+            more = {"spill": spill, "ram_mb": SOAK_RAM_MB, "body_mb": 1}
+            service = self._service(max(2, load.users // 4), durable=True, **more)
+            begin = time.monotonic()
+
+            def tick() -> None:
+                memory.append(self._memory())
+                report(min(int(time.monotonic() - begin), int(load.seconds)), 2 * int(load.seconds))
+
+            with hosted(service) as address:
+                users = soak.generate(address, name, load.cap, load.users, load.seconds, folder, tick)
+                left = soak.left_behind(address, [user[0]["session"] for user in users], spill)
+        with self._hosted(1) as address:
+            steps = 2 * len(users)
+            compared, differing = soak.compare(address, name, users, lambda done: report(len(users) + done, steps))
+        return {
+            "seconds": load.seconds,
+            "users": len(users),
+            "generator": soak.generator(),
+            **soak.soak_figures(users),
+            "compared": compared,
+            "differing": differing,
+            "leaked_sessions": left[0],
+            "leaked_files": left[1],
+            **memory_figures(memory),
+        }
+
+    def _restart(self, report: Report) -> Figures:
+        """A server that is killed while all sessions talk, and started again."""
+        from sinkstream.bench.serving import restart
+
+        load, name = self.load, self.loaded.name
+        conversations = [restart.Conversation(number, load.reply) for number in range(RESTART_SESSIONS)]
+        with tempfile.TemporaryDirectory(prefix="sinkstream-restart-") as temporary:
+            arguments = self._command(Path(temporary))
+            server = restart.Server(arguments)
+            restart.loaded_until_killed(server, server.model, conversations, RESTART_TURNS)
+            server = restart.Server(arguments)
+            try:
+                with self._hosted(1) as alone:
+                    steps = len(conversations)
+                    models = server.model, name
+                    return restart.gone_on(
+                        server.address, alone, models, conversations, NEXT_TOKENS, lambda done: report(done, steps)
+                    )
+            finally:
+                server.end()
+
+    def _command(self, folder: Path) -> list[str]:
+        """Arguments of ``sinkstream serve`` for a server like this one; random weights are written to a folder."""
+        model = self.request.arguments.get("model") or self.loaded.name
+        if self.loaded.source == "random":
+            model = str(folder / "model")
+            weights = {name: value.clone() for name, value in self.loaded.model.state_dict().items()}
+            self.loaded.model.save_pretrained(model, state_dict=weights)  # the engine's are views of packed ones
+            assert self.loaded.tokenizer is not None
+            self.loaded.tokenizer.save_pretrained(model)
+        resident = max(2, RESTART_SESSIONS // 4)
+        given = {"model": model, "cap": self.load.cap, "resident": resident, "ram-mb": 1, "spill": folder / "spill"}
+        given |= {"dtype": str(self.loaded.model.dtype).removeprefix("torch."), "backend": self.backend}
+        given |= {"device": str(self.loaded.model.device)}
+        return [*(f"--{name}={value}" for name, value in given.items()), "--allow-untrained-positions"]
+
     # ---- a server, an engine ----
 
-    def _service(self, resident: int, **more: Any) -> Service:
-        settings = ServeSettings(cap=self.load.cap, resident=resident, queue=4 * max(resident, 16), **more)
+    def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
+        settings = ServeSettings(cap=self.load.cap, resident=resident, queue=8 * max(resident, 16), **more)
+        untrained = self.untrained
         return Service(
-            self.loaded, settings, backend=self.backend, allow_untrained_positions=self.untrained, durable=False
+            self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable
         )
 
     @contextmanager
