@@ -188,7 +188,7 @@ def test_a_record_lacks_no_figure(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--serve", "dance"], "dance is no part; accepted: turns, overhead, sessions, soak, restart"),
+        (["--serve", "dance"], "'dance' is no part; accepted: turns, overhead, sessions, soak, restart"),
         (["--serve", "turns", "--turns", "1"], "--turns 1 with --serve; accepted: at least 4"),
         (["--serve", "turns", "--streams", "1,2"], "accepted: without --prefill"),
     ],

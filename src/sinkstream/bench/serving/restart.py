@@ -56,7 +56,8 @@ class Server:
             self.process.wait()
             raise OSError(f"the server did not start: {line.strip() or 'see sinkstream serve with the same options'}")
         self.address = "http://" + line.partition("http://")[2].split()[0]
-        self.model: str = httpx.get(f"{self.address}/v1/models", timeout=60).json()["data"][0]["id"]
+        client = httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=60)  # it listens a moment later
+        self.model: str = client.get(f"{self.address}/v1/models").json()["data"][0]["id"]
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """Send a signal and wait."""

@@ -1,0 +1,155 @@
+"""Calls of tools: taken out of a reply where the template says how they are written; text otherwise."""
+
+import json
+from typing import ClassVar
+
+import pytest
+from openai.types.chat import ChatCompletion
+from serving import client_of, loaded, make_service, served, user
+
+from sinkstream.serve import conversation
+from sinkstream.serve.events import Ended, TextPiece
+from sinkstream.serve.reply import Reply
+from sinkstream.serve.schemas import ChatMessage
+from sinkstream.serve.tools import CallFilter, Tagged, WholeJson, tool_format, with_calls
+
+TEMPLATE = (
+    "{% if tools %}<t>{{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ '<tool_call>' }}"
+    "{{ '{\"name\": \"' + c['function']['name'] + '\", \"arguments\": ' + c['function']['arguments'] | tojson + '}' }}"
+    "{{ '</tool_call>' }}{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>{"name": "rain", "arguments": {"day": 3}}</tool_call>'
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+# ---- what a reply holds ----
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "before", "expected"),
+    [
+        (Tagged(), CALL, "", [("rain", {"day": 3})]),
+        (Tagged(), f"I look.\n{CALL}\n{CALL}", "I look.", [("rain", {"day": 3})] * 2),
+        (Tagged(), '<tool_call>\n{"name": "now"}\n</tool_call>', "", [("now", {})]),
+        (WholeJson(), ' {"name": "rain", "parameters": {"day": 3}}', "", [("rain", {"day": 3})]),
+    ],
+)
+def test_calls_are_taken_out(form, text, before, expected):
+    message = with_calls(assistant(text), form, "chatcmpl_0123456789abcdef")
+    calls = message["tool_calls"]
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in calls] == expected
+    assert message["content"] == before and len({c["id"] for c in calls}) == len(calls)
+    assert with_calls(assistant(text), None, "r") == assistant(text), "no tools were given"
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (Tagged(), "It rains."),
+        (Tagged(), "<tool_call>rain</tool_call>"),
+        (Tagged(), '<tool_call>{"name": "rain"'),
+        (Tagged(), '<tool_call>{"name": 3}</tool_call>'),
+        (Tagged(), '<tool_call>{"name": "rain", "arguments": 3}</tool_call>'),
+        (Tagged(), f"{CALL} and more"),
+        (WholeJson(), '{"rain": 1}'),
+        (WholeJson(), 'I say {"name": "rain", "parameters": {}}'),
+    ],
+)
+def test_what_is_no_call_stays_text(form, text):
+    assert with_calls(assistant(text), form, "r") == assistant(text)
+    calling = CallFilter(form, "r")
+    sent = "".join(calling.push(character) for character in text)
+    rest, calls = calling.finish()
+    assert sent + rest == text and not calls
+
+
+def test_a_stream_shows_nothing_of_a_call():
+    calling = CallFilter(Tagged(), "r")
+    sent = "".join(calling.push(character) for character in f"I < you. {CALL}")
+    assert sent == "I < you. "
+    rest, calls = calling.finish()
+    assert rest == "" and calls[0]["function"] == {"name": "rain", "arguments": {"day": 3}}
+
+
+def test_the_format_is_that_of_the_template():
+    assert isinstance(tool_format(TEMPLATE), Tagged)
+    llama = '{% if tools %}Respond with {"name": function, "parameters": values}{% endif %}'
+    assert isinstance(tool_format(llama), WholeJson)
+    assert tool_format("{{ tools }}") is None and tool_format("<tool_call>") is None and tool_format(None) is None
+
+
+def test_arguments_reach_the_template_as_an_object():
+    def sent(arguments: str) -> object:
+        call = {"id": "c", "type": "function", "function": {"name": "rain", "arguments": arguments}}
+        return ChatMessage(role="assistant", tool_calls=[call]).plain()["tool_calls"][0]["function"]["arguments"]
+
+    assert sent('{"day": 3}') == {"day": 3} and sent("3") == "3" and sent("no json") == "no json"
+
+
+# ---- a conversation ----
+
+
+class Planned(Reply):
+    """Writes what it is told to."""
+
+    said: ClassVar[list[str]] = []
+
+    def run(self):
+        text = self.said.pop(0)
+        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            self.decoder.prefill([token])
+            self._written.append(token)
+            if piece := self.text.push(token):
+                self.emit(TextPiece(self.index, piece))
+            yield
+        self.emit(Ended(self.index, "stop"))
+
+
+@pytest.fixture
+def client(monkeypatch):
+    monkeypatch.setattr(conversation, "Reply", Planned)
+    with served(make_service(loaded(template=TEMPLATE), cap=640)) as address:
+        yield client_of(address)
+
+
+def ask(client, messages: list, **more) -> ChatCompletion:
+    return client.chat.completions.create(model="tiny-llama", messages=messages, tools=TOOLS, **more)
+
+
+def test_a_conversation_with_a_tool_computes_new_tokens_only(client):
+    Planned.said[:] = [CALL, "It is wet."]
+    messages: list = [user("Rain?")]
+    first = ask(client, messages)
+    choice = first.choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    call = choice.message.tool_calls[0]
+    assert call.function.name == "rain" and json.loads(call.function.arguments) == {"day": 3}
+    pinned = f"<t>{json.dumps(TOOLS)}\n"
+    assert first.usage.context["pinned"] == len(pinned)
+    messages += [choice.message.model_dump(exclude_none=True)]
+    messages += [{"role": "tool", "tool_call_id": call.id, "content": "wet"}]
+    second = ask(client, messages)
+    assert second.choices[0].message.content == "It is wet." and second.choices[0].finish_reason == "stop"
+    assert second.usage.context["sent"] == len("\n<t>wet\n<a>"), "the call is in the stream already"
+    assert second.usage.context["reused"] == first.usage.prompt_tokens + len(CALL)
+
+
+def test_a_call_is_streamed_in_one_piece(client):
+    Planned.said[:] = [f"I look. {CALL}"]
+    chunks = [c for c in ask(client, [user("Rain?")], stream=True) if c.choices]
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
+    assert text == "I look. " and len(calls) == 1 and calls[0].function.name == "rain"
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_without_tools_a_reply_is_text(client):
+    Planned.said[:] = [CALL]
+    answer = client.chat.completions.create(model="tiny-llama", messages=[user("Rain?")])
+    assert answer.choices[0].message.content == CALL and answer.choices[0].finish_reason == "stop"
