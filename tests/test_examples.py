@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from serving import client_of, make_service, served
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TEMPLATE = (
@@ -66,6 +67,42 @@ def test_the_log_is_read_for_ever_and_each_line_gets_its_surprise(folder):
     assert float(shown[0][1]) == float(shown[0][2]) > 0, "the running mean begins with the first line"
     assert f"{sum(map(len, lines))} tokens seen" in log.stderr
     assert int(re.search(r"(\d+) kept", log.stderr)[1]) <= 64
+
+
+def test_a_digest_names_the_most_surprising_lines(folder):
+    lines = ["all is well\n"] * 9 + ["A disc has failed!\n"]
+    log = example("endless_log.py", folder, "--model", "plain", "--digest", "5", stdin="".join(lines))
+    assert log.returncode == 0, log.stderr
+    shown = log.stdout.splitlines()
+    heads = [i for i, line in enumerate(shown) if line.startswith("# 5 lines")]
+    surprises = [float(line.split()[0]) for line in shown if not line.startswith("#")]
+    digests = [[float(line.split()[1]) for line in shown[i + 1 : i + 4]] for i in heads]
+    assert digests == [sorted(surprises[:5], reverse=True)[:3], sorted(surprises[5:], reverse=True)[:3]]
+
+
+def test_a_conversation_is_saved_and_goes_on(folder):
+    line = ["--model", "chat", "--cap", "96", "--reply-tokens", "8"]
+    texts = ["One.\n", "Two.\n", "Three.\n"]
+    whole = example("save_conversation.py", folder, "whole.safetensors", *line, stdin="".join(texts))
+    assert whole.returncode == 0, whole.stderr
+    pieces = [example("save_conversation.py", folder, "parts.safetensors", *line, stdin=text) for text in texts]
+    said = [[row for row in run.stdout.split("\n") if not row.startswith("[")] for run in (whole, *pieces)]
+    assert [row for rows in said[1:] for row in rows if row] == [row for row in said[0] if row]
+    assert re.search(r"\[\d+ tokens seen before\]", pieces[1].stdout)
+    other = example("save_conversation.py", folder, "parts.safetensors", "--model", "chat", "--cap", "64", stdin="x\n")
+    assert other.returncode != 0, "another policy"
+
+
+def test_the_official_client_talks_in_a_session(folder):
+    with served(make_service()) as address:
+        line = ["--url", f"{address}/v1", "--reply-tokens", "8", "--system", "Be brief."]
+        talk = example("openai_client.py", folder, *line, stdin="One.\nTwo.\n" * 4)
+        assert talk.returncode == 0, talk.stderr
+        assert client_of(address).get("/sessions", cast_to=object)["data"] == [], "the session is closed"
+    places = re.findall(r"\[(\d+) sent, (\d+) reused, (\d+) turns evicted\]", talk.stdout)
+    assert len(places) == 8 and int(places[-1][2]) > 0
+    later = len("\n<u>Two.\n<a>")
+    assert {int(sent) for sent, _, _ in places[1:]} <= {later, later - 1}, "new tokens only"
 
 
 def test_policies_are_compared_with_intervals(folder):

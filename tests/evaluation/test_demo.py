@@ -91,4 +91,5 @@ def test_the_control_collapses(small_model, tmp_path, monkeypatch, capsys):
     assert by_name["recompute"].summary["scored_tokens"] == 4
     shown = capsys.readouterr().out
     assert "cap 112" in shown and "recompute (1 in 40" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
+    assert "sinkstream chat" in shown.splitlines()[-1]
     assert (tmp_path / "out" / "demo" / "nll.png").read_bytes().startswith(b"\x89PNG")

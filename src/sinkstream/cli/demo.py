@@ -28,6 +28,8 @@ from sinkstream.models import LoadedModel, load_model
 from sinkstream.show.comparison import RowLines
 from sinkstream.show.progress import say
 
+TALK = "Talk to this model: sinkstream chat. For other programs, behind the OpenAI API: sinkstream serve"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
@@ -61,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if len(records) < len(settings) and exit_code(records) == 0:
         left_out = ", ".join(one.label() for one in settings[len(records) :])
         say(console, f"The machine became slower. Left out: {left_out}. The same command with --resume runs them.")
-    return show_runs(records, console, args.out, f"{TITLE}, {args.tokens} tokens, cap {args.cap}")
+    code = show_runs(records, console, args.out, f"{TITLE}, {args.tokens} tokens, cap {args.cap}")
+    say(console, TALK)
+    return code
 
 
 def _size(

@@ -1,6 +1,5 @@
 """A server that is killed in mid-load and started again: what its sessions have lost, and how they go on."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -51,17 +50,21 @@ class Server:
         command = [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if "http://" not in line:
-            self.process.wait()
-            raise OSError(f"the server did not start: {line.strip() or 'see sinkstream serve with the same options'}")
-        self.address = "http://" + line.partition("http://")[2].split()[0]
-        client = httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=60)  # it listens a moment later
-        self.model: str = client.get(f"{self.address}/v1/models").json()["data"][0]["id"]
+        try:
+            line = self.process.stdout.readline()
+            if "http://" not in line:
+                raise OSError("the server did not start: see sinkstream serve with the same options")
+            self.address = "http://" + line.partition("http://")[2].split()[0]
+            client = httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=60)  # it listens a moment later
+            self.model: str = client.get(f"{self.address}/v1/models").json()["data"][0]["id"]
+        except BaseException:
+            self.end(signal.SIGKILL)
+            raise
 
     def end(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal and wait."""
-        os.kill(self.process.pid, number)
+        """Send a signal, if the process still runs, and wait."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
         self.process.wait()
 
 

@@ -217,7 +217,10 @@ class ServingSession:
         with tempfile.TemporaryDirectory(prefix="sinkstream-restart-") as temporary:
             arguments = self._command(Path(temporary))
             server = restart.Server(arguments)
-            restart.loaded_until_killed(server, server.model, conversations, RESTART_TURNS)
+            try:
+                restart.loaded_until_killed(server, server.model, conversations, RESTART_TURNS)
+            finally:
+                server.end()
             server = restart.Server(arguments)
             try:
                 with self._hosted(1) as alone:
