@@ -190,7 +190,7 @@ def test_a_record_lacks_no_figure(tmp_path):
     [
         (["--serve", "dance"], "'dance' is no part; accepted: turns, overhead, sessions, soak, restart"),
         (["--serve", "turns", "--turns", "1"], "--turns 1 with --serve; accepted: at least 4"),
-        (["--serve", "turns", "--streams", "1,2"], "accepted: without --prefill"),
+        (["--serve", "turns", "--streams", "1,2"], "--serve times one stream and does not take --streams"),
     ],
 )
 def test_wrong_options_are_refused(capsys, arguments, words):

@@ -44,12 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not go together."""
-    others = args.prefill or args.late or args.sampling or args.ladder or args.profile or args.seconds or args.text
-    if others or args.streams != [1] or len(args.cap) > 1:
-        raise ValueError(
-            "--serve measures a server with one cap; accepted: without --prefill, --late, --sampling, --ladder,"
-            " --profile, --streams, --seconds and --text"
-        )
+    if len(args.cap) > 1:
+        raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
     least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1}
     for name, value in least.items():
         if getattr(args, name) < value:

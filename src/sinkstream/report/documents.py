@@ -9,8 +9,8 @@ from typing import Any
 from sinkstream.bench.draw_tables import render_draws
 from sinkstream.bench.generate_records import render_generate
 from sinkstream.bench.prompt_tables import render_prompts
-from sinkstream.bench.snapshot_records import render_snapshots
 from sinkstream.bench.serving.tables import render_serve
+from sinkstream.bench.snapshot_records import render_snapshots
 from sinkstream.bench.tables import render_bench
 from sinkstream.cache import ATTENTION, BOUNDED_ROPE_TYPES, FAMILIES, FAMILY, POSITIONS, ROPE_TYPES, UNSERVED
 from sinkstream.data import TEXTS
