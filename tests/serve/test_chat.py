@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 import tiny_model
 from rich.console import Console
-from serving import CAP, SYSTEM, TEMPLATE, Alone, loaded, make_service, served
+from serving import CAP, SYSTEM, TEMPLATE, Alone, client_of, loaded, make_service, served
 
 from sinkstream.cli import main
 from sinkstream.serve.talk import LocalTalk, RemoteTalk, TalkError
@@ -70,11 +70,43 @@ def test_turns_are_taken_back_and_written_anew(talk, model):
     assert "error" in chat(talk, "/undo", "/undo", "/undo")
 
 
+def test_a_pinned_text_is_never_evicted_and_the_turns_that_are_there_stay(talk, model):
+    talk.options["max_tokens"] = 8
+    chat(talk, "one", "two", "/pin x is 3")
+    assert talk.system == f"{SYSTEM_TEXT}\nx is 3"
+    out = chat(talk, "three")
+    pinned = talk.context["pinned"]
+    assert pinned == len(f"<s>{SYSTEM_TEXT}\nx is 3\n")
+    chat(talk, *["and more of it"] * 4)
+    assert talk.context["pinned"] == pinned and talk.context["evicted"] > 0
+    assert "error" not in out
+    assert "nothing to pin" in chat(talk, "/pin")
+
+
+def test_turns_behind_a_pinned_text_are_those_of_a_conversation_that_began_with_it(model):
+    talk = LocalTalk(make_service(model, cap=256), "Be brief.")
+    try:
+        said = [list(talk.say(text)) for text in ("one", "two")]
+        talk.pin("x is 3")
+        messages = [{"role": "system", "content": "Be brief.\nx is 3"}]
+        for text, pieces in zip(("one", "two"), said):
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
+        pinned = "".join(talk.say("three"))
+    finally:
+        talk.close()
+    with served(make_service(model, cap=256)) as address:
+        given = [*messages, {"role": "user", "content": "three"}]
+        answer = client_of(address).chat.completions.create(model="tiny-llama", messages=given, temperature=0)
+    assert pinned == answer.choices[0].message.content
+
+
 def test_a_conversation_is_saved_and_loaded(talk, model):
     alone = Plain(model)
     says(alone, "one")
     expected = says(alone, "two")
     out = chat(talk, "one", "/save my-chat", "/reset", "something else", "/load my-chat", "two")
+    if isinstance(talk, LocalTalk):
+        assert "the text of a loaded conversation is not known" in chat(talk, "/pin x")
     assert expected in out and "'my-chat'" in out
     assert "error: " in chat(talk, "/load nothing") and "error: " in chat(talk, "/save ../x")
 

@@ -19,6 +19,7 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.service import Service, owner_of
 from sinkstream.serve.sessions import new_id
+from sinkstream.serve.template import Message
 
 OPTIONS: dict[str, type] = {
     "temperature": float,
@@ -76,6 +77,13 @@ class Talk(ABC):
         """Begin anew."""
 
     @abstractmethod
+    def pin(self, text: str) -> str:
+        """Add a text to the system prompt, where it is never evicted; returns what was done. Raises TalkError.
+
+        A pinned text is at the beginning of a stream, so the turns that are still there are fed again behind it.
+        """
+
+    @abstractmethod
     def save(self, name: str) -> str:
         """Keep the conversation under a name; returns what was done. Raises TalkError."""
 
@@ -109,8 +117,12 @@ class LocalTalk(Talk):
     def reset(self, system: str | None) -> None:
         self._forget()
         self.system, self.last, self.context = system, None, None
+        self._turns: list[list[Message]] | None = []  # None: what was loaded is known as a stream only
+        self._session = self._open(system)
+
+    def _open(self, system: str | None) -> str:
         head = [{"role": "system", "content": system}] if system else []
-        self._session = self._service.open_session(self._owner, head, None).result()["id"]
+        return self._service.open_session(self._owner, head, None).result()["id"]
 
     def reply(self, text: str) -> Iterator[str]:
         heard: queue.Queue[Event] = queue.Queue()
@@ -126,18 +138,45 @@ class LocalTalk(Talk):
             job = self._service.submit(call, heard.put)
         except APIError as error:
             raise TalkError(error.message) from None
+        written = ""
         try:
             while not isinstance(event := heard.get(), Done):
                 if isinstance(event, TextPiece):
+                    written += event.text
                     yield event.text
                 elif isinstance(event, Failed):
                     raise TalkError(event.error.message)
             self.context, self.tokens = vars(event.context), event.completion_tokens
         finally:
             job.cancel()
+            if self._turns is not None and written:
+                self._turns.append([message, {"role": "assistant", "content": written}])
 
     def undo(self) -> None:
         self._with_session(self._service.undo)
+        if self._turns:
+            self._turns.pop()
+
+    def pin(self, text: str) -> str:
+        if self._turns is None:
+            raise TalkError("the text of a loaded conversation is not known; /pin before /save")
+        turns = self.stats()
+        there = (
+            self._turns[turns["evicted turns"] - turns["turns"] :] if turns["turns"] > turns["evicted turns"] else []
+        )
+        system = pinned_system(self.system, text)
+        session = self._open(system)
+        messages = tuple(message for turn in there for message in turn)
+        heard: queue.Queue[Event] = queue.Queue()
+        if messages:
+            self._service.submit(Call(self._owner, messages=messages, session=session), heard.put)
+            while not isinstance(event := heard.get(), Done):
+                if isinstance(event, Failed):
+                    self._with_session(self._service.delete, session)
+                    raise TalkError(event.error.message)
+        self._forget()
+        self._session, self.system, self._turns = session, system, there
+        return f"pinned; {len(there)} turns are fed again behind it"
 
     def save(self, name: str) -> str:
         saved = self._with_session(lambda session: self._service.save(session, name))
@@ -149,7 +188,7 @@ class LocalTalk(Talk):
         except APIError as error:
             raise TalkError(error.message) from None
         self._forget()
-        self._session, self.last = view["id"], None
+        self._session, self.last, self._turns = view["id"], None, None
         return f"{name!r}: {view['tokens']['seen']:,} tokens seen, {view['tokens']['kept']:,} kept"
 
     def stats(self) -> dict[str, Any]:
@@ -164,9 +203,9 @@ class LocalTalk(Talk):
         if self._session:
             self._with_session(self._service.delete)
 
-    def _with_session(self, work) -> Any:
+    def _with_session(self, work, session: str | None = None) -> Any:
         try:
-            return self._service.with_session(self._owner, self._session, work).result()
+            return self._service.with_session(self._owner, session or self._session, work).result()
         except APIError as error:
             raise TalkError(error.message) from None
 
@@ -223,6 +262,12 @@ class RemoteTalk(Talk):
             raise TalkError("there is no turn that could be taken back")
         del self._messages[places[-1] :]
 
+    def pin(self, text: str) -> str:
+        turns = [message for message in self._messages if message["role"] != "system"]
+        self.system = pinned_system(self.system, text)
+        self._messages = [{"role": "system", "content": self.system}, *turns]
+        return "pinned; the whole conversation is sent again behind it"
+
     def save(self, name: str) -> str:
         path = self._path(name)
         write_atomically(path, json.dumps(self._messages, ensure_ascii=False, indent=1))
@@ -273,6 +318,13 @@ class RemoteTalk(Talk):
         for choice in chunk.get("choices", []):
             if text := (choice.get("delta") or {}).get("content"):
                 yield text
+
+
+def pinned_system(system: str | None, text: str) -> str:
+    """A system prompt with one more text. Raises TalkError if there is none."""
+    if not text:
+        raise TalkError("nothing to pin; accepted: /pin TEXT")
+    return f"{system}\n{text}" if system else text
 
 
 def _message(body: bytes, status: int) -> str:
