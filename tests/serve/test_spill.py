@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -194,6 +195,76 @@ def test_a_full_disk_is_told_and_older_files_stay(tmp_path, monkeypatch):
         assert spill.get(held.id) == b"123456"
     assert files.read(session.id)[1] == b"first"
     assert [s.id for s in SessionFiles(tmp_path, 10**9).sessions()] == [session.id]
+
+
+def slow_disk(monkeypatch, files: SessionFiles) -> threading.Event:
+    """A disk that writes nothing until the event is set."""
+    go, store = threading.Event(), files.store
+
+    def held(*given):
+        go.wait()
+        store(*given)
+
+    monkeypatch.setattr(files, "store", held)
+    return go
+
+
+def test_nobody_waits_for_a_disk_that_is_written(tmp_path, monkeypatch):
+    files = SessionFiles(tmp_path, 10**9)
+    go, spill, session = slow_disk(monkeypatch, files), Spill(files, 6), Session("me")
+    spill.put(session, b"123456")
+    spill.put(other := Session("me"), b"abcdef")  # this one pushes the first one out
+    assert spill.where(session.id) == "disk" and spill.where(other.id) == "ram"
+    assert spill.ready(session.id) and spill.get(session.id) == b"123456", "it is read from what waits to be written"
+    assert not spill.written(session.id) and not list(tmp_path.iterdir())
+    go.set()
+    spill.wait()
+    assert spill.written(session.id) and files.read(session.id)[1] == b"123456"
+    assert not spill.ready(session.id) or spill.get(session.id) == b"123456"
+
+
+def test_a_stream_that_went_on_is_written_again(tmp_path):
+    spill, session = Spill(SessionFiles(tmp_path, 10**9), 0), Session("me")
+    assert spill.write_soon(session, b"one turn")
+    spill.wait()
+    assert spill.on_disk(session.id)
+    spill.changes(session.id)
+    assert not spill.on_disk(session.id), "the file is that of the turn before"
+    spill.put(session, b"two turns")
+    spill.wait()
+    assert spill.get(session.id) == b"two turns"
+    spill.drop(session.id)
+    spill.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_session_that_is_dropped_while_it_is_written_leaves_no_file(tmp_path, monkeypatch):
+    files = SessionFiles(tmp_path, 10**9)
+    go, spill, session = slow_disk(monkeypatch, files), Spill(files, 0), Session("me")
+    spill.put(session, b"data")
+    spill.drop(session.id)
+    go.set()
+    spill.wait()
+    assert not list(tmp_path.iterdir()) and files.total == 0 and spill.where(session.id) is None
+
+
+def test_the_next_turn_waits_until_the_last_one_is_written(model, tmp_path, monkeypatch):
+    """So that a server that is killed loses at most the turn in flight."""
+    service = make_service(model, spill=tmp_path)
+    go = slow_disk(monkeypatch, service.store.spill.files)
+    with served(service) as address:
+        client = client_of(address)
+        session, other = opened(client), opened(client)
+        say(client, session, "one")
+        said: list[str] = []
+        next_one = threading.Thread(target=lambda: said.append(say(client, session, "two")))
+        next_one.start()
+        say(client, other, "the others go on")
+        assert next_one.is_alive() and not said
+        go.set()
+        next_one.join()
+        assert said
+    assert SessionFiles(tmp_path, 10**9).read(session)[0].turns_seen == 2
 
 
 def test_a_half_written_session_is_the_one_before(tmp_path):
