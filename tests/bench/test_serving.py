@@ -13,7 +13,8 @@ from sinkstream.bench.serving import soak
 from sinkstream.bench.serving.client import begun
 from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import ServeRecord
-from sinkstream.bench.serving.session import Load, ServingSession, turn_figures
+from sinkstream.bench.serving.served import Load
+from sinkstream.bench.serving.session import ServingSession, turn_figures
 from sinkstream.bench.serving.tables import SERVE_HEADLINES, render_serve, serve_table, sessions_table
 from sinkstream.cli import main
 from sinkstream.evaluation.runner import Request

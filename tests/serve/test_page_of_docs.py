@@ -20,7 +20,7 @@ def test_the_table_of_endpoints_is_that_of_the_application():
 
 def test_options_and_commands_of_the_page_exist(capsys):
     found = ""
-    for command in ("serve", "chat"):
+    for command in ("serve", "chat", "bench"):
         try:
             build_parser().parse_args([command, "--help"])
         except SystemExit:

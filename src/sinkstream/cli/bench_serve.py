@@ -7,7 +7,8 @@ from rich.console import Console
 
 from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import PARTS
-from sinkstream.bench.serving.session import Load, ServingSession
+from sinkstream.bench.serving.served import Load
+from sinkstream.bench.serving.session import ServingSession
 from sinkstream.bench.serving.tables import serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend

@@ -26,7 +26,6 @@ FIGURES: dict[str, tuple[str, ...]] = {
         *("wrongly_answered", "compared", "differing", "leaked_sessions", "leaked_files", "generator", "rss_mb"),
     ),
     "restart": ("sessions", "spilled", "continued", "next_tokens", "same", "turns_lost"),
-    "rivals": ("rows", "turn", "context"),
 }
 PARTS = ("turns", "overhead", "sessions", "soak", "restart")
 

@@ -1,12 +1,9 @@
 """``bench --serve``: parts that are timed one after the other, a record each."""
 
-import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sinkstream.bench.serving.client import Plan
 from sinkstream.bench.serving.hosting import converse, hosted
 from sinkstream.bench.serving.records import ServeRecord
-from sinkstream.engine import Engine
+from sinkstream.bench.serving.served import TURN_TEXT, ServedModel
 from sinkstream.evaluation.record import find_complete, numeric_protocol
-from sinkstream.evaluation.runner import Job, Report, Request, Runner
+from sinkstream.evaluation.runner import Job, Report, Runner
 from sinkstream.measure.environment import environment, package_versions, utc_now
-from sinkstream.measure.memory import held_mb
 from sinkstream.measure.timing import timed
-from sinkstream.models import LoadedModel
 from sinkstream.records.plain import new_record_id
-from sinkstream.serve import ServeSettings, Service
 
 Figures = dict[str, Any]
 SESSIONS = (1, 8, 32)
@@ -37,59 +30,11 @@ ROUNDS = 7
 SOAK_RAM_MB = 64  # of spilled sessions, so that some go to disk
 RESTART_SESSIONS, RESTART_TURNS = 8, 5
 NEXT_TOKENS = 256
-SYSTEM = "w0 w4 w5 w6"  # words to a model of random weights, a text to others
-TURN_TEXT = "w7 w8 w9 w10 w11 w12 w13 w14"
 FILLER = "w5 "
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much is asked for.
-
-    Attributes
-    ----------
-    turns : int
-        Of the one long conversation.
-    reply : int
-        Tokens of each of its replies.
-    tokens : int
-        Of a reply that is timed beside the engine's.
-    cap : int
-        Slots of a session.
-    """
-
-    turns: int
-    reply: int
-    tokens: int
-    cap: int
-    seconds: float = 600
-    users: int = 32
-
-
-@dataclass
-class ServingSession:
-    """Times a server of one model in this process, with a client in another.
-
-    Attributes
-    ----------
-    loaded : LoadedModel
-        With a tokenizer.
-    backend : str
-        The engine's.
-    load : Load
-    request : Request
-    name : str
-        The same in all records of one command.
-    untrained : bool
-        Whether a cap above the trained positions is accepted.
-    """
-
-    loaded: LoadedModel
-    backend: str
-    load: Load
-    request: Request
-    name: str
-    untrained: bool = False
+class ServingSession(ServedModel):
+    """Times a server of one model in this process, with a client in another."""
 
     def run(self, parts: Sequence[str], console: Console) -> list[ServeRecord]:
         """Time the parts; one record each. Raises ValueError if the engine does not serve the model."""
@@ -215,7 +160,7 @@ class ServingSession:
         load, name = self.load, self.loaded.name
         conversations = [restart.Conversation(number, load.reply) for number in range(RESTART_SESSIONS)]
         with tempfile.TemporaryDirectory(prefix="sinkstream-restart-") as temporary:
-            arguments = self._command(Path(temporary))
+            arguments = self._command(Path(temporary), max(2, RESTART_SESSIONS // 4))
             server = restart.Server(arguments)
             try:
                 restart.loaded_until_killed(server, server.model, conversations, RESTART_TURNS)
@@ -231,71 +176,6 @@ class ServingSession:
                     )
             finally:
                 server.end()
-
-    def _command(self, folder: Path) -> list[str]:
-        """Arguments of ``sinkstream serve`` for a server like this one; random weights are written to a folder."""
-        model = self.request.arguments.get("model") or self.loaded.name
-        if self.loaded.source == "random":
-            model = str(folder / "model")
-            weights = {name: value.clone() for name, value in self.loaded.model.state_dict().items()}
-            self.loaded.model.save_pretrained(model, state_dict=weights)  # the engine's are views of packed ones
-            assert self.loaded.tokenizer is not None
-            self.loaded.tokenizer.save_pretrained(model)
-        resident = max(2, RESTART_SESSIONS // 4)
-        given = {"model": model, "cap": self.load.cap, "resident": resident, "ram-mb": 1, "spill": folder / "spill"}
-        given |= {"dtype": str(self.loaded.model.dtype).removeprefix("torch."), "backend": self.backend}
-        given |= {"device": str(self.loaded.model.device)}
-        return [*(f"--{name}={value}" for name, value in given.items()), "--allow-untrained-positions"]
-
-    # ---- a server, an engine ----
-
-    def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
-        settings = ServeSettings(cap=self.load.cap, resident=resident, queue=8 * max(resident, 16), **more)
-        untrained = self.untrained
-        return Service(
-            self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable
-        )
-
-    @contextmanager
-    def _hosted(self, resident: int) -> Iterator[str]:
-        with hosted(self._service(resident)) as address:
-            yield address
-        gc.collect()  # its streams give their memory back
-
-    def _engine(self, streams: int) -> Engine:
-        return Engine(
-            self.loaded.model,
-            cap=self.load.cap,
-            sink=4,
-            evict="turns",
-            streams=streams,
-            backend=self.backend,
-            tokenizer=self.loaded.tokenizer,
-            allow_untrained_positions=self.untrained,
-        )
-
-    def _engine_rate(self, streams: int) -> float:
-        """Tokens a second of the engine's own streams, a turn of the same text, the better of two."""
-        engine, rates = self._engine(streams), []
-        ids = self.loaded.tokenizer(TURN_TEXT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
-        generate = partial(engine.generate_batch, [ids] * streams, max_new_tokens=self.load.tokens, stop_tokens=())
-        try:
-            for _ in range(2):
-                seconds = timed(generate, device=self.loaded.model.device)[1]
-                rates.append(streams * self.load.tokens / seconds)
-        finally:
-            engine.close()
-        return max(rates)
-
-    def _plan(self, text: str, **more: Any) -> Callable[..., Plan]:
-        """A plan that lacks the address of its server."""
-        return lambda address, **given: Plan(
-            address=address, model=self.loaded.name, text=text, system=SYSTEM, **more, **given
-        )
-
-    def _memory(self) -> tuple[float, float | None]:
-        device = self.loaded.model.device
-        return held_mb("cpu"), held_mb(device) if device.type == "cuda" else None
 
     # ---- records ----
 

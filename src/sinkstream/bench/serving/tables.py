@@ -121,27 +121,17 @@ def _restart(f: dict[str, Any]) -> list[tuple[str, str]]:
 def render_serve(results: Path) -> dict[str, str]:
     """Markdown of the tables, by their names in the documents. Raises ValueError if a serve record is broken."""
     found = newest(ServeRecord.below(results))
-    tables = {"serve-figures": serve_table, "serve-sessions": sessions_table, "serve-rivals": rivals_table}
-    parts = {"serve-figures": PARTS, "serve-sessions": ("sessions",), "serve-rivals": ("rivals",)}
     rendered = {}
-    for name, table in tables.items():
-        of = [r for r in found if r.part in parts[name]]
-        rendered[name] = f"{machine(of)}\n\n{table(of).markdown()}" if of and table(of).rows else NONE_YET
+    for name, table in (("serve-figures", serve_table), ("serve-sessions", sessions_table)):
+        of = [r for r in found if (r.part == "sessions") == (name == "serve-sessions")]
+        rendered[name] = f"{machine(of)}\n\n{table(of).markdown()}" if of else NONE_YET
     return rendered
-
-
-def rivals_table(records: Sequence[ServeRecord], title: str | None = None) -> Table:
-    """What each server does with a chat that is longer than its context."""
-    rows = [
-        [row[name] for name in ("server", "setting", "does", "tokens")] for r in records for row in r.figures["rows"]
-    ]
-    return Table(["server", "setting", "what it does", "tokens it computes for the turn"], rows, title, [], 3)
 
 
 def newest(records: Sequence[ServeRecord]) -> list[ServeRecord]:
     """The latest record of every part, model, precision, cap and machine, in the order of the parts."""
     latest = {(r.part, *_named(r)): r for r in records}
-    return sorted(latest.values(), key=lambda r: ([*PARTS, "rivals"].index(r.part), r.protocol["device"]))
+    return sorted(latest.values(), key=lambda r: (PARTS.index(r.part), r.protocol["device"]))
 
 
 # ---- headline figures ----
