@@ -143,20 +143,22 @@ def _worst(records: Sequence[ServeRecord], part: str, figure: Callable[[dict[str
     return max(found, default=None)
 
 
-def _long(records: Sequence[ServeRecord]) -> list[ServeRecord]:
-    return [r for r in records if r.part != "turns" or r.figures["turns"] >= LEAST_TURNS]
+def _timed(records: Sequence[ServeRecord]) -> list[ServeRecord]:
+    """Records of a GPU, which nobody shares; of turns, those of a thousand."""
+    of_gpu = [r for r in records if r.protocol["device"] == "cuda"]
+    return [r for r in of_gpu if r.part != "turns" or r.figures["turns"] >= LEAST_TURNS]
 
 
 @SERVE_HEADLINES.register("serve.thousand_turn_tpot_ratio")
 def thousand_turn_tpot_ratio(records: Sequence[ServeRecord]) -> Headline | None:
-    """Median TPOT of the last 100 of 1,000 turns over the first 100; the larger of the machines."""
-    return _worst(_long(records), "turns", lambda f: f["tpot_ms"]["ratio"])
+    """Median TPOT of the last 100 of 1,000 turns over the first 100, on a GPU; the larger of the models."""
+    return _worst(_timed(records), "turns", lambda f: f["tpot_ms"]["ratio"])
 
 
 @SERVE_HEADLINES.register("serve.ttft_turn_1000_over_turn_10")
 def ttft_turn_1000_over_turn_10(records: Sequence[ServeRecord]) -> Headline | None:
-    """Median TTFT of the last ten of 1,000 turns over that of ten turns around turn 10; the larger of the machines."""
-    return _worst(_long(records), "turns", lambda f: f["ttft_ms"]["ratio"])
+    """Median TTFT of the last ten of 1,000 turns over ten turns around turn 10, on a GPU; the larger of the models."""
+    return _worst(_timed(records), "turns", lambda f: f["ttft_ms"]["ratio"])
 
 
 @SERVE_HEADLINES.register("serve.soak_requests")
@@ -180,5 +182,5 @@ def replies_differing(records: Sequence[ServeRecord]) -> Headline | None:
 
 @SERVE_HEADLINES.register("serve.overhead_over_engine")
 def overhead_over_engine(records: Sequence[ServeRecord]) -> Headline | None:
-    """A token of a streamed reply over one of Engine.generate, less 1, one session; the larger of the machines."""
-    return _worst(records, "overhead", lambda f: f["over_engine"])
+    """A token of a streamed reply over one of Engine.generate, less 1, one session, GPU; the larger of the models."""
+    return _worst(_timed(records), "overhead", lambda f: f["over_engine"])
