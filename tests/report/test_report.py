@@ -14,6 +14,7 @@ from sinkstream.bench.draw_tables import DRAW_HEADLINES
 from sinkstream.bench.generate_records import GENERATE_HEADLINES
 from sinkstream.bench.late_records import LATE_HEADLINES
 from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
+from sinkstream.bench.serving.tables import SERVE_HEADLINES
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.records import load_record, write_record
 from sinkstream.records.selection import is_plain, select
@@ -270,7 +271,7 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
     speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES, *GENERATE_HEADLINES}
-    keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES, *EVIDENCE_HEADLINES, "evidence.verdicts"}
+    keys = {*HEADLINES, *speeds, *SERVE_HEADLINES, *DIAGNOSIS_HEADLINES, *EVIDENCE_HEADLINES, "evidence.verdicts"}
     assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):

@@ -217,7 +217,7 @@ def _time_snapshots(args: argparse.Namespace, models: list[str]) -> int:
 def _measure_server(args: argparse.Namespace, models: list[str]) -> int:
     """``--serve``: see `bench_serve`."""
     bench_serve.check(args)
-    return bench_serve.run(args, models, *_prepared(args))
+    return bench_serve.measure(args, models, *_prepared(args))
 
 
 MODES: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {

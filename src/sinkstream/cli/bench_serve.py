@@ -55,7 +55,9 @@ def check(args: argparse.Namespace) -> None:
             )
 
 
-def run(args: argparse.Namespace, models: list[str], console: Console, device: torch.device, dtype: torch.dtype) -> int:
+def measure(
+    args: argparse.Namespace, models: list[str], console: Console, device: torch.device, dtype: torch.dtype
+) -> int:
     """Measure every model; print the tables, write the records."""
     check_writable(args.out)
     backend = (args.backend or [default_backend(args.device)])[0]
