@@ -33,12 +33,17 @@ CONVERTER_PACKAGES = ("gguf", "accelerate")
 @MODEL_SOURCES.register("builtin")
 def load_builtin(spec: str, request: LoadRequest) -> LoadedModel:
     """SmolLM2-135M-Instruct (Q4_1), a small real model that a Python package carries."""
+    return _load(builtin_file(), request, label=spec, source="builtin")
+
+
+def builtin_file() -> Path:
+    """The GGUF file of the built-in model. Raises ValueError if the package that carries it is missing."""
     package = importlib.util.find_spec(BUILTIN_PACKAGE)
     folders = list(package.submodule_search_locations or []) if package else []
     path = next((Path(folder) / BUILTIN_FILE for folder in folders if (Path(folder) / BUILTIN_FILE).is_file()), None)
     if path is None:
         raise ValueError(f"model 'builtin' needs the package that carries its weights: {BUILTIN_INSTALL}")
-    return _load(path, request, label=spec, source="builtin")
+    return path
 
 
 @MODEL_SOURCES.register("gguf")
