@@ -39,6 +39,8 @@ from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.rivals.record import RivalRecord
+from sinkstream.studies.rivals.tables import render_rivals
 
 DOCUMENT_TABLES: Registry[Callable[[Sequence[Record]], str]] = Registry("document table")
 RECALL_TABLES: Registry[Callable[[Sequence[RecallRecord]], str]] = Registry("document table of recall records")
@@ -55,7 +57,8 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     speed = render_bench(results) | render_prompts(results) | render_draws(results) | render_generate(results)
     speed |= render_snapshots(results) | render_serve(results)
-    return tables | render_diagnoses(results) | speed
+    rivals = render_rivals(records, RivalRecord.below(results) if there else [])
+    return tables | render_diagnoses(results) | speed | rivals
 
 
 def _source(cls: type) -> str:

@@ -30,6 +30,9 @@ from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
+from sinkstream.studies.rivals.compare import Comparison, comparisons
+from sinkstream.studies.rivals.record import RivalRecord
+from sinkstream.studies.rivals.tables import RIVAL_HEADLINES
 
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
@@ -82,7 +85,8 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
                 rounded = {name: _rounded(figure) for name, figure in figures.items() if figure is not None}
                 headlines[key] = {**rounded, "record": found.record}
 
-    compute(HEADLINES, load_records(results, pairs))
+    records = load_records(results, pairs)
+    compute(HEADLINES, records)
     compute(SPEED_HEADLINES, BenchRecord.below(results))
     compute(PROMPT_HEADLINES, PromptRecord.below(results))
     compute(LATE_HEADLINES, LateRecord.below(results))
@@ -90,6 +94,7 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(DRAW_HEADLINES, DrawRecord.below(results))
     compute(SERVE_HEADLINES, ServeRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
+    compute(RIVAL_HEADLINES, comparisons(records, RivalRecord.below(results)))
     compute(EVIDENCE_HEADLINES, [point for point in load_points(results) if point.status == "complete"])
     verdicts = verdict_counts(results)
     if verdicts is None:

@@ -1,0 +1,152 @@
+"""Tables and headline figures of rivals; every table leads with the nearest rival on its best day."""
+
+from collections.abc import Callable, Sequence
+
+from sinkstream.measure.environment import hardware
+from sinkstream.records.headline import Headline
+from sinkstream.records.records import Record
+from sinkstream.records.selection import has_model, has_text
+from sinkstream.registry import Registry
+from sinkstream.show.table import EMPTY, NONE_YET, Table, with_interval
+from sinkstream.studies.rivals.compare import CONTROL, Comparison, comparisons, delta
+from sinkstream.studies.rivals.record import RivalRecord
+
+#: Generated tables of the documents: name -> function of all comparisons, oldest first.
+RIVAL_TABLES: Registry[Callable[[Sequence[Comparison]], str]] = Registry("table of rivals")
+#: Key -> function of all comparisons, oldest first, that returns a headline, or None if records are missing.
+RIVAL_HEADLINES: Registry[Callable[[Sequence[Comparison]], Headline | None]] = Registry("headline of rivals")
+
+MODEL, CAP = "SmolLM2-135M", 512
+HEADER = ["way", "positions", "peak slots", "PPL", f"ΔPPL of `{CONTROL}` against it, % [95 %]", "peak memory (MB)"]
+SPEED_HEADER = ["way", "ms a token, mean", "P50", "P90", "P99", "peak memory (MB)"]
+
+
+def render_rivals(records: Sequence[Record], rivals: Sequence[RivalRecord]) -> dict[str, str]:
+    """Markdown of every table, by its name in the documents."""
+    found = comparisons(records, rivals)
+    return {name: render(found) for name, render in RIVAL_TABLES.items()} | {"rivals-speed": speed_tables(rivals)}
+
+
+def origin(comparison: Comparison) -> str:
+    """One line on what a comparison was measured with."""
+    rival = comparison.first
+    scored = next((r.summary["scored_tokens"] for r in comparison.scored()), 0)
+    machines = sorted({hardware(r.environment) for r in (*comparison.rivals, *comparison.ours)})
+    versions = sorted(
+        {f"{r.rival['name']} {r.rival['version']}" for r in comparison.rivals if r.rival["version"] is not None}
+    )
+    return (
+        f"{rival.model['name']}, {rival.data['name']}: {scored:,} scored tokens after the first"
+        f" {rival.protocol['cap']:,}, at most {rival.protocol['cap']:,} KV entries. {', '.join(versions)};"
+        f" {', '.join(machines)}."
+    )
+
+
+def quality_table(comparison: Comparison) -> Table:
+    """The nearest rival, our own policies by perplexity, the other rivals, and those that cannot run."""
+    ours = sorted(comparison.ours, key=lambda r: r.summary["ppl"])
+    nearest, *others = comparison.scored() or [None]
+    rows = [_rival_row(nearest, comparison)] if nearest else []
+    rows += [_own_row(run) for run in ours]
+    rows += [_rival_row(rival, comparison) for rival in others]
+    rows += [
+        [rival.label, f"cannot run: {rival.status_reason}", *[EMPTY] * (len(HEADER) - 2)]
+        for rival in comparison.rivals
+        if rival.status == "failed"
+    ]
+    return Table(HEADER, rows, left=2)
+
+
+def _rival_row(rival: RivalRecord, comparison: Comparison) -> list[str]:
+    control = comparison.control
+    paired = None if control is None else delta(control, rival)
+    return [
+        rival.label,
+        rival.rival["positions"],
+        f"{rival.protocol['peak_slots']:,}",
+        f"{rival.summary['ppl']:,.2f}",
+        EMPTY if paired is None else with_interval(paired.delta_percent, paired.low, paired.high, 2),
+        f"{rival.summary['peak_memory_mb']:,.0f}",
+    ]
+
+
+def _own_row(run: Record) -> list[str]:
+    memory = run.summary["peak_memory_mb"]
+    return [
+        f"**sinkstream** `{run.label}`",
+        {"cache": "in the cache", "original": "original"}.get(run.policy["options"].get("positions", "cache"), EMPTY),
+        f"{run.summary['kv_length']['max']:,}",
+        f"{run.summary['ppl']:,.2f}",
+        EMPTY,
+        EMPTY if memory is None else f"{memory:,.0f}",
+    ]
+
+
+def newest_comparison(found: Sequence[Comparison], *, text: str, cap: int = CAP) -> Comparison | None:
+    """The comparison of SmolLM2 on a text at a cap with the most scored tokens; of equals the newest."""
+    of_text = [
+        c
+        for c in found
+        if has_model(c.first, MODEL) and has_text(c.first, text) and c.first.protocol["cap"] == cap and c.scored()
+    ]
+    return max(of_text, key=lambda c: (c.scored()[0].summary["scored_tokens"], c.first.created), default=None)
+
+
+def _quality_of(text: str) -> Callable[[Sequence[Comparison]], str]:
+    def render(found: Sequence[Comparison]) -> str:
+        comparison = newest_comparison(found, text=text)
+        return NONE_YET if comparison is None else f"{origin(comparison)}\n\n{quality_table(comparison).markdown()}"
+
+    render.__doc__ = f"Rivals and our policies on {text} at {CAP} slots, SmolLM2-135M."
+    return render
+
+
+for _text in ("pg19", "wikitext"):
+    RIVAL_TABLES.register(f"rivals-{_text}")(_quality_of(_text))
+
+
+def speed_tables(rivals: Sequence[RivalRecord]) -> str:
+    """Milliseconds a token of all rivals, a table for each model, precision, cap and machine; the fastest first."""
+    groups: dict[tuple, dict[str, RivalRecord]] = {}
+    for rival in rivals:
+        p = rival.protocol
+        dtype = p["dtype"] if p["dtype"] != "GGUF" else "float32"
+        key = (rival.model["name"], dtype, p["cap"], hardware(rival.environment))
+        if rival.summary["steady_tpot_ms"]["p50"] is not None or rival.status == "failed":
+            groups.setdefault(key, {})[rival.label] = rival
+    parts = []
+    for (model, dtype, cap, machine), labelled in groups.items():
+        timed = sorted(
+            (r for r in labelled.values() if r.status == "complete"), key=lambda r: r.summary["steady_tpot_ms"]["p50"]
+        )
+        rows = [
+            [
+                rival.label,
+                *(f"{rival.summary['steady_tpot_ms'][name]:.2f}" for name in ("mean", "p50", "p90", "p99")),
+                f"{rival.summary['peak_memory_mb']:,.0f}",
+            ]
+            for rival in timed
+        ]
+        rows += [
+            [r.label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(SPEED_HEADER) - 2)]
+            for r in labelled.values()
+            if r.status == "failed"
+        ]
+        if timed:
+            parts.append(f"{model}, {dtype}, {cap:,} slots, {machine}.\n\n{Table(SPEED_HEADER, rows).markdown()}")
+    return "\n\n".join(parts) or NONE_YET
+
+
+@RIVAL_HEADLINES.register("evidence.delta_ppl_strict_vs_kvpress_snapkv")
+def delta_ppl_strict_vs_kvpress_snapkv(found: Sequence[Comparison]) -> Headline | None:
+    """ΔPPL % of strict against kvpress' best SnapKV on PG19 at 512 slots, SmolLM2-135M, the same tokens."""
+    comparison = newest_comparison(found, text="pg19")
+    if comparison is None or comparison.control is None:
+        return None
+    snapkv = [r for r in comparison.scored() if r.rival["method"] == "SnapKVPress"]
+    if not snapkv:
+        return None
+    paired = delta(comparison.control, snapkv[0])
+    if paired.delta_percent is None:
+        return None
+    return Headline(paired.delta_percent, snapkv[0].id, paired.low, paired.high)
