@@ -15,13 +15,21 @@ from sinkstream.report.summary import summary_is_current, write_summary
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    parser.add_argument("records", type=Path, nargs="?", help="folder of records for the page of -o")
+    parser.add_argument("-o", "--output", type=Path, help="write one self-contained HTML page of RECORDS, nothing else")
+    parser.add_argument("--criteria", type=Path, help="file of criteria whose verdicts the page shows")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files with generated tables")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write (or check) summary and tables."""
+    """Write the page, or write (or check) summary and tables."""
+    if args.output is not None:
+        return _page(args)
+    for name in ("records", "criteria"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name} {getattr(args, name)} is for the page; accepted: with -o PAGE.html")
     console, pairs = Console(), Pairs.load(args.results)
     if not args.check:
         summary = write_summary(args.results, pairs)
@@ -42,6 +50,18 @@ def run(args: argparse.Namespace) -> int:
     for name in stale:
         console.print(f"{name} {'is out of date; run sinkstream report' if args.check else 'written'}")
     return EXIT_FAILED if args.check and stale else 0
+
+
+def _page(args: argparse.Namespace) -> int:
+    """Write the page of a folder."""
+    from sinkstream.report.page.build import write_page  # which needs the libraries of the extra `report`
+
+    if args.docs or args.check:
+        raise ValueError("-o writes the page and nothing else; accepted: without --docs and --check")
+    folder = args.results if args.records is None else args.records
+    size = write_page(folder, args.output, args.criteria)
+    Console().print(f"{args.output}: {size / 1e6:.2f} MB", soft_wrap=True)
+    return 0
 
 
 def _table(tables: dict[str, str], name: str, path: Path) -> str:

@@ -1,0 +1,286 @@
+"""The charts of the page: Vega-Lite specifications made by Altair, with their data inside."""
+
+from collections.abc import Sequence
+from math import inf
+from statistics import median
+from typing import Any
+
+from sinkstream.report.page.groups import Dot, Group, frontier
+
+BLUE, RED, GREY, GREEN = "#0b63a5", "#c8452e", "#6b7280", "#1f7a4d"
+KINDS = {  # first word of a policy's name -> kind and colour
+    "recompute": ("recompute (baseline)", "#111827"),
+    "full": ("full cache", "#6b7280"),
+    "strict": ("strict", BLUE),
+    "lazy": ("lazy", "#e08a00"),
+    "max": ("staged drops", "#8d5fd3"),
+    "overlap": ("overlap", "#7a5230"),
+    "slack": ("slack", GREEN),
+    "adaptive": ("adaptive", "#d1438a"),
+    "refresh": ("refresh (pinned tokens)", RED),
+    "window": ("no sinks (control)", "#9ca3af"),
+}
+#: A point that loses so many times the median loss, or takes so many times the median time, is off the chart until asked
+#: for: it would press all others into one corner.
+FAR_LOSS, FAR_TIME = 8.0, 3.0
+PER_TOKEN, TOTAL = "time per token, ms", "time for the whole text, s"
+
+
+def library() -> Any:
+    """Altair. Raises ImportError: it is not installed."""
+    try:
+        import altair
+    except ImportError as error:
+        raise ImportError("the page needs altair; install it with: pip install 'sinkstream[report]'") from error
+    return altair
+
+
+def bundle() -> str:
+    """The JavaScript of Vega, Vega-Lite and vega-embed, for a page without a network.
+
+    Raises ImportError: vl-convert is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        message = "the page needs vl-convert-python; install it with: pip install 'sinkstream[report]'"
+        raise ImportError(message) from error
+    return vl_convert.javascript_bundle()
+
+
+def kind(name: str) -> str:
+    """The kind of a policy, for the legend."""
+    first = name.partition("-")[0]
+    return KINDS[first][0] if first in KINDS else name
+
+
+def colours(values: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Kinds that occur, in the order of `KINDS`, and their colours."""
+    there = {value["kind"] for value in values}
+    pairs = [pair for pair in KINDS.values() if pair[0] in there]
+    return [name for name, _ in pairs], [colour for _, colour in pairs]
+
+
+def pareto_values(group: Group) -> list[dict[str, Any]]:
+    """One entry a point that has both quality and speed; whether a frontier holds it, and whether it is an outlier."""
+    dots = [dot for dot in group.dots() if dot.point.speed is not None]
+    losses = [abs(dot.y) for dot in dots if dot.delta is not None]
+    loss = FAR_LOSS * max(0.5, median(losses)) if losses else inf
+    time = FAR_TIME * median([dot.point.speed["tpot_ms"] for dot in dots if dot.point.speed]) if dots else inf
+    values = [_value(dot, loss, time) for dot in dots]
+    for x in ("tpot", "total", "memory"):
+        known = [value for value in values if value[x] is not None]
+        for value, best in zip(known, frontier([v[x] for v in known], [v["y"] for v in known])):
+            value[f"front_{x}"] = bool(best)
+    return values
+
+
+def hidden(values: Sequence[dict[str, Any]]) -> str:
+    """The points that are off the chart until asked for, in words."""
+    far = [f"{value['label']} ({value['tpot']:.3g} ms, {value['y']:+.3g} %)" for value in values if value["outlier"]]
+    return f". Far off, shown on request: {'; '.join(far)}" if far else ""
+
+
+def _value(dot: Dot, most_loss: float, most_time: float) -> dict[str, Any]:
+    point, speed = dot.point, dot.point.speed
+    assert speed is not None, "only timed points are drawn"
+    latency, low, high = speed["latency_ms"], *((dot.delta.low, dot.delta.high) if dot.delta else (None, None))
+    interval = "baseline" if dot.delta is None else ("no interval" if low is None else f"{low:+.2f} to {high:+.2f} %")
+    return {
+        "label": point.label,
+        "kind": kind(point.policy["name"]),
+        "y": round(dot.y, 4),
+        "low": low,
+        "high": high,
+        "interval": interval,
+        "ppl": point.ppl,
+        "tpot": speed["tpot_ms"],
+        "total": dot.total_seconds(),
+        "memory": speed["peak_mb"],
+        **{name: latency[name] for name in ("p50", "p90", "p99")},
+        "configuration": configuration(point.policy["options"]),
+        "backends": f"quality {point.quality['backend']}, speed {speed['backend']}" if point.quality else "",
+        "record": point.id,
+        "outlier": abs(dot.y) > most_loss or speed["tpot_ms"] > most_time,
+        "front_tpot": False,
+        "front_total": False,
+        "front_memory": False,
+    }
+
+
+def configuration(options: dict[str, Any]) -> str:
+    """The options of a policy that are on, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, 0, False)) or "none"
+
+
+def tooltip(alt: Any) -> list[Any]:
+    """What a point says when the pointer is on it."""
+    return [
+        alt.Tooltip("label:N", title="policy"),
+        alt.Tooltip("configuration:N", title="options"),
+        alt.Tooltip("y:Q", title="ΔPPL %", format="+.3f"),
+        alt.Tooltip("interval:N", title="95 % interval"),
+        alt.Tooltip("ppl:Q", title="perplexity", format=".3f"),
+        alt.Tooltip("tpot:Q", title="ms a token", format=".4f"),
+        alt.Tooltip("p50:Q", title="P50 ms", format=".4f"),
+        alt.Tooltip("p90:Q", title="P90 ms", format=".4f"),
+        alt.Tooltip("p99:Q", title="P99 ms", format=".4f"),
+        alt.Tooltip("total:Q", title="whole text, s", format=".1f"),
+        alt.Tooltip("memory:Q", title="peak memory, MB", format=",.0f"),
+        alt.Tooltip("backends:N", title="measured with"),
+        alt.Tooltip("record:N", title="record"),
+    ]
+
+
+def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = None) -> dict[str, Any]:
+    """ΔPPL against time, or against the field `x`; with the frontier and every interval."""
+    alt = library()
+    names, shades = colours(values)
+    params, chart = [], alt.Chart(alt.Data(values=list(values)))
+    if any(value["outlier"] for value in values):
+        shown = alt.param("controls", value=False, bind=alt.binding_checkbox(name="show those that are far off "))
+        params.append(shown)
+        chart = chart.transform_filter("controls || !datum.outlier")
+    if x is None:
+        axis = alt.param("axis", value=PER_TOKEN, bind=alt.binding_radio(options=[PER_TOKEN, TOTAL], name="across: "))
+        params.append(axis)
+        per_token = f"axis == '{PER_TOKEN}'"
+        chart = chart.transform_calculate(
+            x=f"{per_token} ? datum.tpot : datum.total", front=f"{per_token} ? datum.front_tpot : datum.front_total"
+        )
+        title: Any = alt.TitleParams(text=alt.expr("axis"), orient="bottom", fontWeight="normal", fontSize=13)
+    else:
+        chart = chart.transform_calculate(x=f"datum.{x}", front=f"datum.front_{x}")
+        title = alt.TitleParams(text="peak memory, MB", orient="bottom", fontWeight="normal", fontSize=13)
+    chart = chart.transform_filter("isValid(datum.x)")
+    across = alt.X("x:Q", title=None, scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(tickCount=7))
+    up = alt.Y("y:Q", title=f"ΔPPL, % against {baseline}", scale=alt.Scale(zero=False, padding=12))
+    colour = alt.Color(
+        "kind:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=shades),
+        legend=alt.Legend(orient="top", columns=legend_columns(alt), symbolOpacity=1),
+    )
+    line = chart.transform_filter("datum.front").mark_line(interpolate="step-after", color=GREY, strokeDash=[5, 4])
+    bars = chart.mark_rule(strokeWidth=2, opacity=0.45).encode(x=across, y="low:Q", y2="high:Q", color=colour)
+    dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
+    half = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter("datum.front")
+    middle = "datum.least + 0.5 * (datum.most - datum.least)"
+    style = {"dy": -9, "fontSize": 12, "clip": True}
+    left = half.transform_filter(f"datum.x <= {middle}").mark_text(align="left", dx=9, **style)
+    right = half.transform_filter(f"datum.x > {middle}").mark_text(align="right", dx=-9, **style)
+    zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(color="#111827", strokeWidth=1).encode(y="y:Q")
+    layered = alt.layer(
+        zero,
+        line.encode(x=across, y=up, order="x:Q"),
+        bars,
+        dots.encode(x=across, y=up, color=colour, tooltip=tooltip(alt)),
+        left.encode(x=across, y=up, text="label:N"),
+        right.encode(x=across, y=up, text="label:N"),
+    )
+    return _finished(layered.add_params(*params).properties(title=title), height=340)
+
+
+def legend_columns(alt: Any) -> Any:
+    """One column on a narrow page."""
+    return alt.expr("containerSize()[0] < 500 ? 1 : 3")
+
+
+def row_names(alt: Any) -> Any:
+    """The axis of rows that are named: long names are cut on a narrow page."""
+    return alt.Axis(labelLimit=alt.expr("containerSize()[0] < 500 ? 130 : 320"), ticks=False)
+
+
+def whiskers(values: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
+    """One row a policy: ΔPPL with its interval; `values` have `label`, `kind`, `y`, `low`, `high`, `text`."""
+    alt = library()
+    names, shades = colours(values)
+    chart = alt.Chart(alt.Data(values=list(values)))
+    order = [value["label"] for value in values]
+    rows = alt.Y("label:N", sort=order, title=None, axis=row_names(alt))
+    across = alt.X("y:Q", title=title, scale=alt.Scale(zero=True, padding=10), axis=alt.Axis(tickCount=8))
+    colour = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=names, range=shades))
+    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=GREY).encode(x="x:Q")
+    tips = [alt.Tooltip("label:N", title="policy"), alt.Tooltip("text:N", title="ΔPPL % [95 %]")]
+    bars = chart.mark_rule(strokeWidth=3, opacity=0.5).encode(
+        y=rows, x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=8)), x2="high:Q", color=colour
+    )
+    dots = chart.mark_circle(size=90, opacity=1).encode(y=rows, x=across, color=colour, tooltip=tips)
+    return _finished(alt.layer(zero, bars, dots), height=max(90, 24 * len(values)))
+
+
+def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
+    """Milliseconds a token of every way of decoding, beside the floor; `values` have `label`, `ms`, `over`."""
+    alt = library()
+    chart = alt.Chart(alt.Data(values=list(values)))
+    order = [value["label"] for value in values]
+    rows = alt.Y("label:N", sort=order, title=None, axis=row_names(alt))
+    tips = [
+        alt.Tooltip("label:N", title="way"),
+        alt.Tooltip("ms:Q", title="ms a token", format=".3f"),
+        alt.Tooltip("over:Q", title="times the floor", format=".2f"),
+        alt.Tooltip("record:N", title="record"),
+    ]
+    across = alt.X("ms:Q", title="ms a token; the line is the floor: a copy of the bytes that a step must read")
+    bars = chart.mark_bar(color=BLUE, height=15).encode(y=rows, x=across, tooltip=tips)
+    text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
+        y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")
+    )
+    rule = alt.Chart(alt.Data(values=[{"x": floor_ms}])).mark_rule(color=RED, strokeWidth=2).encode(x="x:Q")
+    return _finished(alt.layer(bars, text, rule), height=26 * len(values) + 20)
+
+
+def lines(
+    values: Sequence[dict[str, Any]], x: str, y: str, *, log: bool = False, y_title: str = "", x_title: str = ""
+) -> dict[str, Any]:
+    """Lines with bands: `values` have `line`, `x`, `y`, and `low` and `high` where there is an interval."""
+    alt = library()
+    chart = alt.Chart(alt.Data(values=list(values)))
+    scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
+    ticks = sorted({value[x] for value in values})
+    across = alt.X(f"{x}:Q", title=x_title, scale=scale, axis=alt.Axis(values=ticks))
+    colour = alt.Color(
+        "line:N",
+        title=None,
+        scale=alt.Scale(scheme="tableau10"),
+        legend=alt.Legend(orient="top", columns=legend_columns(alt), labelLimit=260, symbolOpacity=1),
+    )
+    tips = [
+        alt.Tooltip("line:N"),
+        alt.Tooltip(f"{x}:Q", title=x_title),
+        alt.Tooltip(f"{y}:Q", title=y_title, format=".3f"),
+    ]
+    band = chart.mark_rule(strokeWidth=3, opacity=0.35).encode(x=across, y="low:Q", y2="high:Q", color=colour)
+    up = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
+    line = chart.mark_line(point=True).encode(x=across, y=up, color=colour, tooltip=tips)
+    return _finished(alt.layer(band, line), height=280)
+
+
+def recall_pareto(values: Sequence[dict[str, Any]], x_title: str, y_title: str) -> dict[str, Any]:
+    """Recall against perplexity, the frontier joined; `values` have `label`, `kind`, `x`, `y`, `front`, `text`."""
+    alt = library()
+    names, shades = colours(values)
+    chart = alt.Chart(alt.Data(values=list(values)))
+    across = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(tickCount=7))
+    up = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
+    legend = alt.Legend(orient="top", columns=legend_columns(alt), symbolOpacity=1)
+    colour = alt.Color("kind:N", title=None, scale=alt.Scale(domain=names, range=shades), legend=legend)
+    best = chart.transform_filter("datum.front")
+    line = best.mark_line(interpolate="step-before", color=GREY, strokeDash=[5, 4]).encode(x=across, y=up, order="x:Q")
+    bars = chart.mark_rule(strokeWidth=2, opacity=0.45).encode(x=across, y="low:Q", y2="high:Q", color=colour)
+    tips = [alt.Tooltip("label:N", title="policy"), alt.Tooltip("x:Q", title=x_title, format=".2f")]
+    tips.append(alt.Tooltip("text:N", title=y_title))
+    dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
+    named = best.mark_text(align="left", dx=9, dy=-9, fontSize=12, clip=True).encode(x=across, y=up, text="label:N")
+    return _finished(alt.layer(line, bars, dots.encode(x=across, y=up, color=colour, tooltip=tips), named), height=300)
+
+
+def _finished(chart: Any, height: int) -> dict[str, Any]:
+    """The specification, as wide as its place on the page."""
+    styled = chart.properties(width="container", height=height, background="transparent")
+    font = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
+    configured = styled.configure(font=font).configure_view(stroke=None)
+    configured = configured.configure_axis(
+        gridColor="#e5e7eb", labelFontSize=12, titleFontSize=13, titleFontWeight="normal"
+    )
+    return configured.configure_legend(labelFontSize=12).to_dict()

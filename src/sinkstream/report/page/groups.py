@@ -1,0 +1,116 @@
+"""Points of a matrix in groups that one Pareto may hold: the same model, text, cap, precision and machine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sinkstream.matrix.record import PointRecord, point_delta
+from sinkstream.measure.environment import hardware
+from sinkstream.statistics import PairedDelta
+
+#: What the points of one Pareto must share: words for a message, and the fact of a point.
+SHARED: dict[str, Callable[[PointRecord], Any]] = {
+    "model": lambda p: (p.model["name"], p.model["hash"]),
+    "text": lambda p: (p.data["name"], p.data["sha256"]),
+    "cap": lambda p: p.protocol["cap"],
+    "cap accounting": lambda p: p.protocol["cap_accounting"],
+    "precision": lambda p: p.protocol["dtype"],
+    "machine": lambda p: hardware(p.environment),
+}
+BASELINES = ("recompute", "strict", "full")  # what ΔPPL is measured against, the first that all points can have
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One point of a Pareto."""
+
+    point: PointRecord
+    delta: PairedDelta | None  # ΔPPL in percent against the group's baseline; None: the point is the baseline
+
+    @property
+    def y(self) -> float:
+        """ΔPPL in percent."""
+        return 0.0 if self.delta is None or self.delta.delta_percent is None else self.delta.delta_percent
+
+    def total_seconds(self) -> float | None:
+        """Set-up (preparation, capture, prefill) and decoding of the whole text; None without a timing."""
+        speed = self.point.speed
+        if speed is None:
+            return None
+        setup = speed["repeats"][0].get("setup") or {}
+        ready = sum(setup.get(name) or 0.0 for name in ("prepare_sec", "capture_sec", "prefill_sec"))
+        decoded = self.point.data["tokens"] - self.point.protocol["prefill_tokens"]
+        return ready + 1e-3 * speed["tpot_ms"] * decoded
+
+
+@dataclass(frozen=True)
+class Group:
+    """The points of one Pareto; ValueError if they cannot share one."""
+
+    points: tuple[PointRecord, ...]
+
+    def __post_init__(self) -> None:
+        first = self.points[0]
+        for name, fact in SHARED.items():
+            other = next((p for p in self.points if fact(p) != fact(first)), None)
+            if other is not None:
+                here, there = (fact(p)[0] if isinstance(fact(p), tuple) else fact(p) for p in (first, other))
+                same = " of another hash" if here == there else ""
+                raise ValueError(
+                    f"points {first.id} and {other.id} cannot share a Pareto: {name} is {here!r} and {there!r}{same};"
+                    f" accepted: points of the same {', '.join(SHARED)}"
+                )
+
+    @property
+    def title(self) -> str:
+        """Model, text, cap, precision and machine, in words."""
+        p = self.points[0]
+        text = f"{p.data['name']}, {p.data['tokens']:,} tokens"
+        return (
+            f"{p.model['name']} on {text}, {p.protocol['cap']:,} slots, {p.protocol['dtype']}, {SHARED['machine'](p)}"
+        )
+
+    @property
+    def baseline(self) -> PointRecord:
+        """What ΔPPL is measured against. Raises ValueError if the group has none of `BASELINES`."""
+        for name in BASELINES:
+            found = next((p for p in self.points if p.policy["name"] == name and p.blocks is not None), None)
+            if found is not None:
+                return found
+        raise ValueError(f"{self.title}: no point to measure against; accepted: one of {', '.join(BASELINES)}")
+
+    def dots(self) -> list[Dot]:
+        """All points with quality, the baseline first."""
+        base = self.baseline
+        scored = [p for p in self.points if p.blocks is not None]
+        return [
+            Dot(p, None if p is base else point_delta(p, base)) for p in sorted(scored, key=lambda p: p is not base)
+        ]
+
+
+def groups_of(points: Sequence[PointRecord]) -> list[Group]:
+    """The complete points, grouped by what a Pareto must share, the largest group first; the newest of each label."""
+    found: dict[tuple, dict[str, PointRecord]] = {}
+    for point in points:
+        if point.status == "complete":
+            key = tuple(fact(point) for fact in SHARED.values())
+            found.setdefault(key, {})[point.label] = point
+    groups = [Group(tuple(labelled.values())) for labelled in found.values()]
+    with_base = [g for g in groups if len(g.points) > 1 and any(p.policy["name"] in BASELINES for p in g.points)]
+    return sorted(with_base, key=lambda g: -len(g.points))
+
+
+def frontier(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    """Which points (points,) no other beats on both axes, smaller being better on both: bool.
+
+    Raises ImportError: moocore is not installed.
+    """
+    try:
+        import moocore
+    except ImportError as error:
+        raise ImportError("the page needs moocore; install it with: pip install 'sinkstream[report]'") from error
+    if not len(x):
+        return np.zeros(0, dtype=bool)
+    return np.asarray(moocore.is_nondominated(np.column_stack([x, y])), dtype=bool)
