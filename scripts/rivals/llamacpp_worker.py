@@ -1,7 +1,8 @@
 """llama.cpp on the CPU, through cyllama's binding: a context that shifts, teacher-forced token by token.
 
 When the context is full, the oldest tokens behind the first `keep` are removed and the positions of the others are
-moved, as llama.cpp's own server does with ``--context-shift``. `discard` tokens go at once; the server's default is half.
+moved, as llama.cpp's own server does with ``--context-shift``. `discard` tokens go at once; the server's default is
+half.
 """
 
 from typing import Any

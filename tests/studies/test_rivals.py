@@ -77,7 +77,7 @@ def compared(folder):
 
 
 def test_a_rival_is_paired_token_by_token_with_strict(results):
-    """The difference is the planted one, of the sums of blocks, and not of the means alone: noise of the text is out."""
+    """The difference is the planted one, of the sums of blocks, and not of the means alone: the noise is out."""
     found = compared(results)
     nearest = next(r for r in found.rivals if r.id == "snap-b")
     paired = delta(found.control, nearest)

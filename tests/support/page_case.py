@@ -37,6 +37,7 @@ def make_point(
     kept = ("id", "status", "status_reason", "created", "command", "arguments", "model", "data")
     return {
         **{key: own[key] for key in kept},
+        "model": own["model"] | {"attn_implementation": "sdpa"},
         "environment": info,
         "name": own["id"],
         "experiment": "test",
@@ -45,7 +46,7 @@ def make_point(
             **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": cap, "cap_accounting": "peak"},
             "prefill_tokens": cap,
         },
-        "configuration": {"quality": {}, "speed": {}},
+        "configuration": {"quality": {}, "speed": {}, "policy": {"name": name, "options": {}}},
         "baselines": {"recompute": None, "strict": None, "full": None},
         "quality": {
             **{"backend": "hf", "evaluate": "blocks", "record": "run", "created": own["created"], "sample_every": 1},

@@ -30,9 +30,10 @@ from sinkstream.studies.rivals.record import RivalRecord
 MOST_BYTES = 3_000_000
 TITLE = "A language model that streams for ever in fixed memory"
 LEAD = (
-    "A language model keeps keys and values of every token that it has read, so that its memory grows until it is full."
-    " sinkstream keeps the first few tokens and a window of the latest ones instead. This page measures what that costs in"
-    " quality, what it brings in speed, and which rule for what to keep is worth choosing."
+    "A language model keeps notes on every token (word piece) that it has read, so that its memory grows until it is"
+    " full. sinkstream keeps the first few tokens and a window of the latest ones instead. This page measures what"
+    " that costs in quality, what it brings in speed, and which rule for what to keep is worth choosing. Quality is"
+    " perplexity: how unsure the model is of the next token, lower is better."
 )
 
 
@@ -143,7 +144,7 @@ def cards(evidence: Evidence) -> list[Card]:
         deltas = {run.record.label: run.delta for run in compared_runs(runs) if run.delta} if runs else {}
     if (strict := deltas.get("strict")) and strict.delta_percent is not None:
         between = "" if strict.low is None else f" (95 %: {strict.low:+.2f} to {strict.high:+.2f})"
-        words = f"perplexity when one token is dropped at every step, against reading the window anew for every token{between}"
+        words = f"perplexity when every step drops the oldest token, against reading the window anew each time{between}"
         found.append(Card(f"{strict.delta_percent:+.2f} %", words))
     if (control := deltas.get("window-only")) and control.delta_percent is not None:
         words = "perplexity with the same memory, when the first four tokens are not kept"

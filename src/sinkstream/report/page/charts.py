@@ -20,8 +20,8 @@ KINDS = {  # first word of a policy's name -> kind and colour
     "refresh": ("refresh (pinned tokens)", RED),
     "window": ("no sinks (control)", "#9ca3af"),
 }
-#: A point that loses so many times the median loss, or takes so many times the median time, is off the chart until asked
-#: for: it would press all others into one corner.
+#: A point that loses so many times the median loss, or takes so many times the median time, is off the chart until
+#: asked for: it would press all others into one corner.
 FAR_LOSS, FAR_TIME = 8.0, 3.0
 PER_TOKEN, TOTAL = "time per token, ms", "time for the whole text, s"
 

@@ -71,9 +71,9 @@ def pareto_section(evidence: Evidence) -> Section | None:
     return Section(
         "pareto",
         "Quality against speed",
-        "Each dot is one rule for what stays in memory. Down is better (less quality lost), left is better (faster). The"
-        " dashed line joins the rules that no other rule beats on both; bars are 95 % intervals. Every dot says what it is"
-        " when the pointer is on it.",
+        "Each dot is one rule for what stays in memory. Down is better (less quality lost), left is better (faster)."
+        " The dashed line joins the rules that no other rule beats on both; bars are 95 % intervals. Every dot says"
+        " what it is when the pointer is on it.",
         pictures[:2],
         [(g.title, point_table(g)) for g in groups],
         pictures[2:],
@@ -130,8 +130,8 @@ def lazy_section(evidence: Evidence) -> Section | None:
         values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="ΔPPL, % against R = 1"
     )
     lead = (
-        "Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak the cache"
-        f" then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
+        "Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak"
+        f" the cache then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
     )
     return Section("lazy", "Window and lazy pruning", lead, [Picture(spec, _origin_of(evidence))])
 
@@ -173,8 +173,8 @@ def mechanism_section(evidence: Evidence) -> Section | None:
         values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="extra loss after a prune, nats"
     )
     lead = (
-        "Does quality break at the moment of a prune? The picture sums the extra loss just after a prune, against strict"
-        " streaming on the same tokens; a bar that crosses zero says that the text shows no spike."
+        "Does quality break at the moment of a prune? The picture sums the extra loss just after a prune, against"
+        " strict streaming on the same tokens; a bar that crosses zero says that the text shows no spike."
         f" {_where_it_comes_from(evidence)}"
     )
     return Section("mechanism", "Why quality breaks", lead, [Picture(spec, _origin_of(evidence))])
@@ -198,8 +198,9 @@ def control_section(evidence: Evidence) -> Section | None:
     if not pictures:
         return None
     lead = (
-        "Staged drops, overlap, slack, pinned older tokens and adaptive pruning, all at the same peak number of slots. Left"
-        " of zero is better than strict streaming; a bar that crosses zero says that the text shows no difference."
+        "Staged drops, overlap, slack, pinned older tokens and adaptive pruning, all at the same peak number of"
+        " slots. Left of zero is better than strict streaming; a bar that crosses zero says that the text shows no"
+        " difference."
     )
     return Section("control", "Controlled eviction", lead, pictures[:2], tables, pictures[2:])
 
@@ -232,8 +233,9 @@ def speed_section(evidence: Evidence) -> Section | None:
     ]
     machine = f"Pythia-2.8B shape (random weights), float16, batch 1, 2,052 slots, {best.hardware}"
     lead = (
-        f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token: {best.steady['over_floor']:.2f} times the time of a"
-        " copy of the bytes that one step must read. Nothing that reads all weights once a token can be faster than that."
+        f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token:"
+        f" {best.steady['over_floor']:.2f} times the time of a copy of the bytes that one step must read. Nothing"
+        " that reads all weights once a token can be faster than that."
     )
     spec = charts.ladder(values, best.floor["ms"])
     return Section(

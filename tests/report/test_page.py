@@ -1,0 +1,211 @@
+"""The page: groups that may share a Pareto, frontiers, refusals, and the page itself in a real browser."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from page_case import PLAN, make_point, write_points
+from record_factory import make_arrays
+
+from sinkstream.cli import main
+from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.show.table import Table
+
+LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
+if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"the extra `report` is not installed: {', '.join(absent)}", allow_module_level=True)
+
+from sinkstream.report.page import charts  # noqa: E402
+from sinkstream.report.page.build import latex, read_evidence, write_page  # noqa: E402
+from sinkstream.report.page.groups import Group, frontier, groups_of  # noqa: E402
+from sinkstream.report.page.story import sections  # noqa: E402
+
+WIDTHS = {"laptop": (1366, 768), "phone": (390, 844)}
+
+
+def points(folder, **more):
+    """All rows of the plan as records that were read back."""
+    for at in range(len(PLAN)):
+        PointRecord.write(make_point(at, **more), folder)
+    return load_points(folder)
+
+
+def test_the_frontier_is_what_nothing_beats():
+    """Against the definition, over random points: no other point is as good on both axes and better on one."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 12, (2, 60))
+    beaten = [any((a <= x[i]) & (b <= y[i]) & ((a < x[i]) | (b < y[i])) for a, b in zip(x, y)) for i in range(60)]
+    found = frontier(x, y)
+    assert (found == ~np.array(beaten)).all()
+    assert 0 < found.sum() < 60
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text": "wikitext"}, "text is 'pg19' and 'wikitext'"),
+        ({"model": "neox"}, "model is 'SmolLM2-135M' and 'neox'"),
+        ({"cap": 1024}, "cap is 512 and 1024"),
+    ],
+)
+def test_one_pareto_does_not_mix(tmp_path, change, words):
+    """Another text, model or cap is refused, and the difference named."""
+    PointRecord.write(make_point(0), tmp_path)
+    PointRecord.write(make_point(1, **change), tmp_path)
+    with pytest.raises(ValueError, match=f"cannot share a Pareto: {re.escape(words)}"):
+        Group(tuple(load_points(tmp_path)))
+
+
+def test_groups_are_by_what_a_pareto_shares(tmp_path):
+    """Two texts: two groups, each against its own recompute, each with its own frontier."""
+    groups = groups_of(load_points(write_points(tmp_path)))
+    assert [len(group.points) for group in groups] == [len(PLAN)] * 2
+    values = {value["label"]: value for value in charts.pareto_values(groups[0])}
+    here, base = (make_arrays(1280, seed=7 + at, shift=PLAN[at][3])["nll"] for at in (4, 0))
+    assert values["lazy R=256"]["y"] == pytest.approx(100 * np.expm1((here - base).mean()), abs=1e-3)
+    assert values["lazy R=256"]["low"] < values["lazy R=256"]["y"] < values["lazy R=256"]["high"]
+    assert {label for label, value in values.items() if value["outlier"]} == {"recompute", "window-only"}
+    fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
+    assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
+
+
+def test_the_page_is_one_file_below_three_megabytes(tmp_path):
+    """Nothing is loaded from anywhere; every picture has its specification and every table its LaTeX."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    path = tmp_path / "page.html"
+    assert write_page(write_points(folder), path) < 3_000_000
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=[\"'](?!data:)", text)
+    specs = json.loads(re.search(r"const charts = (\{.*\});", text).group(1).replace("<\\/", "</"))
+    assert set(specs) == set(re.findall(r'data-chart="([\w-]+)"', text))
+    assert text.count("\\begin{tabular}") == sum(len(s.tables) for s in sections(read_evidence(folder)))
+    for _, label, *_ in PLAN:
+        assert label in text
+
+
+def test_latex_escapes_what_latex_reads():
+    """A cell with marks of LaTeX's own comes out as text."""
+    table = Table(["a_b", "Δ %"], [["50 % & {x}", "\\"]], left=1)
+    assert latex(table).splitlines()[2] == r"a\_b & $\Delta$ \% \\"
+    assert latex(table).splitlines()[4] == r"50 \% \& \{x\} & \textbackslash{} \\"
+
+
+def test_wrong_folders_are_refused(tmp_path, capsys):
+    """No folder, an empty one, one with records of another kind, and options that do not go together."""
+    page = str(tmp_path / "page.html")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, words in ((tmp_path / "none", "not a folder with records"), (empty, "holds no record to show")):
+        assert main(["report", str(folder), "-o", page]) == 2
+        assert words in capsys.readouterr().err
+    (empty / "other.json").write_text(json.dumps({"schema": "sinkstream.strange/1"}))
+    assert main(["report", str(empty), "-o", page]) == 2
+    assert "found: sinkstream.strange" in capsys.readouterr().err
+    content = make_point(0)
+    path = PointRecord.write(content, empty)
+    path.write_text(path.read_text().replace("sinkstream.point/1", "sinkstream.point/2"))
+    assert main(["report", str(empty), "-o", page]) == 2
+    assert "this version reads 'sinkstream.point/1'" in capsys.readouterr().err
+    assert main(["report", str(empty)]) == 2
+    assert "accepted: with -o PAGE.html" in capsys.readouterr().err
+    assert main(["report", str(empty), "-o", page, "--check"]) == 2
+    assert not (tmp_path / "page.html").exists()
+
+
+# ---- in a real browser ----
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None or importlib.util.find_spec("playwright") is None, reason="no Chromium, or no playwright"
+)
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """The page of the plan's points."""
+    folder = tmp_path_factory.mktemp("records")
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    write_page(write_points(folder), path)
+    return path
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(page_file, browser):
+    """Opens without an error at both widths without a sideways scroll; hover, switch, sort, filter, print."""
+    for width, height in WIDTHS.values():
+        tab = browser.new_page(viewport={"width": width, "height": height})
+        errors = []
+        tab.on(
+            "console", lambda message, errors=errors: errors.append(message.text) if message.type == "error" else None
+        )
+        tab.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+        tab.on(
+            "request",
+            lambda request, errors=errors: (
+                errors.append(request.url) if "file:" not in request.url and "data:" not in request.url else None
+            ),
+        )
+        tab.goto(page_file.as_uri())
+        tab.wait_for_selector("#pareto-1 svg", timeout=120_000)
+        assert not errors
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        _hover(tab)
+        _switch(tab)
+        _sort_and_filter(tab)
+        assert len(tab.pdf()) > 20_000
+        assert not errors
+        tab.close()
+
+
+def _hover(tab):
+    """A dot says what it is."""
+    dot = tab.locator("#pareto-1 .mark-symbol.role-mark path").first
+    dot.scroll_into_view_if_needed()
+    dot.hover(force=True)
+    tip = tab.locator("#vg-tooltip-element.visible")
+    tip.wait_for(timeout=30_000)
+    assert "95 % interval" in tip.inner_text() and "P99" in tip.inner_text()
+
+
+def _switch(tab):
+    """The other axis changes its title, and those that are far off come when asked for."""
+    figure = tab.locator("#pareto-1")
+    dots = figure.locator(".mark-symbol.role-mark path")
+    before = dots.count()
+    figure.locator("input[type=checkbox]").check()
+    tab.wait_for_timeout(500)
+    assert dots.count() == before + 2
+    figure.locator("input[type=radio]").nth(1).check()
+    tab.wait_for_timeout(500)
+    assert "time for the whole text" in figure.locator("svg").inner_text()
+
+
+def _sort_and_filter(tab):
+    """A click on a header sorts by number, a second one turns the order round; the filter leaves matching rows."""
+    tab.locator("details.tables").first.evaluate("fold => fold.open = true")
+    table, rows = tab.locator("#pareto table").first, tab.locator("#pareto table").first.locator("tbody tr")
+    button = table.locator("th button").nth(1)
+    for direction in (1, -1):
+        button.click()
+        shown = [float(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()]
+        assert shown == sorted(shown)[::direction]
+    tab.locator("#pareto .filter").first.fill("lazy 64")
+    visible = [row for row in rows.all() if row.is_visible()]
+    assert [row.locator("td").first.inner_text() for row in visible] == ["lazy R=64"]
+    tab.locator("#pareto .filter").first.fill("")
