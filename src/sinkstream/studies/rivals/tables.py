@@ -106,10 +106,15 @@ for _text in ("pg19", "wikitext"):
 
 
 def speed_tables(rivals: Sequence[RivalRecord]) -> str:
-    """Milliseconds a token of all rivals, a table for each model, precision, cap and machine; the fastest first."""
+    """Milliseconds a token on a GPU, a table for each model, precision, cap and machine; the fastest first.
+
+    Times on a CPU stay in their records: whoever else computes there is in them.
+    """
     groups: dict[tuple, dict[str, RivalRecord]] = {}
     for rival in rivals:
         p = rival.protocol
+        if not str(p["device"]).startswith("cuda"):
+            continue
         dtype = p["dtype"] if p["dtype"] != "GGUF" else "float32"
         key = (rival.model["name"], dtype, p["cap"], hardware(rival.environment))
         if rival.summary["steady_tpot_ms"]["p50"] is not None or rival.status == "failed":
