@@ -125,7 +125,7 @@ def render(evidence: Evidence) -> str:
 
 def _specs(parts: Sequence[Section]) -> dict[str, Any]:
     """Every chart's specification, by the id of its place."""
-    found = {}
+    found: dict[str, Any] = {}
     for part in parts:
         found |= {f"{part.id}-{n}": picture.spec for n, picture in enumerate(part.pictures, 1)}
         found |= {f"{part.id}-more-{n}": picture.spec for n, picture in enumerate(part.folded, 1)}

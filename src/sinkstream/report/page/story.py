@@ -121,9 +121,8 @@ def lazy_section(evidence: Evidence) -> Section | None:
     for diagnosis in _newest_diagnoses(evidence):
         for entry in diagnosis.policies:
             options = entry["policy"]["options"]
-            if entry["policy"]["name"] == "lazy" and _delta(entry):
-                name = short(diagnosis)
-                values.append({"line": name, "r": options["compress_every"], **_delta(entry)})
+            if entry["policy"]["name"] == "lazy" and (delta := _delta(entry)):
+                values.append({"line": short(diagnosis), "r": options["compress_every"], **delta})
     if len(values) < 2:
         return None
     spec = charts.lines(

@@ -45,10 +45,10 @@ def origin(comparison: Comparison) -> str:
 def quality_table(comparison: Comparison) -> Table:
     """The nearest rival, our own policies by perplexity, the other rivals, and those that cannot run."""
     ours = sorted(comparison.ours, key=lambda r: r.summary["ppl"])
-    nearest, *others = comparison.scored() or [None]
-    rows = [_rival_row(nearest, comparison)] if nearest else []
+    scored = comparison.scored()
+    rows = [_rival_row(rival, comparison) for rival in scored[:1]]
     rows += [_own_row(run) for run in ours]
-    rows += [_rival_row(rival, comparison) for rival in others]
+    rows += [_rival_row(rival, comparison) for rival in scored[1:]]
     rows += [
         [rival.label, f"cannot run: {rival.status_reason}", *[EMPTY] * (len(HEADER) - 2)]
         for rival in comparison.rivals
