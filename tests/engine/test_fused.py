@@ -101,14 +101,16 @@ def test_observing_keeps_what_the_plain_step_keeps():
             assert name in ("pinned_keys", "pinned_positions") or ring[name].abs().max() > 0, name
 
 
-@pytest.mark.parametrize("policy", ["lazy", "adaptive-entropy", "refresh-uniform", "refresh-accumulated-attention"])
+@pytest.mark.parametrize(
+    "policy", ["lazy", "refresh-window-attention", "refresh-accumulated-attention", "refresh-uncertainty"]
+)
 def test_only_policies_that_read_more_pay_for_it(policy, monkeypatch):
     """The scalars are unpacked for PyTorch functions only, and these run only for scorers that read what they keep."""
     e, unpacked = engine(policy=policy), []
     scalars = property(lambda row: unpacked.append(row) or row.state.scalars.long())
     monkeypatch.setattr(plain.Row, "scalars", scalars)
     e.score(token_ids(60))
-    assert bool(unpacked) == (policy == "refresh-accumulated-attention")
+    assert bool(unpacked) == (policy == "refresh-uncertainty")
 
 
 # ---- the kernels in the interpreter ----

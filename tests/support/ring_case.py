@@ -4,6 +4,7 @@ import torch
 from ops_cases import DEVICE, draw
 
 from sinkstream.kernels import AttentionConfig, Workspace, attention_decode
+from sinkstream.kernels.observed import NOT_OBSERVED
 
 NAN = float("nan")
 
@@ -82,7 +83,20 @@ class Case:
         out = torch.einsum("bht,bhtd->bhd", scores.softmax(-1), torch.stack(values, 2))
         return out.flatten(1), rotate(k, at, self.inv_freq)
 
-    def run(self, implementation, **config):
+    def weights(self):
+        """What every query gives to every slot, ``(streams, query_heads, slots)`` float64, and the rotated queries."""
+        q, k, _ = self.parts()
+        groups, at = q.shape[1] // k.shape[1], int(self.scalars[0, 1])
+        seen = [(s, p, self.keys[:, :, s].double()) for s, p in self.seen]
+        seen.append((self.slot, at, rotate(k, at, self.inv_freq)))
+        scores = torch.stack(
+            [(rotate(q, p, self.inv_freq) * key.repeat_interleave(groups, 1)).sum(-1) for _, p, key in seen], -1
+        )
+        weights = torch.zeros(*scores.shape[:2], self.keys.shape[2], dtype=torch.float64, device=DEVICE)
+        weights[..., [s for s, _, _ in seen]] = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        return weights, rotate(q, at, self.inv_freq)
+
+    def run(self, implementation, observed=NOT_OBSERVED, **config):
         streams, kv_heads, _, dim = self.keys.shape
         workspace = Workspace(streams, self.options["query_heads"], kv_heads, dim, DEVICE)
         out = torch.full((streams, self.options["query_heads"] * dim), NAN, dtype=self.keys.dtype, device=DEVICE)
@@ -91,6 +105,7 @@ class Case:
             *arguments,
             **self.options,
             out=out,
+            observed=observed,
             workspace=workspace,
             config=AttentionConfig(**config),
             implementation=implementation,

@@ -275,4 +275,5 @@ def window_base(first_window: int, pinned: int, original: bool) -> int:
 
 def turned_back(rope: Rope, rotated: torch.Tensor, positions: int) -> torch.Tensor:
     """Rotated vectors ``(..., head_dim)`` as they are that many positions earlier, float32."""
-    return rope.unrotate(rotated, *rope.angles(torch.tensor(positions, device=rotated.device)))
+    by = torch.full((), positions, device=rotated.device)  # filled there: a copy from the host would wait
+    return rope.unrotate(rotated, *rope.angles(by))

@@ -35,6 +35,9 @@ class StreamBuffers:
         Quantities that the scorer reads: structure, nll, entropy, accumulated.
     queries : Tensor or None, (layers, streams, query_heads, kept, head_dim), dtype of the model
         Latest queries, at their window positions; the query of token t in place ``t % kept``.
+    scores : Tensor or None, (layers, streams, query_heads, slots), float32
+    score_sums : Tensor or None, (layers, streams, query_heads), float32
+        Scores of one step, as the kernels keep them where attention is accumulated, see `sinkstream.kernels.Observed`.
     logits : Tensor, (streams, vocab), float32
     tokens : Tensor, (streams,), int64
         Token ids that the next step appends; a negative one means the likeliest of the stream's logits.
@@ -53,6 +56,8 @@ class StreamBuffers:
     pinned_keys: torch.Tensor
     pinned_positions: torch.Tensor
     queries: torch.Tensor | None
+    scores: torch.Tensor | None
+    score_sums: torch.Tensor | None
     logits: torch.Tensor
     tokens: torch.Tensor
     plan: torch.Tensor
@@ -82,6 +87,8 @@ class StreamBuffers:
             }
         if not self.observed_queries:
             self.queries = None
+        if "accumulated" not in self.channels:
+            self.scores = self.score_sums = None
 
     @property
     def observed_queries(self) -> int:
@@ -109,6 +116,7 @@ class StreamBuffers:
         cached = (spec.layers, streams, spec.kv_heads, g.slots, spec.head_dim)
         pinned = (spec.layers, streams, spec.kv_heads, g.pinned_slots, spec.head_dim)
         layers, heads = self._choosers()
+        accumulates = "accumulated" in self.policy.needs
         return {
             "keys": (cached, spec.dtype),
             "values": (cached, spec.dtype),
@@ -118,6 +126,8 @@ class StreamBuffers:
                 (spec.layers, streams, spec.query_heads, self.observed_queries, spec.head_dim),
                 spec.dtype,
             ),
+            "scores": ((spec.layers, streams, spec.query_heads, g.slots * accumulates), torch.float32),
+            "score_sums": ((spec.layers, streams, spec.query_heads * accumulates), torch.float32),
             "plan": ((PLAN_TOKENS, streams, FIELDS), torch.int32),
             "risks": ((PLAN_TOKENS, streams, len(self.signals)), torch.float32),
             "cursor": ((streams,), torch.int64),
@@ -138,6 +148,7 @@ class StreamBuffers:
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         names = ("keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor")
-        held = {n: getattr(self, n) for n in (*names, "scalars", "tokens", "logits")}
+        names = (*names, "scores", "score_sums", "scalars", "tokens", "logits")
+        held = {n: getattr(self, n) for n in names}
         held |= {f"channel_{n}": c for n, c in self.channels.items()}
         return {n: t for n, t in held.items() if t is not None}

@@ -1,8 +1,8 @@
 """The decode step through the ops of `kernels`: three a GPT-NeoX layer, five a Llama-like one.
 
-On a CPU the same calls run the kernels' twins. Quantities that a policy observes are computed in plain PyTorch
-functions, only under policies that need them. No part of a step synchronises with the host, so that a CUDA graph can
-hold a whole step.
+On a CPU the same calls run the kernels' twins. The attention kernel itself keeps what a policy observes of queries and
+attention; plain PyTorch functions compute what it observes of tokens, only under policies that need it. No part of a
+step synchronises with the host, so that a CUDA graph can hold a whole step.
 """
 
 from typing import Any, cast
@@ -23,9 +23,9 @@ from sinkstream.kernels import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.kernels.attention_decode import split_qkv
 from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.likeliest import Tiles
+from sinkstream.kernels.observed import Observed, accumulate
 from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.kernels.sample import Draws
@@ -70,7 +70,7 @@ class FusedDecode:
 
     def __init__(self, weights: PackedWeights, state: StreamState, plan: LaunchPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
-        self.neox, self.observes = weights.family == NEOX, plain.observes(state)
+        self.neox = weights.family == NEOX
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
         self.use(default_plan(weights, state) if plan is None else plan)
         spec, config = self.spec, cast(Any, self.spec.decoder.config)
@@ -84,7 +84,8 @@ class FusedDecode:
             self.tiles = Tiles(state.streams, state.logits.shape[1], state.device)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
-        self._row = plain.Row(state, weights.rope_factor)
+        self._notes = bool(state.channels.keys() - {"accumulated"})
+        self._observed = [self._observed_of(i) for i in range(len(weights.layers))]
 
     def use(self, plan: LaunchPlan) -> None:
         """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
@@ -100,12 +101,14 @@ class FusedDecode:
         """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
         state, weights = self.state, self.weights
         self._begin(state.sampling.draws, state.plan, state.cursor, state.scalars, self.hidden, self.rope)
-        self._row = plain.Row(state, weights.rope_factor)
-        plain.note_token(state, self._row)
+        if self._notes:
+            plain.note_token(state, plain.Row(state, weights.rope_factor))
         for i in range(len(weights.layers)):
             for op in self.ops:
                 self.run(op, i)
         self.run("head", len(weights.layers))
+        if state.scores is not None and state.score_sums is not None:
+            accumulate(state.scores, state.score_sums, state.scalars, state.channels["accumulated"])
         state.end_row()
 
     def rehearse(self) -> None:
@@ -144,16 +147,16 @@ class FusedDecode:
             self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden,
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
             order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
-            bias=layer.bias_in[up], out=self.context, linear_out=self.middle, workspace=self.workspace,
-            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+            bias=layer.bias_in[up], observed=self._observed[i], out=self.context, linear_out=self.middle,
+            workspace=self.workspace, wait=self.rows_wait,
+            prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
             **self._how("attention_up"),
         )  # fmt: skip
-        self._observe(i)
 
     def _out(self, i: int) -> None:
         layer = self.weights.layers[i]
         self._linear_residual(
-            "out", self.context, layer.weight_out, f=self.middle, bias=layer.bias_out, early=not self.observes,
+            "out", self.context, layer.weight_out, f=self.middle, bias=layer.bias_out,
             prefetch=self._next_layer("out", i),
         )  # fmt: skip
 
@@ -168,16 +171,14 @@ class FusedDecode:
         )
         attention_decode(
             self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
-            pinned_slots=state.geometry.pinned_slots, order="blocks", out=self.context, workspace=self.workspace,
-            prefetch=self._gate_up_rows("attention", i), **norms, **self._how("attention"),
+            pinned_slots=state.geometry.pinned_slots, order="blocks", observed=self._observed[i], out=self.context,
+            workspace=self.workspace, prefetch=self._gate_up_rows("attention", i), **norms, **self._how("attention"),
         )  # fmt: skip
-        self._observe(i, q_norm)
 
     def _o(self, i: int) -> None:
         layer = self.weights.layers[i]
         self._linear_residual(
-            "o", self.context, layer.weight_o, bias=layer.bias_o, early=not self.observes,
-            prefetch=self._gate_up_rows("o", i),
+            "o", self.context, layer.weight_o, bias=layer.bias_o, prefetch=self._gate_up_rows("o", i),
         )  # fmt: skip
 
     def _gate_up(self, i: int) -> None:
@@ -203,20 +204,15 @@ class FusedDecode:
             **self._how(op, early=early),
         )  # fmt: skip
 
-    def _linear_residual(
-        self, op: str, a: torch.Tensor, weight: torch.Tensor, *, early: bool = True, **more: Any
-    ) -> None:
+    def _linear_residual(self, op: str, a: torch.Tensor, weight: torch.Tensor, **more: Any) -> None:
         """The residual stream alternates between two buffers: no kernel writes cache lines that it is reading."""
-        how = self._how(op, early=early)
-        linear_residual(a, weight, residual=self.hidden, out=self.other, **more, **how)
+        linear_residual(a, weight, residual=self.hidden, out=self.other, **more, **self._how(op))
         self.hidden, self.other = self.other, self.hidden
 
-    def _observe(self, i: int, q_norm: Norm | None = None) -> None:
-        """Record this layer's queries and attention, under policies whose scorer reads them."""
-        if self.observes:
-            spec, order = self.spec, "per-head" if self.neox else "blocks"
-            query = split_qkv(self.first, spec.query_heads, spec.kv_heads, spec.head_dim, order)[0]
-            plain.observe(self.state, self._row, i, query if q_norm is None else plain.norm(query, q_norm))
+    def _observed_of(self, i: int) -> Observed:
+        """What attention keeps of one layer, under policies whose scorer reads it."""
+        layers = (self.state.queries, self.state.scores, self.state.score_sums)
+        return Observed(*(None if part is None else part[i] for part in layers))
 
     # ---- how they are launched ----
 
@@ -224,7 +220,7 @@ class FusedDecode:
         """Options of one launch; `early`: whether it may start before the previous kernel has ended.
 
         The first op of layer 0 may not: attention, one kernel later, reads the scalars before its wait. Nor may an op
-        after one of PyTorch's, which need not end in a kernel; more than `MAX_STREAMS` streams take PyTorch's ops.
+        after one of PyTorch's, which need not end in a kernel: more than `MAX_STREAMS` streams take PyTorch's ops.
         """
         plan = self.plan[op]
         return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_STREAMS}

@@ -125,22 +125,15 @@ def attention_weights(state, row: Row, layer: int, query: torch.Tensor) -> torch
     return (scores.float() * spec.head_dim**-0.5).masked_fill(~row.visible, float("-inf")).softmax(-1)
 
 
-def observes(state) -> bool:
-    """Whether the policy's scorer reads queries or attention, so that every layer must keep something of them."""
-    return state.queries is not None or "accumulated" in state.channels
-
-
-def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Tensor) -> None:
     """Keep what the scorer reads of one layer's attention: the query, and the attention that every slot was given.
 
     Parameters
     ----------
     query, weights
-        As in `attention_weights`, which is asked where weights are needed and none are given.
+        As in `attention_weights`.
     """
     if "accumulated" in state.channels:
-        if weights is None:
-            weights = attention_weights(state, row, layer, query)
         state.channels["accumulated"][layer].add_(weights.mean(2))
     if state.queries is not None:
         state.queries[layer][row.stream, :, row.query_place] = row.rotated(query, row.window_angles)
@@ -149,15 +142,11 @@ def observe(state, row: Row, layer: int, query: torch.Tensor, weights: torch.Ten
 def note_token(state, row: Row) -> None:
     """Fill the channels of the token that is appended: its structure, its own NLL and the entropy it was drawn from."""
     channels = state.channels
-    if not channels:
-        return
     log_probs = None
     if UNCERTAINTY & channels.keys():
         first = row.scalars[:, QUERY, None] < 0
         log_probs = state.logits.log_softmax(-1).masked_fill(first, 0.0)[:, None]
     found = token_channels(channels, row.token[:, None], log_probs, state.structure)
-    if "accumulated" in channels:
-        found["accumulated"] = torch.zeros_like(state.logits[:, :1])
     for name, known in found.items():
         channels[name][:, row.stream, :, row.slot] = known[..., None]
 
@@ -213,6 +202,8 @@ def decode(state, weights: PackedWeights) -> None:
     state.begin_row()
     row = Row(state, weights.rope_factor)
     note_token(state, row)
+    if "accumulated" in state.channels:
+        state.channels["accumulated"][:, row.stream, :, row.slot] = 0.0
     x = F.embedding(row.token, weights.embedding)
     for i, layer in enumerate(weights.layers):
         x = (neox_layer if isinstance(layer, NeoxLayer) else llama_layer)(state, row, i, layer, x)

@@ -17,12 +17,14 @@ from sinkstream.kernels.config import (
     default_attention,
     several_attention,
 )
+from sinkstream.kernels.observed import NOT_OBSERVED, Observed
 from sinkstream.kernels.online_softmax import (
     combine,
     gather_rows,
     load_newest,
     load_rotated,
     load_slots,
+    newest_scores,
     online_softmax_init,
     online_softmax_run,
     online_softmax_update_new,
@@ -46,7 +48,7 @@ from sinkstream.kernels.runtime import (
     use_triton,
 )
 
-FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, spare
+FIELDS = 8  # scalars of a stream: slot, window position, frame position, pinned, first, length, token, query
 ORDERS = ("per-head", "blocks")
 COMBINED_VALUES = 64  # partial results in a thread's registers while it combines them, those in flight included
 
@@ -55,16 +57,18 @@ COMBINED_VALUES = 64  # partial results in a thread's registers while it combine
 def attend_split(
     split, programs, head, kv_heads, stream,
     qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
-    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale,
+    eps, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """What program (split, key-value head, stream) does. Its G queries share every key and value that is read.
 
     The first `ring_programs` splits serve the ring, the others the pinned slots; the last one also the new token.
+    QUERIES: the first one keeps the rotated queries. SCORES: every program keeps the scores of its slots.
     """
     which = stream * kv_heads + head
     if PDL and not LATE:
@@ -94,6 +98,16 @@ def attend_split(
     QR: tl.constexpr = 16 if DOT else 1
     q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
     new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
+    if QUERIES:  # noqa: SIM102  (known when the kernel is compiled)
+        if split == 0:
+            place = tl.maximum(tl.load(scalar_ptr + stream * 8 + 7), 0)
+            g, columns = tl.arange(0, QR)[:, None], tl.arange(0, C)[None, :]
+            kept_query = query_ptr + ((which.to(tl.int64) * G + g) * kept + place) * D + columns
+            for c in tl.static_range(D // C):
+                tl.store(kept_query + c * C, q[c].to(query_ptr.dtype.element_ty), mask=(g < G) & (columns < D))
+    score_row = score_ptr
+    if SCORES:
+        score_row = score_ptr + which.to(tl.int64) * G * slots + offset
     newest = split == programs - 1
     if DOT:  # loaded along with the query; without matrix units registers are too few for that
         new_k, kept_k, new_v = load_newest(
@@ -101,8 +115,8 @@ def attend_split(
         )  # fmt: skip
     m, s, a = online_softmax_init(16 if DOT else BT, C, D)
     m, s, a = online_softmax_run(
-        k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, C, D, BT, TILES, STAGES,
-        DOT, KIND,
+        k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, score_row, slots, G, C, D,
+        BT, TILES, STAGES, DOT, KIND, SCORES,
     )  # fmt: skip
     if PDL and LATE:
         gdc_launch_dependents()
@@ -117,34 +131,42 @@ def attend_split(
         for c in tl.static_range(D // C):
             tl.store(key_ptr + place + c * C, kept_k[c].to(key_ptr.dtype.element_ty))
             tl.store(value_ptr + place + c * C, new_v[c].to(value_ptr.dtype.element_ty))
-        m, s, a = online_softmax_update_new(q, new_k, new_v, scale, m, s, a)
+        z = newest_scores(q, new_k, scale)
+        if SCORES:
+            g = tl.arange(0, QR)
+            tl.store(score_ptr + (which.to(tl.int64) * G + g) * slots + slot, z, mask=g < G)
+        m, s, a = online_softmax_update_new(z, new_v, m, s, a)
     part = part_ptr + which.to(tl.int64) * programs * (G * D + 2 * G)
     store_partial(part + split * (G * D + 2 * G), m, s, a, QR, G, C, D)
     tl.debug_barrier()
     if tl.atomic_add(count_ptr + which, 1, sem="acq_rel") == programs - 1:
         tl.debug_barrier()
-        combine(part, out_ptr + stream * out_stride + head * G * D, programs, G, GC, D, SP, SIZE)
+        sums = sum_ptr
+        if SCORES:
+            sums = sum_ptr + which * G
+        combine(part, out_ptr + stream * out_stride + head * G * D, sums, programs, G, GC, D, SP, SIZE, SCORES)
         tl.store(count_ptr + which, 0)
 
 
 @jit
 def _attention_decode_kernel(
     qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
-    next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+    query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale,
+    eps, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, key-value head, stream)."""
     attend_split(
         tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2),
         qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-        qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, eps,
-        next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
-        G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, NEXT, LATE,
-        PDL,
+        query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs,
+        scale, eps, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
+        G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, QUERIES,
+        SCORES, NEXT, LATE, PDL,
     )  # fmt: skip
 
 
@@ -177,6 +199,7 @@ def attention_decode(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    observed: Observed = NOT_OBSERVED,
     workspace: Workspace | None = None,
     config: AttentionConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
@@ -193,8 +216,9 @@ def attention_decode(
         One layer's slots, pinned ones first; keys rotated. Written in place at each stream's slot.
     scalars : Tensor, (streams, 8), int32
         Slot to write, -, -, pinned entries visible, ring index of the oldest visible window token, visible window
-        length with the new token, -, -. The kernel reads slots before it waits for the previous kernel, so with `pdl`
-        the scalars must be final before the previous kernel starts.
+        length with the new token, -, place of the query in `observed.queries` (negative: 0). The kernel reads slots
+        before it waits for the previous kernel, so with `pdl` the scalars must be final before the previous kernel
+        starts.
     rope : Tensor, (streams, 2, 2, rotary_dim / 2), float32
         Cosine and sine at the window position of the query, then at its frame position (`rope_frames`).
     query_heads : int
@@ -205,6 +229,8 @@ def attention_decode(
     q_norm, k_norm : Tensor, (head_dim,), optional
         RMSNorm of queries and keys before the rotation, with `eps` (Qwen3).
     out : Tensor, (streams, query_heads * head_dim), optional
+    observed : Observed
+        What is kept of the queries and their attention; default: nothing.
     workspace : Workspace, optional
         Allocated for this call if missing; a captured graph needs one of its own.
     config, prefetch, pdl, implementation
@@ -226,16 +252,19 @@ def attention_decode(
     check_tensor(
         "out", out, (streams, query_heads * head_dim), dtypes=FLOAT_DTYPES, device=keys.device, contiguous=False
     )
+    observed.check(keys, query_heads)
     rest = (query_heads, pinned_slots, order, q_norm, k_norm, eps)
     if not use_triton(implementation, qkv):
-        return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest))
+        return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest, observed))
     if config is None:
         sizes = head_dim, slots - pinned_slots, pinned_slots
         if streams > 1 and query_heads == kv_heads:
             config = several_attention(streams * kv_heads, *sizes, multiprocessors(keys.device))
         else:
             config = default_attention(query_heads // kv_heads, *sizes)
-    grid, arguments, constants = launch_arguments(qkv, keys, values, scalars, rope, *rest, out, workspace, config)
+    grid, arguments, constants = launch_arguments(
+        qkv, keys, values, scalars, rope, *rest, out, observed, workspace, config
+    )
     launch(
         _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
         NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
@@ -278,7 +307,7 @@ def split_qkv(qkv, query_heads: int, kv_heads: int, head_dim: int, order: str):
 
 
 def attention_decode_twin(
-    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps
+    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps, observed=NOT_OBSERVED
 ) -> torch.Tensor:
     """The twin of the kernel: plain PyTorch in float32 (float64 for float64 inputs), result in that precision."""
     work = torch.float64 if keys.dtype == torch.float64 else torch.float32
@@ -305,7 +334,9 @@ def attention_decode_twin(
         ],
         dim=-1,
     )
-    weights = (scores * head_dim**-0.5).masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+    scores = (scores * head_dim**-0.5).masked_fill(~seen[:, None, None], float("-inf"))
+    observed.keep(_rotate(q, *window), scores, scalars)
+    weights = scores.softmax(-1)
     visible = values.to(work).masked_fill(~seen[:, None, :, None], 0.0)
     return (weights @ visible).flatten(1)
 
@@ -318,7 +349,21 @@ def _rotate(x, cos, sin):
 
 
 def launch_arguments(
-    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps, out, workspace, config
+    qkv,
+    keys,
+    values,
+    scalars,
+    rope,
+    query_heads,
+    pinned_slots,
+    order,
+    q_norm,
+    k_norm,
+    eps,
+    out,
+    observed,
+    workspace,
+    config,
 ) -> tuple[tuple[int, int, int], list, dict]:
     """Grid (splits, key-value heads, streams), arguments and constants of `attend_split`, prefetches left out.
 
@@ -366,7 +411,7 @@ def launch_arguments(
     grid = (programs, kv_heads, streams)
     arguments = [
         qkv, keys, values, scalars, rope, *norms, workspace.partials, workspace.counters, out,
-        qkv.stride(0), out.stride(0), slots, pinned_slots, ring, per, ring_programs, scale, eps,
+        *observed.arguments, qkv.stride(0), out.stride(0), slots, pinned_slots, ring, per, ring_programs, scale, eps,
     ]  # fmt: skip
     constants = {
         "G": group, "D": head_dim, "C": chunk, "RD": 2 * rope.shape[3],
@@ -374,5 +419,6 @@ def launch_arguments(
         "K_BASE": bases[0], "V_BASE": bases[1], "KV_STEP": bases[2],
         "NORM": q_norm is not None, "BT": config.tile, "TILES": -(-per // config.tile), "STAGES": config.stages,
         "DOT": dot, "SP": parts, "SIZE": size, "GC": together, "KIND": kind,
+        **observed.constants,
     }  # fmt: skip
     return grid, arguments, constants

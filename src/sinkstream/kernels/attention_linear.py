@@ -13,6 +13,7 @@ from sinkstream.kernels.chunks import check_tile
 from sinkstream.kernels.config import AttentionLinearConfig, default_attention_linear
 from sinkstream.kernels.norm_linear import check_inputs as check_linear
 from sinkstream.kernels.norm_linear import norm_linear, norm_linear_tiles
+from sinkstream.kernels.observed import NOT_OBSERVED, Observed
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -32,13 +33,14 @@ from sinkstream.kernels.runtime import (
 def _attention_linear_kernel(
     splits, kv_heads,
     qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
+    query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale,
+    head_eps,
     x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, rows, eps, w_stride, ahead,
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LAYER: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
     ROW_STAGES: tl.constexpr, HOLD: tl.constexpr, FILL: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr,
@@ -51,10 +53,11 @@ def _attention_linear_kernel(
         attend_split(
             pid % splits, splits, pid // splits, kv_heads, 0,
             qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-            qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
+            query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs,
+            scale, head_eps,
             next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
-            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, False,
-            LATE, PDL,
+            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, QUERIES,
+            SCORES, False, LATE, PDL,
         )  # fmt: skip
     else:
         norm_linear_tiles(
@@ -88,6 +91,7 @@ def attention_linear(
     activation: str = "gelu",
     out: torch.Tensor | None = None,
     linear_out: torch.Tensor | None = None,
+    observed: Observed = NOT_OBSERVED,
     workspace: Workspace | None = None,
     config: AttentionLinearConfig | None = None,
     wait: bool = True,
@@ -99,7 +103,7 @@ def attention_linear(
 
     Parameters
     ----------
-    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, out, workspace
+    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, out, observed, workspace
         As in `attention_decode`.
     x, weight, norm_weight, norm_bias, bias, eps, norm
         As in `norm_linear`.
@@ -127,7 +131,7 @@ def attention_linear(
     if len(qkv) > 1 or not use_triton(implementation, qkv):
         out = attention_decode(
             qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
-            workspace=workspace, pdl=pdl, implementation=implementation,
+            observed=observed, workspace=workspace, pdl=pdl, implementation=implementation,
         )  # fmt: skip
         linear_out = norm_linear(
             x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,
@@ -137,6 +141,7 @@ def attention_linear(
     rows, hidden = weight.shape
     check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
     check_linear(x, weight, norm_weight, norm_bias, bias, norm, activation)
+    observed.check(keys, query_heads)
     width = query_heads * keys.shape[3]
     out, linear_out = _room("out", out, width, keys), _room("linear_out", linear_out, rows, weight)
     if config is None:
@@ -145,8 +150,8 @@ def attention_linear(
         )
     check_tile(config.linear, hidden, weight)
     grid, arguments, constants = launch_arguments(
-        qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, workspace,
-        config.attention,
+        qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, observed,
+        workspace, config.attention,
     )  # fmt: skip
     _launch(
         grid, arguments, constants, x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out, config,

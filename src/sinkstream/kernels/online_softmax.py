@@ -75,17 +75,28 @@ def load_slots(keys, values, start, end, first, length, ring, skip, C: tl.conste
 
 
 @jit
-def online_softmax_update(q, k, v, seen, scale, m, s, a, DOT: tl.constexpr, KIND: tl.constexpr):
+def tile_scores(q, k, seen, scale, DOT: tl.constexpr, KIND: tl.constexpr):
+    """Scores of one tile of slots, in units of log2: (queries, BT) with DOT, else (BT,); -inf where nothing is seen."""
+    if DOT:
+        z = tl.dot(q[0], tl.trans(k[0].to(KIND)))
+        for c in tl.static_range(1, len(k)):
+            z = tl.dot(q[c], tl.trans(k[c].to(KIND)), z)
+        return tl.where(seen[None, :], z * scale, -float("inf"))
+    else:
+        product = k[0].to(tl.float32) * q[0]
+        for c in tl.static_range(1, len(k)):
+            product += k[c].to(tl.float32) * q[c]
+        return tl.where(seen, tl.sum(product, 1) * scale, -float("inf"))
+
+
+@jit
+def online_softmax_update(z, v, m, s, a, DOT: tl.constexpr, KIND: tl.constexpr):
     """Online softmax, base 2: one tile more in maxima m, sums s and weighted values a (a tuple of chunks).
 
     With DOT there is one softmax per query. Without it there is one per *row of the tile*, so that threads exchange
     nothing until `gather_rows` merges the rows at the end.
     """
     if DOT:
-        z = tl.dot(q[0], tl.trans(k[0].to(KIND)))
-        for c in tl.static_range(1, len(k)):
-            z = tl.dot(q[c], tl.trans(k[c].to(KIND)), z)
-        z = tl.where(seen[None, :], z * scale, -float("inf"))
         top = tl.maximum(m, tl.max(z, 1))
         safe = tl.where(top == -float("inf"), 0.0, top)
         p = tl.exp2(z - safe[:, None])
@@ -93,10 +104,6 @@ def online_softmax_update(q, k, v, seen, scale, m, s, a, DOT: tl.constexpr, KIND
         s = s * old + tl.sum(p, 1)
         p = p.to(KIND)
     else:
-        product = k[0].to(tl.float32) * q[0]
-        for c in tl.static_range(1, len(k)):
-            product += k[c].to(tl.float32) * q[c]
-        z = tl.where(seen, tl.sum(product, 1) * scale, -float("inf"))
         top = tl.maximum(m, z)
         safe = tl.where(top == -float("inf"), 0.0, top)
         p = tl.exp2(z - safe)
@@ -132,12 +139,17 @@ def gather_rows(m, s, a):
 
 
 @jit
-def online_softmax_update_new(q, k, v, scale, m, s, a):
-    """Online softmax: the new token, from registers; k and v are tuples of (1, C)."""
+def newest_scores(q, k, scale):
+    """Scores of the new token, (queries,), in units of log2, from registers; k is a tuple of (1, C)."""
     z = tl.sum(q[0].to(tl.float32) * k[0], 1)
     for c in tl.static_range(1, len(k)):
         z += tl.sum(q[c].to(tl.float32) * k[c], 1)
-    z *= scale
+    return z * scale
+
+
+@jit
+def online_softmax_update_new(z, v, m, s, a):
+    """Online softmax: the new token, from registers; v is a tuple of (1, C)."""
     top = tl.maximum(m, z)
     old, p = tl.exp2(m - top), tl.exp2(z - top)
     out = ()
@@ -147,27 +159,51 @@ def online_softmax_update_new(q, k, v, scale, m, s, a):
 
 
 @jit
+def keep_scores(row, z, first, end, skip, stride, G: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr):
+    """Write the scores of the slots first .. first + BT - 1 that lie before `end`, all but the new token's."""
+    slots = first + tl.arange(0, BT)
+    mine = (slots < end) & (slots != skip)
+    if DOT:
+        g = tl.arange(0, 16)[:, None]
+        tl.store(row + g * stride + slots[None, :], z, mask=mine[None, :] & (g < G))
+    else:
+        tl.store(row + slots, z, mask=mine)
+
+
+@jit
 def online_softmax_run(
-    k, v, seen, keys, values, start, end, first, length, ring, skip, q, scale, m, s, a, C: tl.constexpr,
-    D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
-    KIND: tl.constexpr,
+    k, v, seen, keys, values, start, end, first, length, ring, skip, q, scale, m, s, a, score_row, score_stride,
+    G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, KIND: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of one program. Without STAGES k and v hold the first tile, and the next one is in flight."""
+    """All tiles of one program. Without STAGES k and v hold the first tile, and the next one is in flight.
+
+    SCORES: the scores of all queries are kept, from `score_row` on.
+    """
     if STAGES > 0:
         for t in tl.range(0, TILES, num_stages=STAGES):
             k, v, seen = load_slots(keys, values, start + t * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = online_softmax_update(q, k, v, seen, scale, m, s, a, DOT, KIND)
+            z = tile_scores(q, k, seen, scale, DOT, KIND)
+            if SCORES:
+                keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)
+            m, s, a = online_softmax_update(z, v, m, s, a, DOT, KIND)
     elif TILES <= 4:
         for t in tl.static_range(TILES):
             old_k, old_v, old_seen = k, v, seen
             if t + 1 < TILES:
                 k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = online_softmax_update(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
+            z = tile_scores(q, old_k, old_seen, scale, DOT, KIND)
+            if SCORES:
+                keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)
+            m, s, a = online_softmax_update(z, old_v, m, s, a, DOT, KIND)
     else:
         for t in tl.range(0, TILES):
             old_k, old_v, old_seen = k, v, seen
             k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
-            m, s, a = online_softmax_update(q, old_k, old_v, old_seen, scale, m, s, a, DOT, KIND)
+            z = tile_scores(q, old_k, old_seen, scale, DOT, KIND)
+            if SCORES:
+                keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)
+            m, s, a = online_softmax_update(z, old_v, m, s, a, DOT, KIND)
     return m, s, a
 
 
@@ -200,9 +236,13 @@ def load_partials(
 
 @jit
 def combine(
-    part, out_ptr, programs, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr
-):
-    """Reduce the partial results of all programs of a head, GC queries at a time; the next queries are in flight."""
+    part, out_ptr, sum_ptr, programs, G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, SP: tl.constexpr,
+    SIZE: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """Reduce the partial results of all programs of a head, GC queries at a time; the next queries are in flight.
+
+    SCORES: the logarithm of each query's sum, base 2, is kept too.
+    """
     query, columns = tl.arange(0, GC)[:, None], tl.arange(0, SIZE)[None, :]
     m, s, a = load_partials(part, programs, 0, G, GC, D, SP, SIZE)
     for g in tl.static_range(0, G, GC):
@@ -211,4 +251,7 @@ def combine(
             m, s, a = load_partials(part, programs, g + GC, G, GC, D, SP, SIZE)
         weight = tl.exp2(old_m - tl.max(old_m, 0)[None, :])
         y = tl.sum(old_a * weight[:, :, None], 0) / tl.sum(old_s * weight, 0)[:, None]
+        if SCORES:
+            one = g + tl.arange(0, GC)
+            tl.store(sum_ptr + one, tl.max(old_m, 0) + tl.log2(tl.sum(old_s * weight, 0)), mask=one < G)
         tl.store(out_ptr + (g + query) * D + columns, y, mask=(g + query < G) & (columns < D))

@@ -20,8 +20,5 @@ class Uniform(Scorer):
     bits = 40
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        position = candidates.position
-        reversed_bits = torch.zeros_like(position)
-        for bit in range(self.bits):
-            reversed_bits = reversed_bits | (((position >> bit) & 1) << (self.bits - 1 - bit))
-        return -reversed_bits
+        bit = torch.arange(self.bits, device=candidates.position.device)
+        return -(((candidates.position[..., None] >> bit) & 1) << (self.bits - 1 - bit)).sum(-1)

@@ -1,0 +1,97 @@
+"""What attention keeps of its queries and scores, and attention added up, against float64."""
+
+import pytest
+import torch
+from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error, on_implementations
+from ring_case import NAN, Case
+
+from sinkstream.kernels import attention_linear
+from sinkstream.kernels.config import AttentionConfig, AttentionLinearConfig, LinearConfig
+from sinkstream.kernels.observed import Observed, accumulate
+
+NEOX = dict(query_heads=2, kv_heads=2, order="per-head", head_dim=80, rotary=20)
+LLAMA = dict(query_heads=6, kv_heads=2, order="blocks", head_dim=64, rotary=64)
+RING = dict(pinned_slots=20, ring=50, pinned=4, first=41, length=37)
+WAYS = [
+    ("neox", {"splits": 2, "tile": 16}),
+    ("llama", {"splits": 3, "tile": 16, "columns": 32}),
+    ("neox", {"splits": 1, "tile": 16, "stages": 2, "dot": True}),
+    ("llama", {"splits": 1, "tile": 64}),
+    ("neox", {"splits": 1, "tile": 16, "dot": False}),
+]
+KEPT = 5
+
+
+def room(case: Case) -> Observed:
+    """Room for everything that can be observed, filled with what must not stay."""
+    (streams, _, slots, dim), heads = case.keys.shape, case.options["query_heads"]
+    queries = torch.full((streams, heads, KEPT, dim), 9.0, dtype=case.keys.dtype, device=DEVICE)
+    scores = torch.full((streams, heads, slots), NAN, device=DEVICE)
+    return Observed(queries, scores, torch.full((streams, heads), NAN, device=DEVICE))
+
+
+def check(case: Case, observed: Observed, place: int) -> None:
+    """Compare what was observed with float64."""
+    weights, queries = case.weights()
+    assert error(torch.exp2(observed.scores.double() - observed.sums[..., None].double()), weights) < 2e-3
+    assert torch.equal(observed.scores == -torch.inf, weights == 0)
+    assert error(observed.queries[:, :, place], queries) < TOLERANCE[case.keys.dtype]
+    others = [i for i in range(KEPT) if i != place]
+    assert (observed.queries[:, :, others] == 9).all(), "another token's query was overwritten"
+
+
+@pytest.mark.parametrize(("way", "implementation"), on_implementations(WAYS, quick=2))
+def test_queries_and_scores_are_those_of_float64(way, implementation):
+    family, config = way
+    case = Case(torch.float16, **(NEOX if family == "neox" else LLAMA), **RING)
+    case.scalars[:, 7], observed = 3, room(case)
+    expected, _ = case.expected()
+    assert error(case.run(implementation, observed, **config), expected) < TOLERANCE[torch.float16]
+    check(case, observed, 3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_beside_a_linear_layer(implementation):
+    case = Case(torch.float16, **NEOX, **RING, streams=1)
+    case.scalars[:, 7], observed, hidden = -1, room(case), 64
+    weight, norm = draw(8, hidden, dtype=torch.float16), torch.ones(hidden, dtype=torch.float16, device=DEVICE)
+    attention_linear(
+        case.qkv, case.keys, case.values, case.scalars, case.rope, draw(1, hidden, dtype=torch.float16), weight,
+        **case.options, norm_weight=norm, norm_bias=torch.zeros_like(norm), observed=observed,
+        config=AttentionLinearConfig(AttentionConfig(splits=2, tile=16, warps=4), LinearConfig(2, 256, 4, 1, 1)),
+        implementation=implementation,
+    )  # fmt: skip
+    check(case, observed, 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_is_added_up(group, implementation):
+    layers, streams, kv_heads, slots = 2, 2, 2, 1100
+    scores = draw(layers, streams, kv_heads * group, slots) * 3
+    scores[..., ::7] = -torch.inf
+    sums = scores.double().mul(torch.log(torch.tensor(2.0))).logsumexp(-1) / torch.log(torch.tensor(2.0)).item()
+    totals = draw(layers, streams, kv_heads, slots).abs()
+    scalars = torch.zeros(streams, 8, dtype=torch.int32, device=DEVICE)
+    scalars[:, 0] = torch.tensor([3, 1050])
+    expected = torch.exp2(scores.double() - sums[..., None]).unflatten(2, (kv_heads, group)).mean(3)
+    kept = totals.double().clone()
+    kept[:, 0, :, 3], kept[:, 1, :, 1050] = 0.0, 0.0
+    before = totals.clone()
+    accumulate(scores, sums.float(), scalars, totals, implementation=implementation)
+    assert error(totals, kept + expected) < 1e-6
+    assert error(before, kept + expected) > 1e-3, "control: what was there before is something else"
+
+
+def test_mistakes_are_named():
+    case = Case(torch.float16, **LLAMA, **RING)
+    whole = room(case)
+    for observed, says in [
+        (Observed(scores=whole.scores), "accepted: both or neither"),
+        (Observed(queries=whole.queries[:, :2]), "queries has shape"),
+        (Observed(scores=whole.scores[..., :-1].contiguous(), sums=whole.sums), "scores has shape"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            case.run("torch", observed)
+    with pytest.raises(ValueError, match="totals of 4 kv heads"):
+        accumulate(whole.scores[None], whole.sums[None], case.scalars, torch.zeros(1, 2, 4, whole.scores.shape[-1]))
