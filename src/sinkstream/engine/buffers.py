@@ -5,6 +5,7 @@ import torch
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.channels import kept_channels
 from sinkstream.engine.geometry import Geometry
+from sinkstream.kernels.decide import COLUMNS
 from sinkstream.kernels.layout import FIELDS
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
@@ -49,6 +50,8 @@ class StreamBuffers:
         See `layout`.
     risks : Tensor, (256, streams, signals), float32
         What adaptive triggers read in the logits of the steps of the plan.
+    decisions_table : Tensor, (streams, 22), float64
+        Where the device decides about prunes: what it knows of each stream, see `sinkstream.kernels.decide`.
     """
 
     keys: torch.Tensor
@@ -64,6 +67,7 @@ class StreamBuffers:
     cursor: torch.Tensor
     scalars: torch.Tensor
     risks: torch.Tensor
+    decisions_table: torch.Tensor
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class StreamBuffers:
             "score_sums": ((spec.layers, streams, spec.query_heads * accumulates), torch.float32),
             "plan": ((PLAN_TOKENS, streams, FIELDS), torch.int32),
             "risks": ((PLAN_TOKENS, streams, len(self.signals)), torch.float32),
+            "decisions_table": ((streams, COLUMNS), torch.float64),
             "cursor": ((streams,), torch.int64),
             "scalars": ((streams, FIELDS), torch.int32),
             "tokens": ((streams,), torch.int64),
@@ -148,7 +153,7 @@ class StreamBuffers:
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         names = ("keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor")
-        names = (*names, "scores", "score_sums", "scalars", "tokens", "logits")
+        names = (*names, "decisions_table", "scores", "score_sums", "scalars", "tokens", "logits")
         held = {n: getattr(self, n) for n in names}
         held |= {f"channel_{n}": c for n, c in self.channels.items()}
         return {n: t for n, t in held.items() if t is not None}

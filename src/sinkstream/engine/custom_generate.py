@@ -11,7 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 from sinkstream import compat
 from sinkstream.cache.padding import default_positions
 from sinkstream.engine.decoder import StreamDecoder
-from sinkstream.engine.generation import CopyInFlight, Writer, write
+from sinkstream.engine.generation import Writer, write
+from sinkstream.engine.recorder import CopyInFlight
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine

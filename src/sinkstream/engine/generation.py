@@ -140,22 +140,6 @@ def steps(
             return
 
 
-class CopyInFlight:
-    """An asynchronous copy of a small tensor to the host, which overlaps with what is launched next."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self._host = tensor.to("cpu", non_blocking=True)  # to pinned memory
-        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def tolist(self) -> list:
-        """Wait for the copy, and for nothing that was launched after it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
-
-
 class SamplingWriter(Writer):
     """Leaves the draws to the step, see `SamplingState`, and ends by a `StopRule`.
 

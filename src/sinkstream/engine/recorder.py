@@ -1,4 +1,4 @@
-"""Which tokens the steps appended: read from the plan, to which every step writes the ids, without a kernel a token."""
+"""Reading on the host what steps leave on the device; the tokens from the plan, without a kernel a token."""
 
 from typing import Protocol
 
@@ -85,3 +85,19 @@ class _EarlyReader:
                 tokens = self._host[:, TOKEN].tolist()
                 if min(tokens) >= 0:
                     return tokens
+
+
+class CopyInFlight:
+    """An asynchronous copy of a small tensor to the host, which overlaps with what is launched next."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._host = tensor.to("cpu", non_blocking=True)  # to pinned memory
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def tolist(self) -> list:
+        """Wait for the copy, and for nothing that was launched after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()

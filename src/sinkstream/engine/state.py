@@ -2,7 +2,8 @@
 
 The host counts (`Counters`, `PruneSchedule`) and writes the scalars of many coming steps into a small plan table on the
 device; each step moves the cursor and reads its own row, so that a CUDA graph can run many tokens without the host.
-What needs a decision (a refresh, an adaptive trigger) ends the plan: the host decides, between two steps, and goes on.
+What needs a decision of the host (a refresh, a rebase) ends the plan: the host decides, between two steps, and goes on.
+Whether an adaptive trigger prunes is decided on the device, see `decisions`.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS, StreamBuffers
+from sinkstream.engine.decisions import AdaptiveRule, Decisions
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
@@ -54,7 +56,10 @@ class StreamState(StreamBuffers):
         super().__init__(spec, policy, positions=positions, streams=streams, vocab=vocab, device=device)
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
-        self.last_steps: list[Step | None] = []
+        rule = AdaptiveRule.of(policy)
+        self._decisions = None if rule is None else Decisions(self, rule)
+        self._last_steps: list[Step | None] = []
+        self.journal: list[Step] | None = None  # what the policy did in the first stream, if somebody asks
         self._recorders: list[Recorder] = []
         self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self.sampling = SamplingState(streams, vocab, device)
@@ -66,8 +71,8 @@ class StreamState(StreamBuffers):
         which = range(self.streams) if stream is None else [stream]
         self.stale_logits.difference_update(which)
         if stream is None:
-            self.schedules = [PruneSchedule(self.policy) for _ in which]
-            self.counters = [Counters(self.geometry) for _ in which]
+            self.schedules_so_far = [PruneSchedule(self.policy) for _ in which]
+            self.counters_so_far = [Counters(self.geometry) for _ in which]
             self._keep_recorded()
             for buffer in self._buffers().values():
                 buffer.zero_()
@@ -101,6 +106,40 @@ class StreamState(StreamBuffers):
         if tokens:
             self.counters[stream].seen -= tokens
             self.stale_logits.add(stream)
+
+    # ---- counts: where the device decides about prunes, the host's account may lag ----
+
+    @property
+    def counters(self) -> list[Counters]:
+        """How far each stream is; waits for the device if prunes are decided there."""
+        self._catch_up()
+        return self.counters_so_far
+
+    @property
+    def schedules(self) -> list[PruneSchedule]:
+        """When each stream is pruned; waits for the device if prunes are decided there."""
+        self._catch_up()
+        return self.schedules_so_far
+
+    @property
+    def last_steps(self) -> list[Step | None]:
+        """What the policy did in each stream at the latest step; waits as `counters`."""
+        self._catch_up()
+        return self._last_steps
+
+    def count(self, active: Sequence[int]) -> None:
+        """Account for one step of these streams."""
+        self._last_steps = [None] * self.streams
+        for s in active:
+            done = self._last_steps[s] = self.schedules_so_far[s].step()
+            self.counters_so_far[s].append(done.drop)
+            self.counters_so_far[s].events += done.event
+        if self.journal is not None and (first := self._last_steps[0]) is not None:
+            self.journal.append(first)
+
+    def _catch_up(self) -> None:
+        if self._decisions is not None:
+            self._decisions.catch_up(self._active, self._row)
 
     # ---- which tokens ----
 
@@ -180,16 +219,15 @@ class StreamState(StreamBuffers):
             for part, saved in zip(parts, copies):
                 part.copy_(saved)
         self._row += 1
-        self.last_steps = [None] * self.streams
         self.stale_logits.difference_update(active)
-        for s in active:
-            done = self.last_steps[s] = self.schedules[s].step()
-            self.counters[s].append(done.drop)
-            self.counters[s].events += done.event
+        if self._decisions is None:
+            self.count(active)
 
     def settle(self) -> None:
         """Take in what the steps so far have shown, and drop the rest of the plan."""
-        if self.signals and self._row:
+        if self._decisions is not None:
+            self._catch_up()
+        elif self.signals and self._row:
             for row in self.risks[: self._row].tolist():
                 for s in self._active:
                     for signal, risk in zip(self.signals, row[s]):
@@ -203,7 +241,9 @@ class StreamState(StreamBuffers):
 
     def end_row(self) -> None:
         """Last thing in a step, on the device: note what adaptive triggers read in the logits."""
-        if self.signals:
+        if self._decisions is not None:
+            self._decisions.note()
+        elif self.signals:
             log_probs = self.logits.log_softmax(-1)
             risks = torch.stack([SIGNALS[signal](log_probs) for signal in self.signals], -1)
             self.risks.index_copy_(0, self.cursor[:1], risks[None])
@@ -212,11 +252,25 @@ class StreamState(StreamBuffers):
 
     def _plan(self, active: tuple[int, ...]) -> None:
         """Do what is due before the next token of each active stream and write the rows up to the next decision."""
+        more = self._decisions
+        if (
+            more is not None
+            and self._row
+            and active == self._active
+            and more.goes_on(active, self._row, self.rebase_at)
+        ):
+            self._keep_recorded()
+            self._write_plan(more.go_on(active, self._row, PLAN_TOKENS), active)
+            more.put_right()
+            return
         self.settle()
         for s in active:
             self._refresh_if_due(s)
             if self.counters[s].seen - self.counters[s].base > self.rebase_at:
                 rebase_stream(self, s)
+        if more is not None:
+            self._write_plan(more.begin(active, PLAN_TOKENS, self.schedules), active)
+            return
         count = min([PLAN_TOKENS, *(self._sure_tokens(s) for s in active)])
         rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
         for s in active:
@@ -225,11 +279,16 @@ class StreamState(StreamBuffers):
             for step in self.schedules[s].plan(count):
                 ahead.append(step.drop)
                 rows[s].append(ahead.row(self.observed_queries))
+        self._write_plan(rows, active)
+
+    def _write_plan(self, rows: list[list[list[int]]], active: tuple[int, ...]) -> None:
         table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
-        if self.device.type == "cuda":
-            table = table.pin_memory()
-        self.plan[:count].copy_(table, non_blocking=True)
-        self._planned, self._active = count, active
+        self._planned, self._active, self._row = len(table), active, 0
+        self.copy_in(self.plan[: len(table)], table)
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy a small tensor of the host to the device without waiting for it."""
+        target.copy_(source.pin_memory() if self.device.type == "cuda" else source, non_blocking=True)
 
     def _keep_recorded(self) -> None:
         for recorder in self._recorders:
@@ -238,6 +297,8 @@ class StreamState(StreamBuffers):
     def _discard_plan(self) -> None:
         self._row = self._planned = 0
         self._active = ()
+        if self._decisions is not None:
+            self._decisions.discard()
         self.cursor.fill_(-1)
 
     def _refresh_if_due(self, stream: int) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -92,6 +92,11 @@ class PruneSchedule:
     def oldest(self) -> int:
         """Index in the stream of the oldest window token, where no older tokens are pinned."""
         return self.seen - self.cached + self.policy.sink
+
+    @property
+    def states(self) -> list[Any]:
+        """What each trigger of the policy has taken in, in their order."""
+        return self._states
 
     def step(self) -> Step:
         """Account for one token. While pruning mode lasts every step drops; a new event starts only after it."""
