@@ -38,9 +38,10 @@ def play(options, risks, implementation):
         given = torch.zeros(ROWS, 2, 1, device=DEVICE)
         given[:, :, 0] = torch.tensor(risks[first : first + ROWS], device=DEVICE)[:, None]
         for i in range(ROWS):
+            risk = given[i, :, 0].clone()
             decide.decide(
                 draw(2, 50), given, table, plan, torch.full((2,), i, device=DEVICE), signal="given", ring=RING,
-                measure=lambda _, risk=given[i, :, 0].clone(): risk, original=False, implementation=implementation,
+                measure=lambda _, risk=risk: risk, original=False, implementation=implementation,
             )  # fmt: skip
             found.append((table[0, decide.CACHED].item(), table[0, decide.DROPPED].item()))
         rows.append(plan)
