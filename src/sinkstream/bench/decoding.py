@@ -119,13 +119,12 @@ class ActiveRun:
         """Continue an earlier run, which had decoded up to `position`."""
         self.run.samples, self.position, self.logits = samples, position, logits
 
-    def decode(self, tokens: int) -> tuple[list[tuple[int, bool]], torch.Tensor]:
+    def decode(self, tokens: int) -> torch.Tensor:
         """Choose and append tokens without a device synchronisation; every token is marked on the clock.
 
-        Returns (visible, event) of every token, and the NLL of the text (tokens, streams) float32 (zeros without one).
+        Returns the NLL of the text (tokens, streams) float32 (zeros without one).
         """
         nll = torch.zeros((tokens, self.run.config.streams), dtype=torch.float32, device=self.device)
-        steps: list[tuple[int, bool]] = []
         logits = self.logits
         assert logits is not None, "a prompt or a snapshot comes first"
         chosen: torch.Tensor | None
@@ -139,20 +138,20 @@ class ActiveRun:
             self.logits = logits = self.decoder.step(chosen)
             self.clock.tick()
             self.position += 1
-            step = self.decoder.last_step()
-            steps.append((step.visible, step.event))
-        return steps, nll
+        return nll
 
     def turn(self, tokens: int) -> None:
         """One timed chunk."""
-        (steps, nll), seconds = timed(self.decode, tokens, device=self.device)
+        self.decoder.take_steps()
+        nll, seconds = timed(self.decode, tokens, device=self.device)
+        steps = self.decoder.take_steps()
         latency = self.clock.seconds().astype(np.float32)
         latency[0] = np.nan
         samples = self.run.samples
         if self.run.protocol.teacher_forced:
             samples.nll.append(nll.mean(-1).cpu().numpy())
-        samples.visible += [visible for visible, _ in steps]
-        samples.event += [event for _, event in steps]
+        samples.visible += [step.visible for step in steps]
+        samples.event += [step.event for step in steps]
         samples.chunk_tokens.append(tokens)
         samples.chunk_seconds.append(seconds)
         samples.latency.append(latency)  # last: a chunk without latency is dropped after an interrupt

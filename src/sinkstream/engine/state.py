@@ -137,6 +137,12 @@ class StreamState(StreamBuffers):
         if self.journal is not None and (first := self._last_steps[0]) is not None:
             self.journal.append(first)
 
+    def take_journal(self) -> list[Step]:
+        """What the policy did in the first stream at every step since the latest call; the first begins to keep it."""
+        self._catch_up()
+        steps, self.journal = self.journal or [], []
+        return steps
+
     def _catch_up(self) -> None:
         if self._decisions is not None:
             self._decisions.catch_up(self._active, self._row)

@@ -35,6 +35,8 @@ class Decoder(ABC):
     `step` appends a token without a device synchronisation; the loops that time tokens call it.
     """
 
+    journal: list[Step] | None = None  # what `step` did to the cache of the first stream, token by token, if kept
+
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         self.model, self.settings = model, settings
 
@@ -62,6 +64,14 @@ class Decoder(ABC):
     def last_step(self) -> Step:
         """What the latest token did to the cache of the first stream."""
 
+    def take_steps(self) -> list[Step]:
+        """What every `step` since the latest call did, `last_step` by `last_step`; the first call begins to keep it.
+
+        The device may be waited for.
+        """
+        steps, self.journal = self.journal or [], []
+        return steps
+
     def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
         """Leave the model as it was."""
 
@@ -88,7 +98,10 @@ class ModuleDecoder(Decoder):
 
     def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
         assert tokens is not None, "`choose` of a module's decoder gives tokens"
-        return self.feed(tokens, last_only=True)
+        logits = self.feed(tokens, last_only=True)
+        if self.journal is not None:
+            self.journal.append(self.last_step())
+        return logits
 
     def last_step(self) -> Step:
         return self.steps()[-1]
@@ -168,6 +181,9 @@ class EngineDecoder(Decoder):
         step = self.engine.last_steps[0]
         assert step is not None, "every step of the decoder advances the first stream"
         return step
+
+    def take_steps(self) -> list[Step]:
+        return self.engine.state.take_journal()
 
     def close(self) -> None:
         self.engine.close()
