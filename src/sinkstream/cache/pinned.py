@@ -98,15 +98,17 @@ class Refreshed:
 
 
 @torch.no_grad()
-def refresh(held: Held, leaving: int, scorer: Scorer, keep: int, queries: Queries | None) -> Refreshed:
+def refresh(
+    held: Held, leaving: int, scorer: Scorer, keep: int, attention: Callable[[Held, int], torch.Tensor] | None
+) -> Refreshed:
     """Let the refreshed tokens and the `leaving` oldest window tokens compete, and gather what the best hold.
 
     Parameters
     ----------
     keep : int
         How many tokens stay.
-    queries : Queries or None
-        Where the scorer needs ``attention``.
+    attention : callable or None
+        What the latest queries give to the candidates, as `candidate_attention` does, asked where the scorer needs it.
 
     Raises
     ------
@@ -120,8 +122,8 @@ def refresh(held: Held, leaving: int, scorer: Scorer, keep: int, queries: Querie
     if "key_norm" in scorer.needs:
         known["key_norm"] = keys.norm(dim=-1)
     if "attention" in scorer.needs:
-        assert queries is not None, "a scorer that reads attention is given queries"
-        known["attention"] = candidate_attention(held, leaving, queries)
+        assert attention is not None, "a scorer that reads attention is given it"
+        known["attention"] = attention(held, leaving)
     scores = scorer.score(Candidates(position=positions, **known))
     _check_scores(scores, scorer, count)
     index = select(scores, keep)

@@ -1,7 +1,7 @@
 """`Stream`: what a streaming cache holds between two forwards, and how much the next forward may bring."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from sinkstream.cache.channels import kept_channels
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
-from sinkstream.cache.pinned import Refreshed, refresh
+from sinkstream.cache.pinned import Refreshed, candidate_attention, refresh
 from sinkstream.cache.ring import RingBuffers, SoftRing
 from sinkstream.cache.sharing import SharedBuffers
 from sinkstream.cache.sliding import SlidingRing
@@ -246,8 +246,10 @@ class Stream(SharedBuffers):
         """The tokens that a refresh keeps pinned, when `leaving` tokens leave the window."""
         ring, observer, scorer = self.ring, self.observer, self.policy.scorer
         assert ring is not None and scorer is not None, "a refresh scores the tokens that are cached"
-        queries = observer.latest() if observer is not None and "attention" in scorer.needs else None
-        return refresh(ring.held(), leaving, scorer, self.policy.refresh, queries)
+        attention = None
+        if observer is not None and "attention" in scorer.needs:
+            attention = partial(candidate_attention, queries=observer.latest())
+        return refresh(ring.held(), leaving, scorer, self.policy.refresh, attention)
 
     @property
     def _prunes_ahead(self) -> int:

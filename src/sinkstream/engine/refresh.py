@@ -3,6 +3,8 @@
 The rules are those of `cache.pinned`; here is where a static ring keeps what they read and write.
 """
 
+from functools import partial
+
 import torch
 
 from sinkstream.cache.pinned import (
@@ -15,6 +17,7 @@ from sinkstream.cache.pinned import (
     unrotated,
     write_rotated,
 )
+from sinkstream.kernels.received import received
 
 
 def window_slots(state, stream: int, first: int, count: int) -> torch.Tensor:
@@ -69,12 +72,32 @@ def latest_queries(state, stream: int) -> Queries:
     return Queries(kept, state.spec.head_dim**-0.5, latest)
 
 
+def window_attention(state, stream: int, held: Held, leaving: int) -> torch.Tensor:
+    """As `candidate_attention`, of all layers and heads at once: ``(layers, 1, kv_heads, candidates)`` float32."""
+    g, counters = state.geometry, state.counters[stream]
+    cos, sin = held.rope.angles(torch.full((), held.frame_shift, device=state.device))
+    with torch.cuda.device_of(state.keys):
+        found = received(
+            state.queries[:, stream],
+            state.keys[:, stream],
+            torch.stack([cos, -sin]),
+            seen=counters.seen,
+            pinned_slots=g.pinned_slots,
+            sink=g.sink,
+            pinned=held.pinned,
+            first=(counters.first_window - g.sink) % g.ring,
+            window=held.window,
+            leaving=leaving,
+        )
+    return found[:, None]
+
+
 @torch.no_grad()
 def refresh_stream(state, stream: int, leaving: int) -> None:
     """Let the `leaving` oldest window tokens compete with the pinned ones and move the best to the pinned slots."""
     g, policy, one = state.geometry, state.policy, slice(stream, stream + 1)
-    queries = latest_queries(state, stream) if "attention" in policy.needs else None
-    chosen = refresh(held(state, stream), leaving, policy.scorer, policy.refresh, queries)
+    attention = partial(window_attention, state, stream)
+    chosen = refresh(held(state, stream), leaving, policy.scorer, policy.refresh, attention)
     refreshed = slice(g.sink, g.pinned_slots)
     state.pinned_keys[:, one, :, refreshed] = chosen.keys
     state.values[:, one, :, refreshed] = chosen.values
