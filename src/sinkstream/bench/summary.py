@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sinkstream.bench.record import BenchRecord
-from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
+from sinkstream.bench.selection import BOTH, LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.headline import Headline
 from sinkstream.registry import Registry
@@ -58,6 +58,31 @@ def strict_over_lazy(records: Sequence[BenchRecord]) -> Headline | None:
         return None
     record, other = found[-1]
     return Headline(record.steady["tpot_ms"] / other.steady["tpot_ms"], record.id)
+
+
+@SPEED_HEADLINES.register("engine.adaptive_over_strict")
+def adaptive_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
+    """TPOT of adaptive (entropy) over strict taking turns with it: 2,052 slots, fastest rung, worse of two shapes."""
+    return _over_strict(records, "adaptive-entropy")
+
+
+@SPEED_HEADLINES.register("engine.window_attention_over_strict")
+def window_attention_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
+    """TPOT of refresh by window attention, R = B = 64, over strict, as `engine.adaptive_over_strict`."""
+    return _over_strict(records, "refresh-window-attention R=64 B=64")
+
+
+def _over_strict(records: Sequence[BenchRecord], policy: str) -> Headline | None:
+    worse = []
+    for model, dtype in BOTH:
+        timed = {label: _best(records, model, dtype, label) for label in ("strict", policy)}
+        both = sorted([record for found in timed.values() for record in found], key=lambda r: (r.created, r.id))
+        found = [(a, b) for a, b in pairs(both) if a in timed["strict"] and b in timed[policy]]
+        if not found:
+            return None
+        strict, other = found[-1]
+        worse.append(Headline(other.steady["tpot_ms"] / strict.steady["tpot_ms"], other.id))
+    return max(worse)
 
 
 @SPEED_HEADLINES.register("engine.p99_over_p50")

@@ -23,7 +23,7 @@ from sinkstream.bench.summary import (
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
-from sinkstream.statistics.comparison import TimeLine, ratio_of_times, time_against_bytes
+from sinkstream.statistics.comparison import Ratio, TimeLine, ratio_of_times, time_against_bytes
 
 #: Generated tables of the documents: name -> function of all speed records, oldest first.
 BENCH_TABLES: Registry[Callable[[Sequence[BenchRecord]], str]] = Registry("benchmark table")
@@ -123,12 +123,17 @@ RATIO_HEADER = ["rung", "policies", "shape", "cap", "pairs of chunks", "ratio of
 def _ratio_rows(records: Sequence[BenchRecord]) -> list[list[str]]:
     rows = []
     for record, base in pairs(records):
-        seconds, base_seconds = (one.chunks["seconds"] for one in (record, base))
-        both = min(len(seconds), len(base_seconds))
-        ratio = ratio_of_times(seconds[:both], base_seconds[:both])
+        ratio = _ratio(record, base)
         named = f"{record.policy['label']} / {base.policy['label']}"
         rows.append([RUNG[1](record), named, SHAPE[1](record), CAP[1](record), f"{ratio.pairs:,}", str(ratio)])
     return rows
+
+
+def _ratio(record: BenchRecord, base: BenchRecord) -> Ratio:
+    """Time of one record over that of another that took turns with it."""
+    seconds, base_seconds = (one.chunks["seconds"] for one in (record, base))
+    both = min(len(seconds), len(base_seconds))
+    return ratio_of_times(seconds[:both], base_seconds[:both])
 
 
 def _lines(records: Sequence[BenchRecord]) -> list[tuple[tuple[str, str], TimeLine]]:
@@ -198,10 +203,34 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
 @BENCH_TABLES.register("bench-policies")
 def policies_table(records: Sequence[BenchRecord]) -> str:
     """TPOT of two policies that took turns."""
-    found = pairs(select(records, streams=1))
+    found = [(a, b) for a, b in pairs(select(records, streams=1)) if not _many(a)]
     latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
     used = [record for pair in latest.values() for record in pair]
     return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else NONE_YET
+
+
+@BENCH_TABLES.register("bench-over-strict")
+def over_strict_table(records: Sequence[BenchRecord]) -> str:
+    """TPOT of every policy that took turns with strict and others, over strict: latest, and the one before."""
+    found = [(a, b) for a, b in pairs(select(records, streams=1)) if _many(a) and a.policy["label"] == "strict"]
+    turns: dict[tuple[str, ...], list[tuple[BenchRecord, BenchRecord]]] = {}
+    for strict, other in sorted(found, key=lambda pair: pair[0].created):
+        turns.setdefault((RUNG[1](other), SHAPE[1](other), CAP[1](other), other.policy["label"]), []).append(
+            (strict, other)
+        )
+    rows, used = [], []
+    for (rung, shape, cap, label), those in turns.items():
+        now = those[-1]
+        before = str(_ratio(*reversed(those[-2]))) if len(those) > 1 else EMPTY
+        rows.append([shape, rung, cap, label, SPEED[1][1](now[1]), str(_ratio(*reversed(now))), before])
+        used += now
+    header = ["shape", "rung", "cap", "policy", "TPOT (ms)", "over strict [95 %]", "the measurement before"]
+    return f"{_origin(used)}\n\n{Table(header, rows, left=4).markdown()}" if rows else NONE_YET
+
+
+def _many(record: BenchRecord) -> bool:
+    """Whether more than two policies took turns."""
+    return record.protocol["in_turn"] > 2
 
 
 @BENCH_TABLES.register("bench-shapes")

@@ -104,6 +104,10 @@ class StreamBuffers:
         """Memory held by the buffers, in bytes."""
         return sum(t.numel() * t.element_size() for t in self._buffers().values())
 
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy a small tensor of the host to the device without waiting for it."""
+        target.copy_(source.pin_memory() if self.device.type == "cuda" else source, non_blocking=True)
+
     def stream_buffers(self, stream: int) -> dict[str, torch.Tensor]:
         """Views of everything that belongs to one stream, by name; they keep their stream axis, of size 1."""
         parts = {

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.buffers import PLAN_TOKENS, StreamBuffers
-from sinkstream.engine.decisions import AdaptiveRule, Decisions
+from sinkstream.engine.buffers import PLAN_TOKENS
+from sinkstream.engine.counts import StreamCounts
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.sampling import SamplingState
 from sinkstream.kernels.begin_step import read_plan
 from sinkstream.kernels.layout import LIKELIEST, TOKEN
-from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
+from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule
 
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class StreamState(StreamBuffers):
+class StreamState(StreamCounts):
     """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
@@ -38,8 +38,6 @@ class StreamState(StreamBuffers):
     spec, policy, positions, streams, vocab, device
         As for `StreamBuffers`.
     """
-
-    _active: tuple[int, ...]
 
     def __init__(
         self,
@@ -56,10 +54,6 @@ class StreamState(StreamBuffers):
         super().__init__(spec, policy, positions=positions, streams=streams, vocab=vocab, device=device)
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
-        rule = AdaptiveRule.of(policy)
-        self._decisions = None if rule is None else Decisions(self, rule)
-        self._last_steps: list[Step | None] = []
-        self.journal: list[Step] | None = None  # what the policy did in the first stream, if somebody asks
         self._recorders: list[Recorder] = []
         self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self.sampling = SamplingState(streams, vocab, device)
@@ -83,12 +77,6 @@ class StreamState(StreamBuffers):
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
 
-    def stats(self, stream: int) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
-        c = self.counters[stream]
-        counts = {"seen": c.seen, "kept": c.kept, "evicted": c.seen - c.kept, "events": c.events, "rebases": c.rebases}
-        return counts | {"bytes": self.bytes}
-
     def check_goes_on(self, stream: int) -> None:
         """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""
         if not self.counters[stream].seen:
@@ -106,46 +94,6 @@ class StreamState(StreamBuffers):
         if tokens:
             self.counters[stream].seen -= tokens
             self.stale_logits.add(stream)
-
-    # ---- counts: where the device decides about prunes, the host's account may lag ----
-
-    @property
-    def counters(self) -> list[Counters]:
-        """How far each stream is; waits for the device if prunes are decided there."""
-        self._catch_up()
-        return self.counters_so_far
-
-    @property
-    def schedules(self) -> list[PruneSchedule]:
-        """When each stream is pruned; waits for the device if prunes are decided there."""
-        self._catch_up()
-        return self.schedules_so_far
-
-    @property
-    def last_steps(self) -> list[Step | None]:
-        """What the policy did in each stream at the latest step; waits as `counters`."""
-        self._catch_up()
-        return self._last_steps
-
-    def count(self, active: Sequence[int]) -> None:
-        """Account for one step of these streams."""
-        self._last_steps = [None] * self.streams
-        for s in active:
-            done = self._last_steps[s] = self.schedules_so_far[s].step()
-            self.counters_so_far[s].append(done.drop)
-            self.counters_so_far[s].events += done.event
-        if self.journal is not None and (first := self._last_steps[0]) is not None:
-            self.journal.append(first)
-
-    def take_journal(self) -> list[Step]:
-        """What the policy did in the first stream at every step since the latest call; the first begins to keep it."""
-        self._catch_up()
-        steps, self.journal = self.journal or [], []
-        return steps
-
-    def _catch_up(self) -> None:
-        if self._decisions is not None:
-            self._decisions.catch_up(self._active, self._row)
 
     # ---- which tokens ----
 
@@ -291,10 +239,6 @@ class StreamState(StreamBuffers):
         table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
         self._planned, self._active, self._row = len(table), active, 0
         self.copy_in(self.plan[: len(table)], table)
-
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy a small tensor of the host to the device without waiting for it."""
-        target.copy_(source.pin_memory() if self.device.type == "cuda" else source, non_blocking=True)
 
     def _keep_recorded(self) -> None:
         for recorder in self._recorders:
