@@ -94,4 +94,5 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=says):
             case.run("torch", observed)
     with pytest.raises(ValueError, match="totals of 4 kv heads"):
-        accumulate(whole.scores[None], whole.sums[None], case.scalars, torch.zeros(1, 2, 4, whole.scores.shape[-1]))
+        totals = torch.zeros(1, 2, 4, whole.scores.shape[-1], device=DEVICE)
+        accumulate(whole.scores[None], whole.sums[None], case.scalars, totals)

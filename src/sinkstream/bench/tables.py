@@ -218,7 +218,8 @@ def over_strict_table(records: Sequence[BenchRecord]) -> str:
         turns.setdefault((RUNG[1](other), SHAPE[1](other), CAP[1](other), other.policy["label"]), []).append(
             (strict, other)
         )
-    rows, used = [], []
+    rows: list[list[str]] = []
+    used: list[BenchRecord] = []
     for (rung, shape, cap, label), those in turns.items():
         now = those[-1]
         before = str(_ratio(*reversed(those[-2]))) if len(those) > 1 else EMPTY

@@ -156,8 +156,8 @@ class StreamBuffers:
         return (self.spec.layers, self.spec.kv_heads) if per_head else (1, 1)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        names = ("keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor")
-        names = (*names, "decisions_table", "scores", "score_sums", "scalars", "tokens", "logits")
+        names = ["keys", "values", "pinned_keys", "pinned_positions", "queries", "plan", "risks", "cursor"]
+        names += ["decisions_table", "scores", "score_sums", "scalars", "tokens", "logits"]
         held = {n: getattr(self, n) for n in names}
         held |= {f"channel_{n}": c for n, c in self.channels.items()}
         return {n: t for n, t in held.items() if t is not None}

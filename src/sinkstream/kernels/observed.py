@@ -48,16 +48,14 @@ class Observed:
         """Check them for an op on these keys. Raises ValueError."""
         (streams, _, slots, head_dim), device = keys.shape, keys.device
         if self.queries is not None:
-            shape = (streams, query_heads, None, head_dim)
-            check_tensor("queries", self.queries, shape, dtypes=FLOAT_DTYPES, device=device)
+            room = (streams, query_heads, None, head_dim)
+            check_tensor("queries", self.queries, room, dtypes=FLOAT_DTYPES, device=device)
         if (self.scores is None) != (self.sums is None):
             raise ValueError("scores and sums; accepted: both or neither")
-        for name, part, shape in (
-            ("scores", self.scores, (streams, query_heads, slots)),
-            ("sums", self.sums, (streams, query_heads)),
-        ):
-            if part is not None:
-                check_tensor(name, part, shape, dtypes=(torch.float32,), device=device)
+        if self.scores is not None and self.sums is not None:
+            heads = (streams, query_heads)
+            check_tensor("scores", self.scores, (*heads, slots), dtypes=(torch.float32,), device=device)
+            check_tensor("sums", self.sums, heads, dtypes=(torch.float32,), device=device)
 
     def keep(self, query: torch.Tensor, scores: torch.Tensor, scalars: torch.Tensor) -> None:
         """What the kernel does, in plain PyTorch.

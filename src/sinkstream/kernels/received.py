@@ -4,6 +4,7 @@ A program serves some queries of one key-value head: one pass over everything ca
 over the candidates gives what these receive.
 """
 
+# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import math
 
 import torch
@@ -26,7 +27,6 @@ TILE = 64  # slots of one tile
 COLUMNS = 64  # widest column chunk
 
 
-# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 @jit
 def _load_queries(
     query_ptr, head, kept, row, asked, seen, shift_ptr, back, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
