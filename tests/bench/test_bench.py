@@ -497,6 +497,7 @@ def planted(tmp_path) -> None:
     def store(*args, **more):
         BenchRecord.write(make_bench_record(*args, **more), tmp_path)
 
+    plant_policies(tmp_path, "2025-01-01T00:00:00+00:00", adaptive=1.02, window=1.08)
     store("old", tpot_ms=9.0)
     store("strict", tpot_ms=2.2, turn="strict", created=late)
     store("lazy", "graph", "lazy R=64", tpot_ms=2.0, turn="strict", created=late)
@@ -526,6 +527,29 @@ def planted(tmp_path) -> None:
     )
 
 
+def plant_policies(folder, created, adaptive, window):
+    """Three policies that took turns on each of two shapes."""
+    for model, dtype, factor in (("random:pythia-2.8b", "float16", 1.0), ("random:llama-3.2-1b", "bfloat16", 0.9)):
+        turn = f"{created[:4]}-{dtype}-strict"
+        rows = (("strict", 2.0), ("adaptive-entropy", 2 * adaptive * factor))
+        for policy, tpot_ms in (*rows, ("refresh-window-attention R=64 B=64", 2 * window / factor)):
+            more = dict(session=f"policies {created}", created=created, model=model, dtype=dtype, turn=turn, in_turn=3)
+            name = turn if policy == "strict" else f"{created[:4]}-{dtype}-{policy.split()[0]}"
+            BenchRecord.write(make_bench_record(name, "graph", policy, tpot_ms=tpot_ms, **more), folder)
+
+
+def test_policies_over_strict_are_the_worse_of_two_shapes(tmp_path):
+    plant_policies(tmp_path, "2025-02-01T00:00:00+00:00", adaptive=1.07, window=1.5)
+    plant_policies(tmp_path, "2026-02-01T00:00:00+00:00", adaptive=1.01, window=1.08)
+    found = write_summary(tmp_path).headlines
+    assert found["engine.adaptive_over_strict"]["value"] == pytest.approx(1.01)
+    assert found["engine.window_attention_over_strict"]["value"] == pytest.approx(1.2)
+    table = render_bench(tmp_path)["bench-over-strict"]
+    assert "| adaptive-entropy | 2.020 | 1.0100 [1.0100 – 1.0100] | 1.0700 [1.0700 – 1.0700] |" in table
+    assert "| llama-3.2-1b bfloat16 | graph | 2,052 | refresh-window-attention R=64 B=64 | 2.400 | 1.2000" in table
+    assert render_bench(tmp_path)["bench-policies"] == NONE_YET, "only two that took turns with nobody else"
+
+
 def test_headlines_are_computed_from_the_records(tmp_path):
     planted(tmp_path)
     summary = write_summary(tmp_path)
@@ -534,6 +558,8 @@ def test_headlines_are_computed_from_the_records(tmp_path):
         {
             "engine.tpot_over_floor": 1.1,
             "engine.strict_over_lazy": 1.1,
+            "engine.adaptive_over_strict": 1.02,
+            "engine.window_attention_over_strict": 1.2,
             "engine.p99_over_p50": 1.03,
             "engine.speedup_over_hf_lazy": 11.0,
             "engine.speedup_over_recompute_sdpa": 13.0,

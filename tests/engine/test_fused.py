@@ -261,3 +261,23 @@ def test_more_tokens_than_a_plan_holds():
 def test_float32_is_refused_on_a_gpu(backend):
     with pytest.raises(ValueError, match="float32; accepted by the kernels"):
         engine(model=build("llama").cuda(), backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "policy", ["adaptive-entropy", "refresh-uniform", "refresh-window-attention", "refresh-accumulated-attention"]
+)
+def test_no_step_and_no_prune_waits_for_the_device(policy):
+    model = build("llama", torch.float16).cuda()
+    e = engine(policy=policy, model=model, backend="fused")
+    e.score(token_ids(100).cuda())
+    events = e.stats()["events"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(60):
+            e.advance(None, [0])
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            e.state.logits.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert e.stats()["events"] > events + 2, "control: there were prunes"

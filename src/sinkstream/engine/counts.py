@@ -71,9 +71,9 @@ class StreamCounts(StreamBuffers):
         steps, self.journal = self.journal or [], []
         return steps
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, check: bool = True) -> None:
         if self._decisions is not None:
-            self._decisions.catch_up(self._active, self._row)
+            self._decisions.catch_up(self._active, self._row, check)
 
     def stats(self, stream: int) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""

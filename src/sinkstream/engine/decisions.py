@@ -90,8 +90,9 @@ class Decisions:
 
     def __init__(self, state: Any, rule: AdaptiveRule):
         self.state, self.rule = state, rule
-        self._parts = decide.risk_parts(state.logits)
-        self._first_row = torch.zeros(1, dtype=torch.int64, device=state.device)
+        with torch.inference_mode(False):
+            self._parts = decide.risk_parts(state.logits)
+            self._first_row = torch.zeros(1, dtype=torch.int64, device=state.device)
         self._ahead: dict[int, Counters] = {}
         self._kept: list[CopyInFlight] = []  # risks of earlier plans that are not counted yet
         self._kept_rows = self._counted = 0  # rows of these plans; rows of the present plan that are counted
@@ -159,8 +160,13 @@ class Decisions:
 
     # ---- the host's account ----
 
-    def catch_up(self, active: tuple[int, ...], rows: int) -> None:
+    def catch_up(self, active: tuple[int, ...], rows: int, check: bool) -> None:
         """Read what the device has decided in so many rows of the present plan; waits for the device.
+
+        Parameters
+        ----------
+        check : bool
+            Whether the device has run these rows and no more, so that both accounts must agree.
 
         Raises
         ------
@@ -174,6 +180,8 @@ class Decisions:
         self._kept_rows = 0
         self._count(active, self.state.risks[self._counted : rows].tolist())
         self._counted = rows
+        if not check:
+            return
         found = self.state.decisions_table[:, decide.CACHED].tolist()
         for s in active:
             ahead = self.state.schedules_so_far[s].copy()

@@ -167,6 +167,7 @@ class StreamState(StreamCounts):
         try:
             yield
         except BaseException:
+            self._catch_up(check=False)  # the device may have run the step that is not counted
             self.settle()
             raise
         for parts, copies in zip(idle, kept):
