@@ -9,7 +9,6 @@ from sinkstream.models import SHAPES as PUBLISHED
 from sinkstream.models.shapes import PREFIX
 
 LADDER_SHAPE = PREFIX + "pythia-2.8b"
-BOTH = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))  # shapes that headlines are the worse of
 SHAPES = [PREFIX + name for name in PUBLISHED]
 LEAST_TOKENS = 500  # steady tokens of a figure of the ladder
 LONG_TOKENS = 5000  # from here on a record is about tails or drift, not a row of the ladder

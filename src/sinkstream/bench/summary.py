@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sinkstream.bench.record import BenchRecord
-from sinkstream.bench.selection import BOTH, LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
+from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
+from sinkstream.bench.two_shapes import BOTH
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.headline import Headline
 from sinkstream.registry import Registry
