@@ -16,6 +16,7 @@ from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
+from sinkstream.engine.refresh import rehearse_refresh
 from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
@@ -105,6 +106,7 @@ class StreamDecoder(StreamKeeper):
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
+        rehearse_refresh(self.state)
         short_sizes = short_chunk_sizes(chunk_tokens) if self._step.captures else ()
         self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache, model)
         self._watch = ModelWatch(model, self.weights)

@@ -93,6 +93,18 @@ def window_attention(state, stream: int, held: Held, leaving: int) -> torch.Tens
 
 
 @torch.no_grad()
+def rehearse_refresh(state) -> None:
+    """Launch the kernel of a refresh once, so that no prune waits for its compilation; streams do not notice."""
+    if "attention" not in state.policy.needs or state.device.type != "cuda":
+        return
+    g = state.geometry
+    still = torch.zeros(2, len(state.spec.rope.inv_freq), device=state.device)
+    sizes = {"sink": g.sink, "pinned": g.pinned_slots, "first": 0, "window": g.ring, "leaving": 1}
+    with torch.cuda.device_of(state.keys):
+        received(state.queries[:, 0], state.keys[:, 0], still, seen=g.slots, pinned_slots=g.pinned_slots, **sizes)
+
+
+@torch.no_grad()
 def refresh_stream(state, stream: int, leaving: int) -> None:
     """Let the `leaving` oldest window tokens compete with the pinned ones and move the best to the pinned slots."""
     g, policy, one = state.geometry, state.policy, slice(stream, stream + 1)
