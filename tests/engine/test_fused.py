@@ -126,11 +126,20 @@ def kernels_only():
 
 @NEEDS_TRITON
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests marked gpu do more")
-@pytest.mark.parametrize(("family", "policy"), [("gpt_neox", "strict"), ("llama", "refresh-window-attention")])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("gpt_neox", "strict"),
+        ("llama", "refresh-window-attention"),
+        ("gpt_neox", "refresh-accumulated-attention"),
+        ("llama", "adaptive-entropy"),
+    ],
+)
 def test_kernels_in_the_interpreter(family, policy, kernels_only):
     model = build(family, torch.float16, layers=1)
     options = small_policy(policy) | {"sink": 2, "window": 3}
-    options |= {"refresh": 2, "compress_every": 1} if policy != "strict" else {}  # it observes more than the window
+    options |= {"refresh": 2, "compress_every": 1} if "refresh" in policy else {}  # it observes more than the window
+    options |= {"adaptive_min": 2, "adaptive_every": 3, "adaptive_max": 4} if "adaptive" in policy else {}
     ring, kernels = (engine(model=model, policy=options, backend=b) for b in ("ring", "kernels"))
     cached = feed(model, make_cache(model, options), token_ids(10)[None])[0]
     for token, by_cache in zip(token_ids(10).tolist(), cached):
