@@ -15,6 +15,7 @@ from tune_kernels.shapes import SHAPES
 from tune_kernels.step import implementation
 
 from sinkstream.engine import fused
+from sinkstream.engine.plain import Row
 from sinkstream.kernels import LinearConfig
 from sinkstream.kernels.plans import OpLaunch, measured_plan
 
@@ -73,7 +74,7 @@ def test_bytes_and_widths_are_those_of_the_weights_that_the_step_reads(m):
 def test_every_slot_is_read(m):
     with implementation("torch"):
         m.step()
-    assert m.step.state.geometry.slots == m.shape.cap and bool(m.step._row.visible.all())
+    assert m.step.state.geometry.slots == m.shape.cap and bool(Row(m.step.state, 1.0).visible.all())
 
 
 def test_the_plan_that_is_tried_is_what_the_step_launches(m, monkeypatch):
