@@ -70,7 +70,7 @@ class RandomStep(FusedDecode):
             device=model.device,
             rebase_at=REBASE_AT,
         )
-        super().__init__(pack(model), state, dict.fromkeys(shape.ops, OpLaunch()))
+        super().__init__(pack(model), state.span(), dict.fromkeys(shape.ops, OpLaunch()))
         self.last = config.num_hidden_layers - 1
         g = state.geometry
         window = 2 * g.ring  # index of the oldest token in a full window

@@ -18,11 +18,14 @@ class StreamBuffers:
     ----------
     spec : ModelSpec
     policy : EvictionPolicy
+        Of a stream unless it is told another number of sinks.
     positions : {"cache", "original"}
     streams : int
     vocab : int
         Width of the logits.
     device : torch.device
+    max_sink : int or None
+        Most sinks of a stream; default: the policy's.
 
     Attributes
     ----------
@@ -69,9 +72,10 @@ class StreamBuffers:
         streams: int,
         vocab: int,
         device: torch.device,
+        max_sink: int | None = None,
     ):
         self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
-        self.geometry = Geometry.of(policy, positions)
+        self.geometry = Geometry.of(policy, positions, max_sink)
         self.signals = sorted(PruneSchedule(policy).signals())
         with torch.inference_mode(False):
             for name, (shape, dtype) in self._shapes(vocab).items():

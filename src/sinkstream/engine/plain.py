@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
 
 
@@ -27,7 +28,7 @@ class Row:
 
     Parameters
     ----------
-    state : StreamState
+    state : StreamSpan
         `begin_row` has been done.
     rope_factor : float
         What rotated dimensions are multiplied by.
@@ -186,8 +187,8 @@ def llama_layer(state, row: Row, layer: int, weights: LlamaLayer, x: torch.Tenso
     return x + F.linear(F.silu(gate) * up, weights.weight_down, weights.bias_down)
 
 
-def decode(state, weights: PackedWeights) -> None:
-    """One step of all streams: append what ``state.tokens`` says; leave the next-token logits in ``state.logits``."""
+def decode(state: StreamSpan, weights: PackedWeights) -> None:
+    """One step of the streams of a span: append what ``tokens`` says; leave the next-token logits in ``logits``."""
     state.begin_row()
     row = Row(state, weights.rope_factor)
     note_token(state, row)

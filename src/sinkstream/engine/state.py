@@ -16,10 +16,11 @@ from sinkstream.engine.geometry import Counters
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.sampling import SamplingState
-from sinkstream.kernels.begin_step import read_plan
-from sinkstream.kernels.layout import LIKELIEST, TOKEN
-from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule, Step
+from sinkstream.engine.span import Block, StreamSpan, block_of
+from sinkstream.kernels.layout import LIKELIEST
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
+FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
@@ -33,11 +34,12 @@ class StreamState(StreamBuffers):
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-    spec, policy, positions, streams, vocab, device
+    spec, policy, positions, streams, vocab, device, max_sink
         As for `StreamBuffers`.
     """
 
     _active: tuple[int, ...]
+    block: Block  # which streams the present plan computes
 
     def __init__(
         self,
@@ -50,8 +52,11 @@ class StreamState(StreamBuffers):
         device: torch.device,
         rebase_at: int,
         structure: torch.Tensor | None = None,
+        max_sink: int | None = None,
     ):
-        super().__init__(spec, policy, positions=positions, streams=streams, vocab=vocab, device=device)
+        super().__init__(
+            spec, policy, positions=positions, streams=streams, vocab=vocab, device=device, max_sink=max_sink
+        )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
         self.last_steps: list[Step | None] = []
@@ -59,24 +64,52 @@ class StreamState(StreamBuffers):
         self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self.sampling = SamplingState(streams, vocab, device)
         self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
+        self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
+        self._idle: list[tuple[torch.Tensor, torch.Tensor]] = []  # what idle streams hold, and copies of it
+        self._spans: dict[Block, StreamSpan] = {}
         self.clear()
 
-    def clear(self, stream: int | None = None) -> None:
-        """Forget one stream, or all of them; addresses stay."""
+    def clear(self, stream: int | None = None, *, sink: int | None = None) -> None:
+        """Forget one stream, or all of them; addresses stay.
+
+        Parameters
+        ----------
+        sink : int or None
+            Of the stream from now on; default: the policy's.
+
+        Raises
+        ------
+        ValueError
+            If there are not so many slots for sinks; nothing has been forgotten then.
+        """
+        policy = self.policy_of(sink)
         which = range(self.streams) if stream is None else [stream]
         self.stale_logits.difference_update(which)
         if stream is None:
-            self.schedules = [PruneSchedule(self.policy) for _ in which]
-            self.counters = [Counters(self.geometry) for _ in which]
+            self.schedules = [PruneSchedule(policy) for _ in which]
+            self.counters = [Counters(self.geometry, sink=policy.sink) for _ in which]
+            self._idle = []
             self._keep_recorded()
             for buffer in self._buffers().values():
                 buffer.zero_()
             self._discard_plan()
             return
         self.settle()
-        self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
+        self.schedules[stream], self.counters[stream] = PruneSchedule(policy), Counters(self.geometry, sink=policy.sink)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
+
+    def policy_of(self, sink: int | None) -> EvictionPolicy:
+        """The policy of a stream of so many sinks; None: the state's own. Raises ValueError."""
+        least, most = self.policy.sink, self.geometry.sink
+        if sink is None or sink == least:
+            return self.policy
+        if isinstance(sink, bool) or not isinstance(sink, int) or not least <= sink <= most:
+            raise ValueError(
+                f"sink={sink!r} is not accepted for a stream of this engine; accepted: {least} to {most} (its policy's"
+                " sink, and max_sink)"
+            )
+        return self.policy.with_sink(sink)
 
     def stats(self, stream: int) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
@@ -119,20 +152,27 @@ class StreamState(StreamBuffers):
             self._filled = (self.tokens._version, self.sampling.version)
 
     @contextmanager
-    def recording(self, *, looks: bool = False):
+    def recording(self, *, looks: bool = False, keeps: bool = True):
         """Gives a `Recorder`, which tells the token ids that are appended from now on, while the context lasts.
 
         Parameters
         ----------
         looks : bool
             Whether tokens will be looked at one by one; otherwise no step pays for it.
+        keeps : bool
+            Whether all of them will be asked for at the end.
         """
-        recorder = Recorder(self, looks)
+        recorder = Recorder(self, looks, keeps)
         self._recorders.append(recorder)
         try:
             yield recorder
         finally:
             self._recorders.remove(recorder)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Streams that the steps of the present plan append to."""
+        return self._active
 
     @property
     def steps_done(self) -> int:
@@ -147,7 +187,7 @@ class StreamState(StreamBuffers):
         Tensor, (steps, streams), int64
             A copy on the device; `LIKELIEST` where the stream sat out, `NO_TOKEN` where nothing could be drawn.
         """
-        ids = self.plan[first : self._row, :, TOKEN].long()
+        ids = self.span().appended(first, self._row)
         for s in range(self.streams):
             if s not in self._active:
                 ids[:, s] = LIKELIEST
@@ -167,8 +207,6 @@ class StreamState(StreamBuffers):
         active = tuple(active)
         if self._row == self._planned or active != self._active:
             self._plan(active)
-        idle = [self._touched(s) for s in range(self.streams) if s not in active]
-        kept = [[part.clone() for part in parts] for parts in idle]
         for recorder in self._recorders:
             recorder.due()
         try:
@@ -176,9 +214,6 @@ class StreamState(StreamBuffers):
         except BaseException:
             self.settle()
             raise
-        for parts, copies in zip(idle, kept):
-            for part, saved in zip(parts, copies):
-                part.copy_(saved)
         self._row += 1
         self.last_steps = [None] * self.streams
         self.stale_logits.difference_update(active)
@@ -195,18 +230,41 @@ class StreamState(StreamBuffers):
                     for signal, risk in zip(self.signals, row[s]):
                         self.schedules[s].observe(signal, risk)
         self._keep_recorded()
+        self._wake_idle()
         self._discard_plan()
 
-    def begin_row(self) -> None:
-        """First thing in a step, on the device: its tokens and scalars (the op `begin_step` does the same)."""
-        read_plan(self.tokens, self.logits, self.plan, self.cursor, self.scalars, self.sampling.draws)
+    # ---- which streams a step computes ----
 
-    def end_row(self) -> None:
-        """Last thing in a step, on the device: note what adaptive triggers read in the logits."""
-        if self.signals:
-            log_probs = self.logits.log_softmax(-1)
-            risks = torch.stack([SIGNALS[signal](log_probs) for signal in self.signals], -1)
-            self.risks.index_copy_(0, self.cursor[:1], risks[None])
+    def span(self, block: Block | None = None) -> StreamSpan:
+        """A block of streams; default: all of them."""
+        block = (0, self.streams) if block is None else block
+        if block not in self._spans:
+            self._spans[block] = StreamSpan(self, *block)
+        return self._spans[block]
+
+    @contextmanager
+    def rehearsing(self, block: Block):
+        """Steps inside the context are those of idle streams: no stream notices them, whatever it holds."""
+        self.settle()
+        self._put_aside(block, ())
+        idle = torch.tensor(self.geometry.idle_row(), dtype=torch.int32, device=self.device)
+        self.plan.copy_(idle.expand_as(self.plan))
+        try:
+            yield
+        finally:
+            self._wake_idle()
+            self._discard_plan()
+
+    def _put_aside(self, block: Block, active: Sequence[int]) -> None:
+        """Copy what steps of a block change in streams that hold tokens and sit these steps out."""
+        span = self.span(block)
+        idle = [s for s in range(block[0], sum(block)) if s not in active and self.counters[s].seen]
+        self._idle = [(part, part.clone()) for s in idle for part in span.touched(s - span.first)]
+
+    def _wake_idle(self) -> None:
+        for part, copy in self._idle:
+            part.copy_(copy)
+        self._idle = []
 
     # ---- planning ----
 
@@ -217,7 +275,8 @@ class StreamState(StreamBuffers):
             self._refresh_if_due(s)
             if self.counters[s].seen - self.counters[s].base > self.rebase_at:
                 rebase_stream(self, s)
-        count = min([PLAN_TOKENS, *(self._sure_tokens(s) for s in active)])
+        horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
+        count = min([horizon, *(self._sure_tokens(s) for s in active)])
         rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
         for s in active:
             ahead = Counters(**vars(self.counters[s]))
@@ -229,6 +288,8 @@ class StreamState(StreamBuffers):
         if self.device.type == "cuda":
             table = table.pin_memory()
         self.plan[:count].copy_(table, non_blocking=True)
+        self.block = block_of(active, self.streams)
+        self._put_aside(self.block, active)
         self._planned, self._active = count, active
 
     def _keep_recorded(self) -> None:
@@ -236,6 +297,7 @@ class StreamState(StreamBuffers):
             recorder.keep()
 
     def _discard_plan(self) -> None:
+        self._done = self._row or self._done
         self._row = self._planned = 0
         self._active = ()
         self.cursor.fill_(-1)
@@ -250,15 +312,11 @@ class StreamState(StreamBuffers):
             counters.refreshed_at = counters.seen
 
     def _sure_tokens(self, stream: int) -> int:
-        """How many tokens, at least 1, come before the next decision that is not known now."""
+        """How many tokens, at least 1, come before the next decision that is not known now, or the next rebase."""
+        counters = self.counters[stream]
+        to_rebase = counters.base + self.rebase_at + 1 - counters.seen
         if self.policy.plan_known:
-            return PLAN_TOKENS
+            return to_rebase
         ahead = self.schedules[stream].copy()
         ahead.step()
-        return 1 + ahead.sure_steps()
-
-    def _touched(self, stream: int) -> list[torch.Tensor]:
-        """Views of what a step changes in a stream that has an idle row."""
-        parts = [self.keys[:, stream, :, 0], self.values[:, stream, :, 0], self.logits[stream]]
-        parts += [c[:, stream, :, 0] for c in self.channels.values()]
-        return parts if self.queries is None else [*parts, self.queries[:, stream, :, 0]]
+        return min(to_rebase, 1 + ahead.sure_steps())
