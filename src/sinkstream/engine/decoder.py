@@ -175,7 +175,9 @@ class StreamDecoder(StreamKeeper):
         ids = self._ids(ids, stream)
         if stream in taken:
             seen = self.state.counters[stream].seen
-            raise ValueError(f"stream {stream} holds {seen} tokens; accepted: a stream without tokens, or leave({stream})")
+            raise ValueError(
+                f"stream {stream} holds {seen} tokens; accepted: a stream without tokens, or leave({stream})"
+            )
         self.reset(stream=stream, sink=sink)
         self.prefill(ids, stream=stream)
         return stream

@@ -236,9 +236,7 @@ class FusedDecode:
         return Prefetch.of_rows(following.weight_in if self.neox else following.weight_qkv, size)
 
 
-def check_kernels(
-    spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None
-) -> None:
+def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
     """Refuse, by name, what the kernels do not serve on a CUDA device; on a CPU the twins serve everything.
 
     Raises

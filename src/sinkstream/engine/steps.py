@@ -38,9 +38,7 @@ class StepFunction(ABC):
         self.weights, self.state = weights, state
 
     @classmethod  # noqa: B027  (most backends serve everything that packing serves)
-    def check(
-        cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None
-    ) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         """Refuse, by name, a model, policy or device that this backend does not serve. Raises ValueError."""
 
     def prepare(self) -> None:  # noqa: B027  (most backends need none)
@@ -78,9 +76,7 @@ class GraphedStep(StepFunction):
         """The step to capture."""
 
     @classmethod
-    def check(
-        cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None
-    ) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         if device.type != "cuda":
             raise ValueError(
                 f"this backend captures a CUDA graph, and the model is on {device};"
@@ -135,9 +131,7 @@ class KernelStep(StepFunction):
         self.decodes = Decodes(weights, state)
 
     @classmethod
-    def check(
-        cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None
-    ) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         check_kernels(spec, policy, device, max_sink)
 
     @torch.no_grad()
@@ -158,8 +152,6 @@ class FusedStep(GraphedStep):
         self.decodes[block]()
 
     @classmethod
-    def check(
-        cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None
-    ) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         super().check(spec, policy, device, max_sink)
         check_kernels(spec, policy, device, max_sink)
