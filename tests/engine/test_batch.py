@@ -212,3 +212,43 @@ def test_what_joins_must_fit():
     for policy in OTHERS:
         with pytest.raises(ValueError, match="with refresh or adaptive eviction"):
             engine(policy, max_sink=9)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_captured_blocks_of_streams(family):
+    """New blocks and draws are captured while others hold tokens; a stream alone is stepped as in an engine of one."""
+    model, shared = build(family, torch.float16, layers=2).cuda(), small_policy("lazy") | {"backend": "fused"}
+    e = Engine(model, streams=4, max_sink=9, **shared)
+    batch, texts = StreamBatch(e), [token_ids(30 + s, seed=s).cuda() for s in range(3)]
+    for s, text in enumerate(texts):
+        e.join(text, stream=s, sink=4 + s)
+    assert len(e._step._graphs) == 1
+    rows = []
+    for s in (0, 1, 2):
+        batch.join(s, sampler(s, temperature=0.7) if s == 2 else None)
+        rows += [batch.step() for _ in range(10)]
+    batch.leave(0)
+    batch.leave(2)
+    e.step(torch.tensor([5]), streams=[3])
+    rows += [batch.step() for _ in range(30)]
+    blocks = {block for block, _ in e._step._graphs}
+    assert blocks == {(0, 1), (0, 2), (0, 4), (1, 1), (3, 1)}
+    for s, text in enumerate(texts):
+        options = {"temperature": 0.7, "seed": 2} if s == 2 else {}
+        tokens = [row[s] for row in rows if s in row]
+        one = Engine(
+            model, sink=4 + s, window=20 - s, **{k: v for k, v in shared.items() if k not in ("sink", "window")}
+        )
+        found = one.generate(text, max_new_tokens=len(tokens), stop_tokens=(), **options).tokens
+        same = next((i for i, (a, b) in enumerate(zip(tokens, found)) if a != b), len(tokens))
+        assert same >= 5, (s, same)  # rounding decides at a tie
+    alone = Engine(model, streams=4, **shared)
+    alone.join(texts[0], stream=2)
+    one = Engine(model, **shared)
+    one.prefill(texts[0])
+    for token in token_ids(60, seed=8).cuda().split(1):
+        assert torch.equal(alone.step(token, streams=[2]), one.step(token))

@@ -13,7 +13,9 @@ from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
     AttentionLinearConfig,
+    AttentionRowsConfig,
     LinearConfig,
+    MultiStreamConfig,
     count_programs,
     fit_attention,
     fit_attention_linear,
@@ -21,6 +23,7 @@ from sinkstream.kernels.config import (
 )
 
 MB = 1 << 20
+Config = LinearConfig | AttentionConfig | AttentionLinearConfig | MultiStreamConfig | AttentionRowsConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class OpLaunch:
 
     Attributes
     ----------
-    config : LinearConfig, AttentionConfig, AttentionLinearConfig or None
+    config : configuration or None
         None: the op's own default.
     prefetch : int
         Bytes, read first by the next op, that this op prefetches to L2.
@@ -37,7 +40,7 @@ class OpLaunch:
         Whether it may start before the previous kernel has ended (programmatic dependent launch).
     """
 
-    config: LinearConfig | AttentionConfig | AttentionLinearConfig | None = None
+    config: Config | None = None
     prefetch: int = 0
     pdl: bool = False
 
@@ -102,6 +105,10 @@ LLAMA_PLANS = {
 }
 
 
+SEVERAL_NEOX_PLANS: dict[tuple[int, int], dict[str, OpLaunch]] = {}  # by hidden size and streams
+SEVERAL_LLAMA_PLANS: dict[tuple[int, int], dict[str, OpLaunch]] = {}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a plan is fitted to: sizes of a model, of its cache, and of the GPU (bytes of shared memory each)."""
@@ -122,6 +129,19 @@ def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpLaunch]:
     plans = NEOX_PLANS if neox else LLAMA_PLANS
     nearest = min(plans, key=lambda hidden: abs(math.log(hidden / sizes.hidden)))
     return {op: replace(plan, config=fitted(op, plan.config, sizes), pdl=True) for op, plan in plans[nearest].items()}
+
+
+def several_plan(neox: bool, sizes: Sizes, streams: int) -> dict[str, OpLaunch]:
+    """A plan for several streams: of the nearest hidden size, and of the nearest number of streams that was tuned."""
+    plans = SEVERAL_NEOX_PLANS if neox else SEVERAL_LLAMA_PLANS
+    planned: dict[str, OpLaunch] = {}
+    if plans:
+        hidden, width = min(
+            plans, key=lambda key: (abs(math.log(key[0] / sizes.hidden)), abs(math.log(key[1] / streams)))
+        )
+        planned = plans[hidden, width]
+    ops = (*(NEOX_OPS if neox else LLAMA_OPS), "head")
+    return {op: OpLaunch(planned[op].config if op in planned else None, pdl=True) for op in ops}
 
 
 def fitted(op: str, config, sizes: Sizes):
