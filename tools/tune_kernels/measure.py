@@ -119,7 +119,7 @@ class Measurements:
         row: dict[str, Any] = {"shape": self.shape.name, "streams": self.shape.streams, "label": label}
         row["plan"] = dict(plan)
         self.step.use(plan)
-        self.step.state.choose(None)
+        self.step.whole.choose(None)
         self.step.without = without
         self.step.rows_wait |= without == "qkv"
         try:

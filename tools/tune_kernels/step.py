@@ -47,6 +47,8 @@ class RandomStep(FusedDecode):
 
     Attributes
     ----------
+    whole : StreamState
+        Of all streams; `state` is its span.
     without : str
         Name of the op that is not launched, or "".
     """
@@ -70,6 +72,7 @@ class RandomStep(FusedDecode):
             device=model.device,
             rebase_at=REBASE_AT,
         )
+        self.whole = state
         super().__init__(pack(model), state.span(), dict.fromkeys(shape.ops, OpLaunch()))
         self.last = config.num_hidden_layers - 1
         g = state.geometry
