@@ -1,7 +1,6 @@
 """Sampling against transformers' logits processors, and draws against their distribution."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from streams import small_policy
 
 from sinkstream.engine import Engine, Sampler
 from sinkstream.engine.sampling import StreamSampler
-from sinkstream.engine.steps import GraphStep
 from sinkstream.kernels.sample import sample
 from sinkstream.kernels.sample_twin import processed, weights
 

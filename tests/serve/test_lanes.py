@@ -1,6 +1,7 @@
 """Continuous batching: sessions join and leave between two steps, and each reply is that of the session alone."""
 
 import threading
+from itertools import pairwise
 
 import pytest
 from serving import BIAS, CAP, SYSTEM, Alone, client_of, loaded, make_service, served, user
@@ -120,25 +121,26 @@ def test_draws_and_log_probabilities_do_not_depend_on_the_others(model):
     def reply(client, i: int) -> tuple:
         answer = client.chat.completions.create(
             model="tiny-llama", messages=[{"role": "system", "content": SYSTEMS[i]}, user(f"say {i}")], seed=i,
-            temperature=1.0, top_p=(None, 0.7)[i % 2], max_tokens=25, logprobs=i > 1, top_logprobs=i or None if i > 1 else None,
+            temperature=1.0, top_p=(None, 0.7)[i % 2], max_tokens=25, logprobs=i > 1, top_logprobs=i if i > 1 else None,
         )  # fmt: skip
         choice = answer.choices[0]
         found = choice.logprobs.content if choice.logprobs else []
         return choice.message.content, [len(one.top_logprobs) for one in found], [one.logprob for one in found]
 
-    found = []
-    for together in (True, False):
-        replies: dict[int, tuple] = {}
+    def replies(together: bool) -> dict[int, tuple]:
+        found: dict[int, tuple] = {}
         with served(make_service(model, resident=4)) as address:
             client = client_of(address)
-            threads = [threading.Thread(target=lambda i=i: replies.setdefault(i, reply(client, i))) for i in range(4)]
+            threads = [threading.Thread(target=lambda i=i: found.update({i: reply(client, i)})) for i in range(4)]
             for thread in threads:
                 thread.start()
                 if not together:
                     thread.join()
             for thread in threads:
                 thread.join()
-        found.append(replies)
+        return found
+
+    found = [replies(True), replies(False)]
     for i in range(4):
         assert found[0][i][:2] == found[1][i][:2]
         assert found[0][i][2] == pytest.approx(found[1][i][2], abs=1e-3)
@@ -163,7 +165,7 @@ def test_a_long_prompt_holds_others_up_for_one_chunk_a_round(model, monkeypatch)
         service.stop()
     chunks = [i for i, what in enumerate(order) if what == "chunk"]
     late = [i for i in chunks if i > order.index("step")]
-    assert len(late) > 40 and max(b - a for a, b in zip(late, late[1:])) == 2, "a step follows each chunk"
+    assert len(late) > 40 and max(b - a for a, b in pairwise(late)) == 2, "a step follows each chunk"
 
 
 def test_the_step_comes_once_a_round_after_all_jobs():
@@ -187,7 +189,7 @@ def test_the_step_comes_once_a_round_after_all_jobs():
 
 def test_a_server_takes_the_memory_of_all_lanes_at_the_start(model, monkeypatch):
     monkeypatch.setattr("sinkstream.engine.memory.free_bytes", lambda device: 10**6)
-    with pytest.raises(ValueError, match="3000 streams of 96 slots need .* accepted: fewer streams"):
+    with pytest.raises(ValueError, match=r"3000 streams of 96 slots need .* accepted: fewer streams"):
         make_service(model, resident=3000)
     monkeypatch.undo()
     service = make_service(model, resident=3, cap=CAP)

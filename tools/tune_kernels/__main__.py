@@ -8,8 +8,8 @@ poisoned outputs) and timed over all layers, so that nothing stays in L2, under 
 graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
 turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
 or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
-none is faster. With --streams N the ops of N streams are measured, each alone and in a step, then a grid of configurations of
-every op, and whole steps with the best of them.
+none is faster. With --streams N the ops of N streams are measured, each alone and in a step,
+then a grid of configurations of every op, and whole steps with the best of them.
 Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
 TRITON_INTERPRET=1.
 """

@@ -159,7 +159,8 @@ class FusedDecode:
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
             order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
             bias=layer.bias_in[up], out=self.context, linear_out=self.middle, workspace=self.workspace,
-            normed=self.normed[1] if self.several else None, wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+            normed=self.normed[1] if self.several else None, wait=self.rows_wait,
+            prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
             **self._how("attention_up"),
         )  # fmt: skip
         self._observe(i)

@@ -44,7 +44,7 @@ class Geometry:
 
     @classmethod
     def of(cls, policy: EvictionPolicy, positions: str, max_sink: int | None = None) -> "Geometry":
-        """The slots that a policy needs, for streams of `policy.sink` to `max_sink` sinks (default: of the policy's)."""
+        """The slots that a policy needs, for streams of `policy.sink` to `max_sink` sinks (None: no more)."""
         sink = policy.sink if max_sink is None else max_sink
         return cls(sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original")
 

@@ -49,7 +49,7 @@ class StepFunction(ABC):
 
     @abstractmethod
     def __call__(self) -> None:
-        """Append ``state.tokens`` to the streams of ``state.block``; their next-token logits are in ``state.logits``."""
+        """Append ``state.tokens`` to the streams of ``state.block``; their logits are in ``state.logits`` then."""
 
 
 @STEPS.register("ring")

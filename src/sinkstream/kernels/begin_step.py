@@ -25,9 +25,9 @@ from sinkstream.kernels.sample import Draws
 @jit
 def _begin_step_kernel(
     token_ptr, value_ptr, index_ptr, plan_ptr, cursor_ptr, embedding_ptr, freq_ptr, scalar_ptr, hidden_ptr, rope_ptr,
-    count_ptr, tiles, vocab, rows, plan_stride, hidden, factor, HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr,
-    SIZE: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr, POSITIONS: tl.constexpr, DRAWN: tl.constexpr,
-    COUNTS: tl.constexpr, IDLE: tl.constexpr, NO_TOKEN: tl.constexpr, PDL: tl.constexpr,
+    count_ptr, tiles, vocab, rows, plan_stride, hidden, factor, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ANGLES: tl.constexpr, SIZE: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr, POSITIONS: tl.constexpr,
+    DRAWN: tl.constexpr, COUNTS: tl.constexpr, IDLE: tl.constexpr, NO_TOKEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64. DRAWN: what marks drawn streams; 0: there are none.
 
@@ -157,7 +157,8 @@ def begin_step(
     launch(
         _begin_step_kernel, (streams,), tokens, tiles.values, tiles.indices, plan, cursor, embedding, inv_freq,
         scalars, hidden, rope, plan if counts is None else counts, tiles.count, logits.shape[1], len(plan),
-        plan.stride(0), width, factor, HALF=half, BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half),
+        plan.stride(0), width, factor, HALF=half, BLOCK=triton.next_power_of_2(width),
+        ANGLES=triton.next_power_of_2(half),
         SIZE=triton.next_power_of_2(tiles.count), FIELDS=FIELDS, TOKEN=TOKEN, POSITIONS=WINDOW_POSITION,
         DRAWN=0 if draws is None else DRAWN, COUNTS=counts is not None, IDLE=IDLE, NO_TOKEN=NO_TOKEN, num_warps=4,
         pdl=early,

@@ -178,8 +178,10 @@ def linear_residual(
         refuse_early(streams, pdl)
         return linear_residual_library(a, weight, f, bias, residual, out)
     if streams > 1:
-        how = {"config": config if isinstance(config, MultiStreamConfig) else None, "workspace": workspace, "pdl": pdl}
-        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, **how)
+        own = config if isinstance(config, MultiStreamConfig) else None
+        return multi_stream_linear(
+            a, weight, out, f=f, bias=bias, residual=residual, config=own, workspace=workspace, pdl=pdl
+        )
     if not isinstance(config, LinearConfig):
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)

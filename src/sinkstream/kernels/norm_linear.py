@@ -217,8 +217,10 @@ def norm_linear(
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if streams > 1:
         normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl, implementation="triton")[0]
-        how = {"config": config if isinstance(config, MultiStreamConfig) else None, "workspace": workspace, "pdl": pdl}
-        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, **how)
+        own = config if isinstance(config, MultiStreamConfig) else None
+        return multi_stream_linear(
+            normed, weight, out, bias=bias, activation=activation, config=own, workspace=workspace, pdl=pdl
+        )
     if not isinstance(config, LinearConfig):
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)

@@ -146,7 +146,8 @@ class SampleBuffers:
             )  # fmt: skip
         launch(
             race_kernel, grid, tokens, logits, processed, numbers, settings, counts, bias, self.tops, self.sums,
-            self.states, plan, cursor, self.tiles.values, self.tiles.indices, len(plan), plan.stride(0), vocab, logits.stride(0),
+            self.states, plan, cursor, self.tiles.values, self.tiles.indices, len(plan), plan.stride(0), vocab,
+            logits.stride(0),
             THRESHOLDS=kernels.tops, TABLES=kernels.tables, FIELDS=FIELDS, TOKEN=TOKEN, EARLY=early, num_warps=4,
             pdl=early and kernels.tops, **common, **search,
         )  # fmt: skip

@@ -68,8 +68,8 @@ class SampleTable:
     def span(self, first: int, count: int) -> "SampleTable":
         """The rows of `count` streams from `first` on, as views."""
         which = slice(first, first + count)
-        parts = (self.numbers, self.settings, self.counts, self.bias)
-        return SampleTable(*(None if part is None else part[which] for part in parts))
+        counts, bias = (None if part is None else part[which] for part in (self.counts, self.bias))
+        return SampleTable(self.numbers[which], self.settings[which], counts, bias)
 
     def clear(self, stream: int) -> None:
         """Make a stream take the likeliest token."""

@@ -120,8 +120,8 @@ class EvictionPolicy:
         window = self.window + self.sink - sink
         if window < 1:
             raise ValueError(
-                f"sink={sink} leaves no window in {self.sink + self.window} slots of sinks and window; accepted: at most"
-                f" {self.sink + self.window - 1}"
+                f"sink={sink} leaves no window in {self.sink + self.window} slots of sinks and window;"
+                f" accepted: at most {self.sink + self.window - 1}"
             )
         return replace(self, sink=sink, window=window)
 
