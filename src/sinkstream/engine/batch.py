@@ -88,6 +88,7 @@ class StreamBatch:
             raise ValueError(f"streams={active} is not accepted; accepted: members of the batch, {self.members}")
         if self._recorder is None:
             self._recorder = self._open.enter_context(self.decoder.state.recording(looks=True, keeps=False))
+        self.decoder.state.wake(active)
         self._note_log_probs()
         self.decoder.advance(None, active)
         tokens = self._recorder.latest()

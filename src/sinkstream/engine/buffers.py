@@ -39,6 +39,7 @@ class StreamBuffers:
     queries : Tensor or None, (layers, streams, query_heads, kept, head_dim), dtype of the model
         Latest queries, at their window positions; the query of token t in place ``t % kept``.
     logits : Tensor, (streams, vocab), float32
+        Those of streams that sit steps out mean nothing until `StreamState.wake` or `settle`.
     tokens : Tensor, (streams,), int64
         Token ids that the next step appends; a negative one means the likeliest of the stream's logits.
     plan : Tensor, (256, streams, 8), int32

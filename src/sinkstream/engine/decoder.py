@@ -238,6 +238,7 @@ class StreamDecoder(StreamKeeper):
         """
         ids, state = self._ids(ids, stream), self.state
         self.check_model()
+        state.wake([stream])
         begun = state.counters[stream].seen > 0 and stream not in state.stale_logits
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]

@@ -303,6 +303,7 @@ def _generate(
         if len(ids):
             decoder.prefill(ids, stream=stream)
     samplers = {s: StreamSampler(sampler, seed + i, ids) for i, (s, ids) in enumerate(fed.items())}
+    decoder.state.wake(list(fed))
     looks = rule.looks or streamer is not None
     with decoder.state.sampling.using(samplers), decoder.state.recording(looks=looks) as recorder:
         noted = None if log_probs is None else LogProbs(decoder.state, log_probs)

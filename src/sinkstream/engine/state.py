@@ -233,6 +233,11 @@ class StreamState(StreamBuffers):
         self._wake_idle()
         self._discard_plan()
 
+    def wake(self, streams: Sequence[int]) -> None:
+        """Have the logits of these streams in `logits`, where steps of others may have left what means nothing."""
+        if not set(streams) <= set(self._active):
+            self.settle()
+
     # ---- which streams a step computes ----
 
     def span(self, block: Block | None = None) -> StreamSpan:

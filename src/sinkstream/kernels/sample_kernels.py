@@ -212,9 +212,9 @@ def search_kernel(
 def race_kernel(
     token_ptr, logit_ptr, processed_ptr, number_ptr, setting_ptr, count_ptr, bias_ptr, top_ptr, sum_ptr, state_ptr,
     plan_ptr, cursor_ptr, value_ptr, index_ptr, rows, plan_stride, vocab, stride, THRESHOLDS: tl.constexpr,
-    TABLES: tl.constexpr, ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr, SIZE: tl.constexpr,
-    TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr, FIELDS: tl.constexpr,
-    TOKEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    TABLES: tl.constexpr, ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr,
+    FIELDS: tl.constexpr, TOKEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, stream): the winner of the tile. Streams that are given a token have none."""
     tile, stream, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
