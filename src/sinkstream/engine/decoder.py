@@ -153,14 +153,9 @@ class StreamDecoder(StreamKeeper):
         ids : Tensor, (tokens,), int64, or sequence of int
             Its prompt, which is fed alone.
         stream : int or None
-            Default: the first one that holds no token.
+            Default: the first one that holds no token. It is returned.
         sink : int or None
             Its sinks, up to ``max_sink``; default: the policy's.
-
-        Returns
-        -------
-        int
-            The stream.
 
         Raises
         ------

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.buffers import PLAN_TOKENS, StreamBuffers
+from sinkstream.engine.buffers import PLAN_TOKENS
 from sinkstream.engine.geometry import Counters
+from sinkstream.engine.held import HeldStreams
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.sampling import SamplingState
-from sinkstream.engine.span import Block, StreamSpan, block_of
+from sinkstream.engine.span import Block, block_of
 from sinkstream.kernels.layout import LIKELIEST
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
@@ -24,7 +25,7 @@ FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class StreamState(StreamBuffers):
+class StreamState(HeldStreams):
     """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
@@ -61,12 +62,9 @@ class StreamState(StreamBuffers):
         self.structure = None if structure is None else structure.to(device)
         self.last_steps: list[Step | None] = []
         self._recorders: list[Recorder] = []
-        self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self.sampling = SamplingState(streams, vocab, device)
         self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
         self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
-        self._idle: list[tuple[torch.Tensor, torch.Tensor]] = []  # what idle streams hold, and copies of it
-        self._spans: dict[Block, StreamSpan] = {}
         self.clear()
 
     def clear(self, stream: int | None = None, *, sink: int | None = None) -> None:
@@ -98,34 +96,6 @@ class StreamState(StreamBuffers):
         self.schedules[stream], self.counters[stream] = PruneSchedule(policy), Counters(self.geometry, sink=policy.sink)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
-
-    def policy_of(self, sink: int | None) -> EvictionPolicy:
-        """The policy of a stream of so many sinks; None: the state's own. Raises ValueError."""
-        least, most = self.policy.sink, self.geometry.sink
-        if sink is None or sink == least:
-            return self.policy
-        if isinstance(sink, bool) or not isinstance(sink, int) or not least <= sink <= most:
-            raise ValueError(
-                f"sink={sink!r} is not accepted for a stream of this engine; accepted: {least} to {most} (its policy's"
-                " sink, and max_sink)"
-            )
-        return self.policy.with_sink(sink)
-
-    def stats(self, stream: int) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
-        c = self.counters[stream]
-        counts = {"seen": c.seen, "kept": c.kept, "evicted": c.seen - c.kept, "events": c.events, "rebases": c.rebases}
-        return counts | {"bytes": self.bytes}
-
-    def check_goes_on(self, stream: int) -> None:
-        """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""
-        if not self.counters[stream].seen:
-            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
-        if stream in self.stale_logits:
-            raise ValueError(
-                f"stream {stream} was rewound, or restored from a cache's file, which has no logits, and the prompt is"
-                " empty; give at least one token"
-            )
 
     def rewind(self, tokens: int, stream: int) -> None:
         """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
@@ -230,7 +200,7 @@ class StreamState(StreamBuffers):
                     for signal, risk in zip(self.signals, row[s]):
                         self.schedules[s].observe(signal, risk)
         self._keep_recorded()
-        self._wake_idle()
+        self.wake_idle()
         self._discard_plan()
 
     def wake(self, streams: Sequence[int]) -> None:
@@ -240,36 +210,18 @@ class StreamState(StreamBuffers):
 
     # ---- which streams a step computes ----
 
-    def span(self, block: Block | None = None) -> StreamSpan:
-        """A block of streams; default: all of them."""
-        block = (0, self.streams) if block is None else block
-        if block not in self._spans:
-            self._spans[block] = StreamSpan(self, *block)
-        return self._spans[block]
-
     @contextmanager
     def rehearsing(self, block: Block):
         """Steps inside the context are those of idle streams: no stream notices them, whatever it holds."""
         self.settle()
-        self._put_aside(block, ())
+        self.put_aside(block, ())
         idle = torch.tensor(self.geometry.idle_row(), dtype=torch.int32, device=self.device)
         self.plan.copy_(idle.expand_as(self.plan))
         try:
             yield
         finally:
-            self._wake_idle()
+            self.wake_idle()
             self._discard_plan()
-
-    def _put_aside(self, block: Block, active: Sequence[int]) -> None:
-        """Copy what steps of a block change in streams that hold tokens and sit these steps out."""
-        span = self.span(block)
-        idle = [s for s in range(block[0], sum(block)) if s not in active and self.counters[s].seen]
-        self._idle = [(part, part.clone()) for s in idle for part in span.touched(s - span.first)]
-
-    def _wake_idle(self) -> None:
-        for part, copy in self._idle:
-            part.copy_(copy)
-        self._idle = []
 
     # ---- planning ----
 
@@ -294,7 +246,7 @@ class StreamState(StreamBuffers):
             table = table.pin_memory()
         self.plan[:count].copy_(table, non_blocking=True)
         self.block = block_of(active, self.streams)
-        self._put_aside(self.block, active)
+        self.put_aside(self.block, active)
         self._planned, self._active = count, active
 
     def _keep_recorded(self) -> None:
