@@ -7,6 +7,7 @@ from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.log_probs import LogProbs, TopLogProbs
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.sampling import StreamSampler
+from sinkstream.kernels.layout import NO_TOKEN
 
 FORGET_AFTER = 256  # steps of which log-probabilities are kept although only the latest can be asked for
 
@@ -69,7 +70,7 @@ class StreamBatch:
             self._open.close()
             self._recorder = None
 
-    def step(self, streams: Sequence[int] | None = None) -> dict[int, int]:
+    def step(self, streams: Sequence[int] | None = None) -> dict[int, int | None]:
         """Let streams write one token each.
 
         Parameters
@@ -79,9 +80,9 @@ class StreamBatch:
 
         Returns
         -------
-        dict of int by int
-            The token of each stream, which is in the stream already; `kernels.layout.NO_TOKEN` where there was nothing
-            to draw from (see `generation.refuse_logits`).
+        dict of int or None by int
+            The token of each stream, which is in the stream already; None where a logit was no number, so that there
+            was nothing to draw from (see `generation.refuse_logits`).
         """
         active = self.members if streams is None else sorted(streams)
         if not active or not self._members.keys() >= set(active):
@@ -92,7 +93,7 @@ class StreamBatch:
         self._note_log_probs()
         self.decoder.advance(None, active)
         tokens = self._recorder.latest()
-        return {s: tokens[s] for s in active}
+        return {s: None if tokens[s] == NO_TOKEN else tokens[s] for s in active}
 
     def latest_log_probs(self, stream: int, token: int) -> tuple[float, TopLogProbs]:
         """Log-probability of a token at the place of the latest step, and those of the likeliest ones with their ids.

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -322,7 +322,7 @@ def ending(streamer: BaseStreamer | None) -> Iterator[None]:
             streamer.end()
 
 
-def refuse_logits(which: str, stream: int) -> None:
+def refuse_logits(which: str, stream: int) -> NoReturn:
     """Raise ValueError: a token of a stream cannot be drawn."""
     raise ValueError(
         f"{which} of stream {stream} cannot be drawn: a logit is NaN or infinite (an overflow in half precision, or"

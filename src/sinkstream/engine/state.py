@@ -128,7 +128,7 @@ class StreamState(HeldStreams):
         Parameters
         ----------
         looks : bool
-            Whether tokens will be looked at one by one; otherwise no step pays for it.
+            Whether tokens will be looked at one by one.
         keeps : bool
             Whether all of them will be asked for at the end.
         """
@@ -207,8 +207,6 @@ class StreamState(HeldStreams):
         """Have the logits of these streams in `logits`, where steps of others may have left what means nothing."""
         if not set(streams) <= set(self._active):
             self.settle()
-
-    # ---- which streams a step computes ----
 
     @contextmanager
     def rehearsing(self, block: Block):

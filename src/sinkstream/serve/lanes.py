@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.engine.generation import refuse_logits
 from sinkstream.engine.inputs import Ids
 from sinkstream.engine.log_probs import TopLogProbs
 from sinkstream.engine.sampling import StreamSampler
@@ -82,9 +83,25 @@ class Lane:
         """Ask for a token of the next step."""
         self._lanes.asked.append(self.stream)
 
-    def answer(self) -> int:
-        """The token that was asked for, which the stream holds already. Raises what the step raised."""
-        return self._lanes.answer(self.stream)
+    def answer(self, index: int) -> int:
+        """The token that was asked for, which the stream holds already.
+
+        Parameters
+        ----------
+        index : int
+            How many came before it, for a message.
+
+        Raises
+        ------
+        ValueError
+            If there was nothing to draw from.
+        Exception
+            Whatever the step raised.
+        """
+        token = self._lanes.answer(self.stream)
+        if token is None:
+            refuse_logits(f"new token {index}", self.stream)
+        return token
 
     def log_probs(self, token: int) -> tuple[float, TopLogProbs]:
         """As `StreamBatch.latest_log_probs`, of the token that was answered."""
@@ -107,7 +124,7 @@ class Lanes(Sequence[Lane]):
     def __init__(self, decoder: StreamDecoder):
         self.decoder, self.batch = decoder, StreamBatch(decoder)
         self.asked: list[int] = []
-        self._answers: dict[int, int | BaseException] = {}
+        self._answers: dict[int, int | None | BaseException] = {}
         self._lanes = [Lane(self, stream) for stream in range(decoder.state.streams)]
 
     def __len__(self) -> int:
@@ -131,7 +148,7 @@ class Lanes(Sequence[Lane]):
         except BaseException as error:
             self._answers.update(dict.fromkeys(asked, error))
 
-    def answer(self, stream: int) -> int:
+    def answer(self, stream: int) -> int | None:
         """What the step gave a stream. Raises what it raised."""
         found = self._answers.pop(stream)
         if isinstance(found, BaseException):

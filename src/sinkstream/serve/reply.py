@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 
-from sinkstream.engine.generation import refuse_logits
 from sinkstream.engine.sampling import Sampler, StreamSampler
-from sinkstream.kernels.layout import NO_TOKEN
 from sinkstream.serve.events import Emit, Ended, TextPiece, TokenLogprob
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.scheduler import STEP, Work
@@ -88,9 +86,7 @@ class Reply:
             for _ in range(options.max_tokens):
                 self.lane.ask()
                 yield STEP
-                token = self.lane.answer()
-                if token == NO_TOKEN:
-                    refuse_logits(f"new token {len(self._written)}", self.lane.stream)
+                token = self.lane.answer(len(self._written))
                 self._take(token)
                 if self.text.stopped or token in self.ends:
                     reason = "stop"
