@@ -124,7 +124,7 @@ class Lanes(Sequence[Lane]):
     def __init__(self, decoder: StreamDecoder):
         self.decoder, self.batch = decoder, StreamBatch(decoder)
         self.asked: list[int] = []
-        self._answers: dict[int, int | None | BaseException] = {}
+        self._answers: dict[int, int | BaseException | None] = {}
         self._lanes = [Lane(self, stream) for stream in range(decoder.state.streams)]
 
     def __len__(self) -> int:
