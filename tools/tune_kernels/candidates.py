@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
-from sinkstream.kernels.config import AttentionRowsConfig, MultiStreamConfig
+from sinkstream.kernels.config import MultiStreamConfig
 from tune_kernels.shapes import Shape
 
 Config = LinearConfig | AttentionConfig | AttentionLinearConfig
@@ -66,31 +66,20 @@ def attention_linear_grid() -> list[AttentionLinearConfig]:
     ]
 
 
-def several_candidates(shape: Shape, op: str, processors: int = 132) -> list:
+def several_candidates(shape: Shape, op: str) -> list:
     """Configurations to try for several streams."""
     if op == "attention":
         return attention_grid(shape)
     if op == "attention_up":
-        found = []
-        heads = shape.streams * shape.kv_heads
-        for wave, tile in product((2, 3, 4), (64, 32)):
-            splits = max(2, min(30, wave * processors // heads - 1))
-            attention = AttentionConfig(splits, tile, 4, late=wave * processors > 3 * heads)
-            for per_sm, columns, stages in product((1, 2, 3), (128, 256), (3, 4, 6)):
-                found.append(AttentionRowsConfig(attention, MultiStreamConfig(16, columns, 4, stages, per_sm)))
-        return spread(list(dict.fromkeys(c for c in found if _fits(c.rows, 1))), 48)
-    outputs, width = shape.widths[op]
+        return []  # attention and the rows are launched one after the other, as their ops choose
+    width = shape.widths[op][1]
     gated = 2 if op == "gate_up" else 1
-    few = outputs // gated // 16 < 3 * processors
     found = []
-    for columns, warps, stages, per_sm, splits, ahead in product(
-        (128, 256, 64, 512), (4, 2, 8), (4, 6, 3, 8), (2, 4, 1, 3, 5, 8), (1, 2, 4, 8) if few and gated == 1 else (1,),
-        (1024, 4096),
-    ):  # fmt: skip
-        config = MultiStreamConfig(16, columns, warps, stages, per_sm, ahead, splits=splits)
+    grid = product((128, 256, 64, 512), (4, 2, 8), (4, 6, 3, 8), (2, 4, 1, 3, 5, 8), (1024, 4096))
+    for columns, warps, stages, per_sm, ahead in grid:
+        config = MultiStreamConfig(16, columns, warps, stages, per_sm, ahead)
         flying = per_sm * (stages - 1) * gated * config.rows * columns * 2
-        sharing = -(-width // columns) // splits
-        if _fits(config, gated) and 30_000 < flying < 150_000 and sharing >= stages and ahead <= 2 * width:
+        if _fits(config, gated) and 30_000 < flying < 150_000 and width >= stages * columns and ahead <= 2 * width:
             found.append(config)
     return spread(found, 44)
 
@@ -161,6 +150,4 @@ def short(config) -> str:
         return "as launched by itself"
     if isinstance(config, AttentionLinearConfig):
         return f"{short(config.attention)} | {short(config.linear)}"
-    if isinstance(config, AttentionRowsConfig):
-        return f"{short(config.attention)} | {short(config.rows)}"
     return " ".join(f"{k}{'' if v is True else f'={v}'}" for k, v in asdict(config).items() if v not in (False, 0))

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from sinkstream.kernels import AttentionLinearConfig
-from sinkstream.kernels.config import AttentionRowsConfig, MultiStreamConfig
+from sinkstream.kernels.config import MultiStreamConfig
 from sinkstream.kernels.plans import MB, OpLaunch, fitted, measured_plan
 from tune_kernels.candidates import candidates, changed, neighbours_of, several_candidates, short
 from tune_kernels.measure import Job, Measurements, Plan
@@ -73,8 +73,6 @@ def _best_of_several(m: Measurements) -> Iterator[Trial]:
 def _rows_changed(op: str, name: str, value: Any) -> Callable[[Plan], Plan]:
     def change(plan: Plan) -> Plan:
         config = plan[op].config
-        if isinstance(config, AttentionRowsConfig):
-            return plan | {op: replace(plan[op], config=replace(config, rows=replace(config.rows, **{name: value})))}
         if isinstance(config, MultiStreamConfig):
             return plan | {op: replace(plan[op], config=replace(config, **{name: value}))}
         return plan

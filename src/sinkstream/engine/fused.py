@@ -27,14 +27,11 @@ from sinkstream.kernels.attention_decode import split_qkv
 from sinkstream.kernels.config import (
     MAX_SPLITS,
     MAX_STREAMS,
-    MULTI_STREAM,
     LinearConfig,
-    MultiStreamConfig,
     count_programs,
     default_attention,
 )
 from sinkstream.kernels.likeliest import Tiles
-from sinkstream.kernels.multi_stream_linear import SplitWorkspace, norm_rows
 from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan, several_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.policies import EvictionPolicy
@@ -81,8 +78,6 @@ class FusedDecode:
         self.weights, self.state, self.spec = weights, state, state.spec
         self.neox, self.observes = weights.family == NEOX, plain.observes(state)
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
-        self.several = 1 < state.streams <= MAX_STREAMS
-        self.split_workspace = SplitWorkspace(state.device)
         self.use(default_plan(weights, state) if plan is None else plan)
         spec, config = self.spec, cast(Any, self.spec.decoder.config)
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
@@ -92,7 +87,6 @@ class FusedDecode:
             self.first = self._buffer(self.qkv_rows)
             self.context = self._buffer(spec.query_heads * spec.head_dim)
             self.middle = self._buffer(config.intermediate_size)
-            self.normed = self.hidden.new_zeros(2, *self.hidden.shape)  # by both norms of a layer, for several streams
             self.tiles = Tiles(state.streams, state.logits.shape[1], state.device)
             self.rope = torch.zeros(state.streams, 2, 2, len(self.inv_freq), device=state.device)
             self.workspace = Workspace(state.streams, spec.query_heads, spec.kv_heads, spec.head_dim, state.device)
@@ -102,9 +96,7 @@ class FusedDecode:
         """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
         self.plan = plan
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
-        config = first_op.config or (MULTI_STREAM if self.several else None)
-        late = isinstance(config, LinearConfig | MultiStreamConfig) and config.late
-        self.rows_wait = not (first_op.pdl and late)
+        self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 
     def _buffer(self, width: int) -> torch.Tensor:
         """Room for ``(streams, width)``, dtype of the model."""
@@ -138,16 +130,6 @@ class FusedDecode:
             weight, bias = layer.weight_in[: self.qkv_rows], layer.bias_in[: self.qkv_rows]
         else:
             weight, bias = layer.weight_qkv, layer.bias_qkv
-        if self.several and isinstance(layer, NeoxLayer):
-            norm, other = layer.attention_norm, layer.mlp_norm
-            how = self._how("qkv", early=i > 0)
-            norm_rows(
-                self.hidden, norm.weight, norm.bias, norm.eps, "layer", self.spec.dtype, how["pdl"],
-                other=(other.weight, other.bias), out=self.normed,
-            )  # fmt: skip
-            workspace = self.split_workspace
-            linear_residual(self.normed[0], weight, bias=bias, out=self.first, workspace=workspace, **how)
-            return
         self._norm_linear(
             "qkv", layer.attention_norm, weight, bias=bias, out=self.first, early=i > 0, prefetch=self._slots("qkv", i)
         )
@@ -159,8 +141,7 @@ class FusedDecode:
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
             order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
             bias=layer.bias_in[up], out=self.context, linear_out=self.middle, workspace=self.workspace,
-            normed=self.normed[1] if self.several else None, wait=self.rows_wait,
-            prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+            wait=self.rows_wait, prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
             **self._how("attention_up"),
         )  # fmt: skip
         self._observe(i)
@@ -214,8 +195,8 @@ class FusedDecode:
         """A norm and the product with some rows of a weight."""
         kind = "rms" if norm.bias is None else "layer"
         norm_linear(
-            self.hidden, weight, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm=kind,
-            workspace=self.split_workspace, **more, **self._how(op, early=early),
+            self.hidden, weight, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm=kind, **more,
+            **self._how(op, early=early),
         )  # fmt: skip
 
     def _linear_residual(
@@ -223,8 +204,7 @@ class FusedDecode:
     ) -> None:
         """The residual stream alternates between two buffers: no kernel writes cache lines that it is reading."""
         how = self._how(op, early=early)
-        workspace = self.split_workspace
-        linear_residual(a, weight, residual=self.hidden, out=self.other, workspace=workspace, **more, **how)
+        linear_residual(a, weight, residual=self.hidden, out=self.other, **more, **how)
         self.hidden, self.other = self.other, self.hidden
 
     def _observe(self, i: int, q_norm: Norm | None = None) -> None:

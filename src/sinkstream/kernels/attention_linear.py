@@ -5,24 +5,12 @@ memory idle while it rotates, waits for its last program and combines; programs 
 up-projection hide that time. The rows do not depend on the previous kernel and need not wait for it.
 """
 
-from dataclasses import replace
-
 import torch
-from torch.nn import functional as F
 
 from sinkstream.kernels.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
 from sinkstream.kernels.attention_decode import check_inputs as check_attention
 from sinkstream.kernels.chunks import check_tile
-from sinkstream.kernels.config import (
-    BESIDE,
-    MAX_STREAMS,
-    AttentionLinearConfig,
-    AttentionRowsConfig,
-    default_attention_linear,
-    several_attention,
-)
-from sinkstream.kernels.linear_residual import linear_residual_twin
-from sinkstream.kernels.multi_stream_linear import multi_stream_tiles, product_arguments
+from sinkstream.kernels.config import AttentionLinearConfig, default_attention_linear
 from sinkstream.kernels.norm_linear import check_inputs as check_linear
 from sinkstream.kernels.norm_linear import norm_linear, norm_linear_tiles
 from sinkstream.kernels.runtime import (
@@ -30,8 +18,6 @@ from sinkstream.kernels.runtime import (
     NO_PREFETCH,
     Prefetch,
     check_tensor,
-    dot_kind,
-    even_programs,
     jit,
     launch,
     multiprocessors,
@@ -82,41 +68,6 @@ def _attention_linear_kernel(
             prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
 
 
-@jit
-def _attention_rows_kernel(
-    splits, kv_heads, serving,
-    qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-    qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
-    a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, rows, streams, a_stride, f_stride, w_stride, r_stride, y_stride, ahead,
-    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
-    V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr,
-    KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
-    ROW_STAGES: tl.constexpr, ROW_KIND: tl.constexpr, LATE: tl.constexpr, ROWS_LATE: tl.constexpr,
-    WAIT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first `serving` programs stream weight rows for all streams; then one for each (split, head, stream)."""
-    pid = tl.program_id(0)
-    if pid < serving:
-        multi_stream_tiles(
-            pid, serving, a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, y_ptr, y_ptr, rows, streams, a_stride, f_stride,
-            w_stride, r_stride, y_stride, ahead, KA, KF, BN, BK, S, ACT, GATED, HAS_BIAS, HAS_RESIDUAL, EVEN, EVICT,
-            ROW_STAGES, ROW_KIND, 1, ROWS_LATE, WAIT, PDL,
-        )  # fmt: skip
-    else:
-        job = pid - serving
-        attend_split(
-            job % splits, splits, job // splits % kv_heads, kv_heads, job // (splits * kv_heads),
-            qkv_ptr, key_ptr, value_ptr, scalar_ptr, rope_ptr, qn_ptr, kn_ptr, part_ptr, count_ptr, out_ptr,
-            qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs, scale, head_eps,
-            qkv_ptr, 0, 0, qkv_ptr, 0, 0,
-            G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, False,
-            LATE, PDL,
-        )  # fmt: skip
-
-
 def attention_linear(
     qkv: torch.Tensor,
     keys: torch.Tensor,
@@ -138,14 +89,13 @@ def attention_linear(
     out: torch.Tensor | None = None,
     linear_out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
-    config: AttentionLinearConfig | AttentionRowsConfig | None = None,
-    normed: torch.Tensor | None = None,
+    config: AttentionLinearConfig | None = None,
     wait: bool = True,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_decode` and `norm_linear` in one kernel: of one stream, or of up to 16 whose norm is given.
+    """`attention_decode` and `norm_linear` of one stream in one kernel.
 
     Parameters
     ----------
@@ -156,15 +106,11 @@ def attention_linear(
     activation : {"none", "gelu"}
     linear_out : Tensor, (streams, rows), optional
         Result of the linear layer.
-    config : AttentionLinearConfig or AttentionRowsConfig, optional
-        The latter for several streams; one of the other kind is not looked at.
-    normed : Tensor, (streams, hidden), optional
-        The norm of x in the weight's dtype, where another kernel has computed it (`norm_rows`); for several streams.
     wait : bool
         With `pdl`: whether the linear layer waits for the previous kernel. It need not if that kernel neither writes x
         nor touches `linear_out`, and triggers this launch only after its own wait (`LinearConfig.late`).
-    prefetch, pdl, implementation
-        As in `norm_linear`. The twins, and several streams without `normed`, take the two ops one after the other.
+    config, prefetch, pdl, implementation
+        As in `norm_linear`. The twins, and several streams, take the two ops one after the other.
 
     Returns
     -------
@@ -178,20 +124,11 @@ def attention_linear(
     """
     if activation not in ("none", "gelu"):
         raise ValueError(f"activation={activation!r} in a kernel with attention; accepted: none, gelu")
-    streams, kernel = len(qkv), use_triton(implementation, qkv)
-    if normed is not None and 1 < streams <= MAX_STREAMS and kernel:
-        return _attention_rows(
-            qkv, keys, values, scalars, rope, normed, weight, query_heads, pinned_slots, order, bias, activation, out,
-            linear_out, workspace, config if isinstance(config, AttentionRowsConfig) else None, wait, pdl,
-        )  # fmt: skip
-    if streams > 1 or not kernel:
+    if len(qkv) > 1 or not use_triton(implementation, qkv):
         out = attention_decode(
             qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
             workspace=workspace, pdl=pdl, implementation=implementation,
         )  # fmt: skip
-        if normed is not None and not kernel:
-            linear_out = _rows_twin(normed, weight, bias, activation, linear_out)
-            return out, linear_out
         linear_out = norm_linear(
             x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,
             activation=activation, out=linear_out, prefetch=prefetch, pdl=pdl, implementation=implementation,
@@ -202,7 +139,7 @@ def attention_linear(
     check_linear(x, weight, norm_weight, norm_bias, bias, norm, activation)
     width = query_heads * keys.shape[3]
     out, linear_out = _room("out", out, width, keys), _room("linear_out", linear_out, rows, weight)
-    if not isinstance(config, AttentionLinearConfig):
+    if config is None:
         config = default_attention_linear(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
         )
@@ -214,44 +151,6 @@ def attention_linear(
     _launch(
         grid, arguments, constants, x, weight, norm_weight, norm_bias, bias, eps, norm, activation, linear_out, config,
         wait, prefetch, pdl,
-    )  # fmt: skip
-    return out, linear_out
-
-
-def _rows_twin(normed, weight, bias, activation, out) -> torch.Tensor:
-    """The linear layer of a norm that is given, in plain PyTorch."""
-    y = linear_residual_twin(normed, weight, None, bias, None)
-    y = F.gelu(y) if activation == "gelu" else y
-    return y.to(weight.dtype) if out is None else out.copy_(y)
-
-
-def _attention_rows(
-    qkv, keys, values, scalars, rope, normed, weight, query_heads, pinned_slots, order, bias, activation, out,
-    linear_out, workspace, config, wait, pdl,
-):  # fmt: skip
-    streams, kv_heads, slots, head_dim = keys.shape
-    check_attention(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None)
-    check_tensor("normed", normed, (streams, weight.shape[1]), dtypes=(weight.dtype,), device=qkv.device)
-    if out is None:
-        out = torch.empty(streams, query_heads * head_dim, dtype=keys.dtype, device=qkv.device)
-    if linear_out is None:
-        linear_out = torch.empty(streams, len(weight), dtype=weight.dtype, device=qkv.device)
-    if config is None:
-        processors = multiprocessors(qkv.device)
-        attention = several_attention(streams * kv_heads, head_dim, slots - pinned_slots, pinned_slots, processors)
-        config = AttentionRowsConfig(attention, replace(BESIDE, warps=attention.warps))
-    grid, arguments, constants = launch_arguments(
-        qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, workspace,
-        config.attention,
-    )  # fmt: skip
-    rows, row_constants = product_arguments(normed, weight, linear_out, None, bias, None, activation, config.rows)
-    del row_constants["STAGES"], row_constants["KIND"]
-    tiles = -(-len(weight) // config.rows.rows)
-    serving = even_programs(tiles, multiprocessors(qkv.device) * config.rows.per_sm)
-    launch(
-        _attention_rows_kernel, (serving + grid[0] * grid[1] * streams,), grid[0], kv_heads, serving, *arguments,
-        *rows, **constants, **row_constants, ROW_STAGES=config.rows.stages, ROW_KIND=dot_kind(weight.dtype),
-        LATE=config.attention.late, ROWS_LATE=config.rows.late, WAIT=wait, num_warps=config.rows.warps, pdl=pdl,
     )  # fmt: skip
     return out, linear_out
 

@@ -125,8 +125,6 @@ class MultiStreamConfig:
         multiple of 16 (programmatic dependent launch only).
     late : bool
         Trigger the launch of the next kernel when this kernel's rows are done instead of at once.
-    splits : int
-        Programs that share the columns of one tile; the last of them adds up what all have found, in their order.
     """
 
     rows: int = 16
@@ -136,39 +134,12 @@ class MultiStreamConfig:
     per_sm: int = 5
     ahead: int = 1024
     late: bool = True
-    splits: int = 1
 
     def __post_init__(self):
-        if self.splits < 1:
-            raise ValueError(f"splits={self.splits} in the configuration; accepted: a whole number of at least 1")
         if min(self.rows, self.columns) < 16:
             raise ValueError(
                 f"{self.rows} rows and {self.columns} columns; accepted: at least 16, which matrix units take"
             )
-
-
-@dataclass(frozen=True)
-class AttentionRowsConfig:
-    """How attention and a linear layer of several streams in one kernel are cut up; both have as many warps.
-
-    Attributes
-    ----------
-    attention : AttentionConfig
-    rows : MultiStreamConfig
-        ``per_sm`` counts the programs of the linear layer; they come first, and attention takes the room they leave.
-    """
-
-    attention: AttentionConfig
-    rows: MultiStreamConfig
-
-    def __post_init__(self):
-        if self.attention.warps != self.rows.warps:
-            raise ValueError(
-                f"{self.attention.warps} warps for attention and {self.rows.warps} for the linear layer in the same"
-                " kernel; accepted: as many"
-            )
-        if self.rows.splits > 1:
-            raise ValueError(f"splits={self.rows.splits} for the linear layer in a kernel with attention; accepted: 1")
 
 
 @dataclass(frozen=True)
@@ -209,7 +180,6 @@ GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for
 MULTI_STREAM = MultiStreamConfig()
 FEW_HEADS = AttentionConfig(splits=MAX_SPLITS, warps=4, late=True)  # of several streams: splits for one wave
 MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)  # where one wave has no room for two splits
-BESIDE = MultiStreamConfig(warps=4, per_sm=2)  # rows beside the attention of several streams
 WAVE = 3  # occupancy of FEW_HEADS, programs a multiprocessor
 ATTENTION_LINEAR = AttentionLinearConfig(AttentionConfig(splits=4, warps=4), LinearConfig(stages=1, ahead=0, late=True))
 

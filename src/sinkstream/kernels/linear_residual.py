@@ -20,7 +20,7 @@ from sinkstream.kernels.chunks import (
     row_terms,
 )
 from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, MultiStreamConfig, default_linear_residual
-from sinkstream.kernels.multi_stream_linear import SplitWorkspace, multi_stream_linear, refuse_early
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -123,7 +123,6 @@ def linear_residual(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | MultiStreamConfig | None = None,
-    workspace: SplitWorkspace | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
     implementation: str | None = None,
@@ -146,7 +145,7 @@ def linear_residual(
         May be float32.
     out : Tensor, (streams, hidden), optional
         May be `residual` itself. Its dtype is that of the result (default: the residual's, else the weight's).
-    config, workspace, prefetch, pdl, implementation
+    config, prefetch, pdl, implementation
         As in `norm_linear`.
 
     Returns
@@ -179,9 +178,7 @@ def linear_residual(
         return linear_residual_library(a, weight, f, bias, residual, out)
     if streams > 1:
         own = config if isinstance(config, MultiStreamConfig) else None
-        return multi_stream_linear(
-            a, weight, out, f=f, bias=bias, residual=residual, config=own, workspace=workspace, pdl=pdl
-        )
+        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, config=own, pdl=pdl)
     if not isinstance(config, LinearConfig):
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)

@@ -21,7 +21,7 @@ from sinkstream.kernels.chunks import (
     store_tile,
 )
 from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, MultiStreamConfig, default_norm_linear
-from sinkstream.kernels.multi_stream_linear import SplitWorkspace, multi_stream_linear, norm_rows, refuse_early
+from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     NO_PREFETCH,
@@ -158,7 +158,6 @@ def norm_linear(
     activation: str = "none",
     out: torch.Tensor | None = None,
     config: LinearConfig | MultiStreamConfig | None = None,
-    workspace: SplitWorkspace | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
     implementation: str | None = None,
@@ -186,8 +185,6 @@ def norm_linear(
     config : LinearConfig or MultiStreamConfig, optional
         The latter for several streams; one of the other kind is not looked at. Default: that of
         `sinkstream.kernels.config`.
-    workspace : SplitWorkspace, optional
-        As in `multi_stream_linear`.
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool
@@ -216,11 +213,9 @@ def norm_linear(
         refuse_early(streams, pdl)
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if streams > 1:
-        normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl, implementation="triton")[0]
+        normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
         own = config if isinstance(config, MultiStreamConfig) else None
-        return multi_stream_linear(
-            normed, weight, out, bias=bias, activation=activation, config=own, workspace=workspace, pdl=pdl
-        )
+        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, config=own, pdl=pdl)
     if not isinstance(config, LinearConfig):
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
