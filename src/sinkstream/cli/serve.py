@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     settings, kept = service.settings, len(service.store.sessions)
+    listening.listen()  # who reads the address may connect at once
     print(
         f"{service.loaded.name}, {service.backend} backend, {settings.cap} slots a session: http://{address}:{port}"
         f" (OpenAI API: http://{address}:{port}/v1), {'API key' if keys else 'no API key'},"

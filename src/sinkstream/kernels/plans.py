@@ -104,11 +104,9 @@ LLAMA_PLANS = {
 }
 
 
-SEVERAL_LLAMA_PLANS: dict[tuple[int, int], dict[str, OpLaunch]] = {  # by hidden size and streams; other ops: defaults
-    (2048, 2): {  # Llama-3.2-1B, bfloat16: 1.347 ms, 1.561 times the byte floor (1.366 ms with the defaults)
-        "attention": OpLaunch(AttentionConfig(32, 64, 2, dot=True, columns=64)),
-    },
-    (2048, 8): {  # 1.563 ms, 1.568 times the byte floor (1.594 ms with the defaults)
+SEVERAL_LLAMA_PLANS: dict[tuple[int, int], dict[str, OpLaunch]] = {  # by hidden size and streams
+    (2048, 8): {  # Llama-3.2-1B, bfloat16: 1.563 ms, 1.568 times the byte floor (1.588 ms without this plan)
+        "attention": OpLaunch(AttentionConfig(16, 64, 4, dot=True, columns=128)),
         "gate_up": OpLaunch(MultiStreamConfig(16, 128, 2, 4, 4)),
         "down": OpLaunch(MultiStreamConfig(16, 128, 4, 8, 2)),
     },
@@ -138,17 +136,20 @@ def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpLaunch]:
 
 
 def several_plan(neox: bool, sizes: Sizes, streams: int) -> dict[str, OpLaunch]:
-    """A plan for several streams: the one that was measured for this hidden size and number of streams, or defaults."""
-    planned = {} if neox else SEVERAL_LLAMA_PLANS.get((sizes.hidden, streams), {})
+    """A plan for several streams: what was measured for this hidden size and number of streams.
+
+    Elsewhere the ops choose their configurations themselves; attention of grouped queries is cut up as for one stream.
+    """
     plan = {op: OpLaunch(pdl=True) for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
-    return plan | {op: replace(p, config=_fitted_several(op, p.config, sizes), pdl=True) for op, p in planned.items()}
-
-
-def _fitted_several(op: str, config, sizes: Sizes):
-    """The configuration of an op of several streams, cut down to what fits these sizes."""
-    if op != "attention":
-        return config
-    return fit_attention(config, sizes.query_heads // sizes.kv_heads, sizes.head_dim, sizes.ring, sizes.pinned_slots)
+    if neox:
+        return plan
+    plan |= {"attention": measured_plan(neox, sizes)["attention"]}
+    planned = SEVERAL_LLAMA_PLANS.get((sizes.hidden, streams), {})
+    for op, launch in planned.items():
+        plan[op] = replace(
+            launch, config=fitted(op, launch.config, sizes) if op == "attention" else launch.config, pdl=True
+        )
+    return plan
 
 
 def fitted(op: str, config, sizes: Sizes):
