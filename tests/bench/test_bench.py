@@ -514,6 +514,9 @@ def planted(tmp_path) -> None:
     for cap, size in ((512, 1.7e8), (4096, 1.3e9), (8192, 2.7e9)):
         store(f"cap-{cap}", tpot_ms=2.2 + (size - 6.7e8) / 1e9 / 3, kv_bytes=size, cap=cap, created=late)
     store("streams-4", tpot_ms=3.0, streams=4, created=late)
+    store("streams-8", tpot_ms=4.8, floor_ms=4.0, streams=8, created=late)
+    llama = {"model": "random:llama-3.2-1b", "dtype": "bfloat16", "streams": 8, "created": late}
+    store("llama-8", tpot_ms=1.5, floor_ms=1.0, **llama)
     block = {"first_token": 0, "tokens": 500_000, "memory_mb": 9.0, "mean_nll": 2.5, "not_finite": 0, "tpot_ms": 0.3}
     speeds = [0.30] * 16 + [0.5] * 1984 + [0.303] * 2000
     store(
@@ -566,6 +569,7 @@ def test_headlines_are_computed_from_the_records(tmp_path):
             "engine.speedup_over_static_compile": 2.5,
             "engine.llama_1b_tpot_over_floor": 1.1,
             "engine.million_token_tpot_ratio": 1.01,
+            "engine.streams8_over_floor": 1.5,
         }
     )
     assert summary.headlines["engine.tpot_over_floor"]["record"] == "strict"

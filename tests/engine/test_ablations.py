@@ -11,8 +11,8 @@ from sinkstream.kernels import set_implementation
 
 FAMILIES = ("gpt_neox", "llama", "qwen3")
 STEPS = {
-    "graph-norm": lambda e: lambda: ablations.decode_add_norm(e.state, e.weights),
-    "graph-linear": lambda e: ablations.LinearDecode(e.weights, e.state),
+    "graph-norm": lambda e: lambda: ablations.decode_add_norm(e.state.span(), e.weights),
+    "graph-linear": lambda e: ablations.LinearDecode(e.weights, e.state.span()),
 }
 
 

@@ -109,7 +109,7 @@ def test_logits_that_are_not_numbers(signal, implementation):
         logits, risks, table, plan, torch.zeros(1, dtype=torch.int64, device=DEVICE), signal=signal, ring=9,
         measure=SIGNALS[signal], original=True, implementation=implementation,
     )  # fmt: skip
-    assert torch.equal(risks[0, 0].isnan().cpu(), torch.tensor([signal == "top1"]))
+    assert risks[0, 0].isnan().all(), "the schedule refuses them when the host reads the risk"
 
 
 def test_policies_that_the_host_must_decide():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, draw
 
-from sinkstream.kernels.band import Band
+from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.store_window import store_window
 
 
@@ -34,19 +34,20 @@ def band(tokens: int, stays: int, slot: int, past: int = 9, **more) -> Band:
 def test_what_stays_is_in_its_slot(tokens, stays, slot, past, padding, implementation):
     """The first of them are sinks where the stream begins with them."""
     ring, heads, dim, sinks, row = 23, 2, 24, 4, 1
+    own = 3 if padding else sinks  # of this stream; the slots of the others stay as they are
     both = draw(tokens + padding, heads, 3, dim, dtype=torch.float16)
     keys, values = (draw(3, heads, ring + sinks, dim, dtype=torch.float16) for _ in range(2))
     expected = [keys.clone(), values.clone()]
     for token in range(tokens):
         for target, part in zip(expected, (1, 2)):
-            if past + token < sinks:
+            if past + token < own:
                 target[row, :, past + token] = both[token, :, part]
             elif token >= stays:
                 target[row, :, sinks + (slot + token) % ring] = both[token, :, part]
-    table = torch.zeros(8 + 2 * (tokens + padding), dtype=torch.int32, device=DEVICE)
+    table = torch.zeros(SCALARS + 2 * (tokens + padding), dtype=torch.int32, device=DEVICE)
     store_window(
-        both[:, :, 1], both[:, :, 2], keys, values, band(tokens, stays, slot, past, row=row, table=table), sinks=sinks,
-        implementation=implementation,
+        both[:, :, 1], both[:, :, 2], keys, values, band(tokens, stays, slot, past, row=row, table=table, sinks=own),
+        sinks=sinks, implementation=implementation,
     )  # fmt: skip
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 

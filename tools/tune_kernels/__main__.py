@@ -8,7 +8,8 @@ poisoned outputs) and timed over all layers, so that nothing stays in L2, under 
 graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
 turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
 or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
-none is faster. With --streams N the ops of N streams are measured, each alone and in a step.
+none is faster. With --streams N the ops of N streams are measured, each alone and in a step,
+then a grid of configurations of every op, and whole steps with the best of them.
 Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
 TRITON_INTERPRET=1.
 """
@@ -42,7 +43,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=230, help="time limit in seconds (default 230)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for all numbers")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
-    parser.add_argument("--streams", type=int, default=1, help="measure this many streams, up to 16 (default 1: tune)")
+    parser.add_argument("--streams", type=int, default=1, help="tune this many streams, up to 16 (default 1)")
     parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
@@ -56,7 +57,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 def search_plan(m: Measurements, options: argparse.Namespace, budget_s: float) -> None:
     """Run the search of one shape that the options name, and print its best steps."""
     if options.streams > 1:
-        measure_streams(m)
+        measure_streams(m, budget_s * 0.5)
     elif options.climb:
         climb(m)
     else:

@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sinkstream.kernels import LinearConfig
+from sinkstream.kernels.config import MultiStreamConfig
 from sinkstream.kernels.plans import LaunchPlan, OpLaunch
 from sinkstream.kernels.runtime import set_compile_only
 from tune_kernels.candidates import short
@@ -26,15 +27,16 @@ def alone(shape: Shape, op: str, planned: OpLaunch) -> Plan:
     """A plan for launching one op; with PDL the up-projection in the kernel of attention need not wait for `qkv`."""
     plan = dict.fromkeys(shape.ops, OpLaunch())
     if planned.pdl:
-        plan["qkv"] = OpLaunch(LinearConfig(late=True), pdl=True)
+        late = LinearConfig(late=True) if shape.streams == 1 else MultiStreamConfig(late=True)
+        plan["qkv"] = OpLaunch(late, pdl=True)
     return plan | {op: planned}
 
 
-def compile_one(name: str, op: str, planned: OpLaunch) -> None:
+def compile_one(name: str, streams: int, op: str, planned: OpLaunch) -> None:
     """Compile one kernel into Triton's cache on disk; runs in a worker process."""
     set_compile_only(True)
     if name not in _steps:
-        _steps[name] = RandomStep(SHAPES[name], "cpu", initialised=False)
+        _steps[name] = RandomStep(replace(SHAPES[name], streams=streams), "cpu", initialised=False)
     step = _steps[name]
     step.use(alone(step.shape, op, planned))
     with implementation("triton"):
@@ -117,7 +119,7 @@ class Measurements:
         row: dict[str, Any] = {"shape": self.shape.name, "streams": self.shape.streams, "label": label}
         row["plan"] = dict(plan)
         self.step.use(plan)
-        self.step.state.choose(None)
+        self.step.whole.choose(None)
         self.step.without = without
         self.step.rows_wait |= without == "qkv"
         try:
@@ -134,7 +136,9 @@ class Measurements:
         if self.pool is None:
             yield from jobs
             return
-        futures = {self.pool.submit(compile_one, self.shape.name, *job): job for job in dict.fromkeys(jobs)}
+        futures = {
+            self.pool.submit(compile_one, self.shape.name, self.shape.streams, *job): job for job in dict.fromkeys(jobs)
+        }
         try:
             for future in as_completed(futures, timeout=max(1.0, limit_s)):
                 op, planned = futures[future]

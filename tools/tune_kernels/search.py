@@ -11,8 +11,9 @@ from itertools import product
 from typing import Any
 
 from sinkstream.kernels import AttentionLinearConfig
+from sinkstream.kernels.config import MultiStreamConfig
 from sinkstream.kernels.plans import MB, OpLaunch, fitted, measured_plan
-from tune_kernels.candidates import candidates, changed, neighbours_of, short
+from tune_kernels.candidates import candidates, changed, neighbours_of, several_candidates, short
 from tune_kernels.measure import Job, Measurements, Plan
 
 Trial = tuple[str, Callable[[Plan], Plan]]
@@ -36,18 +37,47 @@ def sweep(m: Measurements, limit_s: float) -> None:
         m.measure(op, planned)
 
 
-def measure_streams(m: Measurements) -> None:
-    """Time every op and whole steps of several streams, which take no configurations."""
+def measure_streams(m: Measurements, limit_s: float) -> Plan:
+    """Several streams: every op alone with its own configuration and with others, then whole steps with the best."""
     for op, pdl in product(m.shape.ops, (False, True)):
         m.measure(op, OpLaunch(pdl=pdl))
-    m.table()
+    plan, best = {}, float("inf")
     for pdl in (False, True):
-        plan, label = (
-            dict.fromkeys(m.shape.ops, OpLaunch(pdl=pdl)),
-            f"{m.shape.streams} streams{', PDL' if pdl else ''}",
-        )
-        ms = m.time_step(plan, label)
-        print(f"  {label} {ms:.3f} ms, error of the logits {m.checks.logits(plan):.2g}", flush=True)
+        trial = dict.fromkeys(m.shape.ops, OpLaunch(pdl=pdl))
+        label = f"{m.shape.streams} streams{', PDL' if pdl else ''}"
+        ms = m.time_step(trial, label)
+        print(f"  {label} {ms:.3f} ms, error of the logits {m.checks.logits(trial):.2g}", flush=True)
+        plan, best = trial, ms
+    grids = {op: several_candidates(m.shape, op)[: 1 if m.pool is None else None] for op in m.shape.ops}
+    longest, stop = max(map(len, grids.values())), time.monotonic() + limit_s
+    jobs = [(op, OpLaunch(g[i], pdl=True)) for i in range(longest) for op, g in grids.items() if i < len(g)]
+    for op, planned in m.compiled(jobs, limit_s):
+        m.measure(op, planned)
+        if time.monotonic() > stop:
+            break
+    m.table(6)
+    return finish(m, *keep_what_helps(m, plan, best, _best_of_several(m)))
+
+
+def _best_of_several(m: Measurements) -> Iterator[Trial]:
+    """The fastest configurations of every op, then later ones and longer prefetches of those that were kept."""
+    for rank, op in product(range(5), m.shape.ops):
+        found = m.best(op, True, rank + 1)
+        if len(found) > rank and found[rank] is not None:
+            yield f"{op} {short(found[rank])}", _other_config(op, found[rank])
+    for op, (name, values) in product(m.shape.ops, {"ahead": (0, 512, 2048, 4096), "late": (False, True)}.items()):
+        for value in values:
+            yield f"{op} {name}={value}", _rows_changed(op, name, value)
+
+
+def _rows_changed(op: str, name: str, value: Any) -> Callable[[Plan], Plan]:
+    def change(plan: Plan) -> Plan:
+        config = plan[op].config
+        if isinstance(config, MultiStreamConfig):
+            return plan | {op: replace(plan[op], config=replace(config, **{name: value}))}
+        return plan
+
+    return change
 
 
 def tune(m: Measurements) -> Plan:
@@ -102,6 +132,8 @@ def finish(m: Measurements, plan: Plan, best: float) -> Plan:
     error = m.checks.logits(plan)
     print(f"  PDL, tuned {best:.3f} ms, error of the logits {error:.2g}", flush=True)
     m.steps.append({"shape": m.shape.name, "label": "tuned", "ms": best, "error": error, "plan": plan})
+    for op, planned in plan.items():
+        print(f"    {op}: {planned.config}", flush=True)
     for op in m.shape.ops:
         us = 1e3 * (best - m.time_step(plan, f"without {op}", without=op)) / m.shape.calls(op)
         print(f"    {op} costs {us:.2f} us in the step, floor {m.floor_us(op):.2f}", flush=True)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             talk = remote = RemoteTalk(args.url, args.remote_model, key, args.system, folder)
             name: str = remote.model
         else:
-            service = make_service(args, folder, durable=False)
+            service = make_service(args, folder, durable=False, resident=1)
             talk, name = LocalTalk(service, args.system), service.loaded.name
         if args.temperature is not None:
             talk.options["temperature"] = args.temperature

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from sinkstream.cli.options import add_model_options, load_given_model
 from sinkstream.engine.steps import STEPS
@@ -41,9 +42,9 @@ def add_serve_settings(parser: argparse.ArgumentParser, names: tuple[str, ...] =
     )
 
 
-def make_service(args: argparse.Namespace, spill: Path | None, *, durable: bool = True) -> Service:
-    """The service that the options of `add_model_options` and `add_serve_settings` ask for."""
-    settings = ServeSettings.of(vars(args) | {"spill": spill})
+def make_service(args: argparse.Namespace, spill: Path | None, *, durable: bool = True, **more: Any) -> Service:
+    """The service that the options of `add_model_options` and `add_serve_settings` ask for, and `more` settings."""
+    settings = ServeSettings.of(vars(args) | {"spill": spill} | more)
     loaded = load_given_model(args)
     backend = args.backend or default_backend(args.device)
     return Service(
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     settings, kept = service.settings, len(service.store.sessions)
+    listening.listen()  # who reads the address may connect at once
     print(
         f"{service.loaded.name}, {service.backend} backend, {settings.cap} slots a session: http://{address}:{port}"
         f" (OpenAI API: http://{address}:{port}/v1), {'API key' if keys else 'no API key'},"

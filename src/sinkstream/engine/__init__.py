@@ -1,5 +1,6 @@
 """The engine: decode at the speed of memory, in static buffers, under any eviction policy."""
 
+from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.engine import Engine
 from sinkstream.engine.generation import Generation
 from sinkstream.engine.packing import PackedWeights, pack
@@ -15,6 +16,7 @@ __all__ = [
     "PackedWeights",
     "Sampler",
     "StepFunction",
+    "StreamBatch",
     "StreamState",
     "pack",
 ]

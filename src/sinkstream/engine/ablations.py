@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from sinkstream.engine import plain
 from sinkstream.engine.fused import FusedDecode
 from sinkstream.engine.packing import NeoxLayer, Norm, PackedWeights
-from sinkstream.engine.state import StreamState
+from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels import norm_linear
 from sinkstream.kernels.add_norm import NormTensors, add_norm
 
@@ -14,11 +14,11 @@ def _tensors(norm: Norm) -> NormTensors:
     return norm.weight, norm.bias
 
 
-def decode_add_norm(state: StreamState, weights: PackedWeights) -> None:
-    """One step of all streams as `plain.decode`; every residual addition and the norms after it are one kernel."""
+def decode_add_norm(state: StreamSpan, weights: PackedWeights) -> None:
+    """One step of a span, as `plain.decode`; every residual addition and the norms after it are one kernel."""
     state.begin_row()
     row = plain.Row(state, weights.rope_factor)
-    plain.note_token(state, row)
+    plain.begin_channels(state, row)
     x, delta = F.embedding(row.token, weights.embedding), None
     for i, layer in enumerate(weights.layers):
         attention, mlp = _tensors(layer.attention_norm), _tensors(layer.mlp_norm)
@@ -37,9 +37,15 @@ def decode_add_norm(state: StreamState, weights: PackedWeights) -> None:
 class LinearDecode(FusedDecode):
     """The fused step with PyTorch's attention: projections and MLP are kernels, with their norms and residuals."""
 
-    def __init__(self, weights: PackedWeights, state: StreamState):
-        super().__init__(weights, state)
-        self.observes = True  # kernels after attention come after ops of PyTorch, and may not start early
+    def _note_token(self) -> None:
+        plain.begin_channels(self.state, self._row)
+
+    def _accumulate(self) -> None:
+        """PyTorch's attention has added it up."""
+
+    def _how(self, op: str, *, early: bool = True) -> dict:
+        """An op after PyTorch's attention may not start early: PyTorch's need not end in a kernel."""
+        return super()._how(op, early=early and op not in ("out", "o"))
 
     def _attention_up(self, i: int) -> None:
         layer, spec, up = self.weights.layers[i], self.spec, slice(self.qkv_rows, None)

@@ -19,11 +19,14 @@ class StreamBuffers:
     ----------
     spec : ModelSpec
     policy : EvictionPolicy
+        Of a stream unless it is told another number of sinks.
     positions : {"cache", "original"}
     streams : int
     vocab : int
         Width of the logits.
     device : torch.device
+    max_sink : int or None
+        Most sinks of a stream; default: the policy's.
 
     Attributes
     ----------
@@ -40,6 +43,7 @@ class StreamBuffers:
     score_sums : Tensor or None, (layers, streams, query_heads), float32
         Scores of one step, as the kernels keep them where attention is accumulated, see `sinkstream.kernels.Observed`.
     logits : Tensor, (streams, vocab), float32
+        Those of streams that sit steps out mean nothing until `StreamState.wake` or `settle`.
     tokens : Tensor, (streams,), int64
         Token ids that the next step appends; a negative one means the likeliest of the stream's logits.
     plan : Tensor, (256, streams, 8), int32
@@ -78,9 +82,10 @@ class StreamBuffers:
         streams: int,
         vocab: int,
         device: torch.device,
+        max_sink: int | None = None,
     ):
         self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
-        self.geometry = Geometry.of(policy, positions)
+        self.geometry = Geometry.of(policy, positions, max_sink)
         self.signals = sorted(PruneSchedule(policy).signals())
         with torch.inference_mode(False):
             for name, (shape, dtype) in self._shapes(vocab).items():

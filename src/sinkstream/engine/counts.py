@@ -21,6 +21,8 @@ class StreamCounts(StreamBuffers):
     ----------
     counters_so_far, schedules_so_far : list of Counters, list of PruneSchedule
         As `counters` and `schedules`, but without what the device has decided and the host has not read yet.
+    decisions : Decisions or None
+        Where the device decides about prunes; None where the host does.
     journal : list of Step or None
         What the policy did in the first stream, since `take_journal` was called last; None if it never was.
     """
@@ -33,7 +35,7 @@ class StreamCounts(StreamBuffers):
     def __init__(self, spec: Any, policy: EvictionPolicy, **more: Any):
         super().__init__(spec, policy, **more)
         rule = AdaptiveRule.of(policy)
-        self._decisions = None if rule is None else Decisions(self, rule)
+        self.decisions = None if rule is None else Decisions(self, rule)
         self._last_steps: list[Step | None] = []
         self.journal: list[Step] | None = None
 
@@ -72,8 +74,8 @@ class StreamCounts(StreamBuffers):
         return steps
 
     def _catch_up(self, check: bool = True) -> None:
-        if self._decisions is not None:
-            self._decisions.catch_up(self._active, self._row, check)
+        if self.decisions is not None:
+            self.decisions.catch_up(self._active, self._row, check)
 
     def stats(self, stream: int) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""

@@ -48,6 +48,9 @@ class StreamDecoder(StreamKeeper):
         Window position past which positions are rebased (at least twice the policy's peak is used).
     chunk_tokens : int
         Most tokens of a prompt that go through the model at once, where the policy's plan is known.
+    max_sink : int or None
+        Most sinks that `join` may give a stream, which then has as much less window; default: the policy's. Goes with
+        policies whose plan is known.
 
     Raises
     ------
@@ -75,6 +78,7 @@ class StreamDecoder(StreamKeeper):
         allow_untrained_positions: bool = False,
         rebase_at: int = REBASE_AT,
         chunk_tokens: int = CHUNK_TOKENS,
+        max_sink: int | None = None,
         **options: Any,
     ):
         model = inner_model(model)
@@ -88,6 +92,7 @@ class StreamDecoder(StreamKeeper):
             allow_untrained_positions=allow_untrained_positions,
             rebase_at=min(rebase_at, default_rebase(model.dtype)),
             chunk_tokens=chunk_tokens,
+            max_sink=max_sink,
             **options,
         )
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
@@ -103,10 +108,12 @@ class StreamDecoder(StreamKeeper):
             device=model.device,
             rebase_at=rebase_at,
             structure=self._cache.stream.structure,
+            max_sink=max_sink,
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
         rehearse_refresh(self.state)
+        self._ready = self._step.ready
         short_sizes = short_chunk_sizes(chunk_tokens) if self._step.captures else ()
         self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache, model)
         self._watch = ModelWatch(model, self.weights)
@@ -139,6 +146,38 @@ class StreamDecoder(StreamKeeper):
             raise
         self.state.stale_logits.discard(stream)
         return self.state.logits[stream].clone()
+
+    def join(self, ids: Ids, *, stream: int | None = None, sink: int | None = None) -> int:
+        """Let a stream begin between two steps of others, which go on as if it were not there.
+
+        Parameters
+        ----------
+        ids : Tensor, (tokens,), int64, or sequence of int
+            Its prompt, which is fed alone.
+        stream : int or None
+            Default: the first one that holds no token. It is returned.
+        sink : int or None
+            Its sinks, up to ``max_sink``; default: the policy's.
+
+        Raises
+        ------
+        ValueError
+            If the stream, or every stream, holds tokens (see `leave`), or an argument is not accepted.
+        """
+        taken = self.active
+        if stream is None:
+            stream = next((s for s in range(self.state.streams) if s not in taken), None)
+            if stream is None:
+                raise ValueError(f"all {self.state.streams} streams hold tokens; accepted: leave(stream) of one before")
+        ids = self._ids(ids, stream)
+        if stream in taken:
+            seen = self.state.counters[stream].seen
+            raise ValueError(
+                f"stream {stream} holds {seen} tokens; accepted: a stream without tokens, or leave({stream})"
+            )
+        self.reset(stream=stream, sink=sink)
+        self.prefill(ids, stream=stream)
+        return stream
 
     @torch.no_grad()
     def step(self, tokens: Ids, *, streams: Sequence[int] | None = None) -> torch.Tensor:
@@ -179,6 +218,7 @@ class StreamDecoder(StreamKeeper):
             Token ids, not checked. A negative one means the likeliest token of the stream's logits; None means that of
             all streams, and one such step after another launches nothing between two replays of a graph.
         """
+        self._ready(streams)
         self.state.choose(tokens)
         with self.state.step(streams):
             self._step()
@@ -195,6 +235,7 @@ class StreamDecoder(StreamKeeper):
         """
         ids, state = self._ids(ids, stream), self.state
         self.check_model()
+        state.wake([stream])
         begun = state.counters[stream].seen > 0 and stream not in state.stale_logits
         nll = torch.empty(len(ids), dtype=torch.float32, device=state.device)
         logits = state.logits[stream]
@@ -240,6 +281,7 @@ def checked_cache(
     backend: str,
     streams: int,
     chunk_tokens: int = CHUNK_TOKENS,
+    max_sink: int | None = None,
     **options: Any,
 ) -> PrefillCache:
     """The empty cache that prompts go through, after every check of the engine. Raises ValueError."""
@@ -253,12 +295,36 @@ def checked_cache(
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
         check_layers(cache.spec)
-        step.check(cache.spec, cache.policy, model.device)
-        check_engine(model, cache.spec, cache.policy, streams, chunk_tokens, model.device, captures=step.captures)
+        check_max_sink(cache.policy, max_sink)
+        step.check(cache.spec, cache.policy, model.device, max_sink)
+        check_engine(
+            model,
+            cache.spec,
+            cache.policy,
+            streams,
+            chunk_tokens,
+            model.device,
+            captures=step.captures,
+            max_sink=max_sink,
+        )
     except ValueError:
         cache.close()
         raise
     return cache
+
+
+def check_max_sink(policy: EvictionPolicy, max_sink: int | None) -> None:
+    """Refuse streams of more sinks than the policy's where the policy has no place for them. Raises ValueError."""
+    if max_sink is None or max_sink == policy.sink:
+        return
+    if isinstance(max_sink, bool) or not isinstance(max_sink, int) or max_sink < policy.sink:
+        raise ValueError(f"max_sink={max_sink!r} is not accepted; accepted: a whole number from sink={policy.sink}")
+    if not policy.plan_known:
+        raise ValueError(
+            f"max_sink={max_sink} with refresh or adaptive eviction; accepted: policies that know every prune"
+            " beforehand (strict, lazy, overlap, max_drop, slack, evict='turns')"
+        )
+    policy.with_sink(max_sink)
 
 
 def _prompts(

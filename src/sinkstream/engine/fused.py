@@ -13,7 +13,7 @@ from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.packing import NEOX, NeoxLayer, Norm, PackedWeights
-from sinkstream.engine.state import StreamState
+from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels import (
     Prefetch,
     Workspace,
@@ -26,15 +26,14 @@ from sinkstream.kernels import (
 from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.observed import Observed, accumulate
-from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan
+from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan, several_plan
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
-from sinkstream.kernels.sample import Draws
 from sinkstream.policies import EvictionPolicy
 
 MAX_GROUP = 16  # query heads of one key-value head
 
 
-def plan_sizes(weights: PackedWeights, state: StreamState) -> Sizes:
+def plan_sizes(weights: PackedWeights, state: StreamSpan) -> Sizes:
     """What a plan is fitted to: sizes of the model and its cache, and of the device."""
     g, spec, device = state.geometry, state.spec, state.device
     config: Any = spec.decoder.config
@@ -44,21 +43,22 @@ def plan_sizes(weights: PackedWeights, state: StreamState) -> Sizes:
     )  # fmt: skip
 
 
-def default_plan(weights: PackedWeights, state: StreamState) -> dict[str, OpLaunch]:
+def default_plan(weights: PackedWeights, state: StreamSpan) -> dict[str, OpLaunch]:
     """The measured plan on a GPU with programmatic dependent launch, and elsewhere the defaults of the ops."""
     neox = weights.family == NEOX
     if not has_dependent_launch(state.device):
         return {op: OpLaunch() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
-    return measured_plan(neox, plan_sizes(weights, state))
+    sizes = plan_sizes(weights, state)
+    return measured_plan(neox, sizes) if state.streams == 1 else several_plan(neox, sizes, state.streams)
 
 
 class FusedDecode:
-    """One decode step of all streams, with every buffer allocated once.
+    """One decode step of the streams of a span, with every buffer allocated once.
 
     Parameters
     ----------
     weights : PackedWeights
-    state : StreamState
+    state : StreamSpan
     plan : mapping of OpLaunch, optional
         By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`.
 
@@ -68,7 +68,7 @@ class FusedDecode:
         Names of the ops of a layer, in order.
     """
 
-    def __init__(self, weights: PackedWeights, state: StreamState, plan: LaunchPlan | None = None):
+    def __init__(self, weights: PackedWeights, state: StreamSpan, plan: LaunchPlan | None = None):
         self.weights, self.state, self.spec = weights, state, state.spec
         self.neox = weights.family == NEOX
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
@@ -98,32 +98,32 @@ class FusedDecode:
         return torch.zeros(self.state.streams, width, dtype=self.spec.dtype, device=self.state.device)
 
     def __call__(self) -> None:
-        """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
+        """Append ``state.tokens``; the next-token logits are in ``state.logits`` afterwards."""
         state, weights = self.state, self.weights
-        self._begin(state.sampling.draws, state.plan, state.cursor, state.scalars, self.hidden, self.rope)
-        if self._notes:
-            plain.note_token(state, plain.Row(state, weights.rope_factor))
+        begin_step(
+            state.tokens, state.logits, state.plan, state.cursor, weights.embedding, self.inv_freq,
+            factor=weights.rope_factor, tiles=self.tiles, draws=state.draws, scalars=state.scalars, hidden=self.hidden,
+            rope=self.rope,
+        )  # fmt: skip
+        self._row = plain.Row(state, weights.rope_factor)
+        self._note_token()
         for i in range(len(weights.layers)):
             for op in self.ops:
                 self.run(op, i)
         self.run("head", len(weights.layers))
-        if state.scores is not None and state.score_sums is not None:
-            accumulate(state.scores, state.score_sums, state.scalars, state.channels["accumulated"])
+        self._accumulate()
         state.end_row()
 
-    def rehearse(self) -> None:
-        """Launch the kernels of the draws, which a capture must find loaded; streams do not notice."""
-        state = self.state
-        draws = state.sampling.draws
-        written = (state.plan, state.cursor, state.scalars, self.hidden, self.rope)
-        self._begin(None if draws is None else draws.rehearsal(), *(t.clone() for t in written))
+    def _note_token(self) -> None:
+        """Fill the channels of the token, under policies that have some."""
+        if self._notes:
+            plain.note_token(self.state, self._row)
 
-    def _begin(self, draws: Draws | None, plan, cursor, scalars, hidden, rope) -> None:
-        state, weights = self.state, self.weights
-        begin_step(
-            state.tokens, state.logits, plan, cursor, weights.embedding, self.inv_freq, factor=weights.rope_factor,
-            tiles=self.tiles, draws=draws, scalars=scalars, hidden=hidden, rope=rope,
-        )  # fmt: skip
+    def _accumulate(self) -> None:
+        """Add up the attention that slots were given, under policies that read it."""
+        state = self.state
+        if state.scores is not None and state.score_sums is not None:
+            accumulate(state.scores, state.score_sums, state.scalars, state.channels["accumulated"])
 
     def run(self, op: str, layer: int) -> None:
         """Launch one op of one layer; its inputs are the outputs of the previous op. "head" ignores the layer."""
@@ -243,7 +243,7 @@ class FusedDecode:
         return Prefetch.of_rows(following.weight_in if self.neox else following.weight_qkv, size)
 
 
-def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
     """Refuse, by name, what the kernels do not serve on a CUDA device; on a CPU the twins serve everything.
 
     Raises
@@ -266,7 +266,7 @@ def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device)
         width = getattr(spec.decoder.config, name)
         if width % 8:
             raise ValueError(f"{name}={width}; accepted by the kernels: multiples of 8; {_INSTEAD}")
-    g = Geometry.of(policy, "cache")
+    g = Geometry.of(policy, "cache", max_sink)
     splits = default_attention(group, spec.head_dim, g.ring, g.pinned_slots).splits
     if sum(count_programs(splits, g.ring, g.pinned_slots)[1:]) > MAX_SPLITS:
         raise ValueError(

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -184,7 +184,7 @@ class SamplingWriter(Writer):
         for s in active:
             tokens = self.generations[s].tokens
             if shown[s] == NO_TOKEN:
-                _refuse_logits(f"new token {len(tokens)}", s)
+                refuse_logits(f"new token {len(tokens)}", s)
             tokens.append(shown[s])
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([shown[s]]))
@@ -202,7 +202,7 @@ class SamplingWriter(Writer):
         for s, generation in self.generations.items():
             generation.tokens = [row[s] for row in written if row[s] != LIKELIEST]
             if NO_TOKEN in generation.tokens:
-                _refuse_logits(f"new token {generation.tokens.index(NO_TOKEN)}", s)
+                refuse_logits(f"new token {generation.tokens.index(NO_TOKEN)}", s)
             generation.text = self.stop.text(generation.tokens)
             if self.log_probs is not None:
                 found = self.log_probs.of_stream(s, len(generation.tokens))
@@ -287,6 +287,7 @@ def _generate(
         if len(ids):
             decoder.prefill(ids, stream=stream)
     samplers = {s: StreamSampler(sampler, seed + i, ids) for i, (s, ids) in enumerate(fed.items())}
+    decoder.state.wake(list(fed))
     looks = rule.looks or streamer is not None
     with decoder.state.sampling.using(samplers), decoder.state.recording(looks=looks) as recorder:
         noted = None if log_probs is None else LogProbs(decoder.state, log_probs)
@@ -305,7 +306,8 @@ def ending(streamer: BaseStreamer | None) -> Iterator[None]:
             streamer.end()
 
 
-def _refuse_logits(which: str, stream: int) -> None:
+def refuse_logits(which: str, stream: int) -> NoReturn:
+    """Raise ValueError: a token of a stream cannot be drawn."""
     raise ValueError(
         f"{which} of stream {stream} cannot be drawn: a logit is NaN or infinite (an overflow in half precision, or"
         " weights that are not numbers); reset the stream, and load the model in bfloat16 or float32"

@@ -1,7 +1,8 @@
 """Where a token lives in the static ring, and how far a stream is: host integers only.
 
 Token p < sink lives in pinned slot p. Any later token lives in slot ``pinned_slots + (p - sink) % ring``. Slots from
-``sink`` to ``pinned_slots - 1`` belong to refreshed tokens and are empty until the first prune with refresh.
+``sink`` to ``pinned_slots - 1`` belong to refreshed tokens and are empty until the first prune with refresh. A stream
+with fewer sinks than there are slots for leaves the others empty.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Geometry:
     Attributes
     ----------
     sink, refresh : int
-        Pinned slots of either kind.
+        Pinned slots of either kind; a stream may have fewer sinks (`Counters.sink`).
     ring : int
         Slots of the ring: what the largest window needs.
     original : bool
@@ -42,9 +43,10 @@ class Geometry:
     original: bool
 
     @classmethod
-    def of(cls, policy: EvictionPolicy, positions: str) -> "Geometry":
-        """The slots that a policy needs."""
-        return cls(policy.sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original")
+    def of(cls, policy: EvictionPolicy, positions: str, max_sink: int | None = None) -> "Geometry":
+        """The slots that a policy needs, for streams of `policy.sink` to `max_sink` sinks (None: no more)."""
+        sink = policy.sink if max_sink is None else max_sink
+        return cls(sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original")
 
     @property
     def pinned_slots(self) -> int:
@@ -55,10 +57,6 @@ class Geometry:
     def slots(self) -> int:
         """All slots of one stream."""
         return self.pinned_slots + self.ring
-
-    def slot(self, token: int) -> int:
-        """Slot of a token, by its index in the stream."""
-        return token if token < self.sink else self.pinned_slots + (token - self.sink) % self.ring
 
     def idle_row(self) -> list[int]:
         """Scalars of a stream that sits a step out: everything it touches is slot 0."""
@@ -86,6 +84,8 @@ class Counters:
         Counts.
     refreshed_at : int
         Token index before which pinned tokens were last chosen, so that no prune chooses twice; -1: never.
+    sink : int
+        Sinks of this stream; -1: as many as there are slots for.
     """
 
     geometry: Geometry
@@ -96,14 +96,17 @@ class Counters:
     events: int = 0
     rebases: int = 0
     refreshed_at: int = -1
+    sink: int = -1
 
     def __post_init__(self):
-        self.first_window = max(self.first_window, self.geometry.sink)
+        if self.sink < 0:
+            self.sink = self.geometry.sink
+        self.first_window = max(self.first_window, self.sink)
 
     @property
     def pinned(self) -> int:
         """Pinned entries cached now."""
-        return self.geometry.pinned_slots if self.pruned else min(self.seen, self.geometry.sink)
+        return self.sink + self.geometry.refresh if self.pruned else min(self.seen, self.sink)
 
     @property
     def window(self) -> int:
@@ -114,6 +117,14 @@ class Counters:
     def kept(self) -> int:
         """All entries cached now."""
         return self.pinned + self.window
+
+    def slot(self, token: int) -> int:
+        """Slot of a token, by its index in the stream."""
+        return token if token < self.sink else self.geometry.pinned_slots + self.ring_index(token)
+
+    def ring_index(self, token: int) -> int:
+        """Where in the ring a window token lies, by its index in the stream."""
+        return (token - self.sink) % self.geometry.ring
 
     def leaving(self, drop: int) -> int:
         """How many tokens leave the window if the cache shrinks by `drop`: the first prune also fills the refresh."""
@@ -134,8 +145,8 @@ class Counters:
         """Scalars of the token appended last; `queries` is how many of the latest queries are kept."""
         g, t = self.geometry, self.seen - 1
         row = [0] * FIELDS
-        row[SLOT], row[WINDOW_POSITION] = g.slot(t), t - self.base
+        row[SLOT], row[WINDOW_POSITION] = self.slot(t), t - self.base
         row[FRAME_POSITION] = t - self.base if g.original else self.kept - 1
-        row[PINNED], row[FIRST], row[LENGTH] = self.pinned, (self.first_window - g.sink) % g.ring, self.window
+        row[PINNED], row[FIRST], row[LENGTH] = self.pinned, self.ring_index(self.first_window), self.window
         row[TOKEN], row[QUERY] = -1 - t, t % max(1, queries) if t else -1
         return row

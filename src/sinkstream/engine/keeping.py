@@ -80,10 +80,31 @@ class StreamKeeper(WatchedModel):
         self.check_model()
         snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
 
-    def reset(self, *, stream: int | None = None) -> None:
-        """Forget one stream; or all of them, and take the model's weights anew (ValueError: see `renew_model`)."""
+    def reset(self, *, stream: int | None = None, sink: int | None = None) -> None:
+        """Forget one stream; or all of them, and take the model's weights anew.
+
+        Parameters
+        ----------
+        sink : int or None
+            Sinks of what comes then, up to ``max_sink``; the window gives their slots. Default: the policy's.
+
+        Raises
+        ------
+        ValueError
+            If there are not so many slots for sinks, or the weights do not fit (see `renew_model`).
+        """
+        self.state.policy_of(sink)
         self.renew_model() if stream is None else self._check_stream(stream)
-        self.state.clear(stream)
+        self.state.clear(stream, sink=sink)
+
+    def leave(self, stream: int) -> None:
+        """Forget one stream, so that another one may join in its place; the others go on."""
+        self.reset(stream=stream)
+
+    @property
+    def active(self) -> list[int]:
+        """Streams that hold tokens, in order: those that have joined and not left."""
+        return [s for s, counters in enumerate(self.state.counters) if counters.seen]
 
     @property
     def last_steps(self) -> list[Step | None]:

@@ -30,7 +30,7 @@ class LogProbs:
     """
 
     def __init__(self, state: Stepped, count: int):
-        self._state, self._count = state, count
+        self._state, self.count = state, count
         self._kept = torch.empty_like(state.logits)
         self._blocks: list[tuple[torch.Tensor, ...]] = []
         self._noted = 0
@@ -50,7 +50,7 @@ class LogProbs:
             self._blocks.append(self._room())
         normalisers, log_probs, tokens, _ = self._blocks[-1]
         self._kept.copy_(self._state.logits)
-        top_log_probs(self._kept, self._count, out=(normalisers[row], log_probs[row], tokens[row]))
+        top_log_probs(self._kept, self.count, out=(normalisers[row], log_probs[row], tokens[row]))
         self._noted += 1
 
     def after_step(self) -> None:
@@ -59,9 +59,13 @@ class LogProbs:
             drawn = self._state.scalars[:, TOKEN, None].long()
             self._blocks[-1][3][(self._noted - 1) % BLOCK].copy_(self._kept.gather(1, drawn)[:, 0])
 
+    def forget(self) -> None:
+        """Drop what was noted up to the latest step but one: only `latest` can be asked for it then."""
+        self._blocks, self._noted = [], 0
+
     def _room(self) -> tuple[torch.Tensor, ...]:
         shape, device = (BLOCK, len(self._kept)), self._kept.device
-        log_probs = torch.zeros(*shape, self._count, device=device)
+        log_probs = torch.zeros(*shape, self.count, device=device)
         normalisers, logits = (torch.zeros(shape, device=device) for _ in range(2))
         return normalisers, log_probs, torch.zeros_like(log_probs, dtype=torch.int32), logits
 

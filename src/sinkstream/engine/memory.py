@@ -49,6 +49,7 @@ class MemoryNeed:
         chunk_tokens: int,
         *,
         captures: bool = False,
+        max_sink: int | None = None,
     ) -> "MemoryNeed":
         """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
 
@@ -56,6 +57,8 @@ class MemoryNeed:
         ----------
         captures : bool
             Whether the backend captures CUDA graphs.
+        max_sink : int or None
+            Most sinks of a stream; default: the policy's.
         """
         vocab = model.get_output_embeddings().weight.shape[0]
         empty = StreamState(
@@ -66,6 +69,7 @@ class MemoryNeed:
             vocab=vocab,
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
+            max_sink=max_sink,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         cached = kept = 0
@@ -90,9 +94,10 @@ def check_engine(
     device: torch.device,
     *,
     captures: bool = False,
+    max_sink: int | None = None,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
-    need = MemoryNeed.of(model, spec, policy, streams, chunk_tokens, captures=captures)
+    need = MemoryNeed.of(model, spec, policy, streams, chunk_tokens, captures=captures, max_sink=max_sink)
     free = free_bytes(device)
     if need.total > free:
         raise ValueError(

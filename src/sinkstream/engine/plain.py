@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels.layout import FIRST, FRAME_POSITION, LENGTH, PINNED, QUERY, SLOT, TOKEN, WINDOW_POSITION
 
 
@@ -27,7 +28,7 @@ class Row:
 
     Parameters
     ----------
-    state : StreamState
+    state : StreamSpan
         `begin_row` has been done.
     rope_factor : float
         What rotated dimensions are multiplied by.
@@ -151,6 +152,13 @@ def note_token(state, row: Row) -> None:
         channels[name][:, row.stream, :, row.slot] = known[..., None]
 
 
+def begin_channels(state, row: Row) -> None:
+    """Fill the channels of the token that is appended; attention that its slot was given is that of another token."""
+    note_token(state, row)
+    if "accumulated" in state.channels:
+        state.channels["accumulated"][:, row.stream, :, row.slot] = 0.0
+
+
 def neox_layer(state, row: Row, layer: int, weights: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
     """One GPT-NeoX layer with parallel residual; x ``(streams, hidden)``."""
     first, second = norm(x, weights.attention_norm), norm(x, weights.mlp_norm)
@@ -197,13 +205,11 @@ def llama_mlp(weights: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
     return F.linear(F.silu(gate) * up, weights.weight_down, weights.bias_down)
 
 
-def decode(state, weights: PackedWeights) -> None:
-    """One step of all streams: append what ``state.tokens`` says; leave the next-token logits in ``state.logits``."""
+def decode(state: StreamSpan, weights: PackedWeights) -> None:
+    """One step of the streams of a span: append what ``tokens`` says; leave the next-token logits in ``logits``."""
     state.begin_row()
     row = Row(state, weights.rope_factor)
-    note_token(state, row)
-    if "accumulated" in state.channels:
-        state.channels["accumulated"][:, row.stream, :, row.slot] = 0.0
+    begin_channels(state, row)
     x = F.embedding(row.token, weights.embedding)
     for i, layer in enumerate(weights.layers):
         x = (neox_layer if isinstance(layer, NeoxLayer) else llama_layer)(state, row, i, layer, x)

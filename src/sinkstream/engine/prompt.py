@@ -149,12 +149,13 @@ class Coming:
             None if g.original else at - (self.steps.visible - 1),
             state.spec.rope.frequencies(state.device),
             past=seen,
-            start=(first_window - g.sink) % g.ring,
+            start=self.counters.ring_index(first_window),
             length=self.counters.window,
             stays=min(max(int(oldest[-1]), 0), tokens),
-            slot=(seen - g.sink) % g.ring,
+            slot=self.counters.ring_index(seen),
             row=stream,
             position=seen - base,
+            sinks=self.counters.sink,
             table=table,
         )
 

@@ -1,5 +1,6 @@
 """Reading on the host what steps leave on the device; the tokens from the plan, without a kernel a token."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,9 @@ class PlannedSteps(Protocol):
     """What a recorder reads of `StreamState`, which has the meaning of each."""
 
     plan: torch.Tensor
+
+    @property
+    def active(self) -> tuple[int, ...]: ...
 
     @property
     def steps_done(self) -> int: ...
@@ -26,10 +30,12 @@ class Recorder:
     state : StreamState
     looks : bool
         Whether `latest` will be called.
+    keeps : bool
+        Whether `tokens` will be called; otherwise nothing is kept, however long the recorder is open.
     """
 
-    def __init__(self, state: PlannedSteps, looks: bool):
-        self._state, self._first = state, state.steps_done
+    def __init__(self, state: PlannedSteps, looks: bool, keeps: bool = True):
+        self._state, self._first, self._keeps = state, state.steps_done, keeps
         self._parts: list[torch.Tensor] = []
         self._reader = _EarlyReader(state.plan) if looks and state.plan.is_cuda else None
 
@@ -40,9 +46,12 @@ class Recorder:
         return torch.cat(self._parts)
 
     def latest(self) -> list[int]:
-        """What the latest step appended to each stream; waits until that step has begun, not until it has ended."""
+        """What the latest step appended to each stream; waits until that step has begun, not until it has ended.
+
+        Streams that sat the step out have no token; what stands in their places means nothing.
+        """
         row = self._state.plan[self._state.steps_done - 1]
-        return row[:, TOKEN].tolist() if self._reader is None else self._reader.read(row)
+        return row[:, TOKEN].tolist() if self._reader is None else self._reader.read(row, self._state.active)
 
     # ---- for the state ----
 
@@ -53,7 +62,8 @@ class Recorder:
 
     def keep(self) -> None:
         """Called before the plan is discarded."""
-        self._parts.append(self._state.appended(self._first))
+        if self._keeps:
+            self._parts.append(self._state.appended(self._first))
         self._first = 0
 
 
@@ -74,8 +84,8 @@ class _EarlyReader:
         """Called when the row is planned and before its step is launched."""
         self._due.record(torch.cuda.current_stream(self._device))
 
-    def read(self, row: torch.Tensor) -> list[int]:
-        """Token ids of the row, (streams, 8), once its step has begun."""
+    def read(self, row: torch.Tensor, active: Sequence[int]) -> list[int]:
+        """Token ids of the row, (streams, 8), once its step has begun, which these streams take part in."""
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._due)
             while True:
@@ -83,7 +93,7 @@ class _EarlyReader:
                 self._arrived.record()
                 self._arrived.synchronize()
                 tokens = self._host[:, TOKEN].tolist()
-                if min(tokens) >= 0:
+                if all(tokens[s] >= 0 for s in active):
                     return tokens
 
 

@@ -22,8 +22,8 @@ from sinkstream.kernels.received import received
 
 def window_slots(state, stream: int, first: int, count: int) -> torch.Tensor:
     """Slots of `count` window tokens from token index `first` on, ``(count,)`` int64, oldest first."""
-    g = state.geometry
-    return g.pinned_slots + (torch.arange(first, first + count, device=state.device) - g.sink) % g.ring
+    g, sink = state.geometry, state.counters[stream].sink
+    return g.pinned_slots + (torch.arange(first, first + count, device=state.device) - sink) % g.ring
 
 
 def live_slots(state, stream: int) -> torch.Tensor:

@@ -182,19 +182,22 @@ class SamplingState:
     @contextmanager
     def using(self, samplers: Mapping[int, StreamSampler]) -> Iterator[None]:
         """Have streams draw so while the context lasts; the others draw as they did."""
-        before = dict(self._samplers)
-        for stream, one in samplers.items():
-            self._set(stream, one)
         try:
+            for stream, one in samplers.items():
+                self.begin(stream, one)
             yield
         finally:
             for stream in samplers:
-                self._samplers.pop(stream, None)
-            self._samplers |= {s: sampler for s, sampler in before.items() if s not in samplers}
+                self.end(stream)
+
+    def end(self, stream: int) -> None:
+        """Have a stream take the likeliest token of its logits from now on."""
+        if self._samplers.pop(stream, None) is not None:
             self._changed()
 
     @torch.no_grad()
-    def _set(self, stream: int, one: StreamSampler) -> None:
+    def begin(self, stream: int, one: StreamSampler) -> None:
+        """Have a stream draw so from now on. Raises ValueError if a biased token is none of the vocabulary."""
         one.sampler.check_vocab(self.vocab)
         self._samplers.pop(stream, None)
         if not one.sampler.bare:

@@ -20,6 +20,7 @@ from sinkstream.cache.stream_file import (
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.refresh import copy_sinks, latest_queries, pinned_tokens, window_slots, write_pinned
 from sinkstream.engine.state import StreamState
+from sinkstream.policies import EvictionPolicy
 
 
 def save(path: str | Path, state: StreamState, stream: int, *, model_hash: str) -> None:
@@ -72,14 +73,23 @@ def _take(
 ) -> None:
     """Fill a stream with what was saved, once all of it is known to fit."""
     positions = "original" if state.geometry.original else "cache"
-    check_fits(saved, path, model=identity(state.spec, model_hash), policy=state.policy, positions=positions)
+    policy = _policy_for(saved, state)
+    check_fits(saved, path, model=identity(state.spec, model_hash), policy=policy, positions=positions)
     rows = saved.counts.rows
     if rows > 1 and row is None:
         raise ValueError(f"{str(path)!r} holds {rows} rows; accepted for one stream: row=0 to row={rows - 1}")
     if row is not None and not 0 <= row < max(1, rows):
         raise ValueError(f"row={row} is not accepted; accepted: 0 to {max(1, rows) - 1}, the rows of {str(path)!r}")
-    check_tensors(saved, path, state.spec, state.policy)
+    check_tensors(saved, path, state.spec, policy)
     fill_stream(state, stream, saved if row is None or not rows else saved.row(row), path)
+
+
+def _policy_for(saved: SavedStream, state: StreamState) -> EvictionPolicy:
+    """The policy of a stream with as many sinks as a saved one has; the state's own where it has no such stream."""
+    try:
+        return state.policy_of(saved.policy.get("sink"))
+    except ValueError:
+        return state.policy
 
 
 @torch.no_grad()
@@ -89,7 +99,7 @@ def stream_record(state: StreamState, stream: int, *, model_hash: str) -> SavedS
     counters, g, one = state.counters[stream], state.geometry, slice(stream, stream + 1)
     saved = SavedStream(
         model=identity(state.spec, model_hash),
-        policy=state.policy.record(),
+        policy=state.schedules[stream].policy.record(),
         positions="original" if g.original else "cache",
         frame="fixed",
         scaling=state.spec.head_dim**-0.5,
@@ -117,8 +127,8 @@ def stream_record(state: StreamState, stream: int, *, model_hash: str) -> SavedS
     saved.tensors = {name: buffer[:, one].index_select(3, slots) for name, buffer in source.items()}
     if pinned:
         copy_sinks(state, stream)
-        saved.tensors["pinned_keys"] = state.pinned_keys[:, one].clone()
-        saved.tensors["pinned_positions"] = pinned_tokens(state, stream)
+        saved.tensors["pinned_keys"] = state.pinned_keys[:, one, :, :pinned].clone()
+        saved.tensors["pinned_positions"] = pinned_tokens(state, stream)[..., :pinned]
     if state.observed_queries:
         latest, count = latest_queries(state, stream), min(counters.seen, state.observed_queries)
         saved.tensors["queries"] = torch.stack([latest.latest(layer, count) for layer in range(state.spec.layers)])
@@ -130,15 +140,16 @@ def stream_record(state: StreamState, stream: int, *, model_hash: str) -> SavedS
 @torch.no_grad()
 def fill_stream(state: StreamState, stream: int, saved: SavedStream, path: str | Path) -> None:
     """Let a stream go on where a saved one of one row was; what is saved has been checked but for its schedule."""
-    c, schedule, g = saved.counts, saved_schedule(saved, state.policy, path), state.geometry
-    state.clear(stream)
+    policy = _policy_for(saved, state)
+    c, schedule = saved.counts, saved_schedule(saved, policy, path)
+    state.clear(stream, sink=policy.sink)
     if not c.rows:
         return
     one, counters, tensors = slice(stream, stream + 1), state.counters[stream], saved.tensors
     gone = schedule.cached - c.kept  # a prune that is due before the next token is done already
     counters.seen, counters.base, counters.pruned = c.seen, c.base, c.pruned
     counters.events, counters.rebases = c.events, c.rebases
-    counters.first_window = c.first_window - gone if c.pruned else g.sink
+    counters.first_window = c.first_window - gone if c.pruned else counters.sink
     counters.refreshed_at = c.seen if gone else -1
     state.schedules[stream] = schedule
     pinned = counters.pinned
@@ -149,8 +160,8 @@ def fill_stream(state: StreamState, stream: int, saved: SavedStream, path: str |
     for name, buffer in state.channels.items():
         buffer[:, one].index_copy_(3, slots, tensors[f"channel_{name}"].to(state.device))
     if c.pinned:
-        state.pinned_keys[:, one] = tensors["pinned_keys"].to(state.device)
-        state.pinned_positions[:, one] = tensors["pinned_positions"][..., g.sink :].to(state.device)
+        state.pinned_keys[:, one, :, : c.pinned] = tensors["pinned_keys"].to(state.device)
+        state.pinned_positions[:, one] = tensors["pinned_positions"][..., counters.sink :].to(state.device)
         if saved.frame != "fixed":
             write_pinned(state, stream, slice(0, c.pinned))
     if state.queries is not None and "queries" in tensors:

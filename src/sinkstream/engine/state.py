@@ -13,19 +13,20 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
-from sinkstream.engine.counts import StreamCounts
 from sinkstream.engine.geometry import Counters
+from sinkstream.engine.held import HeldStreams
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.sampling import SamplingState
-from sinkstream.kernels.begin_step import read_plan
-from sinkstream.kernels.layout import LIKELIEST, TOKEN
-from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule
+from sinkstream.engine.span import Block
+from sinkstream.kernels.layout import LIKELIEST
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 
+FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class StreamState(StreamCounts):
+class StreamState(HeldStreams):
     """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
@@ -35,9 +36,11 @@ class StreamState(StreamCounts):
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-    spec, policy, positions, streams, vocab, device
+    spec, policy, positions, streams, vocab, device, max_sink
         As for `StreamBuffers`.
     """
+
+    block: Block  # which streams the present plan computes
 
     def __init__(
         self,
@@ -50,42 +53,48 @@ class StreamState(StreamCounts):
         device: torch.device,
         rebase_at: int,
         structure: torch.Tensor | None = None,
+        max_sink: int | None = None,
     ):
-        super().__init__(spec, policy, positions=positions, streams=streams, vocab=vocab, device=device)
+        super().__init__(
+            spec, policy, positions=positions, streams=streams, vocab=vocab, device=device, max_sink=max_sink
+        )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
         self._recorders: list[Recorder] = []
-        self.stale_logits: set[int] = set()  # streams whose logits are not those of their last token
         self.sampling = SamplingState(streams, vocab, device)
         self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
+        self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
         self.clear()
 
-    def clear(self, stream: int | None = None) -> None:
-        """Forget one stream, or all of them; addresses stay."""
+    def clear(self, stream: int | None = None, *, sink: int | None = None) -> None:
+        """Forget one stream, or all of them; addresses stay.
+
+        Parameters
+        ----------
+        sink : int or None
+            Of the stream from now on; default: the policy's.
+
+        Raises
+        ------
+        ValueError
+            If there are not so many slots for sinks; nothing has been forgotten then.
+        """
+        policy = self.policy_of(sink)
         which = range(self.streams) if stream is None else [stream]
         self.stale_logits.difference_update(which)
         if stream is None:
-            self.schedules_so_far = [PruneSchedule(self.policy) for _ in which]
-            self.counters_so_far = [Counters(self.geometry) for _ in which]
+            self.schedules_so_far = [PruneSchedule(policy) for _ in which]
+            self.counters_so_far = [Counters(self.geometry, sink=policy.sink) for _ in which]
+            self._idle = []
             self._keep_recorded()
             for buffer in self._buffers().values():
                 buffer.zero_()
             self._discard_plan()
             return
         self.settle()
-        self.schedules[stream], self.counters[stream] = PruneSchedule(self.policy), Counters(self.geometry)
+        self.schedules[stream], self.counters[stream] = PruneSchedule(policy), Counters(self.geometry, sink=policy.sink)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
-
-    def check_goes_on(self, stream: int) -> None:
-        """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""
-        if not self.counters[stream].seen:
-            raise ValueError(f"stream {stream} has not begun and the prompt is empty; give at least one token")
-        if stream in self.stale_logits:
-            raise ValueError(
-                f"stream {stream} was rewound, or restored from a cache's file, which has no logits, and the prompt is"
-                " empty; give at least one token"
-            )
 
     def rewind(self, tokens: int, stream: int) -> None:
         """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
@@ -112,20 +121,27 @@ class StreamState(StreamCounts):
             self._filled = (self.tokens._version, self.sampling.version)
 
     @contextmanager
-    def recording(self, *, looks: bool = False):
+    def recording(self, *, looks: bool = False, keeps: bool = True):
         """Gives a `Recorder`, which tells the token ids that are appended from now on, while the context lasts.
 
         Parameters
         ----------
         looks : bool
-            Whether tokens will be looked at one by one; otherwise no step pays for it.
+            Whether tokens will be looked at one by one.
+        keeps : bool
+            Whether all of them will be asked for at the end.
         """
-        recorder = Recorder(self, looks)
+        recorder = Recorder(self, looks, keeps)
         self._recorders.append(recorder)
         try:
             yield recorder
         finally:
             self._recorders.remove(recorder)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Streams that the steps of the present plan append to."""
+        return self._active
 
     @property
     def steps_done(self) -> int:
@@ -140,7 +156,7 @@ class StreamState(StreamCounts):
         Tensor, (steps, streams), int64
             A copy on the device; `LIKELIEST` where the stream sat out, `NO_TOKEN` where nothing could be drawn.
         """
-        ids = self.plan[first : self._row, :, TOKEN].long()
+        ids = self.span().appended(first, self._row)
         for s in range(self.streams):
             if s not in self._active:
                 ids[:, s] = LIKELIEST
@@ -160,8 +176,6 @@ class StreamState(StreamCounts):
         active = tuple(active)
         if self._row == self._planned or active != self._active:
             self._plan(active)
-        idle = [self._touched(s) for s in range(self.streams) if s not in active]
-        kept = [[part.clone() for part in parts] for parts in idle]
         for recorder in self._recorders:
             recorder.due()
         try:
@@ -170,17 +184,14 @@ class StreamState(StreamCounts):
             self._catch_up(check=False)  # the device may have run the step that is not counted
             self.settle()
             raise
-        for parts, copies in zip(idle, kept):
-            for part, saved in zip(parts, copies):
-                part.copy_(saved)
         self._row += 1
         self.stale_logits.difference_update(active)
-        if self._decisions is None:
+        if self.decisions is None:
             self.count(active)
 
     def settle(self) -> None:
         """Take in what the steps so far have shown, and drop the rest of the plan."""
-        if self._decisions is not None:
+        if self.decisions is not None:
             self._catch_up()
         elif self.signals and self._row:
             for row in self.risks[: self._row].tolist():
@@ -188,26 +199,32 @@ class StreamState(StreamCounts):
                     for signal, risk in zip(self.signals, row[s]):
                         self.schedules[s].observe(signal, risk)
         self._keep_recorded()
+        self.wake_idle()
         self._discard_plan()
 
-    def begin_row(self) -> None:
-        """First thing in a step, on the device: its tokens and scalars (the op `begin_step` does the same)."""
-        read_plan(self.tokens, self.logits, self.plan, self.cursor, self.scalars, self.sampling.draws)
+    def wake(self, streams: Sequence[int]) -> None:
+        """Have the logits of these streams in `logits`, where steps of others may have left what means nothing."""
+        if not set(streams) <= set(self._active):
+            self.settle()
 
-    def end_row(self) -> None:
-        """Last thing in a step, on the device: note what adaptive triggers read in the logits."""
-        if self._decisions is not None:
-            self._decisions.note()
-        elif self.signals:
-            log_probs = self.logits.log_softmax(-1)
-            risks = torch.stack([SIGNALS[signal](log_probs) for signal in self.signals], -1)
-            self.risks.index_copy_(0, self.cursor[:1], risks[None])
+    @contextmanager
+    def rehearsing(self, block: Block):
+        """Steps inside the context are those of idle streams: no stream notices them, whatever it holds."""
+        self.settle()
+        self.put_aside(block, ())
+        idle = torch.tensor(self.geometry.idle_row(), dtype=torch.int32, device=self.device)
+        self.plan.copy_(idle.expand_as(self.plan))
+        try:
+            yield
+        finally:
+            self.wake_idle()
+            self._discard_plan()
 
     # ---- planning ----
 
     def _plan(self, active: tuple[int, ...]) -> None:
         """Do what is due before the next token of each active stream and write the rows up to the next decision."""
-        more = self._decisions
+        more = self.decisions
         if (
             more is not None
             and self._row
@@ -223,10 +240,13 @@ class StreamState(StreamCounts):
             self._refresh_if_due(s)
             if self.counters[s].seen - self.counters[s].base > self.rebase_at:
                 rebase_stream(self, s)
+        self.block = self.block_of(active)
+        self.put_aside(self.block, active)
         if more is not None:
             self._write_plan(more.begin(active, PLAN_TOKENS, self.schedules), active)
             return
-        count = min([PLAN_TOKENS, *(self._sure_tokens(s) for s in active)])
+        horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
+        count = min([horizon, *(self._sure_tokens(s) for s in active)])
         rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
         for s in active:
             ahead = Counters(**vars(self.counters[s]))
@@ -246,10 +266,11 @@ class StreamState(StreamCounts):
             recorder.keep()
 
     def _discard_plan(self) -> None:
+        self._done = self._row or self._done
         self._row = self._planned = 0
         self._active = ()
-        if self._decisions is not None:
-            self._decisions.discard()
+        if self.decisions is not None:
+            self.decisions.discard()
         self.cursor.fill_(-1)
 
     def _refresh_if_due(self, stream: int) -> None:
@@ -262,15 +283,11 @@ class StreamState(StreamCounts):
             counters.refreshed_at = counters.seen
 
     def _sure_tokens(self, stream: int) -> int:
-        """How many tokens, at least 1, come before the next decision that is not known now."""
+        """How many tokens, at least 1, come before the next decision that is not known now, or the next rebase."""
+        counters = self.counters[stream]
+        to_rebase = counters.base + self.rebase_at + 1 - counters.seen
         if self.policy.plan_known:
-            return PLAN_TOKENS
+            return to_rebase
         ahead = self.schedules[stream].copy()
         ahead.step()
-        return 1 + ahead.sure_steps()
-
-    def _touched(self, stream: int) -> list[torch.Tensor]:
-        """Views of what a step changes in a stream that has an idle row."""
-        parts = [self.keys[:, stream, :, 0], self.values[:, stream, :, 0], self.logits[stream]]
-        parts += [c[:, stream, :, 0] for c in self.channels.values()]
-        return parts if self.queries is None else [*parts, self.queries[:, stream, :, 0]]
+        return min(to_rebase, 1 + ahead.sure_steps())

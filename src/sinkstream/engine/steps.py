@@ -4,6 +4,7 @@ Every backend reads and writes the same `StreamState`, so that backends can be e
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +13,7 @@ from sinkstream.engine import ablations, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
+from sinkstream.engine.span import Block
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.sample import SampleKernels
 from sinkstream.policies import EvictionPolicy
@@ -36,15 +38,18 @@ class StepFunction(ABC):
         self.weights, self.state = weights, state
 
     @classmethod  # noqa: B027  (most backends serve everything that packing serves)
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         """Refuse, by name, a model, policy or device that this backend does not serve. Raises ValueError."""
 
     def prepare(self) -> None:  # noqa: B027  (most backends need none)
         """Compile or capture, once, before the first token."""
 
+    def ready(self, active: Sequence[int]) -> None:  # noqa: B027  (most backends need none)
+        """Called before a step of these streams is planned: capture what it needs and was not captured yet."""
+
     @abstractmethod
     def __call__(self) -> None:
-        """Append ``state.tokens`` to all streams; the next-token logits are in ``state.logits`` afterwards."""
+        """Append ``state.tokens`` to the streams of ``state.block``; their logits are in ``state.logits`` then."""
 
 
 @STEPS.register("ring")
@@ -53,75 +58,81 @@ class RingStep(StepFunction):
 
     @torch.no_grad()
     def __call__(self) -> None:
-        plain.decode(self.state, self.weights)
+        plain.decode(self.state.span(self.state.block), self.weights)
 
 
 class GraphedStep(StepFunction):
-    """Any step under a CUDA graph: captured once for each kind of draw, replayed for every token."""
+    """Any step under a CUDA graph, replayed for every token: one graph for each block of streams and kind of draw."""
 
     captures = True
     warmups = 3
-    _graphs: dict[SampleKernels | None, torch.cuda.CUDAGraph]
+
+    def __init__(self, weights: PackedWeights, state: StreamState):
+        super().__init__(weights, state)
+        self._graphs: dict[tuple[Block, SampleKernels | None], torch.cuda.CUDAGraph] = {}
 
     @abstractmethod
-    def run(self) -> None:
+    def run(self, block: Block) -> None:
         """The step to capture."""
 
-    @abstractmethod
-    def rehearse(self) -> None:
-        """Launch the kernels of the draws, which a capture must find loaded; streams do not notice."""
-
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         if device.type != "cuda":
             raise ValueError(
                 f"this backend captures a CUDA graph, and the model is on {device};"
                 " accepted: a model on a CUDA device, or backend='ring'"
             )
 
-    @torch.no_grad()
     def prepare(self) -> None:
+        self.ready(range(self.state.streams))
+
+    @torch.no_grad()
+    def ready(self, active: Sequence[int]) -> None:
         state = self.state
-        idle = torch.tensor(state.geometry.idle_row(), dtype=torch.int32, device=state.device)
-        state.plan.copy_(idle.expand_as(state.plan))
-        name = "a decode step"
-        self._graphs = {None: captured(self.run, state.device, name=name, warmups=self.warmups)}
-        state.clear()
+        key = block, kernels = state.block_of(active), state.sampling.kernels
+        if key in self._graphs:
+            return
+        name = "a decode step" if kernels is None else "a decode step that draws"
+        with state.rehearsing(block):
+            self._graphs[key] = captured(lambda: self.run(block), state.device, name=name, warmups=self.warmups)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        kernels, device = self.state.sampling.kernels, self.state.device
-        if kernels not in self._graphs:
-            name = "a decode step that draws"
-            self._graphs[kernels] = captured(self.run, device, name=name, warm_up=self.rehearse, warmups=1)
-        with torch.cuda.device(device):
-            self._graphs[kernels].replay()
+        with torch.cuda.device(self.state.device):
+            self._graphs[self.state.block, self.state.sampling.kernels].replay()
 
 
 @STEPS.register("graph")
 class GraphStep(GraphedStep):
     """The plain PyTorch step under one CUDA graph."""
 
-    def run(self) -> None:
-        plain.decode(self.state, self.weights)
+    def run(self, block: Block) -> None:
+        plain.decode(self.state.span(block), self.weights)
 
-    def rehearse(self) -> None:
-        draws, state = self.state.sampling.draws, self.state
-        if draws is not None:
-            draws.draw(state.logits, torch.zeros_like(state.tokens))
+
+class Decodes(dict[Block, FusedDecode]):
+    """The fused steps of blocks of streams, each made when it is first asked for."""
+
+    def __init__(self, weights: PackedWeights, state: StreamState, kind: type[FusedDecode] = FusedDecode):
+        super().__init__()
+        self.weights, self.state, self.kind = weights, state, kind
+
+    def __missing__(self, block: Block) -> FusedDecode:
+        self[block] = self.kind(self.weights, self.state.span(block))
+        return self[block]
 
 
 @STEPS.register("graph-norm")
 class GraphNormStep(GraphStep):
     """The plain PyTorch step under one CUDA graph, residual additions and norms fused into one kernel."""
 
-    def run(self) -> None:
-        ablations.decode_add_norm(self.state, self.weights)
+    def run(self, block: Block) -> None:
+        ablations.decode_add_norm(self.state.span(block), self.weights)
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
-        super().check(spec, policy, device)
-        check_kernels(spec, policy, device)
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+        super().check(spec, policy, device, max_sink)
+        check_kernels(spec, policy, device, max_sink)
 
 
 @STEPS.register("graph-linear")
@@ -130,18 +141,15 @@ class GraphLinearStep(GraphedStep):
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decode = ablations.LinearDecode(weights, state)
+        self.decodes = Decodes(weights, state, ablations.LinearDecode)
 
-    def run(self) -> None:
-        self.decode()
-
-    def rehearse(self) -> None:
-        self.decode.rehearse()
+    def run(self, block: Block) -> None:
+        self.decodes[block]()
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
-        super().check(spec, policy, device)
-        check_kernels(spec, policy, device)
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+        super().check(spec, policy, device, max_sink)
+        check_kernels(spec, policy, device, max_sink)
 
 
 @STEPS.register("kernels")
@@ -150,16 +158,16 @@ class KernelStep(StepFunction):
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decode = FusedDecode(weights, state)
+        self.decodes = Decodes(weights, state)
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
-        check_kernels(spec, policy, device)
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+        check_kernels(spec, policy, device, max_sink)
 
     @torch.no_grad()
     def __call__(self) -> None:
         with torch.cuda.device_of(self.state.logits):  # Triton launches on the current device
-            self.decode()
+            self.decodes[self.state.block]()
 
 
 @STEPS.register("fused")
@@ -168,15 +176,12 @@ class FusedStep(GraphedStep):
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decode = FusedDecode(weights, state)
+        self.decodes = Decodes(weights, state)
 
-    def run(self) -> None:
-        self.decode()
-
-    def rehearse(self) -> None:
-        self.decode.rehearse()
+    def run(self, block: Block) -> None:
+        self.decodes[block]()
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device) -> None:
-        super().check(spec, policy, device)
-        check_kernels(spec, policy, device)
+    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+        super().check(spec, policy, device, max_sink)
+        check_kernels(spec, policy, device, max_sink)

@@ -106,7 +106,8 @@ def _attention_prefill_kernel(
     here = rows < tokens
     held = tl.minimum(rows, tokens - 1)
     used = begin < tokens  # a tile of padding looks at nothing
-    pinned = tl.where(used, tl.minimum(pinned_slots, past + tokens), 0)
+    pinned = tl.minimum(tl.minimum(pinned_slots, tl.load(band_ptr + 8)), past + tokens)
+    pinned = tl.where(used, pinned, 0)
     first = tl.load(band_ptr + SCALARS + held)
     oldest = tl.load(band_ptr + SCALARS + tl.minimum(begin, tokens - 1))
     query = q_ptr + row * q_batch + head.to(tl.int64) * q_head

@@ -6,8 +6,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-SCALARS = 8  # of a band: tokens, past, start, length, stays, slot, row, position
+SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
 TOKENS, ROW, POSITION = 0, 6, 7  # where three of them are
+ALL_PINNED = 2**31 - 1  # as `sinks`: every pinned entry
 
 
 class Band:
@@ -35,6 +36,8 @@ class Band:
         Row of the pinned keys and of the ring that belongs to the first row of the queries.
     position : int
         Window position of the chunk's first token.
+    sinks : int
+        Pinned entries that belong to the stream; the pinned slots after them are neither read nor written.
     table : Tensor or None, (SCALARS + 2 * rows,), int32
         A buffer to write to, for a chunk that is padded to `rows` tokens; then it is the caller who calls `rotate`,
         where the work on the chunk begins. Default: a new one, without padding.
@@ -53,14 +56,15 @@ class Band:
         slot: int = 0,
         row: int = 0,
         position: int = 0,
+        sinks: int = ALL_PINNED,
         table: torch.Tensor | None = None,
     ):
         self.first, self.past, self.start, self.length, self.stays, self.slot = first, past, start, length, stays, slot
-        self.row, self.inv_freq, self.fixed = row, inv_freq, table is not None
+        self.row, self.inv_freq, self.fixed, self.sinks = row, inv_freq, table is not None, sinks
         tokens = len(first)
         self.rows = tokens if table is None else (len(table) - SCALARS) // 2
         host = np.zeros(SCALARS + 2 * self.rows, dtype=np.int32)
-        host[:SCALARS] = tokens, past, start, length, stays, slot, row, position
+        host[:9] = tokens, past, start, length, stays, slot, row, position, sinks
         host[SCALARS : SCALARS + tokens] = first
         if turn is not None:
             host[SCALARS + self.rows : SCALARS + self.rows + tokens] = turn
@@ -138,8 +142,9 @@ class Columns:
 
     def pinned(self, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all pinned tokens, ``(batch, kv_heads, pinned, head_dim)``."""
-        held = min(self.pinned_keys.shape[2], band.past)
-        own = min(self.pinned_keys.shape[2] - held, band.tokens)
+        pinned = min(self.pinned_keys.shape[2], band.sinks)
+        held = min(pinned, band.past)
+        own = min(pinned - held, band.tokens)
         parts = ((self.pinned_keys, self.keys), (self.pinned_values, self.values))
         both = [torch.cat([p[self._rows(band), :, :held], new[:, :, :own]], 2) for p, new in parts]
         return both[0], both[1]

@@ -25,9 +25,9 @@ from sinkstream.kernels.sample import Draws
 @jit
 def _begin_step_kernel(
     token_ptr, value_ptr, index_ptr, plan_ptr, cursor_ptr, embedding_ptr, freq_ptr, scalar_ptr, hidden_ptr, rope_ptr,
-    count_ptr, tiles, vocab, rows, hidden, factor, HALF: tl.constexpr, BLOCK: tl.constexpr, ANGLES: tl.constexpr,
-    SIZE: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr, POSITIONS: tl.constexpr, DRAWN: tl.constexpr,
-    COUNTS: tl.constexpr, IDLE: tl.constexpr, NO_TOKEN: tl.constexpr, PDL: tl.constexpr,
+    count_ptr, tiles, vocab, rows, plan_stride, hidden, factor, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ANGLES: tl.constexpr, SIZE: tl.constexpr, FIELDS: tl.constexpr, TOKEN: tl.constexpr, POSITIONS: tl.constexpr,
+    DRAWN: tl.constexpr, COUNTS: tl.constexpr, IDLE: tl.constexpr, NO_TOKEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a stream. Angles are formed in float64. DRAWN: what marks drawn streams; 0: there are none.
 
@@ -39,7 +39,7 @@ def _begin_step_kernel(
     tl.debug_barrier()  # all threads have read the cursor before one of them moves it
     if not DRAWN:
         tl.store(cursor_ptr + stream, at)
-    source = plan_ptr + (at * tl.num_programs(0) + stream) * FIELDS
+    source = plan_ptr + at * plan_stride + stream * FIELDS
     field = tl.arange(0, FIELDS)
     planned = tl.load(source + field)
     pair = tl.arange(0, ANGLES)
@@ -100,7 +100,7 @@ def begin_step(
         Of the step before; not read where the token is given.
     plan : Tensor, (rows, streams, 8), int32
         Scalars of the coming steps, see `sinkstream.kernels.layout`; after the last row comes the first. The token ids
-        are written to the row.
+        are written to the row. Rows may be strided.
     cursor : Tensor, (streams,), int64
         Row of the step before, -1 before the first. All values are alike: each stream moves its own.
     embedding : Tensor, (vocab, width)
@@ -130,7 +130,7 @@ def begin_step(
     streams, device, width, half = len(tokens), tokens.device, embedding.shape[1], len(inv_freq)
     check_tensor("tokens", tokens, (None,), dtypes=(torch.int64, torch.int32), device=device)
     check_tensor("logits", logits, (streams, None), dtypes=(torch.float32,), device=device, contiguous=False)
-    check_tensor("plan", plan, (None, streams, FIELDS), dtypes=(torch.int32,), device=device)
+    check_tensor("plan", plan, (None, streams, FIELDS), dtypes=(torch.int32,), device=device, contiguous=False)
     check_tensor("cursor", cursor, (streams,), dtypes=(torch.int64,), device=device)
     check_tensor("embedding", embedding, (None, None), dtypes=FLOAT_DTYPES, device=device)
     check_tensor("inv_freq", inv_freq, (None,), dtypes=(torch.float64,), device=device)
@@ -156,8 +156,9 @@ def begin_step(
         early = draws.find(logits, tokens, plan, cursor)
     launch(
         _begin_step_kernel, (streams,), tokens, tiles.values, tiles.indices, plan, cursor, embedding, inv_freq,
-        scalars, hidden, rope, plan if counts is None else counts, tiles.count, logits.shape[1], len(plan), width,
-        factor, HALF=half, BLOCK=triton.next_power_of_2(width), ANGLES=triton.next_power_of_2(half),
+        scalars, hidden, rope, plan if counts is None else counts, tiles.count, logits.shape[1], len(plan),
+        plan.stride(0), width, factor, HALF=half, BLOCK=triton.next_power_of_2(width),
+        ANGLES=triton.next_power_of_2(half),
         SIZE=triton.next_power_of_2(tiles.count), FIELDS=FIELDS, TOKEN=TOKEN, POSITIONS=WINDOW_POSITION,
         DRAWN=0 if draws is None else DRAWN, COUNTS=counts is not None, IDLE=IDLE, NO_TOKEN=NO_TOKEN, num_warps=4,
         pdl=early,

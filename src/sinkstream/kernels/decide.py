@@ -96,7 +96,6 @@ def _decide_kernel(
             if SIGNAL == 1:
                 moments = tl.load(parts + 2, mask=mask, other=0.0) + tl.where(weight > 0, below * sums, 0.0)
                 found = tl.log(total) - tl.sum(weight * moments, 0) / total
-                found = tl.where(found != found, 0.0, found)
             else:
                 found = 1.0 - 1.0 / total
             tl.store(place, found)

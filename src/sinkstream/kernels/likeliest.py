@@ -3,6 +3,8 @@
 In a decode step the first of them comes before `begin_step`, whose kernel does what the second does.
 """
 
+from copy import copy
+
 import torch
 
 from sinkstream.kernels.runtime import (
@@ -96,6 +98,12 @@ class Tiles:
         self.count = -(-vocab // tile)
         self.values = torch.zeros(streams, self.count, dtype=torch.float32, device=device)
         self.indices = torch.zeros(streams, self.count, dtype=torch.int32, device=device)
+
+    def span(self, first: int, count: int) -> "Tiles":
+        """Room of `count` streams from `first` on, as views."""
+        which, part = slice(first, first + count), copy(self)
+        part.values, part.indices = self.values[which], self.indices[which]
+        return part
 
     def find(self, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> bool:
         """Launch the first half of the search.

@@ -19,7 +19,7 @@ from sinkstream.kernels.chunks import (
     row_products,
     row_terms,
 )
-from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, default_linear_residual
+from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, MultiStreamConfig, default_linear_residual
 from sinkstream.kernels.multi_stream_linear import multi_stream_linear, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
@@ -122,7 +122,7 @@ def linear_residual(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: LinearConfig | MultiStreamConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
     implementation: str | None = None,
@@ -130,7 +130,7 @@ def linear_residual(
     """out = weight · [a, f] + bias + residual.
 
     One stream runs the kernel. Up to 16 run another, which reads the weight once for all of them; more run PyTorch's
-    matmul. `config` and `prefetch` are for one stream.
+    matmul. `prefetch` is for one stream.
 
     Parameters
     ----------
@@ -177,8 +177,9 @@ def linear_residual(
         refuse_early(streams, pdl)
         return linear_residual_library(a, weight, f, bias, residual, out)
     if streams > 1:
-        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, pdl=pdl)
-    if config is None:
+        own = config if isinstance(config, MultiStreamConfig) else None
+        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, config=own, pdl=pdl)
+    if not isinstance(config, LinearConfig):
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)
     return out

@@ -20,7 +20,7 @@ from sinkstream.kernels.chunks import (
     row_terms,
     store_tile,
 )
-from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, default_norm_linear
+from sinkstream.kernels.config import MAX_STREAMS, LinearConfig, MultiStreamConfig, default_norm_linear
 from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows, refuse_early
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
@@ -157,7 +157,7 @@ def norm_linear(
     norm: str = "layer",
     activation: str = "none",
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: LinearConfig | MultiStreamConfig | None = None,
     prefetch: Prefetch = NO_PREFETCH,
     pdl: bool = False,
     implementation: str | None = None,
@@ -165,7 +165,7 @@ def norm_linear(
     """y = act(weight · norm(x) + bias).
 
     One stream runs the kernel. Up to 16 run a kernel of the norm and one of the product, which reads the weight once
-    for all of them; more run PyTorch's norm, matmul and activation. `config` and `prefetch` are for one stream.
+    for all of them; more run PyTorch's norm, matmul and activation. `prefetch` is for one stream.
 
     Parameters
     ----------
@@ -182,8 +182,9 @@ def norm_linear(
         "gelu" is the exact one (erf). "swiglu" halves the output.
     out : Tensor, (streams, outputs), optional
         Written in place; its dtype is that of the result (default: the weight's).
-    config : LinearConfig, optional
-        Default: the measured one of `sinkstream.kernels.config`.
+    config : LinearConfig or MultiStreamConfig, optional
+        The latter for several streams; one of the other kind is not looked at. Default: that of
+        `sinkstream.kernels.config`.
     prefetch : Prefetch
         Buffers that the next kernel reads first.
     pdl : bool
@@ -213,8 +214,9 @@ def norm_linear(
         return norm_linear_library(x, weight, norm_weight, norm_bias, bias, *kind, out)
     if streams > 1:
         normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
-        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, pdl=pdl)
-    if config is None:
+        own = config if isinstance(config, MultiStreamConfig) else None
+        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, config=own, pdl=pdl)
+    if not isinstance(config, LinearConfig):
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)
     return out

@@ -6,7 +6,8 @@ number of 30 bits, is found 5 bits a launch: each program adds up what its tile 
 so that the order of additions changes nothing.
 """
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -68,7 +69,7 @@ class SampleBuffers:
     """
 
     def __init__(self, streams: int, vocab: int, device: torch.device):
-        self.tiles = Tiles(streams, vocab, device, TILE)
+        self.vocab, self.tiles = vocab, Tiles(streams, vocab, device, TILE)
         self.tops = torch.zeros(streams, self.tiles.count, dtype=torch.float32, device=device)
         self.sums = torch.zeros(streams, 2 * LAUNCHES, 1 << DIGIT, dtype=torch.int64, device=device)
         self.states = torch.zeros(streams, 2 * LAUNCHES, 4, dtype=torch.int64, device=device)
@@ -76,9 +77,18 @@ class SampleBuffers:
         self.below: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
 
-    def _allocate(self, logits: torch.Tensor, kernels: SampleKernels) -> None:
+    def span(self, first: int, count: int) -> "SampleBuffers":
+        """Room for the draws of `count` streams from `first` on: views of this room, which is allocated before."""
+        which, part = slice(first, first + count), copy(self)
+        part.tiles = self.tiles.span(first, count)
+        for name, buffer in vars(self).items():
+            if isinstance(buffer, torch.Tensor):
+                setattr(part, name, buffer[which])
+        return part
+
+    def allocate(self, kernels: SampleKernels) -> None:
         """Room that only some draws need, once: processed logits, keys and weights of all tokens."""
-        shape, device = logits.shape, logits.device
+        shape, device = (len(self.tops), self.vocab), self.tops.device
         if kernels.tables and self.processed is None:
             self.processed = torch.zeros(shape, dtype=torch.float32, device=device)
         if kernels.thresholds and self.below is None:
@@ -110,7 +120,7 @@ class SampleBuffers:
             As `Tiles.find`.
         """
         streams, vocab = logits.shape
-        self._allocate(logits, kernels)
+        self.allocate(kernels)
         numbers, settings = table.numbers, table.settings
         processed = logits if self.processed is None else self.processed
         counts, bias = (logits if t is None else t for t in (table.counts, table.bias))
@@ -136,7 +146,8 @@ class SampleBuffers:
             )  # fmt: skip
         launch(
             race_kernel, grid, tokens, logits, processed, numbers, settings, counts, bias, self.tops, self.sums,
-            self.states, plan, cursor, self.tiles.values, self.tiles.indices, len(plan), vocab, logits.stride(0),
+            self.states, plan, cursor, self.tiles.values, self.tiles.indices, len(plan), plan.stride(0), vocab,
+            logits.stride(0),
             THRESHOLDS=kernels.tops, TABLES=kernels.tables, FIELDS=FIELDS, TOKEN=TOKEN, EARLY=early, num_warps=4,
             pdl=early and kernels.tops, **common, **search,
         )  # fmt: skip
@@ -151,10 +162,11 @@ class Draws:
     kernels: SampleKernels
     buffers: SampleBuffers
 
-    def rehearsal(self) -> "Draws":
-        """The same draws, which count no token in the table of these."""
-        counts = self.table.counts
-        return replace(self, table=replace(self.table, counts=None if counts is None else counts.clone()))
+    def span(self, first: int, count: int) -> "Draws":
+        """The draws of `count` streams from `first` on, in the same memory."""
+        if use_triton(None, self.table.numbers):
+            self.buffers.allocate(self.kernels)
+        return Draws(self.table.span(first, count), self.kernels, self.buffers.span(first, count))
 
     def find(self, logits: torch.Tensor, tokens: torch.Tensor, plan: torch.Tensor, cursor: torch.Tensor) -> bool:
         """As `SampleBuffers.find`."""

@@ -70,10 +70,10 @@ def _log2_exponential(words):
 
 
 @jit
-def _position(plan_ptr, cursor_ptr, stream, rows, streams, FIELDS: tl.constexpr, TOKEN: tl.constexpr):
+def _position(plan_ptr, cursor_ptr, stream, rows, plan_stride, FIELDS: tl.constexpr, TOKEN: tl.constexpr):
     """Index in the stream of the token that the coming step appends."""
     at = (tl.load(cursor_ptr + stream) + 1) % rows
-    return -1 - tl.load(plan_ptr + (at * streams + stream) * FIELDS + TOKEN)
+    return -1 - tl.load(plan_ptr + at * plan_stride + stream * FIELDS + TOKEN)
 
 
 @jit
@@ -211,10 +211,10 @@ def search_kernel(
 @jit
 def race_kernel(
     token_ptr, logit_ptr, processed_ptr, number_ptr, setting_ptr, count_ptr, bias_ptr, top_ptr, sum_ptr, state_ptr,
-    plan_ptr, cursor_ptr, value_ptr, index_ptr, rows, vocab, stride, THRESHOLDS: tl.constexpr, TABLES: tl.constexpr,
-    ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr, SIZE: tl.constexpr,
-    TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr, FIELDS: tl.constexpr,
-    TOKEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    plan_ptr, cursor_ptr, value_ptr, index_ptr, rows, plan_stride, vocab, stride, THRESHOLDS: tl.constexpr,
+    TABLES: tl.constexpr, ROUNDS: tl.constexpr, PIVOTS: tl.constexpr, LAUNCHES: tl.constexpr, DIGIT: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, DRAWN: tl.constexpr, NUMBERS: tl.constexpr, SETTINGS: tl.constexpr,
+    FIELDS: tl.constexpr, TOKEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, stream): the winner of the tile. Streams that are given a token have none."""
     tile, stream, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -241,7 +241,7 @@ def race_kernel(
             if THRESHOLDS:
                 base = tl.where(kind == 2, _top(top_ptr, stream, tiles, SIZE), 0.0)
             key = _key(logits, base, scale)
-            position = _position(plan_ptr, cursor_ptr, stream, rows, tl.num_programs(1), FIELDS, TOKEN)
+            position = _position(plan_ptr, cursor_ptr, stream, rows, plan_stride, FIELDS, TOKEN)
             race = (key - _log2_exponential(_random_words(columns, seed, position))).to(tl.float32)
             race = tl.where(logits == -float("inf"), -float("inf"), race)
             if THRESHOLDS:

@@ -65,6 +65,12 @@ class SampleTable:
             table.clear(s)
         return table
 
+    def span(self, first: int, count: int) -> "SampleTable":
+        """The rows of `count` streams from `first` on, as views."""
+        which = slice(first, first + count)
+        counts, bias = (None if part is None else part[which] for part in (self.counts, self.bias))
+        return SampleTable(self.numbers[which], self.settings[which], counts, bias)
+
     def clear(self, stream: int) -> None:
         """Make a stream take the likeliest token."""
         self.fill(stream, [0.0, 1.0, 1.0, 0.0, 0.0], [PLAIN, 0, LIMIT, 0])

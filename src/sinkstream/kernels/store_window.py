@@ -19,7 +19,7 @@ def _store_window_kernel(
     )  # fmt: skip
     held, head = tl.load(band_ptr + 6).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
-    is_sink = past + rows < sinks
+    is_sink = past + rows < tl.minimum(sinks, tl.load(band_ptr + 8))
     mask = ((rows < tokens) & (is_sink | (rows >= stays)))[:, None] & (columns < D)
     slots = tl.where(is_sink, past + rows, sinks + (slot + rows) % ring).to(tl.int64)
     place = held * row_stride + head * head_stride + slots[:, None] * slot_stride + columns
@@ -50,7 +50,7 @@ def store_window(
     band : Band
         Of these tokens.
     sinks : int
-        Slots in front of the ring, for the first tokens of the stream.
+        Slots in front of the ring, for the first tokens of the stream (the first `band.sinks`).
     implementation : {"auto", "triton", "torch"}, optional
 
     Raises
@@ -85,7 +85,7 @@ def store_window(
 
 def _store(new: torch.Tensor, slots: torch.Tensor, band: Band, sinks: int, ring: int) -> None:
     """The twin of the kernel, for keys or values of one row."""
-    first = max(0, min(sinks - band.past, band.tokens))
+    first = max(0, min(min(sinks, band.sinks) - band.past, band.tokens))
     slots[:, band.past : band.past + first].copy_(new[:first].transpose(0, 1))
     row = band.stays
     while row < band.tokens:

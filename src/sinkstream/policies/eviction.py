@@ -109,6 +109,22 @@ class EvictionPolicy:
             )
         return replace(smallest, window=window)
 
+    def with_sink(self, sink: int) -> "EvictionPolicy":
+        """The same policy with another number of sinks and as many slots: the window gives the slots, or takes them.
+
+        Raises
+        ------
+        ValueError
+            If no window is left.
+        """
+        window = self.window + self.sink - sink
+        if window < 1:
+            raise ValueError(
+                f"sink={sink} leaves no window in {self.sink + self.window} slots of sinks and window;"
+                f" accepted: at most {self.sink + self.window - 1}"
+            )
+        return replace(self, sink=sink, window=window)
+
     @cached_property
     def base(self) -> int:
         """C₀ = sinks + pinned + window."""

@@ -30,7 +30,7 @@ from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
-from sinkstream.studies.rivals.compare import Comparison, comparisons
+from sinkstream.studies.rivals.compare import comparisons
 from sinkstream.studies.rivals.record import RivalRecord
 from sinkstream.studies.rivals.tables import RIVAL_HEADLINES
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Emit, Started
+from sinkstream.serve.lanes import Lane
 from sinkstream.serve.planning import Call, Plan, Planner
 from sinkstream.serve.reply import Reply
 from sinkstream.serve.scheduler import WAITING, Work
@@ -59,58 +59,58 @@ class Conversations:
     # ---- feeding and writing ----
 
     def _serve(self, call: Call, plan: Plan, emit: Emit) -> Work:
-        session, decoder = plan.session, plan.decoder
-        reused = decoder.state.counters[0].seen
+        session, lane = plan.session, plan.lane
+        reused = lane.seen
         fed: list[int] = []
         try:
             yield from self._feed(call, plan, fed)
         except BaseException:
-            self._unfeed(session, decoder, reused)
+            self._unfeed(session, lane, reused)
             raise
         self._note_messages(session, plan.new, "" if call.reply is None else None)
-        context = self._tell(session, decoder, len(fed), reused, emit)
+        context = self._tell(session, lane, len(fed), reused, emit)
         if call.reply is None:
             emit(Done(reused + len(fed), reused, 0, context))
             return
-        if not decoder.state.counters[0].seen:
+        if not lane.seen:
             raise invalid("the prompt is empty; accepted: at least one token", "prompt")
         options, texts, written = call.reply, {}, 0
-        start = decoder.dump() if options.choices > 1 else b""
+        start = lane.dump() if options.choices > 1 else b""
         for index in reversed(range(options.choices)):  # the session goes on with choice 0
             if index < options.choices - 1:
-                decoder.undump(start)
-            prompt = torch.tensor(fed, dtype=torch.int64, device=decoder.state.device)
-            reply = Reply(decoder, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
+                lane.undump(start)
+            prompt = torch.tensor(fed, dtype=torch.int64, device=self.loaded.model.device)
+            reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
             try:
                 yield from reply.run()
             finally:  # a reply whose client has gone stays as far as it was written
                 texts[index] = reply.text.text
                 written += reply.tokens
                 if index == 0:
-                    self._note_reply(call, session, decoder, reply)
-        context = self._tell(session, decoder, len(fed), reused, emit)
+                    self._note_reply(call, session, lane, reply)
+        context = self._tell(session, lane, len(fed), reused, emit)
         emit(Done(reused + len(fed), reused, written, context, texts))
 
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
-        session, decoder = plan.session, plan.decoder
+        session, lane = plan.session, plan.lane
         if call.prompt is not None:
             ids = self.template.encode(call.prompt) if isinstance(call.prompt, str) else list(call.prompt)
-            decoder.begin_turn()
-            yield from self._prefill(decoder, ids, fed)
+            lane.begin_turn()
+            yield from self._prefill(lane, ids, fed)
             return
         if plan.opening:
-            yield from self._prefill(decoder, self.template.encode(plan.opening), fed)
+            yield from self._prefill(lane, self.template.encode(plan.opening), fed)
         turns = self._turns_of(session, plan)
         for piece in plan.pieces:
             if piece.turn:
-                decoder.begin_turn()
-                session.turns.append(replace(next(turns), start=decoder.state.counters[0].seen))
+                lane.begin_turn()
+                session.turns.append(replace(next(turns), start=lane.seen))
                 session.turns_seen += 1
-            yield from self._prefill(decoder, self.template.encode(piece.text), fed)
+            yield from self._prefill(lane, self.template.encode(piece.text), fed)
 
-    def _unfeed(self, session: Session, decoder: StreamDecoder, reused: int) -> None:
+    def _unfeed(self, session: Session, lane: Lane, reused: int) -> None:
         """Take back a part of a prompt; a session that cannot be what it was goes on with what is left of it."""
-        fed = decoder.state.counters[0].seen - reused
+        fed = lane.seen - reused
         kept = [turn for turn in session.turns if turn.start < reused]
         session.turns_seen -= len(session.turns) - len(kept)
         session.turns = kept
@@ -120,15 +120,15 @@ class Conversations:
             session.counts = {"seen": 0, "kept": 0, "evicted": 0}
             return
         try:
-            decoder.rewind(fed)
+            lane.rewind(fed)
         except ValueError:  # a long prompt has pushed out what was there
             session.turn, session.held = [], None
-        self.planner.counts(session, decoder)
+        self.planner.counts(session, lane)
 
-    def _prefill(self, decoder: StreamDecoder, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
+    def _prefill(self, lane: Lane, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
         for first in range(0, len(ids), self.prefill_tokens):
             part = ids[first : first + self.prefill_tokens]
-            decoder.prefill(part)
+            lane.prefill(part)
             fed += part
             yield
 
@@ -157,7 +157,7 @@ class Conversations:
         if held is not None and new:
             session.held = self.template.render([*session.head, *session.turn], session.tools)
 
-    def _note_reply(self, call: Call, session: Session, decoder: StreamDecoder, reply: Reply) -> None:
+    def _note_reply(self, call: Call, session: Session, lane: Lane, reply: Reply) -> None:
         held = reply.held()
         if call.prompt is None:
             base = self.template.render([*session.head, *session.turn], session.tools, reply=True)
@@ -167,10 +167,10 @@ class Conversations:
             session.turn = [*session.turn, message]
             session.digest = digest_of(session.digest, message)
         session.response = call.response
-        self.planner.counts(session, decoder)
+        self.planner.counts(session, lane)
 
-    def _tell(self, session: Session, decoder: StreamDecoder, sent: int, reused: int, emit: Emit) -> Context:
-        self.planner.counts(session, decoder)
+    def _tell(self, session: Session, lane: Lane, sent: int, reused: int, emit: Emit) -> Context:
+        self.planner.counts(session, lane)
         counts = session.counts
         first = bool(counts["evicted"]) and not session.announced
         session.announced = session.announced or first

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.serve.errors import busy, invalid
 from sinkstream.serve.files import SpillFull
+from sinkstream.serve.lanes import Lane
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.residence import RETRY_SECONDS, Residence
 from sinkstream.serve.sessions import Session, Turn, digests_of, new_id, split_head
@@ -47,7 +47,7 @@ class Plan:
     """How a call goes on with its session: what is taken back, then what is fed."""
 
     session: Session
-    decoder: StreamDecoder
+    lane: Lane
     pieces: list[Piece]
     opening: str | None = None
     new: list[Message] = field(default_factory=list)
@@ -82,17 +82,17 @@ class Planner:
         self.residence.drop(session.id)
         self.store.sessions.pop(session.id, None)
 
-    def counts(self, session: Session, decoder: StreamDecoder) -> None:
+    def counts(self, session: Session, lane: Lane) -> None:
         """Note what a session's stream holds now."""
-        stats, before = decoder.stats(), session.counts["evicted"]
+        stats, before = lane.stats(), session.counts["evicted"]
         session.counts = {name: stats[name] for name in ("seen", "kept", "evicted")}
-        session.forget_evicted(decoder.state.schedules[0].oldest if stats["evicted"] else 0)
+        session.forget_evicted(lane.oldest if stats["evicted"] else 0)
         self.evicted(max(0, stats["evicted"] - before))
 
     # ---- which session, and what is new ----
 
     def plan(self, call: Call, branch: list[tuple[Session, Turn]]) -> Plan | None:
-        """The session with its decoder and what is to be fed; None if another request has to end first.
+        """The session with its lane and what is to be fed; None if another request has to end first.
 
         A copy of a session that had to be made is kept in `branch`.
         """
@@ -106,20 +106,20 @@ class Planner:
             session, turn = branch[0]
         if session is None or session.sink is None:
             return self._plan_opening(call, session, messages)
-        decoder = self.residence.acquire(session)
-        if decoder is None:
+        lane = self.residence.acquire(session)
+        if lane is None:
             return None
         try:
             place = {digest: i for i, digest in enumerate(digests)}
             if turn is not None:
-                return self._plan_again(session, decoder, turn, messages, replies)
+                return self._plan_again(session, lane, turn, messages, replies)
             held = place.get(session.digest, 0)
             if session.found_by == "messages" and not held:  # the last turn is asked again, or changed
                 turn = session.turns[-1]
-                return self._plan_again(session, decoder, turn, messages[place[turn.before] :], replies)
+                return self._plan_again(session, lane, turn, messages[place[turn.before] :], replies)
             if session.found_by != "messages" and held == len(messages):
                 held = 0  # new messages that repeat the conversation by chance
-            return self._plan_next(session, decoder, messages[held:], replies)
+            return self._plan_next(session, lane, messages[held:], replies)
         except BaseException:
             self.residence.release(session)
             raise
@@ -172,53 +172,51 @@ class Planner:
         """A completion: its prompt is the text of one turn."""
         session = self.store.get(call.owner, call.session) if call.session else None
         if session is not None and session.sink is not None:
-            decoder = self.residence.acquire(session)
-            return None if decoder is None else Plan(session, decoder, [])
+            lane = self.residence.acquire(session)
+            return None if lane is None else Plan(session, lane, [])
         return self._begin(session or Session(call.owner, kind="text", found_by=call.found_by), LEAST_SINK)
 
     def _begin(self, session: Session, sink: int) -> Plan | None:
         known = session.id in self.store.sessions
         before, session.sink = session.sink, sink
         try:
-            decoder = self.residence.acquire(session)
-            if decoder is not None and not known:
+            lane = self.residence.acquire(session)
+            if lane is not None and not known:
                 self.store.add(session, self.residence.busy, self.forget)
         except BaseException:
             session.sink = before
             self.residence.drop(session.id)
             raise
-        if decoder is None:
+        if lane is None:
             session.sink = before
             return None
-        return Plan(session, decoder, [])
+        return Plan(session, lane, [])
 
-    def _plan_next(self, session: Session, decoder: StreamDecoder, new: list[Message], replies: bool) -> Plan:
+    def _plan_next(self, session: Session, lane: Lane, new: list[Message], replies: bool) -> Plan:
         """A conversation that goes on."""
         before = [*session.head, *session.turn]
         pieces = None
         if session.held is not None:
             pieces = self.template.continuing(before, session.tools, session.held, new, reply=replies)
         if pieces is not None:
-            return Plan(session, decoder, pieces, new=new)
+            return Plan(session, lane, pieces, new=new)
         if session.held is None or not session.turns:  # without turns the last one is cut, and stays as it is
             pieces = self.template.resuming(session.head, session.turn, session.tools, new, reply=replies)
-            return Plan(session, decoder, pieces, new=new)
-        return self._plan_again(session, decoder, session.turns[-1], [*session.turn, *new], replies)
+            return Plan(session, lane, pieces, new=new)
+        return self._plan_again(session, lane, session.turns[-1], [*session.turn, *new], replies)
 
-    def _plan_again(
-        self, session: Session, decoder: StreamDecoder, turn: Turn, new: list[Message], replies: bool
-    ) -> Plan:
+    def _plan_again(self, session: Session, lane: Lane, turn: Turn, new: list[Message], replies: bool) -> Plan:
         """Take back everything from a turn on, and go on from there."""
-        self.rewind(session, decoder, turn)
+        self.rewind(session, lane, turn)
         pieces = self.template.resuming(session.head, session.turn, session.tools, new, reply=replies)
-        return Plan(session, decoder, pieces, new=new)
+        return Plan(session, lane, pieces, new=new)
 
-    def rewind(self, session: Session, decoder: StreamDecoder, turn: Turn) -> None:
+    def rewind(self, session: Session, lane: Lane, turn: Turn) -> None:
         """Take back everything from a turn on."""
-        decoder.rewind(decoder.state.counters[0].seen - turn.start)
+        lane.rewind(lane.seen - turn.start)
         place = session.turns.index(turn)
         session.turns_seen -= len(session.turns) - place
         session.turns = session.turns[:place]
         session.turn, session.digest, session.response = turn.previous, turn.before, turn.response
         session.held = None
-        self.counts(session, decoder)
+        self.counts(session, lane)

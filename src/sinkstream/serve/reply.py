@@ -1,19 +1,15 @@
-"""One reply: the engine's own generation, one step at a time, turned into text as it comes."""
+"""One reply: the tokens that a lane writes, one at a time, turned into text as they come."""
 
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sinkstream.engine.decoder import StreamDecoder
-from sinkstream.engine.generation import SamplingWriter, StopRule, steps
-from sinkstream.engine.log_probs import LogProbs
 from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.serve.events import Emit, Ended, TextPiece, TokenLogprob
+from sinkstream.serve.lanes import Lane
+from sinkstream.serve.scheduler import STEP, Work
 from sinkstream.serve.text import TextStream
-
-REASONS = {"stop token": "stop", "callback": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class Reply:
 
     Parameters
     ----------
-    decoder : StreamDecoder
-        Its stream 0 has been fed.
+    lane : Lane
+        Its stream has been fed.
     prompt : Tensor, (tokens,), int64
         Tokens that a repetition penalty counts as seen.
     ends : frozenset of int
@@ -62,7 +58,7 @@ class Reply:
 
     def __init__(
         self,
-        decoder: StreamDecoder,
+        lane: Lane,
         prompt: torch.Tensor,
         options: ReplyOptions,
         index: int,
@@ -70,31 +66,35 @@ class Reply:
         ends: frozenset[int],
         emit: Emit,
     ):
-        self.decoder, self.prompt, self.options, self.index = decoder, prompt, options, index
+        self.lane, self.prompt, self.options, self.index = lane, prompt, options, index
         self.tokenizer, self.ends, self.emit = tokenizer, frozenset() if options.ignore_end else ends, emit
         self.text = TextStream(tokenizer, options.stop, self.ends)
         self._written: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._log_probs: LogProbs | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens written so far."""
         return len(self._written)
 
-    def run(self) -> Generator[None, None, None]:
-        """Write it, one token for each `next`. Raises ValueError if there is nothing to draw from."""
-        options, state = self.options, self.decoder.state
-        rule = StopRule(sorted(self.ends), (), self._take, self.tokenizer)
+    def run(self) -> Work:
+        """Write it, one token for each step of all lanes. Raises ValueError if there is nothing to draw from."""
+        options, reason = self.options, "length"
         sampler = StreamSampler(options.sampler, options.seed + self.index, self.prompt)
-        with state.sampling.using({0: sampler}), state.recording(looks=True) as recorder:
-            if options.logprobs is not None:
-                self._log_probs = LogProbs(state, min(options.logprobs, state.sampling.vocab))
-            writer = SamplingWriter([0], recorder, rule, None, self._log_probs)
-            for _ in steps(self.decoder, writer, [0], options.max_tokens):
-                yield
+        self.lane.begin(sampler, None if options.logprobs is None else min(options.logprobs, self.lane.vocab))
+        try:
+            for _ in range(options.max_tokens):
+                self.lane.ask()
+                yield STEP
+                token = self.lane.answer(len(self._written))
+                self._take(token)
+                if self.text.stopped or token in self.ends:
+                    reason = "stop"
+                    break
+        finally:
+            self.lane.end()
         self._send(self.text.finish(), rest=True)
-        self.emit(Ended(self.index, REASONS[writer.generations[0].reason]))
+        self.emit(Ended(self.index, reason))
 
     def held(self) -> str:
         """Text of the reply as the stream holds it; what came past a stop string is taken back from the stream."""
@@ -102,21 +102,20 @@ class Reply:
         past = len(self._written) - kept
         if past:
             try:
-                self.decoder.rewind(past)
+                self.lane.rewind(past)
             except ValueError:  # they have left the window already
                 kept += past
         return self.tokenizer.decode(
             self._written[:kept], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def _take(self, token: int, stream: int) -> bool:
+    def _take(self, token: int) -> None:
         self._written.append(token)
-        if self._log_probs is not None:
-            value, top = self._log_probs.latest(stream, token)
+        if self.options.logprobs is not None:
+            value, top = self.lane.log_probs(token)
             pairs = tuple((self._piece(one), log_prob) for one, log_prob in top)
             self._logprobs.append(TokenLogprob(self._piece(token), value, pairs))
         self._send(self.text.push(token))
-        return self.text.stopped
 
     def _send(self, piece: str, *, rest: bool = False) -> None:
         if piece or (rest and self._logprobs):

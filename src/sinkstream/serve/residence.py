@@ -1,14 +1,14 @@
-"""Which sessions hold a stream that is ready to decode: a fixed number of decoders, all with the same weights.
+"""Which sessions hold a stream that is ready to decode: a fixed number of lanes, whose memory is taken at the start.
 
-A decoder is made for one number of pinned tokens, since a policy's sinks are fixed. A session that is not in use gives
-its decoder up when another one needs it; its stream is spilled.
+A session that is not in use gives its lane up when another one needs it; its stream is spilled, and comes back to any
+lane.
 """
 
 from collections.abc import Callable
 
-from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.serve.errors import busy
 from sinkstream.serve.files import SpillFull
+from sinkstream.serve.lanes import Lane, Lanes
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.spill import Spill
 
@@ -16,14 +16,11 @@ RETRY_SECONDS = 30
 
 
 class Residence:
-    """Decoders and who holds them. Used by the scheduler's thread only.
+    """Lanes and who holds them. Used by the scheduler's thread only.
 
     Parameters
     ----------
-    make : callable
-        A decoder of one stream for so many pinned tokens.
-    limit : int
-        Most decoders.
+    lanes : Lanes
     spill : Spill
     give_up : callable
         Deletes the session that is worth least and returns True, or returns False if there is none.
@@ -31,23 +28,16 @@ class Residence:
         Whether a session is written to disk after each of its turns; its next one waits until it is.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], StreamDecoder],
-        limit: int,
-        spill: Spill,
-        give_up: Callable[[set[str]], bool],
-        each_turn: bool = False,
-    ):
+    def __init__(self, lanes: Lanes, spill: Spill, give_up: Callable[[set[str]], bool], each_turn: bool = False):
         self._each_turn = each_turn
-        self._make, self._limit, self.spill, self._give_up = make, limit, spill, give_up
-        self._held: dict[str, tuple[Session, StreamDecoder]] = {}  # least recently used first
-        self._free: list[StreamDecoder] = []
+        self.lanes, self.spill, self._give_up = lanes, spill, give_up
+        self._held: dict[str, tuple[Session, Lane]] = {}  # least recently used first
+        self._free: list[Lane] = list(lanes)
         self.busy: set[str] = set()
         self._unwritten: set[str] = set()  # resident sessions that went on since they were written to disk
 
-    def acquire(self, session: Session, *, wait: bool = False) -> StreamDecoder | None:
-        """The decoder with a session's stream, for its only user; None if it must be waited for.
+    def acquire(self, session: Session, *, wait: bool = False) -> Lane | None:
+        """The lane with a session's stream, for its only user; None if it must be waited for.
 
         With `wait` the disk is waited for here.
 
@@ -65,30 +55,26 @@ class Residence:
         if spilled and not wait and not self.spill.ready(session.id):
             return None
         if session.id in self._held:
-            decoder = self._held.pop(session.id)[1]
+            lane = self._held.pop(session.id)[1]
         else:
             found = self._vacant(session.sink)
             if found is None:
                 return None
-            decoder = found
+            lane = found
             try:
                 if spilled:
-                    decoder.undump(self.spill.get(session.id))
+                    lane.undump(self.spill.get(session.id))
             except BaseException:
-                decoder.reset()
-                self._free.append(decoder)
+                lane.reset()
+                self._free.append(lane)
                 raise
         self.spill.changes(session.id)
-        self._held[session.id] = session, decoder
+        self._held[session.id] = session, lane
         self.busy.add(session.id)
-        return decoder
-
-    def add_free(self, decoder: StreamDecoder) -> None:
-        """Add a decoder that nobody holds."""
-        self._free.append(decoder)
+        return lane
 
     def release(self, session: Session) -> None:
-        """The session is not in use any more; it keeps its decoder until another one needs it."""
+        """The session is not in use any more; it keeps its lane until another one needs it."""
         self.busy.discard(session.id)
         self._unwritten.add(session.id)
         if self._each_turn and session.id in self._held:
@@ -97,7 +83,7 @@ class Residence:
     def write_one(self) -> bool:
         """Write a resident session that is not in use to disk, where a killed server finds it; False if none is left.
 
-        Its decoder stays its own.
+        Its lane stays its own.
         """
         waiting = [i for i in self._held if i in self._unwritten and i not in self.busy]
         if not waiting or self.spill.files.folder is None:
@@ -106,9 +92,9 @@ class Residence:
 
     def _write(self, session_id: str) -> bool:
         """Begin to write a resident session; False if the disk is full or behind."""
-        session, decoder = self._held[session_id]
+        session, lane = self._held[session_id]
         try:
-            if session.counts["seen"] and not self.spill.write_soon(session, decoder.dump()):
+            if session.counts["seen"] and not self.spill.write_soon(session, lane.dump()):
                 return False
         except SpillFull:
             return False
@@ -148,37 +134,27 @@ class Residence:
 
     @property
     def resident(self) -> int:
-        """Sessions that hold a decoder."""
+        """Sessions that hold a lane."""
         return len(self._held)
 
     @property
     def bytes(self) -> int:
-        """Memory of all decoders' streams, in bytes."""
-        return sum(d.state.bytes for d in [*self._free, *(d for _, d in self._held.values())])
+        """Memory of all lanes, in bytes."""
+        return self.lanes.bytes
 
-    # ---- decoders ----
+    # ---- lanes ----
 
-    def _vacant(self, sink: int) -> StreamDecoder | None:
-        """An empty decoder for so many pinned tokens, made or taken from an idle session."""
-        fitting = next((d for d in self._free if d.policy.sink == sink), None)
-        if fitting is not None:
-            self._free.remove(fitting)
-            return fitting
-        if len(self._held) + len(self._free) >= self._limit and not self._make_vacant():
+    def _vacant(self, sink: int) -> Lane | None:
+        """An empty lane for so many pinned tokens, which an idle session may have to give up."""
+        if not self._free and not self._make_vacant():
             return None
-        if self._free and self._free[-1].policy.sink == sink:
-            return self._free.pop()
-        while self._free and len(self._held) + len(self._free) >= self._limit:
-            self._free.pop(0).close()
-        try:
-            return self._make(sink)
-        except ValueError as error:
-            raise busy(f"no memory for one more session now: {error}", RETRY_SECONDS) from None
+        lane = min(self._free, key=lambda lane: lane.stream)  # neighbours are stepped together at the least cost
+        self._free.remove(lane)
+        lane.reset(sink)
+        return lane
 
     def _make_vacant(self) -> bool:
-        """Ensure that a decoder is free, whatever its pinned tokens; False if all sessions are in use."""
-        if self._free:
-            return True
+        """Ensure that a lane is free; False if all sessions are in use."""
         idle = next((session_id for session_id in self._held if session_id not in self.busy), None)
         if idle is None:
             return False
@@ -193,10 +169,10 @@ class Residence:
                     return True
 
     def _spill(self, session_id: str) -> None:
-        session, decoder = self._held[session_id]
+        session, lane = self._held[session_id]
         if session.counts["seen"] and not (self.spill.ram_limit == 0 and self.spill.on_disk(session_id)):
-            self.spill.put(session, decoder.dump())
+            self.spill.put(session, lane.dump())
         del self._held[session_id]
         self._unwritten.discard(session_id)
-        decoder.reset()
-        self._free.append(decoder)
+        lane.reset()
+        self._free.append(lane)

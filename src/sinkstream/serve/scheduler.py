@@ -1,7 +1,9 @@
 """One thread that does all work on the model: it gives each job a step in turn.
 
-A job is a generator; one `next` is one unit of work: a decode step, a chunk of a prompt, a wait for memory. Jobs join
-and leave between units. This is where continuous batching goes: jobs whose next unit is a decode step, stepped at once.
+A job is a generator; one `next` is one unit of work: a chunk of a prompt, a wait for memory, or what comes between two
+tokens of a reply. A round is one unit of each job and then one decode step for all jobs that have asked for a token
+(continuous batching). So jobs join and leave between two steps, and a long prompt holds the others up for one chunk a
+round.
 """
 
 import logging
@@ -14,6 +16,7 @@ from typing import TypeVar
 from sinkstream.serve.errors import busy, stopping
 
 T = TypeVar("T")
+STEP = "step"  # what a job yields that goes on once it has been given a token by the decode step of all jobs
 WAITING = "waiting"  # what a job yields that has done nothing, because it waits for another job
 RETRY_SECONDS = 5
 IDLE_SECONDS = 0.5
@@ -58,12 +61,16 @@ class Scheduler:
     ----------
     limit : int
         Most jobs at once.
+    step : callable
+        Called at the end of each round: the decode step of all jobs that have asked for a token.
     idle : callable
         Called when there has been nothing to do for a while; says whether there is more of it to do.
     """
 
-    def __init__(self, limit: int, idle: Callable[[], bool] = lambda: False):
-        self.limit, self._idle = limit, idle
+    def __init__(
+        self, limit: int, idle: Callable[[], bool] = lambda: False, *, step: Callable[[], None] = lambda: None
+    ):
+        self.limit, self._idle, self._step = limit, idle, step
         self._jobs: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], object], Future]] = deque()
         self._changed = threading.Condition()
@@ -137,6 +144,7 @@ class Scheduler:
                 return
             for job in jobs:
                 self._advance(job)
+            self._step()
 
     def _wait(self) -> None:
         """Wait for something to do; meanwhile do what is for idle times, a piece at a time."""

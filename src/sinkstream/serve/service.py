@@ -14,8 +14,9 @@ from sinkstream.serve.conversation import Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
+from sinkstream.serve.lanes import Lanes
 from sinkstream.serve.metrics import Metrics
-from sinkstream.serve.planning import Call, Planner
+from sinkstream.serve.planning import LEAST_SINK, Call, Planner
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
@@ -65,18 +66,18 @@ class Service:
             raise ValueError(f"model {loaded.name!r} has no fast tokenizer, and a server reads and writes text")
         self.loaded, self.settings, self.backend = loaded, settings, backend
         self._untrained = allow_untrained_positions
-        self._hash: str | None = None
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
         self.metrics = Metrics(self)
         spill = Spill(SessionFiles(settings.spill, settings.disk_mb * MB), settings.ram_mb * MB)
         self.store = SessionStore(settings.sessions, settings.idle_seconds, spill)
         each_turn = durable and settings.write == "turn" and settings.spill is not None
-        self.residence = Residence(self._decoder, settings.resident, spill, self._give_up, each_turn)
-        self.residence.add_free(self._decoder(4))  # refuses here what does not fit
+        self.lanes = self._make_lanes()  # refuses here what does not fit
+        self.residence = Residence(self.lanes, spill, self._give_up, each_turn)
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
         self.conversations = Conversations(loaded, self.planner, self.tools)
-        self.scheduler = Scheduler(settings.queue, self.residence.write_one if durable else lambda: False)
+        idle = self.residence.write_one if durable else lambda: False
+        self.scheduler = Scheduler(settings.queue, idle, step=self.lanes.step)
         self.started = int(time.time())
 
     def start(self) -> None:
@@ -190,12 +191,12 @@ class Service:
         """Take back the last turn."""
         if not session.turns:
             raise APIError(409, "the session holds no whole turn that could be taken back", code="nothing_to_undo")
-        decoder = self.residence.acquire(session, wait=True)
-        if decoder is None:
+        lane = self.residence.acquire(session, wait=True)
+        if lane is None:
             raise APIError(409, "all memory for sessions is in use by requests", code="session_busy")
         try:
             turn = session.turns[-1]
-            self.planner.rewind(session, decoder, turn)
+            self.planner.rewind(session, lane, turn)
         finally:
             self.residence.release(session)
         return self.view(session)
@@ -221,19 +222,20 @@ class Service:
             self.store.sessions.pop(copy.id, None)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None
 
-    def _decoder(self, sink: int) -> StreamDecoder:
-        policy = {"evict": "turns"} if self.settings.evict == "turns" else {"compress_every": 1}
+    def _make_lanes(self) -> Lanes:
+        """As many lanes as sessions may be resident; a session may pin half of its slots. Raises ValueError."""
+        cap, policy = self.settings.cap, {"evict": "turns"} if self.settings.evict == "turns" else {"compress_every": 1}
         decoder = StreamDecoder(
             self.loaded.model,
-            EvictionPolicy.build(cap=self.settings.cap, sink=sink, **policy),
+            EvictionPolicy.build(cap=cap, sink=LEAST_SINK, **policy),
             backend=self.backend,
+            streams=self.settings.resident,
+            max_sink=cap // 2,
             tokenizer=self.loaded.tokenizer,
             allow_untrained_positions=self._untrained,
         )
-        if self._hash is None:
-            self._hash = decoder.model_hash
-        decoder.model_hash = self._hash  # the same weights; hashing them takes time
-        return decoder
+        assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
+        return Lanes(decoder)
 
     def _give_up(self, busy_ids: set[str]) -> bool:
         least = self.store.least(busy_ids)

@@ -19,7 +19,11 @@ class ServeSettings:
 
     cap: int = option(1024, "KV slots of one session, pinned system prompt included", minimum=16)
     evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
-    resident: int = option(4, "most sessions that hold a stream in memory ready to decode", minimum=1)
+    resident: int = option(
+        4,
+        "sessions that hold a stream ready to decode, all stepped together; their memory is taken at the start",
+        minimum=1,
+    )
     queue: int = option(64, "most requests that wait or run; one more is answered 429", minimum=1)
     sessions: int = option(1024, "most sessions, spilled ones included", minimum=1)
     ram_mb: int = option(2048, "most MB of spilled sessions in RAM", minimum=0)

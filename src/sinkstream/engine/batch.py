@@ -1,0 +1,119 @@
+"""`StreamBatch`: continuous batching. Streams that write together join and leave between two steps."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from sinkstream.engine.decoder import StreamDecoder
+from sinkstream.engine.log_probs import LogProbs, TopLogProbs
+from sinkstream.engine.recorder import Recorder
+from sinkstream.engine.sampling import StreamSampler
+from sinkstream.kernels.layout import NO_TOKEN
+
+FORGET_AFTER = 256  # steps of which log-probabilities are kept although only the latest can be asked for
+
+
+class StreamBatch:
+    """Streams of one decoder that write together.
+
+    A stream writes the tokens that it would write alone, whatever joins or leaves beside it. Nothing is captured anew
+    when one does, but for the first step of a block of streams or of a kind of draw.
+
+    Parameters
+    ----------
+    decoder : StreamDecoder
+        Its streams are fed with `prefill` or `join`, before they join the batch or between two steps.
+    """
+
+    def __init__(self, decoder: StreamDecoder):
+        self.decoder = decoder
+        self._members: dict[int, int | None] = {}  # by stream: of how many tokens log-probabilities are asked for
+        self._open = ExitStack()
+        self._recorder: Recorder | None = None
+        self._log_probs: LogProbs | None = None
+        self._steps = 0
+
+    @property
+    def members(self) -> list[int]:
+        """Streams that have joined and not left, in order."""
+        return sorted(self._members)
+
+    def join(self, stream: int, sampler: StreamSampler | None = None, *, log_probs: int | None = None) -> None:
+        """Let a stream that holds tokens write from the next step on.
+
+        Parameters
+        ----------
+        sampler : StreamSampler or None
+            How it draws; None: the likeliest token.
+        log_probs : int or None
+            Of how many of the likeliest tokens `latest_log_probs` tells; None: of none.
+
+        Raises
+        ------
+        ValueError
+            If the stream cannot go on, or is a member, or an option is not accepted; nothing has changed then.
+        """
+        state = self.decoder.state
+        if stream in self._members:
+            raise ValueError(f"stream {stream} is a member of the batch; accepted: leave({stream}) before")
+        self.decoder.prompt_ids([], stream)
+        LogProbs.check(log_probs, state.sampling.vocab)
+        if sampler is not None:
+            state.sampling.begin(stream, sampler)
+        self._members[stream] = log_probs
+
+    def leave(self, stream: int) -> None:
+        """Let a stream write no more; it keeps its tokens, and others go on."""
+        if stream in self._members:
+            del self._members[stream]
+            self.decoder.state.sampling.end(stream)
+        if not self._members:
+            self._open.close()
+            self._recorder = None
+
+    def step(self, streams: Sequence[int] | None = None) -> dict[int, int | None]:
+        """Let streams write one token each.
+
+        Parameters
+        ----------
+        streams : sequence of int or None
+            Members; default: all of them.
+
+        Returns
+        -------
+        dict of int or None by int
+            The token of each stream, which is in the stream already; None where a logit was no number, so that there
+            was nothing to draw from (see `generation.refuse_logits`).
+        """
+        active = self.members if streams is None else sorted(streams)
+        if not active or not self._members.keys() >= set(active):
+            raise ValueError(f"streams={active} is not accepted; accepted: members of the batch, {self.members}")
+        if self._recorder is None:
+            self._recorder = self._open.enter_context(self.decoder.state.recording(looks=True, keeps=False))
+        self.decoder.state.wake(active)
+        self._note_log_probs()
+        self.decoder.advance(None, active)
+        tokens = self._recorder.latest()
+        return {s: None if tokens[s] == NO_TOKEN else tokens[s] for s in active}
+
+    def latest_log_probs(self, stream: int, token: int) -> tuple[float, TopLogProbs]:
+        """Log-probability of a token at the place of the latest step, and those of the likeliest ones with their ids.
+
+        Only for streams that take part in that step and were joined with ``log_probs``.
+        """
+        count = self._members[stream]
+        assert self._log_probs is not None and count is not None, "log-probabilities were not asked for"
+        value, top = self._log_probs.latest(stream, token)
+        return value, top[:count]
+
+    def _note_log_probs(self) -> None:
+        """Before a step: note as many log-probabilities as the member asks for that asks for most."""
+        counts = [count for count in self._members.values() if count is not None]
+        if not counts:
+            self._log_probs = None
+            return
+        if self._log_probs is None or self._log_probs.count != max(counts):
+            self._log_probs, self._steps = LogProbs(self.decoder.state, max(counts)), 0
+        if self._steps % FORGET_AFTER == 0:
+            self._log_probs.forget()
+        self._steps += 1
+        self._log_probs.before_step()
