@@ -29,6 +29,9 @@ from sinkstream.cache.rope import Rope
 
 MOVED_PIECES = 4  # copies of all layers at once, rather than two of each layer
 
+#: Told of tokens that leave the window: index in the stream of the first, unrotated keys in float32, values.
+Leaving = Callable[[int, torch.Tensor, torch.Tensor], None]
+
 
 class RingBuffers:
     """Keys, values and channels of all layers, each in one stacked tensor; entries `start` to `tail` count.
@@ -180,11 +183,18 @@ class SoftRing(RingBuffers):
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
         self.base = self.first_window = 0
         self.rebases = 0
+        self.recalled = self.recall_shift = 0  # entries that `recall` put into the frame; where they stand in it
+        self.on_leaving: Leaving | None = None
 
     @property
     def pinned(self) -> int:
         """Entries in the pinned frame now (0 until the first prune)."""
         return self.pinned_keys.shape[SLOT_AXIS]
+
+    @property
+    def frame(self) -> int:
+        """Entries that a query meets in the pinned frame: the sinks alone before the first prune."""
+        return self.pinned if self.first_window else self.sink
 
     @property
     def seen(self) -> int:
@@ -289,10 +299,11 @@ class SoftRing(RingBuffers):
             Called with the number of tokens that leave the window; returns the tokens that stay pinned.
         """
         first = self.pinned == 0 and self.first_window == 0
-        window = self.live - drop - self.sink - refresh
+        window = self.live - drop - self.sink - (refresh or self.recalled)
         if first:
             self._pin_sinks()
         leaving = self.live - self.pinned - window
+        self._tell_leaving(leaving)
         channels = {}
         if refresh:
             assert choose is not None, "somebody chooses the tokens that a refresh keeps"
@@ -302,6 +313,42 @@ class SoftRing(RingBuffers):
         self._write_pinned()
         for name, pinned in channels.items():
             self._pinned_slots(self.channels[name]).copy_(pinned)
+
+    def recall(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, *, drop: int = 0, shift: int = 0
+    ) -> None:
+        """Put tokens that left the window into the pinned frame behind the sinks, in place of those that are there.
+
+        Parameters
+        ----------
+        keys : Tensor, (layers, batch, kv_heads, recalled, head_dim), float32
+            Not rotated.
+        values : Tensor, the same shape, in the dtype of the cache
+        positions : Tensor, (1, 1, 1, recalled), int64
+            Their indices in the stream, ascending.
+        drop : int
+            Window tokens that leave for them.
+        shift : int
+            How far in front of their place behind the sinks they stand in the frame.
+        """
+        assert self.first_window > 0, "tokens come back once tokens have left"
+        self._tell_leaving(drop)
+        self.first_window += drop
+        window = self.live - self.pinned - drop
+        self._keep_pinned_keys(torch.cat([self.pinned_keys[..., : self.sink, :], keys], SLOT_AXIS))
+        self.pinned_values = torch.cat([self.pinned_values[..., : self.sink, :], values], SLOT_AXIS)
+        self.pinned_positions = torch.cat([self.pinned_positions[..., : self.sink], positions], SLOT_AXIS)
+        self.recalled, self.recall_shift = keys.shape[SLOT_AXIS], shift
+        self.start = self.tail - window
+        if self.start < self.pinned:  # no room before the window
+            self.move(self.pinned)
+        self.start -= self.pinned
+        self._write_pinned()
+
+    def rewind(self, tokens: int) -> None:
+        """Take back the latest tokens, which must be in the window; what left when they came stays away."""
+        assert tokens <= self.live - self.pinned, "these tokens are not in the window"
+        self.tail -= tokens
 
     def held(self) -> Held:
         """What is cached now, for the choice of pinned tokens; views, good until something moves."""
@@ -331,6 +378,7 @@ class SoftRing(RingBuffers):
         """Take over the pinned tokens and the counts of rows, ``(any,)`` int64, of another ring."""
         self.start, self.tail = other.start, other.tail
         self.base, self.first_window, self.rebases = other.base, other.first_window, other.rebases
+        self.recalled, self.recall_shift = other.recalled, other.recall_shift
         self._keep_pinned_keys(other.pinned_keys.index_select(1, rows))
         self.pinned_values = other.pinned_values.index_select(1, rows)
         positions = other.pinned_positions
@@ -339,7 +387,23 @@ class SoftRing(RingBuffers):
     def pinned_phases(self) -> torch.Tensor:
         """Rotations of the pinned frame, relative to the base: it ends where the window begins."""
         first = None if self.original_positions else self.first_window - self.pinned - self.base
+        if first is not None and self.recall_shift:
+            return self.rope.phases(first + self.frame_places())
         return frame_phases(self.rope, self.pinned_positions, base=self.base, first=first)
+
+    def frame_places(self) -> torch.Tensor:
+        """Positions of the entries of the frame, ``(frame,)``, counted from its first: recalled ones may be shifted."""
+        places = torch.arange(self.frame, device=self.keys.device)
+        return places + self.recall_shift * (places >= self.sink) if self.recall_shift else places
+
+    def _tell_leaving(self, count: int) -> None:
+        if self.on_leaving is not None and count:
+            keys = unrotated(self.rope, self._window(self.keys, count), self.first_window - self.base)
+            self.on_leaving(self.first_window, keys, self._window(self.values, count))
+
+    def _window(self, buffer: torch.Tensor, count: int) -> torch.Tensor:
+        """The oldest entries of the window: a view."""
+        return buffer.narrow(SLOT_AXIS, self.start + self.pinned, count)
 
     def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.narrow(SLOT_AXIS, self.start, self.pinned)

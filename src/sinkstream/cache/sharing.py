@@ -7,6 +7,7 @@ from typing import Self
 
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.observe import AttentionObserver
+from sinkstream.cache.recall import Recall
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
@@ -17,6 +18,7 @@ class SharedBuffers:
     ring: SoftRing | None
     observer: AttentionObserver | None
     schedule: PruneSchedule
+    recall: Recall | None
     seen_ids: SeenTokens | None
     policy: EvictionPolicy
     _sharers: "weakref.WeakSet[SharedBuffers] | None" = None  # all that read the same buffers, this stream among them
@@ -34,13 +36,16 @@ class SharedBuffers:
             Whether the buffers are shared until one of the two is about to write (`own`); else they are copied at once.
         """
         other = copy.copy(self)  # what is replaced and never written to may be shared
-        other._sharers = None
+        other._sharers, other.recall = None, None
         ring, observer = self.ring, self.observer
         if ring is None or not ring.seen:
             other.clear()
             return other
         other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
         other.ring = ring.twin()
+        if self.recall is not None:
+            other.recall = self.recall.fork()
+            other.ring.on_leaving = other.recall.take
         if observer is not None:
             other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)
             other.observer.accumulate, other.observer.scaling = observer.accumulate, observer.scaling
