@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sinkstream.cache.ring import MOVED_PIECES, RingBuffers
+from sinkstream.cache.buffers import MOVED_PIECES, RingBuffers
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 7, 8, 15, 16, 29, 40])

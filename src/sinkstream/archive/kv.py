@@ -92,13 +92,11 @@ class KVArchive(Archive):
         self._block_bytes = block.numel() * block.element_size()
         self._blocks.append(_Block(block.contiguous()))
         while self._blocks and len(self._blocks) * self._block_bytes > self.budget_bytes:
-            oldest = self._blocks.pop(0)
-            if self.file is None:
-                self._lose(BLOCK)
-            elif self.file.append(oldest.tensor):  # the file was full: its oldest is overwritten
+            if self.file is None or self.file.append(self._blocks[0].tensor):  # the file may lose its oldest for it
                 self._lose(BLOCK)
             else:
                 self._in_file += 1
+            del self._blocks[0]
 
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`."""

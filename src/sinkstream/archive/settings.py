@@ -1,4 +1,4 @@
-"""What a user says of recall: a chooser, its slots, when it chooses, where its tokens stand, what the archive may take."""
+"""What a user says of recall: a chooser, its slots, when it chooses, where recalled tokens stand, and the archive."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ class RecallSettings:
 
     chooser: Chooser
     slots: int = option(None, "slots that recalled tokens take out of the window", minimum=1)
-    every: int = option(16, "tokens between two choices", minimum=1)
+    every: int = option(8, "tokens between two choices", minimum=1)
     gate: float = option(
         1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
     )
@@ -66,19 +66,14 @@ class RecallSettings:
         given = {name: value for name, value in options.items() if value is not None}
         own = {f.name for f in option_fields(cls)}
         mine = {name: given.pop(name) for name in [*given] if name in own}
-        if isinstance(recall, str):
-            kind = CHOOSERS[recall]
-            known = [f.name for f in fields(kind)]
-            unknown = next((name for name in given if name not in known), None)
-            if unknown is None:
-                recall = kind.for_model(model, **given)
-        elif isinstance(recall, Chooser):
-            known, unknown = [], next(iter(given), None)
-        else:
+        if not isinstance(recall, str | Chooser):
             raise ValueError(f"recall={recall!r} is not accepted; accepted: {', '.join(CHOOSERS)}, or a Chooser")
+        known = {f.name for f in fields(CHOOSERS[recall])} if isinstance(recall, str) else set()
+        unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
-            accepted = ", ".join(PREFIX + name for name in sorted({*own, *known}))
+            accepted = ", ".join(PREFIX + name for name in sorted(own | known))
             raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
+        chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):
             mine["file"] = str(mine["file"])
-        return cls(recall, **{"slots": max(1, peak // 4)} | mine)
+        return cls(chooser, **{"slots": max(1, peak // 4)} | mine)

@@ -27,6 +27,7 @@ from sinkstream.archive import (
     chosen_tokens,
     runs,
 )
+from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import PruneSchedule
@@ -190,7 +191,7 @@ class Recall:
     def take(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Tokens from `first` on leave the window; see `cache.ring.Leaving`."""
         if self.archive is None:
-            self.archive = self._new_archive(first)
+            self.archive = self._new_archive(first, keys.shape, values.dtype)
         archive = self.archive
         assert first == archive.end, "tokens leave in order, each once"
         ids = self.log.read(first, first + keys.shape[3])
@@ -200,12 +201,15 @@ class Recall:
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))
 
-    def _new_archive(self, first: int) -> Archive:
+    def _new_archive(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
         settings = self.settings
         if settings.archive == "text":
             sinks = self.log.read(0, self.sink)
             return TextArchive(first, sinks=sinks, reread=self.reread, budget_bytes=settings.bytes)
-        file = None if settings.file is None else BlockFile(settings.file, settings.file_bytes)
+        file = None
+        if settings.file is not None:
+            layers, _, heads, _, dim = shape
+            file = BlockFile(settings.file, settings.file_bytes, (2, layers, heads, BLOCK, dim), dtype)
         return KVArchive(first, budget_bytes=settings.bytes, file=file)
 
     # ---- choosing ----
@@ -250,8 +254,8 @@ class Recall:
         blocks = query.blocks(chooser.block)
         if scores.shape != (len(blocks),):
             raise ValueError(
-                f"{type(chooser).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for each"
-                " block of the archive"
+                f"{type(chooser).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for"
+                " each block of the archive"
             )
         best = float(scores.max())
         if not query.asked and not best >= settings.gate:
@@ -310,4 +314,3 @@ class Recall:
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]
         return tuple(spans)
-

@@ -100,9 +100,7 @@ def recall_of(
         borders = (structural_weights(tokenizer) >= SENTENCE_END).tolist()
         borders += [False] * max(0, model.config.vocab_size - len(borders))
         decode = partial(_text, tokenizer)
-    return Recall(
-        settings, sink=policy.sink, target=policy.target, reread=reader(spec), borders=borders, decode=decode
-    )
+    return Recall(settings, sink=policy.sink, target=policy.target, reread=reader(spec), borders=borders, decode=decode)
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -14,12 +15,10 @@ from sinkstream.compat import with_cache
 
 @torch.no_grad()
 def _reread(spec: ModelSpec, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    decoder = spec.decoder
-    plain = DynamicCache(config=decoder.config)
-    device = decoder.get_input_embeddings().weight.device
-    decoder(torch.tensor([list(ids)], device=device), **with_cache(decoder, plain), use_cache=True)
-    keys = torch.stack([plain.layers[i].keys for i in spec.full_layers])
-    values = torch.stack([plain.layers[i].values for i in spec.full_layers])
+    decoder, plain = spec.decoder, DynamicCache(config=spec.decoder.config)
+    decoder(torch.tensor([list(ids)], device=decoder.device), **with_cache(decoder, plain), use_cache=True)
+    layers: list[Any] = [plain.layers[i] for i in spec.full_layers]
+    keys, values = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
     return unrotated(spec.rope, keys, 0), values
 
 

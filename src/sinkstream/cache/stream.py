@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from sinkstream.cache.buffers import RingBuffers
 from sinkstream.cache.channels import kept_channels
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.pinned import Refreshed, refresh
 from sinkstream.cache.recall import Recall
-from sinkstream.cache.ring import RingBuffers, SoftRing
+from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sharing import SharedBuffers
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step

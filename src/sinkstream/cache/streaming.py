@@ -97,7 +97,7 @@ class StreamingCache(RecallingCache):
             Who says which tokens that left the window come back: a name of `sinkstream.archive.CHOOSERS`, or a chooser
             of your own. None: what has left is gone.
         **options
-            Of the policy, and with ``recall`` those of `RecallSettings` and of the chooser, with the prefix ``recall_``:
+            Of the policy; with ``recall`` also those of `RecallSettings` and of the chooser, behind ``recall_``:
             ``recall_slots``, ``recall_every``, ``recall_gate`` …
 
         Raises

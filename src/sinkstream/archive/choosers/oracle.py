@@ -40,7 +40,7 @@ class Oracle(Chooser):
     """
 
     told: tuple[tuple[int, int, int, int], ...] = ()
-    ahead: int = option(16, "tokens before `begin` from which on the told ones are wanted", minimum=0)
+    ahead: int = option(8, "tokens before `begin` from which on the told ones are wanted", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
