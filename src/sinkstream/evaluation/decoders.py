@@ -122,6 +122,7 @@ class StreamingDecoder(ModuleDecoder):
             allow_untrained_positions=settings.allow_untrained_positions,
             tokenizer=tokenizer,
             block_tokens=settings.block_tokens if settings.has_blocks else 0,
+            **settings.recall,
         )
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
