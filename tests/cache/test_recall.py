@@ -5,7 +5,7 @@ import torch
 from oracle.forward import run
 from oracle.models import VOCAB, build, token_ids
 from oracle.network import Network
-from oracle.recall import Recalled, Words, run_recall
+from oracle.recall import Attention, Recalled, Words, chosen, run_recall
 from oracle.rules import Rule
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
@@ -214,3 +214,40 @@ def test_hybrid_models_and_batches_are_refused():
     with pytest.raises(ValueError, match="this cache has no recall"):
         StreamingCache.for_model(model, **STRICT).ask(model, token_ids(3)[None])
     assert VOCAB > 3
+
+
+def union(words: Words, attention: Attention):
+    """Both, each behind its own gate."""
+
+    def recaller(past, t, archived, question):
+        found = words.scores(past.ids[0].tolist(), archived, past.ids[0, max(0, t - words.query) : t].tolist(), False)
+        for number, score in attention.scores(past, t, archived).items():
+            found[number] = max(found[number], score if score >= 1 else 0.0)
+        return chosen(found, archived, words.block, words.budget, 1.0)
+
+    return recaller
+
+
+READING = {
+    "heads": ({"recall_heads": "1.1,2.0", "recall_level": 0.15}, Attention(4, 12, [(1, 1), (2, 0)], level=0.15)),
+    "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
+    "union": (
+        {"recall_heads": [(0, 1)], "recall_level": 0.2},
+        union(Words(4, 12), Attention(4, 12, [(0, 1)], level=0.2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("chooser", READING)
+def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser):
+    model, ids = build("llama"), repetitive()
+    options, recaller = READING[chooser]
+    expected, frames = run_recall(Network(model), ids, Rule(**STRICT), recaller, Recalled(8, hold=8))
+    assert sum(bool(tokens) for _, tokens in frames) >= 8
+    for sizes in (True, False):
+        cache = StreamingCache.for_model(model, **STRICT, recall=chooser, **SMALL, **options, rebase_at=70)
+        logits = feed(model, cache, ids[None], cut(cache) if sizes else ())
+        assert frames_of(cache) == frames
+        assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
+        cache.close()
+    assert model.config._attn_implementation == "sdpa", "the model is as it was"

@@ -52,7 +52,9 @@ class CopiedCache(BatchedCache):
 
     def attach_to(self, model: PreTrainedModel) -> None:
         """Put the hooks on the model that the cache is for."""
-        observed = bool({"attention", "accumulated"} & self.policy.needs)
+        recall = self.stream.recall
+        asked = recall is not None and recall.queries is not None
+        observed = asked or bool({"attention", "accumulated"} & self.policy.needs)
         in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa" and self.spec.observable
         self._close = attach(self, model, attention=observed or in_blocks or self.compiled)
 

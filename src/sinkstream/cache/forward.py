@@ -73,7 +73,10 @@ class PendingForward:
         frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
         if frames is not None:
             switch_attention(stream.spec.decoder, stream.user)
-        self._attention = Forward(stream.observer, frames, rows=stream.spec.streaming_rows)
+        queries = None if stream.recall is None else stream.recall.queries
+        if queries is not None:
+            queries.begin(ring)
+        self._attention = Forward(stream.observer or queries, frames, rows=stream.spec.streaming_rows)
         running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)

@@ -27,8 +27,10 @@ from sinkstream.archive import (
     chosen_tokens,
     runs,
 )
+from sinkstream.archive.choosers.base import Head
 from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
+from sinkstream.cache.query_log import QueryLog
 from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import PruneSchedule
 
@@ -141,13 +143,15 @@ class Recall:
         self.index = settings.chooser.start()
         self.archive: Archive | None = None
         self.log = TokenLog()
+        chooser = settings.chooser
+        self.queries = QueryLog(chooser.heads, chooser.query_tokens) if chooser.heads else None
         self.frame: list[int] = []
         self.turns: list[int] = []
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
         self._until = 0  # the frame is held for the tokens before this one
         self._chosen_at = -1
-        self._question: list[int] | None = None
+        self._question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
 
     def empty(self) -> Self:
         """Another one like this, for a new stream."""
@@ -165,6 +169,7 @@ class Recall:
         other = copy.copy(self)
         other.archive = None if self.archive is None else self.archive.fork()
         other.index, other.log = self.index.copy(), self.log.fork()
+        other.queries = None if self.queries is None else self.queries.fork()
         other.turns, other.events = list(self.turns), self.events.copy()
         return other
 
@@ -181,8 +186,17 @@ class Recall:
     # ---- what comes and what leaves ----
 
     def append(self, ids: torch.Tensor) -> None:
-        """New tokens ``(tokens,)`` of the stream."""
+        """New tokens ``(tokens,)`` of the stream, whose forward has been shown to `queries`."""
+        if self.queries is not None:
+            self.queries.commit(len(ids))
         self.log.append(ids)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the latest tokens, which are in the window."""
+        self.log.rewind(self.log.end - tokens)
+        self._chosen_at = -1
+        if self.queries is not None:
+            self.queries.rewind(tokens)
 
     def begin_turn(self, index: int) -> None:
         """A turn begins at this token."""
@@ -215,8 +229,14 @@ class Recall:
     # ---- choosing ----
 
     def ask(self, ids: Sequence[int]) -> None:
-        """Choose before the next token by these tokens alone, whatever the gate says."""
-        self._question = list(ids)
+        """Choose before the next token by these tokens alone, whatever the gate says.
+
+        Where the chooser reads queries they are the latest ones: those of these tokens, which have been fed.
+        """
+        self._question = list(ids), self._latest_queries(len(ids))
+
+    def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
+        return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
 
     def room(self, schedule: PruneSchedule) -> int:
         """How many tokens can be appended before the next choice may change the frame."""
@@ -244,12 +264,23 @@ class Recall:
             self._set_frame(ring, schedule, [])
             self.events.append(RecallEvent(now, "closed", score, ()))
 
-    def _best(self, now: int, asked: list[int] | None) -> tuple[float, list[int]]:
+    def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
         archive, chooser, settings = self.archive, self.settings.chooser, self.settings
         assert archive is not None, "something has left"
-        ids = asked if asked is not None else self.log.read(now - chooser.query_tokens, now)
-        query = Query(now=now, ids=ids, asked=asked is not None, first=archive.first, end=archive.end)
+        ids: Sequence[int] = self.log.read(now - chooser.query_tokens, now)
+        queries = self._latest_queries(chooser.query_tokens)
+        if asked is not None:
+            ids, queries = asked
+        query = Query(
+            now=now,
+            ids=ids,
+            asked=asked is not None,
+            first=archive.first,
+            end=archive.end,
+            queries=queries,
+            scaling=1.0 if self.queries is None else self.queries.scaling,
+        )
         scores = np.asarray(self.index.scores(query), dtype=np.float64)
         blocks = query.blocks(chooser.block)
         if scores.shape != (len(blocks),):

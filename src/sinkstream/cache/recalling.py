@@ -38,7 +38,9 @@ class RecallingCache(CopiedCache):
         question_ids : Tensor, (1, tokens), int64
             New tokens only.
         replay : bool
-            Whether the question itself is computed with the tokens that come back. If not, only what follows is.
+            Whether the question itself is computed with the tokens that come back. If not, only what follows is. A
+            chooser of ids chooses before the question is fed; one that reads queries feeds the question, takes the
+            latest of it back (as much as half the window) and feeds that again.
 
         Returns
         -------
@@ -54,12 +56,18 @@ class RecallingCache(CopiedCache):
         if recall is None:
             raise ValueError("this cache has no recall; accepted: StreamingCache.for_model(model, recall=CHOOSER, …)")
         ids = question_ids[0].tolist()
-        if replay:
+        if replay and recall.queries is None:  # the ids are known before the question is fed
             recall.ask(ids)
+            return self.prefill(model, question_ids)
         logits = self.prefill(model, question_ids)
+        recall.ask(ids)
         if not replay:
-            recall.ask(ids)
-        return logits
+            return logits
+        ring = self.stream.ring
+        assert ring is not None, "the question is in it"
+        again = min(len(ids), max(1, (ring.live - ring.pinned) // 2))
+        self.stream.rewind(again)
+        return self.prefill(model, question_ids[:, len(ids) - again :])
 
     def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """See `StreamingCache.prefill`."""

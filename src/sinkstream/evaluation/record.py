@@ -60,9 +60,7 @@ def provenance(
         "policy": {
             "name": settings.method,
             "label": settings.label(),
-            "options": {}
-            if policy is None
-            else {**policy.record(), "positions": settings.positions, **settings.recall},
+            "options": {} if policy is None else {**policy.record(), **more},
         },
     }
 

@@ -23,7 +23,7 @@ def normalised(name: str) -> str:
 
 
 def is_plain(record: Record) -> bool:
-    """Whether no option turns the policy into a variant: no overlap, max_drop, slack, refresh or recall, cache positions."""
+    """Whether no option turns the policy into a variant: none of `VARIANT_OPTIONS` is on."""
     options = record.policy["options"]
     return all(options.get(name) in (off, None, 0, False) for name, off in VARIANT_OPTIONS.items())
 

@@ -189,3 +189,47 @@ class Words:
         if not asked and max(scores.values()) < self.gate:
             return None
         return neighbours(scores, archived, self.block, self.budget, 0.0 if asked else self.gate, borders, asked)
+
+
+@dataclass
+class Attention:
+    """Options of the choosers that read keys and queries, written again: token by token, or by mean key."""
+
+    block: int
+    budget: int
+    heads: Sequence[tuple[int, int]]
+    level: float = 1.0
+    query: int = 32
+    mean: bool = False
+    gate: float = 1.0
+
+    def scores(self, past: Past, t: int, archived: list[int]) -> dict[int, float]:
+        """Score of every block that holds an archived token."""
+        network, scores = past.network, dict.fromkeys((token // self.block for token in archived), 0.0)
+        group = network.heads // network.kv_heads
+        for layer, kv_head in self.heads:
+            keys = {token: past.keys[layer, 0, kv_head, token] for token in archived}
+            asking = past.queries[layer, 0, kv_head * group : kv_head * group + group, max(0, t - self.query) : t]
+            if self.mean:
+                asking = asking.mean(1, keepdim=True)
+                blocks = {b: [keys[token] for token in archived if token // self.block == b] for b in scores}
+                keys = {b * self.block: sum(found) / len(found) for b, found in blocks.items()}
+            for q in asking.flatten(0, 1):
+                weights = torch.tensor([float(q @ k) * network.scale for k in keys.values()], dtype=torch.float64)
+                for token, share in zip(keys, weights.softmax(0).tolist()):
+                    scores[token // self.block] += share / asking.shape[0] / asking.shape[1] / len(self.heads)
+        if self.mean:
+            return {b: 1.0 + score for b, score in scores.items()}
+        return {b: score / self.level for b, score in scores.items()}
+
+    def __call__(self, past: Past, t: int, archived: list[int], question: Sequence[int] | None) -> list[int] | None:
+        """As a recaller."""
+        scores = self.scores(past, t, archived)
+        return chosen(scores, archived, self.block, self.budget, self.gate)
+
+
+def chosen(scores: dict[int, float], archived: list[int], block: int, budget: int, gate: float) -> list[int] | None:
+    """What comes back without a question: nothing below the gate."""
+    if max(scores.values()) < gate:
+        return None
+    return neighbours(scores, archived, block, budget, gate)
