@@ -229,10 +229,13 @@ def union(words: Words, attention: Attention):
 
 
 READING = {
-    "heads": ({"recall_heads": "1.1,2.0", "recall_level": 0.15}, Attention(4, 12, [(1, 1), (2, 0)], level=0.15)),
+    "heads": (
+        {"recall_heads": "1.1,2.0", "recall_level": 0.08, "recall_query_tokens": 32},
+        Attention(4, 12, [(1, 1), (2, 0)], level=0.08),
+    ),
     "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
     "union": (
-        {"recall_heads": [(0, 1)], "recall_level": 0.2},
+        {"recall_heads": [(0, 1)], "recall_level": 0.2, "recall_query_tokens": 32},
         union(Words(4, 12), Attention(4, 12, [(0, 1)], level=0.2)),
     ),
 }

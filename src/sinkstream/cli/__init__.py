@@ -1,4 +1,4 @@
-"""The command line: ``sinkstream demo | eval | bench | diagnose | recall | cliff | serve | chat | env | report``.
+"""The command line: ``sinkstream COMMAND``, as in `COMMANDS`.
 
 A user's mistake ends with one message on stderr and exit code 2, an interrupt with 130, a failed run with 1.
 """
@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Time the rungs of decoding against the bytes that a step must read",
     "diagnose": "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
     "recall": "Measure what each policy recalls of a passage, by how far back it was seen",
+    "probe-heads": "Find the retrieval heads of a model, for recall by heads",
     "cliff": (
         "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions"
     ),
@@ -61,7 +62,7 @@ class CommandParser(Parser):
     def load(self) -> "CommandParser":
         """Import the command and add its options, once; returns itself."""
         if self.get_default("run") is None:
-            module = import_module(f"{__name__}.{self.command}")
+            module = import_module(f"{__name__}.{self.command.replace('-', '_')}")
             module.add_arguments(self)
             self.set_defaults(run=module.run)
         return self

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +99,7 @@ class Heads(Chooser):
     """
 
     heads: tuple[Head, ...] = ()  # type: ignore[misc]  # an option here, nothing for other choosers
+    query_tokens: int = option(16, "latest tokens whose queries are asked", minimum=1)
     level: float = option(0.5, "attention mass in one block that opens the gate", minimum=1e-9, maximum=1.0)
 
     def __post_init__(self):
@@ -182,8 +183,3 @@ def heads_of(model: Any) -> dict[str, Any]:
         f"no retrieval heads are known of this {model.config.model_type} of {shape[0]} layers; accepted:"
         " recall_heads=LAYER.KV_HEAD, or the file that `sinkstream probe-heads MODEL` writes, or recall='lexical'"
     )
-
-
-def with_block(chooser: Heads, block: int) -> Heads:
-    """The same heads over blocks of another size."""
-    return replace(chooser, block=block)
