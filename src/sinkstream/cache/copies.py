@@ -79,6 +79,11 @@ class CopiedCache(BatchedCache):
                 "rows that differ are not written to one file; accepted: for each row, cache.fork(),"
                 " batch_select_indices(torch.tensor([row])) and save(path)"
             )
+        if self.stream.recall is not None:
+            raise ValueError(
+                "a cache with recall is not written to a file, which has no archive; accepted: cache.fork() in the same"
+                " process, or a cache without recall"
+            )
         write_stream(path, stream_record(self.stream, identity(self.spec, fingerprint(model))))
 
     @classmethod
