@@ -3,13 +3,14 @@
 import pytest
 import torch
 from oracle.forward import run
-from oracle.models import VOCAB, build, token_ids
+from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Attention, Recalled, Words, chosen, run_recall
 from oracle.rules import Rule
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
+from sinkstream.engine import Engine
 
 TOKENS = 320
 STRICT = {"sink": 4, "window": 44}
@@ -213,7 +214,39 @@ def test_hybrid_models_and_batches_are_refused():
         model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=cache)
     with pytest.raises(ValueError, match="this cache has no recall"):
         StreamingCache.for_model(model, **STRICT).ask(model, token_ids(3)[None])
-    assert VOCAB > 3
+    with pytest.raises(ValueError, match="one row without pads"):
+        ids = token_ids(3)[None]
+        model(ids, attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
+
+
+def test_what_has_no_archive_is_refused(tmp_path):
+    model = build("llama")
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
+    with pytest.raises(ValueError, match="recall is not written to a file"):
+        cache.save(tmp_path / "stream")
+    with pytest.raises(ValueError, match="is not accepted with a file, which has no archive"):
+        StreamingCache.load(model, tmp_path / "stream", recall="lexical")
+    with pytest.raises(ValueError, match="recall='lexical' is not served by the engine"):
+        Engine(model, **STRICT, recall="lexical")
+    with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
+        StreamingCache.for_model(model, **STRICT, recall="heads")
+    with pytest.raises(
+        ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"
+    ):
+        StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
+
+
+def test_a_fork_goes_on_by_itself():
+    model, ids = build("llama"), repetitive()
+    options = {"recall": "lexical", **SMALL, **WORDS}
+    whole = StreamingCache.for_model(model, **STRICT, **options)
+    wanted = feed(model, whole, ids[None])
+    cache = StreamingCache.for_model(model, **STRICT, **options)
+    feed(model, cache, ids[None, :200])
+    fork = cache.fork()
+    feed(model, cache, token_ids(60, seed=9)[None])
+    assert torch.equal(feed(model, fork, ids[None, 200:]), wanted[:, 200:])
+    assert frames_of(fork) == frames_of(whole) != frames_of(cache)
 
 
 def union(words: Words, attention: Attention):

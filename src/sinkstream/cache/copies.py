@@ -117,6 +117,11 @@ class CopiedCache(BatchedCache):
             If the file is of another model, policy, kind of positions or format, or is truncated or damaged; and as
             `for_model`.
         """
+        if options.get("recall") is not None:
+            raise ValueError(
+                f"recall={options['recall']!r} is not accepted with a file, which has no archive; accepted: a cache"
+                " without recall"
+            )
         saved = read_stream(path)
         if not (option_names() | set(POLICY_OPTIONS)) & options.keys():
             options["policy"] = saved_policy(saved, path)
