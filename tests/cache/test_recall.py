@@ -51,6 +51,19 @@ def cut(cache: StreamingCache):
             yield min(size, cache.max_chunk_tokens())
 
 
+def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Logits of announced ids (1, T), and how many forwards they took."""
+    cache.announce(ids)
+    sizes = []
+
+    def longest():
+        while True:
+            sizes.append(cache.max_chunk_tokens())
+            yield sizes[-1]
+
+    return feed(model, cache, ids, longest()), len(sizes)
+
+
 def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
     """Random ids, in which passages of 24 come again 100 tokens later."""
     ids = token_ids(tokens, seed=seed)
@@ -90,6 +103,24 @@ def test_forty_choices_of_a_long_stream_agree():
     assert stats["rebases"] >= 1 and stats["recalls"] >= 40 and stats["archive_lost"] > 0
     expected, _ = run_recall(Network(model), ids, Rule(**STRICT), told_frames(cache), Recalled(8, hold=8, distance=6))
     assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_announced_tokens_are_fed_up_to_the_next_choice_that_changes_something(policy):
+    model, ids, options = build("llama"), repetitive(480), {"recall": "lexical", **SMALL, **WORDS}
+    ids[320:460] = torch.arange(140) % 97  # nothing is found for a while
+    step = StreamingCache.for_model(model, **POLICIES[policy], **options)
+    wanted = feed(model, step, ids[None])
+    cache = StreamingCache.for_model(model, **POLICIES[policy], **options)
+    found, forwards = foreseen(model, cache, ids[None])
+    assert frames_of(cache) == frames_of(step) and worst(found, wanted) < 2e-5
+    unforeseen = -(-len(ids) // SMALL["recall_every"])
+    assert forwards < 0.9 * unforeseen
+    cache.announce(ids[None])
+    with pytest.raises(ValueError, match="other tokens came than were announced"):
+        for _ in range(30):
+            size = max(SMALL["recall_every"] + 1, cache.max_chunk_tokens())
+            model(ids[None, 1 : 1 + size], past_key_values=cache)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -230,9 +261,7 @@ def test_what_has_no_archive_is_refused(tmp_path):
         Engine(model, **STRICT, recall="lexical")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
         StreamingCache.for_model(model, **STRICT, recall="heads")
-    with pytest.raises(
-        ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"
-    ):
+    with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
 
 

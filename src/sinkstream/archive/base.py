@@ -46,6 +46,10 @@ class Archive(ABC):
         return 0
 
     @abstractmethod
+    def room(self) -> int:
+        """How many tokens it takes in before it loses one, at least."""
+
+    @abstractmethod
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in the tokens that follow the latest one.
 

@@ -74,6 +74,11 @@ class KVArchive(Archive):
         """Of the blocks in the file."""
         return self._in_file * self._block_bytes
 
+    def room(self) -> int:
+        """As `Archive.room`; of host memory alone, once a block has been kept."""
+        blocks = self.budget_bytes // self._block_bytes - len(self._blocks) if self._block_bytes else 0
+        return max(0, blocks * BLOCK - sum(t.shape[3] for t in self._latest))
+
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """As `Archive.append`. Raises WriteError if the file cannot be written."""
         self.ids.extend(ids)

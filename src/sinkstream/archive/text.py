@@ -41,6 +41,10 @@ class TextArchive(Archive):
         """Of the ids."""
         return len(self.ids) * BYTES
 
+    def room(self) -> int:
+        """As `Archive.room`."""
+        return max(0, self.budget_bytes // BYTES - len(self.ids))
+
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """As `Archive.append`; keys and values are let go."""
         self.ids.extend(ids)

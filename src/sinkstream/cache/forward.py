@@ -248,6 +248,8 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
         )
     if stream.needs_logits and not has_logits:
         raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
+    if stream.recall is not None and input_ids is not None:
+        stream.recall.check_coming(input_ids[0])
     if tokens > stream.max_chunk_tokens():
         raise ValueError(
             f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now;"

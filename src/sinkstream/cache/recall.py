@@ -151,6 +151,9 @@ class Recall:
         self.recalls = 0
         self._until = 0  # the frame is held for the tokens before this one
         self._chosen_at = -1
+        self._indexed = 0  # tokens before this one are in the index
+        self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
+        self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self._question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
 
     def empty(self) -> Self:
@@ -191,10 +194,22 @@ class Recall:
             self.queries.commit(len(ids))
         self.log.append(ids)
 
+    def _index_until(self, end: int) -> None:
+        """Let a chooser that foresees take in the tokens before this one."""
+        if self.settings.chooser.foresees and end > self._indexed:
+            self._indexed = max(self._indexed, self.sink)
+            self.index.add(Evicted(self._indexed, self.log.read(self._indexed, end)))
+            self._indexed = end
+
     def rewind(self, tokens: int) -> None:
-        """Forget the latest tokens, which are in the window."""
+        """Forget the latest tokens, which are in the window. Raises ValueError if the chooser has read them."""
+        if self.log.end - tokens < self._indexed:
+            raise ValueError(
+                f"{tokens} tokens cannot be taken back; accepted: at most {self.log.end - self._indexed}, which the"
+                " chooser has not read"
+            )
         self.log.rewind(self.log.end - tokens)
-        self._chosen_at = -1
+        self._chosen_at, self._room = -1, None
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -208,10 +223,12 @@ class Recall:
             self.archive = self._new_archive(first, keys.shape, values.dtype)
         archive = self.archive
         assert first == archive.end, "tokens leave in order, each once"
+        self._index_until(first + keys.shape[3])
         ids = self.log.read(first, first + keys.shape[3])
         archive.append(ids, keys, values)
-        heads = {(layer, head): keys[layer, 0, head] for layer, head in self.settings.chooser.heads}
-        self.index.add(Evicted(first, ids, heads))
+        if not self.settings.chooser.foresees:
+            heads = {(layer, head): keys[layer, 0, head] for layer, head in self.settings.chooser.heads}
+            self.index.add(Evicted(first, ids, heads))
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))
 
@@ -233,23 +250,77 @@ class Recall:
 
         Where the chooser reads queries they are the latest ones: those of these tokens, which have been fed.
         """
-        self._question = list(ids), self._latest_queries(len(ids))
+        self._question, self._room = (list(ids), self._latest_queries(len(ids))), None
 
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
 
+    def announce(self, ids: Sequence[int]) -> None:
+        """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
+        self._coming, self._room = (self.log.end, list(ids)), None
+
+    def check_coming(self, ids: torch.Tensor) -> None:
+        """Raise ValueError unless tokens ``(tokens,)`` that cross a choice are those that were announced."""
+        every, now = self.settings.every, self.log.end
+        if self.archive is None or len(ids) <= every - now % every:
+            return
+        first, coming = self._coming
+        if ids.tolist() != coming[now - first : now - first + len(ids)]:
+            raise ValueError("other tokens came than were announced; feed them with cache.prefill(model, input_ids)")
+
     def room(self, schedule: PruneSchedule) -> int:
         """How many tokens can be appended before the next choice may change the frame."""
-        every, surely = self.settings.every, schedule.seen
+        every, now = self.settings.every, schedule.seen
         if self.archive is None:
-            surely += schedule.sure_steps()  # nothing has left before
-        return surely // every * every + every - schedule.seen
+            surely = now + schedule.sure_steps()  # nothing has left before
+            return surely // every * every + every - now
+        if self._room is None or self._room[0] != now:
+            self._room = now, self._quiet(schedule)
+        return self._room[1]
+
+    def _quiet(self, schedule: PruneSchedule) -> int:
+        """As `room` once tokens have left: past the next choice, if it and those that follow will change nothing."""
+        every, now, foreseen = self.settings.every, schedule.seen, self._foreseen(schedule)
+        following = range(now // every * every + every, now + foreseen, every)
+        least = every - now % every
+        if not following or self._question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
+            return least
+        dropped = schedule.plan(following[-1] - now).drop.cumsum()
+        for t in following:
+            if self._changes(t, schedule.cached + t - now - int(dropped[t - now - 1])):
+                return t - now
+        return following[-1] - now
+
+    def _changes(self, now: int, cached: int) -> bool:
+        """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
+        end = now - (cached - self.sink - len(self.frame))
+        self._index_until(end)
+        return bool(self.frame and now >= self._until) or self._score(now, end) >= self.settings.gate
+
+    def _foreseen(self, schedule: PruneSchedule) -> int:
+        """How many of the coming tokens are known, and what leaves before them is in the log already."""
+        if not (self.settings.chooser.foresees and schedule.policy.plan_known) or self.archive is None:
+            return 0
+        first, coming = self._coming
+        known = first + len(coming) - schedule.seen if first <= schedule.seen else 0
+        window = schedule.cached - self.sink - len(self.frame)
+        return min(known, window // 2, self.archive.room())
+
+    def _score(self, now: int, end: int) -> float:
+        """Of the best block, at a choice that is to come before token `now`, when the tokens before `end` have left."""
+        archive, wanted = self.archive, self.settings.chooser.query_tokens
+        assert archive is not None, "something has left"
+        first, coming = self._coming
+        seen = self.log.end
+        ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
+        return float(self.index.scores(Query(now=now, ids=ids, asked=False, first=archive.first, end=end)).max())
 
     @torch.no_grad()
     def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
         asked, self._question = self._question, None
+        self._room = None
         due = now % settings.every == 0 and now != self._chosen_at
         if self.archive is None or not len(self.archive) or (asked is None and not due):
             return

@@ -30,6 +30,14 @@ class RecallingCache(CopiedCache):
         """Say that a turn of the conversation begins `ahead` tokens after the next one. Raises ValueError."""
         self.stream.begin_turn(ahead)
 
+    def announce(self, input_ids: torch.Tensor) -> None:
+        """Say that the tokens ``(1, tokens)`` come next, so that they can be fed in longer chunks; `prefill` does so.
+
+        It matters with recall only, and for choosers that foresee (``recall="lexical"``).
+        """
+        if self.stream.recall is not None and len(input_ids) == 1:
+            self.stream.recall.announce(input_ids[0].tolist())
+
     def ask(self, model: PreTrainedModel, question_ids: torch.Tensor, *, replay: bool = True) -> torch.Tensor:
         """Feed a question at the end of a turn; what comes back is chosen by the question alone, without a gate.
 

@@ -208,6 +208,7 @@ class StreamingCache(RecallingCache):
             input_ids, mask = input_ids[:, pads:], mask[:, pads:]
         if mask is not None or isinstance(self.stream, Rows):
             chunk_tokens = min(chunk_tokens, ROWS_CHUNK)
+        self.announce(input_ids)
         fed, taken = 0, 0
         while fed < input_ids.shape[1]:
             now = slice(fed, fed + min(input_ids.shape[1] - fed, chunk_tokens, self.max_chunk_tokens()))
@@ -226,6 +227,7 @@ class StreamingCache(RecallingCache):
             mask = None if attention_mask is None else attention_mask[:, :-1]
             self.prefill(model, input_ids[:, :-1], attention_mask=mask)
             return input_ids[:, -1:]
+        self.announce(input_ids)
         for size in self.chunks(input_ids.shape[1]):
             if size == input_ids.shape[1]:
                 break

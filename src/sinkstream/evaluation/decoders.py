@@ -93,6 +93,9 @@ class ModuleDecoder(Decoder):
     def last_step(self) -> Step:
         return self.steps()[-1]
 
+    def announce(self, ids: torch.Tensor) -> None:
+        """These tokens ``(tokens,)`` are scored next."""
+
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
         size = self.settings.block_tokens
@@ -134,6 +137,9 @@ class StreamingDecoder(ModuleDecoder):
 
     def steps(self) -> Sequence[Step]:
         return self.cache.last_steps
+
+    def announce(self, ids: torch.Tensor) -> None:
+        self.cache.announce(ids[None])
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         self.cache.stream.speculative = True

@@ -99,10 +99,14 @@ class Chooser(ABC):
         Tokens of a block: block b is the tokens b * block to (b + 1) * block - 1 of the stream.
     query_tokens : int
         How many of the latest tokens a query is made of, where there is no question.
+    foresees : bool
+        The index reads ids alone, takes tokens before they have left the window, and its scores look at tokens before
+        ``query.end`` only. Then a prompt is fed in long chunks, up to the next choice that changes something.
     heads : tuple of (layer, kv_head)
         Whose unrotated keys and queries the index must be given.
     """
 
+    foresees: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ()
 
     block: int = option(16, "tokens of a block of the archive", minimum=1)

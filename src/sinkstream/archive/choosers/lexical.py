@@ -4,7 +4,7 @@ import copy
 import math
 from array import array
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class LexicalIndex(Index):
         if held is None:
             return None
         places = np.frombuffer(held, dtype=np.int32)
-        places = places[int(np.searchsorted(places, query.first)) :]
+        places = places[slice(*np.searchsorted(places, (query.first, query.end)))]
         total = len(query.blocks(chooser.block))
         most = max(FEW_BLOCKS, (chooser.row_rare if token in aligned else chooser.rare) * total)
         if not len(places) or len(places) > most * chooser.block:
@@ -122,6 +122,8 @@ class Lexical(Chooser):
     with the idf to a power of 2 and without common terms; without the two, blocks of common words outrank the
     statement. Words in a row: prompt lookup, by weight instead of an exact match.
     """
+
+    foresees: ClassVar[bool] = True
 
     rare: float = option(0.03, "a term in a larger share of the blocks is not shared", minimum=0.0, maximum=1.0)
     idf_power: float = option(2.0, "power of the inverse document frequency of shared terms", minimum=0.0)

@@ -1,6 +1,7 @@
 """Oracle choosers: told which tokens are wanted when; what attending, or attending in time, can give back at most."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Oracle(Chooser):
 
     Source: none, the ceiling of attending to what was brought back.
     """
+
+    foresees: ClassVar[bool] = True
 
     told: tuple[tuple[int, int, int, int], ...] = ()
     ahead: int = option(8, "tokens before `begin` from which on the told ones are wanted", minimum=0)

@@ -1,6 +1,7 @@
 """Random chooser: blocks drawn anew at every choice, a control."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Random(Chooser):
 
     Source: none, a control.
     """
+
+    foresees: ClassVar[bool] = True
 
     seed: int = option(0, "seed of the draws", minimum=0)
 

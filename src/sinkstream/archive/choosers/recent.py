@@ -1,6 +1,7 @@
 """Recent chooser: the latest tokens that left, a control."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class Recent(Chooser):
 
     Source: none, a control.
     """
+
+    foresees: ClassVar[bool] = True
 
     def start(self) -> RecentIndex:
         """Nothing to remember."""
