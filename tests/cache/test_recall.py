@@ -76,7 +76,7 @@ def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("policy", "family"), JOBS)
 def test_every_token_sees_what_brute_force_sees(policy, family, distance):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
-    more = {} if distance is None else {"recall_distance": distance}
+    more = {"recall_distance": distance or 0}
     expected, frames = run_recall(
         Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=distance)
     )

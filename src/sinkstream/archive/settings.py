@@ -30,8 +30,8 @@ class RecallSettings:
     )
     hold: int = option(32, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
-    distance: int | None = option(
-        None, "tokens from the query to the nearest recalled token; default: right behind the sinks", minimum=1
+    distance: int = option(
+        65, "positions from the query to the nearest recalled token; 0: right behind the sinks", minimum=0
     )
     archive: str = option("kv", "what is kept of evicted tokens", choices=ARCHIVES.names)
     bytes: int = option(BUDGET_BYTES, "host memory of the archive", minimum=1)

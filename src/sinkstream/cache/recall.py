@@ -398,7 +398,7 @@ class Recall:
             keys, values = (t[..., :0, :] for t in (ring.pinned_keys, ring.pinned_values))
         cached = self.sink + len(tokens) + window - drop
         shift = 0
-        if self.settings.distance is not None:
+        if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
         positions = torch.tensor(tokens, dtype=torch.int64, device=device).view(1, 1, 1, -1)

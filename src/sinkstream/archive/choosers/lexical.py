@@ -118,9 +118,9 @@ class LexicalIndex(Index):
 class Lexical(Chooser):
     """Blocks that share rare token ids with the query, or in which the latest tokens stand in a row.
 
-    An inverted index on the host: no byte on the device. Source of shared terms: BM25 (Robertson and Zaragoza, 2009)
-    with the idf to a power of 2 and without common terms; without the two, blocks of common words outrank the
-    statement. Words in a row: prompt lookup, by weight instead of an exact match.
+    An inverted index on the host: no byte on the device. Source: BM25 (Robertson and Zaragoza, 2009), with the idf to a
+    power of 2 and without common terms: without the two, blocks of common words outrank the statement. Words in a row:
+    prompt lookup, by weight instead of an exact match.
     """
 
     foresees: ClassVar[bool] = True
