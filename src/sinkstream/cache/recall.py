@@ -103,8 +103,8 @@ class TokenLog:
         return other
 
 
-class Recall:
-    """Archive, index and frame of one stream.
+class RecallMemory:
+    """Archive, index and frame of one stream: what comes, what leaves, what stands in the frame.
 
     Parameters
     ----------
@@ -186,8 +186,6 @@ class Recall:
         archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
         return {"recalled": len(self.frame), "recalls": self.recalls} | archive.stats()
 
-    # ---- what comes and what leaves ----
-
     def append(self, ids: torch.Tensor) -> None:
         """New tokens ``(tokens,)`` of the stream, whose forward has been shown to `queries`."""
         if self.queries is not None:
@@ -243,7 +241,9 @@ class Recall:
             file = BlockFile(settings.file, settings.file_bytes, (2, layers, heads, BLOCK, dim), dtype)
         return KVArchive(first, budget_bytes=settings.bytes, file=file)
 
-    # ---- choosing ----
+
+class Recall(RecallMemory):
+    """Chooses what comes back, and sets the frame; parameters and attributes as `RecallMemory`."""
 
     def ask(self, ids: Sequence[int]) -> None:
         """Choose before the next token by these tokens alone, whatever the gate says.

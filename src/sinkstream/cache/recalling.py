@@ -12,6 +12,7 @@ from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.cache.reread import reader
+from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
 from sinkstream.policies.triggers import Turns
 
@@ -74,7 +75,7 @@ class RecallingCache(CopiedCache):
         ring = self.stream.ring
         assert ring is not None, "the question is in it"
         again = min(len(ids), max(1, (ring.live - ring.pinned) // 2))
-        self.stream.rewind(again)
+        rewind(self.stream, again)
         return self.prefill(model, question_ids[:, len(ids) - again :])
 
     def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

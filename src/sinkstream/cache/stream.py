@@ -237,26 +237,6 @@ class Stream(SharedBuffers):
         if self.recall is not None:
             self.recall.begin_turn(self.schedule.seen + ahead)
 
-    def rewind(self, tokens: int) -> None:
-        """Take back the latest tokens; what left when they came stays away.
-
-        Raises
-        ------
-        ValueError
-            If so many are not in the window, or the policy cannot tell what to take back.
-        """
-        ring = self.ring
-        window = 0 if ring is None else ring.live - (ring.pinned if ring.first_window else 0)
-        if ring is None or not 0 <= tokens <= window:
-            raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
-        self.own()
-        self.schedule.rewind(tokens)
-        ring.rewind(tokens)
-        if self.seen_ids is not None:
-            self.seen_ids.rewind(tokens)
-        if self.recall is not None:
-            self.recall.rewind(tokens)
-
     def resume(
         self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
     ) -> SoftRing:
@@ -297,3 +277,24 @@ class Stream(SharedBuffers):
 
     def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
         return SoftRing(shape, self.spec.dtype, device, **more)
+
+
+def rewind(stream: Stream, tokens: int) -> None:
+    """Take back the latest tokens of a stream; what left when they came stays away.
+
+    Raises
+    ------
+    ValueError
+        If so many are not in the window, or the policy cannot tell what to take back.
+    """
+    ring = stream.ring
+    window = 0 if ring is None else ring.live - (ring.pinned if ring.first_window else 0)
+    if ring is None or not 0 <= tokens <= window:
+        raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
+    stream.own()
+    if stream.recall is not None:
+        stream.recall.rewind(tokens)
+    stream.schedule.rewind(tokens)
+    ring.rewind(tokens)
+    if stream.seen_ids is not None:
+        stream.seen_ids.rewind(tokens)

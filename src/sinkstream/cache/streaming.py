@@ -153,13 +153,6 @@ class StreamingCache(RecallingCache):
         """What the policy did at each token of the latest forward."""
         return self.stream.last_steps
 
-    def stats(self) -> dict[str, int]:
-        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks.
-
-        Where rows differ, each count is the largest of any row.
-        """
-        return self.stream.stats()
-
     def reset(self) -> None:
         """Forget the stream; memory is given back and the cache can be used for another one."""
         self.abort_forward()
