@@ -115,6 +115,15 @@ def test_policies_are_compared_with_intervals(folder):
     assert rows[0].endswith("control") and all(re.search(r"% against strict \[[+-].* … [+-].*\]", r) for r in rows[1:])
 
 
+def test_what_left_the_window_comes_back(folder):
+    for chooser in ("lexical", "bag-of-vectors"):
+        line = ["--model", "plain", "--text", "text.txt", "--tokens", "300", "--cap", "160", "--chooser", chooser]
+        recalled = example("recall.py", folder, *line)
+        assert recalled.returncode == 0, recalled.stderr
+        without, with_recall, *_ = recalled.stdout.splitlines()
+        assert without.startswith("recall=None: 160 of 160") and with_recall.startswith(f"recall={chooser}: 160 of 160")
+
+
 def test_a_scorer_of_ones_own_is_used(folder):
     line = ["--model", "plain", "--text", "text.txt", "--tokens", "200", "--cap", "80"]
     compared = example("new_scorer.py", folder, *line)

@@ -6,7 +6,7 @@ import torch
 
 from sinkstream import StreamingCache
 from sinkstream.cache import stream
-from sinkstream.cache.ring import MOVED_PIECES, RingBuffers
+from sinkstream.cache.buffers import MOVED_PIECES, RingBuffers
 from sinkstream.compat import with_cache
 
 

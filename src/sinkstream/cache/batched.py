@@ -28,6 +28,13 @@ class BatchedCache(AppendOnlyCache):
         """Tokens that each row of the batch has seen, pads left out; empty before the first."""
         return self.stream.row_seen
 
+    def stats(self) -> dict[str, int]:
+        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks.
+
+        Where rows differ, each count is the largest of any row.
+        """
+        return self.stream.stats()
+
     def row_stats(self) -> list[dict[str, int]]:
         """The counts of `stats` for every row; bytes are the row's share."""
         if isinstance(self.stream, Rows):

@@ -55,8 +55,8 @@ def visible_columns(ring: SoftRing, segments: Segments) -> torch.Tensor:
     oldest = (max(ring.first_window, ring.sink) + segments.dropped)[segments.of_row]
     now = ring.seen + torch.arange(tokens)
     window = (index >= oldest[:, None]) & (index <= now[:, None])
-    sinks = (column < ring.sink) & (column <= ring.live + torch.arange(tokens)[:, None])
-    return torch.where(column < ring.sink, sinks, window)
+    frame = (column < ring.frame) & (column <= ring.live + torch.arange(tokens)[:, None])
+    return torch.where(column < ring.frame, frame, window)
 
 
 class PinnedCopies:
@@ -71,12 +71,12 @@ class PinnedCopies:
 
     def __init__(self, ring: SoftRing, segments: Segments):
         self.ring, self.segments = ring, segments
-        self.copies = 0 if ring.original_positions else (segments.count - 1) * ring.sink
+        self.copies = 0 if ring.original_positions else (segments.count - 1) * ring.frame
         if self.copies:
-            first = torch.arange(ring.sink, device=ring.keys.device) - ring.base
+            first = ring.frame_places() - ring.base
             pinned_yet = ring.first_window > 0
             dropped = segments.dropped[1:].to(ring.keys.device)
-            shift = dropped + (ring.first_window - ring.sink if pinned_yet else 0)
+            shift = dropped + (ring.first_window - ring.pinned if pinned_yet else 0)
             self.cos, self.sin = ring.rope.angles((shift[:, None] + first).reshape(-1))
             self.unpin = None if pinned_yet else ring.rope.angles(first)
 
@@ -100,15 +100,15 @@ class PinnedCopies:
             pinned = ring.rope.unrotate(keys[:, :, : ring.sink], *ring.rope.of_layer(layer, self.unpin))
         angles = ring.rope.of_layer(layer, (self.cos, self.sin))
         copies = ring.rope.rotate(pinned.repeat(1, 1, times, 1), *angles).to(keys.dtype)
-        return torch.cat([copies, keys], 2), torch.cat([values[:, :, : ring.sink].repeat(1, 1, times, 1), values], 2)
+        return torch.cat([copies, keys], 2), torch.cat([values[:, :, : ring.frame].repeat(1, 1, times, 1), values], 2)
 
     def mask(self) -> torch.Tensor:
         """Which columns each query sees: ``(1, 1, tokens, copies + visible)``, bool."""
         ring, rows = self.ring, self.segments.of_row
         visible = visible_columns(ring, self.segments)
         if self.copies:
-            visible[:, : ring.sink] &= (rows == 0)[:, None]
-            segment = torch.arange(1, self.segments.count).repeat_interleave(ring.sink)
+            visible[:, : ring.frame] &= (rows == 0)[:, None]
+            segment = torch.arange(1, self.segments.count).repeat_interleave(ring.frame)
             visible = torch.cat([rows[:, None] == segment, visible], dim=1)
         return visible[None, None].to(ring.keys.device)
 
@@ -130,8 +130,8 @@ class TwoFrames:
     def __init__(self, ring: SoftRing, steps: Steps):
         dropped = steps.drop.cumsum() - steps.drop[0]
         first = max(ring.first_window, ring.sink) + dropped - ring.seen
-        self.cached, self.pinned = ring.live, min(ring.sink, ring.live + len(steps))
-        still = ring.original_positions or ring.sink == 0
+        self.cached, self.pinned = ring.live, min(ring.frame, ring.live + len(steps))
+        still = ring.original_positions or ring.frame == 0
         device = ring.keys.device
         self.rope = ring.rope
         self.bands = {

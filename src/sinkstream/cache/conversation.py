@@ -77,6 +77,11 @@ class SeenTokens:
             self._ids.narrow(1, self._count, part.shape[1]).copy_(part)
             self._count += part.shape[1]
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the latest tokens; where they are known by their hash only, nothing can be compared any more."""
+        self.complete = self.complete and tokens <= self._count
+        self._count = max(0, self._count - tokens)
+
     def first_difference(self, ids: torch.Tensor) -> int | None:
         """Index of the first token of ``(batch, tokens)``, at least as many as were seen, that is not the one seen.
 

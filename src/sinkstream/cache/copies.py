@@ -52,7 +52,9 @@ class CopiedCache(BatchedCache):
 
     def attach_to(self, model: PreTrainedModel) -> None:
         """Put the hooks on the model that the cache is for."""
-        observed = bool({"attention", "accumulated"} & self.policy.needs)
+        recall = self.stream.recall
+        asked = recall is not None and recall.queries is not None
+        observed = asked or bool({"attention", "accumulated"} & self.policy.needs)
         in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa" and self.spec.observable
         self._close = attach(self, model, attention=observed or in_blocks or self.compiled)
 
@@ -76,6 +78,11 @@ class CopiedCache(BatchedCache):
             raise ValueError(
                 "rows that differ are not written to one file; accepted: for each row, cache.fork(),"
                 " batch_select_indices(torch.tensor([row])) and save(path)"
+            )
+        if self.stream.recall is not None:
+            raise ValueError(
+                "a cache with recall is not written to a file, which has no archive; accepted: cache.fork() in the same"
+                " process, or a cache without recall"
             )
         write_stream(path, stream_record(self.stream, identity(self.spec, fingerprint(model))))
 
@@ -110,6 +117,11 @@ class CopiedCache(BatchedCache):
             If the file is of another model, policy, kind of positions or format, or is truncated or damaged; and as
             `for_model`.
         """
+        if options.get("recall") is not None:
+            raise ValueError(
+                f"recall={options['recall']!r} is not accepted with a file, which has no archive; accepted: a cache"
+                " without recall"
+            )
         saved = read_stream(path)
         if not (option_names() | set(POLICY_OPTIONS)) & options.keys():
             options["policy"] = saved_policy(saved, path)

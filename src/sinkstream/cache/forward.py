@@ -46,6 +46,8 @@ class PendingForward:
         self._layers_written = 0
         stream.own()
         self.ring = self._ring(batch, device)
+        if stream.recall is not None:
+            stream.recall.choose(self.ring, stream.schedule)
         self.schedule = stream.schedule.copy()
         self.steps = self.schedule.advance(tokens)
         # a failed forward may have dropped already
@@ -75,7 +77,10 @@ class PendingForward:
         frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
         if frames is not None:
             switch_attention(stream.spec.decoder, stream.user)
-        self._attention = Forward(stream.observer, frames, rows=stream.spec.streaming_rows)
+        queries = None if stream.recall is None else stream.recall.queries
+        if queries is not None:
+            queries.begin(ring)
+        self._attention = Forward(stream.observer or queries, frames, rows=stream.spec.streaming_rows)
         running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
@@ -148,6 +153,9 @@ class PendingForward:
         self._fill_channels(log_probs)
         if stream.seen_ids:
             stream.seen_ids.append(None if self.input_ids is None else self.input_ids[:, : self.tokens])
+        if stream.recall is not None:
+            assert self.input_ids is not None, "recall reads token ids"
+            stream.recall.append(self.input_ids[0, : self.tokens])
         self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()) if self.tokens > 1 else 0)
         if stream.sliding:
             stream.sliding.advance(self.tokens)
@@ -245,10 +253,18 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
             f"batch of {batch}, but this cache holds {stream.batch} streams; use reset() or another cache, or change"
             " the rows with cache.batch_select_indices(indices) or cache.batch_repeat_interleave(times)"
         )
-    if input_ids is None and {"structure", "nll"} & stream.policy.needs:
-        raise ValueError("this policy reads token ids; inputs_embeds are not supported, give input_ids")
+    if input_ids is None and (stream.recall is not None or {"structure", "nll"} & stream.policy.needs):
+        what = "recall" if stream.recall is not None else "this policy"
+        raise ValueError(f"{what} reads token ids; inputs_embeds are not supported, give input_ids")
+    if stream.recall is not None and batch != 1:
+        raise ValueError(
+            f"batch of {batch}: recall serves one row, since rows have different archives; accepted: a batch of 1, or a"
+            " cache for each row"
+        )
     if stream.needs_logits and not has_logits:
         raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
+    if stream.recall is not None and input_ids is not None:
+        stream.recall.check_coming(input_ids[0])
     if tokens > 1 and tokens > stream.max_chunk_tokens():
         raise ValueError(
             f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now;"

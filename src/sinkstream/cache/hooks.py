@@ -167,7 +167,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
     """
     if attention and cache.spec.attention != "sdpa":
         raise ValueError(
-            "attention scorers and compiled models need attn_implementation='sdpa';"
+            "attention scorers, recall by heads and compiled models need attn_implementation='sdpa';"
             f" the model uses {cache.spec.attention!r}"
         )
     decoder = cache.spec.decoder

@@ -8,139 +8,18 @@ Two frames (design: window keys keep the rotation they were written with): pinne
 prune, from an unrotated float32 copy, so that their error never accumulates.
 """
 
-import copy
 from collections.abc import Callable
-from typing import Self
 
 import torch
 
 from sinkstream.cache.ahead import KeysAhead
 from sinkstream.cache.channels import Channel
-from sinkstream.cache.pinned import (
-    SLOT_AXIS,
-    Held,
-    Refreshed,
-    frame_phases,
-    turned_back,
-    unrotated,
-    window_base,
-    write_rotated,
-)
+from sinkstream.cache.frame import FramedRing
+from sinkstream.cache.pinned import SLOT_AXIS, Held, Refreshed, turned_back, window_base
 from sinkstream.cache.rope import Rope
 
-MOVED_PIECES = 4  # copies of all layers at once, rather than two of each layer
 
-
-class RingBuffers:
-    """Keys, values and channels of all layers, each in one stacked tensor; entries `start` to `tail` count.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        ``(layers, batch, kv_heads, capacity, head_dim)``.
-    dtype, device
-        Of keys and values.
-    channels : list of Channel
-    storage : pair of Tensor or None
-        Buffers for keys and values; default: new ones.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        channels: list[Channel],
-        storage: tuple[torch.Tensor, torch.Tensor] | None,
-    ):
-        layers, batch, heads, self.capacity, _ = shape
-        self.keys, self.values = storage or [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
-        self.channels = {
-            c.name: torch.zeros(
-                (layers if c.per_head else 1, batch, heads if c.per_head else 1, self.capacity),
-                dtype=torch.float32,
-                device=device,
-            )
-            for c in channels
-        }
-        self.start = self.tail = 0
-
-    @property
-    def live(self) -> int:
-        """Entries cached now."""
-        return self.tail - self.start
-
-    @property
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Everything cached now, oldest first: views of keys, values and channels by name, slots on axis 3."""
-        buffers = {"keys": self.keys, "values": self.values, **self.channels}
-        return {name: buffer.narrow(SLOT_AXIS, self.start, self.live) for name, buffer in buffers.items()}
-
-    def twin(self) -> Self:
-        """A ring with the same buffers, which either may write to after `copy_buffers` only."""
-        other = copy.copy(self)
-        other.channels = dict(self.channels)
-        return other
-
-    def copy_buffers(self) -> None:
-        """Copy what is cached to buffers of its own, at the same slots."""
-        with torch.inference_mode(False):
-            copies = {}
-            for name, stored in self.stored.items():
-                whole = self.channels.get(name, self.keys)
-                copies[name] = torch.zeros_like(whole)
-                copies[name].narrow(SLOT_AXIS, self.start, self.live).copy_(stored)
-        self.keys, self.values = copies.pop("keys"), copies.pop("values")
-        self.channels = copies
-
-    def open(self, tokens: int) -> None:
-        """Cut the views of all layers for a forward of `tokens` new entries; `make_room` comes before."""
-        end = self.tail + tokens
-        self._new = [buffer[..., self.tail : end, :].unbind(0) for buffer in (self.keys, self.values)]
-        self._visible = [buffer[..., self.start : end, :].unbind(0) for buffer in (self.keys, self.values)]
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new entries at the tail of one layer, without moving it, and return everything visible.
-
-        Parameters
-        ----------
-        keys, values : Tensor, (batch, kv_heads, new, head_dim)
-            As many entries as `open` was told.
-
-        Returns
-        -------
-        keys, values : Tensor, (batch, kv_heads, live + new, head_dim)
-            Views of the buffers.
-        """
-        # detached where it matters: no graph may grow along with the stream
-        self._new[0][layer].copy_(keys.detach() if keys.requires_grad else keys)
-        self._new[1][layer].copy_(values.detach() if values.requires_grad else values)
-        return self._visible[0][layer], self._visible[1][layer]
-
-    def move(self, start: int) -> None:
-        """Copy the live part to where slot `start` is its first."""
-        shift, live = start - self.start, self.live
-        if shift and live:
-            for buffer in (self.keys, self.values, *self.channels.values()):
-                self._move(buffer, shift, live)
-        self.start, self.tail = start, start + live
-
-    def _move(self, buffer: torch.Tensor, shift: int, live: int) -> None:
-        """Copy `live` entries from the start by `shift` slots: in pieces that meet no other's source, if few do."""
-        size = abs(shift)
-        firsts = range(0, live, size)
-        if len(firsts) <= MOVED_PIECES:
-            for first in firsts if shift < 0 else reversed(firsts):
-                count = min(size, live - first)
-                target = buffer.narrow(SLOT_AXIS, self.start + shift + first, count)
-                target.copy_(buffer.narrow(SLOT_AXIS, self.start + first, count))
-            return
-        for layer in buffer:  # one layer at a time bounds the extra memory
-            held = layer.narrow(SLOT_AXIS - 1, self.start, live).clone()
-            layer.narrow(SLOT_AXIS - 1, self.start + shift, live).copy_(held)
-
-
-class SoftRing(RingBuffers):
+class SoftRing(FramedRing):
     """Buffers with a pinned frame at the start of what counts and a window behind it.
 
     Parameters
@@ -184,16 +63,6 @@ class SoftRing(RingBuffers):
         self.pinned_positions = torch.arange(0, device=device).view(1, 1, 1, 0)
         self.base = self.first_window = self.rebases = 0
         self.ahead = KeysAhead(ahead, self.keys, sink, rope)
-
-    @property
-    def pinned(self) -> int:
-        """Entries in the pinned frame now (0 until the first prune)."""
-        return self.pinned_keys.shape[SLOT_AXIS]
-
-    @property
-    def seen(self) -> int:
-        """Tokens appended since the beginning of the stream."""
-        return self.first_window + self.live - self.pinned
 
     @property
     def bytes(self) -> int:
@@ -297,10 +166,11 @@ class SoftRing(RingBuffers):
             Called with the number of tokens that leave the window; returns the tokens that stay pinned.
         """
         first = self.pinned == 0 and self.first_window == 0
-        window = self.live - drop - self.sink - refresh
+        window = self.live - drop - self.sink - (refresh or self.recalled)
         if first:
             self._pin_sinks()
         leaving = self.live - self.pinned - window
+        self._tell_leaving(leaving)
         channels = {}
         if refresh:
             assert choose is not None, "somebody chooses the tokens that a refresh keeps"
@@ -310,6 +180,11 @@ class SoftRing(RingBuffers):
         self._write_pinned()
         for name, pinned in channels.items():
             self._pinned_slots(self.channels[name]).copy_(pinned)
+
+    def rewind(self, tokens: int) -> None:
+        """Take back the latest tokens, which must be in the window; what left when they came stays away."""
+        assert tokens <= self.live - self.pinned, "these tokens are not in the window"
+        self.tail -= tokens
 
     def held(self) -> Held:
         """What is cached now, for the choice of pinned tokens; views, good until something moves."""
@@ -335,57 +210,3 @@ class SoftRing(RingBuffers):
         self.channels = {name: channel.index_select(1, rows) for name, channel in self.channels.items()}
         self.ahead = self.ahead.anew(self.keys)
         self.take_pinned(self, rows)
-
-    def take_pinned(self, other: "SoftRing", rows: torch.Tensor) -> None:
-        """Take over the pinned tokens and the counts of rows, ``(any,)`` int64, of another ring."""
-        self.start, self.tail = other.start, other.tail
-        self.base, self.first_window, self.rebases = other.base, other.first_window, other.rebases
-        self._keep_pinned_keys(other.pinned_keys.index_select(1, rows))
-        self.pinned_values = other.pinned_values.index_select(1, rows)
-        positions = other.pinned_positions
-        self.pinned_positions = positions.index_select(1, rows) if positions.shape[1] > 1 else positions
-
-    def pinned_phases(self) -> torch.Tensor:
-        """Rotations of the pinned frame, relative to the base: it ends where the window begins."""
-        first = None if self.original_positions else self.first_window - self.pinned - self.base
-        return frame_phases(self.rope, self.pinned_positions, base=self.base, first=first)
-
-    def _pinned_slots(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer.narrow(SLOT_AXIS, self.start, self.pinned)
-
-    def _pin_sinks(self) -> None:
-        slots = slice(self.start, self.start + self.sink)
-        self._keep_pinned_keys(unrotated(self.rope, self.keys[..., slots, :], -self.base))
-        self.pinned_values = self.values[..., slots, :].clone()
-        self.pinned_positions = torch.arange(self.sink, device=self.keys.device).view(1, 1, 1, self.sink)
-        self.first_window = self.sink
-
-    def _pin(self, chosen: Refreshed) -> dict[str, torch.Tensor]:
-        """Pin other tokens behind the sinks; returns the channels of all pinned tokens, not yet in their slots."""
-        sink = self.sink
-        self._keep_pinned_keys(torch.cat([self.pinned_keys[..., :sink, :], chosen.keys], SLOT_AXIS))
-        self.pinned_values = torch.cat([self.pinned_values[..., :sink, :], chosen.values], SLOT_AXIS)
-        sinks = self.pinned_positions[..., :sink].expand(*chosen.positions.shape[:SLOT_AXIS], sink)
-        self.pinned_positions = torch.cat([sinks, chosen.positions], SLOT_AXIS)
-        return {
-            name: torch.cat([channel.narrow(SLOT_AXIS, self.start, sink), chosen.channels[name]], SLOT_AXIS)
-            for name, channel in self.channels.items()
-        }
-
-    def _keep_pinned_keys(self, keys: torch.Tensor) -> None:
-        """Keep unrotated pinned keys, also as the complex pairs that prunes rotate."""
-        self.pinned_keys, self._pinned_pairs = keys, self.rope.pairs(keys)
-        self.ahead.forget()
-
-    def _write_pinned(self) -> None:
-        """Rotate the pinned keys to where the frame lies now and write keys and values before the window."""
-        if self.pinned == 0:
-            return
-        slots, keys, pairs = self._pinned_slots(self.keys), self.pinned_keys, self._pinned_pairs
-        first = None if self.original_positions else self.first_window - self.pinned - self.base
-        ahead = self.ahead.at(first, keys, pairs)
-        if ahead is not None:
-            slots.copy_(ahead)
-        else:
-            write_rotated(self.rope, slots, keys, self.pinned_phases(), pairs)
-        self._pinned_slots(self.values).copy_(self.pinned_values)

@@ -223,6 +223,8 @@ def parted(stream: Stream, batch: int, own: list[int] | None, device: torch.devi
         stream = stream.start_over()
     if isinstance(stream, Rows) or (own is None and (batch == 1 or not stream.schedule.signals())):
         return stream
+    if stream.recall is not None:
+        raise ValueError("recall serves one row without pads; accepted: a batch of 1 without padding")
     if stream.spec.sliding:
         raise ValueError(
             f"rows that differ are not supported for {stream.spec.family} with sliding layers: left-padded batches, and"

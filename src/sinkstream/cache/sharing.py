@@ -7,6 +7,7 @@ from typing import Self
 
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.observe import AttentionObserver
+from sinkstream.cache.recall import Recall
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule
@@ -19,6 +20,7 @@ class SharedBuffers:
     sliding: SlidingRing | None
     observer: AttentionObserver | None
     schedule: PruneSchedule
+    recall: Recall | None
     seen_ids: SeenTokens | None
     policy: EvictionPolicy
     _sharers: "weakref.WeakSet[SharedBuffers] | None" = None  # all that read the same buffers, this stream among them
@@ -36,7 +38,7 @@ class SharedBuffers:
             Whether the buffers are shared until one of the two is about to write (`own`); else they are copied at once.
         """
         other = copy.copy(self)  # what is replaced and never written to may be shared
-        other._sharers = None
+        other._sharers, other.recall = None, None
         ring, observer = self.ring, self.observer
         if ring is None or not ring.seen:
             other.clear()
@@ -44,6 +46,9 @@ class SharedBuffers:
         other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
         other.ring = ring.twin()
         other.sliding = None if self.sliding is None else self.sliding.twin()
+        if self.recall is not None:
+            other.recall = self.recall.fork()
+            other.ring.on_leaving = other.recall.take
         if observer is not None:
             other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)
             other.observer.accumulate, other.observer.scaling = observer.accumulate, observer.scaling

@@ -6,8 +6,8 @@ ids of the forward with the layers that stream under the policy, and are set bac
 
 import torch
 
+from sinkstream.cache.buffers import RingBuffers
 from sinkstream.cache.pinned import SLOT_AXIS, turned_back
-from sinkstream.cache.ring import RingBuffers
 from sinkstream.cache.rope import Rope
 
 

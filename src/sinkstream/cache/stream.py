@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 
+from sinkstream.cache.buffers import RingBuffers
 from sinkstream.cache.channels import kept_channels
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.pinned import Refreshed, candidate_attention, refresh
-from sinkstream.cache.ring import RingBuffers, SoftRing
+from sinkstream.cache.recall import Recall
+from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sharing import SharedBuffers
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Step
 
-SETTINGS = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user")
+SETTINGS = ("spec", "policy", "positions", "rebase_at", "structure", "block_tokens", "user", "recalling")
 REBASE_AT = 1_024  # float32 angles at 2,200 put the NLL of a sharp model off by 1.5e-5, at 16,000 by 3e-5
 REBASE_AT_HALF = 8_192  # such an angle is off by less than what a rebase rounds off every key of the window
 AHEAD = 16  # prunes at consecutive tokens for which the sinks are rotated at once
@@ -45,6 +47,8 @@ class Stream(SharedBuffers):
         Tokens of the largest forward that the buffer must have room for, beside what is cached.
     user : object
         In whose name the model's attention is switched for one chunk; default: a new one.
+    recalling : Recall or None
+        An empty one, if tokens that left the window may come back.
 
     Attributes
     ----------
@@ -54,6 +58,8 @@ class Stream(SharedBuffers):
         What the layers with a window of their own hold; None before the first token, and where there are none.
     observer : AttentionObserver or None
         Of the attention, where the scorer reads it.
+    recall : Recall or None
+        What left the window, and what of it came back.
     schedule : PruneSchedule
         What the policy has counted and observed.
     seen_ids : SeenTokens or None
@@ -85,8 +91,9 @@ class Stream(SharedBuffers):
         structure: torch.Tensor | None,
         block_tokens: int,
         user: object = None,
+        recalling: Recall | None = None,
     ):
-        self.user = user or object()
+        self.user, self.recalling, self.recall = user or object(), recalling, None
         self.spec, self.policy, self.positions = spec, policy, positions
         self.rebase_at = default_rebase(spec.dtype) if rebase_at is None else rebase_at
         self.structure, self.block_tokens = structure, block_tokens
@@ -101,6 +108,10 @@ class Stream(SharedBuffers):
     def clear(self) -> None:
         """Forget everything; memory is given back."""
         self._leave()
+        if self.recalling is not None:
+            if self.recall is not None:
+                self.recall.close()
+            self.recall = self.recalling.empty()
         self.ring = self.sliding = self.observer = self.seen_ids = self.log_probs = None
         self.last_steps = []
         self.schedule = PruneSchedule(self.policy)
@@ -154,15 +165,16 @@ class Stream(SharedBuffers):
     def stats(self) -> dict[str, int]:
         """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks."""
         held = sum(part.bytes for part in (self.ring, self.sliding, self.observer, self.seen_ids) if part)
+        recalled = self.recall.stats() if self.recall is not None else {}
         return {
             "seen": self.seen,
             "kept": self.kept,
-            "evicted": self.seen - self.kept,
+            "evicted": self.seen - self.kept + recalled.get("recalled", 0),
             "events": self.events,
             "rebases": self.ring.rebases if self.ring else 0,
             "bytes": held,
             "shared_bytes": held if self.shares else 0,
-        }
+        } | recalled
 
     def capacity(self) -> int:
         """Slots of the buffer: what is cached and the chunk being fed, and as many again to copy back rarely."""
@@ -170,14 +182,19 @@ class Stream(SharedBuffers):
 
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
-        room = self.capacity() - self.kept
+        kept = self.kept if self.recall is None else max(self.kept, self.policy.target)  # tokens may come back before
+        room = self.capacity() - kept
         if self.spec.original_length is not None:
-            room = min(room, self.spec.original_length - self.kept)
+            room = min(room, self.spec.original_length - kept)
         if self.spec.sliding:
             room = min(room, self.sliding.room if self.sliding else self._sliding_capacity())
+        if self.recall is not None:
+            room = min(room, self.recall.room(self.schedule))
         if self.policy.plan_known:
             return room
         ahead = self.schedule.copy()
+        if self.recall is not None:
+            ahead.hold(max(ahead.cached, self.policy.target))
         ahead.step()
         sure = ahead.sure_steps()
         return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if self.speculates else sure))
@@ -208,14 +225,21 @@ class Stream(SharedBuffers):
                     window=spec.sliding.window,
                 )
             self.seen_ids = SeenTokens(batch, device) if self.remembers_ids else None
+        if self.recall is not None:
+            ring.on_leaving = self.recall.take
         queries = policy.scorer.observed_queries if policy.scorer else 0
         if queries or "accumulated" in policy.needs:
             self.observer = AttentionObserver(ring, queries, "accumulated" in policy.needs)
         return ring
 
     def begin_turn(self, ahead: int = 0) -> None:
-        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``. Raises ValueError."""
+        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"`` and for recall.
+
+        Raises ValueError if that is before a turn that is known.
+        """
         self.schedule.begin_turn(self.schedule.seen + ahead)
+        if self.recall is not None:
+            self.recall.begin_turn(self.schedule.seen + ahead)
 
     def resume(
         self, schedule: PruneSchedule, device: torch.device, *, batch: int = 1, logits: torch.Tensor | None = None
@@ -266,3 +290,24 @@ class Stream(SharedBuffers):
 
     def _new_ring(self, shape: tuple[int, ...], device: torch.device, **more: Any) -> SoftRing:
         return SoftRing(shape, self.spec.dtype, device, **more)
+
+
+def rewind(stream: Stream, tokens: int) -> None:
+    """Take back the latest tokens of a stream; what left when they came stays away.
+
+    Raises
+    ------
+    ValueError
+        If so many are not in the window, or the policy cannot tell what to take back.
+    """
+    ring = stream.ring
+    window = 0 if ring is None else ring.live - (ring.pinned if ring.first_window else 0)
+    if ring is None or not 0 <= tokens <= window:
+        raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
+    stream.own()
+    if stream.recall is not None:
+        stream.recall.rewind(tokens)
+    stream.schedule.rewind(tokens)
+    ring.rewind(tokens)
+    if stream.seen_ids is not None:
+        stream.seen_ids.rewind(tokens)

@@ -15,11 +15,12 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from sinkstream.archive import PREFIX, Chooser
 from sinkstream.cache.attention import release_attention, running
-from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec, check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
 from sinkstream.cache.padding import own_tokens
+from sinkstream.cache.recalling import RecallingCache, recall_of
 from sinkstream.cache.row_forward import RowsForward, begun, parted
 from sinkstream.cache.rows import CHUNK as ROWS_CHUNK
 from sinkstream.cache.rows import Rows
@@ -32,7 +33,7 @@ POSITIONS = ("cache", "original")
 CHUNK = 2_048  # tokens of one forward of a prompt
 
 
-class StreamingCache(CopiedCache):
+class StreamingCache(RecallingCache):
     """Attention sinks, pinned tokens and a window of KV entries, under an eviction policy.
 
     Made by `for_model`. Works with ``generate()`` (greedy, sampling, streamers) and with bare calls, with prompts in
@@ -66,6 +67,7 @@ class StreamingCache(CopiedCache):
         allow_untrained_positions: bool = False,
         rebase_at: int | None = None,
         block_tokens: int = 0,
+        recall: str | Chooser | None = None,
         **options: Any,
     ) -> "StreamingCache":
         """Make a cache for one model.
@@ -82,7 +84,7 @@ class StreamingCache(CopiedCache):
         positions : {"cache", "original"}
             Positions inside the cache (StreamingLLM), or every token keeps its index in the stream.
         tokenizer : tokenizer or None
-            Needed by ``scorer="structural"`` only.
+            Needed by ``scorer="structural"``; recall takes sentence borders, and the text of its events, from it.
         allow_untrained_positions : bool
             Accept a cache that grows past the positions the model was trained on.
         rebase_at : int or None
@@ -91,6 +93,12 @@ class StreamingCache(CopiedCache):
         block_tokens : int
             Prepare for scoring in blocks of that many tokens: the buffer has room for one, and until the cache is
             closed the model's sdpa is switched to a function whose cost does not grow with the prunes in a block.
+        recall : str, Chooser or None
+            Who says which tokens that left the window come back: a name of `sinkstream.archive.CHOOSERS`, or a chooser
+            of your own. None: what has left is gone.
+        **options
+            Of the policy; with ``recall`` also those of `RecallSettings` and of the chooser, behind ``recall_``:
+            ``recall_slots``, ``recall_every``, ``recall_gate`` …
 
         Raises
         ------
@@ -99,6 +107,7 @@ class StreamingCache(CopiedCache):
         """
         compiled, model = is_compiled(model), inner_model(model)
         spec = describe(model)
+        recall_options = {name: options.pop(name) for name in [*options] if name.startswith(PREFIX)}
         policy = _policy_of(policy, options)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
@@ -111,7 +120,13 @@ class StreamingCache(CopiedCache):
             weights = structural_weights(tokenizer)  # models pad their vocabulary past the tokenizer's
             structure = pad(weights, (0, max(0, model.config.vocab_size - len(weights))))
         stream = cls.stream_class(
-            spec, policy, positions=positions, rebase_at=rebase_at, structure=structure, block_tokens=block_tokens
+            spec,
+            policy,
+            positions=positions,
+            rebase_at=rebase_at,
+            structure=structure,
+            block_tokens=block_tokens,
+            recalling=recall_of(recall, recall_options, model, spec, policy, positions, tokenizer, compiled),
         )
         cache = cls(stream)
         cache.compiled = compiled
@@ -137,13 +152,6 @@ class StreamingCache(CopiedCache):
     def last_steps(self) -> Sequence[Step]:
         """What the policy did at each token of the latest forward."""
         return self.stream.last_steps
-
-    def stats(self) -> dict[str, int]:
-        """Counts: seen, kept, evicted tokens, prune events, rebases, the bytes held, and those shared with forks.
-
-        Where rows differ, each count is the largest of any row.
-        """
-        return self.stream.stats()
 
     def reset(self) -> None:
         """Forget the stream; memory is given back and the cache can be used for another one."""
@@ -193,6 +201,7 @@ class StreamingCache(CopiedCache):
             input_ids, mask = input_ids[:, pads:], mask[:, pads:]
         if mask is not None or isinstance(self.stream, Rows):
             chunk_tokens = min(chunk_tokens, ROWS_CHUNK)
+        self.announce(input_ids)
         fed, taken = 0, 0
         while fed < input_ids.shape[1]:
             now = slice(fed, fed + min(input_ids.shape[1] - fed, chunk_tokens, self.max_chunk_tokens()))
@@ -211,6 +220,7 @@ class StreamingCache(CopiedCache):
             mask = None if attention_mask is None else attention_mask[:, :-1]
             self.prefill(model, input_ids[:, :-1], attention_mask=mask)
             return input_ids[:, -1:]
+        self.announce(input_ids)
         for size in self.chunks(input_ids.shape[1]):
             if size == input_ids.shape[1]:
                 break

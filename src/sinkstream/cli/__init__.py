@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Time the rungs of decoding against the bytes that a step must read",
     "diagnose": "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
     "recall": "Measure what each policy recalls of a passage, by how far back it was seen",
+    "probe-heads": "Find the retrieval heads of a model, for recall by heads",
     "cliff": (
         "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions"
     ),
@@ -63,7 +64,7 @@ class CommandParser(Parser):
     def load(self) -> "CommandParser":
         """Import the command and add its options, once; returns itself."""
         if self.get_default("run") is None:
-            module = import_module(f"{__name__}.{self.command}")
+            module = import_module(f"{__name__}.{self.command.replace('-', '_')}")
             module.add_arguments(self)
             self.set_defaults(run=module.run)
         return self

@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     options.add_model_options(parser)
     options.add_policy_options(parser)
+    options.add_recall_options(parser)
     group = parser.add_argument_group("protocol")
     options.add_text(group, random=True)
     group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
 from sinkstream.cache import POSITIONS
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.runner import Request
@@ -23,6 +25,32 @@ def policy_option_specs() -> Iterator[OptionSpec]:
     """Every policy option once: geometry, then triggers, then scorers."""
     for cls in (EvictionPolicy, *(c for _, c in TRIGGERS.items()), *(c for _, c in SCORERS.items())):
         yield from (OptionSpec.of(f) for f in option_fields(cls))
+
+
+def recall_option_specs() -> Iterator[OptionSpec]:
+    """Every setting of recall and every option of a chooser once, with their prefix."""
+    seen = set[str]()
+    for cls in (RecallSettings, *(c for _, c in CHOOSERS.items())):
+        for spec in (OptionSpec.of(f) for f in option_fields(cls)):
+            if spec.name not in seen:
+                seen.add(spec.name)
+                yield replace(spec, name=PREFIX + spec.name)
+
+
+def add_recall_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--recall`` and one flag for every setting of recall; options of a chooser are given with the policy."""
+    group = parser.add_argument_group("recall")
+    group.add_argument(
+        "--recall",
+        choices=CHOOSERS.names(),
+        default=argparse.SUPPRESS,
+        help="who says which evicted tokens come back; for one policy only: strict:recall=lexical:recall_level=3",
+    )
+    own = {PREFIX + f.name for f in option_fields(RecallSettings)}
+    for spec in recall_option_specs():
+        if spec.name in own:
+            flag = "--" + spec.name.replace("_", "-")
+            group.add_argument(flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help)
 
 
 def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str], Any] = int) -> None:
@@ -67,13 +95,17 @@ def policy_settings(args: argparse.Namespace, **protocol: Any) -> list[RunSettin
     one of policies not to a baseline, and ``sample_every`` to recompute only.
     """
     shared, several, settings = policy_options(args), len(args.policy) > 1, []
+    recalled = {n: v for n, v in vars(args).items() if n == "recall" or n.startswith(PREFIX)}
     names = ("cap", "cap_accounting", "positions", "allow_untrained_positions")
     common = {name: getattr(args, name) for name in names} | protocol
     for method, options in args.policy:
         fixed = shared if method in BASELINES else FIXED.get(method, ())
         passed = {name: value for name, value in shared.items() if not (several and name in fixed)}
+        recall = {n: v for n, v in options.items() if n == "recall" or n.startswith(PREFIX)}
+        own = {n: v for n, v in options.items() if n not in recall}
+        recall = recall if several and method in BASELINES else recalled | recall
         sampled = {"sample_every": 1} if several and method != "recompute" else {}
-        settings.append(RunSettings(method, options=passed | options, **(common | sampled)))
+        settings.append(RunSettings(method, options=passed | own, recall=recall, **(common | sampled)))
     return settings
 
 
@@ -191,7 +223,8 @@ def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
-    types = {spec.name: spec.type for spec in policy_option_specs()} | {"scorer": str}
+    specs = (*policy_option_specs(), *recall_option_specs())
+    types = {spec.name: spec.type for spec in specs} | {"scorer": str, "recall": str}
     name, *given = text.split(":")
     if name not in method_names():
         raise argparse.ArgumentTypeError(f"policy {name!r} is not known; accepted: {', '.join(method_names())}")

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     options.add_model_options(parser)
     options.add_policy_options(parser)
+    options.add_recall_options(parser)
     group = parser.add_argument_group("recall")
     options.add_text(group, tokens=False)
     group.add_argument(

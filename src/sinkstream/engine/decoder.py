@@ -292,6 +292,11 @@ def checked_cache(
         raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
     model = inner_model(model)
     check_packable(model)
+    if options.get("recall") is not None:
+        raise ValueError(
+            f"recall={options['recall']!r} is not served by the engine; accepted: StreamingCache.for_model(model,"
+            " recall=CHOOSER, …), the cache for transformers"
+        )
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
         check_layers(cache.spec)

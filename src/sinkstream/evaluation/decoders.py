@@ -106,6 +106,9 @@ class ModuleDecoder(Decoder):
     def last_step(self) -> Step:
         return self.steps()[-1]
 
+    def announce(self, ids: torch.Tensor) -> None:
+        """These tokens ``(tokens,)`` are scored next."""
+
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         """Sizes of the forwards that score `tokens` tokens; ask for the next one after scoring the last."""
         size = self.settings.block_tokens
@@ -135,6 +138,7 @@ class StreamingDecoder(ModuleDecoder):
             allow_untrained_positions=settings.allow_untrained_positions,
             tokenizer=tokenizer,
             block_tokens=settings.block_tokens if settings.has_blocks else 0,
+            **settings.recall,
         )
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
@@ -146,6 +150,9 @@ class StreamingDecoder(ModuleDecoder):
 
     def steps(self) -> Sequence[Step]:
         return self.cache.last_steps
+
+    def announce(self, ids: torch.Tensor) -> None:
+        self.cache.announce(ids[None])
 
     def chunk_sizes(self, tokens: int) -> Iterator[int]:
         self.cache.stream.speculative = True

@@ -50,6 +50,7 @@ def provenance(
     `identity` is kept among the arguments, for resuming.
     """
     policy = settings.policy()
+    more = {"positions": settings.positions, **settings.recall}
     return {
         "created": utc_now(),
         "command": request.command,
@@ -59,7 +60,7 @@ def provenance(
         "policy": {
             "name": settings.method,
             "label": settings.label(),
-            "options": {} if policy is None else {**policy.record(), "positions": settings.positions},
+            "options": {} if policy is None else {**policy.record(), **more},
         },
     }
 

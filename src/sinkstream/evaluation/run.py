@@ -212,6 +212,7 @@ class Attempt:
         Stops at the first block with a non-finite prediction and returns the tokens of that block, which have no rows.
         """
         t = start
+        decoder.announce(self.ids[start : self.last])
         for size in decoder.chunk_sizes(self.last - start):
             nll = decoder.score(self.ids[t : t + size], self.ids[t + 1 : t + size + 1]).tolist()
             scored = [value for i, value in enumerate(nll, t - self.first) if i % self.settings.sample_every == 0]

@@ -41,6 +41,7 @@ class RunSettings:
     # KV slots; the window of recompute. Needed by every method but full
     cap: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # policy options that override those of the named policy
+    recall: dict[str, Any] = field(default_factory=dict)  # ``recall``, the chooser, and options with the prefix recall_
     cap_accounting: str = "peak"
     positions: str = "cache"
     allow_untrained_positions: bool = False
@@ -82,6 +83,7 @@ class RunSettings:
         if self.warmup_tokens < 0:
             raise ValueError(f"warmup_tokens={self.warmup_tokens} is not accepted; accepted: 0 or more")
         self._check_fixed_options()
+        self._check_recall()
         self.policy()
 
     @property
@@ -131,6 +133,7 @@ class RunSettings:
         words += [f"{short}={given[n]}" for n, short in GIVEN_LABELS.items() if n in given]
         others = {k: v for k, v in given.items() if k not in LABELS | GIVEN_LABELS and v != preset.get(k)}
         words += [f"{name}={value}" for name, value in others.items()]
+        words += [f"{name}={value}" for name, value in self.recall.items() if name != "recall_told"]
         words += [f"positions={self.positions}"] if self.positions != "cache" else []
         words += ["growth outside cap"] if self.cap_accounting != "peak" else []
         return " ".join(words)
@@ -159,6 +162,15 @@ class RunSettings:
                     " accepted: another --policy, or the option for one policy only, as in lazy:compress_every=64"
                 )
 
+    def _check_recall(self) -> None:
+        if not self.recall:
+            return
+        if self.recall.get("recall") is None:
+            raise ValueError(f"{next(iter(self.recall))} goes with recall=CHOOSER, which is not given")
+        if self.method in BASELINES or self.backend != "hf":
+            what = f"policy {self.method!r}" if self.method in BASELINES else f"backend {self.backend!r}"
+            raise ValueError(f"{what} has no recall; accepted: an eviction policy, with --backend hf")
+
     def _check_window_fits(self, policy: EvictionPolicy) -> None:
         counted = policy.target + CAP_ACCOUNTING[self.cap_accounting](policy.growth)
         if self.cap is not None and counted > self.cap:
@@ -168,5 +180,5 @@ class RunSettings:
             )
 
     def record(self) -> dict[str, Any]:
-        """All settings, JSON-able."""
-        return asdict(self)
+        """All settings, JSON-able; those of recall where there is recall."""
+        return {name: value for name, value in asdict(self).items() if name != "recall" or value}

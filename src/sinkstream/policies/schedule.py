@@ -207,6 +207,11 @@ class PruneSchedule:
         for trigger, state in zip(self.policy.triggers, self._states):
             trigger.rewind(state, self.seen)
 
+    def hold(self, cached: int) -> None:
+        """Take in that so many entries are cached now: tokens came back, or left, between two steps."""
+        self.cached = cached
+        self.pruning = self.pruning and cached > self.policy.target
+
     def observe(self, signal: str, risk: float) -> None:
         """Take in a risk signal of the distribution predicted after the latest token, for the triggers that want it.
 

@@ -14,7 +14,7 @@ DIAGNOSED_MODELS = {"SmolLM2-135M": "smollm2", "neox-27m-sink": "neox-sink", "ne
 DIAGNOSED_TEXTS = ("PG19", "WikiText")
 
 #: Options that make a policy a variant of itself, with the value that switches each off.
-VARIANT_OPTIONS = {"overlap": 0, "max_drop": None, "slack": None, "refresh": 0, "positions": "cache"}
+VARIANT_OPTIONS = {"overlap": 0, "max_drop": None, "slack": None, "refresh": 0, "positions": "cache", "recall": None}
 
 
 def normalised(name: str) -> str:
@@ -23,7 +23,7 @@ def normalised(name: str) -> str:
 
 
 def is_plain(record: Record) -> bool:
-    """Whether no option turns the policy into a variant: no overlap, max_drop, slack or refresh, cache positions."""
+    """Whether no option turns the policy into a variant: none of `VARIANT_OPTIONS` is on."""
     options = record.policy["options"]
     return all(options.get(name) in (off, None, 0, False) for name, off in VARIANT_OPTIONS.items())
 

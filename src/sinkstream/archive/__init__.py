@@ -1,0 +1,27 @@
+"""The archive: what left the window, and who says what of it comes back."""
+
+from sinkstream.archive.base import ARCHIVES, Archive
+from sinkstream.archive.block_file import BlockFile
+from sinkstream.archive.choosers import CHOOSERS, Chooser, Evicted, Index, Query
+from sinkstream.archive.kv import KVArchive
+from sinkstream.archive.settings import PREFIX, RecallSettings
+from sinkstream.archive.spans import Span, chosen_tokens, runs
+from sinkstream.archive.text import TextArchive
+
+__all__ = [
+    "ARCHIVES",
+    "CHOOSERS",
+    "PREFIX",
+    "Archive",
+    "BlockFile",
+    "Chooser",
+    "Evicted",
+    "Index",
+    "KVArchive",
+    "Query",
+    "RecallSettings",
+    "Span",
+    "TextArchive",
+    "chosen_tokens",
+    "runs",
+]

@@ -1,0 +1,98 @@
+"""The archive of one stream: tokens that left the window, in order, by position.
+
+Two kinds behind one interface. A KV archive holds unrotated keys and values; a text archive holds token ids, and reads
+them through the model again when they are wanted.
+"""
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+
+from sinkstream.registry import Registry
+
+ARCHIVES: Registry = Registry("archive")
+
+
+class Archive(ABC):
+    """Tokens ``first <= index < end`` of a stream; the oldest leave first when it is full.
+
+    Attributes
+    ----------
+    first, end : int
+        Which tokens of the stream are held.
+    ids : array of int
+        Their ids.
+    """
+
+    def __init__(self, first: int):
+        self.first = self.end = first
+        self.lost = 0
+        self.ids = array("i")
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Memory of the host and of the device, in bytes; a file is not counted."""
+
+    @property
+    def file_bytes(self) -> int:
+        """What lies in a file, in bytes."""
+        return 0
+
+    @abstractmethod
+    def room(self) -> int:
+        """How many tokens it takes in before it loses one, at least."""
+
+    @abstractmethod
+    def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in the tokens that follow the latest one.
+
+        Parameters
+        ----------
+        keys : Tensor, (layers, 1, kv_heads, tokens, head_dim), float32
+            Not rotated.
+        values : Tensor, the same shape, in the dtype of the model
+        """
+
+    @abstractmethod
+    def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of tokens of the stream, ascending, as `append` took them.
+
+        Raises
+        ------
+        ValueError
+            If a token is not held, or its file is damaged.
+        """
+
+    @abstractmethod
+    def fork(self) -> Self:
+        """The same tokens, to go on independently. Raises ValueError if that cannot be."""
+
+    def close(self) -> None:  # noqa: B027  (memory goes by itself)
+        """Give back what is not memory."""
+
+    def stats(self) -> dict[str, int]:
+        """Tokens held, bytes in memory and in a file, tokens lost because the archive was full."""
+        return {
+            "archived": len(self),
+            "archive_bytes": self.bytes,
+            "archive_file_bytes": self.file_bytes,
+            "archive_lost": self.lost,
+        }
+
+    def _lose(self, tokens: int) -> None:
+        """The oldest tokens are gone."""
+        self.first += tokens
+        self.lost += tokens
+        del self.ids[:tokens]
+
+    def _check_held(self, indices: Sequence[int]) -> None:
+        wrong = next((i for i in indices if not self.first <= i < self.end), None)
+        if wrong is not None:
+            raise ValueError(f"token {wrong} is not in the archive; accepted: {self.first} to {self.end - 1}")

@@ -1,0 +1,102 @@
+"""Blocks of one shape in a memory-mapped file of a fixed size; when it is full the oldest is overwritten."""
+
+import math
+import os
+import weakref
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sinkstream.records.files import WriteError
+
+
+class BlockFile:
+    """The oldest blocks of an archive, in a file that is made now, at its full size, and deleted by `close`.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file that does not exist yet.
+    file_bytes : int
+        The most that the file may take.
+    shape, dtype
+        Of a block.
+
+    Raises
+    ------
+    ValueError
+        If there is such a file already, or no block fits.
+    WriteError
+        If the file cannot be made: the disk is full, there is no permission.
+    """
+
+    def __init__(self, path: str | Path, file_bytes: int, shape: tuple[int, ...], dtype: torch.dtype):
+        self.path, self._shape, self._dtype = Path(path), shape, dtype
+        size = math.prod(shape) * dtype.itemsize
+        slots = file_bytes // size
+        if self.path.exists():
+            raise ValueError(
+                f"recall_file={str(path)!r} exists; accepted: the name of a file that does not, which is made and, when"
+                " the stream ends, deleted"
+            )
+        if slots < 1:
+            raise ValueError(f"recall_file_bytes={file_bytes} is less than a block; accepted: at least {size}")
+        finalizer = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            finalizer = weakref.finalize(self, _delete, self.path, self._descriptor)
+            os.posix_fallocate(self._descriptor, 0, slots * size)  # a full disk shows here, not at a later write
+        except OSError as error:
+            if finalizer is not None:
+                finalizer()
+            message = (
+                f"could not make the archive file {self.path} ({slots * size:,} bytes): {error.strerror or error};"
+                " accepted: a smaller recall_file_bytes, or a recall_file elsewhere"
+            )
+            raise WriteError(error.errno, message) from error
+        self._finalizer = finalizer
+        self._map = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(slots, size))
+        self._checksums = [0] * slots
+        self._written = 0
+
+    def append(self, block: torch.Tensor) -> bool:
+        """Write a block; returns whether the oldest one was overwritten. Raises ValueError if the file was cut."""
+        data = block.contiguous().view(torch.uint8).flatten().numpy()
+        slot, full = self._written % len(self._map), self._written >= len(self._map)
+        if not self._whole():
+            raise self._damaged(slot)
+        self._map[slot] = data
+        self._checksums[slot] = zlib.crc32(data.data)
+        self._written += 1
+        return full
+
+    def read(self, number: int) -> torch.Tensor:
+        """The block of this number, 0 for the oldest held. Raises ValueError if it is not what was written."""
+        oldest = max(0, self._written - len(self._map))
+        slot = (oldest + number) % len(self._map)
+        data = self._map[slot].copy() if self._whole() else None
+        if data is None or zlib.crc32(data.data) != self._checksums[slot]:
+            raise self._damaged(slot)
+        return torch.from_numpy(data).view(self._dtype).view(self._shape)
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._finalizer()
+
+    def _damaged(self, slot: int) -> ValueError:
+        return ValueError(
+            f"the archive file {str(self.path)!r} is damaged: block {slot} is not what was written; the cache cannot go"
+            " on with it. Ways out: cache.reset(), or a cache without recall_file"
+        )
+
+    def _whole(self) -> bool:
+        """Whether the file has its size still: an access past its end would end the process."""
+        return os.fstat(self._descriptor).st_size >= self._map.nbytes
+
+
+def _delete(path: Path, descriptor: int) -> None:
+    os.close(descriptor)
+    path.unlink(missing_ok=True)

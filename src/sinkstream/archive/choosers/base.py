@@ -1,0 +1,125 @@
+"""The contract of a chooser: tokens that left the window go into its index; a query gives one score a block."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from sinkstream.policies.options import check_options, option
+from sinkstream.registry import Registry
+
+CHOOSERS: Registry = Registry("chooser")
+
+Head = tuple[int, int]  # (layer, kv head)
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Tokens in a row that have left the window.
+
+    Attributes
+    ----------
+    first : int
+        Index in the stream of the first of them.
+    ids : sequence of int
+    keys : dict of Tensor, (tokens, head_dim), float32
+        Unrotated keys of the heads that the chooser asked for.
+    """
+
+    first: int
+    ids: Sequence[int]
+    keys: Mapping[Head, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for.
+
+    Attributes
+    ----------
+    now : int
+        Index in the stream of the token that comes next.
+    ids : sequence of int
+        The latest tokens, or those of the question.
+    asked : bool
+        Whether `ids` is a question: then somebody wants the best blocks whatever their score.
+    first, end : int
+        The archive holds the tokens ``first <= index < end``.
+    queries : dict of Tensor, (tokens, query heads of the kv head, head_dim), float32
+        Unrotated queries of `ids`, or of the last of them, at the heads that the chooser asked for.
+    scaling : float
+        Of attention scores.
+    """
+
+    now: int
+    ids: Sequence[int]
+    asked: bool
+    first: int
+    end: int
+    queries: Mapping[Head, torch.Tensor] = field(default_factory=dict)
+    scaling: float = 1.0
+
+    def blocks(self, block: int) -> range:
+        """Numbers of the blocks that the archive holds, whole or in part."""
+        return range(self.first // block, -(-self.end // block))
+
+
+class Index(ABC):
+    """What a chooser remembers of one stream."""
+
+    def add(self, evicted: Evicted) -> None:  # noqa: B027  (some choosers remember nothing)
+        """Take in tokens that have left the window; each comes once, in order."""
+
+    def forget(self, before: int) -> None:  # noqa: B027
+        """Tokens before this index have left the archive."""
+
+    @abstractmethod
+    def scores(self, query: Query) -> np.ndarray:
+        """One score for each block of ``query.blocks(block)``: ``(blocks,)``, float64.
+
+        1 is the level that 1 % of the queries of ordinary text reach: the gate opens at 1. A block of 0 or less is not
+        brought back.
+        """
+
+    def copy(self) -> Self:
+        """The same memory, to go on independently."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chooser(ABC):
+    """Says which blocks of the archive are wanted. Subclasses are frozen dataclasses of their options.
+
+    Attributes
+    ----------
+    block : int
+        Tokens of a block: block b is the tokens b * block to (b + 1) * block - 1 of the stream.
+    query_tokens : int
+        How many of the latest tokens a query is made of, where there is no question.
+    foresees : bool
+        The index reads ids alone, takes tokens before they have left the window, and its scores look at tokens before
+        ``query.end`` only. Then a prompt is fed in long chunks, up to the next choice that changes something.
+    heads : tuple of (layer, kv_head)
+        Whose unrotated keys and queries the index must be given.
+    """
+
+    foresees: ClassVar[bool] = False
+    heads: ClassVar[tuple[Head, ...]] = ()
+
+    block: int = option(16, "tokens of a block of the archive", minimum=1)
+    query_tokens: int = option(32, "latest tokens that a query is made of", minimum=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+    @classmethod
+    def for_model(cls, model: Any, **options: Any) -> Self:
+        """The chooser for one model; a chooser that must know the model overrides this."""
+        return cls(**options)
+
+    @abstractmethod
+    def start(self) -> Index:
+        """The empty index of a new stream."""

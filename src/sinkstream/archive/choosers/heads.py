@@ -1,0 +1,185 @@
+"""Retrieval-heads chooser: the attention of a few heads over every archived token."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, Index, Query
+from sinkstream.policies.options import option
+
+FOLDER = Path(__file__).parent.parent / "heads"  # of the models whose heads are known
+SAME = 1e-3  # by how much the signature of a model may differ, relative: half precision rounds it
+
+
+class HeadKeys:
+    """Unrotated keys of one head, every archived token's, on the device; they are joined when they are asked for."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._parts: list[torch.Tensor] = []
+
+    def add(self, first: int, keys: torch.Tensor) -> None:
+        """Keys ``(tokens, head_dim)`` of the tokens from `first` on."""
+        self.first = first if self.first is None else self.first
+        self._parts.append(keys)
+
+    def read(self, first: int) -> torch.Tensor:
+        """Keys ``(tokens, head_dim)`` of the tokens from `first` on; those before are forgotten."""
+        assert self.first is not None, "something was added"
+        joined = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        joined = joined[first - self.first :] if first > self.first else joined
+        self.first, self._parts = first, [joined]
+        return joined
+
+    def copy(self) -> "HeadKeys":
+        """The same keys, to go on independently."""
+        other = HeadKeys()
+        other.first, other._parts = self.first, list(self._parts)
+        return other
+
+
+def block_mass(query: Query, head: Head, keys: torch.Tensor, block: int) -> torch.Tensor:
+    """Attention that the queries of one head give to each block, over archived tokens alone.
+
+    Parameters
+    ----------
+    keys : Tensor, (tokens, head_dim)
+        Of the tokens `query.first` to `query.end` - 1.
+
+    Returns
+    -------
+    Tensor, (blocks,), float32
+        Mean over the queries and the query heads; sums to 1.
+    """
+    asking = query.queries[head].flatten(0, 1)
+    mass = (asking @ keys.T * query.scaling).softmax(-1).mean(0)
+    before, blocks = query.first % block, len(query.blocks(block))
+    padded = torch.nn.functional.pad(mass, (before, blocks * block - before - len(mass)))
+    return padded.view(blocks, block).sum(1)
+
+
+class HeadsIndex(Index):
+    """Keys of the chosen heads."""
+
+    def __init__(self, chooser: "Heads"):
+        self.chooser = chooser
+        self.keys = {head: HeadKeys() for head in chooser.heads}
+
+    def add(self, evicted: Evicted) -> None:
+        """Keep the keys."""
+        for head, keys in self.keys.items():
+            keys.add(evicted.first, evicted.keys[head])
+
+    def scores(self, query: Query) -> np.ndarray:
+        """Mean attention mass of the heads in each block, in units of the level."""
+        masses = [
+            block_mass(query, head, keys.read(query.first), self.chooser.block) for head, keys in self.keys.items()
+        ]
+        return torch.stack(masses).mean(0).double().cpu().numpy() / self.chooser.level
+
+    def copy(self) -> "HeadsIndex":
+        """Keys of its own."""
+        other = HeadsIndex(self.chooser)
+        other.keys = {head: keys.copy() for head, keys in self.keys.items()}
+        return other
+
+
+@CHOOSERS.register("heads")
+@dataclass(frozen=True)
+class Heads(Chooser):
+    """Blocks that one or two retrieval heads of the model attend to: every archived token has its keys on the device.
+
+    ``sinkstream probe-heads MODEL`` finds the heads of a model and the level of their gate. Source: Wu et al.,
+    arXiv:2404.15574 (retrieval heads). Means of a block's keys, and means over many heads, find nothing.
+    """
+
+    heads: tuple[Head, ...] = ()  # type: ignore[misc]  # an option here, nothing for other choosers
+    query_tokens: int = option(16, "latest tokens whose queries are asked", minimum=1)
+    level: float = option(0.5, "attention mass in one block that opens the gate", minimum=1e-9, maximum=1.0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "heads", read_heads(self.heads))
+        super().__post_init__()
+
+    @classmethod
+    def for_model(cls, model: Any, **options: Any) -> Self:
+        """With the heads that are given, in a file or by name, or those that are known of the model."""
+        given = options.get("heads")
+        if isinstance(given, str | Path) and Path(given).suffix == ".json":
+            options = known_heads(Path(given)) | {name: v for name, v in options.items() if name != "heads"}
+        elif given is None:
+            options = heads_of(model) | options
+        chooser = cls(**options)
+        check_heads(chooser.heads, model)
+        return chooser
+
+    def start(self) -> HeadsIndex:
+        """No keys."""
+        return HeadsIndex(self)
+
+
+def read_heads(given: Any) -> tuple[Head, ...]:
+    """Heads of ``"17.1,18.2"`` or of pairs (layer, kv head). Raises ValueError."""
+    try:
+        pairs = [part.split(".") for part in given.split(",") if part] if isinstance(given, str) else list(given)
+        return tuple((int(layer), int(head)) for layer, head in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"recall_heads={given!r} is not accepted; accepted: LAYER.KV_HEAD[,LAYER.KV_HEAD], as in 17.1,18.2, or the"
+            " file that sinkstream probe-heads writes"
+        ) from None
+
+
+def check_heads(heads: Sequence[Head], model: Any) -> None:
+    """Raise ValueError unless the model has these heads, at least one."""
+    layers, kv_heads = shape_of(model)
+    wrong = [head for head in heads if not (0 <= head[0] < layers and 0 <= head[1] < kv_heads)]
+    if wrong or not heads:
+        what = f"head {wrong[0][0]}.{wrong[0][1]} is not one of the model's" if wrong else "no retrieval head is given"
+        raise ValueError(f"{what}; accepted: layers 0 to {layers - 1}, kv heads 0 to {kv_heads - 1}")
+
+
+def shape_of(model: Any) -> tuple[int, int]:
+    """Layers and kv heads of a model."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, heads
+
+
+def signature(model: Any) -> float:
+    """A number that tells models of one shape apart: the mean absolute weight of the input embedding."""
+    return float(model.get_input_embeddings().weight.detach().abs().mean(dtype=torch.float64))
+
+
+def known_heads(path: Path) -> dict[str, Any]:
+    """Options ``heads`` and ``level`` of a file of ``sinkstream probe-heads``. Raises ValueError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"heads": read_heads(content["heads"]), "level": float(content["level"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads") from None
+
+
+def heads_of(model: Any) -> dict[str, Any]:
+    """Options ``heads`` and ``level`` that are known of a model.
+
+    Raises
+    ------
+    ValueError
+        If none are: the message says how to find them.
+    """
+    shape, own = shape_of(model), signature(model)
+    for path in sorted(FOLDER.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        same_shape = (content["model_type"], *content["shape"]) == (model.config.model_type, *shape)
+        if same_shape and abs(content["signature"] - own) <= SAME * own:
+            return known_heads(path)
+    raise ValueError(
+        f"no retrieval heads are known of this {model.config.model_type} of {shape[0]} layers; accepted:"
+        " recall_heads=LAYER.KV_HEAD, or the file that `sinkstream probe-heads MODEL` writes, or recall='lexical'"
+    )

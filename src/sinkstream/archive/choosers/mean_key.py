@@ -1,0 +1,69 @@
+"""Mean-key chooser: what the field uses, one mean key a block, for comparison."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, Index, Query
+from sinkstream.archive.choosers.heads import HeadKeys, check_heads, read_heads, shape_of
+
+
+class MeanKeyIndex(Index):
+    """Keys of all heads of a few layers."""
+
+    def __init__(self, chooser: "MeanKey"):
+        self.chooser = chooser
+        self.keys = {head: HeadKeys() for head in chooser.heads}
+
+    def add(self, evicted: Evicted) -> None:
+        """Keep the keys."""
+        for head, keys in self.keys.items():
+            keys.add(evicted.first, evicted.keys[head])
+
+    def scores(self, query: Query) -> np.ndarray:
+        """1, so that the gate is open, and the softmax over blocks of mean query and mean key, averaged over heads."""
+        blocks = torch.arange(query.first, query.end) // self.chooser.block - query.first // self.chooser.block
+        total = torch.zeros(len(query.blocks(self.chooser.block)))
+        for head, held in self.keys.items():
+            keys, group = held.read(query.first), query.queries[head].mean(0)
+            index = blocks.to(keys.device)
+            count = torch.bincount(index, minlength=len(total))[:, None]
+            mean = keys.new_zeros(len(total), keys.shape[1]).index_add_(0, index, keys) / count
+            total += (group @ mean.T * query.scaling).softmax(-1).mean(0).cpu()
+        return 1.0 + total.double().numpy() / len(self.keys)
+
+    def copy(self) -> "MeanKeyIndex":
+        """Keys of its own."""
+        other = MeanKeyIndex(self.chooser)
+        other.keys = {head: keys.copy() for head, keys in self.keys.items()}
+        return other
+
+
+@CHOOSERS.register("mean-key")
+@dataclass(frozen=True)
+class MeanKey(Chooser):
+    """Blocks whose mean unrotated key is nearest to the mean query, over all heads of three layers, always.
+
+    For comparison: what block digests of the field do. Source: KVMem (arXiv:2609.04852).
+    """
+
+    heads: tuple[Head, ...] = ()  # type: ignore[misc]  # an option here, nothing for other choosers
+
+    def __post_init__(self):
+        object.__setattr__(self, "heads", read_heads(self.heads))
+        super().__post_init__()
+
+    @classmethod
+    def for_model(cls, model: Any, **options: Any) -> Self:
+        """Over all heads of the layers at a quarter, half and three quarters of the depth, unless heads are given."""
+        layers, kv_heads = shape_of(model)
+        depths = sorted({layers // 4, layers // 2, 3 * layers // 4})
+        chooser = cls(**{"heads": [(layer, head) for layer in depths for head in range(kv_heads)]} | options)
+        check_heads(chooser.heads, model)
+        return chooser
+
+    def start(self) -> MeanKeyIndex:
+        """No keys."""
+        return MeanKeyIndex(self)

@@ -1,0 +1,80 @@
+"""Oracle choosers: told which tokens are wanted when; what attending, or attending in time, can give back at most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Index, Query
+from sinkstream.policies.options import option
+
+TOLD = "(begin, end, first, last): for the tokens begin <= t < end, the tokens first <= p < last"
+
+
+class OracleIndex(Index):
+    """Remembers nothing: all is told."""
+
+    def __init__(self, chooser: "Oracle"):
+        self.chooser = chooser
+
+    def scores(self, query: Query) -> np.ndarray:
+        """2 for the blocks that hold a token which is wanted now, or before the next choice, 0 for all others."""
+        chooser, blocks = self.chooser, query.blocks(self.chooser.block)
+        found = np.zeros(len(blocks))
+        for begin, end, first, last in chooser.told:
+            if chooser.wanted(begin, end, query.now):
+                low, high = first // chooser.block, (last - 1) // chooser.block + 1
+                found[max(0, low - blocks.start) : max(0, high - blocks.start)] = 2.0
+        return found
+
+    def copy(self) -> "OracleIndex":
+        """Itself."""
+        return self
+
+
+@CHOOSERS.register("oracle")
+@dataclass(frozen=True)
+class Oracle(Chooser):
+    """Told which tokens are wanted when, and brings them before the first of them is needed: a ceiling.
+
+    Source: none, the ceiling of attending to what was brought back.
+    """
+
+    foresees: ClassVar[bool] = True
+
+    told: tuple[tuple[int, int, int, int], ...] = ()
+    ahead: int = option(8, "tokens before `begin` from which on the told ones are wanted", minimum=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            told = tuple(tuple(int(n) for n in row) for row in self.told)
+        except (TypeError, ValueError):
+            raise ValueError(f"told={self.told!r} is not accepted; accepted: rows of {TOLD}") from None
+        wrong = next((row for row in told if len(row) != 4 or row[0] >= row[1] or not 0 <= row[2] < row[3]), None)
+        if wrong is not None:
+            raise ValueError(f"told row {wrong} is not accepted; accepted: {TOLD}")
+        object.__setattr__(self, "told", told)
+
+    def wanted(self, begin: int, end: int, now: int) -> bool:
+        """Whether what is wanted for the tokens `begin` to `end` is wanted at a choice before token `now`."""
+        return begin - self.ahead < now < end
+
+    def start(self) -> OracleIndex:
+        """Nothing to remember."""
+        return OracleIndex(self)
+
+
+@CHOOSERS.register("late-oracle")
+@dataclass(frozen=True)
+class LateOracle(Oracle):
+    """As the oracle, but only once some of the tokens have been read: a ceiling for every chooser that reads them.
+
+    Source: none, the ceiling of a choice that must first see what it looks for.
+    """
+
+    late: int = option(8, "tokens after `begin` that must have been read", minimum=0)
+
+    def wanted(self, begin: int, end: int, now: int) -> bool:
+        """As `Oracle.wanted`, later."""
+        return begin + self.late <= now < end

@@ -1,0 +1,79 @@
+"""What a user says of recall: a chooser, its slots, when it chooses, where recalled tokens stand, and the archive."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sinkstream.archive.base import ARCHIVES
+from sinkstream.archive.choosers import CHOOSERS, Chooser
+from sinkstream.policies.options import check_options, option, option_fields
+
+BUDGET_BYTES = 2 << 30
+PREFIX = "recall_"  # of a setting's name, and of a chooser's option, among the options of a cache
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """How evicted tokens come back.
+
+    Raises
+    ------
+    ValueError
+        If a setting, or a combination of them, is not accepted.
+    """
+
+    chooser: Chooser
+    slots: int = option(None, "slots that recalled tokens take out of the window", minimum=1)
+    every: int = option(8, "tokens between two choices", minimum=1)
+    gate: float = option(
+        1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
+    )
+    hold: int = option(32, "tokens that recalled tokens stay after the gate was last open", minimum=0)
+    hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
+    distance: int = option(
+        65, "positions from the query to the nearest recalled token; 0: right behind the sinks", minimum=0
+    )
+    archive: str = option("kv", "what is kept of evicted tokens", choices=ARCHIVES.names)
+    bytes: int = option(BUDGET_BYTES, "host memory of the archive", minimum=1)
+    file: str | None = option(None, "file for what does not fit the host memory; made, and deleted in the end")
+    file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
+
+    def __post_init__(self):
+        check_options(self)
+        if self.file is not None and self.archive != "kv":
+            raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
+
+    @classmethod
+    def build(cls, recall: "str | Chooser", model: Any, peak: int, **options: Any) -> "RecallSettings":
+        """Settings from flat options, without their prefix.
+
+        Parameters
+        ----------
+        recall : str or Chooser
+            Name of a registered chooser, or a chooser.
+        model : PreTrainedModel
+            For choosers that must know it.
+        peak : int
+            The most entries that the policy caches: a quarter of them is the default of ``slots``.
+        **options
+            Settings, and options of the chooser where it is given by name. None means "not given".
+
+        Raises
+        ------
+        ValueError
+            Naming the option, the value and what is accepted.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        own = {f.name for f in option_fields(cls)}
+        mine = {name: given.pop(name) for name in [*given] if name in own}
+        if not isinstance(recall, str | Chooser):
+            raise ValueError(f"recall={recall!r} is not accepted; accepted: {', '.join(CHOOSERS)}, or a Chooser")
+        known = {f.name for f in fields(CHOOSERS[recall])} if isinstance(recall, str) else set()
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            accepted = ", ".join(PREFIX + name for name in sorted(own | known))
+            raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
+        chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
+        if isinstance(mine.get("file"), Path):
+            mine["file"] = str(mine["file"])
+        return cls(chooser, **{"slots": max(1, peak // 4)} | mine)

@@ -1,0 +1,97 @@
+"""Spans: what comes back of the blocks that a chooser scores best: the hit, its neighbours, cut at borders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``first <= index < end`` of the stream that came back.
+
+    Attributes
+    ----------
+    first, end : int
+    turn : int or None
+        Number of the turn that the first token is in, where turns were told.
+    text : str or None
+        Where the cache has the tokenizer.
+    """
+
+    first: int
+    end: int
+    turn: int | None = None
+    text: str | None = None
+
+
+def chosen_tokens(
+    scores: np.ndarray,
+    first_block: int,
+    block: int,
+    *,
+    held: range,
+    budget: int,
+    least: float,
+    border: Callable[[int], bool],
+    whole: bool,
+) -> list[int]:
+    """The tokens that come back, ascending.
+
+    Blocks are taken by their score, each with the block before and the block behind; of equal scores, the more recent.
+
+    Parameters
+    ----------
+    scores : array, (blocks,)
+    first_block : int
+        Number of the first of them; block b is the tokens b * block to (b + 1) * block - 1.
+    held : range
+        Tokens that the archive holds.
+    budget : int
+        The most tokens that come back.
+    least : float
+        Blocks of a lower score, and of 0 or less, stay where they are.
+    border : callable
+        Whether a sentence or a turn begins at a token.
+    whole : bool
+        Whether the tokens of the block behind end with a sentence as well: a question wants statements; a text that
+        goes on wants what comes next.
+    """
+    taken: set[int] = set()
+    order = np.lexsort((-np.arange(len(scores)), -scores))
+    for number in order[: budget + 1].tolist():
+        if scores[number] <= 0 or scores[number] < least or len(taken) >= budget:
+            break
+        hit = range((first_block + number) * block, (first_block + number + 1) * block)
+        span = _span(hit, block, border, whole)
+        new = [t for t in range(max(span.start, held.start), min(span.stop, held.stop)) if t not in taken]
+        own = [t for t in new if t in hit]
+        if len(new) > budget - len(taken):  # the hit itself before its neighbours, those nearest to it first
+            rest = sorted((t for t in new if t not in hit), key=lambda t: _distance(t, hit))
+            new = (own + rest)[: budget - len(taken)]
+        taken.update(new)
+    return sorted(taken)
+
+
+def _span(hit: range, block: int, border: Callable[[int], bool], whole: bool) -> range:
+    """The hit with its neighbours, cut where a sentence begins, if one does there."""
+    before = range(hit.start, hit.start - block - 1, -1)
+    first = next((t for t in before if border(t)), hit.start - block)
+    behind = range(hit.stop + block, hit.stop - 1, -1)
+    end = next((t for t in behind if border(t)), hit.stop + block) if whole else hit.stop + block
+    return range(first, end)
+
+
+def _distance(token: int, hit: range) -> int:
+    return max(hit.start - token, token - hit.stop + 1)
+
+
+def runs(tokens: list[int]) -> list[tuple[int, int]]:
+    """Runs ``(first, end)`` of tokens in a row, of ascending tokens."""
+    found: list[tuple[int, int]] = []
+    for token in tokens:
+        if found and found[-1][1] == token:
+            found[-1] = (found[-1][0], token + 1)
+        else:
+            found.append((token, token + 1))
+    return found

@@ -1,0 +1,67 @@
+"""Text archive: token ids alone, read through the model again when they are wanted."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+
+from sinkstream.archive.base import ARCHIVES, Archive
+
+BYTES = 4  # of an id
+LOST_AT_ONCE = 1_024  # tokens, so that a full archive is not moved for every token
+
+#: ids of a text -> unrotated keys (layers, 1, kv_heads, tokens, head_dim), float32, and values, in the model's dtype
+Reread = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
+
+
+@ARCHIVES.register("text")
+class TextArchive(Archive):
+    """Token ids, 4 bytes each: what is wanted is read through the model again, behind the sinks.
+
+    The keys and values are those of the wanted tokens in each other's company, not those that left. So they cost a
+    forward of as many tokens as come back, and differ from those of the KV archive.
+
+    Parameters
+    ----------
+    first : int
+        Index of the first token that can leave.
+    sinks : sequence of int
+        Ids of the sinks, which every text that is read again begins with.
+    reread : callable
+    budget_bytes : int
+    """
+
+    def __init__(self, first: int, *, sinks: Sequence[int], reread: Reread, budget_bytes: int):
+        super().__init__(first)
+        self.sinks, self.reread, self.budget_bytes = list(sinks), reread, budget_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Of the ids."""
+        return len(self.ids) * BYTES
+
+    def room(self) -> int:
+        """As `Archive.room`."""
+        return max(0, self.budget_bytes // BYTES - len(self.ids))
+
+    def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """As `Archive.append`; keys and values are let go."""
+        self.ids.extend(ids)
+        self.end += len(ids)
+        over = len(self.ids) - self.budget_bytes // BYTES
+        if over > 0:
+            self._lose(min(len(self.ids), max(over, LOST_AT_ONCE)))
+
+    def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Archive.read`, by one forward of the sinks and the tokens."""
+        self._check_held(indices)
+        keys, values = self.reread([*self.sinks, *(self.ids[index - self.first] for index in indices)])
+        own = slice(len(self.sinks), None)
+        return keys[..., own, :], values[..., own, :]
+
+    def fork(self) -> Self:
+        """As `Archive.fork`."""
+        other = copy.copy(self)
+        other.ids = self.ids[:]
+        return other

@@ -1,0 +1,40 @@
+"""``sinkstream probe-heads``."""
+
+import argparse
+import json
+from pathlib import Path
+
+from sinkstream.cli import options
+from sinkstream.cli.show import wide_console
+from sinkstream.data import load_text, tokenize
+from sinkstream.evaluation.probe_heads import probe_heads
+from sinkstream.records.files import write_atomically
+
+TOKENS = 12_000  # of ordinary text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    options.add_model_options(parser)
+    group = parser.add_argument_group("probe")
+    options.add_text(group, tokens=False)
+    group.add_argument("--out", type=Path, default=Path("heads.json"), help="the file, for recall_heads=FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe, print what was found, write the file."""
+    console = wide_console()
+    text = load_text(args.text)
+    loaded = options.load_given_model(args)
+    ids = tokenize(text, loaded.tokenizer, TOKENS).ids.tolist()
+    with console.status("probing") as status:
+        found = probe_heads(
+            loaded, ids, args.seed, lambda done, total: status.update(f"probing: {done:,} of {total:,} tokens")
+        )
+    write_atomically(args.out, json.dumps(found | {"text": text.name, "seed": args.seed}, indent=2) + "\n")
+    names = ", ".join(f"{layer}.{head}" for layer, head in found["heads"])
+    console.print(
+        f"{loaded.name}: heads {names} (layer.kv_head) find {found['passages_found']:.0%} of the passages and"
+        f" {found['facts_found']:.0%} of the facts; level {found['level']}. Written: {args.out}"
+    )
+    return 0

@@ -1,0 +1,177 @@
+"""The archive alone: what goes in comes out, the oldest is lost first, and a file that fails says so."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
+from sinkstream.archive.choosers.lexical import Lexical
+from sinkstream.archive.kv import BLOCK
+from sinkstream.records.files import WriteError
+
+SHAPE = (2, 3, 5)  # layers, kv heads, head dim
+BLOCK_SHAPE = (2, 2, 3, BLOCK, 5)
+BLOCK_BYTES = 2 * 2 * 3 * BLOCK * 5 * 4
+
+
+def entries(first: int, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Ids, keys and values of tokens, which say which token they are of."""
+    index = torch.arange(first, first + count).float()
+    layers, heads, dim = SHAPE
+    keys = index[:, None].expand(layers, 1, heads, count, dim) + torch.arange(dim) / 10
+    return list(range(first, first + count)), keys, -keys
+
+
+def fill(archive, tokens: int, at_once: int = 7) -> None:
+    """Append that many tokens, a few at a time."""
+    while archive.end < tokens:
+        archive.append(*entries(archive.end, min(at_once, tokens - archive.end)))
+
+
+def read(archive, indices: list[int]) -> None:
+    """Every token that is read is the one that was appended."""
+    keys, values = archive.read(indices, torch.device("cpu"))
+    for place, index in enumerate(indices):
+        _, key, value = entries(index, 1)
+        assert torch.equal(keys[..., place : place + 1, :], key)
+        assert torch.equal(values[..., place : place + 1, :], value)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 200])
+def test_what_goes_in_comes_out_and_the_oldest_is_lost_first(at_once):
+    archive = KVArchive(4, budget_bytes=2 * BLOCK_BYTES)
+    fill(archive, 4 + 4 * BLOCK + 9, at_once)
+    assert archive.first == 4 + 2 * BLOCK and archive.lost == 2 * BLOCK and len(archive) == 2 * BLOCK + 9
+    assert archive.ids[0] == archive.first
+    read(archive, [archive.first, archive.first + BLOCK + 3, archive.end - 10, archive.end - 1])
+    assert archive.bytes <= 3 * BLOCK_BYTES
+    with pytest.raises(ValueError, match=f"token 5 is not in the archive; accepted: {archive.first} to"):
+        archive.read([5], torch.device("cpu"))
+
+
+def test_a_fork_goes_on_by_itself():
+    archive = KVArchive(0, budget_bytes=10 * BLOCK_BYTES)
+    fill(archive, 100)
+    fork = archive.fork()
+    fill(archive, 150)
+    assert len(fork) == 100 and len(fork.ids) == 100
+    read(fork, [0, 64, 99])
+    fill(fork, 120)
+    read(archive, [0, 64, 149])
+
+
+def test_the_file_takes_what_memory_does_not(tmp_path):
+    path = tmp_path / "deep" / "archive"
+    file = BlockFile(path, 2 * BLOCK_BYTES + 5, BLOCK_SHAPE, torch.float32)
+    archive = KVArchive(0, budget_bytes=BLOCK_BYTES, file=file)
+    fill(archive, 5 * BLOCK)
+    assert archive.stats() == {
+        "archived": 3 * BLOCK,
+        "archive_bytes": BLOCK_BYTES,
+        "archive_file_bytes": 2 * BLOCK_BYTES,
+        "archive_lost": 2 * BLOCK,
+    }
+    read(archive, [2 * BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 4 * BLOCK + 2])
+    with pytest.raises(ValueError, match="whose archive has a file cannot be forked"):
+        archive.fork()
+    assert os.path.getsize(path) == 2 * BLOCK_BYTES
+    archive.close()
+    assert not path.exists()
+
+
+def test_a_file_that_fails_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "archive"
+    archive = KVArchive(0, budget_bytes=1, file=BlockFile(path, 3 * BLOCK_BYTES, BLOCK_SHAPE, torch.float32))
+    fill(archive, 2 * BLOCK)
+    with path.open("r+b") as file:
+        file.seek(BLOCK_BYTES + 17)
+        file.write(b"damage")
+    read(archive, [0])
+    with pytest.raises(ValueError, match="is damaged: block 1 is not what was written"):
+        archive.read([BLOCK], torch.device("cpu"))
+    os.truncate(path, BLOCK_BYTES)
+    with pytest.raises(ValueError, match="is damaged"):
+        archive.read([0], torch.device("cpu"))
+    with pytest.raises(ValueError, match="exists; accepted: the name of a file that does not"):
+        BlockFile(path, BLOCK_BYTES, BLOCK_SHAPE, torch.float32)
+    with pytest.raises(ValueError, match=f"is less than a block; accepted: at least {BLOCK_BYTES}"):
+        BlockFile(tmp_path / "other", BLOCK_BYTES - 1, BLOCK_SHAPE, torch.float32)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WriteError) as error:
+        BlockFile(tmp_path / "other", BLOCK_BYTES, BLOCK_SHAPE, torch.float32)
+    assert "No space left on device; accepted: a smaller recall_file_bytes" in error.value.strerror
+    assert not (tmp_path / "other").exists()
+
+
+def test_text_is_read_behind_the_sinks():
+    asked = []
+
+    def reread(ids):
+        asked.append(list(ids))
+        return entries(0, len(ids))[1:]
+
+    archive = TextArchive(2, sinks=[90, 91], reread=reread, budget_bytes=4_000)
+    fill(archive, 500)
+    keys, values = archive.read([10, 20, 21], torch.device("cpu"))
+    assert asked == [[90, 91, 10, 20, 21]] and keys.shape[3] == values.shape[3] == 3
+    fill(archive, 1_500)
+    assert archive.bytes <= 4_000 and archive.lost and archive.ids[0] == archive.first
+
+
+# ---- spans ----
+
+
+def spans_of(scores, *, budget, borders=(), whole=False, held=range(1000), block=4):
+    tokens = chosen_tokens(
+        np.array(scores), 0, block, held=held, budget=budget, least=0.5, border=borders.__contains__, whole=whole
+    )
+    return runs(tokens)
+
+
+def test_a_hit_comes_with_its_neighbours():
+    scores = np.zeros(20)
+    scores[[5, 12]] = 3.0, 2.0
+    assert spans_of(scores, budget=24) == [(16, 28), (44, 56)]
+    assert spans_of(scores, budget=12) == [(16, 28)]
+    assert spans_of(scores, budget=16) == [(16, 28), (48, 52)], "the hit before its neighbours"
+    assert spans_of(scores, budget=24, held=range(18, 50)) == [(18, 28), (44, 50)]
+
+
+def test_spans_are_cut_where_sentences_begin():
+    scores = np.zeros(20)
+    scores[5] = 3.0  # tokens 20 to 23
+    assert spans_of(scores, budget=24, borders={18, 26}) == [(18, 28)]
+    assert spans_of(scores, budget=24, borders={18, 26}, whole=True) == [(18, 26)]
+    assert spans_of(scores, budget=24, borders={20, 24}, whole=True) == [(20, 24)]
+
+
+# ---- choosers ----
+
+
+def test_the_order_of_the_latest_words_counts():
+    """Two blocks have the same words; only one has them in the order of the query."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1_000, 50_000, 640).tolist()
+    row = list(range(100, 112))
+    ids[160:172], ids[400:412] = row, rng.permutation(row).tolist()
+    index = Lexical().start()
+    index.add(Evicted(0, ids))
+    query = Query(now=700, ids=row, asked=False, first=0, end=640)
+    found = index.scores(query)
+    assert found.argmax() == 172 // 16 and found[172 // 16] > 1.2 * found[400 // 16]
+    early = index.scores(Query(now=700, ids=row, asked=False, first=0, end=160))
+    assert early.shape == (10,) and early.max() == 0, "what has not left is not found"
+    late = index.scores(Query(now=700, ids=row, asked=False, first=320, end=640))
+    assert late.shape == (20,) and late.argmax() == (400 - 320) // 16
+
+
+def test_every_chooser_is_registered_with_a_source():
+    for name, chooser in CHOOSERS.items():
+        assert "Source:" in chooser.__doc__, name
+        assert CHOOSERS.summary(name)

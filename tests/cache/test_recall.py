@@ -1,0 +1,318 @@
+"""Recall in the drop-in against brute force: who comes back, where it stands, and what every token then sees."""
+
+import pytest
+import torch
+from oracle.forward import run
+from oracle.models import build, token_ids
+from oracle.network import Network
+from oracle.recall import Attention, Recalled, Words, chosen, run_recall
+from oracle.rules import Rule
+from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
+
+from sinkstream.cache import StreamingCache
+from sinkstream.engine import Engine
+
+TOKENS = 320
+STRICT = {"sink": 4, "window": 44}
+POLICIES = {
+    "strict": STRICT,
+    "lazy": {"sink": 3, "window": 40, "compress_every": 12},
+    "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
+    "slack": {"sink": 2, "window": 33, "slack": 9},
+}
+SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
+WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
+WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
+
+
+JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=True))
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def frames_of(cache: StreamingCache) -> list[tuple[int, list[int]]]:
+    """What the events say: (token before which the frame was set, tokens)."""
+    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in cache.recall_events]
+
+
+def told_frames(cache: StreamingCache):
+    """A recaller that repeats what a cache chose, so that only attention and positions are judged."""
+    frames = {token: tokens or None for token, tokens in frames_of(cache)}
+    return lambda past, t, archived, question: frames.get(t)
+
+
+def cut(cache: StreamingCache):
+    """Sizes of forwards that a cache with recall accepts, odd where they may be."""
+    while True:
+        for size in (1, 7, 64, 33, 2):
+            yield min(size, cache.max_chunk_tokens())
+
+
+def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Logits of announced ids (1, T), and how many forwards they took."""
+    cache.announce(ids)
+    sizes = []
+
+    def longest():
+        while True:
+            sizes.append(cache.max_chunk_tokens())
+            yield sizes[-1]
+
+    return feed(model, cache, ids, longest()), len(sizes)
+
+
+def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
+    """Random ids, in which passages of 24 come again 100 tokens later."""
+    ids = token_ids(tokens, seed=seed)
+    for start in range(150, tokens - 24, 60):
+        ids[start : start + 24] = ids[start - 100 : start - 76]
+    return ids
+
+
+@pytest.mark.parametrize("distance", [None, 9])
+@pytest.mark.parametrize(("policy", "family"), JOBS)
+def test_every_token_sees_what_brute_force_sees(policy, family, distance):
+    model, ids, options = build(family), repetitive(), POLICIES[policy]
+    more = {"recall_distance": distance or 0}
+    expected, frames = run_recall(
+        Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=distance)
+    )
+    assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
+    for way in ("single", "chunks", "generate"):
+        cache = StreamingCache.for_model(model, **options, recall="lexical", **SMALL, **WORDS, **more)
+        if way == "generate":
+            logits = generate_text(model, cache, ids[None])
+            logits = torch.cat([logits, logits[:, -1:]], 1)
+        else:
+            logits = feed(model, cache, ids[None], cut(cache) if way == "chunks" else ())
+        assert frames_of(cache) == frames, way
+        assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE, way
+        assert cache.stats()["kept"] <= cache.policy.peak
+
+
+def test_forty_choices_of_a_long_stream_agree():
+    """Rebases, copies back of the buffer, and an archive that loses its oldest tokens on the way."""
+    model, ids = build("llama"), token_ids(900)
+    options = {"recall": "random", **SMALL, "recall_distance": 6, "recall_seed": 3}
+    cache = StreamingCache.for_model(model, **STRICT, **options, rebase_at=90, recall_bytes=200_000)
+    logits = feed(model, cache, ids[None], cut(cache))
+    stats = cache.stats()
+    assert stats["rebases"] >= 1 and stats["recalls"] >= 40 and stats["archive_lost"] > 0
+    expected, _ = run_recall(Network(model), ids, Rule(**STRICT), told_frames(cache), Recalled(8, hold=8, distance=6))
+    assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_announced_tokens_are_fed_up_to_the_next_choice_that_changes_something(policy):
+    model, ids, options = build("llama"), repetitive(480), {"recall": "lexical", **SMALL, **WORDS}
+    ids[320:460] = torch.arange(140) % 97  # nothing is found for a while
+    step = StreamingCache.for_model(model, **POLICIES[policy], **options)
+    wanted = feed(model, step, ids[None])
+    cache = StreamingCache.for_model(model, **POLICIES[policy], **options)
+    found, forwards = foreseen(model, cache, ids[None])
+    assert frames_of(cache) == frames_of(step) and worst(found, wanted) < 2e-5
+    unforeseen = -(-len(ids) // SMALL["recall_every"])
+    assert forwards < 0.9 * unforeseen
+    cache.announce(ids[None])
+    with pytest.raises(ValueError, match="other tokens came than were announced"):
+        for _ in range(30):
+            size = max(SMALL["recall_every"] + 1, cache.max_chunk_tokens())
+            model(ids[None, 1 : 1 + size], past_key_values=cache)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_recalled_key_one_place_beside_its_own_would_show(shift, monkeypatch):
+    """The control: the comparison above must be able to fail."""
+    from sinkstream.cache.ring import SoftRing
+
+    places = SoftRing.frame_places
+    monkeypatch.setattr(SoftRing, "frame_places", lambda ring: places(ring) + shift * (places(ring) >= ring.sink))
+    model, ids = build("llama"), repetitive()
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL, **WORDS, recall_distance=9)
+    logits = feed(model, cache, ids[None])
+    expected, _ = run_recall(Network(model), ids, Rule(**STRICT), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
+    assert (worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE) == (shift == 0)
+
+
+def test_a_gate_that_stays_shut_changes_nothing():
+    model, ids = build("llama"), repetitive()
+    plain = StreamingCache.for_model(model, **STRICT)
+    shut = StreamingCache.for_model(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9)
+    wanted = feed(model, plain, ids[None])
+    assert torch.equal(wanted, feed(model, shut, ids[None]))
+    stats = shut.stats()
+    assert stats["archived"] == stats["evicted"] > 200 and not stats["recalls"] and not shut.recall_events
+    assert {name: stats[name] for name in plain.stats()} == plain.stats()
+
+
+def test_recall_brings_a_passage_back_that_strict_forgets():
+    """The oracle chooser, told where the passage is: the passage costs about what it costs the full cache."""
+    model = build("gpt_neox")
+    ids = prompt_of(300, seed=4)[0]
+    ids[250:282] = ids[100:132]
+    nlls = {}
+    for name, more in {
+        "strict": {},
+        "oracle": {"recall": "oracle", "recall_told": [(250, 282, 100, 132)], "recall_slots": 40, "recall_block": 4},
+        "late": {"recall": "late-oracle", "recall_told": [(250, 282, 100, 132)], "recall_slots": 40, "recall_block": 4},
+    }.items():
+        cache = StreamingCache.for_model(model, sink=4, window=76, **more)
+        nlls[name] = nll_of(feed(model, cache, ids[None]), ids[None])[0]
+        if more:
+            events = cache.recall_events
+            assert events[0].token == (248 if name == "oracle" else 264)
+            assert events[0].spans[0].first <= 100 and events[0].spans[0].end >= 132
+    assert torch.equal(nlls["strict"][:240], nlls["oracle"][:240])
+    assert worst(nlls["strict"][250:], nlls["oracle"][250:]) > 1e-2
+
+
+def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
+    model, ids = build("llama"), token_ids(TOKENS, seed=5)
+    question, more = ids[120:130].clone(), token_ids(20, seed=8)
+    text = torch.cat([ids, question, more])
+    borders = [t + 1 for t in range(TOKENS) if FakeTokenizer.weight(int(ids[t])) >= 2]
+
+    def recaller(past, t, archived, asked):
+        return WORDS_AGAIN(past, t, archived, asked, borders)
+
+    for replay in (True, False):
+        at = TOKENS if replay else TOKENS + len(question)
+        expected, frames = run_recall(
+            Network(model), text, Rule(**STRICT), recaller, Recalled(8, hold=8), {at: question.tolist()}
+        )
+        cache = StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL, **WORDS, tokenizer=FakeTokenizer())
+        cache.stream.recall.decode = None  # the tokenizer of the tests has no text
+        cache.prefill(model, ids[None])
+        logits = [cache.ask(model, question[None], replay=replay)]
+        logits += [model(token.view(1, 1), past_key_values=cache).logits[:, -1] for token in more]
+        assert frames_of(cache) == frames and frames[-1][0] >= at
+        assert any(e.cause == "question" for e in cache.recall_events)
+        first = TOKENS + len(question) - 1
+        wanted = expected.logits[first : first + len(logits)]
+        assert worst(torch.cat(logits).double(), wanted) < 2e-4
+
+
+def test_text_is_read_again_and_comes_back_in_its_own_company():
+    """A text archive: keys of the tokens behind the sinks alone, from a plain forward of brute force."""
+    model, ids = build("llama"), repetitive()
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL, **WORDS, recall_archive="text")
+    feed(model, cache, ids[None])
+    ring, recall = cache.stream.ring, cache.stream.recall
+    if not recall.frame:
+        recall.ask(ids[-20:].tolist())
+        model(ids[None, :1], past_key_values=cache)
+        ring = cache.stream.ring
+    read = torch.cat([ids[:4], ids[torch.tensor(recall.frame)]])
+    alone = run(Network(model), read).past
+    found, wanted = ring.pinned_keys[:, 0, :, 4:].double(), alone.keys[:, 0, :, 4:]
+    assert len(recall.frame) and worst(found, wanted) < 1e-5
+    assert cache.stats()["archive_bytes"] == 4 * cache.stats()["archived"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recall": "lexicon"}, "unknown chooser 'lexicon'"),
+        ({"recall": 3}, "recall=3 is not accepted"),
+        ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
+        ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens; accepted: 1 to 43"),
+        ({"recall": "lexical", "recall_slots": 0}, "slots=0 is not accepted"),
+        ({"recall": "lexical", "recall_rarity": 1}, "unknown option 'recall_rarity'"),
+        ({"recall": "lexical", "recall_archive": "disk"}, "archive='disk' is not accepted; accepted: kv, text"),
+        ({"recall": "lexical", "recall_archive": "text", "recall_file": "a"}, "recall_file goes with"),
+        ({"recall": "lexical", "refresh": 4, "scorer": "uniform"}, "recall and a policy that pins tokens"),
+        ({"recall": "lexical", "evict": "turns"}, "recall and evict='turns' exclude each other"),
+        ({"recall": "lexical", "positions": "original"}, "recall and positions='original' exclude each other"),
+        ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "told row"),
+    ],
+)
+def test_mistakes_are_named(options, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        StreamingCache.for_model(build("llama"), **STRICT, **options)
+
+
+def test_hybrid_models_and_batches_are_refused():
+    with pytest.raises(ValueError, match="sliding layers exclude each other"):
+        StreamingCache.for_model(build("qwen2_sliding"), **STRICT, recall="lexical")
+    model = build("llama")
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
+    with pytest.raises(ValueError, match="recall serves one row"):
+        model(token_ids(3, batch=2), past_key_values=cache)
+    with pytest.raises(ValueError, match="recall reads token ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=cache)
+    with pytest.raises(ValueError, match="this cache has no recall"):
+        StreamingCache.for_model(model, **STRICT).ask(model, token_ids(3)[None])
+    with pytest.raises(ValueError, match="one row without pads"):
+        ids = token_ids(3)[None]
+        model(ids, attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
+
+
+def test_what_has_no_archive_is_refused(tmp_path):
+    model = build("llama")
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
+    with pytest.raises(ValueError, match="recall is not written to a file"):
+        cache.save(tmp_path / "stream")
+    with pytest.raises(ValueError, match="is not accepted with a file, which has no archive"):
+        StreamingCache.load(model, tmp_path / "stream", recall="lexical")
+    with pytest.raises(ValueError, match="recall='lexical' is not served by the engine"):
+        Engine(model, **STRICT, recall="lexical")
+    with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
+        StreamingCache.for_model(model, **STRICT, recall="heads")
+    with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
+        StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
+
+
+def test_a_fork_goes_on_by_itself():
+    model, ids = build("llama"), repetitive()
+    options = {"recall": "lexical", **SMALL, **WORDS}
+    whole = StreamingCache.for_model(model, **STRICT, **options)
+    wanted = feed(model, whole, ids[None])
+    cache = StreamingCache.for_model(model, **STRICT, **options)
+    feed(model, cache, ids[None, :200])
+    fork = cache.fork()
+    feed(model, cache, token_ids(60, seed=9)[None])
+    assert torch.equal(feed(model, fork, ids[None, 200:]), wanted[:, 200:])
+    assert frames_of(fork) == frames_of(whole) != frames_of(cache)
+
+
+def union(words: Words, attention: Attention):
+    """Both, each behind its own gate."""
+
+    def recaller(past, t, archived, question):
+        found = words.scores(past.ids[0].tolist(), archived, past.ids[0, max(0, t - words.query) : t].tolist(), False)
+        for number, score in attention.scores(past, t, archived).items():
+            found[number] = max(found[number], score if score >= 1 else 0.0)
+        return chosen(found, archived, words.block, words.budget, 1.0)
+
+    return recaller
+
+
+READING = {
+    "heads": (
+        {"recall_heads": "1.1,2.0", "recall_level": 0.08, "recall_query_tokens": 32},
+        Attention(4, 12, [(1, 1), (2, 0)], level=0.08),
+    ),
+    "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
+    "union": (
+        {"recall_heads": [(0, 1)], "recall_level": 0.2, "recall_query_tokens": 32},
+        union(Words(4, 12), Attention(4, 12, [(0, 1)], level=0.2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("chooser", READING)
+def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser):
+    model, ids = build("llama"), repetitive()
+    options, recaller = READING[chooser]
+    expected, frames = run_recall(Network(model), ids, Rule(**STRICT), recaller, Recalled(8, hold=8))
+    assert sum(bool(tokens) for _, tokens in frames) >= 8
+    for sizes in (True, False):
+        cache = StreamingCache.for_model(model, **STRICT, recall=chooser, **SMALL, **options, rebase_at=70)
+        logits = feed(model, cache, ids[None], cut(cache) if sizes else ())
+        assert frames_of(cache) == frames
+        assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
+        cache.close()
+    assert model.config._attn_implementation == "sdpa", "the model is as it was"

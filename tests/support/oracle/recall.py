@@ -1,0 +1,235 @@
+"""Recall by brute force: plain lists of tokens, their own positions, naive choosers, attention in float64.
+
+The frame is sinks, recalled tokens, window. Before a token whose index is a multiple of `every`, and before the drop
+that it brings, a chooser names the tokens that shall stand behind the sinks; window tokens make room for them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .forward import Past, Run, Trace, _as_tensor, _step, cache_positions
+from .network import Network
+from .rules import Rule, Stream
+
+#: (past, t, archived tokens, question or None) -> tokens to recall, None: nothing is wanted
+Recaller = Callable[[Past, int, list[int], Sequence[int] | None], list[int] | None]
+
+
+@dataclass
+class Recalled:
+    """Options of a recall: tokens between choices, how long a frame is held, distance of the nearest recalled token."""
+
+    every: int
+    hold: int = 32
+    hold_asked: int = 256
+    distance: int | None = None
+
+
+class RecallStream(Stream):
+    """The simulator of prunes, with a frame that holds tokens which have left."""
+
+    def __init__(self, rule: Rule):
+        super().__init__(rule)
+        self.archived: list[int] = []
+        self.shift = 0
+
+    @property
+    def frame(self) -> list[int]:
+        """Recalled tokens, ascending."""
+        return self.pinned[None]
+
+    def set_frame(self, tokens: list[int], distance: int | None) -> None:
+        """Put tokens behind the sinks, and let window tokens go until no more is visible than before, or than T."""
+        before = len(self.sinks) + len(self.frame) + len(self.window)
+        self.pinned[None] = list(tokens)
+        most = max(before, self.rule.target)
+        while len(self.sinks) + len(tokens) + len(self.window) > most:
+            self.archived.append(self.window.pop(0))
+        n = len(self.sinks) + len(tokens) + len(self.window)
+        self.pruning = self.pruning and n > self.rule.target
+        last = len(self.sinks) + len(tokens) - 1
+        self.shift = 0 if distance is None else max(0, min(n, self.rule.target) - 1 - distance - last)
+
+    def _drop(self, t: int, total: int) -> int:
+        window_after = total - 1 - len(self.sinks) - len(self.frame)
+        while len(self.window) > window_after:
+            self.archived.append(self.window.pop(0))
+        return 0
+
+
+@torch.no_grad()
+def run_recall(
+    network: Network,
+    ids: torch.Tensor,
+    rule: Rule,
+    recaller: Recaller,
+    options: Recalled,
+    questions: dict[int, Sequence[int]] | None = None,
+) -> tuple[Run, list[tuple[int, list[int]]]]:
+    """Feed ids (T,) token by token; `questions`: what is asked before the token of an index.
+
+    Returns
+    -------
+    Run, and the frames: (token before which it was set, its tokens).
+    """
+    stream, frames, until = RecallStream(rule), [], 0
+    past = Past(network, ids[None], cache_positions)
+
+    def positions(visible: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(visible.shape[-1])
+        first, end = len(stream.sinks), len(stream.sinks) + len(stream.frame)
+        place[first:end] += stream.shift
+        return place.expand(visible.shape)
+
+    past.positions, traces, logits = positions, [], []
+    for t in range(len(ids)):
+        question = (questions or {}).get(t)
+        if stream.archived and (t % options.every == 0 or question is not None):
+            wanted = recaller(past, t, list(stream.archived), question)
+            if wanted:
+                until = t + options.hold_asked if question is not None else max(until, t + options.hold)
+                if wanted != stream.frame:
+                    stream.set_frame(wanted, options.distance)
+                frames.append((t, list(wanted)))
+            elif stream.frame and t >= until:
+                stream.set_frame([], options.distance)
+                frames.append((t, []))
+        step = stream.append()
+        visible = _as_tensor(step.visible, network)
+        out, _ = _step(network, past, t, visible)
+        logits.append(out)
+        traces.append(Trace(visible, step.event, step.drop_size, None))
+    return Run(past._nll[0, 1:], traces, past, torch.stack(logits, 1)[0]), frames
+
+
+# ---- naive choosers ----
+
+
+def neighbours(
+    scores: dict[int, float],
+    archived: list[int],
+    block: int,
+    budget: int,
+    least: float,
+    borders: Sequence[int] = (),
+    whole: bool = False,
+) -> list[int]:
+    """Tokens of the best blocks with both neighbours, at most `budget`; `scores` by number of block."""
+    have, taken = set(archived), []
+    for number in sorted(scores, key=lambda b: (scores[b], b), reverse=True):
+        if scores[number] <= 0 or scores[number] < least or len(taken) >= budget:
+            break
+        first, last = number * block, number * block + block - 1
+        low = first - block
+        for t in range(first - block, first + 1):
+            low = t if t in borders else low
+        high = last + block
+        if whole:
+            ends = [t - 1 for t in borders if last <= t - 1 <= last + block]
+            high = max(ends, default=high)
+        wanted = [t for t in range(low, high + 1) if t in have and t not in taken]
+        inside = [t for t in wanted if first <= t <= last]
+        outside = [t for t in wanted if t not in inside]
+        outside.sort(key=lambda t: (max(first - t, t - last), t))
+        taken += (inside + outside)[: budget - len(taken)] if len(wanted) > budget - len(taken) else wanted
+    return sorted(taken)
+
+
+@dataclass
+class Words:
+    """Options of the lexical chooser, written again."""
+
+    block: int
+    budget: int
+    query: int = 32
+    rare: float = 0.03
+    level: float = 3.6
+    row: int = 16
+    row_rare: float = 0.1
+    row_level: float = 3.4
+    gate: float = 1.0
+
+    def scores(self, ids: Sequence[int], archived: list[int], query: Sequence[int], asked: bool) -> dict[int, float]:
+        """Score of every block that holds an archived token, counted afresh."""
+        held: dict[int, list[int]] = {}
+        for t in archived:
+            held.setdefault(t // self.block, []).append(int(ids[t]))
+        total = len(held)
+        df = {term: sum(term in tokens for tokens in held.values()) for term in set(query)}
+        idf = {term: math.log(1 + (total - n + 0.5) / (n + 0.5)) for term, n in df.items()}
+        once, scores = math.log(1 + (total - 0.5) / 1.5), {}
+        for number, tokens in held.items():
+            score = 0.0
+            for term in set(query):
+                count = tokens.count(term)
+                if count and df[term] <= max(2, self.rare * total):
+                    score += idf[term] ** 2 * count * 2.2 / (count + 1.2)
+            scores[number] = score / (self.level * once**2)
+        if not asked:
+            row = list(query[-self.row :])
+            for place in range(archived[0], archived[-1] + 1):  # where the text would go on
+                score = 0.0
+                for back, term in enumerate(reversed(row), 1):
+                    there = place - back
+                    if there in range(archived[0], archived[-1] + 1) and int(ids[there]) == term:
+                        score += idf[term] * (df[term] <= max(2, self.row_rare * total))
+                scores[place // self.block] = max(scores[place // self.block], score / (self.row_level * once))
+        return scores
+
+    def __call__(
+        self, past: Past, t: int, archived: list[int], question: Sequence[int] | None, borders: Sequence[int] = ()
+    ) -> list[int] | None:
+        """As a recaller."""
+        ids, asked = past.ids[0].tolist(), question is not None
+        query = ids[max(0, t - self.query) : t] if question is None else list(question)
+        scores = self.scores(ids, archived, query, asked)
+        if not asked and max(scores.values()) < self.gate:
+            return None
+        return neighbours(scores, archived, self.block, self.budget, 0.0 if asked else self.gate, borders, asked)
+
+
+@dataclass
+class Attention:
+    """Options of the choosers that read keys and queries, written again: token by token, or by mean key."""
+
+    block: int
+    budget: int
+    heads: Sequence[tuple[int, int]]
+    level: float = 1.0
+    query: int = 32
+    mean: bool = False
+    gate: float = 1.0
+
+    def scores(self, past: Past, t: int, archived: list[int]) -> dict[int, float]:
+        """Score of every block that holds an archived token."""
+        network, scores = past.network, dict.fromkeys((token // self.block for token in archived), 0.0)
+        group = network.heads // network.kv_heads
+        for layer, kv_head in self.heads:
+            keys = {token: past.keys[layer, 0, kv_head, token] for token in archived}
+            asking = past.queries[layer, 0, kv_head * group : kv_head * group + group, max(0, t - self.query) : t]
+            if self.mean:
+                asking = asking.mean(1, keepdim=True)
+                blocks = {b: [keys[token] for token in archived if token // self.block == b] for b in scores}
+                keys = {b * self.block: sum(found) / len(found) for b, found in blocks.items()}
+            for q in asking.flatten(0, 1):
+                weights = torch.tensor([float(q @ k) * network.scale for k in keys.values()], dtype=torch.float64)
+                for token, share in zip(keys, weights.softmax(0).tolist()):
+                    scores[token // self.block] += share / asking.shape[0] / asking.shape[1] / len(self.heads)
+        if self.mean:
+            return {b: 1.0 + score for b, score in scores.items()}
+        return {b: score / self.level for b, score in scores.items()}
+
+    def __call__(self, past: Past, t: int, archived: list[int], question: Sequence[int] | None) -> list[int] | None:
+        """As a recaller."""
+        scores = self.scores(past, t, archived)
+        return chosen(scores, archived, self.block, self.budget, self.gate)
+
+
+def chosen(scores: dict[int, float], archived: list[int], block: int, budget: int, gate: float) -> list[int] | None:
+    """What comes back without a question: nothing below the gate."""
+    if max(scores.values()) < gate:
+        return None
+    return neighbours(scores, archived, block, budget, gate)
