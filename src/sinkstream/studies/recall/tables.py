@@ -1,7 +1,7 @@
 """Recall past the window: the curve of a policy, the table and the picture of several policies."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,43 @@ def gains_text(record: RecallRecord, ratios: Sequence[float]) -> list[str]:
     return [plus_minus(gain.value, gain.low, gain.high, 2) for gain in known]
 
 
+def pooled(records: Sequence[RecallRecord]) -> list[RecallRecord]:
+    """One record a policy: the passages of its records on several texts together, which have no common PPL."""
+    by_label: dict[str, list[RecallRecord]] = {}
+    for record in records:
+        by_label.setdefault(display_name(record), []).append(record)
+    return [_joined(its) if len(its) > 1 else its[0] for its in by_label.values()]
+
+
+def _joined(records: Sequence[RecallRecord]) -> RecallRecord:
+    shared = set.intersection(*(set(record.passages) for record in records))
+    passages = {name: np.concatenate([record.passages[name] for record in records]) for name in shared}
+    curves = [record.curve for record in records]
+    curve = None
+    if all(one is not None and one["edges"] == curves[0]["edges"] for one in curves):
+        curve = {"edges": curves[0]["edges"], "gains": [row for one in curves for row in one["gains"]]}
+    return replace(records[-1], passages=passages, curve=curve, summary={**records[-1].summary, "ppl": None})
+
+
+def curve_of(record: RecallRecord, first: int, end: int, ratios: Sequence[float]) -> Estimate:
+    """Mean gain of the tokens from index `first` to `end` of the passages at some distances; with its interval.
+
+    Without a value where the record has no curve, or none with these two edges.
+    """
+    curve = record.curve
+    if curve is None or not {first, end} <= set(curve["edges"]):
+        return Estimate(reason="the record has no such curve")
+    edges, gains = np.array(curve["edges"]), np.array(curve["gains"])
+    inside = (edges[:-1] >= first) & (edges[1:] <= end)
+    at = np.isin(record.passages["ratio"], ratios)
+    widths = np.diff(edges)[inside]
+    return mean_interval((gains[at][:, inside] * widths).sum(axis=1) / widths.sum(), block_tokens=1)
+
+
 def recall_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
     """One row a policy, one column a distance."""
     ratios, rows = ratios_of(records), []
-    for record in records:
+    for record in pooled(records):
         ppl, unseen = record.summary["ppl"], record.passages["nll_unseen"]
         row = [display_name(record), EMPTY if ppl is None else f"{ppl:,.2f}"]
         rows.append([*row, f"{unseen.mean():.2f}" if len(unseen) else EMPTY, *gains_text(record, ratios)])
@@ -88,6 +121,7 @@ def draw_recall(records: Sequence[RecallRecord], path: Path | str, *, title: str
     if not records:
         raise ValueError("no recall records to draw")
     figure, (axis,) = new_figure(1)
+    records = pooled(records)
     for number, (record, style) in enumerate(zip(records, line_formats())):
         shift = None if len(records) <= MOST_BANDS else 2 ** (0.3 * (number / (len(records) - 1) - 0.5))
         _draw_curve(axis, record, style, shift)
