@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     options.add_model_options(parser)
     options.add_policy_options(parser)
-    options.add_recall_option(parser)
+    options.add_recall_options(parser)
     group = parser.add_argument_group("recall study")
     group.add_argument(
         "--text", nargs="+", default=["builtin"], help="pg19, wikitext, builtin, or a text file; several are pooled"
