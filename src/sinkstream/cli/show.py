@@ -16,10 +16,11 @@ from sinkstream.show.table import Table
 from sinkstream.studies.recall.facts import FactsRecord
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.streameval.record import StreamEvalRecord
+from sinkstream.studies.streameval.reply import ReplyRecord
 
 PIPE_WIDTH = 170
 PICTURE = "nll.png"
-AnyRun = TypeVar("AnyRun", Record, RecallRecord, FactsRecord, StreamEvalRecord)
+AnyRun = TypeVar("AnyRun", Record, RecallRecord, FactsRecord, StreamEvalRecord, ReplyRecord)
 
 
 def wide_console() -> Console:

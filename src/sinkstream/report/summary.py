@@ -15,22 +15,28 @@ from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.cache import FAMILIES
+from sinkstream.records.base import BaseRecord
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
+from sinkstream.records.pairing import paired_delta, same_text_and_model
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
-from sinkstream.records.selection import same_conditions, select
+from sinkstream.records.selection import evaluated, is_plain, same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
 from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
+from sinkstream.studies.recall.facts import FactsRecord
+from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.recall.summary import FACTS_HEADLINES, RECALL_HEADLINES, REPLY_HEADLINES
+from sinkstream.studies.streameval.reply import ReplyRecord
 
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar("AnyRecord", Record, BenchRecord, PromptRecord, LateRecord, GenerateRecord, DrawRecord, Diagnosis)
+AnyRecord = TypeVar("AnyRecord", bound=BaseRecord)
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -85,6 +91,9 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     compute(GENERATE_HEADLINES, GenerateRecord.below(results))
     compute(DRAW_HEADLINES, DrawRecord.below(results))
     compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
+    compute(RECALL_HEADLINES, RecallRecord.below(results))
+    compute(FACTS_HEADLINES, FactsRecord.below(results))
+    compute(REPLY_HEADLINES, ReplyRecord.below(results))
     return headlines, missing
 
 
@@ -201,6 +210,50 @@ def block_max_abs_nll_difference(records: Sequence[Record]) -> Headline | None:
     """Largest difference of one token's NLL between blocks and step by step, over all float32 pairs of runs."""
     pairs = [pair for pair in block_pairs(records) if pair.blocks.protocol["dtype"] == "float32"]
     return max((Headline(pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)
+
+
+@HEADLINES.register("recall.ppl_delta_gated")
+def ppl_delta_gated(records: Sequence[Record]) -> Headline | None:
+    """ΔPPL % of strict with lexical recall, gate and slots by default, against strict; SmolLM2, cap 512, worst text."""
+    runs = [r for r in select(records, model="SmolLM2-135M", policy="strict") if r.protocol["cap"] == 512]
+    newest: dict[str, Headline] = {}
+    for run in runs:
+        recall = {name: value for name, value in run.policy["options"].items() if name.startswith("recall")}
+        controls = [c for c in runs if is_plain(c) and same_text_and_model(c, run) and evaluated(c) == evaluated(run)]
+        if recall == {"recall": "lexical"} and controls:
+            delta = paired_delta(run, controls[-1])
+            if delta.delta_percent is not None:
+                newest[run.data["name"]] = Headline(delta.delta_percent, run.id, delta.low, delta.high)
+    return max(newest.values(), default=None)
+
+
+@HEADLINES.register("recall.tpot_over_strict")
+def recall_tpot_over_strict(records: Sequence[Record]) -> Headline | None:
+    """Mean steady TPOT of strict with recall over strict's, newest interleaved pair of each shape, worst shape, GPU.
+
+    The shapes are Pythia-2.8B with the text archive and Llama-3.2-1B with the KV archive; None unless both are there.
+    """
+    found = []
+    for shape, archive in (("pythia-2.8b", "text"), ("llama-3.2-1b", "kv")):
+        runs = [r for r in select(records, model=shape, policy="strict", device="cuda") if _interleaved(r)]
+        of_shape = [r for r in runs if r.policy["options"].get("recall_archive", "kv") == archive]
+        pairs = [
+            Headline(_steady(run) / _steady(control), run.id)
+            for run in of_shape
+            if run.policy["options"].get("recall")
+            for control in runs
+            if is_plain(control) and same_conditions(run, control)
+        ]
+        found += pairs[-1:]
+    return max(found) if len(found) == 2 else None
+
+
+def _interleaved(record: Record) -> bool:
+    return record.protocol.get("interleaved", 1) > 1 and record.summary["steady_tpot_ms"]["mean"] is not None
+
+
+def _steady(record: Record) -> float:
+    return float(record.summary["steady_tpot_ms"]["mean"])
 
 
 @HEADLINES.register("dropin.families")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +95,10 @@ class Asking:
         self.settings = told(settings, exam.questions)
         self.answers: list[Answer] = []
         self.done = 0  # tokens that have been fed
+
+    def summary(self) -> dict[str, Any]:
+        """What a record says beyond the answers: nothing."""
+        return {}
 
     @torch.inference_mode()
     def run(self, report: Report = lambda done: None) -> None:

@@ -76,23 +76,19 @@ class ExamBatch(Generic[R]):
         check_run(self.loaded, len(exam.ids), told(settings, exam.questions))
         return [exam]
 
-    def _measure(self, settings: RunSettings, exams: list[Exam], report: Report) -> list[Callable]:
-        answers: list[Answer] = []
-        done, total = 0, sum(len(exam.ids) for exam in exams)
+    def sit(self, exam: Exam, settings: RunSettings) -> Asking:
+        """What asks the questions of an exam."""
+        return Asking(self.loaded, exam, settings)
 
-        def sit(exam: Exam, before: int) -> tuple[str, str | None]:
-            asking = Asking(self.loaded, exam, settings)
-            try:
-                return answer_all(asking, lambda now: report(before + now, total))
-            finally:
-                answers.extend(asking.answers)
+    def _measure(self, settings: RunSettings, exams: list[Exam], report: Report) -> list[Callable]:
+        sittings = [self.sit(exam, settings) for exam in exams]
+        total = sum(len(exam.ids) for exam in exams)
 
         def sit_all() -> tuple[str, str | None]:
-            nonlocal done
             ended: tuple[str, str | None] = "complete", None
-            for exam in exams:
-                ended = sit(exam, done)
-                done += len(exam.ids)
+            for number, sitting in enumerate(sittings):
+                before = sum(len(exam.ids) for exam in exams[:number])
+                ended = answer_all(sitting, lambda now, before=before: report(before + now, total))
                 if ended[0] != "complete":
                     break
             return ended
@@ -104,7 +100,9 @@ class ExamBatch(Generic[R]):
             "seconds": round(seconds, 3),
             "peak_memory_mb": memory.peak_mb,
             "peak_memory_kind": memory.kind,
+            **sittings[-1].summary(),
         }
+        answers = [answer for sitting in sittings for answer in sitting.answers]
         return [partial(self._record, settings, answers, summary, status, reason)]
 
     def _identity(self, settings: RunSettings) -> dict[str, Any]:

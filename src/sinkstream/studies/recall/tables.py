@@ -10,10 +10,13 @@ import numpy as np
 from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
-from sinkstream.statistics import Estimate, mean_interval
+from sinkstream.statistics import DEFAULT, Estimate, mean_interval
 from sinkstream.studies.recall.record import RecallRecord
 
 MOST_BANDS = 5
+NEAR, FAR = 0.5, 2.0  # distances over cap: inside the window, and past it whatever the policy
+LATE = (32, 64)  # tokens of a passage that every chooser has had the time to find
+LAYOUT = ("ratios", "passages", "passage_tokens", "seed")  # of the protocol: what records that are pooled share
 _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 
@@ -99,6 +102,61 @@ def recall_table(records: Sequence[RecallRecord], title: str | None = None) -> T
     return Table(header, rows, title, [footnote(records)])
 
 
+def chooser_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
+    """What each chooser gives back: gains, as a share of the window's, late in a passage, and what the frame held."""
+    runs = pooled(records)
+    ratios, rows = ratios_of(runs), []
+    far = [ratio for ratio in ratios if ratio >= FAR]
+    for record in runs:
+        gains, held = gains_text(record, ratios), record.passages.get("held")
+        at = np.isin(record.passages["ratio"], far)
+        late = curve_of(record, *LATE, far)
+        known = held is not None and np.isfinite(held[at]).any()
+        shares = [shared_text(record, ratio) for ratio in far]
+        rows.append(
+            [
+                display_name(record),
+                *gains,
+                *shares,
+                plus_minus(late.value, late.low, late.high, 2),
+                f"{100 * np.nanmean(held[at]):.0f} %" if known else EMPTY,
+            ]
+        )
+    header = ["Policy", *(f"{ratio:g} ×" for ratio in ratios), *(f"{ratio:g} × as share" for ratio in far)]
+    header += [f"tokens {LATE[0]}–{LATE[1] - 1}, from {FAR:g} ×", "Brought back"]
+    return Table(header, rows, title, [chooser_footnote(runs)])
+
+
+def shared_text(record: RecallRecord, ratio: float) -> str:
+    """The gain at a distance as a share of the same policy's at 0.5 ×, in percent with its interval."""
+    gains, ratios = record.passages["nll_unseen"] - record.passages["nll_again"], record.passages["ratio"]
+    share = share_of(gains[ratios == ratio], gains[ratios == NEAR])
+    if share.value is None or share.low is None or share.high is None:
+        return EMPTY
+    return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def share_of(far: np.ndarray, near: np.ndarray) -> Estimate:
+    """Mean of `far` (n,) over the mean of `near` (m,), with a 95 % bootstrap interval; both are resampled."""
+    if not len(far) or not len(near) or near.mean() <= 0:
+        return Estimate(reason="a distance is missing, or nothing is recalled inside the window")
+    rng = np.random.default_rng(DEFAULT.seed)
+    draws = [x[rng.integers(0, len(x), (DEFAULT.resamples, len(x)))].mean(axis=1) for x in (far, near)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = draws[0] / draws[1]
+    tail = 50 * (1 - DEFAULT.confidence)
+    low, high = np.nanpercentile(shares, [tail, 100 - tail])
+    return Estimate(float(far.mean() / near.mean()), float(low), float(high))
+
+
+def chooser_footnote(records: Sequence[RecallRecord]) -> str:
+    """What a reader must know to read the table of choosers."""
+    return (
+        f"{footnote(records)} As share: of the same policy's gain at {NEAR:g} ×, inside its window. Brought back: share"
+        f" of the tokens of a passage whose first occurrence recall held when they were predicted, from {FAR:g} × on."
+    )
+
+
 def footnote(records: Sequence[RecallRecord]) -> str:
     """What a reader must know to read the table."""
     protocol = records[0].protocol
@@ -151,12 +209,22 @@ def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: f
         axis.vlines(*zip(*known), color=style["color"], linewidth=1)
 
 
-def select_recalls(records: Sequence[RecallRecord], *, model: str, cap: int) -> list[RecallRecord]:
-    """The newest complete record of each policy of a model at a cap, on the streams of the newest, full cache first."""
+def select_recalls(
+    records: Sequence[RecallRecord], *, model: str, cap: int, all_texts: bool = False
+) -> list[RecallRecord]:
+    """The newest complete record of each policy of a model at a cap, full cache first.
+
+    On the streams of the newest record, or with `all_texts` on those of its text and of others with the same layout.
+    """
     runs = [
         record
         for record in records
         if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
     ]
-    newest = {record.policy["label"]: record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]}
+    if all_texts:
+        layouts = [[record.protocol[name] for name in LAYOUT] for record in runs]
+        kept = [record for record, layout in zip(runs, layouts) if layout == layouts[-1]]
+    else:
+        kept = [record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]]
+    newest = {(record.policy["label"], record.data["name"]): record for record in kept}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
