@@ -1,6 +1,7 @@
 """``sinkstream recall``."""
 
 import argparse
+from functools import partial
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
@@ -57,7 +58,7 @@ def _passages(args: argparse.Namespace) -> int:
     settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
     console, texts = wide_console(), [load_text(name) for name in args.text]
     loaded = options.load_given_model(args)
-    streams = [design.streams(lambda n, text=text: tokenize(text, loaded.tokenizer, n)) for text in texts]
+    streams = [design.streams(partial(tokenize, text, loaded.tokenizer)) for text in texts]
     records: list[RecallRecord] = []
     for its in streams:
         records += RecallBatch(loaded, its, options.request(args)).run(settings, console)
@@ -76,7 +77,7 @@ def _facts(args: argparse.Namespace) -> int:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{loaded.name} has no tokenizer to write facts with; accepted: a model with one")
-    streams = [design.streams(lambda n, text=text: tokenize(text, tokenizer, n), tokenizer) for text in texts]
+    streams = [design.streams(partial(tokenize, text, tokenizer), tokenizer) for text in texts]
     records: list[FactsRecord] = []
     for its in streams:
         records += ExamBatch(loaded, its, options.request(args), FactsRecord).run(settings, console)

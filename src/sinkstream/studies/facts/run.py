@@ -84,11 +84,14 @@ class ExamBatch(Generic[R]):
         sittings = [self.sit(exam, settings) for exam in exams]
         total = sum(len(exam.ids) for exam in exams)
 
+        def report_all(before: int, now: int) -> None:
+            report(before + now, total)
+
         def sit_all() -> tuple[str, str | None]:
             ended: tuple[str, str | None] = "complete", None
             for number, sitting in enumerate(sittings):
                 before = sum(len(exam.ids) for exam in exams[:number])
-                ended = answer_all(sitting, lambda now, before=before: report(before + now, total))
+                ended = answer_all(sitting, partial(report_all, before))
                 if ended[0] != "complete":
                     break
             return ended

@@ -69,9 +69,9 @@ def pooled(records: Sequence[RecallRecord]) -> list[RecallRecord]:
 def _joined(records: Sequence[RecallRecord]) -> RecallRecord:
     shared = set.intersection(*(set(record.passages) for record in records))
     passages = {name: np.concatenate([record.passages[name] for record in records]) for name in shared}
-    curves = [record.curve for record in records]
+    curves = [record.curve for record in records if record.curve is not None]
     curve = None
-    if all(one is not None and one["edges"] == curves[0]["edges"] for one in curves):
+    if len(curves) == len(records) and all(one["edges"] == curves[0]["edges"] for one in curves):
         curve = {"edges": curves[0]["edges"], "gains": [row for one in curves for row in one["gains"]]}
     return replace(records[-1], passages=passages, curve=curve, summary={**records[-1].summary, "ppl": None})
 
@@ -111,7 +111,8 @@ def chooser_table(records: Sequence[RecallRecord], title: str | None = None) -> 
         gains, held = gains_text(record, ratios), record.passages.get("held")
         at = np.isin(record.passages["ratio"], far)
         late = curve_of(record, *LATE, far)
-        known = held is not None and np.isfinite(held[at]).any()
+        held_far = np.array([]) if held is None else held[at]
+        known = np.isfinite(held_far).any()
         shares = [shared_text(record, ratio) for ratio in far]
         rows.append(
             [
@@ -119,7 +120,7 @@ def chooser_table(records: Sequence[RecallRecord], title: str | None = None) -> 
                 *gains,
                 *shares,
                 plus_minus(late.value, late.low, late.high, 2),
-                f"{100 * np.nanmean(held[at]):.0f} %" if known else EMPTY,
+                f"{100 * np.nanmean(held_far):.0f} %" if known else EMPTY,
             ]
         )
     header = ["Policy", *(f"{ratio:g} ×" for ratio in ratios), *(f"{ratio:g} × as share" for ratio in far)]

@@ -59,7 +59,7 @@ class ReplyDesign:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = 4 * FIRST_WINDOW + 256 * self.facts
+        least = 4 * (FIRST_WINDOW + WINDOW) + 256 * self.facts
         if self.facts < 1:
             raise ValueError(f"facts={self.facts} is not accepted; accepted: a whole number of at least 1")
         if self.tokens < max(least, 8 * self.cap):
