@@ -28,7 +28,7 @@ from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
 from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import chooser_table, curve_of, share_of
+from sinkstream.studies.recall.tables import chooser_table, curve_of, curve_table, has_recall, share_of
 from sinkstream.studies.recall.tables import pooled as pooled_passages
 from sinkstream.studies.streameval.reply import FIRST_WINDOW, WINDOW, ReplyBatch, ReplyDesign, ReplyRecord
 from sinkstream.studies.streameval.reply_tables import draw_reply, reply_table, tpot_ratio
@@ -140,6 +140,9 @@ def test_passages_of_an_oracle_are_held_and_of_recency_are_not(tmp_path):
         gains = record.passages["nll_unseen"] - record.passages["nll_again"]
         whole = np.array(record.curve["gains"]) @ np.array([3, 4, 8]) / 15
         assert whole == pytest.approx(gains, abs=1e-3)
+    curve = curve_table(records)
+    assert curve.header == ["Policy", "1–3", "4–7", "8–15"] and len(curve.rows) == 4
+    assert has_recall(records) and not has_recall(records[:1])
     table = chooser_table(records)
     assert table.header[1:3] == ["0.5 ×", "4 ×"] and table.rows[1][-1] == "100 %" and table.rows[0][-1] == "–"
 

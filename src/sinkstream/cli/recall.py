@@ -12,7 +12,7 @@ from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
 from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import draw_recall, recall_table
+from sinkstream.studies.recall.tables import chooser_table, curve_table, draw_recall, has_recall, recall_table
 
 PICTURE, FACTS_PICTURE = "recall.png", "facts.png"
 
@@ -65,6 +65,9 @@ def _passages(args: argparse.Namespace) -> int:
         if records[-1].status != "complete":
             break
     measured = [r for r in records if len(r.passages["ratio"])]
+    if has_recall(measured):
+        for table in (chooser_table, curve_table):
+            console.print(table(measured))
     title = f"{loaded.name} over {_names(texts)}, {sum(len(its.repeated) for its in streams):,} tokens"
     return show_batch(records, measured, console, args.out, title, recall_table, draw_recall, PICTURE)
 

@@ -32,6 +32,8 @@ def render_archive(results: Path) -> dict[str, str]:
     for model, short in DIAGNOSED_MODELS.items():
         chosen = passages.select_recalls(recalls, model=model, cap=CAP, all_texts=True)
         found[f"recall-choosers-{short}"] = _table(chosen, passages.chooser_table)
+        with_curve = [record for record in chosen if record.curve is not None]
+        found[f"recall-curve-{short}"] = _table(with_curve, passages.curve_table)
         found[f"recall-facts-{short}"] = _table(select_facts(facts, model=model, cap=CAP), facts_table)
         found[f"streameval-{short}"] = _table(select_streamevals(streams, model=model), streameval_table)
         found[f"reply-{short}"] = _table(select_replies(replies, model=model), reply_table)

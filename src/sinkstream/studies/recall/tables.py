@@ -1,5 +1,6 @@
 """Recall past the window: the curve of a policy, the table and the picture of several policies."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +127,27 @@ def chooser_table(records: Sequence[RecallRecord], title: str | None = None) -> 
     header = ["Policy", *(f"{ratio:g} ×" for ratio in ratios), *(f"{ratio:g} × as share" for ratio in far)]
     header += [f"tokens {LATE[0]}–{LATE[1] - 1}, from {FAR:g} ×", "Brought back"]
     return Table(header, rows, title, [chooser_footnote(runs)])
+
+
+def curve_table(records: Sequence[RecallRecord], title: str | None = None) -> Table:
+    """Gain by token index inside the passage, past the window: how soon a passage is found again."""
+    runs = [record for record in pooled(records) if record.curve is not None]
+    edges = list(dict.fromkeys(edge for record in runs if record.curve for edge in record.curve["edges"]))
+    bands, rows = list(itertools.pairwise(sorted(edges))), []
+    for record in runs:
+        far = [ratio for ratio in ratios_of([record]) if ratio >= FAR]
+        gains = (curve_of(record, first, end, far) for first, end in bands)
+        rows.append([display_name(record), *(plus_minus(gain.value, gain.low, gain.high, 2) for gain in gains)])
+    header = ["Policy", *(f"{first}–{end - 1}" for first, end in bands)]
+    note = (
+        f"Recall gain in nats per token, by the index of the token in the passage, distances from {FAR:g} × the cap on."
+    )
+    return Table(header, rows, title, [note])
+
+
+def has_recall(records: Sequence[RecallRecord]) -> bool:
+    """Whether any of the records is of a policy with recall."""
+    return any(np.isfinite(record.passages.get("held", np.array([np.nan]))).any() for record in records)
 
 
 def shared_text(record: RecallRecord, ratio: float) -> str:
