@@ -18,6 +18,7 @@ from sinkstream.studies.streameval.reply_tables import reply_table, select_repli
 from sinkstream.studies.streameval.tables import select_streamevals, streameval_table
 
 CAP = 512
+REFERENCES = ("full", "strict")  # policies without recall in the tables of choosers
 AnyRecord = TypeVar("AnyRecord", bound=BaseRecord)
 
 
@@ -31,6 +32,8 @@ def render_archive(results: Path) -> dict[str, str]:
     found = {}
     for model, short in DIAGNOSED_MODELS.items():
         chosen = passages.select_recalls(recalls, model=model, cap=CAP, all_texts=True)
+        chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
+        chosen = chosen if passages.has_recall(chosen) else []
         found[f"recall-choosers-{short}"] = _table(chosen, passages.chooser_table)
         with_curve = [record for record in chosen if record.curve is not None]
         found[f"recall-curve-{short}"] = _table(with_curve, passages.curve_table)
