@@ -26,8 +26,10 @@ def facts_table(records: Sequence[FactsRecord], title: str | None = None) -> Tab
             of_form = answers["form"] == form
             far = of_form & (answers["ratio"] >= FAR)
             cells = [accuracy_text(accuracy(answers, of_form & (answers["ratio"] == ratio))) for ratio in ratios]
-            rows.append([record.label, form, *cells, accuracy_text(accuracy(answers, far)), held_text(answers, far)])
-    header = ["Policy", "Form", *(f"{ratio:g} ×" for ratio in ratios), f"all from {FAR:g} ×", "Brought back"]
+            both = [accuracy_text(accuracy(answers, far, column)) for column in ("correct", "exact")]
+            rows.append([record.label, form, *cells, *both, held_text(answers, far)])
+    header = ["Policy", "Form", *(f"{ratio:g} ×" for ratio in ratios)]
+    header += [f"all from {FAR:g} ×", f"exact from {FAR:g} ×", "Brought back"]
     return Table(header, rows, title, [footnote(records)], left=2)
 
 
@@ -40,7 +42,7 @@ def footnote(records: Sequence[FactsRecord]) -> str:
         "Share of right answers, with its 95 % Wilson interval, by the distance from statement to question in"
         f" multiples of the cap ({protocol['cap']:,} slots): {protocol['facts']} facts a distance and form in each of"
         f" {', '.join(texts)}; the answer is the likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}."
-        " Brought back: share of the statement that recall held while the question was answered."
+        " Exact: no token of the vocabulary is likelier. Brought back: share of the statement that recall held while the question was answered."
     )
 
 

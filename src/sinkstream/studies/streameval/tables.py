@@ -28,9 +28,11 @@ def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = No
         for form in forms_of(answers):
             of_form = answers["form"] == form
             cells = [accuracy_text(accuracy(answers, of_form & (answers["lines"] == lines))) for lines in distances]
-            held = held_text(answers, of_form & (answers["lines"] == max(distances)))
-            rows.append([record.label, form, *cells, held, f"{seconds:,.0f}"])
-    header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances), "Brought back", "Seconds"]
+            farthest = of_form & (answers["lines"] == max(distances))
+            exact = accuracy_text(accuracy(answers, farthest, "exact"))
+            rows.append([record.label, form, *cells, exact, held_text(answers, farthest), f"{seconds:,.0f}"])
+    header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances)]
+    header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "Seconds"]
     return Table(header, rows, title, [footnote(records)], left=2)
 
 
@@ -41,7 +43,8 @@ def footnote(records: Sequence[StreamEvalRecord]) -> str:
     return (
         f"Share of right answers by the lines between statement and question, with its 95 % Wilson interval: a stream"
         f" of {data['tokens']:,} tokens ({data['source']}), every {protocol['every']} lines a question, the answer the"
-        f" likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}. Brought back: share of the statement that"
+        f" likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}. Exact: no token of the"
+        f" vocabulary is likelier. Brought back: share of the statement that"
         " recall held while the question was answered, at the longest distance. The full cache is shown where it fits"
         " the trained positions."
     )
