@@ -26,6 +26,7 @@ from sinkstream.show.comparison import compared_runs, comparison_table
 from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
 from sinkstream.show.table import plus_minus, with_interval
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
+from sinkstream.studies.recall.summary import FACTS_HEADLINES, RECALL_HEADLINES, REPLY_HEADLINES
 
 
 @pytest.fixture
@@ -269,7 +270,8 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
     speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES, *GENERATE_HEADLINES}
-    keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES}
+    recalls = {*RECALL_HEADLINES, *FACTS_HEADLINES, *REPLY_HEADLINES}
+    keys = {*HEADLINES, *speeds, *DIAGNOSIS_HEADLINES, *recalls}
     assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):

@@ -42,8 +42,8 @@ def footnote(records: Sequence[FactsRecord]) -> str:
         "Share of right answers, with its 95 % Wilson interval, by the distance from statement to question in"
         f" multiples of the cap ({protocol['cap']:,} slots): {protocol['facts']} facts a distance and form in each of"
         f" {', '.join(texts)}; the answer is the likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}."
-        " Exact: no token of the vocabulary is likelier. Brought back: share of the statement that recall held while the"
-        " question was answered."
+        " Exact: no token of the vocabulary is likelier. Brought back: share of the statement that recall held while"
+        " the question was answered."
     )
 
 
