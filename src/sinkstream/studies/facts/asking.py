@@ -125,6 +125,7 @@ class Asking:
         yield from self._read(decoder, ids, len(ids))
 
     def _read(self, decoder: ModuleDecoder, ids: torch.Tensor, end: int) -> Iterator[None]:
+        decoder.announce(ids[self.done : end])
         for size in decoder.chunk_sizes(end - self.done):
             decoder.feed(ids[self.done : self.done + size], last_only=True)
             self.done += decoder.taken
