@@ -28,7 +28,7 @@ from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
 from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import chooser_table, curve_of, curve_table, has_recall, share_of
+from sinkstream.studies.recall.tables import chooser_table, curve_of, curve_table, has_recall, select_recalls, share_of
 from sinkstream.studies.recall.tables import pooled as pooled_passages
 from sinkstream.studies.streameval.reply import FIRST_WINDOW, WINDOW, ReplyBatch, ReplyDesign, ReplyRecord
 from sinkstream.studies.streameval.reply_tables import draw_reply, reply_table, tpot_ratio
@@ -167,6 +167,13 @@ def test_texts_are_pooled_and_the_curve_with_them(tmp_path):
         streams = design.streams(lambda n, name=name, seed=seed: text_of(n, name, seed))
         batch = RecallBatch(loaded, streams, Request(tmp_path, {}, COMMAND, 0))
         records += batch.run([blocks("strict", 64)], Console(quiet=True))
+    object.__setattr__(loaded, "name", "tiny-pooled")
+    far = RecallDesign(64, (0.5, 4.0), passages=1, passage_tokens=16).streams(text_of)
+    newest = RecallBatch(loaded, far, Request(tmp_path / "far", {}, COMMAND, 0)).run(
+        [blocks("strict", 64)], Console(quiet=True)
+    )
+    chosen = select_recalls([*records, *newest], model="tiny", cap=64, pooled_at=2.0)
+    assert [r.id for r in chosen] == [r.id for r in records], "another layout does not hide this one"
     (both,) = pooled_passages(records)
     assert len(both.passages["ratio"]) == 12 and both.summary["ppl"] is None and len(both.curve["gains"]) == 12
     late = curve_of(both, 8, 16, [2.0])
@@ -267,6 +274,11 @@ def test_keys_are_absent_until_measured_and_then_computed(tmp_path, stream):
         record.path.write_text(json.dumps(content))
     headline = write_summary(tmp_path).headlines["recall.facts_16x_share"]
     assert headline["value"] == 1.0 and headline["record"] == lexical.id
+    other = FactsDesign(512, (16.0,), 1, ("open",)).streams(text_of, tiny_model.tokenizer())
+    ExamBatch(loaded, other, Request(tmp_path / "open", {}, COMMAND, 0), FactsRecord).run(
+        settings[:1], Console(quiet=True)
+    )
+    assert write_summary(tmp_path).headlines["recall.facts_16x_share"] == headline, "other forms hide nothing"
     assert "strict recall=lexical" in render_tables(tmp_path)["recall-facts-smollm2"]
 
 

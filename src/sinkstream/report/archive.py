@@ -18,6 +18,7 @@ from sinkstream.studies.streameval.reply_tables import reply_table, select_repli
 from sinkstream.studies.streameval.tables import select_streamevals, streameval_table
 
 CAP = 512
+DISTANCES = {16.0: "", 64.0: "-far"}  # over cap: layouts with such passages -> what the names of their tables have
 REFERENCES = ("full", "strict")  # policies without recall in the tables of choosers
 AnyRecord = TypeVar("AnyRecord", bound=BaseRecord)
 
@@ -31,12 +32,13 @@ def render_archive(results: Path) -> dict[str, str]:
     replies = ReplyRecord.below(results) if there else []
     found = {}
     for model, short in DIAGNOSED_MODELS.items():
-        chosen = passages.select_recalls(recalls, model=model, cap=CAP, all_texts=True)
-        chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
-        chosen = chosen if passages.has_recall(chosen) else []
-        found[f"recall-choosers-{short}"] = _table(chosen, passages.chooser_table)
-        with_curve = [record for record in chosen if record.curve is not None]
-        found[f"recall-curve-{short}"] = _table(with_curve, passages.curve_table)
+        for ratio, name in DISTANCES.items():
+            chosen = passages.select_recalls(recalls, model=model, cap=CAP, pooled_at=ratio)
+            chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
+            chosen = chosen if passages.has_recall(chosen) else []
+            with_curve = [record for record in chosen if record.curve is not None]
+            found[f"recall-choosers{name}-{short}"] = _table(chosen, passages.chooser_table)
+            found[f"recall-curve{name}-{short}"] = _table(with_curve, passages.curve_table)
         found[f"recall-facts-{short}"] = _table(select_facts(facts, model=model, cap=CAP), facts_table)
         found[f"streameval-{short}"] = _table(select_streamevals(streams, model=model), streameval_table)
         found[f"reply-{short}"] = _table(select_replies(replies, model=model), reply_table)

@@ -37,7 +37,8 @@ def footnote(records: Sequence[FactsRecord]) -> str:
     """What a reader must know to read the table."""
     protocol = records[0].protocol
     texts = list(dict.fromkeys(record.data["name"] for record in records))
-    forms = "; ".join(f"{form}: {FORMS[form]}" for form in protocol["forms"])
+    asked = {form for record in records for form in record.protocol["forms"]}
+    forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items() if form in asked)
     return (
         "Share of right answers, with its 95 % Wilson interval, by the distance from statement to question in"
         f" multiples of the cap ({protocol['cap']:,} slots): {protocol['facts']} facts a distance and form in each of"
@@ -77,7 +78,7 @@ def draw_facts(records: Sequence[FactsRecord], path: Path | str, *, title: str |
 
 
 def select_facts(records: Sequence[FactsRecord], *, model: str, cap: int) -> list[FactsRecord]:
-    """The newest complete record of each policy and text of a model at a cap, full cache first."""
+    """The newest complete record of each policy, text and choice of forms of a model at a cap, full cache first."""
     runs = [r for r in records if r.status == "complete" and has_model(r, model) and r.protocol["cap"] == cap]
-    newest = {(record.policy["label"], record.data["name"]): record for record in runs}
+    newest = {(r.policy["label"], r.data["name"], tuple(r.protocol["forms"])): r for r in runs}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")

@@ -51,7 +51,7 @@ def facts_share(record: FactsRecord, ratio: float, reference: FactsRecord, form:
 @RECALL_HEADLINES.register("recall.passage_16x_share")
 def passage_16x_share(records: Sequence[RecallRecord]) -> Headline | None:
     """Passage recall at 16 × cap, lexical, SmolLM2, cap 512, over that of strict inside its window (0.5 ×)."""
-    runs = pooled(select_recalls(records, model=MODEL, cap=CAP, all_texts=True))
+    runs = pooled(select_recalls(records, model=MODEL, cap=CAP, pooled_at=FAR))
     found, strict = ([r for r in runs if is_chooser(r, chooser)] for chooser in (CHOOSER, None))
     return _headline(passage_share(found[-1], FAR, strict[-1]), found[-1].id) if found and strict else None
 

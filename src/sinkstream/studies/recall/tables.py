@@ -233,18 +233,20 @@ def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: f
 
 
 def select_recalls(
-    records: Sequence[RecallRecord], *, model: str, cap: int, all_texts: bool = False
+    records: Sequence[RecallRecord], *, model: str, cap: int, pooled_at: float | None = None
 ) -> list[RecallRecord]:
     """The newest complete record of each policy of a model at a cap, full cache first.
 
-    On the streams of the newest record, or with `all_texts` on those of its text and of others with the same layout.
+    On the streams of the newest record; or with `pooled_at`, of all texts with the layout of the newest record that has
+    passages at that distance over cap.
     """
     runs = [
         record
         for record in records
         if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
     ]
-    if all_texts:
+    if pooled_at is not None:
+        runs = [record for record in runs if pooled_at in record.passages["ratio"]]
         layouts = [[record.protocol[name] for name in LAYOUT] for record in runs]
         kept = [record for record, layout in zip(runs, layouts) if layout == layouts[-1]]
     else:
