@@ -664,9 +664,11 @@ def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
 def test_the_table_of_commands_is_true():
     """Every command of the literal table has its module, and the table has every module that is a command."""
     folder = Path(cli_package.__file__).parent
-    modules = [path.stem for path in folder.glob("*.py") if "\ndef run(" in path.read_text(encoding="utf-8")]
+    modules = [
+        path.stem.replace("_", "-") for path in folder.glob("*.py") if "\ndef run(" in path.read_text(encoding="utf-8")
+    ]
     assert sorted(modules) == sorted(COMMANDS)
-    assert all(callable(import_module(f"sinkstream.cli.{name}").add_arguments) for name in COMMANDS)
+    assert all(callable(import_module(f"sinkstream.cli.{name.replace('-', '_')}").add_arguments) for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,24 +10,16 @@ from PIL import Image
 from record_factory import make_arrays, make_record
 from rich.console import Console
 
-from sinkstream.bench.draw_tables import DRAW_HEADLINES
-from sinkstream.bench.generate_records import GENERATE_HEADLINES
-from sinkstream.bench.late_records import LATE_HEADLINES
-from sinkstream.bench.prompt_tables import PROMPT_HEADLINES
-from sinkstream.bench.serving.tables import SERVE_HEADLINES
-from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.records.records import load_record, write_record
 from sinkstream.records.selection import is_plain, select
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
-from sinkstream.report.evidence import EVIDENCE_HEADLINES
-from sinkstream.report.summary import HEADLINES, write_summary
+from sinkstream.report.summary import HEADLINES, SOURCES, write_summary
 from sinkstream.show import plots
 from sinkstream.show.comparison import compared_runs, comparison_table
 from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
 from sinkstream.show.table import plus_minus, with_interval
-from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
 from sinkstream.studies.rivals.tables import RIVAL_HEADLINES
 
 
@@ -271,9 +263,8 @@ def test_summary_leaves_missing_headlines_out_and_says_so(store, tmp_path):
     store("cpu", "full", model="random:pythia-2.8b")
     summary = write_summary(tmp_path)
     assert list(summary.headlines) == ["foundation.ppl_strict", "dropin.families"]
-    speeds = {*SPEED_HEADLINES, *PROMPT_HEADLINES, *DRAW_HEADLINES, *LATE_HEADLINES, *GENERATE_HEADLINES}
-    others = {*DIAGNOSIS_HEADLINES, *EVIDENCE_HEADLINES, *RIVAL_HEADLINES, "evidence.verdicts"}
-    keys = {*HEADLINES, *speeds, *SERVE_HEADLINES, *others}
+    others = [key for registry, _ in SOURCES for key in registry]
+    keys = {*HEADLINES, *RIVAL_HEADLINES, *others, "evidence.verdicts"}
     assert set(summary.missing) == keys - set(summary.headlines)
     assert "window without sinks" in summary.missing["foundation.ppl_window_only"]
     with pytest.raises(ValueError, match="not a folder"):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from noise import correlated
+from scipy import stats
 
 from sinkstream.statistics import (
     MIN_BLOCKS,
@@ -12,6 +13,7 @@ from sinkstream.statistics import (
     block_sums,
     mean_interval,
     paired_delta_ppl,
+    proportion,
     suitable_block_tokens,
 )
 
@@ -148,3 +150,14 @@ def test_a_wrong_bootstrap_is_refused(option):
 def test_an_interval_without_an_upper_end_excludes_zero_by_its_lower_end(low, high, excluded):
     assert PairedDelta(0.0, low, high, 64, 8, 0.95).excludes_zero is excluded
     assert Estimate(0.0, low, high).excludes_zero is excluded
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 5), (1, 5), (5, 5), (77, 150), (150, 150)])
+def test_the_interval_of_a_share_is_that_of_scipy(hits, trials):
+    found = proportion(hits, trials)
+    exact = stats.binomtest(hits, trials).proportion_ci(0.95, method="wilson")
+    assert found.value == hits / trials
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert proportion(0, 0).value is None and proportion(0, 0).reason
+    with pytest.raises(ValueError, match="must lie between 0 and the trials"):
+        proportion(trials + 1, trials)

@@ -77,6 +77,8 @@ FAST: dict[str, tuple[str, ...]] = {
     "studies/test_cliff.py": ("planted_parts", "no_share", "makes_no_sense"),
     "studies/test_diagnosis.py": ("planted_spike", "points_at_drift", "noise_is_a_go", "reads_back"),
     "studies/test_recall.py": ("places_keep",),
+    "studies/test_recall_facts.py": ("designs_are_refused", "ratio_of_means", "replies_are_refused"),
+    "studies/test_streameval.py": ("told_apart", "shares_no_word", "that_far_back", "a_frame_holds"),
     "support/test_oracle.py": ("equals_transformers_in_float64", "bug_would_show"),
     "support/test_oracle_rules.py": (),
     "test_architecture.py": (

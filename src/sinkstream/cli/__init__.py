@@ -23,6 +23,7 @@ COMMANDS = {
     "diagnose": "Show why a policy's quality differs from strict streaming's: spikes, drift, attribution, verdict",
     "recall": "Measure what each policy recalls of a passage, by how far back it was seen",
     "probe-heads": "Find the retrieval heads of a model, for recall by heads",
+    "streameval": "Ask a stream of facts about itself: right answers by how many lines ago the fact was said",
     "cliff": (
         "Split the loss of perplexity at a large R into hard eviction and visible length past the trained positions"
     ),

@@ -50,7 +50,9 @@ def add_recall_options(parser: argparse.ArgumentParser) -> None:
     for spec in recall_option_specs():
         if spec.name in own:
             flag = "--" + spec.name.replace("_", "-")
-            group.add_argument(flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help)
+            group.add_argument(
+                flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help.replace("%", "%%")
+            )
 
 
 def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str], Any] = int) -> None:

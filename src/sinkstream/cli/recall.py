@@ -1,14 +1,20 @@
 """``sinkstream recall``."""
 
 import argparse
+from functools import partial
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
+from sinkstream.studies.facts.run import ExamBatch
+from sinkstream.studies.facts.statements import FORMS
+from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
+from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
+from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import draw_recall, recall_table
+from sinkstream.studies.recall.tables import chooser_table, curve_table, draw_recall, has_recall, recall_table
 
-PICTURE = "recall.png"
+PICTURE, FACTS_PICTURE = "recall.png", "facts.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser)
     options.add_policy_options(parser)
     options.add_recall_options(parser)
-    group = parser.add_argument_group("recall")
-    options.add_text(group, tokens=False)
+    group = parser.add_argument_group("recall study")
+    group.add_argument(
+        "--text", nargs="+", default=["builtin"], help="pg19, wikitext, builtin, or a text file; several are pooled"
+    )
     group.add_argument(
         "--distances",
         type=options.numbers(float),
@@ -25,23 +33,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO[,RATIO…]",
         help="distances between the two occurrences, in multiples of the cap",
     )
-    group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
+    group.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance, in each text")
     group.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
+    group.add_argument(
+        "--facts", type=int, help="ask facts instead of passages: so many at each distance, in each form and text"
+    )
+    forms = "; ".join(f"{name}: {what}" for name, what in FORMS.items())
+    group.add_argument(
+        "--forms", type=lambda text: text.split(","), default=list(FORMS), help=f"how facts are asked; {forms}"
+    )
     options.add_block_tokens(group)
     options.add_output(group, "out/recall")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all policies, print the table, write records and picture."""
+    """Run all policies over all texts, print the table, write records and picture."""
     if args.cap is None:
         raise ValueError("distances are multiples of the cap; give --cap SLOTS")
+    return _passages(args) if args.facts is None else _facts(args)
+
+
+def _passages(args: argparse.Namespace) -> int:
     design = RecallDesign(args.cap, tuple(args.distances), args.passages, args.passage_tokens, args.seed)
     settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
-    console = wide_console()
-    text = load_text(args.text)
+    console, texts = wide_console(), [load_text(name) for name in args.text]
     loaded = options.load_given_model(args)
-    streams = design.streams(lambda tokens: tokenize(text, loaded.tokenizer, tokens))
-    records = RecallBatch(loaded, streams, options.request(args)).run(settings, console)
+    streams = [design.streams(partial(tokenize, text, loaded.tokenizer)) for text in texts]
+    records: list[RecallRecord] = []
+    for its in streams:
+        records += RecallBatch(loaded, its, options.request(args)).run(settings, console)
+        if records[-1].status != "complete":
+            break
     measured = [r for r in records if len(r.passages["ratio"])]
-    title = f"{loaded.name} over {text.name}, {len(streams.repeated):,} tokens"
+    if has_recall(measured):
+        for table in (chooser_table, curve_table):
+            console.print(table(measured))
+    title = f"{loaded.name} over {_names(texts)}, {sum(len(its.repeated) for its in streams):,} tokens"
     return show_batch(records, measured, console, args.out, title, recall_table, draw_recall, PICTURE)
+
+
+def _facts(args: argparse.Namespace) -> int:
+    design = FactsDesign(args.cap, tuple(args.distances), args.facts, tuple(args.forms), args.seed)
+    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    console, texts = wide_console(), [load_text(name) for name in args.text]
+    loaded = options.load_given_model(args)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{loaded.name} has no tokenizer to write facts with; accepted: a model with one")
+    streams = [design.streams(partial(tokenize, text, tokenizer), tokenizer) for text in texts]
+    records: list[FactsRecord] = []
+    for its in streams:
+        records += ExamBatch(loaded, its, options.request(args), FactsRecord).run(settings, console)
+        if records[-1].status != "complete":
+            break
+    measured = [r for r in records if len(r.answers["ratio"])]
+    title = f"{loaded.name}, facts in {_names(texts)}, {sum(len(its.stream) for its in streams):,} tokens"
+    return show_batch(records, measured, console, args.out, title, facts_table, draw_facts, FACTS_PICTURE)
+
+
+def _names(texts: list) -> str:
+    return ", ".join(text.name for text in texts)

@@ -7,16 +7,20 @@ from typing import TypeVar
 from rich.console import Console
 
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED
+from sinkstream.records.base import StatusRecord
 from sinkstream.records.records import Record
 from sinkstream.show.comparison import comparison_table
 from sinkstream.show.plots import memory_and_quality
 from sinkstream.show.progress import say
 from sinkstream.show.table import Table
+from sinkstream.studies.recall.facts import FactsRecord
 from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.streameval.record import StreamEvalRecord
+from sinkstream.studies.streameval.reply import ReplyRecord
 
 PIPE_WIDTH = 170
 PICTURE = "nll.png"
-AnyRun = TypeVar("AnyRun", Record, RecallRecord)
+AnyRun = TypeVar("AnyRun", Record, RecallRecord, FactsRecord, StreamEvalRecord, ReplyRecord)
 
 
 def wide_console() -> Console:
@@ -69,7 +73,7 @@ def show_batch(
     return exit_code(records)
 
 
-def exit_code(records: Sequence[Record] | Sequence[RecallRecord]) -> int:
+def exit_code(records: Sequence[StatusRecord]) -> int:
     """0 if every run is complete, 130 after an interrupt, 1 after a failure."""
     codes = {"complete": 0, "partial": EXIT_INTERRUPTED, "failed": EXIT_FAILED}
     return codes[records[-1].status]

@@ -5,6 +5,7 @@ difference between two figures is a difference between two methods.
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,42 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in held.values())
 
 
+class Frames:
+    """Which evicted tokens were back in the cache, and when: all frames of a run, of which a cache keeps the latest.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Index in the stream of the first token that saw each frame, not decreasing.
+    spans : list of tuple of (int, int)
+        First token of every span of each frame, and the token after its last.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.spans: list[tuple[tuple[int, int], ...]] = []
+        self._latest: Any = None
+
+    def take(self, events: Sequence[Any]) -> None:
+        """Add the frames of a cache's `recall_events` that are new."""
+        new = []
+        for event in reversed(events):
+            if event is self._latest:
+                break
+            new.append(event)
+        for event in reversed(new):
+            self.tokens.append(event.token)
+            self.spans.append(tuple((span.first, span.end) for span in event.spans))
+        self._latest = events[-1] if events else None
+
+    def held(self, token: int, wanted: range) -> float:
+        """Share of the tokens `wanted` that the frame of that token held."""
+        at = bisect_right(self.tokens, token) - 1
+        spans = self.spans[at] if at >= 0 else ()
+        found = sum(max(0, min(end, wanted.stop) - max(first, wanted.start)) for first, end in spans)
+        return found / len(wanted)
+
+
 class Decoder(ABC):
     """A model that decodes under a method. All ids are int64 on the device of the model.
 
@@ -36,6 +73,7 @@ class Decoder(ABC):
     """
 
     journal: list[Step] | None = None  # what `step` did to the cache of the first stream, token by token, if kept
+    frames: Frames | None = None  # what recall has brought back so far, and when; None without recall
 
     def __init__(self, model: PreTrainedModel, settings: RunSettings):
         self.model, self.settings = model, settings
@@ -89,6 +127,15 @@ class ModuleDecoder(Decoder):
     def steps(self) -> Sequence[Step]:
         """What happened to the cache at each token of the latest `score`."""
 
+    @property
+    def taken(self) -> int:
+        """How many tokens of the latest `feed` the decoder has kept; feed the others again."""
+        return len(self.steps())
+
+    def ask(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed a question (tokens,), which ends a turn; logits ``(1, vocab)`` after its last token."""
+        return self.prefill(ids)
+
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         fed = 0
         for size in self.chunk_sizes(len(ids)):
@@ -140,13 +187,28 @@ class StreamingDecoder(ModuleDecoder):
             block_tokens=settings.block_tokens if settings.has_blocks else 0,
             **settings.recall,
         )
+        self.frames = Frames() if settings.recall else None
 
     def feed(self, ids: torch.Tensor, *, last_only: bool) -> torch.Tensor:
         out = self.model(ids[None], **with_cache(self.model, self.cache), logits_to_keep=1 if last_only else 0)
+        self._watch()
         return out.logits[0, -1:] if last_only else out.logits[0, : len(self.cache.last_steps)]
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
-        return self.cache.prefill(self.model, ids[None], self.settings.block_tokens)
+        logits = self.cache.prefill(self.model, ids[None], self.settings.block_tokens)
+        self._watch()
+        return logits
+
+    def ask(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.settings.recall:
+            return self.prefill(ids)
+        logits = self.cache.ask(self.model, ids[None])
+        self._watch()
+        return logits
+
+    def _watch(self) -> None:
+        if self.frames is not None:
+            self.frames.take(self.cache.recall_events)
 
     def steps(self) -> Sequence[Step]:
         return self.cache.last_steps

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sinkstream.evaluation.backends import BACKENDS, open_decoder
-from sinkstream.evaluation.decoders import Decoder, ModuleDecoder, RecomputeDecoder
+from sinkstream.evaluation.decoders import Decoder, Frames, ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
 from sinkstream.measure.metrics import summarise, token_nll
@@ -56,6 +56,7 @@ class RunResult:
     status: str  # {"complete", "partial", "failed"}
     reason: str | None  # why the run is not complete
     prefill_tokens: int
+    frames: Frames | None = None  # what recall had brought back, and when; None without recall
 
 
 class NonFiniteLogits(ArithmeticError):
@@ -92,7 +93,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     times = {name: [attempt.times[name] for attempt in attempts if name in attempt.times] for name in TIMES}
     prefill, ttft, total = (float(np.median(seconds)) if seconds else None for seconds in times.values())
     summary = summarise(arrays, prefill, ttft, total, memory, warmup_tokens=settings.warmup_tokens)
-    return RunResult(arrays, summary, status, reason, attempts[0].first)
+    return RunResult(arrays, summary, status, reason, attempts[0].first, attempts[0].frames)
 
 
 @torch.inference_mode()
@@ -163,6 +164,7 @@ class Attempt:
         self.rows: list[Row] = []  # appended whole: Ctrl-C may come at any time
         self.times: dict[str, float] = {}  # seconds of those of `TIMES` that have ended
         self.report: Callable[[int], None] = lambda done: None  # called with the number of decoded tokens
+        self.frames: Frames | None = None  # of the pass, where there is recall
 
     @torch.inference_mode()
     def decode(self) -> None:
@@ -171,6 +173,7 @@ class Attempt:
         timed_tokens = min(to_decode, self.settings.timed_tokens or to_decode)
         timed_end = self.first + (timed_tokens if self.settings.evaluate == "steps" else 0)
         with closing(open_decoder(self.loaded, self.settings)) as decoder:
+            self.frames = decoder.frames
             self.prefill(decoder)
             self.decode_steps(decoder, range(self.first, timed_end))
             if isinstance(decoder, ModuleDecoder):

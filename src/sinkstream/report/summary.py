@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from sinkstream.bench.draw_records import DrawRecord
 from sinkstream.bench.draw_tables import DRAW_HEADLINES
@@ -20,9 +20,10 @@ from sinkstream.cache import FAMILIES
 from sinkstream.matrix.record import load_points
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
+from sinkstream.records.pairing import paired_delta, same_text_and_model
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
-from sinkstream.records.selection import same_conditions, select
+from sinkstream.records.selection import evaluated, is_plain, same_conditions, select
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
 from sinkstream.report.evidence import EVIDENCE_HEADLINES, verdict_counts
@@ -30,14 +31,31 @@ from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_HEADLINES
+from sinkstream.studies.recall.facts import FactsRecord
+from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.recall.summary import FACTS_HEADLINES, RECALL_HEADLINES, REPLY_HEADLINES
 from sinkstream.studies.rivals.compare import comparisons
 from sinkstream.studies.rivals.record import RivalRecord
 from sinkstream.studies.rivals.tables import RIVAL_HEADLINES
+from sinkstream.studies.streameval.reply import ReplyRecord
 
 #: Key -> function of all records, oldest first, that returns a headline, or None if records are missing.
 HEADLINES: Registry[Callable[[Sequence[Record]], Headline | None]] = Registry("headline")
+#: Other headlines, and what loads the records below a folder that they are computed from, oldest first.
+SOURCES: list[tuple[Registry[Callable[[Sequence[Any]], Headline | None]], Callable[[Path], Sequence[Any]]]] = [
+    (SPEED_HEADLINES, BenchRecord.below),
+    (PROMPT_HEADLINES, PromptRecord.below),
+    (LATE_HEADLINES, LateRecord.below),
+    (GENERATE_HEADLINES, GenerateRecord.below),
+    (DRAW_HEADLINES, DrawRecord.below),
+    (SERVE_HEADLINES, ServeRecord.below),
+    (DIAGNOSIS_HEADLINES, Diagnosis.below),
+    (RECALL_HEADLINES, RecallRecord.below),
+    (FACTS_HEADLINES, FactsRecord.below),
+    (REPLY_HEADLINES, ReplyRecord.below),
+    (EVIDENCE_HEADLINES, lambda results: [point for point in load_points(results) if point.status == "complete"]),
+]
 SIGNIFICANT_DIGITS = 6
-AnyRecord = TypeVar("AnyRecord")
 Headlines = dict[str, dict[str, float | str]]
 
 
@@ -75,7 +93,7 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     headlines: Headlines = {}
     missing: dict[str, str] = {}
 
-    def compute(registry: Registry[Callable[[Sequence[AnyRecord]], Headline | None]], of: list[AnyRecord]) -> None:
+    def compute(registry: Registry[Callable[[Sequence[Any]], Headline | None]], of: Sequence[Any]) -> None:
         for key, headline in registry.items():
             found = headline(of)
             if found is None:
@@ -87,15 +105,9 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
 
     records = load_records(results, pairs)
     compute(HEADLINES, records)
-    compute(SPEED_HEADLINES, BenchRecord.below(results))
-    compute(PROMPT_HEADLINES, PromptRecord.below(results))
-    compute(LATE_HEADLINES, LateRecord.below(results))
-    compute(GENERATE_HEADLINES, GenerateRecord.below(results))
-    compute(DRAW_HEADLINES, DrawRecord.below(results))
-    compute(SERVE_HEADLINES, ServeRecord.below(results))
-    compute(DIAGNOSIS_HEADLINES, Diagnosis.below(results))
     compute(RIVAL_HEADLINES, comparisons(records, RivalRecord.below(results)))
-    compute(EVIDENCE_HEADLINES, [point for point in load_points(results) if point.status == "complete"])
+    for registry, load in SOURCES:
+        compute(registry, load(results))
     verdicts = verdict_counts(results)
     if verdicts is None:
         missing["evidence.verdicts"] = "no criteria beside the records: experiments/criteria.toml"
@@ -217,6 +229,50 @@ def block_max_abs_nll_difference(records: Sequence[Record]) -> Headline | None:
     """Largest difference of one token's NLL between blocks and step by step, over all float32 pairs of runs."""
     pairs = [pair for pair in block_pairs(records) if pair.blocks.protocol["dtype"] == "float32"]
     return max((Headline(pair.max_abs_nll_difference, pair.blocks.id) for pair in pairs), default=None)
+
+
+@HEADLINES.register("recall.ppl_delta_gated")
+def ppl_delta_gated(records: Sequence[Record]) -> Headline | None:
+    """ΔPPL % of strict with lexical recall, gate and slots by default, against strict; SmolLM2, cap 512, worst text."""
+    runs = [r for r in select(records, model="SmolLM2-135M", policy="strict") if r.protocol["cap"] == 512]
+    newest: dict[str, Headline] = {}
+    for run in runs:
+        recall = {name: value for name, value in run.policy["options"].items() if name.startswith("recall")}
+        controls = [c for c in runs if is_plain(c) and same_text_and_model(c, run) and evaluated(c) == evaluated(run)]
+        if recall == {"recall": "lexical"} and controls:
+            delta = paired_delta(run, controls[-1])
+            if delta.delta_percent is not None:
+                newest[run.data["name"]] = Headline(delta.delta_percent, run.id, delta.low, delta.high)
+    return max(newest.values(), default=None)
+
+
+@HEADLINES.register("recall.tpot_over_strict")
+def recall_tpot_over_strict(records: Sequence[Record]) -> Headline | None:
+    """Mean steady TPOT of strict with recall over strict's, newest interleaved pair of each shape, worst shape, GPU.
+
+    The shapes are Pythia-2.8B with the text archive and Llama-3.2-1B with the KV archive; None unless both are there.
+    """
+    found = []
+    for shape, archive in (("pythia-2.8b", "text"), ("llama-3.2-1b", "kv")):
+        runs = [r for r in select(records, model=shape, policy="strict", device="cuda") if _interleaved(r)]
+        of_shape = [r for r in runs if r.policy["options"].get("recall_archive", "kv") == archive]
+        pairs = [
+            Headline(_steady(run) / _steady(control), run.id)
+            for run in of_shape
+            if run.policy["options"].get("recall")
+            for control in runs
+            if is_plain(control) and same_conditions(run, control)
+        ]
+        found += pairs[-1:]
+    return max(found) if len(found) == 2 else None
+
+
+def _interleaved(record: Record) -> bool:
+    return record.protocol.get("interleaved", 1) > 1 and record.summary["steady_tpot_ms"]["mean"] is not None
+
+
+def _steady(record: Record) -> float:
+    return float(record.summary["steady_tpot_ms"]["mean"])
 
 
 @HEADLINES.register("dropin.families")

@@ -15,6 +15,7 @@ from sinkstream.statistics.delta import (
     suitable_block_tokens,
 )
 from sinkstream.statistics.power import Resolution, resolution
+from sinkstream.statistics.proportion import proportion
 
 __all__ = [
     "AFTER",
@@ -34,6 +35,7 @@ __all__ = [
     "mean_interval",
     "mean_of_blocks",
     "paired_delta_ppl",
+    "proportion",
     "resolution",
     "share_of_blocks",
     "suitable_block_tokens",

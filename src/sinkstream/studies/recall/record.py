@@ -3,6 +3,7 @@
 What is recorded of a passage is the table `COLUMNS` here, and nowhere else.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.schema import STATUSES
+
+DIGITS = 4  # decimals of a gain in nats
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class ScoredPassage:
     placement: Placement
     nll_again: float  # with the first occurrence in the text
     nll_unseen: float  # control: other text in place of the first occurrence
+    # gain of every token but the first, (tokens - 1,), in nats: what it costs in the control, less what it costs again
+    gains: np.ndarray
+    held: float | None  # share of its tokens whose first occurrence recall held at that moment; None without recall
 
 
 #: Field of `passages` -> dtype, and the value of a passage.
@@ -40,6 +46,11 @@ COLUMNS: dict[str, tuple[type[np.number], Callable[[ScoredPassage], float]]] = {
     "nll_again": (np.float64, lambda passage: passage.nll_again),
     "nll_unseen": (np.float64, lambda passage: passage.nll_unseen),
 }
+#: The same of fields that older records lack.
+LATER_COLUMNS: dict[str, tuple[type[np.number], Callable[[ScoredPassage], Any]]] = {
+    "held": (np.float64, lambda passage: passage.held),
+}
+EDGES = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # token indices in a passage between which the curve has means
 _REQUIRED = {
     **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments", "environment")),
     **dict.fromkeys(("model", "data", "policy", "protocol", "summary", "passages")),
@@ -48,7 +59,14 @@ _REQUIRED = {
 
 def passage_columns(passages: Sequence[ScoredPassage]) -> dict[str, list[float]]:
     """The field `passages` of a record."""
-    return {name: [value(passage) for passage in passages] for name, (_, value) in COLUMNS.items()}
+    return {name: [value(one) for one in passages] for name, (_, value) in (COLUMNS | LATER_COLUMNS).items()}
+
+
+def token_curve(passages: Sequence[ScoredPassage], passage_tokens: int) -> dict[str, Any]:
+    """The field `curve` of a record: mean gain of every passage between any two neighbours of `edges`."""
+    edges = [edge for edge in EDGES if edge < passage_tokens] + [passage_tokens]
+    parts = [[one.gains[a - 1 : b - 1] for a, b in itertools.pairwise(edges)] for one in passages]
+    return {"edges": edges, "gains": [[round(float(part.mean()), DIGITS) for part in row] for row in parts]}
 
 
 @dataclass(frozen=True)
@@ -61,15 +79,17 @@ class RecallRecord(StatusRecord):
     policy: dict[str, Any]
     summary: dict[str, Any]
     passages: dict[str, np.ndarray]
+    curve: dict[str, Any] | None = None  # gain by token index in the passage, see `token_curve`; older records: None
 
     @classmethod
     def check_own(cls, content: Mapping[str, Any], where: str) -> None:
-        if set(content["passages"]) != set(COLUMNS):
+        if not set(COLUMNS) <= set(content["passages"]) <= {*COLUMNS, *LATER_COLUMNS}:
             raise ValueError(f"{where}: field 'passages' must hold {', '.join(COLUMNS)}")
         if len({len(column) for column in content["passages"].values()}) != 1:
             raise ValueError(f"{where}: the columns of field 'passages' are of unequal length")
 
     @classmethod
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        columns = {name: np.array(content["passages"][name], dtype=dtype) for name, (dtype, _) in COLUMNS.items()}
-        return super().values(content) | {"passages": columns}
+        given, known = content["passages"], COLUMNS | LATER_COLUMNS
+        columns = {name: np.array(given[name], dtype=dtype) for name, (dtype, _) in known.items() if name in given}
+        return super().values(content) | {"passages": columns, "curve": content.get("curve")}

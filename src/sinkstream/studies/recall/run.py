@@ -25,13 +25,15 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
+from sinkstream.evaluation.decoders import Frames
 from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
 from sinkstream.evaluation.run import RunResult, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.records.plain import new_record_id
-from sinkstream.studies.recall.record import Placement, RecallRecord, ScoredPassage, passage_columns
+from sinkstream.studies.facts.asking import with_told
+from sinkstream.studies.recall.record import Placement, RecallRecord, ScoredPassage, passage_columns, token_curve
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 PASSAGES, PASSAGE_TOKENS = 16, 64
@@ -204,27 +206,44 @@ class RecallBatch:
         return self.streams.whole()
 
     def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:
-        nll = {name: np.full(len(self.streams.placements), np.nan) for name in ("repeated", "control")}
+        shape = (len(self.streams.placements), self.streams.design.passage_tokens - 1)
+        nll = {name: np.full(shape, np.nan) for name in ("repeated", "control")}
+        held: list[float | None] = [None] * len(self.streams.placements)
         done, total = 0, 2 * sum(len(trial.control) - 1 - trial.prefill for trial in trials)
 
         def report_all(before: int, now: int, _: int) -> None:
             report(before + now, total)
 
         for trial, name in ((trial, name) for trial in trials for name in nll):
-            one = replace(settings, prefill=trial.prefill)
+            one = with_told(replace(settings, prefill=trial.prefill), self._wanted(trial))
             result = run(self.loaded, getattr(trial, name), one, partial(report_all, done))
             done += len(trial.control) - 1 - trial.prefill
             for number, start in trial.scored:
                 nll[name][number] = self._passage_nll(result, start)
+                if name == "repeated" and result.frames is not None:
+                    held[number] = self._held(result.frames, self.streams.placements[number])
             if result.status != "complete":
                 break
-        return [partial(self._record, settings, result, nll)]
+        return [partial(self._record, settings, result, nll, held)]
 
-    def _passage_nll(self, result: RunResult, start: int) -> float:
-        """Mean NLL of a passage without its first token; NaN if the run ended before."""
+    def _wanted(self, trial: Trial) -> list[tuple[int, int, int, int]]:
+        """What an oracle is told: while a passage occurs again, its first occurrence is wanted."""
+        size = self.streams.design.passage_tokens
+        firsts = (self.streams.placements[number].first for number, _ in trial.scored)
+        wanted = [(again, again + size, first, first + size) for (_, again), first in zip(trial.scored, firsts)]
+        return sorted(wanted)
+
+    def _held(self, frames: Frames, place: Placement) -> float:
+        """Share of a passage's tokens, but for the first, that recall held when they were predicted."""
+        ahead = range(1, self.streams.design.passage_tokens)
+        found = [frames.held(place.second + i - 1, range(place.first + i, place.first + i + 1)) for i in ahead]
+        return float(np.mean(found))
+
+    def _passage_nll(self, result: RunResult, start: int) -> np.ndarray:
+        """NLL of the tokens of a passage without its first, (tokens - 1,); NaN if the run ended before."""
         index, size = result.arrays["index"], self.streams.design.passage_tokens
         scored = result.arrays["nll"][(index > start) & (index < start + size)]
-        return float(scored.mean()) if len(scored) == size - 1 else float("nan")
+        return scored if len(scored) == size - 1 else np.full(size - 1, np.nan)
 
     def _identity(self, settings: RunSettings) -> dict[str, Any]:
         design = self.streams.design
@@ -237,12 +256,21 @@ class RecallBatch:
     def _find(self, settings: RunSettings) -> list[RecallRecord]:
         return find_complete(RecallRecord.below, self.request.out, self._identity(settings))
 
-    def _record(self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _record(
+        self, settings: RunSettings, result: RunResult, nll: dict[str, np.ndarray], held: list[float | None]
+    ) -> dict[str, Any]:
         """The record of a policy; the last run, `result`, gives its status and the PPL of the control."""
         streams, identity = self.streams, self._identity(settings)
-        scored = np.flatnonzero(np.isfinite(nll["repeated"] + nll["control"]))
+        again, unseen = nll["repeated"], nll["control"]
         passages = [
-            ScoredPassage(streams.placements[i], float(nll["repeated"][i]), float(nll["control"][i])) for i in scored
+            ScoredPassage(
+                streams.placements[i],
+                float(again[i].mean()),
+                float(unseen[i].mean()),
+                gains=unseen[i] - again[i],
+                held=held[i],
+            )
+            for i in np.flatnonzero(np.isfinite(again + unseen).all(axis=1))
         ]
         covers_stream = settings.method != "full"
         return {
@@ -259,4 +287,5 @@ class RecallBatch:
             },
             "summary": {"ppl": result.summary["ppl"] if covers_stream and result.status == "complete" else None},
             "passages": passage_columns(passages),
+            "curve": token_curve(passages, streams.design.passage_tokens),
         }

@@ -1,0 +1,84 @@
+"""Facts in a text: right answers by distance, the table and the picture of several policies."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sinkstream.records.selection import has_model
+from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
+from sinkstream.show.table import Table
+from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text, pooled
+from sinkstream.studies.facts.statements import FORMS
+from sinkstream.studies.recall.facts import FactsRecord
+
+FAR = 2.0  # distance over cap from which on a statement has left every window
+CHANCE = 10  # answers that there are to choose from
+
+
+def facts_table(records: Sequence[FactsRecord], title: str | None = None) -> Table:
+    """One row a policy and form, one column a distance; records on several texts are pooled."""
+    ratios = sorted({ratio for record in records for ratio in record.answers["ratio"].tolist()})
+    rows = []
+    for record in pooled(records):
+        answers = record.answers
+        for form in forms_of(answers):
+            of_form = answers["form"] == form
+            far = of_form & (answers["ratio"] >= FAR)
+            cells = [accuracy_text(accuracy(answers, of_form & (answers["ratio"] == ratio))) for ratio in ratios]
+            both = [accuracy_text(accuracy(answers, far, column)) for column in ("correct", "exact")]
+            rows.append([record.label, form, *cells, *both, held_text(answers, far)])
+    header = ["Policy", "Form", *(f"{ratio:g} ×" for ratio in ratios)]
+    header += [f"all from {FAR:g} ×", f"exact from {FAR:g} ×", "Brought back"]
+    return Table(header, rows, title, [footnote(records)], left=2)
+
+
+def footnote(records: Sequence[FactsRecord]) -> str:
+    """What a reader must know to read the table."""
+    protocol = records[0].protocol
+    texts = list(dict.fromkeys(record.data["name"] for record in records))
+    asked = {form for record in records for form in record.protocol["forms"]}
+    forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items() if form in asked)
+    return (
+        "Share of right answers, with its 95 % Wilson interval, by the distance from statement to question in"
+        f" multiples of the cap ({protocol['cap']:,} slots): {protocol['facts']} facts a distance and form in each of"
+        f" {', '.join(texts)}; the answer is the likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}."
+        " Exact: no token of the vocabulary is likelier. Brought back: share of the statement that recall held while"
+        " the question was answered."
+    )
+
+
+def draw_facts(records: Sequence[FactsRecord], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw right answers over distance / cap, one line a policy, cue and open form together; writes a PNG atomically.
+
+    Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
+    """
+    if not records:
+        raise ValueError("no facts records to draw")
+    figure, (axis,) = new_figure(1)
+    ratios = sorted({ratio for record in records for ratio in record.answers["ratio"].tolist()})
+    for record, style in zip(pooled(records), line_formats()):
+        named = record.answers["form"] != "paraphrase"
+        shares = [accuracy(record.answers, named & (record.answers["ratio"] == ratio)) for ratio in ratios]
+        known = [(r, s.value, s.low, s.high) for r, s in zip(ratios, shares) if s.value is not None]
+        if known:
+            places, *percent = np.array(known).T * np.array([[1], [100], [100], [100]])
+            axis.plot(places, percent[0], label=record.label, marker="o", **style)
+            axis.vlines(places, percent[1], percent[2], color=style["color"])
+    axis.axhline(100 / CHANCE, color=COLOURS[0], linewidth=1, linestyle=":")
+    axis.set_xscale("log")
+    axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    axis.minorticks_off()
+    axis.set_ylim(0, 102)
+    axis.set_xlabel(f"distance from statement to question (× cap of {records[0].protocol['cap']:,} slots)")
+    axis.set_ylabel("right answers (%)")
+    axis.set_title(title or records[0].model["name"])
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def select_facts(records: Sequence[FactsRecord], *, model: str, cap: int) -> list[FactsRecord]:
+    """The newest complete record of each policy, text and choice of forms of a model at a cap, full cache first."""
+    runs = [r for r in records if r.status == "complete" and has_model(r, model) and r.protocol["cap"] == cap]
+    newest = {(r.policy["label"], r.data["name"], tuple(r.protocol["forms"])): r for r in runs}
+    return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")

@@ -1,0 +1,101 @@
+"""One endless reply: the table of several policies, and the picture of memory and time along the reply."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from sinkstream.records.selection import has_model
+from sinkstream.show.plots import line_formats, new_figure, save
+from sinkstream.show.table import EMPTY, Table
+from sinkstream.studies.facts.record import accuracy, accuracy_text, held_text
+from sinkstream.studies.streameval.reply import ReplyRecord
+
+#: Distances in tokens that the table has a column for: up to each of these, times the cap; then all others.
+BANDS = (16.0, 256.0)
+MIB = 2**20
+
+
+def reply_table(records: Sequence[ReplyRecord], title: str | None = None) -> Table:
+    """One row a policy."""
+    rows = []
+    for record in records:
+        answers, cap = record.answers, record.protocol["cap"]
+        edges = [0.0, *(cap * band for band in BANDS), np.inf]
+        bands = [(answers["distance"] >= low) & (answers["distance"] < high) for low, high in pairwise(edges)]
+        shares = [accuracy_text(accuracy(answers, band)) for band in bands]
+        everything = np.ones(len(answers["distance"]), dtype=bool)
+        first, last = (record.samples[i] if record.samples else {} for i in (0, -1))
+        cells = [accuracy_text(accuracy(answers)), *shares, held_text(answers, everything)]
+        rows.append([record.label, *cells, *_times(record), _bytes(first, last), _host_bytes(last)])
+    bands_named = [*(f"up to {band:g} ×" for band in BANDS), "beyond"]
+    header = ["Policy", "Right answers", *bands_named, "Brought back", "TPOT first / last (ms)", "ratio"]
+    return Table([*header, "Cache first / last (MiB)", "Archive (bytes a token)"], rows, title, [footnote(records)])
+
+
+def tpot_ratio(record: ReplyRecord) -> float | None:
+    """Mean time a token in the last timed window over that in the first; None without both."""
+    windows = [window["mean"] for window in record.windows]
+    return windows[-1] / windows[0] if len(windows) > 1 and None not in (windows[0], windows[-1]) else None
+
+
+def _times(record: ReplyRecord) -> list[str]:
+    ratio = tpot_ratio(record)
+    if ratio is None:
+        return [EMPTY, EMPTY]
+    return [f"{record.windows[0]['mean']:.2f} / {record.windows[-1]['mean']:.2f}", f"{ratio:.3f}"]
+
+
+def _bytes(first: dict, last: dict) -> str:
+    if not first or first["cache_bytes"] is None or last["cache_bytes"] is None:
+        return EMPTY
+    return f"{first['cache_bytes'] / MIB:.1f} / {last['cache_bytes'] / MIB:.1f}"
+
+
+def _host_bytes(last: dict) -> str:
+    if not last or not last["archived"]:
+        return EMPTY
+    return f"{(last['archive_bytes'] + (last['archive_file_bytes'] or 0)) / last['archived']:,.0f}"
+
+
+def footnote(records: Sequence[ReplyRecord]) -> str:
+    """What a reader must know to read the table."""
+    protocol, data = records[0].protocol, records[0].data
+    windows = records[0].windows
+    tokens = windows[0]["tokens"] if windows else 0
+    return (
+        f"One reply of {data['tokens']:,} tokens ({data['source']}), given and not drawn; each fact is said once and"
+        f" asked once, at a distance of {protocol['cap']:,} tokens (the cap) or more. Right answers: the likeliest of"
+        " ten, with the 95 % Wilson interval, by the distance in multiples of the cap. TPOT: mean of"
+        f" {tokens:,} tokens decoded one by one, after {windows[0]['first'] if windows else 0:,} tokens and at the end."
+    )
+
+
+def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw the memory held on the device and the time a token along the reply; writes a PNG atomically.
+
+    Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
+    """
+    if not records:
+        raise ValueError("no reply records to draw")
+    figure, (above, below) = new_figure(2)
+    for record, style in zip(records, line_formats()):
+        above.plot([s["token"] for s in record.samples], [s["device_mb"] for s in record.samples],
+                   label=record.label, **style)  # fmt: skip
+        timed = [w for w in record.windows if w["mean"] is not None]
+        below.plot([w["first"] for w in timed], [w["mean"] for w in timed], marker="o", **style)
+    above.set_ylabel("held on the device (MB)")
+    below.set_ylabel("time a token (ms)")
+    for axis in (above, below):
+        axis.set_ylim(bottom=0)
+    below.set_xlabel("token of the reply")
+    above.set_title(title or f"{records[0].model['name']}, one reply of {records[0].data['tokens']:,} tokens")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def select_replies(records: Sequence[ReplyRecord], *, model: str) -> list[ReplyRecord]:
+    """The newest complete record of each policy of a model, on the reply of the newest."""
+    runs = [record for record in records if record.status == "complete" and has_model(record, model)]
+    return list({r.policy["label"]: r for r in runs if r.data["sha256"] == runs[-1].data["sha256"]}.values())

@@ -1,0 +1,84 @@
+"""Streaming question answering: the table and the picture of several policies, accuracy by distance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sinkstream.records.selection import has_model
+from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
+from sinkstream.show.table import Table
+from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text
+from sinkstream.studies.facts.statements import FORMS
+from sinkstream.studies.streameval.record import StreamEvalRecord
+
+CHANCE = 10  # answers that there are to choose from
+
+
+def distances_of(records: Sequence[StreamEvalRecord]) -> list[int]:
+    """The distances in lines that were asked, the shortest first."""
+    return sorted({lines for record in records for lines in record.answers["lines"].tolist()})
+
+
+def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = None) -> Table:
+    """One row a policy and form, one column a distance."""
+    distances, rows = distances_of(records), []
+    for record in records:
+        answers, seconds = record.answers, record.summary["seconds"]
+        for form in forms_of(answers):
+            of_form = answers["form"] == form
+            cells = [accuracy_text(accuracy(answers, of_form & (answers["lines"] == lines))) for lines in distances]
+            farthest = of_form & (answers["lines"] == max(distances))
+            exact = accuracy_text(accuracy(answers, farthest, "exact"))
+            rows.append([record.label, form, *cells, exact, held_text(answers, farthest), f"{seconds:,.0f}"])
+    header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances)]
+    header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "Seconds"]
+    return Table(header, rows, title, [footnote(records)], left=2)
+
+
+def footnote(records: Sequence[StreamEvalRecord]) -> str:
+    """What a reader must know to read the table."""
+    protocol, data = records[0].protocol, records[0].data
+    forms = "; ".join(f"{form}: {FORMS[form]}" for form in protocol["forms"])
+    return (
+        f"Share of right answers by the lines between statement and question, with its 95 % Wilson interval: a stream"
+        f" of {data['tokens']:,} tokens ({data['source']}), every {protocol['every']} lines a question, the answer the"
+        f" likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}. Exact: no token of the"
+        f" vocabulary is likelier. Brought back: share of the statement that"
+        " recall held while the question was answered, at the longest distance. The full cache is shown where it fits"
+        " the trained positions."
+    )
+
+
+def draw_streameval(records: Sequence[StreamEvalRecord], path: Path | str, *, title: str | None = None) -> Path:
+    """Draw accuracy over the distance in lines, one line a policy, all forms together; writes a PNG atomically.
+
+    Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
+    """
+    if not records:
+        raise ValueError("no streameval records to draw")
+    figure, (axis,) = new_figure(1)
+    distances = distances_of(records)
+    for record, style in zip(records, line_formats()):
+        shares = [accuracy(record.answers, record.answers["lines"] == lines) for lines in distances]
+        known = np.array([(n, s.value, s.low, s.high) for n, s in zip(distances, shares) if s.value is not None])
+        places, percent = known[:, 0], 100 * known[:, 1:]
+        axis.plot(places, percent[:, 0], label=record.label, marker="o", **style)
+        axis.vlines(places, percent[:, 1], percent[:, 2], color=style["color"])
+    axis.axhline(100 / CHANCE, color=COLOURS[0], linewidth=1, linestyle=":")
+    axis.set_xscale("log")
+    axis.set_xticks(distances, [f"{lines:,}" for lines in distances])
+    axis.minorticks_off()
+    axis.set_ylim(0, 102)
+    axis.set_xlabel("lines between the statement and its question")
+    axis.set_ylabel("right answers (%)")
+    axis.set_title(title or f"{records[0].model['name']}, cap of {records[0].protocol['cap'] or 0:,} slots")
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    return save(figure, path)
+
+
+def select_streamevals(records: Sequence[StreamEvalRecord], *, model: str) -> list[StreamEvalRecord]:
+    """The newest complete record of each policy of a model, on the stream of the newest, full cache first."""
+    runs = [record for record in records if record.status == "complete" and has_model(record, model)]
+    newest = {record.policy["label"]: record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]}
+    return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
