@@ -314,9 +314,9 @@ def _alike(a: BenchRecord, b: BenchRecord) -> bool:
 
 @KINDS.register("tail")
 def tail(evidence: Evidence, criterion: Criterion, *, limit: float, tokens: int) -> list[Verdict]:
-    """P99 over P50 of the time between tokens is at most `limit`: fastest rung, newest timing of a configuration."""
+    """P99 over P50 of the time between tokens is at most `limit`: fastest rung, newest timing of at least `tokens`."""
     rung = fastest_rung(evidence.bench)
-    found = [r for r in newest(select(evidence.bench, rung=rung)) if r.steady["tokens"] >= tokens]
+    found = newest([r for r in select(evidence.bench, rung=rung) if r.steady["tokens"] >= tokens])
     return _worst(
         criterion, found, limit, "P99 / P50", lambda r: r.latency_ms["all"]["p99"] / r.latency_ms["all"]["p50"]
     )
