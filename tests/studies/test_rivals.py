@@ -76,6 +76,14 @@ def compared(folder):
     return found
 
 
+def test_random_weights_have_no_quality(results):
+    timed = rival("timed", "TOVAPress", measured(shift=9.0))
+    timed["model"] = timed["model"] | {"source": "random", "hash": "0" * 64}
+    RivalRecord.write(timed, results)
+    assert len(RivalRecord.below(results)) == 5, "control: the record is there"
+    assert {r.id for r in compared(results).rivals} == {"snap-a", "snap-b", "tova", "broken"}
+
+
 def test_a_rival_is_paired_token_by_token_with_strict(results):
     """The difference is the planted one, of the sums of blocks, and not of the means alone: the noise is out."""
     found = compared(results)

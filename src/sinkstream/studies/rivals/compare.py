@@ -38,11 +38,11 @@ def comparisons(records: Sequence[Record], rivals: Sequence[RivalRecord]) -> lis
     Parameters
     ----------
     records, rivals : sequence
-        Oldest first. Rivals whose text is random tokens are left out: they have no quality.
+        Oldest first. Rivals with random weights are left out: they have no quality.
     """
     groups: dict[tuple, dict[str, RivalRecord]] = {}
     for rival in rivals:
-        if rival.data["source"] != "random":
+        if rival.model["source"] != "random":
             groups.setdefault(_key(rival), {})[rival.label] = rival
     found = []
     for key, labelled in groups.items():
