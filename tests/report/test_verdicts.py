@@ -237,6 +237,7 @@ def test_without_points_there_is_no_figure(tmp_path):
         "evidence.matrix_points",
         "evidence.delta_ppl_strict_vs_recompute",
         "evidence.delta_ppl_best_vs_strict",
+        "evidence.delta_ppl_strict_vs_kvpress_snapkv",
         "evidence.verdicts",
     }
 

@@ -103,7 +103,7 @@ class Planned(Reply):
     def run(self):
         text = self.said.pop(0)
         for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            self.decoder.prefill([token])
+            self.lane.prefill([token])
             self._written.append(token)
             if piece := self.text.push(token):
                 self.emit(TextPiece(self.index, piece))

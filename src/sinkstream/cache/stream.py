@@ -182,22 +182,7 @@ class Stream(SharedBuffers):
 
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
-        kept = self.kept if self.recall is None else max(self.kept, self.policy.target)  # tokens may come back before
-        room = self.capacity() - kept
-        if self.spec.original_length is not None:
-            room = min(room, self.spec.original_length - kept)
-        if self.spec.sliding:
-            room = min(room, self.sliding.room if self.sliding else self._sliding_capacity())
-        if self.recall is not None:
-            room = min(room, self.recall.room(self.schedule))
-        if self.policy.plan_known:
-            return room
-        ahead = self.schedule.copy()
-        if self.recall is not None:
-            ahead.hold(max(ahead.cached, self.policy.target))
-        ahead.step()
-        sure = ahead.sure_steps()
-        return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if self.speculates else sure))
+        return _longest_forward(self)
 
     def allocate(self, batch: int, device: torch.device) -> SoftRing:
         """Make the buffers of a new stream; returns the empty ring."""
@@ -218,7 +203,7 @@ class Stream(SharedBuffers):
             )
             if spec.sliding:
                 self.sliding = SlidingRing(
-                    (len(spec.sliding.layers), batch, spec.kv_heads, self._sliding_capacity(), spec.head_dim),
+                    (len(spec.sliding.layers), batch, spec.kv_heads, self.sliding_capacity(), spec.head_dim),
                     spec.dtype,
                     device,
                     rope=spec.sliding.rope,
@@ -282,7 +267,7 @@ class Stream(SharedBuffers):
         strict = policy.growth == 0 and not policy.refresh and self.positions == "cache"
         return AHEAD if strict and policy.sink <= MOST_AHEAD else 0
 
-    def _sliding_capacity(self) -> int:
+    def sliding_capacity(self) -> int:
         """Slots of the ring of the layers with a window of their own, as `capacity` of the others."""
         assert self.spec.sliding is not None, "asked of hybrid models only"
         window = self.spec.sliding.window
@@ -311,3 +296,25 @@ def rewind(stream: Stream, tokens: int) -> None:
     ring.rewind(tokens)
     if stream.seen_ids is not None:
         stream.seen_ids.rewind(tokens)
+
+
+def _longest_forward(stream: Stream) -> int:
+    """The most tokens that the next forward may append."""
+    kept = (
+        stream.kept if stream.recall is None else max(stream.kept, stream.policy.target)
+    )  # tokens may come back before
+    room = stream.capacity() - kept
+    if stream.spec.original_length is not None:
+        room = min(room, stream.spec.original_length - kept)
+    if stream.spec.sliding:
+        room = min(room, stream.sliding.room if stream.sliding else stream.sliding_capacity())
+    if stream.recall is not None:
+        room = min(room, stream.recall.room(stream.schedule))
+    if stream.policy.plan_known:
+        return room
+    ahead = stream.schedule.copy()
+    if stream.recall is not None:
+        ahead.hold(max(ahead.cached, stream.policy.target))
+    ahead.step()
+    sure = ahead.sure_steps()
+    return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if stream.speculates else sure))

@@ -237,7 +237,7 @@ class StreamState(HeldStreams):
             return
         self.settle()
         for s in active:
-            self._refresh_if_due(s)
+            _refresh_if_due(self, s)
             if self.counters[s].seen - self.counters[s].base > self.rebase_at:
                 rebase_stream(self, s)
         self.block = self.block_of(active)
@@ -246,7 +246,7 @@ class StreamState(HeldStreams):
             self._write_plan(more.begin(active, PLAN_TOKENS, self.schedules), active)
             return
         horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
-        count = min([horizon, *(self._sure_tokens(s) for s in active)])
+        count = min([horizon, *(_sure_tokens(self, s) for s in active)])
         rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
         for s in active:
             ahead = Counters(**vars(self.counters[s]))
@@ -273,21 +273,24 @@ class StreamState(HeldStreams):
             self.decisions.discard()
         self.cursor.fill_(-1)
 
-    def _refresh_if_due(self, stream: int) -> None:
-        counters = self.counters[stream]
-        if self.policy.scorer is None or counters.refreshed_at == counters.seen:
-            return
-        drop = self.schedules[stream].plan(1)[0].drop
-        if drop:
-            refresh_stream(self, stream, counters.leaving(drop))
-            counters.refreshed_at = counters.seen
 
-    def _sure_tokens(self, stream: int) -> int:
-        """How many tokens, at least 1, come before the next decision that is not known now, or the next rebase."""
-        counters = self.counters[stream]
-        to_rebase = counters.base + self.rebase_at + 1 - counters.seen
-        if self.policy.plan_known:
-            return to_rebase
-        ahead = self.schedules[stream].copy()
-        ahead.step()
-        return min(to_rebase, 1 + ahead.sure_steps())
+def _refresh_if_due(state: StreamState, stream: int) -> None:
+    """Choose the pinned tokens of a prune that is due before the next token."""
+    counters = state.counters[stream]
+    if state.policy.scorer is None or counters.refreshed_at == counters.seen:
+        return
+    drop = state.schedules[stream].plan(1)[0].drop
+    if drop:
+        refresh_stream(state, stream, counters.leaving(drop))
+        counters.refreshed_at = counters.seen
+
+
+def _sure_tokens(state: StreamState, stream: int) -> int:
+    """How many tokens, at least 1, come before the next decision that is not known now, or the next rebase."""
+    counters = state.counters[stream]
+    to_rebase = counters.base + state.rebase_at + 1 - counters.seen
+    if state.policy.plan_known:
+        return to_rebase
+    ahead = state.schedules[stream].copy()
+    ahead.step()
+    return min(to_rebase, 1 + ahead.sure_steps())

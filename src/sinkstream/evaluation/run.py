@@ -1,7 +1,7 @@
 """Teacher forcing: one text through one decoder, per-token arrays out."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from math import nan
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from sinkstream.measure.metrics import summarise, token_nll
 from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.policies import Step
+from sinkstream.policies.schedule import NonFiniteRisk
 
 Progress = Callable[[int, int], None]
 TIMES = ("prefill", "ttft", "total")
@@ -186,7 +187,8 @@ class Attempt:
     def prefill(self, decoder: Decoder) -> None:
         """Feed the prompt and choose a token."""
         device = self.ids.device
-        logits, seconds = timed(decoder.prefill, self.ids[: self.first], device=device)
+        with _told(f"after the prefill of {self.first} tokens"):
+            logits, seconds = timed(decoder.prefill, self.ids[: self.first], device=device)
         _, choice_seconds = timed(lambda: logits.argmax(-1).item(), device=device)
         self.times |= {"prefill": seconds, "ttft": seconds + choice_seconds}
         if not torch.isfinite(logits).all():
@@ -201,7 +203,8 @@ class Attempt:
                 decoder.skip(token)
                 self.rows.append(Row(t + 1, nan, nan, decoder.last_step()))
             else:
-                logits, seconds = timed(decoder.step, token, device=token.device)
+                with _told(f"that predict token {t + 1}"):
+                    logits, seconds = timed(decoder.step, token, device=token.device)
                 nll = token_nll(logits, self.ids[t + 1 : t + 2]).item()
                 if not np.isfinite(nll):
                     raise NonFiniteLogits(f"the logits that predict token {t + 1} are not finite")
@@ -217,7 +220,10 @@ class Attempt:
         t = start
         decoder.announce(self.ids[start : self.last])
         for size in decoder.chunk_sizes(self.last - start):
-            nll = decoder.score(self.ids[t : t + size], self.ids[t + 1 : t + size + 1]).tolist()
+            try:
+                nll = decoder.score(self.ids[t : t + size], self.ids[t + 1 : t + size + 1]).tolist()
+            except NonFiniteRisk:
+                return range(t, t + size)
             scored = [value for i, value in enumerate(nll, t - self.first) if i % self.settings.sample_every == 0]
             if not np.isfinite(scored).all():
                 return range(t, t + size)
@@ -240,6 +246,15 @@ class Attempt:
             f"the logits that predict tokens {block.start + 1} to {block.stop} in one forward are not finite,"
             " although one by one they are"
         )
+
+
+@contextmanager
+def _told(which: str):
+    """A policy's refusal of the logits inside, as the run's own."""
+    try:
+        yield
+    except NonFiniteRisk:
+        raise NonFiniteLogits(f"the logits {which} are not finite") from None
 
 
 def _status_of(decode: Callable[[], None], attempts: list[Attempt]) -> tuple[str, str | None]:

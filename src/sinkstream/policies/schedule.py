@@ -217,7 +217,7 @@ class PruneSchedule:
 
         Raises
         ------
-        ValueError
+        NonFiniteRisk
             If the signal is no finite number: a running quantile would never be a number again.
         """
         check_finite(signal, [risk])
@@ -230,12 +230,16 @@ class PruneSchedule:
         return {t.signal for t in self.policy.triggers if t.signal}
 
 
+class NonFiniteRisk(ValueError):
+    """Logits that an adaptive policy reads are not finite."""
+
+
 def check_finite(signal: str, risks: Sequence[float], first: int | None = None) -> None:
-    """Raise ValueError unless the risk signals of tokens ``first``, ``first + 1``, … are finite numbers."""
+    """Raise NonFiniteRisk unless the risk signals of tokens ``first``, ``first + 1``, … are finite numbers."""
     wrong = next((i for i, risk in enumerate(risks) if not math.isfinite(risk)), None)
     if wrong is not None:
         where = "" if first is None else f" after token {first + wrong} of the stream"
-        raise ValueError(
+        raise NonFiniteRisk(
             f"the logits{where} are not finite, and an adaptive policy reads them"
             f" ({signal}={risks[wrong]}); accepted: a model whose logits are finite (a wider dtype where half precision"
             " overflows), or a policy that does not read them"
