@@ -45,7 +45,7 @@ def bundle() -> str:
     except ImportError as error:
         message = "the page needs vl-convert-python; install it with: pip install 'sinkstream[report]'"
         raise ImportError(message) from error
-    return vl_convert.javascript_bundle()
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def kind(name: str) -> str:
