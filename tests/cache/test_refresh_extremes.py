@@ -44,12 +44,13 @@ def policy(scorer: str, geometry: str) -> dict:
 
 
 def jobs() -> list[tuple[str, str, str, str]]:
-    """(scorer, geometry, family, positions): every scorer in every geometry, families and frames in turn."""
+    """(scorer, geometry, family, positions): every scorer in every other geometry, families and frames in turn."""
     families = ("llama", "gpt_neox", "qwen3")
     return [
-        (scorer, geometry, families[(i + j) % 3], POSITIONS[(i + j) % 2])
+        (scorer, geometry, families[(i + j) % 3], POSITIONS[j % 2])
         for i, scorer in enumerate(SCORERS)
         for j, geometry in enumerate(GEOMETRIES)
+        if (i + j) % 2 == 0
     ]
 
 

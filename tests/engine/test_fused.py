@@ -129,7 +129,6 @@ def kernels_only():
 @pytest.mark.parametrize(
     ("family", "policy"),
     [
-        ("gpt_neox", "strict"),
         ("llama", "refresh-window-attention"),
         ("gpt_neox", "refresh-accumulated-attention"),
         ("llama", "adaptive-entropy"),
