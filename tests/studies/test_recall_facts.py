@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,6 +175,9 @@ def test_texts_are_pooled_and_the_curve_with_them(tmp_path):
     )
     chosen = select_recalls([*records, *newest], model="tiny", cap=64, pooled_at=2.0)
     assert [r.id for r in chosen] == [r.id for r in records], "another layout does not hide this one"
+    brought = replace(newest[0], policy=newest[0].policy | {"options": {"recall": "lexical"}})
+    assert select_recalls([records[0], brought], model="tiny", cap=64) == records[:1], "recall has a table of its own"
+    assert select_recalls([brought], model="tiny", cap=64) == [brought]
     (both,) = pooled_passages(records)
     assert len(both.passages["ratio"]) == 12 and both.summary["ppl"] is None and len(both.curve["gains"]) == 12
     late = curve_of(both, 8, 16, [2.0])

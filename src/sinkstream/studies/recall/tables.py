@@ -237,8 +237,8 @@ def select_recalls(
 ) -> list[RecallRecord]:
     """The newest complete record of each policy of a model at a cap, full cache first.
 
-    On the streams of the newest record; or with `pooled_at`, of all texts with the layout of the newest record that has
-    passages at that distance over cap.
+    On the streams of the newest record, of those on which nothing was recalled if there are any; or with `pooled_at`,
+    of all texts with the layout of the newest record that has passages at that distance over cap.
     """
     runs = [
         record
@@ -250,6 +250,8 @@ def select_recalls(
         layouts = [[record.protocol[name] for name in LAYOUT] for record in runs]
         kept = [record for record, layout in zip(runs, layouts) if layout == layouts[-1]]
     else:
-        kept = [record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]]
+        recalled = {record.data["sha256"] for record in runs if "recall" in record.policy["options"]}
+        plain = [record for record in runs if record.data["sha256"] not in recalled] or runs
+        kept = [record for record in plain if record.data["sha256"] == plain[-1].data["sha256"]]
     newest = {(record.policy["label"], record.data["name"]): record for record in kept}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
