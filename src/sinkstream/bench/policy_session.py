@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from sinkstream.data import TokenStream
+from sinkstream.engine import Engine
 from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
@@ -47,6 +48,11 @@ class PolicySession(ABC, Generic[R]):
 
     def check(self, runs: Sequence[RunSettings]) -> None:
         """Raise ValueError, before anything is timed, if a policy cannot be served; by default nothing is checked."""
+
+    def _check_engine(self, runs: Sequence[RunSettings], backend: str) -> None:
+        """Raise ValueError if the engine does not serve a policy."""
+        for run in runs:
+            Engine.check(self.loaded.model, self._policy(run), backend=backend, **self._options(run))
 
     def run(self, runs: Sequence[RunSettings], console: Console) -> list[R]:
         """Time all policies; one record each. Raises as `check` and `Runner.run`."""

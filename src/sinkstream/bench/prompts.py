@@ -73,8 +73,7 @@ class PromptSession(PolicySession[PromptRecord]):
     def check(self, runs: Sequence[RunSettings]) -> None:
         """Raise ValueError, before anything is timed, if the engine or the device does not serve the prompts."""
         model = self.loaded.model
-        for run in runs:
-            Engine.check(model, self._policy(run), backend=self.backend, **self._options(run))
+        self._check_engine(runs, self.backend)
         needed, free = kv_token_bytes(model) * max(self.lengths), free_bytes(model.device)
         if needed > free:
             raise ValueError(

@@ -45,8 +45,7 @@ class SnapshotSession(PolicySession[SnapshotRecord]):
 
     def check(self, runs: Sequence[RunSettings]) -> None:
         """Raise ValueError, before anything is timed, if the engine does not serve a policy."""
-        for run in runs:
-            Engine.check(self.loaded.model, self._policy(run), backend=self.backend, **self._options(run))
+        self._check_engine(runs, self.backend)
 
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
         policy, device = self._policy(run), self.loaded.model.device

@@ -135,13 +135,14 @@ class GraphNormStep(GraphStep):
         check_kernels(spec, policy, device, max_sink)
 
 
-@STEPS.register("graph-linear")
-class GraphLinearStep(GraphedStep):
-    """Fused projections and MLP, with their norms and residuals, and PyTorch's attention, under one CUDA graph."""
+class GraphedDecode(GraphedStep):
+    """A step of fused kernels under a CUDA graph."""
+
+    kind: type[FusedDecode] = FusedDecode
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decodes = Decodes(weights, state, ablations.LinearDecode)
+        self.decodes = Decodes(weights, state, self.kind)
 
     def run(self, block: Block) -> None:
         self.decodes[block]()
@@ -150,6 +151,13 @@ class GraphLinearStep(GraphedStep):
     def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
         super().check(spec, policy, device, max_sink)
         check_kernels(spec, policy, device, max_sink)
+
+
+@STEPS.register("graph-linear")
+class GraphLinearStep(GraphedDecode):
+    """Fused projections and MLP, with their norms and residuals, and PyTorch's attention, under one CUDA graph."""
+
+    kind = ablations.LinearDecode
 
 
 @STEPS.register("kernels")
@@ -171,17 +179,5 @@ class KernelStep(StepFunction):
 
 
 @STEPS.register("fused")
-class FusedStep(GraphedStep):
+class FusedStep(GraphedDecode):
     """Fused kernels under one CUDA graph: the fastest backend."""
-
-    def __init__(self, weights: PackedWeights, state: StreamState):
-        super().__init__(weights, state)
-        self.decodes = Decodes(weights, state)
-
-    def run(self, block: Block) -> None:
-        self.decodes[block]()
-
-    @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
-        super().check(spec, policy, device, max_sink)
-        check_kernels(spec, policy, device, max_sink)
