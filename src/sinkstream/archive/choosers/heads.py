@@ -63,10 +63,10 @@ def block_mass(query: Query, head: Head, keys: torch.Tensor, block: int) -> torc
     return padded.view(blocks, block).sum(1)
 
 
-class HeadsIndex(Index):
-    """Keys of the chosen heads."""
+class KeptKeys(Index):
+    """Keys of the heads of a chooser, every archived token's."""
 
-    def __init__(self, chooser: "Heads"):
+    def __init__(self, chooser: Any):
         self.chooser = chooser
         self.keys = {head: HeadKeys() for head in chooser.heads}
 
@@ -75,18 +75,22 @@ class HeadsIndex(Index):
         for head, keys in self.keys.items():
             keys.add(evicted.first, evicted.keys[head])
 
+    def copy(self) -> Self:
+        """Keys of its own."""
+        other = type(self)(self.chooser)
+        other.keys = {head: keys.copy() for head, keys in self.keys.items()}
+        return other
+
+
+class HeadsIndex(KeptKeys):
+    """Keys of the chosen heads."""
+
     def scores(self, query: Query) -> np.ndarray:
         """Mean attention mass of the heads in each block, in units of the level."""
         masses = [
             block_mass(query, head, keys.read(query.first), self.chooser.block) for head, keys in self.keys.items()
         ]
         return torch.stack(masses).mean(0).double().cpu().numpy() / self.chooser.level
-
-    def copy(self) -> "HeadsIndex":
-        """Keys of its own."""
-        other = HeadsIndex(self.chooser)
-        other.keys = {head: keys.copy() for head, keys in self.keys.items()}
-        return other
 
 
 @CHOOSERS.register("heads")

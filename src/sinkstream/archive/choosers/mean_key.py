@@ -6,21 +6,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, Index, Query
-from sinkstream.archive.choosers.heads import HeadKeys, check_heads, read_heads, shape_of
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Head, Query
+from sinkstream.archive.choosers.heads import KeptKeys, check_heads, read_heads, shape_of
 
 
-class MeanKeyIndex(Index):
+class MeanKeyIndex(KeptKeys):
     """Keys of all heads of a few layers."""
-
-    def __init__(self, chooser: "MeanKey"):
-        self.chooser = chooser
-        self.keys = {head: HeadKeys() for head in chooser.heads}
-
-    def add(self, evicted: Evicted) -> None:
-        """Keep the keys."""
-        for head, keys in self.keys.items():
-            keys.add(evicted.first, evicted.keys[head])
 
     def scores(self, query: Query) -> np.ndarray:
         """1, so that the gate is open, and the softmax over blocks of mean query and mean key, averaged over heads."""
@@ -33,12 +24,6 @@ class MeanKeyIndex(Index):
             mean = keys.new_zeros(len(total), keys.shape[1]).index_add_(0, index, keys) / count
             total += (group @ mean.T * query.scaling).softmax(-1).mean(0).cpu()
         return 1.0 + total.double().numpy() / len(self.keys)
-
-    def copy(self) -> "MeanKeyIndex":
-        """Keys of its own."""
-        other = MeanKeyIndex(self.chooser)
-        other.keys = {head: keys.copy() for head, keys in self.keys.items()}
-        return other
 
 
 @CHOOSERS.register("mean-key")
