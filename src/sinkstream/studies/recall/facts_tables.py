@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from sinkstream.records.selection import has_model
-from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.show.table import Table
+from sinkstream.statistics import Estimate
+from sinkstream.studies.facts.pictures import CHANCE, draw_shares
 from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text, pooled
 from sinkstream.studies.facts.statements import FORMS
 from sinkstream.studies.recall.facts import FactsRecord
 
 FAR = 2.0  # distance over cap from which on a statement has left every window
-CHANCE = 10  # answers that there are to choose from
 
 
 def facts_table(records: Sequence[FactsRecord], title: str | None = None) -> Table:
@@ -55,26 +53,20 @@ def draw_facts(records: Sequence[FactsRecord], path: Path | str, *, title: str |
     """
     if not records:
         raise ValueError("no facts records to draw")
-    figure, (axis,) = new_figure(1)
     ratios = sorted({ratio for record in records for ratio in record.answers["ratio"].tolist()})
-    for record, style in zip(pooled(records), line_formats()):
+
+    def shares(record: FactsRecord) -> list[Estimate]:
         named = record.answers["form"] != "paraphrase"
-        shares = [accuracy(record.answers, named & (record.answers["ratio"] == ratio)) for ratio in ratios]
-        known = [(r, s.value, s.low, s.high) for r, s in zip(ratios, shares) if s.value is not None]
-        if known:
-            places, *percent = np.array(known).T * np.array([[1], [100], [100], [100]])
-            axis.plot(places, percent[0], label=record.label, marker="o", **style)
-            axis.vlines(places, percent[1], percent[2], color=style["color"])
-    axis.axhline(100 / CHANCE, color=COLOURS[0], linewidth=1, linestyle=":")
-    axis.set_xscale("log")
-    axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-    axis.minorticks_off()
-    axis.set_ylim(0, 102)
-    axis.set_xlabel(f"distance from statement to question (× cap of {records[0].protocol['cap']:,} slots)")
-    axis.set_ylabel("right answers (%)")
-    axis.set_title(title or records[0].model["name"])
-    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
-    return save(figure, path)
+        return [accuracy(record.answers, named & (record.answers["ratio"] == ratio)) for ratio in ratios]
+
+    return draw_shares(
+        ratios,
+        [f"{ratio:g}" for ratio in ratios],
+        [(record.label, shares(record)) for record in pooled(records)],
+        path,
+        xlabel=f"distance from statement to question (× cap of {records[0].protocol['cap']:,} slots)",
+        title=title or records[0].model["name"],
+    )
 
 
 def select_facts(records: Sequence[FactsRecord], *, model: str, cap: int) -> list[FactsRecord]:

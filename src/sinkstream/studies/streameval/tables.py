@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from sinkstream.records.selection import has_model
-from sinkstream.show.plots import COLOURS, line_formats, new_figure, save
 from sinkstream.show.table import Table
+from sinkstream.statistics import Estimate
+from sinkstream.studies.facts.pictures import CHANCE, draw_shares
 from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text
 from sinkstream.studies.facts.statements import FORMS
 from sinkstream.studies.streameval.record import StreamEvalRecord
-
-CHANCE = 10  # answers that there are to choose from
 
 
 def distances_of(records: Sequence[StreamEvalRecord]) -> list[int]:
@@ -57,24 +54,19 @@ def draw_streameval(records: Sequence[StreamEvalRecord], path: Path | str, *, ti
     """
     if not records:
         raise ValueError("no streameval records to draw")
-    figure, (axis,) = new_figure(1)
     distances = distances_of(records)
-    for record, style in zip(records, line_formats()):
-        shares = [accuracy(record.answers, record.answers["lines"] == lines) for lines in distances]
-        known = np.array([(n, s.value, s.low, s.high) for n, s in zip(distances, shares) if s.value is not None])
-        places, percent = known[:, 0], 100 * known[:, 1:]
-        axis.plot(places, percent[:, 0], label=record.label, marker="o", **style)
-        axis.vlines(places, percent[:, 1], percent[:, 2], color=style["color"])
-    axis.axhline(100 / CHANCE, color=COLOURS[0], linewidth=1, linestyle=":")
-    axis.set_xscale("log")
-    axis.set_xticks(distances, [f"{lines:,}" for lines in distances])
-    axis.minorticks_off()
-    axis.set_ylim(0, 102)
-    axis.set_xlabel("lines between the statement and its question")
-    axis.set_ylabel("right answers (%)")
-    axis.set_title(title or f"{records[0].model['name']}, cap of {records[0].protocol['cap'] or 0:,} slots")
-    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
-    return save(figure, path)
+
+    def shares(record: StreamEvalRecord) -> list[Estimate]:
+        return [accuracy(record.answers, record.answers["lines"] == lines) for lines in distances]
+
+    return draw_shares(
+        distances,
+        [f"{lines:,}" for lines in distances],
+        [(record.label, shares(record)) for record in records],
+        path,
+        xlabel="lines between the statement and its question",
+        title=title or f"{records[0].model['name']}, cap of {records[0].protocol['cap'] or 0:,} slots",
+    )
 
 
 def select_streamevals(records: Sequence[StreamEvalRecord], *, model: str) -> list[StreamEvalRecord]:
