@@ -156,7 +156,8 @@ def begin_channels(state, row: Row) -> None:
     """Fill the channels of the token that is appended; attention that its slot was given is that of another token."""
     note_token(state, row)
     if "accumulated" in state.channels:
-        state.channels["accumulated"][:, row.stream, :, row.slot] = 0.0
+        received = state.channels["accumulated"]  # a number would be copied from the host, which a capture refuses
+        received[:, row.stream, :, row.slot] = received.new_zeros(())
 
 
 def neox_layer(state, row: Row, layer: int, weights: NeoxLayer, x: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from sinkstream.records.selection import (
 )
 from sinkstream.registry import Registry
 from sinkstream.report.archive import render_archive
+from sinkstream.report.matrix_tables import render_matrix
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.readme import comparable_runs, readme_quality
@@ -59,7 +60,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     speed = render_bench(results) | render_prompts(results) | render_draws(results) | render_generate(results)
     speed |= render_snapshots(results) | render_serve(results)
     rivals = render_rivals(records, RivalRecord.below(results) if there else [])
-    return tables | render_diagnoses(results) | render_archive(results) | speed | rivals
+    return tables | render_diagnoses(results) | render_archive(results) | speed | rivals | render_matrix(results)
 
 
 def _source(cls: type) -> str:

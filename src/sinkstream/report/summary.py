@@ -27,6 +27,7 @@ from sinkstream.records.selection import evaluated, is_plain, same_conditions, s
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
 from sinkstream.report.evidence import EVIDENCE_HEADLINES, verdict_counts
+from sinkstream.report.nearest_rival import NEAREST_RIVAL_HEADLINES, timed_ways
 from sinkstream.report.precision import precision_runs
 from sinkstream.studies.cliff.tables import share_past_trained
 from sinkstream.studies.diagnosis.record import Diagnosis
@@ -53,6 +54,7 @@ SOURCES: list[tuple[Registry[Callable[[Sequence[Any]], Headline | None]], Callab
     (RECALL_HEADLINES, RecallRecord.below),
     (FACTS_HEADLINES, FactsRecord.below),
     (REPLY_HEADLINES, ReplyRecord.below),
+    (NEAREST_RIVAL_HEADLINES, timed_ways),
     (EVIDENCE_HEADLINES, lambda results: [point for point in load_points(results) if point.status == "complete"]),
 ]
 SIGNIFICANT_DIGITS = 6

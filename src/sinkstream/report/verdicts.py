@@ -183,6 +183,8 @@ def improves(
 ) -> list[Verdict]:
     """A step improves ΔPPL and TPOT of lazy with the same R (or the fastest lazy), both beyond `noise` percent.
 
+    TPOT must also improve by more than the repeated timings of the two points differ among themselves.
+
     A round is a model, text and cap. Stop-loss where none of at least `rounds` rounds improves both.
     """
     seen: list[tuple[bool, Compared, float]] = []
@@ -209,7 +211,14 @@ def _against_lazy(point: PointRecord, group: list[PointRecord], noise: float) ->
     if found is None or other is None or not point.tpot_ms or not other.tpot_ms:
         return None
     ratio = point.tpot_ms / other.tpot_ms
-    return found.high < -noise and ratio < 1 - noise / 100, found, ratio
+    repeated = max(_spread(point), _spread(other))
+    return found.high < -noise and ratio < min(1 - noise / 100, 1 / repeated), found, ratio
+
+
+def _spread(point: PointRecord) -> float:
+    """Largest over smallest TPOT of a point's repeated timings; 1 without a repetition."""
+    low, high = point.speed["tpot_ms_range"] if point.speed else (1.0, 1.0)
+    return float(high / low)
 
 
 def _best(points: Iterable[PointRecord], other: PointRecord | None) -> Compared | None:
