@@ -34,7 +34,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
     others = [p for p in named(group, None) if not p.policy["name"].startswith("refresh")]
     others += [p for p in group if is_lazy(p)]
     refreshes = [p for p in named(group, None) if p.policy["name"].startswith("refresh")]
-    timed = lazy and lazy.tpot_ms and strict.tpot_ms
+    ratio = lazy.tpot_ms / strict.tpot_ms if lazy and lazy.tpot_ms and strict.tpot_ms else None
     return [
         strict.model["key"],
         strict.data["key"],
@@ -44,7 +44,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
         _delta(compared(lazy, strict) if lazy else None),
         _best(others, strict),
         _best(refreshes, strict),
-        f"{lazy.tpot_ms / strict.tpot_ms:.3f}" if timed else EMPTY,
+        EMPTY if ratio is None else f"{ratio:.3f}",
     ]
 
 
