@@ -169,7 +169,7 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     style = {"dy": -9, "fontSize": 12, "clip": True}
     left = half.transform_filter(f"datum.x <= {middle}").mark_text(align="left", dx=9, **style)
     right = half.transform_filter(f"datum.x > {middle}").mark_text(align="right", dx=-9, **style)
-    zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(color="#111827", strokeWidth=1).encode(y="y:Q")
+    zero = level(chart).mark_rule(color="#111827", strokeWidth=1).encode(y=alt.datum(0))
     layered = alt.layer(
         zero,
         line.encode(x=across, y=up, order="x:Q"),
@@ -179,6 +179,11 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
         right.encode(x=across, y=up, text="label:N"),
     )
     return _finished(layered.add_params(*params).properties(title=title), height=340)
+
+
+def level(chart: Any) -> Any:
+    """A chart of one row of `chart`'s data, for a line at a level: layers that share their data keep it once."""
+    return chart.transform_window(row="row_number()").transform_filter("datum.row == 1")
 
 
 def legend_columns(alt: Any) -> Any:
@@ -200,7 +205,7 @@ def whiskers(values: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
     rows = alt.Y("label:N", sort=order, title=None, axis=row_names(alt))
     across = alt.X("y:Q", title=title, scale=alt.Scale(zero=True, padding=10), axis=alt.Axis(tickCount=8))
     colour = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=names, range=shades))
-    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=GREY).encode(x="x:Q")
+    zero = level(chart).mark_rule(color=GREY).encode(x=alt.datum(0))
     tips = [alt.Tooltip("label:N", title="policy"), alt.Tooltip("text:N", title="ΔPPL % [95 %]")]
     bars = chart.mark_rule(strokeWidth=3, opacity=0.5).encode(
         y=rows, x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=8)), x2="high:Q", color=colour
@@ -226,7 +231,7 @@ def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
     text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
         y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")
     )
-    rule = alt.Chart(alt.Data(values=[{"x": floor_ms}])).mark_rule(color=RED, strokeWidth=2).encode(x="x:Q")
+    rule = level(chart).mark_rule(color=RED, strokeWidth=2).encode(x=alt.datum(floor_ms))
     return _finished(alt.layer(bars, text, rule), height=26 * len(values) + 20)
 
 

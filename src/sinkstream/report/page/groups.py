@@ -8,6 +8,8 @@ import numpy as np
 
 from sinkstream.matrix.record import PointRecord, point_delta
 from sinkstream.measure.environment import hardware
+from sinkstream.records.selection import has_text
+from sinkstream.report.evidence import CAP
 from sinkstream.statistics import PairedDelta
 
 #: What the points of one Pareto must share: words for a message, and the fact of a point.
@@ -91,7 +93,10 @@ class Group:
 
 
 def groups_of(points: Sequence[PointRecord]) -> list[Group]:
-    """The complete points, grouped by what a Pareto must share, the largest group first; the newest of each label."""
+    """The complete points, grouped by what a Pareto must share; the newest of each label.
+
+    The largest model comes first, of it the cap of the headline figures, and PG19 before other texts.
+    """
     found: dict[tuple, dict[str, PointRecord]] = {}
     for point in points:
         if point.status == "complete":
@@ -99,7 +104,13 @@ def groups_of(points: Sequence[PointRecord]) -> list[Group]:
             found.setdefault(key, {})[point.label] = point
     groups = [Group(tuple(labelled.values())) for labelled in found.values()]
     with_base = [g for g in groups if len(g.points) > 1 and any(p.policy["name"] in BASELINES for p in g.points)]
-    return sorted(with_base, key=lambda g: -len(g.points))
+    return sorted(with_base, key=_place)
+
+
+def _place(group: Group) -> tuple[Any, ...]:
+    first = group.points[0]
+    cap = first.protocol["cap"]
+    return (-(first.model["n_params"] or 0), first.model["name"], cap != CAP, cap, not has_text(first, "pg19"))
 
 
 def frontier(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
