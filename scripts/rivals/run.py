@@ -8,56 +8,35 @@ rival runs in its own environment and process; a rival that cannot run has a rec
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
-import torch
-from catalogue import ENVIRONMENTS, RIVALS, Rival
+from catalogue import RIVALS
+from jobs import add_options, interpreter, job_of, measure, origin, weights
 
 from sinkstream.cli import options
-from sinkstream.data import TokenStream
-from sinkstream.evaluation.record import numeric_protocol
-from sinkstream.measure.environment import environment, utc_now
-from sinkstream.measure.metrics import token_nll
-from sinkstream.measure.timing import WARMUP_TOKENS
-from sinkstream.models import LoadedModel
 from sinkstream.records.plain import new_record_id
-from sinkstream.studies.rivals.record import Measured, RivalRecord, check_same_prompt, not_measured
-
-HERE = Path(__file__).resolve().parent
-SECONDS = 3600
+from sinkstream.studies.rivals.record import Measured, RivalRecord, not_measured
 
 
 def main() -> int:
     """Run all rivals that are asked for; returns the exit code."""
     args = arguments()
     loaded, stream = options.load_model_and_text(args, random=True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="sinkstream-rivals-") as folder:
-        loaded.model.save_pretrained(folder)
+    if len(stream) < args.cap + 2:
+        raise SystemExit(
+            f"--cap {args.cap} leaves no token of {len(stream)} to score; accepted: at most {len(stream) - 2}"
+        )
+    with weights(loaded) as folder:
         for name in args.rivals:
             rival = RIVALS[name]
-            job = {
-                "ids": stream.ids.tolist(),
-                "cap": args.cap,
-                "first": args.cap,
-                "timed_tokens": args.timed_tokens,
-                "seed": args.seed,
-                "threads": args.threads,
-                "dtype": str(loaded.model.dtype).removeprefix("torch."),
-                "device": str(loaded.model.device),
-                "folder": folder,
-                "gguf": gguf_file(args.model),
-                "method": rival.method,
-                "options": rival.options,
-            }
+            job = job_of(rival, stream.ids, folder, args.timed_tokens, loaded, args)
             found = measure(rival, job, interpreter(args, rival), args.seconds)
-            record = build(rival, found, job, loaded, stream, args)
+            measured = None if "error" in found else Measured.read(found)
+            record = {
+                "id": new_record_id("rival", loaded.name, stream.name, rival.label),
+                **origin(rival, found, measured, job, loaded, stream, args),
+                "summary": measured.summary() if measured else not_measured(),
+                "blocks": measured.blocks() if measured else None,
+            }
             path = RivalRecord.write(record, args.out)
             summary = record["summary"]
             said = record["status_reason"] or f"PPL {summary['ppl']}, TPOT {summary['steady_tpot_ms']['p50']} ms (P50)"
@@ -68,132 +47,10 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_model_options(parser)
+    add_options(parser)
     options.add_text(parser, random=True)
-    parser.add_argument("--cap", type=int, required=True, help="most KV entries that a rival may hold")
     parser.add_argument("--timed-tokens", type=int, default=192, help="tokens timed one by one before blocks")
-    parser.add_argument(
-        "--rivals", type=lambda text: text.split(","), default=list(RIVALS), help="names, comma-separated"
-    )
-    parser.add_argument("--environments", type=Path, default=Path(".rivals"), help="folder of environments.py")
-    parser.add_argument(
-        "--interpreter", action="append", default=[], metavar="ENVIRONMENT=COMMAND", help="an environment's Python"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads of rival and reference (default: torch's own)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="most seconds of one rival")
-    parser.add_argument("--out", type=Path, default=Path("results/rivals"), help="folder of the records")
-    args = parser.parse_args()
-    unknown = [name for name in args.rivals if name not in RIVALS]
-    if unknown:
-        parser.error(f"unknown rival {unknown[0]!r}; accepted: {', '.join(RIVALS)}")
-    return args
-
-
-def interpreter(args: argparse.Namespace, rival: Rival) -> list[str]:
-    """The command that starts Python in the rival's environment."""
-    given = dict(entry.split("=", 1) for entry in args.interpreter)
-    if rival.environment in given:
-        return given[rival.environment].split()
-    return [str(args.environments / rival.environment / "bin" / "python")]
-
-
-def measure(rival: Rival, job: dict[str, Any], python: list[str], seconds: float) -> dict[str, Any]:
-    """What the rival's worker says: figures, or an `error`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
-        try:
-            done = subprocess.run(
-                [*python, str(HERE / rival.worker), str(path)],
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                check=False,
-            )
-        except FileNotFoundError:
-            wanted = " ".join(ENVIRONMENTS[rival.environment])
-            raise SystemExit(f"{python[0]} is missing; make it with environments.py ({wanted})") from None
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {seconds:g} s", "versions": {}}
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"error": last, "versions": {}}
-
-
-def build(
-    rival: Rival,
-    found: dict[str, Any],
-    job: dict[str, Any],
-    loaded: LoadedModel,
-    stream: TokenStream,
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """The content of a record."""
-    measured = None if "error" in found else Measured.read(found)
-    checks: dict[str, Any] = {}
-    if measured is not None:
-        own = prompt_nll(loaded, stream.ids[: measured.prefill_tokens])
-        check_same_prompt(measured.prefill_nll, own, "quantised" if rival.quantised else job["dtype"])
-        checks = {"prompt_nll": measured.prefill_nll, "own_prompt_nll": own, **measured.more}
-    here = environment(loaded.model.device)
-    versions = {name: None for name in here["versions"]} | {"sinkstream": here["versions"]["sinkstream"]}
-    here["versions"] = versions | found["versions"]
-    here["cpu"]["torch_threads"] = job["threads"] or here["cpu"]["torch_threads"]
-    return {
-        "id": new_record_id("rival", loaded.name, stream.name, rival.label),
-        "status": "complete" if measured else "failed",
-        "status_reason": None if measured else found["error"],
-        "created": utc_now(),
-        "command": sys.argv,
-        "arguments": vars(args),
-        "environment": here,
-        "model": loaded.record(),
-        "data": stream.record(),
-        "rival": {
-            "name": rival.project,
-            "method": rival.method,
-            "label": rival.label,
-            "options": rival.options,
-            "version": found["versions"].get(rival.project),
-            "positions": rival.positions,
-        },
-        "protocol": {
-            **numeric_protocol(loaded),
-            "dtype": "GGUF" if rival.quantised else job["dtype"],
-            "device": job["device"],
-            "seed": args.seed,
-            "cap": args.cap,
-            "prefill_tokens": measured.prefill_tokens if measured else None,
-            "decode_tokens": len(measured.index) if measured else None,
-            "warmup_tokens": WARMUP_TOKENS,
-            "evaluate": "blocks" if rival.options.get("blocks") else "steps",
-            "call": rival.call,
-            "feed": "text" if rival.call == "forward" else "greedy",
-            "peak_slots": max(measured.kv_length) if measured else None,
-        },
-        "summary": measured.summary() if measured else not_measured(),
-        "blocks": measured.blocks() if measured else None,
-        "checks": checks,
-    }
-
-
-@torch.inference_mode()
-def prompt_nll(loaded: LoadedModel, ids: torch.Tensor) -> float:
-    """Our own mean NLL, in nats a token, of a prompt (tokens,) that is forwarded at once."""
-    ids = ids.to(loaded.model.device)
-    logits = loaded.model(ids[None]).logits[0, :-1]
-    return float(token_nll(logits, ids[1:]).mean())
-
-
-def gguf_file(model: str) -> str | None:
-    """The GGUF file of a model, or None."""
-    if model == "builtin":
-        from sinkstream.models.gguf_file import builtin_file
-
-        return str(builtin_file())
-    return model if model.endswith(".gguf") else None
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

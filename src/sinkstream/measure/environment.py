@@ -41,11 +41,17 @@ def environment(device: torch.device | str) -> dict[str, Any]:
             "cores_logical": os.cpu_count(),
             "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            "load_average": _load_average(),
         },
         "memory_mb": psutil.virtual_memory().total // 2**20,
         "platform": _platform(),
         "tf32": tf32_switches(),
     }
+
+
+def _load_average() -> float | None:
+    """Processes that ran or waited for a core in the last minute, this one included; None where it is not known."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def format_environment(info: dict[str, Any]) -> str:

@@ -69,6 +69,20 @@ def token_curve(passages: Sequence[ScoredPassage], passage_tokens: int) -> dict[
     return {"edges": edges, "gains": [[round(float(part.mean()), DIGITS) for part in row] for row in parts]}
 
 
+def check_passages(content: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if the field `passages` of a record lacks a column, or has columns of unequal length."""
+    if not set(COLUMNS) <= set(content["passages"]) <= {*COLUMNS, *LATER_COLUMNS}:
+        raise ValueError(f"{where}: field 'passages' must hold {', '.join(COLUMNS)}")
+    if len({len(column) for column in content["passages"].values()}) != 1:
+        raise ValueError(f"{where}: the columns of field 'passages' are of unequal length")
+
+
+def read_passages(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The columns of `passages` of a record as arrays (passages,)."""
+    given, known = content["passages"], COLUMNS | LATER_COLUMNS
+    return {name: np.array(given[name], dtype=dtype) for name, (dtype, _) in known.items() if name in given}
+
+
 @dataclass(frozen=True)
 class RecallRecord(StatusRecord):
     """What one policy recalls: the fields of its JSON file, the columns of `passages` as arrays (passages,)."""
@@ -83,13 +97,8 @@ class RecallRecord(StatusRecord):
 
     @classmethod
     def check_own(cls, content: Mapping[str, Any], where: str) -> None:
-        if not set(COLUMNS) <= set(content["passages"]) <= {*COLUMNS, *LATER_COLUMNS}:
-            raise ValueError(f"{where}: field 'passages' must hold {', '.join(COLUMNS)}")
-        if len({len(column) for column in content["passages"].values()}) != 1:
-            raise ValueError(f"{where}: the columns of field 'passages' are of unequal length")
+        check_passages(content, where)
 
     @classmethod
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        given, known = content["passages"], COLUMNS | LATER_COLUMNS
-        columns = {name: np.array(given[name], dtype=dtype) for name, (dtype, _) in known.items() if name in given}
-        return super().values(content) | {"passages": columns, "curve": content.get("curve")}
+        return super().values(content) | {"passages": read_passages(content), "curve": content.get("curve")}

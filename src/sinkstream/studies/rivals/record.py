@@ -15,17 +15,17 @@ from sinkstream.measure.metrics import finite_or_none
 from sinkstream.measure.timing import WARMUP_TOKENS, latency_summary
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
-from sinkstream.records.schema import REQUIRED
+from sinkstream.records.schema import REQUIRED as RUN_REQUIRED
 
 #: Largest accepted difference, in nats a token, between the rival's and our own NLL of a prompt that neither evicts
 #: from, by dtype: it shows that both run the same model on the same tokens. Quantised kernels differ the most.
 PROMPT_TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05, "quantised": 0.05}
 
-_RIVAL_REQUIRED: dict[str, Any] = {
+REQUIRED: dict[str, Any] = {
     **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments")),
-    "environment": REQUIRED["environment"],
-    "model": REQUIRED["model"],
-    "data": REQUIRED["data"],
+    "environment": RUN_REQUIRED["environment"],
+    "model": RUN_REQUIRED["model"],
+    "data": RUN_REQUIRED["data"],
     "rival": dict.fromkeys(("name", "method", "label", "options", "version", "positions")),
     "protocol": dict.fromkeys(
         (
@@ -113,7 +113,7 @@ def check_same_prompt(rival_nll: float, own_nll: float, kind: str) -> None:
 
 @dataclass(frozen=True)
 class RivalRecord(StatusRecord):
-    """One rival: the fields of its JSON file (see `_RIVAL_REQUIRED`).
+    """One rival: the fields of its JSON file (see `REQUIRED`).
 
     Attributes
     ----------
@@ -125,7 +125,8 @@ class RivalRecord(StatusRecord):
         ``prompt_nll`` of the rival and ``own_prompt_nll``, and what the rival reports of itself.
     """
 
-    SCHEMA, KIND, REQUIRED, STATUSES = "sinkstream.rival/1", "rival", _RIVAL_REQUIRED, ("complete", "failed")
+    SCHEMA, KIND, STATUSES = "sinkstream.rival/1", "rival", ("complete", "failed")
+    REQUIRED = REQUIRED
 
     data: dict[str, Any]
     rival: dict[str, Any]
