@@ -8,6 +8,7 @@ ENVIRONMENTS = {
     "kvpress": ["kvpress==0.5.5", "transformers==5.2.0"],
     "transformers": ["transformers==5.24.0"],
     "llamacpp": ["cyllama==0.2.18", "numpy"],
+    "llamacpp-server": ["xllamacpp==2026.10.11549"],
 }
 WITH_TORCH = ("kvpress", "transformers")
 

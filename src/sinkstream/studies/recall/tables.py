@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,13 @@ LAYOUT = ("ratios", "passages", "passage_tokens", "seed")  # of the protocol: wh
 _NOTE = {"textcoords": "offset points", "fontsize": "small", "color": "#555555"}
 
 
+class HasPassages(Protocol):
+    """A record with the columns of passages: ours, or a rival's."""
+
+    @property
+    def passages(self) -> dict[str, np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class RecallPoint:
     """What a policy recalls at one distance."""
@@ -30,7 +37,7 @@ class RecallPoint:
     gain: Estimate  # nats per token: NLL of the passage when it is new, less its NLL when it was seen that far back
 
 
-def recall_curve(record: RecallRecord) -> list[RecallPoint]:
+def recall_curve(record: HasPassages) -> list[RecallPoint]:
     """One point a distance, the shortest first; intervals are a bootstrap over passages."""
     passages, points = record.passages, []
     gains = passages["nll_unseen"] - passages["nll_again"]
@@ -47,12 +54,12 @@ def display_name(record: RecallRecord) -> str:
     return label if record.status == "complete" else f"{label} ({record.status})"
 
 
-def ratios_of(records: Sequence[RecallRecord]) -> list[float]:
+def ratios_of(records: Sequence[HasPassages]) -> list[float]:
     """The distances over cap that the records have, the shortest first."""
     return sorted({ratio for record in records for ratio in record.passages["ratio"].tolist()})
 
 
-def gains_text(record: RecallRecord, ratios: Sequence[float]) -> list[str]:
+def gains_text(record: HasPassages, ratios: Sequence[float]) -> list[str]:
     """The recall gain at each of these distances, a dash where the record has none."""
     gains = {point.ratio: point.gain for point in recall_curve(record)}
     known = (gains.get(ratio, Estimate()) for ratio in ratios)

@@ -55,7 +55,7 @@ def rival_recall_table(rivals: Sequence[RivalRecallRecord], ours: Sequence[Recal
     newest = {r.rival["label"]: r for r in found if _streams(r) == streams}
     own = {r.policy["label"]: r for r in ours if r.status == "complete" and _streams(r) == streams}
     complete = [r for r in newest.values() if r.status == "complete"]
-    shown = [*complete, *own.values()]
+    shown: list[RivalRecallRecord | RecallRecord] = [*complete, *own.values()]
     ratios = ratios_of(shown)
     rows = [[r.rival["label"], *_new(r), *gains_text(r, ratios)] for r in complete]
     for run in sorted(own.values(), key=lambda r: r.policy["name"] != "full"):
