@@ -50,7 +50,7 @@ def _generate(method: str, label: str) -> Rival:
 
 
 def _shift(label: str, keep: int, discard: int | None) -> Rival:
-    options = {"keep": keep, "discard": discard}
+    options = {"keep": keep, "discard": discard, "blocks": False}
     label = f"llama.cpp context shift, keep {keep}, {label}"
     return Rival(
         "cyllama", "llamacpp", "llamacpp_worker.py", "context shift", label, "in the cache", options, quantised=True

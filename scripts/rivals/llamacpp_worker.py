@@ -2,7 +2,8 @@
 
 When the context is full, the oldest tokens behind the first `keep` are removed and the positions of the others are
 moved, as llama.cpp's own server does with ``--context-shift``. `discard` tokens go at once; the server's default is
-half.
+half. With the option `blocks` the tokens after the first `timed_tokens` are decoded in batches, each up to the next
+shift: nothing is evicted between them. Its quantised kernels round a batch and a single token differently.
 """
 
 from typing import Any
@@ -75,14 +76,22 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     _, prefill_seconds = clock(lambda: None, lambda: context.decode(ids[:first]))
     checked = float(np.mean([context.nll(at, ids[at + 1]) for at in range(first - 1)]))
 
-    def step(token: int) -> None:
+    def append(first: int, last: int) -> None:
         if context.past >= cap:
             context.shift(keep, discard)
-        context.decode([token])
+        context.decode(ids[first:last])
 
-    for t in range(first, len(ids) - 1):
-        _, seconds = clock(lambda: None, lambda t=t: step(ids[t]))
-        tokens.add(t + 1, context.nll(0, ids[t + 1]), seconds, context.past)
+    last, t = len(ids) - 1, first
+    blocks_from = first + job["timed_tokens"] if job["options"]["blocks"] else last
+    while t < last:
+        timed = t < blocks_from
+        free = cap - context.past or discard
+        end = t + 1 if timed else min(t + free, last)
+        _, seconds = clock(lambda: None, lambda t=t, end=end: append(t, end))
+        for at in range(t, end):
+            length = context.past - (end - 1 - at)
+            tokens.add(at + 1, context.nll(at - t, ids[at + 1]), seconds if timed else float("nan"), length)
+        t = end
     return {
         **tokens.record(),
         "peak_memory_mb": process_peak_mb(),

@@ -60,6 +60,8 @@ def recall_of(
 
     def run(stream: TokenStream) -> tuple[dict[str, Any], Measured | None, dict[str, Any]]:
         job = job_of(rival, stream.ids, folder, 0, loaded, args)
+        if "blocks" in rival.options:
+            job["options"] = rival.options | {"blocks": True}
         found = measure(rival, job, interpreter(args, rival), args.seconds)
         if "error" not in found and None in found["nll"]:
             found = {"error": "this way of decoding cannot score a given text", "versions": found["versions"]}
@@ -72,7 +74,9 @@ def recall_of(
     measured = again if unseen is not None else None
     design = streams.design
     content = origin(rival, found, measured, job, loaded, streams.repeated, args)
+    content["rival"]["options"] = job["options"]
     content["protocol"] |= {
+        "evaluate": "blocks" if job["options"].get("blocks") else "steps",
         "ratios": list(design.ratios),
         "passages": design.passages,
         "passage_tokens": design.passage_tokens,

@@ -41,6 +41,8 @@ from sinkstream.studies.cliff import tables as cliff
 from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnoses
 from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.rivals.chat import ChatRecord, chat_table
+from sinkstream.studies.rivals.recall import RivalRecallRecord, rival_recall_table
 from sinkstream.studies.rivals.record import RivalRecord
 from sinkstream.studies.rivals.tables import render_rivals
 
@@ -60,6 +62,8 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     speed = render_bench(results) | render_prompts(results) | render_draws(results) | render_generate(results)
     speed |= render_snapshots(results) | render_serve(results)
     rivals = render_rivals(records, RivalRecord.below(results) if there else [])
+    rivals["rivals-recall"] = rival_recall_table(RivalRecallRecord.below(results) if there else [], recalls)
+    rivals["rivals-chat"] = chat_table(ChatRecord.below(results) if there else [])
     return tables | render_diagnoses(results) | render_archive(results) | speed | rivals | render_matrix(results)
 
 

@@ -18,13 +18,18 @@ RIVAL_HEADLINES: Registry[Callable[[Sequence[Comparison]], Headline | None]] = R
 
 MODEL, CAP = "SmolLM2-135M", 512
 HEADER = ["way", "positions", "peak slots", "PPL", f"ΔPPL of `{CONTROL}` against it, % [95 %]", "peak memory (MB)"]
+CPU_HEADER = [
+    *("way", "computes in", "tokens", "load average", "ms a token, mean", "P50", "P90", "P99"),
+    "peak memory (MB)",
+]
 SPEED_HEADER = ["way", "ms a token, mean", "P50", "P90", "P99", "peak memory (MB)"]
 
 
 def render_rivals(records: Sequence[Record], rivals: Sequence[RivalRecord]) -> dict[str, str]:
     """Markdown of every table, by its name in the documents."""
     found = comparisons(records, rivals)
-    return {name: render(found) for name, render in RIVAL_TABLES.items()} | {"rivals-speed": speed_tables(rivals)}
+    speed = {"rivals-speed": speed_tables(rivals), "rivals-speed-cpu": cpu_speed_table(records, rivals)}
+    return {name: render(found) for name, render in RIVAL_TABLES.items()} | speed
 
 
 def origin(comparison: Comparison) -> str:
@@ -106,10 +111,7 @@ for _text in ("pg19", "wikitext"):
 
 
 def speed_tables(rivals: Sequence[RivalRecord]) -> str:
-    """Milliseconds a token on a GPU, a table for each model, precision, cap and machine; the fastest first.
-
-    Times on a CPU stay in their records: whoever else computes there is in them.
-    """
+    """Milliseconds a token on a GPU, a table for each model, precision, cap and machine; the fastest first."""
     groups: dict[tuple, dict[str, RivalRecord]] = {}
     for rival in rivals:
         p = rival.protocol
@@ -140,6 +142,65 @@ def speed_tables(rivals: Sequence[RivalRecord]) -> str:
         if timed:
             parts.append(f"{model}, {dtype}, {cap:,} slots, {machine}.\n\n{Table(SPEED_HEADER, rows).markdown()}")
     return "\n\n".join(parts) or NONE_YET
+
+
+def cpu_speed_table(records: Sequence[Record], rivals: Sequence[RivalRecord]) -> str:
+    """Milliseconds a token on a CPU, rivals and our runs of the newest rival's model, cap and machine; fastest first.
+
+    Records without a load average are left out: nothing says how much of a time is somebody else's work.
+    """
+
+    def comparable(record: Record | RivalRecord) -> tuple:
+        return record.model["hash"], record.protocol["cap"], hardware(record.environment), _threads(record)
+
+    found = [r for r in rivals if r.protocol["device"] == "cpu" and _load(r) is not None and _is_timed(r)]
+    if not found:
+        return NONE_YET
+    last = found[-1]
+    newest = {r.label: r for r in found if comparable(r) == comparable(last)}
+    failed = {r.label: r for r in rivals if r.status == "failed" and r.protocol["device"] == "cpu" and _load(r)}
+    ours = [r for r in records if r.status == "complete" and r.protocol["device"] == "cpu" and _load(r) is not None]
+    own = {
+        f"**sinkstream** `{r.label}`, {_backend(r)}": r
+        for r in ours
+        if _is_timed(r) and comparable(r) == comparable(last)
+    }
+    rows = []
+    for label, one in sorted((newest | own).items(), key=lambda entry: entry[1].summary["steady_tpot_ms"]["p50"]):
+        summary, dtype = one.summary, one.protocol["dtype"]
+        times = (f"{summary['steady_tpot_ms'][name]:.1f}" for name in ("mean", "p50", "p90", "p99"))
+        counted = summary["timed_tokens"] - one.protocol["warmup_tokens"]
+        rows.append(
+            [
+                *(label, "the file's Q4_1" if dtype == "GGUF" else dtype, f"{counted:,}", f"{_load(one):.1f}", *times),
+                f"{summary['peak_memory_mb']:,.0f}",
+            ]
+        )
+    rows += [
+        [r.label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(CPU_HEADER) - 2)]
+        for r in failed.values()
+        if r.model["hash"] == last.model["hash"] and r.protocol["cap"] == last.protocol["cap"]
+    ]
+    cores = last.environment["cpu"]["cores_usable"]
+    said = f"{last.model['name']}, {last.protocol['cap']:,} slots, {_threads(last)} thread of {cores} cores"
+    return f"{said}, {hardware(last.environment)}.\n\n{Table(CPU_HEADER, rows, left=2).markdown()}"
+
+
+def _load(record: Record | RivalRecord) -> float | None:
+    return record.environment["cpu"].get("load_average")
+
+
+def _threads(record: Record | RivalRecord) -> int:
+    return record.environment["cpu"]["torch_threads"]
+
+
+def _is_timed(record: Record | RivalRecord) -> bool:
+    return record.summary["steady_tpot_ms"]["p50"] is not None
+
+
+def _backend(record: Record) -> str:
+    """What ran the model, in words."""
+    return "in transformers" if record.protocol["backend"] == "hf" else f"engine, `{record.protocol['backend']}`"
 
 
 @RIVAL_HEADLINES.register("evidence.delta_ppl_strict_vs_kvpress_snapkv")
