@@ -4,6 +4,7 @@ import json
 from typing import ClassVar
 
 import pytest
+from openai import BadRequestError
 from openai.types.chat import ChatCompletion
 from serving import client_of, loaded, make_service, served, user
 
@@ -153,3 +154,18 @@ def test_without_tools_a_reply_is_text(client):
     Planned.said[:] = [CALL]
     answer = client.chat.completions.create(model="tiny-llama", messages=[user("Rain?")])
     assert answer.choices[0].message.content == CALL and answer.choices[0].finish_reason == "stop"
+
+
+def test_tools_are_refused_where_the_template_would_leave_them_out():
+    """A model whose template knows no tools would answer as if none were given."""
+    silent = TEMPLATE.replace("tools", "nothing")
+    with served(make_service(loaded(template=silent), cap=64)) as address:
+        client = client_of(address)
+        for call in (
+            lambda: ask(client, [user("Rain?")]),
+            lambda: client.post("/sessions", body={"tools": TOOLS, "messages": []}, cast_to=object),
+        ):
+            with pytest.raises(BadRequestError, match="tools are not served") as refused:
+                call()
+            assert refused.value.param == "tools"
+        assert ask(client, [user("Rain?")], tool_choice="none", max_tokens=2).usage.completion_tokens <= 2

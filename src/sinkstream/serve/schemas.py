@@ -139,6 +139,7 @@ class ResponseRequest(Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     stream: bool | None = None
     store: bool | None = None
+    include: Annotated[list[str], Field(max_length=0)] | None = None  # of further output: none is served
     # given by clients, and without influence on a reply
     user: str | None = None
     metadata: dict[str, Any] | None = None

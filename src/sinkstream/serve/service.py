@@ -136,7 +136,8 @@ class Service:
     # ---- sessions ----
 
     def open_session(self, owner: str, head: list[dict], tools: list | None) -> "Future[dict]":
-        """A session of the client's own, empty but for its system prompt."""
+        """A session of the client's own, empty but for its system prompt. Raises APIError for tools that none reads."""
+        self.template.check_tools(tools)
 
         def work() -> dict:
             session = Session(owner, found_by="id", head=head, tools=tools)

@@ -1,5 +1,6 @@
 """Chat templates: what of a conversation is pinned, where its turns begin, and which text is new."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +39,21 @@ class ChatTemplate:
         """Whether there is a chat template."""
         return getattr(self.tokenizer, "chat_template", None) is not None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template writes the tools that it is given; others leave them out without a word."""
+        return "tools" in json.dumps(getattr(self.tokenizer, "chat_template", None) or "")
+
+    def check_tools(self, tools: list | None) -> None:
+        """Raise APIError if there are tools and the template writes none."""
+        if tools and not self.takes_tools:
+            raise invalid(
+                "tools are not served: this model's chat template does not write them; accepted: none, tool_choice none"
+                ", or a model whose template does",
+                "tools",
+                "unsupported_value",
+            )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text in which special tokens are written out."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -46,6 +62,7 @@ class ChatTemplate:
         """Text of a conversation; with `reply`, up to where the reply begins. Raises APIError if it is refused."""
         if not self.exists:
             raise invalid("this model has no chat template; accepted: /v1/completions", code="no_chat_template")
+        self.check_tools(tools)
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=tools or None, tokenize=False, add_generation_prompt=reply
