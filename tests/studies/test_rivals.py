@@ -9,7 +9,10 @@ from record_factory import make_arrays, make_record
 from sinkstream.records.records import load_records, write_record
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import write_summary
+from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.rivals.chat import SERVERS, ChatRecord
 from sinkstream.studies.rivals.compare import comparisons, delta
+from sinkstream.studies.rivals.recall import RivalRecallRecord
 from sinkstream.studies.rivals.record import Measured, RivalRecord, check_same_prompt, not_measured
 from sinkstream.studies.rivals.tables import HEADER, quality_table
 
@@ -164,3 +167,117 @@ def test_a_record_says_what_it_lacks(tmp_path):
     del content["rival"]["options"]
     with pytest.raises(ValueError, match=r"required field 'rival.options' is missing"):
         RivalRecord.write(content, tmp_path)
+
+
+# ---- times on a CPU ----
+
+
+def timed(name: str, load: float | None, milliseconds: float, **more) -> dict:
+    """A rival's record with the load of its machine, or without it as older ones are."""
+    found = rival(name, "TOVAPress", measured(shift=0.0), **more)
+    found["environment"]["cpu"] |= {"load_average": load}
+    if load is None:
+        del found["environment"]["cpu"]["load_average"]
+    found["summary"]["steady_tpot_ms"] = dict.fromkeys(("mean", "p50", "p90", "p99"), milliseconds)
+    return found
+
+
+def test_times_on_a_cpu_come_with_its_load(tmp_path):
+    """Fastest first, ours among them; a record that does not know its load is left out."""
+    for name, load, ms in (("slow", 1.5, 70.0), ("fast", 2.5, 17.0), ("unknown", None, 1.0)):
+        RivalRecord.write(timed(name, load, ms), tmp_path)
+    broken = rival("broken", "TOVAPress", None)
+    broken["environment"]["cpu"]["load_average"] = 1.0
+    RivalRecord.write(broken, tmp_path)
+    arrays = make_arrays(TOKENS)
+    own = make_record("own", "strict", arrays=arrays, cap=CAP)
+    own["environment"]["cpu"]["load_average"] = 3.0
+    own["summary"]["steady_tpot_ms"] = dict.fromkeys(("mean", "p50", "p90", "p99"), 40.0)
+    write_record(own, arrays, tmp_path)
+    rows = [line.split(" | ") for line in render_tables(tmp_path)["rivals-speed-cpu"].splitlines()[4:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [
+        *("kvpress fast", "**sinkstream** `strict`, in transformers", "kvpress slow", "kvpress broken")
+    ]
+    assert [row[3] for row in rows[:3]] == ["2.5", "3.0", "1.5"] and rows[0][5] == "17.0"
+    assert rows[3][1] == "cannot run: KeyError: 'cache_position'"
+
+
+# ---- recall ----
+
+
+def recall_of(gain: float, seed: int = 0) -> dict[str, list]:
+    """Passages at two distances, which recall `gain` nats inside the window and nothing past it."""
+    noise = np.random.default_rng(seed).normal(0, 0.01, 16)
+    ratio = np.repeat([0.5, 2.0], 8)
+    columns = {"ratio": ratio, "distance": (ratio * CAP).astype(int), "first": np.arange(16), "second": np.arange(16)}
+    columns |= {"nll_unseen": np.full(16, 4.0), "nll_again": 4.0 - gain * (ratio < 1) + noise}
+    return {name: column.tolist() for name, column in columns.items()}
+
+
+LAYOUT = {"ratios": [0.5, 2.0], "passages": 8, "passage_tokens": 64, "control_sha256": "of the control"}
+
+
+def test_recall_of_rivals_stands_beside_ours_on_the_same_streams(tmp_path):
+    """A policy that ran on other streams is not in the table; one row a rival, with the reason where it cannot run."""
+    for name, found in (("shift", measured(shift=0.0)), ("broken", None)):
+        content = rival(name, "context shift", found)
+        del content["summary"], content["blocks"]
+        content["protocol"] |= LAYOUT
+        content["passages"] = recall_of(2.5) if found else {column: [] for column in recall_of(0.0)}
+        RivalRecallRecord.write(content, tmp_path)
+    for label, control in (("strict", "of the control"), ("lazy", "another")):
+        own = make_record(label, label, cap=CAP)
+        own["policy"]["label"], own["passages"] = label, recall_of(1.5, seed=1)
+        own["protocol"] |= LAYOUT | {"control_sha256": control}
+        RecallRecord.write({name: part for name, part in own.items() if name != "tokens_file"}, tmp_path)
+    table = render_tables(tmp_path)["rivals-recall"]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["kvpress shift", "**sinkstream** `strict`", "kvpress broken"]
+    assert rows[0][2].lstrip("+").startswith("2.5") and rows[1][2].lstrip("+").startswith("1.5")
+    assert rows[2][1].startswith("cannot run")
+
+
+# ---- a chat longer than the context ----
+
+
+def chat(name: str, refused_from: int | None, turns: int = 4) -> dict:
+    """A server's record; from a turn on it refuses, if it does."""
+    own = make_record(f"chat-{name}", model="SmolLM2-135M")
+    ended = turns + 1 if refused_from is None else refused_from
+    right = [turn < ended for turn in range(1, turns + 1)]
+
+    def column(answered, refused=None) -> list:
+        return [answered if ok else refused for ok in right]
+
+    return {
+        **{key: own[key] for key in ("id", "status", "status_reason", "created", "command", "arguments")},
+        **{"environment": own["environment"], "model": own["model"]},
+        "server": {"name": name, "label": SERVERS[name].label, "options": SERVERS[name].options, "version": "1"},
+        "protocol": {
+            **{"dtype": "float32", "device": "cpu", "tf32": False, "seed": 0, "cap": 64, "turns": turns},
+            **{"max_tokens": 8, "threads": 1, "client": "openai 1"},
+        },
+        "turns": {
+            **{"status": column(200, 400), "error": column(None, "too_long"), "reply": column(" Ada. ")},
+            **{"prompt_tokens": column(100), "cached_tokens": column(80), "completion_tokens": column(3)},
+            **{"finish_reason": column("stop"), "ttft_ms": column(9.0), "seconds": column(0.1)},
+        },
+        "long_reply": {
+            **{"asked": 128, "status": 200, "completion_tokens": 30, "finish_reason": "length"},
+            **{"next_status": 200 if refused_from is None else 400, "next_error": "too_long", "next_reply": "Ada"},
+        },
+    }
+
+
+def test_the_chat_table_says_who_refuses_and_from_when(tmp_path):
+    for name, refused_from in (("sinkstream", None), ("llamacpp", 3)):
+        ChatRecord.write(chat(name, refused_from), tmp_path)
+    table = render_tables(tmp_path)["rivals-chat"]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[4:]]
+    assert rows[0][1:4] == ["2, from turn 3 on", "HTTP 400 `too_long`", "–"]
+    assert rows[0][4:] == ["30 of 128 tokens", "HTTP 400 `too_long`"]
+    assert rows[1][1:4] == ["none", "100 tokens, of which 20 are computed", "“Ada.”"] and rows[1][5] == "answered"
+    short = chat("llamacpp", 3)
+    short["turns"]["status"] = [200]
+    with pytest.raises(ValueError, match=r"turns\.status.*1 values of 4 turns"):
+        ChatRecord.write(short | {"id": "short"}, tmp_path)

@@ -153,37 +153,36 @@ def cpu_speed_table(records: Sequence[Record], rivals: Sequence[RivalRecord]) ->
     def comparable(record: Record | RivalRecord) -> tuple:
         return record.model["hash"], record.protocol["cap"], hardware(record.environment), _threads(record)
 
-    found = [r for r in rivals if r.protocol["device"] == "cpu" and _load(r) is not None and _is_timed(r)]
+    known = [r for r in rivals if r.protocol["device"] == "cpu" and _load(r) is not None]
+    found = [r for r in known if _is_timed(r)]
     if not found:
         return NONE_YET
     last = found[-1]
-    newest = {r.label: r for r in found if comparable(r) == comparable(last)}
-    failed = {r.label: r for r in rivals if r.status == "failed" and r.protocol["device"] == "cpu" and _load(r)}
-    ours = [r for r in records if r.status == "complete" and r.protocol["device"] == "cpu" and _load(r) is not None]
-    own = {
-        f"**sinkstream** `{r.label}`, {_backend(r)}": r
-        for r in ours
-        if _is_timed(r) and comparable(r) == comparable(last)
-    }
-    rows = []
-    for label, one in sorted((newest | own).items(), key=lambda entry: entry[1].summary["steady_tpot_ms"]["p50"]):
-        summary, dtype = one.summary, one.protocol["dtype"]
-        times = (f"{summary['steady_tpot_ms'][name]:.1f}" for name in ("mean", "p50", "p90", "p99"))
-        counted = summary["timed_tokens"] - one.protocol["warmup_tokens"]
-        rows.append(
-            [
-                *(label, "the file's Q4_1" if dtype == "GGUF" else dtype, f"{counted:,}", f"{_load(one):.1f}", *times),
-                f"{summary['peak_memory_mb']:,.0f}",
-            ]
-        )
-    rows += [
-        [r.label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(CPU_HEADER) - 2)]
-        for r in failed.values()
-        if r.model["hash"] == last.model["hash"] and r.protocol["cap"] == last.protocol["cap"]
-    ]
+    shown = {r.label: r for r in found if comparable(r) == comparable(last)}
+    failed = {r.label: r for r in known if r.status == "failed" and comparable(r)[:2] == comparable(last)[:2]}
+    for run in records:
+        timed = run.status == "complete" and run.protocol["device"] == "cpu" and _load(run) is not None
+        if timed and _is_timed(run) and comparable(run) == comparable(last):
+            shown[f"**sinkstream** `{run.label}`, {_backend(run)}"] = run
+    rows = [_cpu_row(*entry) for entry in sorted(shown.items(), key=lambda entry: _median(entry[1]))]
+    rows += [[label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(CPU_HEADER) - 2)] for label, r in failed.items()]
     cores = last.environment["cpu"]["cores_usable"]
-    said = f"{last.model['name']}, {last.protocol['cap']:,} slots, {_threads(last)} thread of {cores} cores"
-    return f"{said}, {hardware(last.environment)}.\n\n{Table(CPU_HEADER, rows, left=2).markdown()}"
+    threads = f"{_threads(last)} thread{'s' * (_threads(last) > 1)} of {cores} cores"
+    said = f"{last.model['name']}, {last.protocol['cap']:,} slots, {threads}, {hardware(last.environment)}."
+    return f"{said}\n\n{Table(CPU_HEADER, rows, left=2).markdown()}"
+
+
+def _cpu_row(label: str, record: Record | RivalRecord) -> list[str]:
+    summary, dtype = record.summary, record.protocol["dtype"]
+    memory = summary["peak_memory_mb"]
+    return [
+        label,
+        "the file's own format" if dtype == "GGUF" else dtype,
+        f"{summary['timed_tokens'] - record.protocol['warmup_tokens']:,}",
+        f"{_load(record):.1f}",
+        *(f"{summary['steady_tpot_ms'][name]:.1f}" for name in ("mean", "p50", "p90", "p99")),
+        EMPTY if memory is None else f"{memory:,.0f}",
+    ]
 
 
 def _load(record: Record | RivalRecord) -> float | None:
@@ -196,6 +195,10 @@ def _threads(record: Record | RivalRecord) -> int:
 
 def _is_timed(record: Record | RivalRecord) -> bool:
     return record.summary["steady_tpot_ms"]["p50"] is not None
+
+
+def _median(record: Record | RivalRecord) -> float:
+    return record.summary["steady_tpot_ms"]["p50"]
 
 
 def _backend(record: Record) -> str:
