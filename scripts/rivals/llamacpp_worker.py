@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from cyllama.llama import llama_cpp
-from worker import Tokens, clock, main, process_peak_mb
+from worker import Tokens, clock, main, process_peak
 
 
 def nll_of(logits: np.ndarray, target: int) -> float:
@@ -94,8 +94,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         t = end
     return {
         **tokens.record(),
-        "peak_memory_mb": process_peak_mb(),
-        "peak_memory_kind": "process_rss_peak",
+        **process_peak(),
         "prefill_tokens": first,
         "prefill_seconds": prefill_seconds,
         "prefill_nll": checked,

@@ -1,10 +1,10 @@
 """What the two rivals on torch share: the model of a job, the loss of its predictions, its memory."""
 
-import resource
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from worker import process_peak
 
 
 def load(job: dict[str, Any]) -> Any:
@@ -36,5 +36,4 @@ def memory(device: str) -> dict[str, Any]:
     """Peak memory and what was counted."""
     if device.startswith("cuda"):
         return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20, "peak_memory_kind": "cuda_allocated"}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak_memory_mb": peak, "peak_memory_kind": "process_rss_peak"}
+    return process_peak()

@@ -30,7 +30,7 @@ def measured(*, shift: float, seed: int = 0, scored: bool = True) -> Measured:
         prefill_tokens=CAP - 64,
         prefill_seconds=0.5,
         peak_memory_mb=900.0,
-        peak_memory_kind="process_rss_peak",
+        peak_memory_kind="process_vm_hwm",
         prefill_nll=3.5,
     )
 

@@ -17,6 +17,7 @@ RIVAL_TABLES: Registry[Callable[[Sequence[Comparison]], str]] = Registry("table 
 RIVAL_HEADLINES: Registry[Callable[[Sequence[Comparison]], Headline | None]] = Registry("headline of rivals")
 
 MODEL, CAP = "SmolLM2-135M", 512
+PARENTS_TOO = "process_rss_peak"  # kind of a peak memory to which the process that starts a rival added its own
 HEADER = ["way", "positions", "peak slots", "PPL", f"ΔPPL of `{CONTROL}` against it, % [95 %]", "peak memory (MB)"]
 CPU_HEADER = [
     *("way", "computes in", "tokens", "load average", "ms a token, mean", "P50", "P90", "P99"),
@@ -71,19 +72,24 @@ def _rival_row(rival: RivalRecord, comparison: Comparison) -> list[str]:
         f"{rival.protocol['peak_slots']:,}",
         f"{rival.summary['ppl']:,.2f}",
         EMPTY if paired is None else with_interval(paired.delta_percent, paired.low, paired.high, 2),
-        f"{rival.summary['peak_memory_mb']:,.0f}",
+        _memory(rival),
     ]
 
 
+def _memory(record: Record | RivalRecord) -> str:
+    """Peak memory in MB; a dash where it is not known, or was taken of a process and of its parent before it."""
+    memory = record.summary["peak_memory_mb"]
+    return EMPTY if memory is None or record.summary["peak_memory_kind"] == PARENTS_TOO else f"{memory:,.0f}"
+
+
 def _own_row(run: Record) -> list[str]:
-    memory = run.summary["peak_memory_mb"]
     return [
         f"**sinkstream** `{run.label}`",
         {"cache": "in the cache", "original": "original"}.get(run.policy["options"].get("positions", "cache"), EMPTY),
         f"{run.summary['kv_length']['max']:,}",
         f"{run.summary['ppl']:,.2f}",
         EMPTY,
-        EMPTY if memory is None else f"{memory:,.0f}",
+        _memory(run),
     ]
 
 
@@ -174,14 +180,13 @@ def cpu_speed_table(records: Sequence[Record], rivals: Sequence[RivalRecord]) ->
 
 def _cpu_row(label: str, record: Record | RivalRecord) -> list[str]:
     summary, dtype = record.summary, record.protocol["dtype"]
-    memory = summary["peak_memory_mb"]
     return [
         label,
         "the file's own format" if dtype == "GGUF" else dtype,
         f"{summary['timed_tokens'] - record.protocol['warmup_tokens']:,}",
         f"{_load(record):.1f}",
         *(f"{summary['steady_tpot_ms'][name]:.1f}" for name in ("mean", "p50", "p90", "p99")),
-        EMPTY if memory is None else f"{memory:,.0f}",
+        _memory(record),
     ]
 
 
