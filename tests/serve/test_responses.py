@@ -72,7 +72,12 @@ def test_what_is_not_known_or_served_is_refused(client):
         respond(client, "x", "resp_unknown")
     assert error.value.status_code == 404
     first = respond(client, "x")
-    for wrong in ({"instructions": "Be long.", "previous_response_id": first.id}, {"tools": [{"type": "web_search"}]}):
+    assert respond(client, "x", tools=[], include=[]).status, "clients send empty ones"
+    for wrong in (
+        {"instructions": "Be long.", "previous_response_id": first.id},
+        {"tools": [{"type": "web_search"}]},
+        {"include": ["reasoning.encrypted_content"]},
+    ):
         with pytest.raises(APIStatusError) as error:
             client.responses.create(model="tiny-llama", input="x", **wrong)
         assert error.value.status_code == 400

@@ -30,6 +30,9 @@ async def responses(body: ResponseRequest, request: Request, who: Owner, service
         raise invalid(
             "instructions are pinned when a conversation begins; accepted: without previous_response_id", "instructions"
         )
+    for name in ("tools", "include"):  # clients send empty ones
+        if getattr(body, name):
+            raise invalid(f"{name} of a response is not served; accepted: none", name, "unsupported_value")
     call = Call(
         who,
         messages=tuple(_messages(body)),

@@ -139,7 +139,8 @@ class ResponseRequest(Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     stream: bool | None = None
     store: bool | None = None
-    include: Annotated[list[str], Field(max_length=0)] | None = None  # of further output: none is served
+    include: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
     # given by clients, and without influence on a reply
     user: str | None = None
     metadata: dict[str, Any] | None = None
