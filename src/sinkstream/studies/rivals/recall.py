@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sinkstream.measure.environment import hardware
 from sinkstream.records.base import StatusRecord
-from sinkstream.records.origin import machine
 from sinkstream.records.selection import has_model
 from sinkstream.show.table import EMPTY, NONE_YET, Table
 from sinkstream.studies.recall.record import RecallRecord, check_passages, read_passages
@@ -72,7 +72,8 @@ def rival_recall_table(rivals: Sequence[RivalRecallRecord], ours: Sequence[Recal
     layout = (
         f"{first.protocol['passages']} passages of {first.protocol['passage_tokens']} tokens a distance, cap {CAP}."
     )
-    return f"{of} {layout} {machine(shown)}\n\n{Table(header, rows).markdown()}"
+    machines = sorted({hardware(r.environment) for r in shown})
+    return f"{of} {layout} {', '.join(machines)}.\n\n{Table(header, rows).markdown()}"
 
 
 def _streams(record: RivalRecallRecord | RecallRecord) -> tuple[str, str, str]:

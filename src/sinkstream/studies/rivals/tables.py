@@ -164,7 +164,7 @@ def cpu_speed_table(records: Sequence[Record], rivals: Sequence[RivalRecord]) ->
     if not found:
         return NONE_YET
     last = found[-1]
-    shown = {r.label: r for r in found if comparable(r) == comparable(last)}
+    shown: dict[str, Record | RivalRecord] = {r.label: r for r in found if comparable(r) == comparable(last)}
     failed = {r.label: r for r in known if r.status == "failed" and comparable(r)[:2] == comparable(last)[:2]}
     for run in records:
         timed = run.status == "complete" and run.protocol["device"] == "cpu" and _load(run) is not None
