@@ -20,7 +20,10 @@ from sinkstream.studies.rivals.record import Measured, RivalRecord, not_measured
 def main() -> int:
     """Run all rivals that are asked for; returns the exit code."""
     args = arguments()
-    loaded, stream = options.load_model_and_text(args, random=True)
+    try:
+        loaded, stream = options.load_model_and_text(args, random=True)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     if len(stream) < args.cap + 2:
         raise SystemExit(
             f"--cap {args.cap} leaves no token of {len(stream)} to score; accepted: at most {len(stream) - 2}"
