@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from oracle.recall import Words
 
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
 from sinkstream.archive.choosers.lexical import Lexical
@@ -169,6 +170,43 @@ def test_the_order_of_the_latest_words_counts():
     assert early.shape == (10,) and early.max() == 0, "what has not left is not found"
     late = index.scores(Query(now=700, ids=row, asked=False, first=320, end=640))
     assert late.shape == (20,) and late.argmax() == (400 - 320) // 16
+
+
+def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
+    """Tokens leave the archive meanwhile; below `least` a score may be any number that is lower still."""
+    rng, opened, options = np.random.default_rng(0), 0, {"block": 4, "rare": 0.1, "row_rare": 0.3}
+    for level, row_level in ((1.0, 0.8), (2.0, 2.6), (3.0, 1.5)):
+        ids = rng.zipf(1.3, 400) % 90
+        ids[300:330] = ids[60:90]
+        index, done = Lexical(**options, level=level, row_level=row_level).start(), 2
+        again = Words(4, 12, rare=0.1, row_rare=0.3, level=level, row_level=row_level)
+        for now in range(40, 400, 12):
+            index.add(Evicted(done, ids[done : now - 20].tolist()))
+            done, first = now - 20, max(2, now - 320)
+            index.forget(first)
+            held, query = range(first, done), ids[max(0, now - 32) : now].tolist()
+            for asked, least in ((True, 0.0), (False, 0.0), (False, 0.5), (False, 1.0)):
+                wanted = again.scores(ids.tolist(), list(held), query, asked)
+                found = index.scores(Query(now=now, ids=query, asked=asked, first=first, end=done, least=least))
+                assert len(found) == len(wanted)
+                for score, (_, other) in zip(found, sorted(wanted.items())):
+                    assert abs(score - other) < 1e-9 or score <= other < least + 1e-9
+                opened += max(wanted.values()) >= least > 0
+    assert opened > 30
+
+
+def test_an_index_forgets_with_its_archive():
+    """Nothing grows in a stream without end: what is held follows the archive, every few ids at a time."""
+    rng, index, most = np.random.default_rng(0), Lexical().start(), 0
+    for first in range(0, 40_000, 50):
+        index.add(Evicted(first, rng.integers(0, 2_000, 50).tolist()))
+        index.forget(first - 5_000)
+        most = max(most, sum(len(p.places) for p in index.postings.values()))
+    assert 5_000 < most < 5_050 + 2_000
+    assert all(len(p.blocks) <= len(p.places) for p in index.postings.values())
+    for gone in (60_000, 70_000):
+        index.forget(gone)
+    assert not index.postings
 
 
 def test_every_chooser_is_registered_with_a_source():

@@ -7,6 +7,7 @@ is empty the slots are the window's again: it grows by the tokens that follow.
 
 import copy
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ class RecallEvent:
     cause : {"gate", "question", "closed"}
         The gate was open, a question was asked, or the frame has been emptied.
     score : float
-        Of the best block, in units of the chooser's false-alarm level.
+        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
     spans : tuple of Span
         What stands in the frame now, oldest first.
     """
@@ -313,7 +314,9 @@ class Recall(RecallMemory):
         first, coming = self._coming
         seen = self.log.end
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
-        return float(self.index.scores(Query(now=now, ids=ids, asked=False, first=archive.first, end=end)).max())
+        least = self.settings.gate
+        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least)
+        return float(self.index.scores(query).max())
 
     @torch.no_grad()
     def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
@@ -351,6 +354,7 @@ class Recall(RecallMemory):
             end=archive.end,
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
+            least=0.0 if asked is not None else settings.gate,
         )
         scores = np.asarray(self.index.scores(query), dtype=np.float64)
         blocks = query.blocks(chooser.block)
@@ -378,7 +382,8 @@ class Recall(RecallMemory):
         """Whether a turn or a sentence begins at a token of the archive."""
         archive = self.archive
         assert archive is not None, "something has left"
-        if index in self.turns:
+        turn = bisect_left(self.turns, index)
+        if self.turns[turn : turn + 1] == [index]:
             return True
         if self.borders is None or not archive.first < index <= archive.end:
             return False
