@@ -8,6 +8,7 @@ import torch
 from oracle.recall import Words
 
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
+from sinkstream.archive.choosers.heads import Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.kv import BLOCK
 from sinkstream.records.files import WriteError
@@ -207,6 +208,30 @@ def test_an_index_forgets_with_its_archive():
     for gone in (60_000, 70_000):
         index.forget(gone)
     assert not index.postings
+
+
+def heads_query(keys: torch.Tensor, like: list[int], asked: bool = False) -> Query:
+    """Queries that attend to these tokens, one each."""
+    queries = {(0, 0): 6 * keys[like][:, None]}
+    return Query(now=900, ids=[0] * len(like), asked=asked, first=3, end=3 + len(keys), queries=queries)
+
+
+def test_heads_open_the_gate_for_tokens_in_a_row():
+    """A row lies in two blocks, neither of which has much attention; the same tokens in another order are no row."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(800, 32, generator=generator), dim=1) * 2
+    index = Heads(heads=[(0, 0)], level=0.2, row_level=0.5).start()
+    index.add(Evicted(3, range(800), {(0, 0): keys}))
+    row = list(range(405, 421))  # tokens 408 to 423 of the stream: half of block 25, half of block 26
+    found = index.scores(heads_query(keys, row))
+    assert found.shape == (51,) and found.argmax() == 26 and found[26] > 1.2
+    mixed = index.scores(heads_query(keys, [row[i] for i in torch.randperm(16, generator=generator).tolist()]))
+    assert mixed.max() < 0.5
+    assert index.scores(heads_query(keys, [77] * 16)).max() < 0.5, "one token that all queries attend to"
+    assert index.scores(heads_query(keys, row[:4])).max() < 0.5, "too few queries for a row"
+    asked = index.scores(heads_query(keys, [100, 101, 300], asked=True))
+    assert sorted(asked.argsort()[-2:]) == [103 // 16, 303 // 16] and asked[6] > 1.5 * asked[18]
+    assert asked.sum() == pytest.approx(1 / 0.2, abs=1e-3), "attention is shared out"
 
 
 def test_every_chooser_is_registered_with_a_source():

@@ -43,6 +43,15 @@ class RecallSettings:
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
 
+    def record(self) -> dict[str, Any]:
+        """What was said, as JSON has it: ``recall``, the name of the chooser, and settings and options by name."""
+        names = {cls: name for name, cls in CHOOSERS.items()}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "chooser"}
+        options = {f.name: getattr(self.chooser, f.name) for f in fields(self.chooser)}
+        plain = {n: v for n, v in options.items() if isinstance(v, int | float | str | tuple | list | None)}
+        name = names.get(type(self.chooser), type(self.chooser).__name__)
+        return {"recall": name, "heads": list(self.chooser.heads)} | plain | own
+
     @classmethod
     def build(cls, recall: "str | Chooser", model: Any, peak: int, **options: Any) -> "RecallSettings":
         """Settings from flat options, without their prefix.

@@ -6,10 +6,9 @@ is empty the slots are the window's again: it grows by the tokens that follow.
 """
 
 import copy
-from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -33,9 +32,11 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
 from sinkstream.cache.query_log import QueryLog
 from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
+COUNTS = ("recalls", "until", "chosen_at", "indexed")
 
 
 @dataclass(frozen=True)
@@ -58,50 +59,6 @@ class RecallEvent:
     cause: str
     score: float
     spans: tuple[Span, ...]
-
-
-class TokenLog:
-    """Ids of the latest tokens of a stream: those in the window, and a few more. They go to the host in batches."""
-
-    def __init__(self) -> None:
-        self.first, self._ids = 0, array("i")
-        self._coming: list[torch.Tensor] = []
-        self._count = 0
-
-    @property
-    def end(self) -> int:
-        """Tokens appended since the beginning of the stream."""
-        return self.first + len(self._ids) + self._count
-
-    def append(self, ids: torch.Tensor) -> None:
-        """Take in new tokens, ``(tokens,)``; nothing waits for them."""
-        self._coming.append(ids)
-        self._count += len(ids)
-
-    def read(self, first: int, end: int) -> Sequence[int]:
-        """Ids of tokens; waits for those that are still on the device."""
-        if self._coming and end > self.first + len(self._ids):
-            self._ids.extend(torch.cat(self._coming).tolist())
-            self._coming, self._count = [], 0
-        return self._ids[max(0, first - self.first) : end - self.first]
-
-    def forget(self, before: int) -> None:
-        """Tokens before this index are not asked for any more."""
-        if before - self.first > 1_024:
-            gone = min(before - self.first, len(self._ids))
-            del self._ids[:gone]
-            self.first += gone
-
-    def rewind(self, end: int) -> None:
-        """Forget the latest tokens, from index `end` on."""
-        self.read(self.first, self.end)
-        del self._ids[end - self.first :]
-
-    def fork(self) -> Self:
-        """The same tokens, to go on independently."""
-        other = copy.copy(self)
-        other._ids, other._coming = self._ids[:], list(self._coming)
-        return other
 
 
 class RecallMemory:
@@ -127,6 +84,16 @@ class RecallMemory:
     frame : list of int
         Indices in the stream of the recalled tokens, ascending.
     events : deque of RecallEvent
+    recalls : int
+        Frames set so far.
+    until : int
+        The frame is held for the tokens before this one.
+    chosen_at : int
+        The token before which the chooser was asked last.
+    indexed : int
+        A chooser that foresees has taken in the tokens before this one.
+    question : (ids, queries by head) or None
+        By which the next choice is made.
     """
 
     def __init__(
@@ -150,12 +117,10 @@ class RecallMemory:
         self.turns: list[int] = []
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
-        self._until = 0  # the frame is held for the tokens before this one
-        self._chosen_at = -1
-        self._indexed = 0  # tokens before this one are in the index
+        self.until, self.chosen_at, self.indexed = 0, -1, 0
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
-        self._question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
+        self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
 
     def empty(self) -> Self:
         """Another one like this, for a new stream."""
@@ -182,6 +147,15 @@ class RecallMemory:
         if self.archive is not None:
             self.archive.close()
 
+    def counts(self) -> dict[str, int]:
+        """What else a file of the stream must hold."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        """As another memory has them. Raises KeyError if one is missing."""
+        for name in COUNTS:
+            setattr(self, name, int(counts[name]))
+
     def stats(self) -> dict[str, int]:
         """Tokens that stand in the frame, frames set so far, and the counts of the archive."""
         archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
@@ -195,20 +169,20 @@ class RecallMemory:
 
     def _index_until(self, end: int) -> None:
         """Let a chooser that foresees take in the tokens before this one."""
-        if self.settings.chooser.foresees and end > self._indexed:
-            self._indexed = max(self._indexed, self.sink)
-            self.index.add(Evicted(self._indexed, self.log.read(self._indexed, end)))
-            self._indexed = end
+        if self.settings.chooser.foresees and end > self.indexed:
+            self.indexed = max(self.indexed, self.sink)
+            self.index.add(Evicted(self.indexed, self.log.read(self.indexed, end)))
+            self.indexed = end
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens, which are in the window. Raises ValueError if the chooser has read them."""
-        if self.log.end - tokens < self._indexed:
+        if self.log.end - tokens < self.indexed:
             raise ValueError(
-                f"{tokens} tokens cannot be taken back; accepted: at most {self.log.end - self._indexed}, which the"
+                f"{tokens} tokens cannot be taken back; accepted: at most {self.log.end - self.indexed}, which the"
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self._chosen_at, self._room = -1, None
+        self.chosen_at, self._room = -1, None
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -219,9 +193,9 @@ class RecallMemory:
     def take(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Tokens from `first` on leave the window; see `cache.ring.Leaving`."""
         if self.archive is None:
-            self.archive = self._new_archive(first, keys.shape, values.dtype)
+            self.open_archive(first, keys.shape, values.dtype)
         archive = self.archive
-        assert first == archive.end, "tokens leave in order, each once"
+        assert archive is not None and first == archive.end, "tokens leave in order, each once"
         self._index_until(first + keys.shape[3])
         ids = self.log.read(first, first + keys.shape[3])
         archive.append(ids, keys, values)
@@ -231,16 +205,18 @@ class RecallMemory:
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))
 
-    def _new_archive(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
-        settings = self.settings
+    def open_archive(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
+        """Make the archive for keys of a shape ``(layers, 1, kv_heads, any, head_dim)``. Raises as `BlockFile`."""
+        settings, file = self.settings, None
         if settings.archive == "text":
             sinks = self.log.read(0, self.sink)
-            return TextArchive(first, sinks=sinks, reread=self.reread, budget_bytes=settings.bytes)
-        file = None
+            self.archive = TextArchive(first, sinks=sinks, reread=self.reread, budget_bytes=settings.bytes)
+            return self.archive
         if settings.file is not None:
             layers, _, heads, _, dim = shape
             file = BlockFile(settings.file, settings.file_bytes, (2, layers, heads, BLOCK, dim), dtype)
-        return KVArchive(first, budget_bytes=settings.bytes, file=file)
+        self.archive = KVArchive(first, budget_bytes=settings.bytes, file=file)
+        return self.archive
 
 
 class Recall(RecallMemory):
@@ -251,7 +227,7 @@ class Recall(RecallMemory):
 
         Where the chooser reads queries they are the latest ones: those of these tokens, which have been fed.
         """
-        self._question, self._room = (list(ids), self._latest_queries(len(ids))), None
+        self.question, self._room = (list(ids), self._latest_queries(len(ids))), None
 
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
@@ -284,7 +260,7 @@ class Recall(RecallMemory):
         every, now, foreseen = self.settings.every, schedule.seen, self._foreseen(schedule)
         following = range(now // every * every + every, now + foreseen, every)
         least = every - now % every
-        if not following or self._question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
+        if not following or self.question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
             return least
         dropped = schedule.plan(following[-1] - now).drop.cumsum()
         for t in following:
@@ -296,7 +272,7 @@ class Recall(RecallMemory):
         """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
         end = now - (cached - self.sink - len(self.frame))
         self._index_until(end)
-        return bool(self.frame and now >= self._until) or self._score(now, end) >= self.settings.gate
+        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
 
     def _foreseen(self, schedule: PruneSchedule) -> int:
         """How many of the coming tokens are known, and what leaves before them is in the log already."""
@@ -322,19 +298,19 @@ class Recall(RecallMemory):
     def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
-        asked, self._question = self._question, None
+        asked, self.question = self.question, None
         self._room = None
-        due = now % settings.every == 0 and now != self._chosen_at
+        due = now % settings.every == 0 and now != self.chosen_at
         if self.archive is None or not len(self.archive) or (asked is None and not due):
             return
-        self._chosen_at = now
+        self.chosen_at = now
         score, tokens = self._best(now, asked)
         if tokens:
             hold = settings.hold if asked is None else settings.hold_asked
-            self._until = max(now + hold, self._until if asked is None else 0)
+            self.until = max(now + hold, self.until if asked is None else 0)
             self.events.append(RecallEvent(now, "gate" if asked is None else "question", score, self._spans(tokens)))
             self._set_frame(ring, schedule, tokens)
-        elif self.frame and now >= self._until:
+        elif self.frame and now >= self.until:
             self._set_frame(ring, schedule, [])
             self.events.append(RecallEvent(now, "closed", score, ()))
 

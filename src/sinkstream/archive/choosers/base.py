@@ -87,6 +87,10 @@ class Index(ABC):
         brought back. Of a block below ``query.least`` the score may be any number below it.
         """
 
+    def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
+        """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""
+        return {}
+
     def copy(self) -> Self:
         """The same memory, to go on independently."""
         raise NotImplementedError
