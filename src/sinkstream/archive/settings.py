@@ -30,6 +30,9 @@ class RecallSettings:
     )
     hold: int = option(32, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
+    share: float = option(
+        0.6, "a question brings blocks back from this share of its best score on", minimum=0.0, maximum=1.0
+    )
     distance: int = option(
         65, "positions from the query to the nearest recalled token; 0: right behind the sinks", minimum=0
     )

@@ -36,7 +36,7 @@ from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
-COUNTS = ("recalls", "until", "chosen_at", "indexed")
+COUNTS = ("recalls", "until", "asked_until", "chosen_at", "indexed")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class RecallMemory:
         Frames set so far.
     until : int
         The frame is held for the tokens before this one.
+    asked_until : int
+        What a question brought back is held for the tokens before this one.
     chosen_at : int
         The token before which the chooser was asked last.
     indexed : int
@@ -117,7 +119,7 @@ class RecallMemory:
         self.turns: list[int] = []
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
-        self.until, self.chosen_at, self.indexed = 0, -1, 0
+        self.until, self.asked_until, self.chosen_at, self.indexed = 0, 0, -1, 0
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
@@ -270,6 +272,8 @@ class Recall(RecallMemory):
 
     def _changes(self, now: int, cached: int) -> bool:
         """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
+        if now < self.asked_until:
+            return False
         end = now - (cached - self.sink - len(self.frame))
         self._index_until(end)
         return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
@@ -300,24 +304,29 @@ class Recall(RecallMemory):
         now, settings = schedule.seen, self.settings
         asked, self.question = self.question, None
         self._room = None
-        due = now % settings.every == 0 and now != self.chosen_at
+        held = self.asked_until > now  # nothing replaces what a question brought back
+        due = now % settings.every == 0 and now != self.chosen_at and not held
         if self.archive is None or not len(self.archive) or (asked is None and not due):
             return
         self.chosen_at = now
         score, tokens = self._best(now, asked)
-        if tokens:
-            hold = settings.hold if asked is None else settings.hold_asked
-            self.until = max(now + hold, self.until if asked is None else 0)
-            self.events.append(RecallEvent(now, "gate" if asked is None else "question", score, self._spans(tokens)))
+        if asked is not None:
+            self.until = self.asked_until = now + settings.hold_asked
+        elif tokens:
+            self.until = max(now + settings.hold, self.until)
+        if tokens or (self.frame and (asked is not None or now >= self.until)):
+            cause = "question" if asked is not None else "gate" if tokens else "closed"
+            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
             self._set_frame(ring, schedule, tokens)
-        elif self.frame and now >= self.until:
-            self._set_frame(ring, schedule, [])
-            self.events.append(RecallEvent(now, "closed", score, ()))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
         archive, chooser, settings = self.archive, self.settings.chooser, self.settings
         assert archive is not None, "something has left"
+        end = archive.end
+        if asked is not None and chooser.foresees:  # what is in the window competes, and comes back to nowhere
+            end = now
+            self._index_until(end)
         ids: Sequence[int] = self.log.read(now - chooser.query_tokens, now)
         queries = self._latest_queries(chooser.query_tokens)
         if asked is not None:
@@ -327,7 +336,7 @@ class Recall(RecallMemory):
             ids=ids,
             asked=asked is not None,
             first=archive.first,
-            end=archive.end,
+            end=end,
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
             least=0.0 if asked is not None else settings.gate,
@@ -348,7 +357,7 @@ class Recall(RecallMemory):
             chooser.block,
             held=range(archive.first, archive.end),
             budget=settings.slots,
-            least=0.0 if query.asked else settings.gate,
+            least=settings.share * best if query.asked else settings.gate,
             border=self._border,
             whole=query.asked,
         )

@@ -75,7 +75,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until = RecallStream(rule), [], 0
+    stream, frames, until, kept = RecallStream(rule), [], 0, 0
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -87,14 +87,16 @@ def run_recall(
     past.positions, traces, logits = positions, [], []
     for t in range(len(ids)):
         question = (questions or {}).get(t)
-        if stream.archived and (t % options.every == 0 or question is not None):
+        if stream.archived and (question is not None or (t % options.every == 0 and t >= kept)):
             wanted = recaller(past, t, list(stream.archived), question)
+            if question is not None:
+                until = kept = t + options.hold_asked
             if wanted:
-                until = t + options.hold_asked if question is not None else max(until, t + options.hold)
+                until = max(until, t + options.hold) if question is None else until
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
-            elif stream.frame and t >= until:
+            elif stream.frame and (question is not None or t >= until):
                 stream.set_frame([], options.distance)
                 frames.append((t, []))
         step = stream.append()
@@ -151,6 +153,7 @@ class Words:
     row_rare: float = 0.1
     row_level: float = 3.4
     gate: float = 1.0
+    share: float = 0.6
 
     def scores(self, ids: Sequence[int], archived: list[int], query: Sequence[int], asked: bool) -> dict[int, float]:
         """Score of every block that holds an archived token, counted afresh."""
@@ -185,10 +188,12 @@ class Words:
         """As a recaller."""
         ids, asked = past.ids[0].tolist(), question is not None
         query = ids[max(0, t - self.query) : t] if question is None else list(question)
-        scores = self.scores(ids, archived, query, asked)
+        known = [*archived, *range(archived[-1] + 1, t)] if asked else archived  # the window's own words compete
+        scores = self.scores(ids, known, query, asked)
         if not asked and max(scores.values()) < self.gate:
             return None
-        return neighbours(scores, archived, self.block, self.budget, 0.0 if asked else self.gate, borders, asked)
+        least = self.share * max(scores.values()) if asked else self.gate
+        return neighbours(scores, archived, self.block, self.budget, least, borders, asked)
 
 
 @dataclass
