@@ -1,6 +1,8 @@
 """The archive alone: what goes in comes out, the oldest is lost first, and a file that fails says so."""
 
+import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from oracle.recall import Words
 
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
-from sinkstream.archive.choosers.heads import Heads
+from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.kv import BLOCK
 from sinkstream.records.files import WriteError
@@ -232,6 +234,24 @@ def test_heads_open_the_gate_for_tokens_in_a_row():
     asked = index.scores(heads_query(keys, [100, 101, 300], asked=True))
     assert sorted(asked.argsort()[-2:]) == [103 // 16, 303 // 16] and asked[6] > 1.5 * asked[18]
     assert asked.sum() == pytest.approx(1 / 0.2, abs=1e-3), "attention is shared out"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_heads_that_are_shipped_are_found_by_shape_and_weights(path):
+    content = json.loads(path.read_text())
+    layers, kv_heads = content["shape"]
+
+    def model(mean: float):
+        config = SimpleNamespace(
+            model_type=content["model_type"], num_hidden_layers=layers, num_key_value_heads=kv_heads
+        )
+        weight = torch.full((3, 4), mean)
+        return SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+
+    found = Heads.for_model(model(1.001 * content["signature"]))
+    assert [list(head) for head in found.heads] == content["heads"] and found.row_level == content["row_level"]
+    with pytest.raises(ValueError, match="no retrieval heads are known"):
+        Heads.for_model(model(1.5 * content["signature"]))
 
 
 def test_every_chooser_is_registered_with_a_source():
