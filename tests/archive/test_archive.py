@@ -1,12 +1,16 @@
 """The archive alone: what goes in comes out, the oldest is lost first, and a file that fails says so."""
 
+import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from oracle.recall import Words
 
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
+from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.kv import BLOCK
 from sinkstream.records.files import WriteError
@@ -169,6 +173,85 @@ def test_the_order_of_the_latest_words_counts():
     assert early.shape == (10,) and early.max() == 0, "what has not left is not found"
     late = index.scores(Query(now=700, ids=row, asked=False, first=320, end=640))
     assert late.shape == (20,) and late.argmax() == (400 - 320) // 16
+
+
+def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
+    """Tokens leave the archive meanwhile; below `least` a score may be any number that is lower still."""
+    rng, opened, options = np.random.default_rng(0), 0, {"block": 4, "rare": 0.1, "row_rare": 0.3}
+    for level, row_level in ((1.0, 0.8), (2.0, 2.6), (3.0, 1.5)):
+        ids = rng.zipf(1.3, 400) % 90
+        ids[300:330] = ids[60:90]
+        index, done = Lexical(**options, level=level, row_level=row_level).start(), 2
+        again = Words(4, 12, rare=0.1, row_rare=0.3, level=level, row_level=row_level)
+        for now in range(40, 400, 12):
+            index.add(Evicted(done, ids[done : now - 20].tolist()))
+            done, first = now - 20, max(2, now - 320)
+            index.forget(first)
+            held, query = range(first, done), ids[max(0, now - 32) : now].tolist()
+            for asked, least in ((True, 0.0), (False, 0.0), (False, 0.5), (False, 1.0)):
+                wanted = again.scores(ids.tolist(), list(held), query, asked)
+                found = index.scores(Query(now=now, ids=query, asked=asked, first=first, end=done, least=least))
+                assert len(found) == len(wanted)
+                for score, (_, other) in zip(found, sorted(wanted.items())):
+                    assert abs(score - other) < 1e-9 or score <= other < least + 1e-9
+                opened += max(wanted.values()) >= least > 0
+    assert opened > 30
+
+
+def test_an_index_forgets_with_its_archive():
+    """Nothing grows in a stream without end: what is held follows the archive, every few ids at a time."""
+    rng, index, most = np.random.default_rng(0), Lexical().start(), 0
+    for first in range(0, 40_000, 50):
+        index.add(Evicted(first, rng.integers(0, 2_000, 50).tolist()))
+        index.forget(first - 5_000)
+        most = max(most, sum(len(p.places) for p in index.postings.values()))
+    assert 5_000 < most < 5_050 + 2_000
+    assert all(len(p.blocks) <= len(p.places) for p in index.postings.values())
+    for gone in (60_000, 70_000):
+        index.forget(gone)
+    assert not index.postings
+
+
+def heads_query(keys: torch.Tensor, like: list[int], asked: bool = False) -> Query:
+    """Queries that attend to these tokens, one each."""
+    queries = {(0, 0): 6 * keys[like][:, None]}
+    return Query(now=900, ids=[0] * len(like), asked=asked, first=3, end=3 + len(keys), queries=queries)
+
+
+def test_heads_open_the_gate_for_tokens_in_a_row():
+    """A row lies in two blocks, neither of which has much attention; the same tokens in another order are no row."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(800, 32, generator=generator), dim=1) * 2
+    index = Heads(heads=[(0, 0)], level=0.2, row_level=0.5).start()
+    index.add(Evicted(3, range(800), {(0, 0): keys}))
+    row = list(range(405, 421))  # tokens 408 to 423 of the stream: half of block 25, half of block 26
+    found = index.scores(heads_query(keys, row))
+    assert found.shape == (51,) and found.argmax() == 26 and found[26] > 1.2
+    mixed = index.scores(heads_query(keys, [row[i] for i in torch.randperm(16, generator=generator).tolist()]))
+    assert mixed.max() < 0.5
+    assert index.scores(heads_query(keys, [77] * 16)).max() < 0.5, "one token that all queries attend to"
+    assert index.scores(heads_query(keys, row[:4])).max() < 0.5, "too few queries for a row"
+    asked = index.scores(heads_query(keys, [100, 101, 300], asked=True))
+    assert sorted(asked.argsort()[-2:]) == [103 // 16, 303 // 16] and asked[6] > 1.5 * asked[18]
+    assert asked.sum() == pytest.approx(1 / 0.2, abs=1e-3), "attention is shared out"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_heads_that_are_shipped_are_found_by_shape_and_weights(path):
+    content = json.loads(path.read_text())
+    layers, kv_heads = content["shape"]
+
+    def model(mean: float):
+        config = SimpleNamespace(
+            model_type=content["model_type"], num_hidden_layers=layers, num_key_value_heads=kv_heads
+        )
+        weight = torch.full((3, 4), mean)
+        return SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+
+    found = Heads.for_model(model(1.001 * content["signature"]))
+    assert [list(head) for head in found.heads] == content["heads"] and found.row_level == content["row_level"]
+    with pytest.raises(ValueError, match="no retrieval heads are known"):
+        Heads.for_model(model(1.5 * content["signature"]))
 
 
 def test_every_chooser_is_registered_with_a_source():

@@ -7,21 +7,18 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Attention, Recalled, Words, chosen, run_recall
 from oracle.rules import Rule
+from recall_case import SMALL, STRICT, TOKENS, WORDS, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
 
-TOKENS = 320
-STRICT = {"sink": 4, "window": 44}
 POLICIES = {
     "strict": STRICT,
     "lazy": {"sink": 3, "window": 40, "compress_every": 12},
     "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
     "slack": {"sink": 2, "window": 33, "slack": 9},
 }
-SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
-WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
 WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
 
 
@@ -31,11 +28,6 @@ JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=Tru
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference."""
     return (a - b).abs().max().item()
-
-
-def frames_of(cache: StreamingCache) -> list[tuple[int, list[int]]]:
-    """What the events say: (token before which the frame was set, tokens)."""
-    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in cache.recall_events]
 
 
 def told_frames(cache: StreamingCache):
@@ -62,14 +54,6 @@ def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Ten
             yield sizes[-1]
 
     return feed(model, cache, ids, longest()), len(sizes)
-
-
-def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
-    """Random ids, in which passages of 24 come again 100 tokens later."""
-    ids = token_ids(tokens, seed=seed)
-    for start in range(150, tokens - 24, 60):
-        ids[start : start + 24] = ids[start - 100 : start - 76]
-    return ids
 
 
 @pytest.mark.parametrize("distance", [None, 9])
@@ -250,13 +234,8 @@ def test_hybrid_models_and_batches_are_refused():
         model(ids, attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
 
 
-def test_what_has_no_archive_is_refused(tmp_path):
+def test_heads_that_a_model_does_not_have_are_refused():
     model = build("llama")
-    cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
-    with pytest.raises(ValueError, match="recall is not written to a file"):
-        cache.save(tmp_path / "stream")
-    with pytest.raises(ValueError, match="is not accepted with a file, which has no archive"):
-        StreamingCache.load(model, tmp_path / "stream", recall="lexical")
     with pytest.raises(ValueError, match="recall='lexical' is not served by the engine"):
         Engine(model, **STRICT, recall="lexical")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
@@ -292,13 +271,13 @@ def union(words: Words, attention: Attention):
 
 READING = {
     "heads": (
-        {"recall_heads": "1.1,2.0", "recall_level": 0.08, "recall_query_tokens": 32},
-        Attention(4, 12, [(1, 1), (2, 0)], level=0.08),
+        {"recall_heads": "1.1,2.0", "recall_row_level": 0.185, "recall_query_tokens": 8},
+        Attention(4, 12, [(1, 1), (2, 0)], level=0.185, query=8),
     ),
     "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
     "union": (
-        {"recall_heads": [(0, 1)], "recall_level": 0.2, "recall_query_tokens": 32},
-        union(Words(4, 12), Attention(4, 12, [(0, 1)], level=0.2)),
+        {"recall_heads": [(0, 1)], "recall_row_level": 0.22, "recall_query_tokens": 8},
+        union(Words(4, 12, query=8), Attention(4, 12, [(0, 1)], level=0.22, query=8)),
     ),
 }
 

@@ -1,12 +1,10 @@
 """A cache in a file: it goes on bit for bit in another cache, and in an engine; what does not fit is refused."""
 
-import json
-
 import pytest
 import torch
 from oracle.models import build, token_ids
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from stream_files import rewrite
 from streams import TOLERANCE, FakeTokenizer, chunk_sizes, feed, make_cache, nll_of, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
@@ -182,18 +180,6 @@ def test_another_model_policy_or_frame_is_refused(load, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         load(model, path)
     assert len(model._forward_hooks) <= hooks, "a cache that could not be loaded leaves no hooks"
-
-
-def rewrite(path, *, header=None, tensors=None) -> None:
-    """Write a file anew with a changed header or changed tensors."""
-    with safe_open(path, "pt") as file:
-        found = json.loads(file.metadata()["sinkstream"])
-    held = load_file(path)
-    if header:
-        header(found)
-    if tensors:
-        tensors(held)
-    save_file(held, path, metadata={"sinkstream": json.dumps(found)})
 
 
 def _flip(tensors) -> None:

@@ -70,6 +70,28 @@ class Archive(ABC):
             If a token is not held, or its file is damaged.
         """
 
+    def blocks(self) -> list[torch.Tensor]:
+        """What a file of the stream holds beside the ids, oldest first; views of the archive.
+
+        Raises ValueError if the archive's own file is damaged.
+        """
+        return []
+
+    @abstractmethod
+    def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Let an empty archive go on with ids and `blocks` of another one.
+
+        Parameters
+        ----------
+        device : torch.device
+            Of the tensors that are appended later.
+
+        Raises
+        ------
+        ValueError
+            If the budget is too small for them.
+        """
+
     @abstractmethod
     def fork(self) -> Self:
         """The same tokens, to go on independently. Raises ValueError if that cannot be."""
@@ -91,6 +113,12 @@ class Archive(ABC):
         self.first += tokens
         self.lost += tokens
         del self.ids[:tokens]
+
+    def _too_large(self, tokens: int, budget: int) -> ValueError:
+        return ValueError(
+            f"an archive of {tokens:,} tokens does not fit recall_bytes={budget}; accepted: a larger recall_bytes, or a"
+            " recall_file with recall_file_bytes (recall_archive='kv' only)"
+        )
 
     def _check_held(self, indices: Sequence[int]) -> None:
         wrong = next((i for i in indices if not self.first <= i < self.end), None)

@@ -73,11 +73,15 @@ class BlockFile:
         self._written += 1
         return full
 
-    def read(self, number: int) -> torch.Tensor:
-        """The block of this number, 0 for the oldest held. Raises ValueError if it is not what was written."""
+    def read(self, number: int, *, copy: bool = True) -> torch.Tensor:
+        """The block of this number, 0 for the oldest held; without `copy` a view of the file.
+
+        Raises ValueError if it is not what was written.
+        """
         oldest = max(0, self._written - len(self._map))
         slot = (oldest + number) % len(self._map)
-        data = self._map[slot].copy() if self._whole() else None
+        data = self._map[slot] if self._whole() else None
+        data = data.copy() if copy and data is not None else data
         if data is None or zlib.crc32(data.data) != self._checksums[slot]:
             raise self._damaged(slot)
         return torch.from_numpy(data).view(self._dtype).view(self._shape)

@@ -103,6 +103,24 @@ class KVArchive(Archive):
                 self._in_file += 1
             del self._blocks[0]
 
+    def blocks(self) -> list[torch.Tensor]:
+        """As `Archive.blocks`: ``(2, layers, kv_heads, at most BLOCK, head_dim)`` each; all but the last are full."""
+        in_file = [] if self.file is None else [self.file.read(number, copy=False) for number in range(self._in_file)]
+        held = in_file + [block.tensor for block in self._blocks]
+        return held + ([torch.cat(self._latest, 3)] if self._latest else [])
+
+    def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
+        """As `Archive.refill`. Raises WriteError if the file cannot be written."""
+        self.ids.extend(ids)
+        self.end += len(ids)
+        for block in blocks:
+            if block.shape[3] == BLOCK:
+                self._keep(block)
+            else:
+                self._latest = [block.to(device, copy=True)]
+        if self.lost:
+            raise self._too_large(len(ids), self.budget_bytes)
+
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`."""
         self._check_held(indices)

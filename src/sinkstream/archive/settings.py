@@ -30,6 +30,9 @@ class RecallSettings:
     )
     hold: int = option(32, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
+    share: float = option(
+        0.6, "a question brings blocks back from this share of its best score on", minimum=0.0, maximum=1.0
+    )
     distance: int = option(
         65, "positions from the query to the nearest recalled token; 0: right behind the sinks", minimum=0
     )
@@ -42,6 +45,15 @@ class RecallSettings:
         check_options(self)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
+
+    def record(self) -> dict[str, Any]:
+        """What was said, as JSON has it: ``recall``, the name of the chooser, and settings and options by name."""
+        names = {cls: name for name, cls in CHOOSERS.items()}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "chooser"}
+        options = {f.name: getattr(self.chooser, f.name) for f in fields(self.chooser)}
+        plain = {n: v for n, v in options.items() if isinstance(v, int | float | str | tuple | list | None)}
+        name = names.get(type(self.chooser), type(self.chooser).__name__)
+        return {"recall": name, "heads": list(self.chooser.heads)} | plain | own
 
     @classmethod
     def build(cls, recall: "str | Chooser", model: Any, peak: int, **options: Any) -> "RecallSettings":

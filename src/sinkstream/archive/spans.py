@@ -58,9 +58,10 @@ def chosen_tokens(
         goes on wants what comes next.
     """
     taken: set[int] = set()
-    order = np.lexsort((-np.arange(len(scores)), -scores))
+    wanted = np.flatnonzero((scores > 0) & (scores >= least))
+    order = wanted[np.lexsort((-wanted, -scores[wanted]))]
     for number in order[: budget + 1].tolist():
-        if scores[number] <= 0 or scores[number] < least or len(taken) >= budget:
+        if len(taken) >= budget:
             break
         hit = range((first_block + number) * block, (first_block + number + 1) * block)
         span = _span(hit, block, border, whole)

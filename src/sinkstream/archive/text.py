@@ -60,6 +60,13 @@ class TextArchive(Archive):
         own = slice(len(self.sinks), None)
         return keys[..., own, :], values[..., own, :]
 
+    def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
+        """As `Archive.refill`."""
+        if len(ids) * BYTES > self.budget_bytes:
+            raise self._too_large(len(ids), self.budget_bytes)
+        self.ids.extend(ids)
+        self.end += len(ids)
+
     def fork(self) -> Self:
         """As `Archive.fork`."""
         other = copy.copy(self)

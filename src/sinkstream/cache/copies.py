@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sinkstream.cache.batched import BatchedCache
 from sinkstream.cache.hooks import attach
 from sinkstream.cache.layers import StreamingLayer
+from sinkstream.cache.recall_file import recall_options
 from sinkstream.cache.rows import Rows
 from sinkstream.cache.saving import fill_stream, stream_record
 from sinkstream.cache.stream import Stream
@@ -69,7 +70,7 @@ class CopiedCache(BatchedCache):
         Raises
         ------
         ValueError
-            If the cache is closed.
+            If the cache is closed, or the file of its archive is damaged.
         WriteError
             If the file cannot be written; an older one stays as it was.
         """
@@ -78,11 +79,6 @@ class CopiedCache(BatchedCache):
             raise ValueError(
                 "rows that differ are not written to one file; accepted: for each row, cache.fork(),"
                 " batch_select_indices(torch.tensor([row])) and save(path)"
-            )
-        if self.stream.recall is not None:
-            raise ValueError(
-                "a cache with recall is not written to a file, which has no archive; accepted: cache.fork() in the same"
-                " process, or a cache without recall"
             )
         write_stream(path, stream_record(self.stream, identity(self.spec, fingerprint(model))))
 
@@ -109,7 +105,9 @@ class CopiedCache(BatchedCache):
         device : str, torch.device or None
             Where the buffers lie; None: the device of the model.
         **options
-            Those of `for_model`. Without any option of the policy, the policy of the file.
+            Those of `for_model`. Without any option of the policy, the policy of the file; without ``recall``, the
+            recall of the file, whose chooser must then be one of this package. The archive is in the file; where it
+            goes (``recall_bytes``, ``recall_file``, ``recall_file_bytes``) is said anew.
 
         Raises
         ------
@@ -117,12 +115,8 @@ class CopiedCache(BatchedCache):
             If the file is of another model, policy, kind of positions or format, or is truncated or damaged; and as
             `for_model`.
         """
-        if options.get("recall") is not None:
-            raise ValueError(
-                f"recall={options['recall']!r} is not accepted with a file, which has no archive; accepted: a cache"
-                " without recall"
-            )
         saved = read_stream(path)
+        options = recall_options(saved, path, options)
         if not (option_names() | set(POLICY_OPTIONS)) & options.keys():
             options["policy"] = saved_policy(saved, path)
         cache = cls.for_model(model, positions=positions or saved.positions, **options)
@@ -132,7 +126,9 @@ class CopiedCache(BatchedCache):
             if device.type == "meta":
                 raise ValueError("the model's weights lie on no device (meta); give device=DEVICE, that of the tokens")
             mine = identity(cache.spec, fingerprint(attached))
-            check_fits(saved, path, model=mine, policy=cache.policy, positions=cache.stream.positions)
+            recall = None if cache.stream.recall is None else cache.stream.recall.settings
+            positions = cache.stream.positions
+            check_fits(saved, path, model=mine, policy=cache.policy, positions=positions, recall=recall)
             fill_stream(cache.stream, saved, path, device)
         except BaseException:
             cache.close()

@@ -97,6 +97,11 @@ class FramedRing(RingBuffers):
         self.start -= self.pinned
         self._write_pinned()
 
+    def hold_recalled(self, count: int, shift: int) -> None:
+        """Say of a frame that was loaded how many of its last entries came back, and how far they are shifted."""
+        self.recalled, self.recall_shift = count, shift
+        self._write_pinned()
+
     def take_pinned(self, other: Self, rows: torch.Tensor) -> None:
         """Take over the pinned tokens and the counts of rows, ``(any,)`` int64, of another ring."""
         self.start, self.tail = other.start, other.tail

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -68,6 +68,16 @@ class QueryLog:
         """The last `count` queries, or as many as there are, by head: ``(tokens, query heads of it, head_dim)``."""
         grouped = {i: q[:, -count:].unflatten(0, (self._kv_heads, -1)) for i, q in self._kept.items()}
         return {(layer, head): grouped[layer][head].transpose(0, 1) for layer, head in self.heads}
+
+    def saved(self) -> tuple[dict[str, Any], torch.Tensor]:
+        """Counts, and what is kept, ``(layers, query_heads, kept, head_dim)``, for the file of a stream."""
+        kept = torch.stack([self._kept[layer] for layer in self.layers])
+        return {"scaling": self.scaling, "kv_heads": self._kv_heads, "layers": len(kept), "kept": kept.shape[2]}, kept
+
+    def load(self, counts: dict[str, Any], kept: torch.Tensor) -> None:
+        """Take over what `saved` gave."""
+        self.scaling, self._kv_heads = float(counts["scaling"]), int(counts["kv_heads"])
+        self._kept = dict(zip(self.layers, kept, strict=True))
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest ones."""

@@ -6,9 +6,9 @@ is empty the slots are the window's again: it grows by the tokens that follow.
 """
 
 import copy
-from array import array
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -32,9 +32,11 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
 from sinkstream.cache.query_log import QueryLog
 from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
+COUNTS = ("recalls", "until", "asked_until", "chosen_at", "indexed")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RecallEvent:
     cause : {"gate", "question", "closed"}
         The gate was open, a question was asked, or the frame has been emptied.
     score : float
-        Of the best block, in units of the chooser's false-alarm level.
+        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
     spans : tuple of Span
         What stands in the frame now, oldest first.
     """
@@ -57,50 +59,6 @@ class RecallEvent:
     cause: str
     score: float
     spans: tuple[Span, ...]
-
-
-class TokenLog:
-    """Ids of the latest tokens of a stream: those in the window, and a few more. They go to the host in batches."""
-
-    def __init__(self) -> None:
-        self.first, self._ids = 0, array("i")
-        self._coming: list[torch.Tensor] = []
-        self._count = 0
-
-    @property
-    def end(self) -> int:
-        """Tokens appended since the beginning of the stream."""
-        return self.first + len(self._ids) + self._count
-
-    def append(self, ids: torch.Tensor) -> None:
-        """Take in new tokens, ``(tokens,)``; nothing waits for them."""
-        self._coming.append(ids)
-        self._count += len(ids)
-
-    def read(self, first: int, end: int) -> Sequence[int]:
-        """Ids of tokens; waits for those that are still on the device."""
-        if self._coming and end > self.first + len(self._ids):
-            self._ids.extend(torch.cat(self._coming).tolist())
-            self._coming, self._count = [], 0
-        return self._ids[max(0, first - self.first) : end - self.first]
-
-    def forget(self, before: int) -> None:
-        """Tokens before this index are not asked for any more."""
-        if before - self.first > 1_024:
-            gone = min(before - self.first, len(self._ids))
-            del self._ids[:gone]
-            self.first += gone
-
-    def rewind(self, end: int) -> None:
-        """Forget the latest tokens, from index `end` on."""
-        self.read(self.first, self.end)
-        del self._ids[end - self.first :]
-
-    def fork(self) -> Self:
-        """The same tokens, to go on independently."""
-        other = copy.copy(self)
-        other._ids, other._coming = self._ids[:], list(self._coming)
-        return other
 
 
 class RecallMemory:
@@ -126,6 +84,18 @@ class RecallMemory:
     frame : list of int
         Indices in the stream of the recalled tokens, ascending.
     events : deque of RecallEvent
+    recalls : int
+        Frames set so far.
+    until : int
+        The frame is held for the tokens before this one.
+    asked_until : int
+        What a question brought back is held for the tokens before this one.
+    chosen_at : int
+        The token before which the chooser was asked last.
+    indexed : int
+        A chooser that foresees has taken in the tokens before this one.
+    question : (ids, queries by head) or None
+        By which the next choice is made.
     """
 
     def __init__(
@@ -149,12 +119,10 @@ class RecallMemory:
         self.turns: list[int] = []
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
-        self._until = 0  # the frame is held for the tokens before this one
-        self._chosen_at = -1
-        self._indexed = 0  # tokens before this one are in the index
+        self.until, self.asked_until, self.chosen_at, self.indexed = 0, 0, -1, 0
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
-        self._question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
+        self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
 
     def empty(self) -> Self:
         """Another one like this, for a new stream."""
@@ -181,6 +149,15 @@ class RecallMemory:
         if self.archive is not None:
             self.archive.close()
 
+    def counts(self) -> dict[str, int]:
+        """What else a file of the stream must hold."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        """As another memory has them. Raises KeyError if one is missing."""
+        for name in COUNTS:
+            setattr(self, name, int(counts[name]))
+
     def stats(self) -> dict[str, int]:
         """Tokens that stand in the frame, frames set so far, and the counts of the archive."""
         archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
@@ -194,20 +171,20 @@ class RecallMemory:
 
     def _index_until(self, end: int) -> None:
         """Let a chooser that foresees take in the tokens before this one."""
-        if self.settings.chooser.foresees and end > self._indexed:
-            self._indexed = max(self._indexed, self.sink)
-            self.index.add(Evicted(self._indexed, self.log.read(self._indexed, end)))
-            self._indexed = end
+        if self.settings.chooser.foresees and end > self.indexed:
+            self.indexed = max(self.indexed, self.sink)
+            self.index.add(Evicted(self.indexed, self.log.read(self.indexed, end)))
+            self.indexed = end
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens, which are in the window. Raises ValueError if the chooser has read them."""
-        if self.log.end - tokens < self._indexed:
+        if self.log.end - tokens < self.indexed:
             raise ValueError(
-                f"{tokens} tokens cannot be taken back; accepted: at most {self.log.end - self._indexed}, which the"
+                f"{tokens} tokens cannot be taken back; accepted: at most {self.log.end - self.indexed}, which the"
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self._chosen_at, self._room = -1, None
+        self.chosen_at, self._room = -1, None
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -218,9 +195,9 @@ class RecallMemory:
     def take(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Tokens from `first` on leave the window; see `cache.ring.Leaving`."""
         if self.archive is None:
-            self.archive = self._new_archive(first, keys.shape, values.dtype)
+            self.open_archive(first, keys.shape, values.dtype)
         archive = self.archive
-        assert first == archive.end, "tokens leave in order, each once"
+        assert archive is not None and first == archive.end, "tokens leave in order, each once"
         self._index_until(first + keys.shape[3])
         ids = self.log.read(first, first + keys.shape[3])
         archive.append(ids, keys, values)
@@ -230,16 +207,18 @@ class RecallMemory:
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))
 
-    def _new_archive(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
-        settings = self.settings
+    def open_archive(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
+        """Make the archive for keys of a shape ``(layers, 1, kv_heads, any, head_dim)``. Raises as `BlockFile`."""
+        settings, file = self.settings, None
         if settings.archive == "text":
             sinks = self.log.read(0, self.sink)
-            return TextArchive(first, sinks=sinks, reread=self.reread, budget_bytes=settings.bytes)
-        file = None
+            self.archive = TextArchive(first, sinks=sinks, reread=self.reread, budget_bytes=settings.bytes)
+            return self.archive
         if settings.file is not None:
             layers, _, heads, _, dim = shape
             file = BlockFile(settings.file, settings.file_bytes, (2, layers, heads, BLOCK, dim), dtype)
-        return KVArchive(first, budget_bytes=settings.bytes, file=file)
+        self.archive = KVArchive(first, budget_bytes=settings.bytes, file=file)
+        return self.archive
 
 
 class Recall(RecallMemory):
@@ -250,7 +229,7 @@ class Recall(RecallMemory):
 
         Where the chooser reads queries they are the latest ones: those of these tokens, which have been fed.
         """
-        self._question, self._room = (list(ids), self._latest_queries(len(ids))), None
+        self.question, self._room = (list(ids), self._latest_queries(len(ids))), None
 
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
@@ -283,7 +262,7 @@ class Recall(RecallMemory):
         every, now, foreseen = self.settings.every, schedule.seen, self._foreseen(schedule)
         following = range(now // every * every + every, now + foreseen, every)
         least = every - now % every
-        if not following or self._question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
+        if not following or self.question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
             return least
         dropped = schedule.plan(following[-1] - now).drop.cumsum()
         for t in following:
@@ -293,9 +272,11 @@ class Recall(RecallMemory):
 
     def _changes(self, now: int, cached: int) -> bool:
         """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
+        if now < self.asked_until:
+            return False
         end = now - (cached - self.sink - len(self.frame))
         self._index_until(end)
-        return bool(self.frame and now >= self._until) or self._score(now, end) >= self.settings.gate
+        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
 
     def _foreseen(self, schedule: PruneSchedule) -> int:
         """How many of the coming tokens are known, and what leaves before them is in the log already."""
@@ -313,32 +294,39 @@ class Recall(RecallMemory):
         first, coming = self._coming
         seen = self.log.end
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
-        return float(self.index.scores(Query(now=now, ids=ids, asked=False, first=archive.first, end=end)).max())
+        least = self.settings.gate
+        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least)
+        return float(self.index.scores(query).max())
 
     @torch.no_grad()
     def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
-        asked, self._question = self._question, None
+        asked, self.question = self.question, None
         self._room = None
-        due = now % settings.every == 0 and now != self._chosen_at
+        held = self.asked_until > now  # nothing replaces what a question brought back
+        due = now % settings.every == 0 and now != self.chosen_at and not held
         if self.archive is None or not len(self.archive) or (asked is None and not due):
             return
-        self._chosen_at = now
+        self.chosen_at = now
         score, tokens = self._best(now, asked)
-        if tokens:
-            hold = settings.hold if asked is None else settings.hold_asked
-            self._until = max(now + hold, self._until if asked is None else 0)
-            self.events.append(RecallEvent(now, "gate" if asked is None else "question", score, self._spans(tokens)))
+        if asked is not None:
+            self.until = self.asked_until = now + settings.hold_asked
+        elif tokens:
+            self.until = max(now + settings.hold, self.until)
+        if tokens or (self.frame and (asked is not None or now >= self.until)):
+            cause = "question" if asked is not None else "gate" if tokens else "closed"
+            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
             self._set_frame(ring, schedule, tokens)
-        elif self.frame and now >= self._until:
-            self._set_frame(ring, schedule, [])
-            self.events.append(RecallEvent(now, "closed", score, ()))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
         archive, chooser, settings = self.archive, self.settings.chooser, self.settings
         assert archive is not None, "something has left"
+        end = archive.end
+        if asked is not None and chooser.foresees:  # what is in the window competes, and comes back to nowhere
+            end = now
+            self._index_until(end)
         ids: Sequence[int] = self.log.read(now - chooser.query_tokens, now)
         queries = self._latest_queries(chooser.query_tokens)
         if asked is not None:
@@ -348,9 +336,10 @@ class Recall(RecallMemory):
             ids=ids,
             asked=asked is not None,
             first=archive.first,
-            end=archive.end,
+            end=end,
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
+            least=0.0 if asked is not None else settings.gate,
         )
         scores = np.asarray(self.index.scores(query), dtype=np.float64)
         blocks = query.blocks(chooser.block)
@@ -368,7 +357,7 @@ class Recall(RecallMemory):
             chooser.block,
             held=range(archive.first, archive.end),
             budget=settings.slots,
-            least=0.0 if query.asked else settings.gate,
+            least=settings.share * best if query.asked else settings.gate,
             border=self._border,
             whole=query.asked,
         )
@@ -378,7 +367,8 @@ class Recall(RecallMemory):
         """Whether a turn or a sentence begins at a token of the archive."""
         archive = self.archive
         assert archive is not None, "something has left"
-        if index in self.turns:
+        turn = bisect_left(self.turns, index)
+        if self.turns[turn : turn + 1] == [index]:
             return True
         if self.borders is None or not archive.first < index <= archive.end:
             return False

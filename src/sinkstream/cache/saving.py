@@ -6,6 +6,7 @@ import torch
 
 from sinkstream.cache.channels import UNCERTAINTY
 from sinkstream.cache.conversation import SeenTokens
+from sinkstream.cache.recall_file import fill_recall, recall_record, recall_shapes
 from sinkstream.cache.stream import Stream
 from sinkstream.cache.stream_file import (
     SavedStream,
@@ -35,6 +36,9 @@ def stream_record(stream: Stream, model: dict) -> SavedStream:
         counts=StreamCounts(),
         schedule=schedule_record(stream.schedule),
     )
+    more = dict[str, torch.Tensor]()
+    if stream.recall is not None:
+        saved.recall, more = recall_record(stream.recall, ring)
     if ring is None or not ring.seen:
         return saved
     saved.counts = StreamCounts(
@@ -55,6 +59,7 @@ def stream_record(stream: Stream, model: dict) -> SavedStream:
         saved.tensors |= {f"sliding_{name}": t for name, t in stream.sliding.needed.items()}
     if observer is not None and observer.queries:
         saved.tensors["queries"] = torch.stack([observer.queries[i] for i in range(len(stream.spec.full_layers))])
+    saved.tensors |= more
     if stream.log_probs is not None:
         saved.tensors["log_probs"] = stream.log_probs
     if stream.seen_ids is not None:
@@ -72,7 +77,7 @@ def fill_stream(stream: Stream, saved: SavedStream, path: str | Path, device: to
     ValueError
         If what is saved does not fit together; the stream is as it was then.
     """
-    check_tensors(saved, path, stream.spec, stream.policy)
+    check_tensors(saved, path, stream.spec, stream.policy, recall_shapes(saved, path, stream.spec))
     c, schedule = saved.counts, saved_schedule(saved, stream.policy, path)
     seen_ids = _seen_ids(saved, path, device) if stream.remembers_ids else None
     stream.clear()
@@ -97,6 +102,8 @@ def fill_stream(stream: Stream, saved: SavedStream, path: str | Path, device: to
             none = len(stream.sliding.keys), c.rows, stream.spec.kv_heads, 0, stream.spec.head_dim
             keys, values = (saved.tensor(f"sliding_{name}", *none) for name in ("keys", "values"))
             stream.sliding.load(keys, values, c.base)
+    if stream.recall is not None:
+        fill_recall(stream.recall, ring, saved, path, device)
     ring.rebases, stream.events, stream.seen_ids = c.rebases, c.events, seen_ids
     if stream.observer is not None:
         stream.observer.scaling = saved.scaling

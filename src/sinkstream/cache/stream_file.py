@@ -19,6 +19,7 @@ from safetensors.torch import load as tensors_of_bytes
 from transformers import PreTrainedModel
 
 from sinkstream import __version__
+from sinkstream.archive import RecallSettings
 from sinkstream.cache.channels import UNCERTAINTY, kept_channels
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.tensor_file import checksum, write_tensors
@@ -26,6 +27,7 @@ from sinkstream.policies import EvictionPolicy, PruneSchedule
 from sinkstream.records.files import replaced_file
 
 FORMAT = 2
+PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream may have anew
 FRAMES = ("window", "fixed")  # where the pinned keys of a file lie: right before the window, or at positions 0, 1, …
 ROW_AXIS = {"logits": 0, "log_probs": 0, "seen_ids": 0, "seen_hash": 0}  # of all other tensors: 1
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -84,6 +86,8 @@ class SavedStream:
     counts : StreamCounts
     schedule : dict
         See `schedule_record`.
+    recall : dict or None
+        See `recall_file.recall_record`; None without recall.
     seen : dict or None
         ``hashed`` and ``complete`` of `SeenTokens`; None where the ids of the stream are not known.
     tensors : dict of Tensor
@@ -96,6 +100,7 @@ class SavedStream:
         queries : (layers, rows, query_heads, latest, head_dim), dtype of the model, at their window positions.
         logits or log_probs : (rows, vocab) or (rows, 1, vocab), float32, after the last token; optional.
         seen_ids, seen_hash : (rows, latest), int32, and (rows,), int64; where `seen` is given.
+        archive_NAME, recall_NAME : of one row, where `recall` is given.
         Tensors without elements are left out.
     """
 
@@ -107,6 +112,7 @@ class SavedStream:
     counts: StreamCounts
     schedule: dict[str, Any]
     seen: dict[str, Any] | None = None
+    recall: dict[str, Any] | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str, *empty: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -115,6 +121,8 @@ class SavedStream:
 
     def row(self, index: int) -> "SavedStream":
         """One row of a batch, as a stream of its own."""
+        if self.recall is not None:  # which serves one row
+            return self
         rows = {}
         for name, tensor in self.tensors.items():
             axis = ROW_AXIS.get(name, 1)
@@ -159,11 +167,27 @@ def saved_policy(saved: SavedStream, path: str | Path) -> EvictionPolicy:
 
 
 def check_fits(
-    saved: SavedStream, path: str | Path, *, model: dict[str, Any], policy: EvictionPolicy, positions: str
+    saved: SavedStream,
+    path: str | Path,
+    *,
+    model: dict[str, Any],
+    policy: EvictionPolicy,
+    positions: str,
+    recall: RecallSettings | None = None,
 ) -> None:
-    """Raise ValueError, naming the first difference, unless a file is of this model, policy and kind of positions."""
-    mine = json.loads(json.dumps({"model": model, "policy": policy.record(), "positions": {"positions": positions}}))
+    """Raise ValueError, naming the first difference, unless a file is of this model, policy, positions and recall."""
+    mine = json.loads(
+        json.dumps(
+            {
+                "model": model,
+                "policy": policy.record(),
+                "positions": {"positions": positions},
+                "recall": _compared(None if recall is None else recall.record()),
+            }
+        )
+    )
     found = {"model": saved.model, "policy": saved.policy, "positions": {"positions": saved.positions}}
+    found["recall"] = _compared(None if saved.recall is None else saved.recall.get("settings"))
     for what, known in mine.items():
         theirs = found[what]
         names = [*known, *sorted(theirs.keys() - known.keys())]
@@ -173,6 +197,7 @@ def check_fits(
                 "model": "with another model",
                 "policy": "under another policy",
                 "positions": "with other positions",
+                "recall": "with other recall",
             }
             raise ValueError(
                 f"{str(path)!r} was saved {kinds[what]}: {name}={_short(theirs.get(name))};"
@@ -180,8 +205,19 @@ def check_fits(
             )
 
 
-def check_tensors(saved: SavedStream, path: str | Path, spec: ModelSpec, policy: EvictionPolicy) -> None:
-    """Raise ValueError if a tensor is missing, or of another shape or dtype than the header says."""
+def _compared(recall: dict[str, Any] | None) -> dict[str, Any]:
+    """What recall must have in common; the place of the archive is the cache's own."""
+    return {"recall": None} if recall is None else {n: v for n, v in recall.items() if n not in PLACE_OF_ARCHIVE}
+
+
+def check_tensors(
+    saved: SavedStream,
+    path: str | Path,
+    spec: ModelSpec,
+    policy: EvictionPolicy,
+    more: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+) -> None:
+    """Raise ValueError if a tensor is missing, or of another shape or dtype than the header says, and `more` wants."""
     c, dtype, f32 = saved.counts, spec.dtype, torch.float32
     heads, queries = (len(spec.full_layers), c.rows, spec.kv_heads), 0
     if policy.scorer is not None:
@@ -198,6 +234,7 @@ def check_tensors(saved: SavedStream, path: str | Path, spec: ModelSpec, policy:
     for channel in kept_channels(policy):
         lead = (heads[0], c.rows, heads[2]) if channel.per_head else (1, c.rows, 1)
         wanted[f"channel_{channel.name}"] = ((*lead, c.kept), f32)
+    wanted |= more or {}
     if c.pinned:
         found = saved.tensors.get("pinned_positions", torch.zeros(0, dtype=torch.int64))
         axes = tuple(a if a == 1 else b for a, b in zip(found.shape, heads))
@@ -314,7 +351,7 @@ def _header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, A
         wrong = ["counts"]
     if wrong or not all(isinstance(n, int) and n >= 0 for n in header["counts"].values()):
         raise ValueError(f"{str(path)!r} is damaged: its header lacks {(wrong or ['counts'])[0]!r}")
-    return header | {"seen": header.get("seen")}
+    return header | {name: header.get(name) for name in ("seen", "recall")}
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.probe_heads import probe_heads
 from sinkstream.records.files import write_atomically
 
-TOKENS = 12_000  # of ordinary text
+TOKENS = 16_000  # of ordinary text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     names = ", ".join(f"{layer}.{head}" for layer, head in found["heads"])
     console.print(
         f"{loaded.name}: heads {names} (layer.kv_head) find {found['passages_found']:.0%} of the passages and"
-        f" {found['facts_found']:.0%} of the facts; level {found['level']}. Written: {args.out}"
+        f" {found['facts_found']:.0%} of the facts; levels {found['level']} and {found['row_level']} (in a row)."
+        f" Written: {args.out}"
     )
     return 0

@@ -7,19 +7,19 @@ every moment of interest, which block of the archive it attends to.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sinkstream.archive import Chooser, Evicted, Index, Query
-from sinkstream.archive.choosers.heads import HeadKeys, Heads, block_mass, shape_of, signature
+from sinkstream.archive.choosers.heads import HeadKeys, Heads, attention, in_a_row, of_blocks, shape_of, signature
 from sinkstream.cache import StreamingCache
 from sinkstream.models import LoadedModel
 
 CAP, EVERY, BLOCK = 512, 8, 16
 PASSAGES, PASSAGE_TOKENS, SEEN_TOKENS, FACTS = 16, 64, 24, 16
-GAP, QUIET = 32, 2_048  # tokens of text between two planted ones; ordinary text, by which the level is chosen
+GAP, QUIET = 32, 4_096  # tokens of text between two planted ones; ordinary text, by which the level is chosen
 FALSE_ALARMS = 0.01
 BETTER = 0.02  # by how much a second head must find more
 STATEMENT, QUESTION = " The code word of the {} is {}.", " Question: what is the code word of the {}? Answer: the {}"
@@ -57,7 +57,7 @@ def probe_stream(text: Sequence[int], encode: Callable[[str], list[int]], seed: 
     def plain(tokens: int) -> list[int]:
         taken = [token for _, token in zip(range(tokens), source)]
         if len(taken) < tokens:
-            raise ValueError("the text is too short for the probe; accepted: a text of at least 10,000 tokens")
+            raise ValueError("the text is too short for the probe; accepted: a text of at least 12,000 tokens")
         return taken
 
     passages = [plain(PASSAGE_TOKENS) for _ in range(PASSAGES)]
@@ -84,8 +84,16 @@ def probe_stream(text: Sequence[int], encode: Callable[[str], list[int]], seed: 
     return ProbeStream(ids + plain(EVERY), moments, quiet)
 
 
+class Noted(NamedTuple):
+    """What all heads score at one moment: ``(heads, blocks)``, by what they attend to and by rows of it."""
+
+    first: int
+    masses: torch.Tensor
+    rows: torch.Tensor
+
+
 class ProbeIndex(Index):
-    """Keys of all heads; what each attends to is noted at the moments asked for, and nothing comes back."""
+    """Keys of all heads; what each scores is noted at the moments asked for, and nothing comes back."""
 
     def __init__(self, chooser: "Probe"):
         self.chooser = chooser
@@ -100,8 +108,10 @@ class ProbeIndex(Index):
         """0 for every block."""
         blocks = query.blocks(BLOCK)
         if query.now in self.chooser.moments:
-            masses = [block_mass(query, head, keys.read(query.first), BLOCK) for head, keys in self.keys.items()]
-            self.chooser.noted[query.now] = blocks.start, torch.stack(masses).half().cpu()
+            given = [attention(query, head, keys.read(query.first)) for head, keys in self.keys.items()]
+            masses = torch.stack([of_blocks(one.mean(0), query, BLOCK).sum(1) for one in given])
+            rows = [of_blocks(in_a_row(one, Heads.query_tokens), query, BLOCK).amax(1) for one in given]
+            self.chooser.noted[query.now] = Noted(blocks.start, masses.half().cpu(), torch.stack(rows).half().cpu())
         return np.zeros(len(blocks))
 
 
@@ -111,7 +121,7 @@ class Probe(Chooser):
 
     heads: tuple[tuple[int, int], ...] = ()  # type: ignore[misc]  # of the model, all
     moments: frozenset[int] = frozenset()
-    noted: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    noted: dict[int, Noted] = field(default_factory=dict)
 
     def start(self) -> ProbeIndex:
         """No keys."""
@@ -122,20 +132,21 @@ class Probe(Chooser):
 def probe_heads(
     loaded: LoadedModel, text: Sequence[int], seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """The one or two heads of a model that find most, and the level of their gate.
+    """The one or two heads of a model that find most, and their levels.
 
     Parameters
     ----------
     text : sequence of int
-        At least 10,000 token ids of ordinary text.
+        At least 12,000 token ids of ordinary text.
     progress : callable or None
         Called with the tokens fed and their total.
 
     Returns
     -------
     dict
-        What the file for ``recall_heads`` holds: model_type, shape (layers, kv heads), signature, heads, level, and the
-        shares of passages and facts that they find among their best two blocks.
+        What the file for ``recall_heads`` holds: model_type, shape (layers, kv heads), signature, heads, level,
+        row_level, the share of passages for which they open the gate at the right block, and that of facts among
+        their best two blocks.
 
     Raises
     ------
@@ -148,7 +159,7 @@ def probe_heads(
     stream = probe_stream(text, lambda words: tokenizer.encode(words, add_special_tokens=False), seed)
     layers, kv_heads = shape_of(model)
     heads = tuple((layer, head) for layer in range(layers) for head in range(kv_heads))
-    noted: dict[int, tuple[int, torch.Tensor]] = {}
+    noted: dict[int, Noted] = {}
     moments = frozenset([*stream.quiet, *(m.now for m in stream.moments)])
     chooser = Probe(block=BLOCK, query_tokens=Heads.query_tokens, heads=heads, moments=moments, noted=noted)
     cache = StreamingCache.for_model(model, cap=CAP, recall=chooser, recall_every=EVERY)
@@ -168,15 +179,21 @@ def probe_heads(
     }
 
 
-def _best_heads(
-    stream: ProbeStream, heads: Sequence[tuple[int, int]], noted: dict[int, tuple[int, torch.Tensor]]
-) -> dict[str, Any]:
+def _best_heads(stream: ProbeStream, heads: Sequence[tuple[int, int]], noted: dict[int, Noted]) -> dict[str, Any]:
+    def level(chosen: list[int], scores: str) -> float:
+        """What 1 % of the moments of ordinary text reach."""
+        best = [float(getattr(noted[now], scores)[chosen].float().mean(0).max()) for now in stream.quiet]
+        return float(np.quantile(best, 1 - FALSE_ALARMS))
+
     def found(chosen: list[int], kind: str) -> float:
-        hits = []
+        """Share of the passages that open the gate at the right block; of the facts that are in the best two blocks."""
+        hits, gate = [], level(chosen, "rows") if kind == "passage" else 0.0
         for moment in (m for m in stream.moments if m.kind == kind):
-            first, masses = noted[moment.now]
-            best = (masses[chosen].float().mean(0).topk(2).indices + first).tolist()
-            hits.append(any(moment.first // BLOCK <= b <= (moment.end - 1) // BLOCK for b in best))
+            one = noted[moment.now]
+            scores = (one.rows if kind == "passage" else one.masses)[chosen].float().mean(0)
+            best, blocks = scores.topk(1 if kind == "passage" else 2)
+            right = [moment.first // BLOCK <= b + one.first <= (moment.end - 1) // BLOCK for b in blocks.tolist()]
+            hits.append(any(right) and float(best[0]) >= gate)
         return float(np.mean(hits))
 
     def both(chosen: list[int]) -> float:
@@ -186,10 +203,10 @@ def _best_heads(
     second = max((i for i in range(len(heads)) if i not in chosen), key=lambda i: both([*chosen, i]))
     if both([*chosen, second]) >= both(chosen) + BETTER:
         chosen.append(second)
-    top = [float(noted[now][1][chosen].float().mean(0).max()) for now in stream.quiet]
     return {
         "heads": [list(heads[i]) for i in chosen],
-        "level": round(float(np.quantile(top, 1 - FALSE_ALARMS)), 4),
+        "level": round(level(chosen, "masses"), 4),
+        "row_level": round(level(chosen, "rows"), 4),
         "passages_found": found(chosen, "passage"),
         "facts_found": found(chosen, "fact"),
         "tokens": len(stream.ids),

@@ -75,7 +75,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until = RecallStream(rule), [], 0
+    stream, frames, until, kept = RecallStream(rule), [], 0, 0
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -87,14 +87,16 @@ def run_recall(
     past.positions, traces, logits = positions, [], []
     for t in range(len(ids)):
         question = (questions or {}).get(t)
-        if stream.archived and (t % options.every == 0 or question is not None):
+        if stream.archived and (question is not None or (t % options.every == 0 and t >= kept)):
             wanted = recaller(past, t, list(stream.archived), question)
+            if question is not None:
+                until = kept = t + options.hold_asked
             if wanted:
-                until = t + options.hold_asked if question is not None else max(until, t + options.hold)
+                until = max(until, t + options.hold) if question is None else until
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
-            elif stream.frame and t >= until:
+            elif stream.frame and (question is not None or t >= until):
                 stream.set_frame([], options.distance)
                 frames.append((t, []))
         step = stream.append()
@@ -151,6 +153,7 @@ class Words:
     row_rare: float = 0.1
     row_level: float = 3.4
     gate: float = 1.0
+    share: float = 0.6
 
     def scores(self, ids: Sequence[int], archived: list[int], query: Sequence[int], asked: bool) -> dict[int, float]:
         """Score of every block that holds an archived token, counted afresh."""
@@ -185,10 +188,12 @@ class Words:
         """As a recaller."""
         ids, asked = past.ids[0].tolist(), question is not None
         query = ids[max(0, t - self.query) : t] if question is None else list(question)
-        scores = self.scores(ids, archived, query, asked)
+        known = [*archived, *range(archived[-1] + 1, t)] if asked else archived  # the window's own words compete
+        scores = self.scores(ids, known, query, asked)
         if not asked and max(scores.values()) < self.gate:
             return None
-        return neighbours(scores, archived, self.block, self.budget, 0.0 if asked else self.gate, borders, asked)
+        least = self.share * max(scores.values()) if asked else self.gate
+        return neighbours(scores, archived, self.block, self.budget, least, borders, asked)
 
 
 @dataclass
@@ -203,24 +208,47 @@ class Attention:
     mean: bool = False
     gate: float = 1.0
 
+    def weights(self, past: Past, t: int, archived: list[int], head: tuple[int, int]) -> torch.Tensor:
+        """Attention of the latest queries to archived tokens, (query heads, queries, tokens)."""
+        network, (layer, kv_head) = past.network, head
+        group = network.heads // network.kv_heads
+        keys = [past.keys[layer, 0, kv_head, token] for token in archived]
+        asking = past.queries[layer, 0, kv_head * group : kv_head * group + group, max(0, t - self.query) : t]
+        found = [[[float(q @ k) * network.scale for k in keys] for q in of_one] for of_one in asking]
+        return torch.tensor(found, dtype=torch.float64).softmax(-1)
+
     def scores(self, past: Past, t: int, archived: list[int]) -> dict[int, float]:
         """Score of every block that holds an archived token."""
-        network, scores = past.network, dict.fromkeys((token // self.block for token in archived), 0.0)
+        if not self.mean:
+            return self.rows(past, t, archived)
+        network, scores = past.network, dict.fromkeys((token // self.block for token in archived), 1.0)
         group = network.heads // network.kv_heads
         for layer, kv_head in self.heads:
-            keys = {token: past.keys[layer, 0, kv_head, token] for token in archived}
             asking = past.queries[layer, 0, kv_head * group : kv_head * group + group, max(0, t - self.query) : t]
-            if self.mean:
-                asking = asking.mean(1, keepdim=True)
-                blocks = {b: [keys[token] for token in archived if token // self.block == b] for b in scores}
-                keys = {b * self.block: sum(found) / len(found) for b, found in blocks.items()}
-            for q in asking.flatten(0, 1):
-                weights = torch.tensor([float(q @ k) * network.scale for k in keys.values()], dtype=torch.float64)
-                for token, share in zip(keys, weights.softmax(0).tolist()):
-                    scores[token // self.block] += share / asking.shape[0] / asking.shape[1] / len(self.heads)
-        if self.mean:
-            return {b: 1.0 + score for b, score in scores.items()}
-        return {b: score / self.level for b, score in scores.items()}
+            held = {b: [past.keys[layer, 0, kv_head, i] for i in archived if i // self.block == b] for b in scores}
+            means = [sum(keys) / len(keys) for keys in held.values()]
+            for q in asking.mean(1):
+                share = torch.tensor([float(q @ k) * network.scale for k in means], dtype=torch.float64).softmax(0)
+                for number, own in zip(held, share.tolist()):
+                    scores[number] += own / group / len(self.heads)
+        return scores
+
+    def rows(self, past: Past, t: int, archived: list[int]) -> dict[int, float]:
+        """Of every block the best token with which the text would go on, by what the queries before it attend to."""
+        n, scores = len(archived), dict.fromkeys((token // self.block for token in archived), 0.0)
+        place = {token: i for i, token in enumerate(archived)}
+        told = torch.zeros(n, dtype=torch.float64)
+        for head in self.heads:
+            given = self.weights(past, t, archived, head).mean(0)
+            for age in range(given.shape[0]):  # of a query; the latest is 0
+                for token in archived:
+                    there = place.get(token - age)
+                    if there is not None:
+                        told[place[token]] += math.log(1 + n * float(given[-1 - age, there])) / math.log(1 + n)
+        for token in archived:
+            found = float(told[place[token]]) / self.query / len(self.heads) / self.level
+            scores[token // self.block] = max(scores[token // self.block], found)
+        return scores
 
     def __call__(self, past: Past, t: int, archived: list[int], question: Sequence[int] | None) -> list[int] | None:
         """As a recaller."""

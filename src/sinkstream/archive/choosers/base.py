@@ -52,6 +52,8 @@ class Query:
         Unrotated queries of `ids`, or of the last of them, at the heads that the chooser asked for.
     scaling : float
         Of attention scores.
+    least : float
+        Nobody asks what is below this score: an index need not tell such blocks apart.
     """
 
     now: int
@@ -61,6 +63,7 @@ class Query:
     end: int
     queries: Mapping[Head, torch.Tensor] = field(default_factory=dict)
     scaling: float = 1.0
+    least: float = 0.0
 
     def blocks(self, block: int) -> range:
         """Numbers of the blocks that the archive holds, whole or in part."""
@@ -81,8 +84,12 @@ class Index(ABC):
         """One score for each block of ``query.blocks(block)``: ``(blocks,)``, float64.
 
         1 is the level that 1 % of the queries of ordinary text reach: the gate opens at 1. A block of 0 or less is not
-        brought back.
+        brought back. Of a block below ``query.least`` the score may be any number below it.
         """
+
+    def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
+        """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""
+        return {}
 
     def copy(self) -> Self:
         """The same memory, to go on independently."""

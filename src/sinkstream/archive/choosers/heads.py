@@ -1,7 +1,8 @@
 """Retrieval-heads chooser: the attention of a few heads over every archived token."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,8 @@ from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, I
 from sinkstream.policies.options import option
 
 FOLDER = Path(__file__).parent.parent / "heads"  # of the models whose heads are known
-SAME = 1e-3  # by how much the signature of a model may differ, relative: half precision rounds it
+LEVELS = ("level", "row_level")
+SAME = 5e-3  # by how much the signature of a model may differ, relative: half precision and quantising round it
 
 
 class HeadKeys:
@@ -43,8 +45,8 @@ class HeadKeys:
         return other
 
 
-def block_mass(query: Query, head: Head, keys: torch.Tensor, block: int) -> torch.Tensor:
-    """Attention that the queries of one head give to each block, over archived tokens alone.
+def attention(query: Query, head: Head, keys: torch.Tensor) -> torch.Tensor:
+    """Attention of the queries of one head, over archived tokens alone.
 
     Parameters
     ----------
@@ -53,14 +55,42 @@ def block_mass(query: Query, head: Head, keys: torch.Tensor, block: int) -> torc
 
     Returns
     -------
-    Tensor, (blocks,), float32
-        Mean over the queries and the query heads; sums to 1.
+    Tensor, (queries, tokens), float32
+        Mean over the query heads; every row sums to 1.
     """
-    asking = query.queries[head].flatten(0, 1)
-    mass = (asking @ keys.T * query.scaling).softmax(-1).mean(0)
+    return (query.queries[head] @ keys.T * query.scaling).softmax(-1).mean(1)
+
+
+def in_a_row(given: torch.Tensor, wanted: int) -> torch.Tensor:
+    """How well the latest queries attend to tokens in a row, by the token with which the text would go on.
+
+    A head that copies attends to the token behind the one that it reads again: the latest query to the token that comes
+    next, the query before to the token before, and so on. One query that attends to one token much is no row, so the
+    logarithm counts: log(1 + n a) / log(1 + n), where n is the number of tokens and an even attention is a = 1 / n.
+
+    Parameters
+    ----------
+    given : Tensor, (queries, tokens), float32
+        What `attention` gives.
+    wanted : int
+        Queries that make a row; missing ones count as 0.
+
+    Returns
+    -------
+    Tensor, (tokens,), float32
+        From 0 to 1; a mean over the queries.
+    """
+    count, tokens = given.shape
+    told = (given * tokens).log1p() / math.log1p(tokens)
+    # row i is moved by as many places as its query is old: a row of `tokens + count - 1` read as one longer by 1
+    moved = torch.nn.functional.pad(told.flip(0), (0, count)).flatten()[:-count].view(count, tokens + count - 1)
+    return moved[:, :tokens].sum(0) / wanted
+
+
+def of_blocks(found: torch.Tensor, query: Query, block: int) -> torch.Tensor:
+    """Numbers ``(tokens,)`` of the archived tokens by block, ``(blocks, block)``; 0 where a block is not whole."""
     before, blocks = query.first % block, len(query.blocks(block))
-    padded = torch.nn.functional.pad(mass, (before, blocks * block - before - len(mass)))
-    return padded.view(blocks, block).sum(1)
+    return torch.nn.functional.pad(found, (before, blocks * block - before - len(found))).view(blocks, block)
 
 
 class KeptKeys(Index):
@@ -75,6 +105,10 @@ class KeptKeys(Index):
         for head, keys in self.keys.items():
             keys.add(evicted.first, evicted.keys[head])
 
+    def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
+        """As `Index.head_keys`."""
+        return {head: keys.read(first) for head, keys in self.keys.items()}
+
     def copy(self) -> Self:
         """Keys of its own."""
         other = type(self)(self.chooser)
@@ -86,11 +120,19 @@ class HeadsIndex(KeptKeys):
     """Keys of the chosen heads."""
 
     def scores(self, query: Query) -> np.ndarray:
-        """Mean attention mass of the heads in each block, in units of the level."""
-        masses = [
-            block_mass(query, head, keys.read(query.first), self.chooser.block) for head, keys in self.keys.items()
-        ]
-        return torch.stack(masses).mean(0).double().cpu().numpy() / self.chooser.level
+        """A question: the attention that it gives to each block. Else: attention in a row, where the text would go on.
+
+        Each is a mean over the heads in units of its own level.
+        """
+        chooser = self.chooser
+        given = [attention(query, head, keys.read(query.first)) for head, keys in self.keys.items()]
+        if query.asked:
+            mass = torch.stack([one.mean(0) for one in given]).mean(0)
+            found = of_blocks(mass, query, chooser.block).sum(1) / chooser.level
+        else:
+            rows = torch.stack([in_a_row(one, chooser.query_tokens) for one in given]).mean(0)
+            found = of_blocks(rows, query, chooser.block).amax(1) / chooser.row_level
+        return found.double().cpu().numpy()
 
 
 @CHOOSERS.register("heads")
@@ -99,12 +141,14 @@ class Heads(Chooser):
     """Blocks that one or two retrieval heads of the model attend to: every archived token has its keys on the device.
 
     ``sinkstream probe-heads MODEL`` finds the heads of a model and the level of their gate. Source: Wu et al.,
-    arXiv:2404.15574 (retrieval heads). Means of a block's keys, and means over many heads, find nothing.
+    arXiv:2404.15574 (retrieval heads), and Olsson et al., arXiv:2209.11895 (heads that copy attend to tokens in a row).
+    Means of a block's keys, and means over many heads, find nothing.
     """
 
     heads: tuple[Head, ...] = ()  # type: ignore[misc]  # an option here, nothing for other choosers
     query_tokens: int = option(16, "latest tokens whose queries are asked", minimum=1)
-    level: float = option(0.5, "attention mass in one block that opens the gate", minimum=1e-9, maximum=1.0)
+    level: float = option(0.5, "attention of a question to one block that is 1", minimum=1e-9, maximum=1.0)
+    row_level: float = option(0.6, "attention in a row that opens the gate", minimum=1e-9, maximum=1.0)
 
     def __post_init__(self):
         object.__setattr__(self, "heads", read_heads(self.heads))
@@ -161,16 +205,17 @@ def signature(model: Any) -> float:
 
 
 def known_heads(path: Path) -> dict[str, Any]:
-    """Options ``heads`` and ``level`` of a file of ``sinkstream probe-heads``. Raises ValueError if it is none."""
+    """Heads and their levels of a file of ``sinkstream probe-heads``, as options. Raises ValueError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"heads": read_heads(content["heads"]), "level": float(content["level"])}
+        levels = {name: float(content[name]) for name in LEVELS}
+        return {"heads": read_heads(content["heads"])} | levels
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads") from None
 
 
 def heads_of(model: Any) -> dict[str, Any]:
-    """Options ``heads`` and ``level`` that are known of a model.
+    """Heads and levels that are known of a model, as options.
 
     Raises
     ------

@@ -3,8 +3,10 @@
 import copy
 import math
 from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -13,44 +15,97 @@ from sinkstream.policies.options import option
 
 SATURATION = 1.2  # of the count of a term in a block, as in BM25
 FEW_BLOCKS = 2  # a term in so few blocks is rare, however small the archive is
-STALE = 16_384  # tokens that have left the archive and are still in the postings, at the most
+SWEPT = 4  # ids whose postings are looked through for every token that leaves the archive
+ROUNDING = 1e-6  # of a sum of scores, by which a bound is not missed
+NONE = np.zeros(0, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class _Term:
-    """A term of the query in the archive: places, blocks with the count in each, inverse document frequency."""
+class _Posting:
+    """Where one id stands: `places`, and the numbers of the blocks that they are in, each ascending.
 
-    places: np.ndarray
-    blocks: np.ndarray
-    counts: np.ndarray
+    `latest` of the places are in the last block; no block has ever had more than `most`.
+    """
+
+    __slots__ = ("blocks", "latest", "most", "places")
+
+    def __init__(self) -> None:
+        self.places, self.blocks = array("i"), array("i")
+        self.latest = self.most = 0
+
+    def copy(self) -> "_Posting":
+        """Places of its own."""
+        other = _Posting()
+        other.places, other.blocks = self.places[:], self.blocks[:]
+        other.latest, other.most = self.latest, self.most
+        return other
+
+
+class _Term(NamedTuple):
+    """A term of the query in the archive: places `low` to `high` of its posting, blocks, inverse document frequency."""
+
+    posting: _Posting
+    low: int
+    high: int
+    blocks: int
     idf: float
+
+    @property
+    def places(self) -> np.ndarray:
+        """``(places,)``, int32, ascending; a view, which must be gone before tokens are added."""
+        return np.frombuffer(self.posting.places, dtype=np.int32)[self.low : self.high]
 
 
 class LexicalIndex(Index):
-    """Places of every token id, ascending."""
+    """Places of every token id, ascending.
+
+    A token costs as much late in a stream as early. Taking it in appends to two arrays, and giving it up lets a few ids
+    be looked through for places that are gone. A query looks at the postings of its rarest terms alone: without one of
+    them a block cannot reach ``query.least``, and of the others only those blocks are looked up.
+    """
 
     def __init__(self, chooser: "Lexical"):
         self.chooser = chooser
-        self.places: dict[int, array] = {}
-        self._stale_from = 0
+        self.postings: dict[int, _Posting] = {}
+        self._first: int | None = None  # tokens before this one are gone
+        self._sweep: Iterator[int] = iter(())
 
     def add(self, evicted: Evicted) -> None:
         """Note where the ids are."""
+        postings, block = self.postings, self.chooser.block
+        self._first = evicted.first if self._first is None else self._first
         for index, token in enumerate(evicted.ids, evicted.first):
-            found = self.places.get(token)
-            if found is None:
-                found = self.places[token] = array("i")
-            found.append(index)
+            posting = postings.get(token)
+            if posting is None:
+                posting = postings[token] = _Posting()
+            posting.places.append(index)
+            number = index // block
+            if not posting.blocks or posting.blocks[-1] != number:
+                posting.blocks.append(number)
+                posting.latest = 0
+            posting.latest += 1
+            if posting.latest > posting.most:
+                posting.most = posting.latest
 
     def forget(self, before: int) -> None:
-        """Drop places that are gone, once there are many of them."""
-        if before - self._stale_from < STALE:
+        """Drop places that are gone, of a few ids for every token that has left; the next calls come to the others."""
+        gone = 0 if self._first is None else before - self._first
+        if gone <= 0:
             return
-        self._stale_from = before
-        for token, places in list(self.places.items()):
-            del places[: int(np.searchsorted(np.frombuffer(places, dtype=np.int32), before))]
-            if not places:
-                del self.places[token]
+        self._first = before
+        for _ in range(min(SWEPT * gone, len(self.postings))):
+            token = next(self._sweep, None)
+            if token is None:
+                self._sweep = iter(list(self.postings))
+            elif token in self.postings:
+                self._trim(token, before)
+
+    def _trim(self, token: int, before: int) -> None:
+        places, blocks = self.postings[token].places, self.postings[token].blocks
+        if places[-1] < before:
+            del self.postings[token]
+        elif places[0] < before:
+            del places[: bisect_left(places, before)]
+            del blocks[: bisect_left(blocks, places[0] // self.chooser.block)]
 
     def scores(self, query: Query) -> np.ndarray:
         """The larger of two scores of a block, each in units of its own level: shared terms, and words in a row.
@@ -60,57 +115,116 @@ class LexicalIndex(Index):
         from each other as in the query; it counts for the block in which the text would go on.
         """
         chooser, blocks = self.chooser, query.blocks(self.chooser.block)
-        shared, most = np.zeros(len(blocks)), max(FEW_BLOCKS, chooser.rare * len(blocks))
-        aligned = {} if query.asked else self._latest(query)
-        starts, weights = list[np.ndarray](), list[np.ndarray]()
-        for token in dict.fromkeys(query.ids):
-            term = self._term(token, query, aligned)
-            if term is None:
-                continue
-            if len(term.blocks) <= most:
-                saturated = term.counts * (1 + SATURATION) / (term.counts + SATURATION)
-                shared[term.blocks - blocks.start] += term.idf**chooser.idf_power * saturated
-            for offset in aligned.get(token, ()):
-                starts.append(term.places + offset)
-                weights.append(np.full(len(term.places), term.idf))
-        once = math.log1p((len(blocks) - 0.5) / 1.5)  # idf of a term that is in one block
-        found = shared / (chooser.level * once**chooser.idf_power)
-        if starts:
-            goes_on, inverse = np.unique(np.concatenate(starts), return_inverse=True)
-            in_a_row = np.bincount(inverse, weights=np.concatenate(weights)) / (chooser.row_level * once)
+        found, total = np.zeros(len(blocks)), len(blocks)
+        once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
+        terms = {token: term for token in dict.fromkeys(query.ids) if (term := self._term(token, query, total))}
+        most = max(FEW_BLOCKS, chooser.rare * total)
+        level = chooser.level * once**chooser.idf_power
+        numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
+        found[numbers - blocks.start] = score / level
+        if not query.asked:
+            most, level = max(FEW_BLOCKS, chooser.row_rare * total), chooser.row_level * once
+            latest = reversed(query.ids[max(0, len(query.ids) - chooser.row_tokens) :])
+            row = [(terms[token], back) for back, token in enumerate(latest, 1) if token in terms]
+            goes_on, score = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
             inside = goes_on < query.end
-            np.maximum.at(found, goes_on[inside] // chooser.block - blocks.start, in_a_row[inside])
+            np.maximum.at(found, goes_on[inside] // chooser.block - blocks.start, score[inside] / level)
         return found
 
-    def _latest(self, query: Query) -> dict[int, list[int]]:
-        """How many tokens before the next one each of the latest ids stands."""
-        found: dict[int, list[int]] = {}
-        latest = query.ids[max(0, len(query.ids) - self.chooser.row_tokens) :]
-        for offset, token in zip(range(len(latest), 0, -1), latest):
-            found.setdefault(token, []).append(offset)
-        return found
+    def _term(self, token: int, query: Query, total: int) -> _Term | None:
+        """A term of the query; None if the archive does not hold it."""
+        posting = self.postings.get(token)
+        if posting is None:
+            return None
+        places, block = posting.places, self.chooser.block
+        low, high = bisect_left(places, query.first), bisect_left(places, query.end)
+        if low == high:
+            return None
+        first = bisect_left(posting.blocks, places[low] // block)
+        blocks = bisect_left(posting.blocks, places[high - 1] // block, first) + 1 - first
+        return _Term(posting, low, high, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
 
-    def _term(self, token: int, query: Query, aligned: dict[int, list[int]]) -> _Term | None:
-        """A term of the query, unless it is nowhere or too common to be looked at."""
-        chooser, held = self.chooser, self.places.get(token)
-        if held is None:
-            return None
-        places = np.frombuffer(held, dtype=np.int32)
-        places = places[slice(*np.searchsorted(places, (query.first, query.end)))]
-        total = len(query.blocks(chooser.block))
-        most = max(FEW_BLOCKS, (chooser.row_rare if token in aligned else chooser.rare) * total)
-        if not len(places) or len(places) > most * chooser.block:
-            return None
-        blocks, counts = np.unique(places // chooser.block, return_counts=True)
-        if len(blocks) > most:
-            return None
-        return _Term(places, blocks, counts, math.log1p((total - len(blocks) + 0.5) / (len(blocks) + 0.5)))
+    def _shared(self, terms: list[_Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks that can reach `needed` by the terms that they share with the query: numbers and scores."""
+        block, power = self.chooser.block, self.chooser.idf_power
+        bounds = [term.idf**power * _saturated(term.posting.most) for term in terms]
+        order, rare = _rarest(bounds, needed)
+        if not rare:
+            return NONE, NONE
+        weights = np.array([terms[i].idf ** power for i in order])
+        keys = [terms[i].places // block * np.int64(rare) + n for n, i in enumerate(order[:rare])]
+        pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
+        numbers, score = _sums(pairs // rare, weights[pairs % rare] * _saturated(counts))
+        rest = sum(bounds[i] for i in order[rare:])
+        for n, i in enumerate(order[rare:], rare):
+            numbers, score = _able(numbers, score, needed - rest)
+            if not len(numbers):
+                break
+            places, begin = terms[i].places, (numbers * block).astype(np.int32)  # a search converts neither
+            score += weights[n] * _saturated(places.searchsorted(begin + np.int32(block)) - places.searchsorted(begin))
+            rest -= bounds[i]
+        return numbers, score
 
     def copy(self) -> Self:
         """Places of its own."""
         other = copy.copy(self)
-        other.places = {token: places[:] for token, places in self.places.items()}
+        other.postings = {token: posting.copy() for token, posting in self.postings.items()}
+        other._sweep = iter(())
         return other
+
+
+def _saturated(count: Any) -> Any:
+    """The weight of a term that is in a block so many times."""
+    return count * (1 + SATURATION) / (count + SATURATION)
+
+
+def _rarest(bounds: list[float], needed: float) -> tuple[list[int], int]:
+    """Terms by what they can add to a score, the largest first, and how many of them a score must have one of.
+
+    The others together add less than `needed`; 0 terms: all together do.
+    """
+    order = sorted(range(len(bounds)), key=lambda i: -bounds[i])
+    rest, rare = 0.0, len(order)
+    while rare and (rest := rest + bounds[order[rare - 1]]) < needed - ROUNDING:
+        rare -= 1
+    return order, rare
+
+
+def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the text goes on, and the sum of idf there, of all places that can reach `needed`.
+
+    Parameters
+    ----------
+    row : list of (term, int)
+        And how many tokens before the next one it stands.
+    """
+    order, rare = _rarest([term.idf for term, _ in row], needed)
+    if not rare:
+        return NONE, NONE
+    keys = [(row[i][0].places + row[i][1]) * np.int64(rare) + n for n, i in enumerate(order[:rare])]
+    pairs, weights = np.sort(np.concatenate(keys)), np.array([row[i][0].idf for i in order])
+    goes_on, score = _sums(pairs // rare, weights[pairs % rare])
+    rest = sum(row[i][0].idf for i in order[rare:])
+    for term, back in (row[i] for i in order[rare:]):
+        goes_on, score = _able(goes_on, score, needed - rest)
+        if not len(goes_on):
+            break
+        places, start = term.places, (goes_on - back).astype(np.int32)  # a search converts neither
+        score += term.idf * (places[np.minimum(places.searchsorted(start), len(places) - 1)] == start)
+        rest -= term.idf
+    return goes_on, score
+
+
+def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
+    """Those whose score is not below `needed`, but for rounding."""
+    able = score >= needed - ROUNDING
+    return numbers[able], score[able]
+
+
+def _sums(numbers: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each of the ascending numbers once, and the sum of its weights."""
+    first = np.flatnonzero(np.diff(numbers, prepend=-1))
+    return numbers[first], np.add.reduceat(weights, first)
 
 
 @CHOOSERS.register("lexical")

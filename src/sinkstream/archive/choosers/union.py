@@ -1,11 +1,13 @@
 """Union chooser: shared words and retrieval heads, each behind its own gate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 
-from sinkstream.archive.choosers.base import CHOOSERS, Evicted, Index, Query
+from sinkstream.archive.choosers.base import CHOOSERS, Evicted, Head, Index, Query
 from sinkstream.archive.choosers.heads import Heads
 from sinkstream.archive.choosers.lexical import Lexical
 
@@ -33,6 +35,10 @@ class UnionIndex(Index):
         """
         words, heads = self.words.scores(query), self.heads.scores(query)
         return np.maximum(words, np.where(heads >= 1.0, heads, 0.0))
+
+    def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
+        """Those of the heads."""
+        return self.heads.head_keys(first)
 
     def copy(self) -> "UnionIndex":
         """Both of its own."""

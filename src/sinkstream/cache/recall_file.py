@@ -1,0 +1,160 @@
+"""What recall adds to the file of a stream: archive, frame and events, and what a chooser reads.
+
+The index of a chooser is not written: it is made again of the archived ids, and of the keys of its heads if it has any.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkstream.archive import CHOOSERS, PREFIX, Evicted, RecallSettings, Span
+from sinkstream.archive.kv import BLOCK
+from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.recall import EVENTS, Recall, RecallEvent
+from sinkstream.cache.ring import SoftRing
+from sinkstream.cache.stream_file import PLACE_OF_ARCHIVE, SavedStream
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def recall_options(saved: SavedStream, path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a cache, and where they have no ``recall`` those of the file. Raises ValueError if nobody knows it."""
+    if saved.recall is None or "recall" in options:
+        return options
+    found = saved.recall.get("settings", {})
+    if found.get("recall") not in CHOOSERS:
+        raise ValueError(
+            f"{str(path)!r} was saved with a chooser of its user's own, {found.get('recall')}; give recall=CHOOSER"
+        )
+    named = {PREFIX + name: v for name, v in found.items() if name not in ("recall", *PLACE_OF_ARCHIVE)}
+    accepted = {f.name for f in (*fields(RecallSettings), *fields(CHOOSERS[found["recall"]]))}
+    named = {name: v for name, v in named.items() if name.removeprefix(PREFIX) in accepted}
+    return {"recall": found["recall"]} | named | options
+
+
+def recall_record(recall: Recall, ring: SoftRing | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the header of a file says of recall, and tensors; those of the archive are views of it.
+
+    Raises
+    ------
+    ValueError
+        If the index of a chooser does not give back the keys that it was given.
+    """
+    archive, chooser, log = recall.archive, recall.settings.chooser, recall.log
+    record: dict[str, Any] = {"settings": recall.settings.record(), "archive": None}
+    if ring is None or not ring.seen:
+        return record, {}
+    ids = log.read(log.first, log.end)
+    tensors = {"recall_log": torch.tensor(ids, dtype=torch.int32)}
+    if archive is not None:
+        record["archive"] = {"first": archive.first, "tokens": len(archive), "lost": archive.lost}
+        tensors["archive_ids"] = torch.tensor(archive.ids, dtype=torch.int32)
+        tensors |= {f"archive_{number:06d}": block for number, block in enumerate(archive.blocks())}
+        keys = recall.index.head_keys(archive.first)
+        if set(keys) != set(chooser.heads):
+            raise ValueError(
+                f"the index of {type(chooser).__name__} does not give back the keys of its heads, so that recall cannot"
+                " be saved; accepted: an index with head_keys(first), or a chooser without heads"
+            )
+        if keys:
+            tensors["recall_keys"] = torch.stack([keys[head] for head in chooser.heads])
+    if recall.queries is not None:
+        record["queries"], kept = recall.queries.saved()
+        tensors["recall_queries"] = kept
+    if recall.question is not None:
+        record["question"] = recall.question[0]
+        if recall.question[1]:
+            tensors["recall_question"] = torch.stack([recall.question[1][head] for head in chooser.heads])
+    record |= {
+        "log": log.first,
+        "frame": recall.frame,
+        "shift": ring.recall_shift,
+        "turns": recall.turns,
+        "events": [asdict(event) for event in recall.events],
+        "counts": recall.counts(),
+    }
+    return record, tensors
+
+
+def recall_shapes(saved: SavedStream, path: str | Path, spec: ModelSpec) -> Shapes:
+    """Shape and dtype of every tensor that recall adds, for `stream_file.check_tensors`."""
+
+    def shapes() -> Shapes:
+        record, found = saved.recall, Shapes()
+        if record is None or not saved.counts.rows:
+            return found
+        found["recall_log"] = (saved.counts.seen - record["log"],), torch.int32
+        heads = len(record["settings"]["heads"])
+        if record["archive"] is not None:
+            tokens = record["archive"]["tokens"]
+            found["archive_ids"] = (tokens,), torch.int32
+            lead = (2, len(spec.full_layers), spec.kv_heads)
+            for number in range(-(-tokens // BLOCK) if record["settings"]["archive"] == "kv" else 0):
+                size = min(BLOCK, tokens - number * BLOCK)
+                found[f"archive_{number:06d}"] = (*lead, size, spec.head_dim), spec.dtype
+            if heads:
+                found["recall_keys"] = (heads, tokens, spec.head_dim), torch.float32
+        if "queries" in record:
+            layers, kept = record["queries"]["layers"], record["queries"]["kept"]
+            found["recall_queries"] = (layers, spec.query_heads, kept, spec.head_dim), torch.float32
+        if record.get("question") is not None and heads:
+            kept = min(len(record["question"]), record["queries"]["kept"])
+            groups = spec.query_heads // spec.kv_heads
+            found["recall_question"] = (heads, kept, groups, spec.head_dim), torch.float32
+        return found
+
+    return _undamaged(shapes, path)
+
+
+def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | Path, device: torch.device) -> None:
+    """Let an empty recall go on where a saved one with the same settings was; its frame is in `ring` already.
+
+    Raises
+    ------
+    ValueError
+        If the archive does not fit its budget here, or what is saved does not fit together.
+    """
+    record = saved.recall
+    assert record is not None, "compared by check_fits"
+    chooser = recall.settings.chooser
+    heads = {head: i for i, head in enumerate(chooser.heads)}
+
+    def fill() -> None:
+        recall.log.load(record["log"], saved.tensor("recall_log", 0, dtype=torch.int32).tolist())
+        recall.frame, recall.turns = list(record["frame"]), list(record["turns"])
+        recall.events = deque(map(_event, record["events"]), maxlen=EVENTS)
+        recall.set_counts(record["counts"])
+        if recall.queries is not None:
+            recall.queries.load(record["queries"], saved.tensor("recall_queries", 0).to(device))
+        if record.get("question") is not None:
+            queries = saved.tensor("recall_question", 0).to(device)
+            recall.question = record["question"], {head: queries[i] for head, i in heads.items()}
+        ring.hold_recalled(len(recall.frame), record["shift"])
+
+    _undamaged(fill, path)
+    if record["archive"] is None:
+        return
+    first, end = record["archive"]["first"], record["archive"]["first"] + record["archive"]["tokens"]
+    ids = saved.tensor("archive_ids", 0, dtype=torch.int32).tolist()
+    blocks = [saved.tensors[name] for name in sorted(saved.tensors) if name.startswith("archive_") and name[-1:] != "s"]
+    archive = recall.open_archive(first, ring.keys.shape, ring.values.dtype)
+    archive.refill(ids, blocks, device)
+    archive.lost = record["archive"]["lost"]
+    keys = saved.tensor("recall_keys", 0).to(device)
+    ids += recall.log.read(end, max(end, recall.indexed))
+    recall.index.add(Evicted(first, ids, {head: keys[i] for head, i in heads.items()}))
+
+
+def _event(saved: dict[str, Any]) -> RecallEvent:
+    return RecallEvent(**saved | {"spans": tuple(Span(**span) for span in saved["spans"])})
+
+
+def _undamaged(read: Callable[[], Any], path: str | Path) -> Any:
+    try:
+        return read()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: its recall does not fit together ({error!r})") from None

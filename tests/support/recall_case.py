@@ -1,0 +1,24 @@
+"""A small recall: options of a cache and of its choosers, a text that repeats itself, and what an event says."""
+
+import torch
+from oracle.models import token_ids
+
+from sinkstream.cache import StreamingCache
+
+TOKENS = 320
+STRICT = {"sink": 4, "window": 44}
+SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
+WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
+
+
+def frames_of(cache: StreamingCache) -> list[tuple[int, list[int]]]:
+    """What the events say: (token before which the frame was set, tokens)."""
+    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in cache.recall_events]
+
+
+def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
+    """Random ids, in which passages of 24 come again 100 tokens later."""
+    ids = token_ids(tokens, seed=seed)
+    for start in range(150, tokens - 24, 60):
+        ids[start : start + 24] = ids[start - 100 : start - 76]
+    return ids
