@@ -10,7 +10,6 @@ from oracle.rules import Rule
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
-from sinkstream.engine import Engine
 
 TOKENS = 320
 STRICT = {"sink": 4, "window": 44}
@@ -257,8 +256,6 @@ def test_what_has_no_archive_is_refused(tmp_path):
         cache.save(tmp_path / "stream")
     with pytest.raises(ValueError, match="is not accepted with a file, which has no archive"):
         StreamingCache.load(model, tmp_path / "stream", recall="lexical")
-    with pytest.raises(ValueError, match="recall='lexical' is not served by the engine"):
-        Engine(model, **STRICT, recall="lexical")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
         StreamingCache.for_model(model, **STRICT, recall="heads")
     with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):

@@ -30,8 +30,8 @@ from sinkstream.archive import (
 from sinkstream.archive.choosers.base import Head
 from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
+from sinkstream.cache.frame import RecallRing
 from sinkstream.cache.query_log import QueryLog
-from sinkstream.cache.ring import SoftRing
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
@@ -255,6 +255,10 @@ class Recall(RecallMemory):
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
 
+    def due(self, now: int) -> bool:
+        """Whether there is a choice before token `now`."""
+        return self._question is not None or (now % self.settings.every == 0 and now != self._chosen_at)
+
     def announce(self, ids: Sequence[int]) -> None:
         """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
         self._coming, self._room = (self.log.end, list(ids)), None
@@ -316,13 +320,12 @@ class Recall(RecallMemory):
         return float(self.index.scores(Query(now=now, ids=ids, asked=False, first=archive.first, end=end)).max())
 
     @torch.no_grad()
-    def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
+    def choose(self, ring: RecallRing, schedule: PruneSchedule) -> None:
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
-        asked, self._question = self._question, None
+        due, asked, self._question = self.due(now), self._question, None
         self._room = None
-        due = now % settings.every == 0 and now != self._chosen_at
-        if self.archive is None or not len(self.archive) or (asked is None and not due):
+        if self.archive is None or not len(self.archive) or not due:
             return
         self._chosen_at = now
         score, tokens = self._best(now, asked)
@@ -384,7 +387,7 @@ class Recall(RecallMemory):
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
 
-    def _set_frame(self, ring: SoftRing, schedule: PruneSchedule, tokens: list[int]) -> None:
+    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int]) -> None:
         if tokens == self.frame:
             return
         archive, device = self.archive, ring.keys.device

@@ -50,6 +50,7 @@ class MemoryNeed:
         *,
         captures: bool = False,
         max_sink: int | None = None,
+        recall_slots: int = 0,
     ) -> "MemoryNeed":
         """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
 
@@ -59,6 +60,8 @@ class MemoryNeed:
             Whether the backend captures CUDA graphs.
         max_sink : int or None
             Most sinks of a stream; default: the policy's.
+        recall_slots : int
+            The most tokens that are recalled at once; 0: no recall.
         """
         vocab = model.get_output_embeddings().weight.shape[0]
         empty = StreamState(
@@ -70,6 +73,7 @@ class MemoryNeed:
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
             max_sink=max_sink,
+            recall_slots=recall_slots,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         cached = kept = 0
@@ -95,9 +99,12 @@ def check_engine(
     *,
     captures: bool = False,
     max_sink: int | None = None,
+    recall_slots: int = 0,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
-    need = MemoryNeed.of(model, spec, policy, streams, chunk_tokens, captures=captures, max_sink=max_sink)
+    need = MemoryNeed.of(
+        model, spec, policy, streams, chunk_tokens, captures=captures, max_sink=max_sink, recall_slots=recall_slots
+    )
     free = free_bytes(device)
     if need.total > free:
         raise ValueError(

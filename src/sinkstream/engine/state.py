@@ -8,6 +8,7 @@ Whether an adaptive trigger prunes is decided on the device, see `decisions`.
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,25 @@ FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
+class BetweenSteps(Protocol):
+    """What is done to a stream between two steps by somebody else than the policy: recall."""
+
+    def before_step(self) -> None:
+        """Called before a step is planned."""
+
+    def planned(self) -> None:
+        """Called when the rows of a plan have been written."""
+
+    def keep(self) -> None:
+        """Called before a plan is discarded."""
+
+    def rewind(self, tokens: int) -> None:
+        """Called before the latest tokens are taken back. Raises ValueError if they cannot be."""
+
+    def forget(self) -> None:
+        """Called when the stream is forgotten."""
+
+
 class StreamState(HeldStreams):
     """The buffers of several independent streams, their counts, and the life of one step.
 
@@ -36,8 +56,13 @@ class StreamState(HeldStreams):
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-    spec, policy, positions, streams, vocab, device, max_sink
+    spec, policy, positions, streams, vocab, device, max_sink, recall_slots
         As for `StreamBuffers`.
+
+    Attributes
+    ----------
+    between_steps : list of BetweenSteps
+        What is told of every step and plan.
     """
 
     block: Block  # which streams the present plan computes
@@ -54,13 +79,22 @@ class StreamState(HeldStreams):
         rebase_at: int,
         structure: torch.Tensor | None = None,
         max_sink: int | None = None,
+        recall_slots: int = 0,
     ):
         super().__init__(
-            spec, policy, positions=positions, streams=streams, vocab=vocab, device=device, max_sink=max_sink
+            spec,
+            policy,
+            positions=positions,
+            streams=streams,
+            vocab=vocab,
+            device=device,
+            max_sink=max_sink,
+            recall_slots=recall_slots,
         )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
         self._recorders: list[Recorder] = []
+        self.between_steps: list[BetweenSteps] = []
         self.sampling = SamplingState(streams, vocab, device)
         self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
         self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
@@ -84,22 +118,31 @@ class StreamState(HeldStreams):
         self.stale_logits.difference_update(which)
         if stream is None:
             self.schedules_so_far = [PruneSchedule(policy) for _ in which]
-            self.counters_so_far = [Counters(self.geometry, sink=policy.sink) for _ in which]
+            self.counters_so_far = [Counters(self.geometry.bare, sink=policy.sink) for _ in which]
             self._idle = []
             self._keep_recorded()
+            for told in self.between_steps:
+                told.forget()
             for buffer in self._buffers().values():
                 buffer.zero_()
             self._discard_plan()
             return
         self.settle()
-        self.schedules[stream], self.counters[stream] = PruneSchedule(policy), Counters(self.geometry, sink=policy.sink)
+        for told in self.between_steps:
+            told.forget()
+        self.schedules[stream] = PruneSchedule(policy)
+        self.counters[stream] = Counters(self.geometry.bare, sink=policy.sink)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
 
     def rewind(self, tokens: int, stream: int) -> None:
         """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
         self.settle()
-        self.schedules[stream].rewind(tokens)
+        before = self.schedules[stream].fork()
+        before.rewind(tokens)
+        for told in self.between_steps:
+            told.rewind(tokens)
+        self.schedules[stream] = before
         if tokens:
             self.counters[stream].seen -= tokens
             self.stale_logits.add(stream)
@@ -174,6 +217,8 @@ class StreamState(HeldStreams):
             Streams that append what `tokens` says.
         """
         active = tuple(active)
+        for told in self.between_steps:
+            told.before_step()
         if self._row == self._planned or active != self._active:
             self._plan(active)
         for recorder in self._recorders:
@@ -212,7 +257,7 @@ class StreamState(HeldStreams):
         """Steps inside the context are those of idle streams: no stream notices them, whatever it holds."""
         self.settle()
         self.put_aside(block, ())
-        idle = torch.tensor(self.geometry.idle_row(), dtype=torch.int32, device=self.device)
+        idle = torch.tensor(self.span(block).geometry.idle_row(), dtype=torch.int32, device=self.device)
         self.plan.copy_(idle.expand_as(self.plan))
         try:
             yield
@@ -247,7 +292,7 @@ class StreamState(HeldStreams):
             return
         horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
         count = min([horizon, *(_sure_tokens(self, s) for s in active)])
-        rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
+        rows = [[self.geometry.bare.idle_row()] * count for _ in range(self.streams)]
         for s in active:
             ahead = Counters(**vars(self.counters[s]))
             rows[s] = []
@@ -260,10 +305,14 @@ class StreamState(HeldStreams):
         table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
         self._planned, self._active, self._row = len(table), active, 0
         self.copy_in(self.plan[: len(table)], table)
+        for told in self.between_steps:
+            told.planned()
 
     def _keep_recorded(self) -> None:
         for recorder in self._recorders:
             recorder.keep()
+        for told in self.between_steps:
+            told.keep()
 
     def _discard_plan(self) -> None:
         self._done = self._row or self._done

@@ -141,6 +141,7 @@ class EngineBackend(Backend):
             "positions": settings.positions,
             "allow_untrained_positions": settings.allow_untrained_positions,
             "tokenizer": self.loaded.tokenizer,
+            **settings.recall,
         }
 
     def _check_method(self) -> None:
