@@ -257,10 +257,6 @@ class StreamDecoder(StreamKeeper):
             nll[0] = float("nan")
         return nll
 
-    def close(self) -> None:
-        """Remove the prefill hooks from the model, as garbage collection of the engine does."""
-        self._cache.close()
-
     # ---- checks ----
 
     def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:

@@ -114,6 +114,12 @@ class StreamKeeper(WatchedModel):
         """Forget one stream, so that another one may join in its place; the others go on."""
         self.reset(stream=stream)
 
+    def close(self) -> None:
+        """Remove the prefill hooks from the model, as garbage collection of the engine does; delete a recall_file."""
+        self._cache.close()
+        if self.recall is not None:
+            self.recall.memory.close()
+
     @property
     def active(self) -> list[int]:
         """Streams that hold tokens, in order: those that have joined and not left."""

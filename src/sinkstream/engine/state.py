@@ -8,45 +8,22 @@ Whether an adaptive trigger prunes is decided on the device, see `decisions`.
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
 from sinkstream.engine.geometry import Counters
-from sinkstream.engine.held import HeldStreams
-from sinkstream.engine.recorder import Recorder
+from sinkstream.engine.planned import PlannedStreams
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
-from sinkstream.engine.sampling import SamplingState
 from sinkstream.engine.span import Block
-from sinkstream.kernels.layout import LIKELIEST
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class BetweenSteps(Protocol):
-    """What is done to a stream between two steps by somebody else than the policy: recall."""
-
-    def before_step(self) -> None:
-        """Called before a step is planned."""
-
-    def planned(self) -> None:
-        """Called when the rows of a plan have been written."""
-
-    def keep(self) -> None:
-        """Called before a plan is discarded."""
-
-    def rewind(self, tokens: int) -> None:
-        """Called before the latest tokens are taken back. Raises ValueError if they cannot be."""
-
-    def forget(self) -> None:
-        """Called when the stream is forgotten."""
-
-
-class StreamState(HeldStreams):
+class StreamState(PlannedStreams):
     """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
@@ -58,11 +35,6 @@ class StreamState(HeldStreams):
         Structural weight of every token id, where the scorer needs it.
     spec, policy, positions, streams, vocab, device, max_sink, recall_slots
         As for `StreamBuffers`.
-
-    Attributes
-    ----------
-    between_steps : list of BetweenSteps
-        What is told of every step and plan.
     """
 
     block: Block  # which streams the present plan computes
@@ -93,11 +65,7 @@ class StreamState(HeldStreams):
         )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
-        self._recorders: list[Recorder] = []
-        self.between_steps: list[BetweenSteps] = []
-        self.sampling = SamplingState(streams, vocab, device)
-        self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
-        self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
+        self._planned = self._done = 0  # steps of the plan; launched of the one before
         self.clear()
 
     def clear(self, stream: int | None = None, *, sink: int | None = None) -> None:
@@ -146,64 +114,6 @@ class StreamState(HeldStreams):
         if tokens:
             self.counters[stream].seen -= tokens
             self.stale_logits.add(stream)
-
-    # ---- which tokens ----
-
-    def choose(self, tokens: torch.Tensor | None) -> None:
-        """Say what the next step appends.
-
-        Parameters
-        ----------
-        tokens : Tensor or None, (streams,), int64, on the device
-            None: what `sampling` says of each stream; nothing is launched if the step before was told so too.
-        """
-        if tokens is not None:
-            self.tokens.copy_(tokens)
-        elif self._filled != (self.tokens._version, self.sampling.version):  # every write counts, whoever did it
-            self.tokens.copy_(self.sampling.marks)
-            self._filled = (self.tokens._version, self.sampling.version)
-
-    @contextmanager
-    def recording(self, *, looks: bool = False, keeps: bool = True):
-        """Gives a `Recorder`, which tells the token ids that are appended from now on, while the context lasts.
-
-        Parameters
-        ----------
-        looks : bool
-            Whether tokens will be looked at one by one.
-        keeps : bool
-            Whether all of them will be asked for at the end.
-        """
-        recorder = Recorder(self, looks, keeps)
-        self._recorders.append(recorder)
-        try:
-            yield recorder
-        finally:
-            self._recorders.remove(recorder)
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Streams that the steps of the present plan append to."""
-        return self._active
-
-    @property
-    def steps_done(self) -> int:
-        """Steps of the present plan that have been launched; their rows hold the token ids."""
-        return self._row
-
-    def appended(self, first: int) -> torch.Tensor:
-        """Token ids that the steps of the present plan appended, from its step `first` on.
-
-        Returns
-        -------
-        Tensor, (steps, streams), int64
-            A copy on the device; `LIKELIEST` where the stream sat out, `NO_TOKEN` where nothing could be drawn.
-        """
-        ids = self.span().appended(first, self._row)
-        for s in range(self.streams):
-            if s not in self._active:
-                ids[:, s] = LIKELIEST
-        return ids
 
     # ---- the life of one step ----
 
@@ -307,12 +217,6 @@ class StreamState(HeldStreams):
         self.copy_in(self.plan[: len(table)], table)
         for told in self.between_steps:
             told.planned()
-
-    def _keep_recorded(self) -> None:
-        for recorder in self._recorders:
-            recorder.keep()
-        for told in self.between_steps:
-            told.keep()
 
     def _discard_plan(self) -> None:
         self._done = self._row or self._done
