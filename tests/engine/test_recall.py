@@ -192,3 +192,49 @@ def test_what_has_no_archive_is_refused(tmp_path):
     for refused in (lambda: engine.snapshot(tmp_path / "a"), lambda: engine.restore(tmp_path / "a"), engine.dump):
         with pytest.raises(ValueError, match="a stream with recall is not written to a file of the engine"):
             refused()
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("archive", ["kv", "text"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gpt_neox", torch.float16)])
+def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, archive):
+    model, ids = build(family, dtype).cuda(), repetitive(600).cuda()
+    options = {"recall": "lexical", **SMALL, **WORDS, "recall_distance": 9, "recall_archive": archive}
+    found = {}
+    for backend in ("ring", "graph", "fused"):
+        engine = Engine(model, **STRICT, **options, backend=backend, rebase_at=200)
+        nll = engine.score(ids)[1:]
+        assert len(engine.recall_events) >= 20 and engine.stats()["rebases"]
+        found[backend] = nll, frames_of(engine)
+    assert found["fused"][1] == found["graph"][1] == found["ring"][1]
+    for backend in ("graph", "fused"):
+        assert (found[backend][0] - found["ring"][0]).abs().mean() < 0.02
+    wrong = Engine(model, **STRICT, **options | {"recall_distance": 0}, backend="fused")
+    assert (wrong.score(ids)[1:] - found["ring"][0]).abs().mean() > 0.02, "the control: other positions would show"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["graph", "fused"])
+def test_on_a_gpu_a_gate_that_stays_shut_changes_nothing(backend):
+    model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
+    bare = Engine(model, **STRICT, backend=backend)
+    shut = Engine(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9, backend=backend)
+    assert torch.equal(stepped(bare, ids), stepped(shut, ids))
+    written = [engine.generate([], max_new_tokens=300, stop_tokens=(), temperature=0.8) for engine in (bare, shut)]
+    assert written[0].tokens == written[1].tokens and shut.stats()["archived"] > 600
+
+
+@pytest.mark.gpu
+def test_what_is_written_with_recall_is_learned_while_steps_run():
+    model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
+    engine = Engine(model, **STRICT, recall="recent", **SMALL, backend="fused")
+    engine.prefill(ids)
+    written = engine.generate([], max_new_tokens=300, stop_tokens=(), temperature=0.8).tokens
+    archived = [*ids.tolist(), *written][4 : 4 + engine.stats()["archived"]]
+    archive = engine.recall.memory.archive
+    assert list(archive.ids) == archived and archive.end == engine.stats()["seen"] - (
+        48 - 4 - len(engine.recall.memory.frame)
+    )

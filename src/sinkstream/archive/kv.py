@@ -109,7 +109,7 @@ class KVArchive(Archive):
         parts, run = [], list[int]()
         for index in [*indices, -1]:  # tokens of one block are read at once
             if run and (index < 0 or self._number(index) != self._number(run[0])):
-                parts.append(self._read_of(self._number(run[0]), run).to(device, non_blocking=True))
+                parts.append(self._read_of(self._number(run[0]), run, device))
                 run = []
             run.append(index)
         joined = torch.cat(parts, 3)
@@ -118,7 +118,7 @@ class KVArchive(Archive):
     def _number(self, index: int) -> int:
         return (index - self.first) // BLOCK
 
-    def _read_of(self, number: int, indices: list[int]) -> torch.Tensor:
+    def _read_of(self, number: int, indices: list[int], device: torch.device) -> torch.Tensor:
         inside = [index - self.first - number * BLOCK for index in indices]
         if number < self._in_file:
             assert self.file is not None, "blocks lie in a file"
@@ -127,7 +127,11 @@ class KVArchive(Archive):
             block = self._blocks[number - self._in_file].tensor
         else:
             block = torch.cat(self._latest, 3)
-        return block[:, :, :, torch.tensor(inside, device=block.device)]
+        if device.type == "cuda":  # a whole block is copied without waiting, a part of one is not
+            block = block.to(device, non_blocking=True)
+        if inside[-1] - inside[0] == len(inside) - 1:
+            return block[:, :, :, inside[0] : inside[-1] + 1].to(device)
+        return block[:, :, :, torch.tensor(inside, device=block.device)].to(device)
 
     def fork(self) -> Self:
         """As `Archive.fork`; blocks are shared. Raises ValueError if some may lie in a file."""

@@ -16,8 +16,9 @@ from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
-from sinkstream.engine.recalling import StreamRecall, check_recall, recall_slots
+from sinkstream.engine.recalling import StreamRecall, check_recall, recall_slots, reread_tokens
 from sinkstream.engine.refresh import rehearse_refresh
+from sinkstream.engine.rereading import PackedReader
 from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
@@ -311,6 +312,7 @@ def checked_cache(
             captures=step.captures,
             max_sink=max_sink,
             recall_slots=recall_slots(cache),
+            reread_tokens=reread_tokens(cache),
         )
     except ValueError:
         cache.close()
@@ -341,9 +343,13 @@ def _prompts(
     model: PreTrainedModel,
 ) -> Callable[[torch.Tensor, int], None]:
     """What appends token ids to a stream: chunks that cross prunes, or, where these are not known, that end there."""
-    if cache.stream.recalling is not None:
+    recall = cache.stream.recalling
+    if recall is not None:
         bare, framed = (PromptForward(weights, state, chunk_tokens, short_sizes, framed=f) for f in (False, True))
-        return StreamRecall(state, cache.stream.recalling, (bare, framed))
+        tokens = reread_tokens(cache)
+        if tokens:
+            recall.reread = PackedReader(weights, state.spec, tokens, short_sizes)
+        return StreamRecall(state, recall, (bare, framed))
     if state.policy.plan_known:
         return PromptForward(weights, state, chunk_tokens, short_sizes)
     return partial(prefill_by_module, state, cache, model)

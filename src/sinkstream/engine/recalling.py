@@ -262,6 +262,13 @@ def recall_slots(cache: PrefillCache) -> int:
     return 0 if recall is None else recall.settings.slots
 
 
+def reread_tokens(cache: PrefillCache) -> int:
+    """The most tokens that are read again at once, sinks included; 0 where keys and values are kept."""
+    recall = cache.stream.recalling
+    kept = recall is None or ARCHIVES[recall.settings.archive].keeps_entries
+    return 0 if kept or recall is None else recall.sink + recall.settings.slots
+
+
 def check_recall(cache: PrefillCache, streams: int, max_sink: int | None) -> None:
     """Raise ValueError, by name, for what the engine does not serve beside recall."""
     recall = cache.stream.recalling
