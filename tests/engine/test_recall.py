@@ -79,27 +79,26 @@ def test_every_token_sees_what_brute_force_sees(policy, family, backend):
     assert judged.sum() > 40 and worst(nll[judged], expected.nll[judged]) < TOLERANCE
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_a_recalled_key_one_place_beside_its_own_would_show(shift, monkeypatch):
+def test_a_recalled_key_one_place_beside_its_own_would_show(monkeypatch):
     """The control: the comparison above must be able to fail."""
     from sinkstream.engine.recalling import StreamRecall
 
     recall = StreamRecall.recall
     monkeypatch.setattr(
-        StreamRecall, "recall", lambda *a, drop=0, **more: recall(*a, drop=drop, shift=more["shift"] + shift)
+        StreamRecall, "recall", lambda *a, drop=0, **more: recall(*a, drop=drop, shift=more["shift"] + 1)
     )
     model, ids = build("llama"), repetitive()
     engine = Engine(model, **STRICT, recall="lexical", **SMALL, **WORDS, recall_distance=9)
     expected, _ = run_recall(Network(model), ids, Rule(**STRICT), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
-    assert (worst(engine.score(ids)[1:], expected.nll) < TOLERANCE) == (shift == 0)
+    assert worst(engine.score(ids)[1:], expected.nll) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("archive", ["kv", "text"])
 def test_forty_choices_agree_with_the_drop_in_token_for_token(archive):
     """Rebases on the way, and an archive of keys and values that loses its oldest tokens."""
-    model, ids = build("gpt_neox" if archive == "kv" else "llama"), token_ids(600)
+    model, ids = build("gpt_neox" if archive == "kv" else "llama", layers=2), token_ids(440)
     options = {"recall": "random", **SMALL, "recall_distance": 6, "recall_seed": 3, "recall_archive": archive}
-    options |= {"recall_bytes": 200_000 if archive == "kv" else 4_000}
+    options |= {"recall_bytes": 100_000 if archive == "kv" else 4_000}
     engine = Engine(model, **STRICT, **options, rebase_at=90)
     found = stepped(engine, ids)
     cache = StreamingCache.for_model(model, **STRICT, **options)
@@ -112,8 +111,7 @@ def test_forty_choices_agree_with_the_drop_in_token_for_token(archive):
     assert {name: counts[name] for name in names} == {name: theirs[name] for name in names}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("backend", ["ring", "kernels"])
+@pytest.mark.parametrize(("family", "backend"), [("llama", "kernels"), ("gpt_neox", "ring")])
 def test_a_gate_that_stays_shut_changes_nothing(family, backend):
     model, ids = build(family), repetitive()
     bare = Engine(model, **STRICT, backend=backend)
