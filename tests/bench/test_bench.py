@@ -710,6 +710,19 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
     )
 
 
+def test_passages_come_again_and_the_record_says_what_recall_did(bench, tmp_path):
+    tiny_model.save_model(tmp_path / "tiny")
+    recall = "recall=lexical:recall_slots=32:recall_row_level=1.5:recall_row_rare=1:recall_every=4"
+    line = "--model tiny --cap 256 --tokens 150 --warmup 1 --backend ring --text repeats --out out"
+    done = bench(f"{line} --policy strict,strict:{recall}:recall_archive=text")
+    assert (done.code, done.err) == (0, "")
+    strict, recalled = BenchRecord.below(tmp_path / "out")
+    assert strict.recall is None and strict.protocol["prefill_tokens"] == recalled.protocol["prefill_tokens"] == 1_024
+    found = recalled.recall
+    assert 0 < found["gate_open"] < 1 and 0 < found["framed"] < 1 and found["frames"] > 1
+    assert 0 < found["recalled_mean"] <= 32 and found["archived"] > 900 and recalled.floor["visible_mean"] <= 256
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -729,6 +742,7 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
         ("--shape pythia-14m --backend graph", "accepted: cuda"),
         ("--shape pythia-14m --cap 32", "cap=32 is too small"),
         ("--device tpu", "unknown device"),
+        ("--prefill 9 --policy strict:recall=lexical", "--prefill times policies without recall"),
     ],
 )
 def test_mistakes_are_one_line(bench, line, told):
