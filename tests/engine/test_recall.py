@@ -236,3 +236,19 @@ def test_what_is_written_with_recall_is_learned_while_steps_run():
     assert list(archive.ids) == archived and archive.end == engine.stats()["seen"] - (
         48 - 4 - len(engine.recall.memory.frame)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("archive", ["kv", "text"])
+def test_short_chunks_are_captured_while_tokens_stand_in_the_frame(archive):
+    model, ids = build("llama", torch.float16).cuda(), repetitive(600).cuda()
+    options = {**STRICT, "recall": "recent", **SMALL, "recall_hold": 99, "recall_archive": archive}
+    logits = []
+    for backend in ("ring", "fused"):
+        engine = Engine(model, **options, backend=backend)
+        for part in ids[:240].split(60):
+            engine.prefill(part)
+            engine.step(part[:1])
+        logits.append(engine.ask(ids[300:330]))
+        assert engine.stats()["recalled"] == 12
+    assert (logits[0] - logits[1]).abs().mean() < 0.05

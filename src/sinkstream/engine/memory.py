@@ -83,7 +83,9 @@ class MemoryNeed:
         if policy.plan_known:
             chunk = chunk_tokens
             if captures:  # sizes are captured in any order: the pool holds up to twice the largest
-                kept, workspace = 2 * short_chunk_sizes(chunk_tokens)[-1], 2 * workspace
+                forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
+                kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
+                workspace *= 1 + forwards
         else:
             chunk, slot = PrefillStream.chunk_tokens, 2 * spec.kv_heads * spec.head_dim * size  # of one layer
             cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)

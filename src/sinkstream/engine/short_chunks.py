@@ -127,5 +127,6 @@ def idle_band(state: StreamState, table: torch.Tensor) -> Band:
         past=g.sink,
         length=0,
         stays=1,
+        sinks=g.sink,
         table=table,
     )
