@@ -242,7 +242,7 @@ def test_what_is_written_with_recall_is_learned_while_steps_run():
 @pytest.mark.parametrize("archive", ["kv", "text"])
 def test_short_chunks_are_captured_while_tokens_stand_in_the_frame(archive):
     model, ids = build("llama", torch.float16).cuda(), repetitive(600).cuda()
-    options = {**STRICT, "recall": "recent", **SMALL, "recall_hold": 99, "recall_archive": archive}
+    options = {**STRICT, "recall": "recent", **SMALL, "recall_archive": archive}
     logits = []
     for backend in ("ring", "fused"):
         engine = Engine(model, **options, backend=backend)

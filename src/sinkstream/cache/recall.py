@@ -404,7 +404,7 @@ class Recall(RecallMemory):
         if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
-        positions = torch.tensor(tokens, dtype=torch.int64, device=device).view(1, 1, 1, -1)
+        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1).to(device, non_blocking=True)
         ring.recall(keys, values, positions, drop=drop, shift=shift)
         schedule.hold(ring.live)
         self.frame, self.recalls = tokens, self.recalls + bool(tokens)

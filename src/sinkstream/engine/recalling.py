@@ -1,6 +1,6 @@
 """`StreamRecall`: recall in the one stream of an engine; `cache.recall` says what comes back, and when.
 
-Keys and values are copied out of the ring before a step writes over them, 64 tokens at once; a step waits for no copy.
+Keys and values are copied out of the ring before a step writes over them, many at once; a step waits for no copy.
 At every choice the host reads the latest token ids, as soon as the step that appends the last of them has begun: the
 choice and the fetch overlap with that step. What comes back is written to slots of its own between two steps, and the
 next plan says how many of these are read.
@@ -9,8 +9,7 @@ next plan says how many of these are read.
 import torch
 
 from sinkstream.archive import ARCHIVES
-from sinkstream.archive.kv import BLOCK
-from sinkstream.cache.pinned import SLOT_AXIS, frame_phases, unrotated, write_rotated
+from sinkstream.cache.pinned import SLOT_AXIS, unrotated, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
@@ -20,6 +19,8 @@ from sinkstream.engine.refresh import window_slots
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.layout import NO_TOKEN
 from sinkstream.policies import PruneSchedule
+
+COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
 
 
 class Leaving:
@@ -101,7 +102,7 @@ class StreamRecall:
         if schedule.sure_steps() < 1:
             end = self.counters.first_window + schedule.cached + 1 - target
             if end > self._leaving.end:
-                self._copy(min(end + BLOCK - 1, self.counters.seen))
+                self._copy(min(end + COPIED - 1, self.counters.seen))
 
     def planned(self) -> None:
         """The rows of the plan have no token ids yet."""
@@ -247,9 +248,9 @@ class StreamRecall:
             for part in (state.keys, state.values):
                 part[..., :sink, :] = part[..., g.framed : g.framed + sink, :]
         if count:
-            slots = slice(sink, sink + count)
-            phases = frame_phases(state.spec.rope, positions, base=0, first=sink + shift)
-            write_rotated(state.spec.rope, state.keys[..., slots, :], keys, phases)
+            slots, rope = slice(sink, sink + count), state.spec.rope
+            phases = rope.phases(torch.arange(sink + shift, sink + shift + count, device=state.device))
+            write_rotated(rope, state.keys[..., slots, :], keys, phases)
             state.values[..., slots, :] = values
         counters.geometry = g if count else g.bare
         counters.recalled = count

@@ -38,6 +38,7 @@ class PackedReader:
             rebase_at=REBASE_AT,
         )
         self.prompts = PromptForward(weights, self.state, tokens, short_sizes)
+        self.prompts.short.prepare(tokens)
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +46,7 @@ class PackedReader:
         state = self.state
         state.counters[0], state.schedules[0] = Counters(state.geometry), PruneSchedule(state.policy)
         with torch.cuda.device_of(state.keys):  # Triton launches on the current device
-            self.prompts.append(torch.tensor(list(ids), device=state.device), 0, last=False)
+            self.prompts.append(torch.tensor(list(ids)).to(state.device, non_blocking=True), 0, last=False)
         read = slice(0, len(ids))
         return unrotated(state.spec.rope, state.keys[..., read, :], 0), state.values[..., read, :].clone()
 
