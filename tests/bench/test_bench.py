@@ -553,6 +553,31 @@ def test_policies_over_strict_are_the_worse_of_two_shapes(tmp_path):
     assert render_bench(tmp_path)["bench-policies"] == NONE_YET, "only two that took turns with nobody else"
 
 
+def plant_recall(folder, archive, gate_open=0.03):
+    """Strict with and without recall, which took turns on each of two shapes."""
+    for model, dtype, tpot_ms in (("random:pythia-2.8b", "float16", 2.02), ("random:llama-3.2-1b", "bfloat16", 1.0)):
+        kind, name = archive or ("text" if "pythia" in model else "kv"), f"{archive}-{gate_open}-{dtype}"
+        more = {"model": model, "dtype": dtype, "turn": name, "chunks": 200, "p99_over_p50": tpot_ms}
+        strict = make_bench_record(name, policy="strict", tpot_ms=tpot_ms / 1.01, **more)
+        recall = make_bench_record(f"{name}-recall", policy=f"strict {kind}", tpot_ms=tpot_ms, **more)
+        recall["policy"]["options"] = {"recall": "lexical", **({} if kind == "kv" else {"recall_archive": kind})}
+        recall["recall"] = {"gate_open": gate_open}
+        for record in (strict, recall):
+            BenchRecord.write(record, folder)
+
+
+def test_recall_over_strict_is_the_worse_of_two_shapes_with_the_gate_live(tmp_path):
+    plant_recall(tmp_path, "kv")
+    plant_recall(tmp_path, None, gate_open=0.0)
+    assert {f"recall.{key}_over_{other}" for key, other in (("tpot", "strict"), ("p99", "p50"))} <= set(
+        write_summary(tmp_path).missing
+    )
+    plant_recall(tmp_path, None)
+    found = write_summary(tmp_path).headlines
+    assert found["recall.tpot_over_strict"]["value"] == pytest.approx(1.01)
+    assert found["recall.p99_over_p50"] == {"value": 2.02, "record": "None-0.03-float16-recall"}
+
+
 def test_headlines_are_computed_from_the_records(tmp_path):
     planted(tmp_path)
     summary = write_summary(tmp_path)
@@ -574,7 +599,7 @@ def test_headlines_are_computed_from_the_records(tmp_path):
     )
     assert summary.headlines["engine.tpot_over_floor"]["record"] == "strict"
     assert summary.headlines["engine.million_token_tpot_ratio"]["record"] == "long"
-    assert set(SPEED_HEADLINES) == set(found)
+    assert {key for key in SPEED_HEADLINES if not key.startswith("recall.")} == set(found)
     assert "engine.ppl_relative_error" in summary.missing
 
 
@@ -685,6 +710,19 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
     )
 
 
+def test_passages_come_again_and_the_record_says_what_recall_did(bench, tmp_path):
+    tiny_model.save_model(tmp_path / "tiny")
+    recall = "recall=lexical:recall_slots=32:recall_row_level=1.5:recall_row_rare=1:recall_every=4"
+    line = "--model tiny --cap 256 --tokens 150 --warmup 1 --backend ring --text repeats --out out"
+    done = bench(f"{line} --policy strict,strict:{recall}:recall_archive=text")
+    assert (done.code, done.err) == (0, "")
+    strict, recalled = BenchRecord.below(tmp_path / "out")
+    assert strict.recall is None and strict.protocol["prefill_tokens"] == recalled.protocol["prefill_tokens"] == 1_024
+    found = recalled.recall
+    assert 0 < found["gate_open"] < 1 and 0 < found["framed"] < 1 and found["frames"] > 1
+    assert 0 < found["recalled_mean"] <= 32 and found["archived"] > 900 and recalled.floor["visible_mean"] <= 256
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -704,6 +742,7 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
         ("--shape pythia-14m --backend graph", "accepted: cuda"),
         ("--shape pythia-14m --cap 32", "cap=32 is too small"),
         ("--device tpu", "unknown device"),
+        ("--prefill 9 --policy strict:recall=lexical", "--prefill times policies without recall"),
     ],
 )
 def test_mistakes_are_one_line(bench, line, told):

@@ -11,7 +11,6 @@ from recall_case import SMALL, STRICT, TOKENS, WORDS, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
-from sinkstream.engine import Engine
 
 POLICIES = {
     "strict": STRICT,
@@ -236,8 +235,6 @@ def test_hybrid_models_and_batches_are_refused():
 
 def test_heads_that_a_model_does_not_have_are_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match="recall='lexical' is not served by the engine"):
-        Engine(model, **STRICT, recall="lexical")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
         StreamingCache.for_model(model, **STRICT, recall="heads")
     with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sinkstream.data import TEXTS, Text, hub, load_text, random_tokens, tokenize, tokens
+from sinkstream.data import TEXTS, Text, hub, load_text, random_tokens, repeating_tokens, tokenize, tokens
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +332,21 @@ def test_warning_about_the_models_maximum_stays_inside(tokenizer, prose, caplog)
     finally:
         library.propagate = False
         tokenizer.deprecation_warnings.clear()
+
+
+def test_repeated_passages_come_from_long_before():
+    found = repeating_tokens(5_000, 3_000, back=300, seed=3, every=500, passage=20)
+    plain, ids = random_tokens(5_000, 3_000, 3).ids, found.ids
+    places = [place for place in range(0, 3_000, 500) if place >= 600]
+    changed = (ids != plain).nonzero().flatten().tolist()
+    assert changed and {t // 500 * 500 for t in changed} == set(places) and max(t % 500 for t in changed) < 20
+    for place in places:
+        passage = ids[place : place + 20]
+        first = [f for f in range(place - 600, place - 299) if torch.equal(ids[f : f + 20], passage)]
+        assert len(first) == 1
+    assert found.name == "repeats" and "every 500 tokens 20 of 300 to 600 before, seed 3" in found.source
+    with pytest.raises(ValueError, match="passage=20 is not accepted; accepted: 1 to 10"):
+        repeating_tokens(50, 100, back=10, passage=20)
 
 
 def test_random_tokens_follow_their_seed():

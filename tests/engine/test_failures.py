@@ -45,7 +45,7 @@ def test_a_streamer_is_ended_once_whatever_fails(failure, monkeypatch):
     options = {"prompt": token_ids(30), "max_new_tokens": 5} | options
     e, streamer = engine(), Ends()
     if options.pop("fails", False):
-        monkeypatch.setattr(PromptForward, "_forward", fail)
+        monkeypatch.setattr(PromptForward, "append", fail)
     with pytest.raises(error):
         e.generate(options.pop("prompt"), streamer=streamer, stop_tokens=(), **options)
     assert streamer.ended == 1

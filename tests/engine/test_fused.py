@@ -15,6 +15,7 @@ from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
+from sinkstream.engine.span import Block
 from sinkstream.kernels import set_implementation
 from sinkstream.kernels.layout import TOKEN
 from sinkstream.policies import EvictionPolicy
@@ -217,7 +218,7 @@ def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
     launched = engine(policy=policy, model=model, rebase_at=60).score(ids)[1:]
     apart = engine(policy=policy, model=model, rebase_at=60)
     plan = {op: replace(p, prefetch=0, pdl=False) for op, p in default_plan(apart.weights, apart.state).items()}
-    apart._step.decodes[0, 1] = FusedDecode(apart.weights, apart.state.span(), plan)
+    apart._step.decodes[Block(0, 1)] = FusedDecode(apart.weights, apart.state.span(), plan)
     assert torch.equal(replayed, launched) and torch.equal(replayed, apart.score(ids)[1:])
     assert replayed.isfinite().all()
     if policy in SAME_CHOICES:

@@ -101,8 +101,8 @@ def test_an_interrupted_prefill_forgets_its_stream_and_no_other(policy, monkeypa
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    forward, begin = PromptForward._forward, e._cache.begin_forward
-    monkeypatch.setattr(PromptForward, "_forward", lambda *a: interrupt() or forward(*a))
+    forward, begin = PromptForward.append, e._cache.begin_forward
+    monkeypatch.setattr(PromptForward, "append", lambda *a: interrupt() or forward(*a))
     monkeypatch.setattr(e._cache, "begin_forward", lambda *a: interrupt() or begin(*a))
     with pytest.raises(KeyboardInterrupt):
         e.prefill(token_ids(600), stream=0)

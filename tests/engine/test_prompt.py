@@ -164,8 +164,8 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     model, ids = build("llama", layers=2), token_ids(300)
     e = engine(model, "strict", chunk_tokens=100)
     monkeypatch.setattr(e._cache, "begin_forward", lambda *_: pytest.fail("the module is called"))
-    sizes, forward = [], e._append._forward
-    monkeypatch.setattr(e._append, "_forward", lambda part, *a: sizes.append(len(part)) or forward(part, *a))
+    sizes, forward = [], e._append.append
+    monkeypatch.setattr(e._append, "append", lambda part, *a: sizes.append(len(part)) or forward(part, *a))
     e.prefill(ids)
     assert sizes == [100, 100, 100] and e.stats()["events"] > 200
 

@@ -11,6 +11,7 @@ from streams import small_policy
 
 from sinkstream.engine import Engine, Sampler
 from sinkstream.engine.sampling import StreamSampler
+from sinkstream.engine.span import Block
 from sinkstream.kernels.sample import sample
 from sinkstream.kernels.sample_twin import processed, weights
 
@@ -193,8 +194,8 @@ def test_the_rehearsal_of_a_capture_changes_nothing(backend):
     with state.sampling.using({0: StreamSampler(Sampler(**options), 3, torch.tensor([1, 2]))}):
         state.choose(None)
         before = held()
-        with state.rehearsing((0, 1)):
-            state.block = (0, 1)
+        with state.rehearsing(Block(0, 1)):
+            state.block = Block(0, 1)
             step()
             step()
             assert not all(torch.equal(a, b) for a, b in zip(before, held())), "control: steps were done"

@@ -67,6 +67,22 @@ def test_a_token_that_is_itself_a_sink(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", [NEOX, LLAMA])
+def test_the_last_slots_of_longer_heads(heads, implementation):
+    """What an engine with recall reads while nothing is recalled: bit for bit what contiguous slots give."""
+    case = Case(torch.float16, **heads, head_dim=64, rotary=16, **ring((4, 33, 4, 20, 33)))
+    longer = [torch.cat([torch.full_like(part[:, :, :24], float("nan")), part], 2) for part in (case.keys, case.values)]
+    expected, key = case.run(implementation, splits=2, tile=16), case.keys[:, :, case.slot].clone()
+    case.keys, case.values = (part[:, :, 24:] for part in longer)
+    assert torch.equal(case.run(implementation, splits=2, tile=16), expected)
+    assert torch.equal(case.keys[:, :, case.slot], key) and all(part[:, :, :24].isnan().all() for part in longer)
+    with pytest.raises(ValueError, match="keys and values have strides"):
+        attention_decode(
+            case.qkv, case.keys, expected.new_zeros(case.keys.shape), case.scalars, case.rope, **case.options
+        )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_frames_matter(implementation):
     """The control: with one frame for everything, as if nothing had been evicted, the result is another one."""
     case = Case(torch.float16, **NEOX, head_dim=64, rotary=64, **ring((4, 20, 4, 3, 20)))

@@ -226,7 +226,9 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
     assert len(reply.stream) == 20_000 and "4.0 times" in reply.stream.source
     recall = {"recall": "lexical", "recall_slots": 16, "recall_every": 512, "recall_archive": "text"}
     batch = ReplyBatch(loaded, reply, Request(tmp_path, {}, COMMAND, 0), ReplyRecord)
-    records = batch.run([blocks("strict", 64), blocks("strict", 64, recall=recall)], Console(quiet=True))
+    records = batch.run(
+        [blocks("strict", 64), blocks("strict", 64, recall=recall, backend="ring")], Console(quiet=True)
+    )
     for record in ReplyRecord.below(tmp_path):
         assert [w["first"] for w in record.windows] == [FIRST_WINDOW, 5_000, 10_000, 20_000 - WINDOW]
         assert all(w["tokens"] == WINDOW and w["mean"] > 0 for w in record.windows)

@@ -212,6 +212,19 @@ def test_answers_do_not_depend_on_the_blocks(stream, name):
     assert found[0] == pytest.approx(found[1], abs=2e-3)
 
 
+@pytest.mark.parametrize("chooser", [None, "lexical", "oracle"])
+def test_the_engine_answers_what_the_drop_in_answers(stream, chooser):
+    recall = {"recall": chooser, "recall_slots": 48} if chooser else {}
+    loaded, found = tiny_model.loaded(), []
+    for backend in ("hf", "ring"):
+        settings = RunSettings("strict", 200, evaluate="blocks", block_tokens=64, recall=recall, backend=backend)
+        asking = Asking(loaded, stream.exam, settings)
+        assert answer_all(asking)[0] == "complete" and asking.done == len(stream.exam.ids)
+        found.append([[a.log_prob for a in asking.answers], [a.held for a in asking.answers]])
+    assert found[0][0] == pytest.approx(found[1][0], abs=2e-3)
+    assert found[0][1] == found[1][1] and (chooser != "oracle" or min(found[0][1]) > 0)
+
+
 def test_an_oracle_is_told_what_each_question_wants(stream):
     settings = RunSettings("strict", CAP, recall={"recall": "oracle", "recall_slots": 8})
     options = told(settings, stream.questions).recall

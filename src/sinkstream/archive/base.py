@@ -7,7 +7,7 @@ them through the model again when they are wanted.
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -26,6 +26,8 @@ class Archive(ABC):
     ids : array of int
         Their ids.
     """
+
+    keeps_entries: ClassVar[bool] = True  # whether `append` reads keys and values
 
     def __init__(self, first: int):
         self.first = self.end = first

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import torch
@@ -12,31 +13,62 @@ from sinkstream.archive.block_file import BlockFile
 BLOCK = 64  # tokens that move together
 
 
+class _Transfers:
+    """Copies between the device and the host that no step waits for.
+
+    Blocks leave on a side stream, into page-locked buffers that are used again; a thread copies them on, since locking
+    pages for every block would stop the device. What is read comes on another side stream.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._leaving, self._coming = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._free: list[torch.Tensor] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+
+    def leave(self, source: torch.Tensor) -> "Future[torch.Tensor]":
+        """Copy a block to the host, once the present stream has written it."""
+        with torch.inference_mode(False):
+            buffer = self._free.pop() if self._free else torch.empty_like(source, device="cpu", pin_memory=True)
+        self._leaving.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._leaving):
+            buffer.copy_(source, non_blocking=True)
+            source.record_stream(self._leaving)
+            done = torch.cuda.Event()
+            done.record(self._leaving)
+        return self._thread.submit(self._keep, buffer, done)
+
+    def _keep(self, buffer: torch.Tensor, done: torch.cuda.Event) -> torch.Tensor:
+        done.synchronize()
+        kept = torch.empty(buffer.shape, dtype=buffer.dtype).copy_(buffer)
+        self._free.append(buffer)
+        return kept
+
+    def come(self, part: torch.Tensor) -> torch.Tensor:
+        """Copy a part of a block to the device; the present stream waits for it, and it for nothing."""
+        with torch.cuda.stream(self._coming):
+            moved = part.to(self.device)
+        present = torch.cuda.current_stream(self.device)
+        present.wait_stream(self._coming)
+        moved.record_stream(present)
+        return moved
+
+
 class _Block:
     """Keys and values of `BLOCK` tokens, ``(2, layers, kv_heads, BLOCK, head_dim)``, on the host."""
 
-    __slots__ = ("_ready", "_tensor")
+    __slots__ = ("_coming", "_tensor")
 
-    def __init__(self, source: torch.Tensor):
-        self._ready = None
-        if source.device.type == "cuda":  # no step waits: a side stream copies what the step's stream has written
-            side = torch.cuda.Stream(source.device)
-            side.wait_stream(torch.cuda.current_stream(source.device))
-            self._tensor = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            with torch.cuda.stream(side):
-                self._tensor.copy_(source, non_blocking=True)
-                source.record_stream(side)
-                self._ready = torch.cuda.Event()
-                self._ready.record(side)
-        else:
-            self._tensor = source.detach().clone()
+    def __init__(self, source: torch.Tensor, transfers: _Transfers | None):
+        self._coming = None if transfers is None else transfers.leave(source)
+        self._tensor = source.detach().clone() if transfers is None else None
 
     @property
     def tensor(self) -> torch.Tensor:
         """What was copied; waits until it has arrived."""
-        if self._ready is not None:
-            self._ready.synchronize()
-            self._ready = None
+        if self._coming is not None:
+            self._tensor, self._coming = self._coming.result(), None
+        assert self._tensor is not None, "a block holds something"
         return self._tensor
 
 
@@ -62,6 +94,7 @@ class KVArchive(Archive):
         self._in_file = 0  # blocks of the file; they are older than those in memory
         self._latest: list[torch.Tensor] = []  # (2, layers, kv_heads, tokens, head_dim) each, on the device
         self._block_bytes = 0
+        self._transfers: _Transfers | None = None  # once something comes from a GPU
 
     @property
     def bytes(self) -> int:
@@ -95,7 +128,9 @@ class KVArchive(Archive):
 
     def _keep(self, block: torch.Tensor) -> None:
         self._block_bytes = block.numel() * block.element_size()
-        self._blocks.append(_Block(block.contiguous()))
+        if block.is_cuda and self._transfers is None:
+            self._transfers = _Transfers(block.device)
+        self._blocks.append(_Block(block.contiguous(), self._transfers if block.is_cuda else None))
         while self._blocks and len(self._blocks) * self._block_bytes > self.budget_bytes:
             if self.file is None or self.file.append(self._blocks[0].tensor):  # the file may lose its oldest for it
                 self._lose(BLOCK)
@@ -127,7 +162,7 @@ class KVArchive(Archive):
         parts, run = [], list[int]()
         for index in [*indices, -1]:  # tokens of one block are read at once
             if run and (index < 0 or self._number(index) != self._number(run[0])):
-                parts.append(self._read_of(self._number(run[0]), run).to(device, non_blocking=True))
+                parts.append(self._read_of(self._number(run[0]), run, device))
                 run = []
             run.append(index)
         joined = torch.cat(parts, 3)
@@ -136,7 +171,7 @@ class KVArchive(Archive):
     def _number(self, index: int) -> int:
         return (index - self.first) // BLOCK
 
-    def _read_of(self, number: int, indices: list[int]) -> torch.Tensor:
+    def _read_of(self, number: int, indices: list[int], device: torch.device) -> torch.Tensor:
         inside = [index - self.first - number * BLOCK for index in indices]
         if number < self._in_file:
             assert self.file is not None, "blocks lie in a file"
@@ -145,7 +180,11 @@ class KVArchive(Archive):
             block = self._blocks[number - self._in_file].tensor
         else:
             block = torch.cat(self._latest, 3)
-        return block[:, :, :, torch.tensor(inside, device=block.device)]
+        if inside[-1] - inside[0] == len(inside) - 1:  # as a rule, and no index must be copied
+            part = block[:, :, :, inside[0] : inside[-1] + 1]
+        else:
+            part = block[:, :, :, torch.tensor(inside, device=block.device)]
+        return part.to(device) if self._transfers is None or part.is_cuda else self._transfers.come(part)
 
     def fork(self) -> Self:
         """As `Archive.fork`; blocks are shared. Raises ValueError if some may lie in a file."""

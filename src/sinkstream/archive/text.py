@@ -32,6 +32,8 @@ class TextArchive(Archive):
     budget_bytes : int
     """
 
+    keeps_entries = False
+
     def __init__(self, first: int, *, sinks: Sequence[int], reread: Reread, budget_bytes: int):
         super().__init__(first)
         self.sinks, self.reread, self.budget_bytes = list(sinks), reread, budget_bytes

@@ -5,7 +5,7 @@ turns rotates, so that clock drift affects all configurations alike.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from sinkstream.archive import RecallSettings
 from sinkstream.bench.rungs import open_timed, prompt_tokens
 from sinkstream.bench.settings import BenchConfig, Protocol
-from sinkstream.evaluation.decoders import step_weight_bytes
+from sinkstream.evaluation.decoders import Frames, step_weight_bytes
 from sinkstream.evaluation.runner import Report
 from sinkstream.measure.memory import held_mb
 from sinkstream.measure.metrics import token_nll
@@ -88,6 +89,7 @@ class TimedRun:
     weight_bytes: int = 0  # weights that one step reads
     profile: list[dict[str, Any]] | None = None
     reason: str | None = None  # why the run is not complete
+    recall: dict[str, Any] | None = None  # what recall did in the steady tokens, see `recall_figures`
 
 
 class ActiveRun:
@@ -110,6 +112,13 @@ class ActiveRun:
             lambda: [self.decoder.prefill(ids, s) for s, ids in enumerate(prompts)], device=self.device
         )
         self.logits, self.position = torch.cat(rows), tokens
+
+    def note_recall(self) -> None:
+        """Keep what recall has done in the steady tokens, if there is recall."""
+        frames, settings = self.decoder.frames, self.run.config.run.recall
+        if frames is not None:
+            first = self.position - self.run.samples.tokens
+            self.run.recall = recall_figures(frames, range(first, self.position), settings, self.decoder.counts())
 
     def warm_up(self) -> None:
         """Decode tokens that are not measured."""
@@ -184,6 +193,39 @@ def decode_in_turns(
         progress(first.tokens, protocol.tokens)
     if first.tokens % block_tokens:
         _note_memory(active)
+
+
+def recall_figures(
+    frames: Frames, steady: range, settings: Mapping[str, Any], counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """What recall did while the tokens `steady` were appended.
+
+    Returns
+    -------
+    dict
+        ``gate_open``: share of the choices that brought something back; ``framed``: share of the tokens that saw
+        recalled ones; ``frames``: how often the frame became another one, or was emptied; ``recalled_mean``: recalled
+        tokens of a token that saw some; and the counts of the archive at the end.
+    """
+    opened = changed = framed = recalled = 0
+    held: tuple[tuple[int, int], ...] = ()
+    ends = [*frames.tokens[1:], steady.stop]
+    for first, end, spans in zip(frames.tokens, ends, frames.spans):
+        inside = max(0, min(end, steady.stop) - max(first, steady.start))
+        if first in steady:
+            opened, changed = opened + bool(spans), changed + (spans != held)
+        held = spans
+        framed += inside * bool(spans)
+        recalled += inside * sum(last - begin for begin, last in spans)
+    every = settings.get("recall_every") or RecallSettings.every
+    choices = sum(token % every == 0 for token in steady)
+    return {
+        "gate_open": opened / choices if choices else None,
+        "framed": framed / len(steady),
+        "frames": changed,
+        "recalled_mean": recalled / framed if framed else 0.0,
+        **{name: counts[name] for name in ("archived", "archive_bytes", "archive_file_bytes", "archive_lost")},
+    }
 
 
 def drop_unpaired_chunks(runs: Sequence[TimedRun]) -> None:

@@ -64,6 +64,7 @@ class BenchRecord(StatusRecord):
     blocks: list[dict[str, Any]]
     memory: dict[str, Any]
     profile: list[dict[str, Any]] | None
+    recall: dict[str, Any] | None = None  # what recall did in the steady tokens; None without recall
 
     @property
     def hardware(self) -> str:
@@ -88,6 +89,7 @@ def run_figures(run: TimedRun, kv_token_bytes: int, ceiling: Bandwidth) -> dict[
         "chunks": {"tokens": samples.chunk_tokens, "seconds": [round(s, 7) for s in samples.chunk_seconds]},
         "blocks": _blocks(samples),
         "profile": run.profile,
+        "recall": run.recall,
     }
 
 

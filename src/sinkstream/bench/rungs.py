@@ -23,7 +23,7 @@ def default_rung(device: torch.device) -> str:
 def rung_runs(rung: str, policies: Sequence[RunSettings]) -> list[RunSettings]:
     """What a rung runs where `policies` are asked for: these, or the baseline that is the rung's own."""
     baseline = BACKENDS[rung].baseline
-    return list(policies) if baseline is None else [replace(policies[0], method=baseline, options={})]
+    return list(policies) if baseline is None else [replace(policies[0], method=baseline, options={}, recall={})]
 
 
 def fitted(protocol: Protocol, config: BenchConfig) -> Protocol:
@@ -35,10 +35,10 @@ def fitted(protocol: Protocol, config: BenchConfig) -> Protocol:
 
 
 def prompt_tokens(protocol: Protocol, config: BenchConfig) -> int:
-    """Tokens of the prompt: the cap; where the cache grows, so many that it has the cap in the middle or at the end."""
+    """Tokens of the prompt: a cap, or several; where the cache grows, it has the cap in the middle or at the end."""
     rung = BACKENDS[config.rung]
     if not rung.grows:
-        return config.run.given_cap
+        return protocol.prompt_caps * config.run.given_cap
     within = protocol.tokens if rung is StaticBackend else protocol.tokens // 2
     return max(1, config.run.given_cap - protocol.warmup - within)
 

@@ -160,6 +160,8 @@ class BenchSession:
                     one.warm_up()
             keep = (lambda: checkpoint.save(active[0])) if checkpoint else None
             decode_in_turns(active, block_tokens=self.block_tokens, progress=report, after_block=keep)
+            for one in active:
+                one.note_recall()
             for one in active if protocol.profile else ():
                 one.run.profile = profile_steps(one.decode, source.table.device)
         except (KeyboardInterrupt, WriteError) as error:
@@ -177,7 +179,7 @@ class BenchSession:
         """The checkpoint of a long run of one stream on the engine; None for other runs."""
         long = runs[0].protocol.tokens > self.block_tokens
         engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
-        single = len(runs) == 1 and runs[0].config.streams == 1
+        single = len(runs) == 1 and runs[0].config.streams == 1 and not runs[0].config.run.recall
         return Checkpoint(self.request.out, runs[0].id) if long and engine and single else None
 
     # ---- records ----

@@ -44,6 +44,7 @@ class Protocol:
     seconds: float | None = None  # time limit of the steady tokens of one configuration; it then has fewer of them
     teacher_forced: bool = False  # feed a text and record its NLL, instead of the likeliest token
     profile: bool = False  # profile a step, kernel by kernel
+    prompt_caps: int = 1  # tokens of the prompt, in caps
 
     def __post_init__(self) -> None:
         if self.tokens < 2:

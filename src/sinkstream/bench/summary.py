@@ -15,6 +15,7 @@ from sinkstream.registry import Registry
 SPEED_HEADLINES: Registry[Callable[[Sequence[BenchRecord]], Headline | None]] = Registry("speed headline")
 
 CAP = 2052
+RECALL_ARCHIVES = ("text", "kv")  # of the two shapes
 SHAPES_OF_STREAMS = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))
 TAIL_TOKENS = 20_000
 LONG_TOKENS = 1_000_000
@@ -73,6 +74,43 @@ def adaptive_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
 def window_attention_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of refresh by window attention, R = B = 64, over strict, as `engine.adaptive_over_strict`."""
     return _over_strict(records, "refresh-window-attention R=64 B=64")
+
+
+@SPEED_HEADLINES.register("recall.tpot_over_strict")
+def recall_tpot_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
+    """TPOT of strict with lexical recall over strict taking turns with it: 2,052 slots, gate live, worse of two shapes.
+
+    The shapes are Pythia-2.8B with the text archive, float16, and Llama-3.2-1B with the KV archive, bfloat16.
+    """
+    return _recall_figure(records, lambda strict, recall: recall.steady["tpot_ms"] / strict.steady["tpot_ms"])
+
+
+@SPEED_HEADLINES.register("recall.p99_over_p50")
+def recall_p99_over_p50(records: Sequence[BenchRecord]) -> Headline | None:
+    """P99 over P50 of a token with recall, as `recall.tpot_over_strict`."""
+    return _recall_figure(records, lambda _, recall: recall.latency_ms["all"]["p99"] / recall.latency_ms["all"]["p50"])
+
+
+def _recall_figure(
+    records: Sequence[BenchRecord], figure: Callable[[BenchRecord, BenchRecord], float]
+) -> Headline | None:
+    """A figure of the newest pair of strict with and without recall, of each shape; the worse one."""
+    worse, rung = [], fastest_rung(records)
+    for (model, dtype), archive in zip(BOTH, RECALL_ARCHIVES, strict=True):
+        found = [
+            Headline(figure(strict, recall), recall.id)
+            for strict, recall in pairs(select(records, rung=rung, model=model, dtype=dtype, cap=CAP, streams=1))
+            if strict.policy["label"] == "strict"
+            and recall.policy["name"] == "strict"
+            and recall.recall is not None
+            and recall.recall["gate_open"]
+            and recall.policy["options"].get("recall") == "lexical"
+            and recall.policy["options"].get("recall_archive", "kv") == archive
+        ]
+        if not found:
+            return None
+        worse.append(found[-1])
+    return max(worse)
 
 
 def _over_strict(records: Sequence[BenchRecord], policy: str) -> Headline | None:

@@ -1,7 +1,7 @@
 """The pinned frame of a soft ring: sinks, then refreshed or recalled tokens, rotated from unrotated copies."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -12,6 +12,29 @@ from sinkstream.cache.rope import Rope
 
 #: Told of tokens that leave the window: index in the stream of the first, unrotated keys in float32, values.
 Leaving = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class RecallRing(Protocol):
+    """What recall reads of a ring, and how it sets the frame; see `FramedRing`."""
+
+    @property
+    def keys(self) -> torch.Tensor: ...
+
+    @property
+    def pinned_keys(self) -> torch.Tensor: ...
+
+    @property
+    def pinned_values(self) -> torch.Tensor: ...
+
+    @property
+    def live(self) -> int: ...
+
+    @property
+    def pinned(self) -> int: ...
+
+    def recall(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, *, drop: int = 0, shift: int = 0
+    ) -> None: ...
 
 
 class FramedRing(RingBuffers):

@@ -30,8 +30,8 @@ from sinkstream.archive import (
 from sinkstream.archive.choosers.base import Head
 from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
+from sinkstream.cache.frame import RecallRing
 from sinkstream.cache.query_log import QueryLog
-from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
@@ -234,6 +234,11 @@ class Recall(RecallMemory):
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
 
+    def due(self, now: int) -> bool:
+        """Whether there is a choice before token `now`."""
+        held = self.asked_until > now  # nothing replaces what a question brought back
+        return self.question is not None or (now % self.settings.every == 0 and now != self.chosen_at and not held)
+
     def announce(self, ids: Sequence[int]) -> None:
         """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
         self._coming, self._room = (self.log.end, list(ids)), None
@@ -299,14 +304,12 @@ class Recall(RecallMemory):
         return float(self.index.scores(query).max())
 
     @torch.no_grad()
-    def choose(self, ring: SoftRing, schedule: PruneSchedule) -> None:
+    def choose(self, ring: RecallRing, schedule: PruneSchedule) -> None:
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
-        asked, self.question = self.question, None
+        due, asked, self.question = self.due(now), self.question, None
         self._room = None
-        held = self.asked_until > now  # nothing replaces what a question brought back
-        due = now % settings.every == 0 and now != self.chosen_at and not held
-        if self.archive is None or not len(self.archive) or (asked is None and not due):
+        if self.archive is None or not len(self.archive) or not due:
             return
         self.chosen_at = now
         score, tokens = self._best(now, asked)
@@ -374,7 +377,7 @@ class Recall(RecallMemory):
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
 
-    def _set_frame(self, ring: SoftRing, schedule: PruneSchedule, tokens: list[int]) -> None:
+    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int]) -> None:
         if tokens == self.frame:
             return
         archive, device = self.archive, ring.keys.device
@@ -391,7 +394,7 @@ class Recall(RecallMemory):
         if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
-        positions = torch.tensor(tokens, dtype=torch.int64, device=device).view(1, 1, 1, -1)
+        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1).to(device, non_blocking=True)
         ring.recall(keys, values, positions, drop=drop, shift=shift)
         schedule.hold(ring.live)
         self.frame, self.recalls = tokens, self.recalls + bool(tokens)

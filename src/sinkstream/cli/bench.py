@@ -25,7 +25,7 @@ from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, bench_serve, options
 from sinkstream.cli.show import wide_console
-from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.data import TokenStream, load_text, random_tokens, repeating_tokens, tokenize
 from sinkstream.engine import STEPS
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
@@ -52,6 +52,7 @@ from sinkstream.show.table import Table
 
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"
+REPEATS, PROMPT_CAPS = "repeats", 4  # a text; its prompt, in caps
 LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 
 
@@ -82,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--text",
-        help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, or a file",
+        help="feed this text again and again and record its NLL: pg19, wikitext, builtin, random, a file, or repeats:"
+        " random ids in which passages come again, for policies with recall, after a prompt of 4 caps",
     )
     group.add_argument(
         "--prefill",
@@ -332,8 +334,8 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
         raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
     for cap in args.cap:
         options.policy_settings(args, cap=cap)
-    forced = args.text is not None
-    return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile)
+    forced, caps = args.text is not None, PROMPT_CAPS if args.text == REPEATS else 1
+    return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile, caps)
 
 
 def _check_mode(args: argparse.Namespace) -> None:
@@ -346,6 +348,8 @@ def _check_mode(args: argparse.Namespace) -> None:
         return
     if mode in LEAST and min(getattr(args, mode), default=0) < LEAST[mode]:
         raise ValueError(f"--{mode} {getattr(args, mode)}: accepted: whole numbers of at least {LEAST[mode]}")
+    if any("recall" in given for _, given in args.policy):
+        raise ValueError(f"--{mode} times policies without recall; accepted: --policy NAME without recall=CHOOSER")
     others = {"--ladder": args.ladder, "--profile": args.profile, "--seconds": args.seconds}
     others["--streams"] = args.streams != [1]
     if mode in OF_GENERATE:
@@ -383,6 +387,10 @@ def _largest_turn(args: argparse.Namespace) -> int:
 
 def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:
     """What is fed: a text, or random ids for prompts."""
+    if args.text == REPEATS:
+        tokens = PROMPT_CAPS * max(args.cap) + args.warmup + args.tokens
+        back = max(args.cap) * 3 // 2  # half a cap after it has left the cache
+        return repeating_tokens(loaded.model.config.vocab_size, tokens, back=back, seed=args.seed)
     if args.text is None or args.text == "random":
         return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
     return tokenize(load_text(args.text), loaded.tokenizer)

@@ -4,7 +4,6 @@ import argparse
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_runs, wide_console
-from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.settings import EVALUATE
 
@@ -17,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("protocol")
     options.add_text(group, random=True)
     group.add_argument("--prefill", type=int, help="tokens fed before decoding (default: the cap)")
-    backends = evaluation_backends()
-    listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in backends)
-    group.add_argument("--backend", default="hf", choices=backends, help=f"what runs the model; {listed}")
+    options.add_backend(group)
     described = "; ".join(f"{name}: {text}" for name, text in EVALUATE.items())
     group.add_argument("--evaluate", default="steps", choices=list(EVALUATE), help=described)
     group.add_argument("--timed-tokens", type=int, help="tokens timed one by one, the rest in blocks (default: all)")

@@ -9,6 +9,7 @@ from typing import Any
 from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
 from sinkstream.cache import POSITIONS
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
+from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, FIXED, RunSettings, method_names, method_summary
 from sinkstream.measure.numerics import set_numerics
@@ -139,6 +140,13 @@ def add_output(group: argparse._ActionsContainer, out: str, what: str = "the rec
     """Add ``--out`` and ``--resume``, for commands that write run records."""
     group.add_argument("--out", type=Path, default=Path(out), help=f"folder of {what}")
     group.add_argument("--resume", action="store_true", help="use complete records of the same runs in --out")
+
+
+def add_backend(group: argparse._ArgumentGroup) -> None:
+    """Add ``--backend``, of an evaluation."""
+    backends = evaluation_backends()
+    listed = "; ".join(f"{name}: {BACKENDS.summary(name)}" for name in backends)
+    group.add_argument("--backend", default="hf", choices=backends, help=f"what runs the model; {listed}")
 
 
 def add_block_tokens(group: argparse._ArgumentGroup) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
+from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.studies.facts.run import ExamBatch
 from sinkstream.studies.streameval.design import (
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--forms", type=lambda text: text.split(","), default=list(FORMS_ASKED), help="cue, open, or both with a comma"
     )
     options.add_block_tokens(group)
+    options.add_backend(group)
     group = parser.add_argument_group("one endless reply, instead of a stream of facts")
     group.add_argument("--reply-tokens", type=int, help="tokens of the reply, in which facts are planted and asked")
     options.add_text(group, tokens=False)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _stream(args: argparse.Namespace) -> int:
     design = StreamEvalDesign(tuple(args.distances), args.every, args.questions, tuple(args.forms), seed=args.seed)
-    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    settings = _settings(args)
     console, loaded = wide_console(), options.load_given_model(args)
     stream = FactStream.write(design, _tokenizer(loaded))
     records = ExamBatch(loaded, stream, options.request(args), StreamEvalRecord).run(settings, console)
@@ -74,7 +76,7 @@ def _reply(args: argparse.Namespace) -> int:
     if baselines:
         raise ValueError(f"policy {baselines[0]!r} does not fit a reply without end; accepted: eviction policies")
     design = ReplyDesign(args.reply_tokens, args.cap, args.facts, tuple(args.forms), args.seed)
-    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    settings = _settings(args)
     console, text = wide_console(), load_text(args.text)
     loaded = options.load_given_model(args)
     tokenizer = _tokenizer(loaded)
@@ -83,6 +85,12 @@ def _reply(args: argparse.Namespace) -> int:
     measured = [record for record in records if len(record.answers["correct"])]
     title = f"{loaded.name}, one reply of {design.tokens:,} tokens over {text.name}, {design.facts} facts"
     return show_batch(records, measured, console, args.out, title, reply_table, draw_reply, REPLY_PICTURE)
+
+
+def _settings(args: argparse.Namespace) -> list[RunSettings]:
+    return options.policy_settings(
+        args, evaluate="blocks", block_tokens=options.block_tokens(args), backend=args.backend
+    )
 
 
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from sinkstream.data.text import Text
 
 FIRST_CHARACTERS_PER_TOKEN = 6
 SPARE_TOKENS = 64
+REPEAT_EVERY, PASSAGE = 1_024, 32  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,31 @@ def random_tokens(vocab_size: int, tokens: int, seed: int = 0) -> TokenStream:
             raise ValueError(f"{option} {value} is too small; accepted: 1 and above")
     ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
     return TokenStream.of(ids, name="random", source=f"uniform below {vocab_size}, seed {seed}", text_sha256=None)
+
+
+def repeating_tokens(
+    vocab_size: int, tokens: int, *, back: int, seed: int = 0, every: int = REPEAT_EVERY, passage: int = PASSAGE
+) -> TokenStream:
+    """Random ids, in which passages come again: at every multiple of `every` that lies so far, one of long before.
+
+    Parameters
+    ----------
+    back : int
+        A passage comes again `back` to twice `back` tokens later.
+
+    Raises
+    ------
+    ValueError
+        As `random_tokens`, and unless passages fit between two places.
+    """
+    if not 0 < passage <= min(every, back):
+        raise ValueError(f"passage={passage} is not accepted; accepted: 1 to {min(every, back)}")
+    ids, draw = random_tokens(vocab_size, tokens, seed).ids.clone(), torch.Generator().manual_seed(seed)
+    for place in range(-(-2 * back // every) * every, tokens - passage + 1, every):
+        first = place - back - int(torch.randint(back, (), generator=draw))
+        ids[place : place + passage] = ids[first : first + passage]
+    source = f"uniform below {vocab_size}, every {every} tokens {passage} of {back} to {2 * back} before, seed {seed}"
+    return TokenStream.of(ids, name="repeats", source=source, text_sha256=None)
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int) -> list[int]:

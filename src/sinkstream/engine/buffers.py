@@ -27,6 +27,8 @@ class StreamBuffers:
     device : torch.device
     max_sink : int or None
         Most sinks of a stream; default: the policy's.
+    recall_slots : int
+        The most tokens that are recalled at once; 0: no recall.
 
     Attributes
     ----------
@@ -83,9 +85,10 @@ class StreamBuffers:
         vocab: int,
         device: torch.device,
         max_sink: int | None = None,
+        recall_slots: int = 0,
     ):
         self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
-        self.geometry = Geometry.of(policy, positions, max_sink)
+        self.geometry = Geometry.of(policy, positions, max_sink, recall_slots)
         self.signals = sorted(PruneSchedule(policy).signals())
         with torch.inference_mode(False):
             for name, (shape, dtype) in self._shapes(vocab).items():
@@ -127,7 +130,7 @@ class StreamBuffers:
     def _shapes(self, vocab: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         spec, g, streams = self.spec, self.geometry, self.streams
         cached = (spec.layers, streams, spec.kv_heads, g.slots, spec.head_dim)
-        pinned = (spec.layers, streams, spec.kv_heads, g.pinned_slots, spec.head_dim)
+        pinned = (spec.layers, streams, spec.kv_heads, g.bare.pinned_slots, spec.head_dim)
         layers, heads = self._choosers()
         accumulates = "accumulated" in self.policy.needs
         return {

@@ -80,5 +80,6 @@ class StreamCounts(StreamBuffers):
     def stats(self, stream: int) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
         c = self.counters[stream]
-        counts = {"seen": c.seen, "kept": c.kept, "evicted": c.seen - c.kept, "events": c.events, "rebases": c.rebases}
+        evicted = c.seen - c.kept + c.recalled
+        counts = {"seen": c.seen, "kept": c.kept, "evicted": evicted, "events": c.events, "rebases": c.rebases}
         return counts | {"bytes": self.bytes}

@@ -150,7 +150,7 @@ class Decisions:
 
     def _rows(self, count: int, first_drops: dict[int, int]) -> list[list[list[int]]]:
         """Rows without a prune, but for the first: idle ones for streams that are not active."""
-        rows = [[self.state.geometry.idle_row()] * count for _ in range(self.state.streams)]
+        rows = [[self.state.geometry.bare.idle_row()] * count for _ in range(self.state.streams)]
         for s, ahead in self._ahead.items():
             rows[s] = []
             for i in range(count):

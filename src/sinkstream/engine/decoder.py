@@ -16,7 +16,9 @@ from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
+from sinkstream.engine.recalling import StreamRecall, check_recall, recall_slots, reread_tokens
 from sinkstream.engine.refresh import rehearse_refresh
+from sinkstream.engine.rereading import PackedReader
 from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.engine.steps import STEPS
@@ -51,6 +53,9 @@ class StreamDecoder(StreamKeeper):
     max_sink : int or None
         Most sinks that `join` may give a stream, which then has as much less window; default: the policy's. Goes with
         policies whose plan is known.
+    recall : str, Chooser or None
+        Who says which tokens that left the window come back, as in `StreamingCache.for_model`, with the same options
+        ``recall_slots``, ``recall_every`` … One stream, a policy whose plan is known, a chooser that reads ids alone.
 
     Raises
     ------
@@ -64,6 +69,7 @@ class StreamDecoder(StreamKeeper):
     spec : ModelSpec
     weights : PackedWeights
     state : StreamState
+    recall : StreamRecall or None
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class StreamDecoder(StreamKeeper):
             rebase_at=rebase_at,
             structure=self._cache.stream.structure,
             max_sink=max_sink,
+            recall_slots=recall_slots(self._cache),
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
@@ -116,6 +123,7 @@ class StreamDecoder(StreamKeeper):
         self._ready = self._step.ready
         short_sizes = short_chunk_sizes(chunk_tokens) if self._step.captures else ()
         self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache, model)
+        self.recall = self._append if isinstance(self._append, StreamRecall) else None
         self._watch = ModelWatch(model, self.weights)
 
     # ---- feeding ----
@@ -250,10 +258,6 @@ class StreamDecoder(StreamKeeper):
             nll[0] = float("nan")
         return nll
 
-    def close(self) -> None:
-        """Remove the prefill hooks from the model, as garbage collection of the engine does."""
-        self._cache.close()
-
     # ---- checks ----
 
     def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:
@@ -292,16 +296,12 @@ def checked_cache(
         raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
     model = inner_model(model)
     check_packable(model)
-    if options.get("recall") is not None:
-        raise ValueError(
-            f"recall={options['recall']!r} is not served by the engine; accepted: StreamingCache.for_model(model,"
-            " recall=CHOOSER, …), the cache for transformers"
-        )
     cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
     try:
         check_layers(cache.spec)
         check_max_sink(cache.policy, max_sink)
-        step.check(cache.spec, cache.policy, model.device, max_sink)
+        check_recall(cache, streams, max_sink)
+        step.check(cache.spec, cache.policy, model.device, max_sink, recall_slots(cache))
         check_engine(
             model,
             cache.spec,
@@ -311,6 +311,8 @@ def checked_cache(
             model.device,
             captures=step.captures,
             max_sink=max_sink,
+            recall_slots=recall_slots(cache),
+            reread_tokens=reread_tokens(cache),
         )
     except ValueError:
         cache.close()
@@ -341,6 +343,13 @@ def _prompts(
     model: PreTrainedModel,
 ) -> Callable[[torch.Tensor, int], None]:
     """What appends token ids to a stream: chunks that cross prunes, or, where these are not known, that end there."""
+    recall = cache.stream.recalling
+    if recall is not None:
+        bare, framed = (PromptForward(weights, state, chunk_tokens, short_sizes, framed=f) for f in (False, True))
+        tokens = reread_tokens(cache)
+        if tokens:
+            recall.reread = PackedReader(weights, state.spec, tokens, short_sizes)
+        return StreamRecall(state, recall, (bare, framed))
     if state.policy.plan_known:
         return PromptForward(weights, state, chunk_tokens, short_sizes)
     return partial(prefill_by_module, state, cache, model)

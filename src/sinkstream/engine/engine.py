@@ -19,7 +19,7 @@ from sinkstream.engine.custom_generate import check as check_custom_generate
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.decoder import StreamDecoder, checked_cache
 from sinkstream.engine.generation import Generation, ending, generate
-from sinkstream.engine.inputs import Ids
+from sinkstream.engine.inputs import Ids, encoded
 from sinkstream.engine.memory import check_weights
 from sinkstream.models import load_model, resolve_device, resolve_dtype, weight_bytes
 from sinkstream.policies import EvictionPolicy
@@ -108,6 +108,34 @@ class Engine(StreamDecoder):
             If an option or the prompt is not accepted.
         """
         return generate(self, {stream: ids}, max_new_tokens, **more)[stream]
+
+    def ask(self, ids: Ids | str, *, stream: int = 0, replay: bool = True) -> torch.Tensor:
+        """Feed a question at the end of a turn; what comes back is chosen by the question alone, without a gate.
+
+        Parameters
+        ----------
+        ids : Tensor (tokens,), sequence of int or str
+            New tokens only; at least one. Text needs a tokenizer.
+        replay : bool
+            Whether the question itself is computed with the tokens that come back. If not, only what follows is.
+
+        Returns
+        -------
+        Tensor, (vocab,), float32
+            Logits after the question; ``generate([], …)`` goes on from there.
+
+        Raises
+        ------
+        ValueError
+            If the engine has no recall, or the question is empty or not accepted.
+        """
+        if self.recall is None:
+            raise ValueError("this engine has no recall; accepted: Engine(model, recall=CHOOSER, …)")
+        question = self._ids(encoded(ids, self.tokenizer), stream)
+        if not replay:
+            logits = self.prefill(question, stream=stream)
+        self.recall.memory.ask(question.tolist())
+        return self.prefill(question, stream=stream) if replay else logits
 
     def generate_batch(self, prompts: Sequence[Ids | str], *, max_new_tokens: int, **more: Any) -> list[Generation]:
         """As `generate`, with prompt i in stream i; the streams are stepped together and end one by one."""

@@ -243,7 +243,13 @@ class FusedDecode:
         return Prefetch.of_rows(following.weight_in if self.neox else following.weight_qkv, size)
 
 
-def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+def check_kernels(
+    spec: ModelSpec,
+    policy: EvictionPolicy,
+    device: torch.device,
+    max_sink: int | None = None,
+    recall_slots: int = 0,
+) -> None:
     """Refuse, by name, what the kernels do not serve on a CUDA device; on a CPU the twins serve everything.
 
     Raises
@@ -266,7 +272,7 @@ def check_kernels(spec: ModelSpec, policy: EvictionPolicy, device: torch.device,
         width = getattr(spec.decoder.config, name)
         if width % 8:
             raise ValueError(f"{name}={width}; accepted by the kernels: multiples of 8; {_INSTEAD}")
-    g = Geometry.of(policy, "cache", max_sink)
+    g = Geometry.of(policy, "cache", max_sink, recall_slots)
     splits = default_attention(group, spec.head_dim, g.ring, g.pinned_slots).splits
     if sum(count_programs(splits, g.ring, g.pinned_slots)[1:]) > MAX_SPLITS:
         raise ValueError(

@@ -3,9 +3,12 @@
 Token p < sink lives in pinned slot p. Any later token lives in slot ``pinned_slots + (p - sink) % ring``. Slots from
 ``sink`` to ``pinned_slots - 1`` belong to refreshed tokens and are empty until the first prune with refresh. A stream
 with fewer sinks than there are slots for leaves the others empty.
+
+With recall the slots in front of these are a second frame: copies of the sinks, then recalled tokens. While nothing is
+recalled a step reads the slots behind it, as it would without recall; else all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sinkstream.cache.pinned import window_base
 from sinkstream.kernels.layout import (
@@ -35,23 +38,40 @@ class Geometry:
         Slots of the ring: what the largest window needs.
     original : bool
         Whether positions are indices in the stream instead of places in the cache.
+    framed : int
+        Slots of the frame of recalled tokens, its copies of the sinks included; 0 without recall.
     """
 
     sink: int
     refresh: int
     ring: int
     original: bool
+    framed: int = 0
 
     @classmethod
-    def of(cls, policy: EvictionPolicy, positions: str, max_sink: int | None = None) -> "Geometry":
-        """The slots that a policy needs, for streams of `policy.sink` to `max_sink` sinks (None: no more)."""
+    def of(
+        cls, policy: EvictionPolicy, positions: str, max_sink: int | None = None, recall_slots: int = 0
+    ) -> "Geometry":
+        """The slots that a policy needs, for streams of `policy.sink` to `max_sink` sinks (None: no more).
+
+        Parameters
+        ----------
+        recall_slots : int
+            The most tokens that are recalled at once; 0: no recall.
+        """
         sink = policy.sink if max_sink is None else max_sink
-        return cls(sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original")
+        framed = sink + recall_slots if recall_slots else 0
+        return cls(sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original", framed)
+
+    @property
+    def bare(self) -> "Geometry":
+        """The slots that are read while nothing is recalled: the last ones."""
+        return replace(self, framed=0)
 
     @property
     def pinned_slots(self) -> int:
         """Slots in front of the ring."""
-        return self.sink + self.refresh
+        return self.framed + self.sink + self.refresh
 
     @property
     def slots(self) -> int:
@@ -86,6 +106,8 @@ class Counters:
         Token index before which pinned tokens were last chosen, so that no prune chooses twice; -1: never.
     sink : int
         Sinks of this stream; -1: as many as there are slots for.
+    recalled : int
+        Tokens that stand behind the sinks and have come back.
     """
 
     geometry: Geometry
@@ -97,6 +119,7 @@ class Counters:
     rebases: int = 0
     refreshed_at: int = -1
     sink: int = -1
+    recalled: int = 0
 
     def __post_init__(self):
         if self.sink < 0:
@@ -106,7 +129,8 @@ class Counters:
     @property
     def pinned(self) -> int:
         """Pinned entries cached now."""
-        return self.sink + self.geometry.refresh if self.pruned else min(self.seen, self.sink)
+        refreshed = self.geometry.refresh if self.pruned else 0
+        return min(self.seen, self.sink) + refreshed + self.recalled
 
     @property
     def window(self) -> int:

@@ -50,11 +50,12 @@ class HeldStreams(StreamCounts):
     def block_of(self, active: Sequence[int]) -> Block:
         """The streams that a step of `active` computes: a block of them, or all where a kernel's tables need all."""
         whole = self.decisions is not None or self.scores is not None
-        return (0, self.streams) if whole else block_of(active, self.streams)
+        block = Block(0, self.streams) if whole else block_of(active, self.streams)
+        return block._replace(framed=any(self.counters_so_far[s].recalled for s in active))
 
     def span(self, block: Block | None = None) -> StreamSpan:
         """A block of streams; default: all of them."""
-        block = (0, self.streams) if block is None else block
+        block = Block(0, self.streams) if block is None else block
         if block not in self._spans:
             self._spans[block] = StreamSpan(self, *block)
         return self._spans[block]
@@ -62,7 +63,7 @@ class HeldStreams(StreamCounts):
     def put_aside(self, block: Block, active: Sequence[int]) -> None:
         """Copy what steps of a block change in streams that hold tokens and sit these steps out."""
         span = self.span(block)
-        idle = [s for s in range(block[0], sum(block)) if s not in active and self.counters[s].seen]
+        idle = [s for s in range(block.first, block.first + block.streams) if s not in active and self.counters[s].seen]
         self._idle = [(part, part.clone()) for s in idle for part in span.touched(s - span.first)]
 
     def wake_idle(self) -> None:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from sinkstream.cache.recall import RecallEvent
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.inputs import check_stream
 from sinkstream.engine.packing import PackedWeights
+from sinkstream.engine.recalling import StreamRecall
 from sinkstream.engine.watch import WatchedModel
 from sinkstream.policies import Step
 
@@ -13,11 +15,12 @@ class StreamKeeper(WatchedModel):
     """The part of `StreamDecoder` that decodes nothing."""
 
     weights: PackedWeights
+    recall: StreamRecall | None
 
     # ---- turns of a conversation ----
 
     def begin_turn(self, ahead: int = 0, *, stream: int = 0) -> None:
-        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"``; other policies ignore turns.
+        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"`` and recall.
 
         Raises
         ------
@@ -28,6 +31,8 @@ class StreamKeeper(WatchedModel):
         self.state.settle()
         schedule = self.state.schedules[stream]
         schedule.begin_turn(schedule.seen + ahead)
+        if self.recall is not None:
+            self.recall.memory.begin_turn(schedule.seen + ahead)
 
     def rewind(self, tokens: int, *, stream: int = 0) -> None:
         """Take back the latest tokens of a stream; feed at least one token before anything is generated.
@@ -37,8 +42,8 @@ class StreamKeeper(WatchedModel):
         Raises
         ------
         ValueError
-            If so many tokens are not in the window, or the policy pins older tokens or reads the logits; nothing is
-            taken back then.
+            If so many tokens are not in the window, the policy pins older tokens or reads the logits, or recall has
+            read them; nothing is taken back then.
         """
         self._check_stream(stream)
         self.state.rewind(tokens, stream)
@@ -46,8 +51,12 @@ class StreamKeeper(WatchedModel):
     # ---- keeping ----
 
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
-        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read."""
+        """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read.
+
+        Raises ValueError with recall: a file of the engine has no archive.
+        """
         self._check_stream(stream)
+        self._check_no_recall()
         self.check_model()
         snapshots.save(path, self.state, stream, model_hash=self.model_hash)
 
@@ -62,21 +71,25 @@ class StreamKeeper(WatchedModel):
         Raises
         ------
         ValueError
-            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions.
+            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions;
+            with recall.
         """
         self._check_stream(stream)
+        self._check_no_recall()
         self.check_model()
         snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
 
     def dump(self, *, stream: int = 0) -> bytes:
         """One stream as the bytes of a snapshot file."""
         self._check_stream(stream)
+        self._check_no_recall()
         self.check_model()
         return snapshots.dump(self.state, stream, model_hash=self.model_hash)
 
     def undump(self, data: bytes, *, stream: int = 0) -> None:
         """As `restore`, from the bytes that `dump` gave."""
         self._check_stream(stream)
+        self._check_no_recall()
         self.check_model()
         snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
 
@@ -101,6 +114,12 @@ class StreamKeeper(WatchedModel):
         """Forget one stream, so that another one may join in its place; the others go on."""
         self.reset(stream=stream)
 
+    def close(self) -> None:
+        """Remove the prefill hooks from the model, as garbage collection of the engine does; delete a recall_file."""
+        self._cache.close()
+        if self.recall is not None:
+            self.recall.memory.close()
+
     @property
     def active(self) -> list[int]:
         """Streams that hold tokens, in order: those that have joined and not left."""
@@ -112,9 +131,25 @@ class StreamKeeper(WatchedModel):
         return self.state.last_steps
 
     def stats(self, *, stream: int = 0) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights.
+
+        With recall also what stands in the frame and what the archive holds, as `StreamingCache.stats` has it.
+        """
         self._check_stream(stream)
-        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
+        recalled = {} if self.recall is None else self.recall.stats()
+        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes} | recalled
+
+    @property
+    def recall_events(self) -> list[RecallEvent]:
+        """When the frame was set, why, and what came back: the latest 1,024; empty without recall."""
+        return [] if self.recall is None else self.recall.events
+
+    def _check_no_recall(self) -> None:
+        if self.recall is not None:
+            raise ValueError(
+                "a stream with recall is not written to a file of the engine, which has no archive, nor read from one;"
+                " accepted: an engine without recall"
+            )
 
     def _check_stream(self, stream: int) -> None:
         check_stream(stream, self.state.streams)

@@ -50,6 +50,8 @@ class MemoryNeed:
         *,
         captures: bool = False,
         max_sink: int | None = None,
+        recall_slots: int = 0,
+        reread_tokens: int = 0,
     ) -> "MemoryNeed":
         """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
 
@@ -59,6 +61,10 @@ class MemoryNeed:
             Whether the backend captures CUDA graphs.
         max_sink : int or None
             Most sinks of a stream; default: the policy's.
+        recall_slots : int
+            The most tokens that are recalled at once; 0: no recall.
+        reread_tokens : int
+            The most tokens of a text that is read again, which has a ring of its own.
         """
         vocab = model.get_output_embeddings().weight.shape[0]
         empty = StreamState(
@@ -70,16 +76,20 @@ class MemoryNeed:
             device=torch.device("meta"),
             rebase_at=REBASE_AT,
             max_sink=max_sink,
+            recall_slots=recall_slots,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         cached = kept = 0
         if policy.plan_known:
             chunk = chunk_tokens
             if captures:  # sizes are captured in any order: the pool holds up to twice the largest
-                kept, workspace = 2 * short_chunk_sizes(chunk_tokens)[-1], 2 * workspace
+                forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
+                kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
+                workspace *= 1 + forwards
         else:
             chunk, slot = PrefillStream.chunk_tokens, 2 * spec.kv_heads * spec.head_dim * size  # of one layer
             cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
+        cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
@@ -95,9 +105,21 @@ def check_engine(
     *,
     captures: bool = False,
     max_sink: int | None = None,
+    recall_slots: int = 0,
+    reread_tokens: int = 0,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
-    need = MemoryNeed.of(model, spec, policy, streams, chunk_tokens, captures=captures, max_sink=max_sink)
+    need = MemoryNeed.of(
+        model,
+        spec,
+        policy,
+        streams,
+        chunk_tokens,
+        captures=captures,
+        max_sink=max_sink,
+        recall_slots=recall_slots,
+        reread_tokens=reread_tokens,
+    )
     free = free_bytes(device)
     if need.total > free:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.refresh import rebase_stream
 from sinkstream.engine.short_chunks import ShortChunks
+from sinkstream.engine.span import Block, StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
@@ -38,6 +39,8 @@ class PromptForward:
         Sizes that short chunks are padded to, for one forward at fixed addresses; none: no chunk is padded.
     capture : bool
         Whether the forwards of short chunks are captured in CUDA graphs, where kernels compute them.
+    framed : bool
+        Whether recalled tokens stand in the frame of the streams.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class PromptForward:
         short_sizes: tuple[int, ...] = (),
         *,
         capture: bool = True,
+        framed: bool = False,
     ):
         assert state.policy.plan_known, "what a token sees must be known before the forward"
         self.weights, self.state, self.spec, self.chunk_tokens = weights, state, state.spec, chunk_tokens
+        self.span = state.span(Block(0, state.streams, framed))
         self.short = ShortChunks(state, self._append, short_sizes, capture=capture)
 
     @torch.no_grad()
@@ -59,11 +64,11 @@ class PromptForward:
         with torch.cuda.device_of(ids):  # Triton launches on the current device
             for first in range(0, len(ids), self.chunk_tokens):
                 part = ids[first : first + self.chunk_tokens]
-                self._forward(part, stream, first + len(part) == len(ids))
+                self.append(part, stream, first + len(part) == len(ids))
             self.state.stale_logits.discard(stream)
 
-    def _forward(self, ids: torch.Tensor, stream: int, last: bool) -> None:
-        """One chunk; the logits are computed if it is the last one."""
+    def append(self, ids: torch.Tensor, stream: int, last: bool) -> None:
+        """One chunk, of at most `chunk_tokens`; the logits are computed if it is the last one."""
         counters = self.state.counters[stream]
         if counters.seen - counters.base > self.state.rebase_at:
             rebase_stream(self.state, stream)
@@ -80,7 +85,7 @@ class PromptForward:
         """Append token ids ``(tokens,)``, with padding, as a band says."""
         if band.fixed:
             band.rotate()
-        chunk = Chunk(self.state, band, self.weights.rope_factor)
+        chunk = Chunk(self.span, band, self.weights.rope_factor)
         x = F.embedding(ids, self.weights.embedding)
         for i, layer in enumerate(self.weights.layers):
             x = (self._neox if isinstance(layer, NeoxLayer) else self._llama)(chunk, i, layer, x)
@@ -155,7 +160,7 @@ class Coming:
             slot=self.counters.ring_index(seen),
             row=stream,
             position=seen - base,
-            sinks=self.counters.sink,
+            sinks=self.counters.sink + self.counters.recalled,
             table=table,
         )
 
@@ -175,13 +180,14 @@ class Chunk:
 
     Parameters
     ----------
-    state : StreamState
+    state : StreamSpan
+        All streams.
     band : Band
     rope_factor : float
         What rotated dimensions are multiplied by.
     """
 
-    def __init__(self, state: StreamState, band: Band, rope_factor: float):
+    def __init__(self, state: StreamSpan, band: Band, rope_factor: float):
         self.state, self.band = state, band
         positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
         angle = positions.double()[:, None] * band.inv_freq

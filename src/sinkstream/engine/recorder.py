@@ -37,7 +37,7 @@ class Recorder:
     def __init__(self, state: PlannedSteps, looks: bool, keeps: bool = True):
         self._state, self._first, self._keeps = state, state.steps_done, keeps
         self._parts: list[torch.Tensor] = []
-        self._reader = _EarlyReader(state.plan) if looks and state.plan.is_cuda else None
+        self._reader = EarlyReader(state.plan) if looks and state.plan.is_cuda else None
 
     def tokens(self) -> torch.Tensor:
         """All of them so far, ``(steps, streams)`` int64 on the device; `LIKELIEST` where the stream was idle."""
@@ -51,7 +51,7 @@ class Recorder:
         Streams that sat the step out have no token; what stands in their places means nothing.
         """
         row = self._state.plan[self._state.steps_done - 1]
-        return row[:, TOKEN].tolist() if self._reader is None else self._reader.read(row, self._state.active)
+        return row[:, TOKEN].tolist() if self._reader is None else self._reader.read(row[None], self._state.active)[0]
 
     # ---- for the state ----
 
@@ -67,33 +67,34 @@ class Recorder:
         self._first = 0
 
 
-class _EarlyReader:
-    """Reads a row of the plan on a CUDA device while the step of that row is running.
+class EarlyReader:
+    """Reads rows of the plan on a CUDA device while the step of the last of them is running.
 
     On the stream of the steps a copy would wait for the end of the step's CUDA graph, and no event inside a graph can
-    be waited for. So the row is copied on a second stream, again and again from the launch of the step on, until it
-    holds the token ids: as a rule the first or the second copy does.
+    be waited for. So the rows are copied on a second stream, again and again from the launch of the step on, until the
+    last one holds the token ids: as a rule the first or the second copy does.
     """
 
     def __init__(self, plan: torch.Tensor):
         self._device, self._stream = plan.device, torch.cuda.Stream(plan.device)
-        self._host = torch.empty(plan.shape[1:], dtype=plan.dtype, pin_memory=True)
+        self._host = torch.empty(plan.shape, dtype=plan.dtype, pin_memory=True)
         self._due, self._arrived = torch.cuda.Event(), torch.cuda.Event()
 
     def due(self) -> None:
-        """Called when the row is planned and before its step is launched."""
+        """Called when the rows are planned and before the step of the last one is launched."""
         self._due.record(torch.cuda.current_stream(self._device))
 
-    def read(self, row: torch.Tensor, active: Sequence[int]) -> list[int]:
-        """Token ids of the row, (streams, 8), once its step has begun, which these streams take part in."""
+    def read(self, rows: torch.Tensor, active: Sequence[int]) -> list[list[int]]:
+        """Token ids of rows, (rows, streams, 8), once the last step has begun, which these streams take part in."""
+        host = self._host[: len(rows)]
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._due)
             while True:
-                self._host.copy_(row, non_blocking=True)
+                host.copy_(rows, non_blocking=True)
                 self._arrived.record()
                 self._arrived.synchronize()
-                tokens = self._host[:, TOKEN].tolist()
-                if all(tokens[s] >= 0 for s in active):
+                tokens = host[:, :, TOKEN].tolist()
+                if all(tokens[-1][s] >= 0 for s in active):
                     return tokens
 
 

@@ -63,6 +63,14 @@ class ShortChunks:
             self._graphs[size] = self._capture(size)
         return self._buffers(size)[1]
 
+    def prepare(self, tokens: int) -> None:
+        """Capture the forwards of chunks of up to so many tokens now, so that no chunk waits for a capture."""
+        if self.capture and self._kernels():
+            for size in self.sizes:
+                self.table(size)
+                if size >= tokens:
+                    break
+
     def __call__(self, ids: torch.Tensor, band: Band) -> None:
         """Append token ids ``(tokens,)`` as a band in the table of their size says."""
         padded, _ = self._buffers(band.rows)
@@ -127,5 +135,6 @@ def idle_band(state: StreamState, table: torch.Tensor) -> Band:
         past=g.sink,
         length=0,
         stays=1,
+        sinks=g.sink,
         table=table,
     )

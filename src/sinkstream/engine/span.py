@@ -5,6 +5,7 @@ whose number of streams is a power of two, so that a backend which captures CUDA
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,13 @@ from sinkstream.kernels.layout import TOKEN
 from sinkstream.kernels.sample import Draws
 from sinkstream.policies import SIGNALS
 
-Block = tuple[int, int]  # the first stream, and how many
+
+class Block(NamedTuple):
+    """The streams of a step: the first, and how many; whether recalled tokens stand in their frame."""
+
+    first: int
+    streams: int
+    framed: bool = False
 
 
 def block_of(active: Sequence[int], streams: int) -> Block:
@@ -22,7 +29,7 @@ def block_of(active: Sequence[int], streams: int) -> Block:
     while low // size != high // size:
         size *= 2
     first = low // size * size
-    return (first, size) if first + size <= streams else (0, streams)
+    return Block(first, size) if first + size <= streams else Block(0, streams)
 
 
 class StreamSpan:
@@ -32,6 +39,8 @@ class StreamSpan:
     ----------
     state : StreamState
     first, count : int
+    framed : bool
+        Whether the slots of recalled tokens are among those that are read.
 
     Attributes
     ----------
@@ -39,12 +48,14 @@ class StreamSpan:
         `count`. All other attributes are those of `StreamBuffers`, of these streams only.
     """
 
-    def __init__(self, state, first: int, count: int):
+    def __init__(self, state, first: int, count: int, framed: bool = False):
         which = slice(first, first + count)
         self.first, self.streams, self._state = first, count, state
-        self.spec, self.policy, self.geometry, self.device = state.spec, state.policy, state.geometry, state.device
+        self.spec, self.policy, self.device = state.spec, state.policy, state.device
+        self.geometry = state.geometry if framed else state.geometry.bare
         self.signals, self.structure = state.signals, state.structure
-        self.keys, self.values = state.keys[:, which], state.values[:, which]
+        slots = slice(state.geometry.slots - self.geometry.slots, None)
+        self.keys, self.values = state.keys[:, which, :, slots], state.values[:, which, :, slots]
         self.queries = None if state.queries is None else state.queries[:, which]
         self.scores = None if state.scores is None else state.scores[:, which]
         self.score_sums = None if state.score_sums is None else state.score_sums[:, which]

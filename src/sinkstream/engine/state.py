@@ -14,19 +14,16 @@ import torch
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
 from sinkstream.engine.geometry import Counters
-from sinkstream.engine.held import HeldStreams
-from sinkstream.engine.recorder import Recorder
+from sinkstream.engine.planned import PlannedStreams
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
-from sinkstream.engine.sampling import SamplingState
 from sinkstream.engine.span import Block
-from sinkstream.kernels.layout import LIKELIEST
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 FIRST_PLAN = 16  # tokens
 REBASE_AT = 16_384  # float64 angles would allow more; kernels with float32 angles would not
 
 
-class StreamState(HeldStreams):
+class StreamState(PlannedStreams):
     """The buffers of several independent streams, their counts, and the life of one step.
 
     Parameters
@@ -36,7 +33,7 @@ class StreamState(HeldStreams):
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-    spec, policy, positions, streams, vocab, device, max_sink
+    spec, policy, positions, streams, vocab, device, max_sink, recall_slots
         As for `StreamBuffers`.
     """
 
@@ -54,16 +51,21 @@ class StreamState(HeldStreams):
         rebase_at: int,
         structure: torch.Tensor | None = None,
         max_sink: int | None = None,
+        recall_slots: int = 0,
     ):
         super().__init__(
-            spec, policy, positions=positions, streams=streams, vocab=vocab, device=device, max_sink=max_sink
+            spec,
+            policy,
+            positions=positions,
+            streams=streams,
+            vocab=vocab,
+            device=device,
+            max_sink=max_sink,
+            recall_slots=recall_slots,
         )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
-        self._recorders: list[Recorder] = []
-        self.sampling = SamplingState(streams, vocab, device)
-        self._filled: tuple[int, int] | None = None  # versions of `tokens` and the marks in it
-        self._row = self._planned = self._done = 0  # steps of the plan: launched, planned; launched of the one before
+        self._planned = self._done = 0  # steps of the plan; launched of the one before
         self.clear()
 
     def clear(self, stream: int | None = None, *, sink: int | None = None) -> None:
@@ -84,83 +86,34 @@ class StreamState(HeldStreams):
         self.stale_logits.difference_update(which)
         if stream is None:
             self.schedules_so_far = [PruneSchedule(policy) for _ in which]
-            self.counters_so_far = [Counters(self.geometry, sink=policy.sink) for _ in which]
+            self.counters_so_far = [Counters(self.geometry.bare, sink=policy.sink) for _ in which]
             self._idle = []
             self._keep_recorded()
+            for told in self.between_steps:
+                told.forget()
             for buffer in self._buffers().values():
                 buffer.zero_()
             self._discard_plan()
             return
         self.settle()
-        self.schedules[stream], self.counters[stream] = PruneSchedule(policy), Counters(self.geometry, sink=policy.sink)
+        for told in self.between_steps:
+            told.forget()
+        self.schedules[stream] = PruneSchedule(policy)
+        self.counters[stream] = Counters(self.geometry.bare, sink=policy.sink)
         for buffer in self.stream_buffers(stream).values():
             buffer.zero_()
 
     def rewind(self, tokens: int, stream: int) -> None:
         """Take back the latest tokens of a stream; its logits are those of no token then. Raises ValueError."""
         self.settle()
-        self.schedules[stream].rewind(tokens)
+        before = self.schedules[stream].fork()
+        before.rewind(tokens)
+        for told in self.between_steps:
+            told.rewind(tokens)
+        self.schedules[stream] = before
         if tokens:
             self.counters[stream].seen -= tokens
             self.stale_logits.add(stream)
-
-    # ---- which tokens ----
-
-    def choose(self, tokens: torch.Tensor | None) -> None:
-        """Say what the next step appends.
-
-        Parameters
-        ----------
-        tokens : Tensor or None, (streams,), int64, on the device
-            None: what `sampling` says of each stream; nothing is launched if the step before was told so too.
-        """
-        if tokens is not None:
-            self.tokens.copy_(tokens)
-        elif self._filled != (self.tokens._version, self.sampling.version):  # every write counts, whoever did it
-            self.tokens.copy_(self.sampling.marks)
-            self._filled = (self.tokens._version, self.sampling.version)
-
-    @contextmanager
-    def recording(self, *, looks: bool = False, keeps: bool = True):
-        """Gives a `Recorder`, which tells the token ids that are appended from now on, while the context lasts.
-
-        Parameters
-        ----------
-        looks : bool
-            Whether tokens will be looked at one by one.
-        keeps : bool
-            Whether all of them will be asked for at the end.
-        """
-        recorder = Recorder(self, looks, keeps)
-        self._recorders.append(recorder)
-        try:
-            yield recorder
-        finally:
-            self._recorders.remove(recorder)
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Streams that the steps of the present plan append to."""
-        return self._active
-
-    @property
-    def steps_done(self) -> int:
-        """Steps of the present plan that have been launched; their rows hold the token ids."""
-        return self._row
-
-    def appended(self, first: int) -> torch.Tensor:
-        """Token ids that the steps of the present plan appended, from its step `first` on.
-
-        Returns
-        -------
-        Tensor, (steps, streams), int64
-            A copy on the device; `LIKELIEST` where the stream sat out, `NO_TOKEN` where nothing could be drawn.
-        """
-        ids = self.span().appended(first, self._row)
-        for s in range(self.streams):
-            if s not in self._active:
-                ids[:, s] = LIKELIEST
-        return ids
 
     # ---- the life of one step ----
 
@@ -174,6 +127,8 @@ class StreamState(HeldStreams):
             Streams that append what `tokens` says.
         """
         active = tuple(active)
+        for told in self.between_steps:
+            told.before_step()
         if self._row == self._planned or active != self._active:
             self._plan(active)
         for recorder in self._recorders:
@@ -212,7 +167,7 @@ class StreamState(HeldStreams):
         """Steps inside the context are those of idle streams: no stream notices them, whatever it holds."""
         self.settle()
         self.put_aside(block, ())
-        idle = torch.tensor(self.geometry.idle_row(), dtype=torch.int32, device=self.device)
+        idle = torch.tensor(self.span(block).geometry.idle_row(), dtype=torch.int32, device=self.device)
         self.plan.copy_(idle.expand_as(self.plan))
         try:
             yield
@@ -247,7 +202,7 @@ class StreamState(HeldStreams):
             return
         horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
         count = min([horizon, *(_sure_tokens(self, s) for s in active)])
-        rows = [[self.geometry.idle_row()] * count for _ in range(self.streams)]
+        rows = [[self.geometry.bare.idle_row()] * count for _ in range(self.streams)]
         for s in active:
             ahead = Counters(**vars(self.counters[s]))
             rows[s] = []
@@ -260,10 +215,8 @@ class StreamState(HeldStreams):
         table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
         self._planned, self._active, self._row = len(table), active, 0
         self.copy_in(self.plan[: len(table)], table)
-
-    def _keep_recorded(self) -> None:
-        for recorder in self._recorders:
-            recorder.keep()
+        for told in self.between_steps:
+            told.planned()
 
     def _discard_plan(self) -> None:
         self._done = self._row or self._done

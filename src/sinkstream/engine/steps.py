@@ -38,7 +38,14 @@ class StepFunction(ABC):
         self.weights, self.state = weights, state
 
     @classmethod  # noqa: B027  (most backends serve everything that packing serves)
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+    def check(
+        cls,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        device: torch.device,
+        max_sink: int | None = None,
+        recall_slots: int = 0,
+    ) -> None:
         """Refuse, by name, a model, policy or device that this backend does not serve. Raises ValueError."""
 
     def prepare(self) -> None:  # noqa: B027  (most backends need none)
@@ -76,7 +83,14 @@ class GraphedStep(StepFunction):
         """The step to capture."""
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
+    def check(
+        cls,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        device: torch.device,
+        max_sink: int | None = None,
+        recall_slots: int = 0,
+    ) -> None:
         if device.type != "cuda":
             raise ValueError(
                 f"this backend captures a CUDA graph, and the model is on {device};"
@@ -88,8 +102,14 @@ class GraphedStep(StepFunction):
 
     @torch.no_grad()
     def ready(self, active: Sequence[int]) -> None:
+        block = self.state.block_of(active)
+        self._capture(block)
+        if self.state.geometry.framed:  # recall changes the frame between two steps
+            self._capture(block._replace(framed=not block.framed))
+
+    def _capture(self, block: Block) -> None:
         state = self.state
-        key = block, kernels = state.block_of(active), state.sampling.kernels
+        key = block, kernels = block, state.sampling.kernels
         if key in self._graphs:
             return
         name = "a decode step" if kernels is None else "a decode step that draws"
@@ -130,9 +150,16 @@ class GraphNormStep(GraphStep):
         ablations.decode_add_norm(self.state.span(block), self.weights)
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
-        super().check(spec, policy, device, max_sink)
-        check_kernels(spec, policy, device, max_sink)
+    def check(
+        cls,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        device: torch.device,
+        max_sink: int | None = None,
+        recall_slots: int = 0,
+    ) -> None:
+        super().check(spec, policy, device, max_sink, recall_slots)
+        check_kernels(spec, policy, device, max_sink, recall_slots)
 
 
 class GraphedDecode(GraphedStep):
@@ -148,9 +175,16 @@ class GraphedDecode(GraphedStep):
         self.decodes[block]()
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
-        super().check(spec, policy, device, max_sink)
-        check_kernels(spec, policy, device, max_sink)
+    def check(
+        cls,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        device: torch.device,
+        max_sink: int | None = None,
+        recall_slots: int = 0,
+    ) -> None:
+        super().check(spec, policy, device, max_sink, recall_slots)
+        check_kernels(spec, policy, device, max_sink, recall_slots)
 
 
 @STEPS.register("graph-linear")
@@ -169,8 +203,15 @@ class KernelStep(StepFunction):
         self.decodes = Decodes(weights, state)
 
     @classmethod
-    def check(cls, spec: ModelSpec, policy: EvictionPolicy, device: torch.device, max_sink: int | None = None) -> None:
-        check_kernels(spec, policy, device, max_sink)
+    def check(
+        cls,
+        spec: ModelSpec,
+        policy: EvictionPolicy,
+        device: torch.device,
+        max_sink: int | None = None,
+        recall_slots: int = 0,
+    ) -> None:
+        check_kernels(spec, policy, device, max_sink, recall_slots)
 
     @torch.no_grad()
     def __call__(self) -> None:

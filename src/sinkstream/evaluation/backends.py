@@ -83,6 +83,8 @@ class CutBackend(HfBackend):
     """transformers' DynamicCache, cut and re-rotated at every prune: streaming as published, without the soft ring."""
 
     def open(self) -> Decoder:
+        if self.settings.recall:
+            raise ValueError("cut and re-rotate has no recall; accepted: --backend hf, or one of the engine's")
         return CutDecoder(self.loaded.model, self.settings)
 
 
@@ -141,6 +143,7 @@ class EngineBackend(Backend):
             "positions": settings.positions,
             "allow_untrained_positions": settings.allow_untrained_positions,
             "tokenizer": self.loaded.tokenizer,
+            **settings.recall,
         }
 
     def _check_method(self) -> None:

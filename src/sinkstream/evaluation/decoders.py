@@ -6,7 +6,7 @@ difference between two figures is a difference between two methods.
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from sinkstream.engine import Engine
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import Step
+
+PART = 1_024  # tokens that an engine's decoder reads between two reports: four chunks and more of a cap of 512
 
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
@@ -110,6 +112,18 @@ class Decoder(ABC):
         steps, self.journal = self.journal or [], []
         return steps
 
+    @abstractmethod
+    def read(self, ids: torch.Tensor) -> Iterator[int]:
+        """Feed tokens (tokens,) in as few forwards as may be; gives the tokens of each forward once it is done."""
+
+    def ask(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed a question (tokens,), which ends a turn; logits ``(1, vocab)`` after its last token."""
+        return self.prefill(ids)
+
+    def counts(self) -> Mapping[str, int]:
+        """What the cache counts of the first stream, its bytes and those of its archive; by default nothing."""
+        return {}
+
     def close(self) -> None:  # noqa: B027  (most decoders put nothing on the model)
         """Leave the model as it was."""
 
@@ -132,9 +146,13 @@ class ModuleDecoder(Decoder):
         """How many tokens of the latest `feed` the decoder has kept; feed the others again."""
         return len(self.steps())
 
-    def ask(self, ids: torch.Tensor) -> torch.Tensor:
-        """Feed a question (tokens,), which ends a turn; logits ``(1, vocab)`` after its last token."""
-        return self.prefill(ids)
+    def read(self, ids: torch.Tensor) -> Iterator[int]:
+        self.announce(ids)
+        done = 0
+        for size in self.chunk_sizes(len(ids)):
+            self.feed(ids[done : done + size], last_only=True)
+            done += self.taken
+            yield self.taken
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
         fed = 0
@@ -220,6 +238,9 @@ class StreamingDecoder(ModuleDecoder):
         self.cache.stream.speculative = True
         return self.cache.chunks(tokens, self.settings.block_tokens)
 
+    def counts(self) -> Mapping[str, int]:
+        return self.cache.stats()
+
     def close(self) -> None:
         self.cache.close()
 
@@ -231,20 +252,44 @@ class EngineDecoder(Decoder):
         super().__init__(model, settings)
         self.engine = Engine(model, **options)
         self._streams = range(self.engine.state.streams)
+        self.frames = Frames() if settings.recall else None
 
     @property
     def weight_bytes(self) -> int:
         return self.engine.weights.step_bytes
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
-        return self.engine.prefill(ids, stream=stream)[None]
+        logits = self.engine.prefill(ids, stream=stream)[None]
+        self._watch()
+        return logits
+
+    def read(self, ids: torch.Tensor) -> Iterator[int]:
+        for part in ids.split(PART):
+            self.prefill(part)
+            yield len(part)
+
+    def ask(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.settings.recall:
+            return self.prefill(ids)
+        logits = self.engine.ask(ids)[None]
+        self._watch()
+        return logits
 
     def choose(self, logits: torch.Tensor) -> None:
         """Nothing: every step finds the likeliest token by itself."""
 
     def step(self, tokens: torch.Tensor | None) -> torch.Tensor:
         self.engine.advance(tokens, self._streams)
+        if self.frames is not None:
+            self._watch()
         return self.engine.state.logits
+
+    def _watch(self) -> None:
+        if self.frames is not None and self.engine.recall is not None:
+            self.frames.take(self.engine.recall.memory.events)
+
+    def counts(self) -> Mapping[str, int]:
+        return self.engine.stats()
 
     def last_step(self) -> Step:
         step = self.engine.last_steps[0]

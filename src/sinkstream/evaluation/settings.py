@@ -167,9 +167,8 @@ class RunSettings:
             return
         if self.recall.get("recall") is None:
             raise ValueError(f"{next(iter(self.recall))} goes with recall=CHOOSER, which is not given")
-        if self.method in BASELINES or self.backend != "hf":
-            what = f"policy {self.method!r}" if self.method in BASELINES else f"backend {self.backend!r}"
-            raise ValueError(f"{what} has no recall; accepted: an eviction policy, with --backend hf")
+        if self.method in BASELINES:
+            raise ValueError(f"policy {self.method!r} has no recall; accepted: an eviction policy")
 
     def _check_window_fits(self, policy: EvictionPolicy) -> None:
         counted = policy.target + CAP_ACCOUNTING[self.cap_accounting](policy.growth)

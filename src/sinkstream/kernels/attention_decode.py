@@ -213,7 +213,8 @@ def attention_decode(
     qkv : Tensor, (streams, (query_heads + 2 * kv_heads) * head_dim)
         Queries, keys and values of the new tokens, not rotated. Rows may be strided.
     keys, values : Tensor, (streams, kv_heads, slots, head_dim)
-        One layer's slots, pinned ones first; keys rotated. Written in place at each stream's slot.
+        One layer's slots, pinned ones first; keys rotated. Written in place at each stream's slot. Contiguous, or the
+        last slots of every head of such tensors.
     scalars : Tensor, (streams, 8), int32
         Slot to write, -, -, pinned entries visible, ring index of the oldest visible window token, visible window
         length with the new token, -, place of the query in `observed.queries` (negative: 0). The kernel reads slots
@@ -275,9 +276,16 @@ def attention_decode(
 def check_inputs(qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm) -> None:
     """Check the inputs of `attention_decode`. Raises ValueError."""
     device = qkv.device
-    check_tensor("keys", keys, (None, None, None, None), dtypes=FLOAT_DTYPES, device=device)
-    check_tensor("values", values, tuple(keys.shape), dtypes=(keys.dtype,), device=device)
+    check_tensor("keys", keys, (None, None, None, None), dtypes=FLOAT_DTYPES, device=device, contiguous=False)
+    check_tensor("values", values, tuple(keys.shape), dtypes=(keys.dtype,), device=device, contiguous=False)
     streams, kv_heads, slots, head_dim = keys.shape
+    apart = slot_stride(keys) * head_dim
+    wanted = (kv_heads * apart, apart, head_dim, 1)
+    if any(s != w for p in (keys, values) for n, s, w in zip(p.shape, p.stride(), wanted) if n > 1):
+        raise ValueError(
+            f"keys and values have strides {keys.stride()} and {values.stride()}; accepted: contiguous, or the last"
+            " slots of every head of such tensors"
+        )
     if query_heads < 1 or query_heads % kv_heads:
         raise ValueError(f"query_heads={query_heads}; accepted: a multiple of the {kv_heads} key-value heads")
     width = (query_heads + 2 * kv_heads) * head_dim
@@ -297,6 +305,11 @@ def check_inputs(qkv, keys, values, scalars, rope, query_heads, pinned_slots, or
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
             check_tensor(name, weight, (head_dim,), dtypes=FLOAT_DTYPES, device=device)
+
+
+def slot_stride(keys: torch.Tensor) -> int:
+    """From one head of keys (streams, kv_heads, slots, head_dim) to the next, in slots."""
+    return keys.shape[2] if keys.is_contiguous() else keys.stride(1) // keys.shape[3]
 
 
 def split_qkv(qkv, query_heads: int, kv_heads: int, head_dim: int, order: str):
@@ -411,7 +424,8 @@ def launch_arguments(
     grid = (programs, kv_heads, streams)
     arguments = [
         qkv, keys, values, scalars, rope, *norms, workspace.partials, workspace.counters, out,
-        *observed.arguments, qkv.stride(0), out.stride(0), slots, pinned_slots, ring, per, ring_programs, scale, eps,
+        *observed.arguments, qkv.stride(0), out.stride(0), slot_stride(keys), pinned_slots, ring, per, ring_programs,
+        scale, eps,
     ]  # fmt: skip
     constants = {
         "G": group, "D": head_dim, "C": chunk, "RD": 2 * rope.shape[3],

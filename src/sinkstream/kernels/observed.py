@@ -53,6 +53,7 @@ class Observed:
         if (self.scores is None) != (self.sums is None):
             raise ValueError("scores and sums; accepted: both or neither")
         if self.scores is not None and self.sums is not None:
+            check_tensor("keys", keys, tuple(keys.shape), dtypes=FLOAT_DTYPES, device=device)
             heads = (streams, query_heads)
             check_tensor("scores", self.scores, (*heads, slots), dtypes=(torch.float32,), device=device)
             check_tensor("sums", self.sums, heads, dtypes=(torch.float32,), device=device)

@@ -248,35 +248,6 @@ def ppl_delta_gated(records: Sequence[Record]) -> Headline | None:
     return max(newest.values(), default=None)
 
 
-@HEADLINES.register("recall.tpot_over_strict")
-def recall_tpot_over_strict(records: Sequence[Record]) -> Headline | None:
-    """Mean steady TPOT of strict with recall over strict's, newest interleaved pair of each shape, worst shape, GPU.
-
-    The shapes are Pythia-2.8B with the text archive and Llama-3.2-1B with the KV archive; None unless both are there.
-    """
-    found = []
-    for shape, archive in (("pythia-2.8b", "text"), ("llama-3.2-1b", "kv")):
-        runs = [r for r in select(records, model=shape, policy="strict", device="cuda") if _interleaved(r)]
-        of_shape = [r for r in runs if r.policy["options"].get("recall_archive", "kv") == archive]
-        pairs = [
-            Headline(_steady(run) / _steady(control), run.id)
-            for run in of_shape
-            if run.policy["options"].get("recall")
-            for control in runs
-            if is_plain(control) and same_conditions(run, control)
-        ]
-        found += pairs[-1:]
-    return max(found) if len(found) == 2 else None
-
-
-def _interleaved(record: Record) -> bool:
-    return record.protocol.get("interleaved", 1) > 1 and record.summary["steady_tpot_ms"]["mean"] is not None
-
-
-def _steady(record: Record) -> float:
-    return float(record.summary["steady_tpot_ms"]["mean"])
-
-
 @HEADLINES.register("dropin.families")
 def dropin_families(records: Sequence[Record]) -> Headline | None:
     """Model families that the cache serves; the tests run each against the oracle. Of the registry, not of a record."""

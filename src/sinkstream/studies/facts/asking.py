@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sinkstream.evaluation.backends import open_decoder
-from sinkstream.evaluation.decoders import ModuleDecoder
+from sinkstream.evaluation.decoders import Decoder, ModuleDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.studies.facts.statements import TokenizedFact
@@ -104,17 +104,19 @@ class Asking:
     def run(self, report: Report = lambda done: None) -> None:
         """Feed all tokens and answer all questions; `report` is called with the number of tokens fed."""
         with closing(open_decoder(self.loaded, self.settings)) as decoder:
-            assert isinstance(decoder, ModuleDecoder), "questions are asked of a transformers module"
             self.feed(decoder, report)
 
-    def feed(self, decoder: ModuleDecoder, report: Report) -> None:
+    def feed(self, decoder: Decoder, report: Report) -> None:
         """Feed all tokens from `done` on."""
         ids = self.exam.ids.to(self.loaded.model.device)
-        ask = self._ask_apart if self.settings.recall else self._ask_in_chunks
-        for _ in ask(decoder, ids):
+        if isinstance(decoder, ModuleDecoder) and not self.settings.recall:
+            asked = self._ask_in_chunks(decoder, ids)
+        else:
+            asked = self._ask_apart(decoder, ids)
+        for _ in asked:
             report(self.done)
 
-    def _ask_apart(self, decoder: ModuleDecoder, ids: torch.Tensor) -> Iterator[None]:
+    def _ask_apart(self, decoder: Decoder, ids: torch.Tensor) -> Iterator[None]:
         """Every question is a feed of its own."""
         for question in (q for q in self.exam.questions if q.first >= self.done):
             yield from self._read(decoder, ids, question.first)
@@ -124,12 +126,11 @@ class Asking:
             yield
         yield from self._read(decoder, ids, len(ids))
 
-    def _read(self, decoder: ModuleDecoder, ids: torch.Tensor, end: int) -> Iterator[None]:
-        decoder.announce(ids[self.done : end])
-        for size in decoder.chunk_sizes(end - self.done):
-            decoder.feed(ids[self.done : self.done + size], last_only=True)
-            self.done += decoder.taken
-            yield
+    def _read(self, decoder: Decoder, ids: torch.Tensor, end: int) -> Iterator[None]:
+        if self.done < end:
+            for taken in decoder.read(ids[self.done : end]):
+                self.done += taken
+                yield
 
     def _ask_in_chunks(self, decoder: ModuleDecoder, ids: torch.Tensor) -> Iterator[None]:
         """A question may stand in the middle of a feed."""
@@ -143,7 +144,7 @@ class Asking:
                 self.answers.append(self._judge(question, logits[question.judged - 1 - before], decoder))
             yield
 
-    def _judge(self, question: Question, logits: torch.Tensor, decoder: ModuleDecoder) -> Answer:
+    def _judge(self, question: Question, logits: torch.Tensor, decoder: Decoder) -> Answer:
         fact = question.fact
         log_probs = torch.log_softmax(logits.float(), -1)
         among, likeliest = log_probs[list(fact.choices)].tolist(), int(log_probs.argmax())

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkstream.data import TokenStream
-from sinkstream.evaluation.decoders import ModuleDecoder, StreamingDecoder
+from sinkstream.evaluation.decoders import Decoder
 from sinkstream.measure.memory import held_mb
 from sinkstream.measure.timing import distribution, timed
 from sinkstream.studies.facts.asking import Answer, Asking, Exam, Question, Report
@@ -149,14 +149,14 @@ class Replying(Asking):
         self.samples: list[dict[str, Any]] = []
         self._every = max(1, design.tokens // SAMPLES)
 
-    def feed(self, decoder: ModuleDecoder, report: Report) -> None:
+    def feed(self, decoder: Decoder, report: Report) -> None:
         ids = self.exam.ids.to(self.loaded.model.device)
         for _ in self._ask_apart(decoder, ids):
             if self.done // self._every >= len(self.samples) or self.done == len(ids):
                 self.samples.append(self._sample(decoder))
             report(self.done)
 
-    def _read(self, decoder: ModuleDecoder, ids: torch.Tensor, end: int) -> Iterator[None]:
+    def _read(self, decoder: Decoder, ids: torch.Tensor, end: int) -> Iterator[None]:
         for window in self.design.windows:
             if self.done <= window.start < end:
                 yield from super()._read(decoder, ids, window.start)
@@ -168,8 +168,8 @@ class Replying(Asking):
                 yield
         yield from super()._read(decoder, ids, end)
 
-    def _sample(self, decoder: ModuleDecoder) -> dict[str, Any]:
-        counts = decoder.cache.stats() if isinstance(decoder, StreamingDecoder) else {}
+    def _sample(self, decoder: Decoder) -> dict[str, Any]:
+        counts = decoder.counts()
         archive = {name: counts.get(name) for name in ARCHIVE_COUNTS}
         device_mb = round(held_mb(self.loaded.model.device), 2)
         return {"token": self.done, "device_mb": device_mb, "cache_bytes": counts.get("bytes"), **archive}

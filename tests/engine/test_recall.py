@@ -1,0 +1,254 @@
+"""Recall in the engine against brute force, and against the drop-in cache: the same tokens come back, and are seen."""
+
+import pytest
+import torch
+from oracle.models import build, token_ids
+from oracle.network import Network
+from oracle.recall import Recalled, Words, run_recall
+from oracle.rules import Rule
+from streams import TOLERANCE, FakeTokenizer, feed
+
+from sinkstream.cache import StreamingCache
+from sinkstream.engine import Engine
+
+TOKENS = 320
+STRICT = {"sink": 4, "window": 44}
+POLICIES = {
+    "strict": STRICT,
+    "lazy": {"sink": 3, "window": 40, "compress_every": 12},
+    "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
+    "slack": {"sink": 2, "window": 33, "slack": 9},
+}
+SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
+WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
+WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
+JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), ("ring", "kernels") * 2, strict=True))
+PARTS = (1, 40, 129, 20)  # prefilled, stepped, prefilled …
+
+
+def frames_of(recalled) -> list[tuple[int, list[int]]]:
+    """What the events say: (token before which the frame was set, tokens)."""
+    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in recalled.recall_events]
+
+
+def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
+    """Random ids, in which passages of 24 come again 100 tokens later."""
+    ids = token_ids(tokens, seed=seed)
+    for start in range(150, tokens - 24, 60):
+        ids[start : start + 24] = ids[start - 100 : start - 76]
+    return ids
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def stepped(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after every token, (tokens, vocab)."""
+    return torch.cat([engine.step([token]) for token in ids.tolist()])
+
+
+def in_parts(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
+    """NLL of every token but the first, prefilled and stepped in turn; NaN where a token was prefilled."""
+    nll, done, steps = torch.full((len(ids),), float("nan")), 0, False
+    while done < len(ids):
+        for size in PARTS:
+            part = ids[done : done + size]
+            if steps and len(part):
+                nll[done : done + size] = engine.score(part)
+            elif len(part):
+                engine.prefill(part)
+            done, steps = done + len(part), not steps
+    return nll[1:]
+
+
+@pytest.mark.parametrize(("policy", "family", "backend"), JOBS)
+def test_every_token_sees_what_brute_force_sees(policy, family, backend):
+    model, ids, options = build(family), repetitive(), POLICIES[policy]
+    expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
+    assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
+    engine = Engine(model, **options, recall="lexical", **SMALL, **WORDS, recall_distance=9, backend=backend)
+    assert worst(engine.score(ids)[1:], expected.nll) < TOLERANCE
+    assert frames_of(engine) == frames and engine.stats()["kept"] <= engine.policy.peak
+    engine.reset()
+    assert not engine.recall_events and not engine.stats()["archived"]
+    nll = in_parts(engine, ids)
+    assert frames_of(engine) == frames
+    judged = ~nll.isnan()
+    assert judged.sum() > 40 and worst(nll[judged], expected.nll[judged]) < TOLERANCE
+
+
+def test_a_recalled_key_one_place_beside_its_own_would_show(monkeypatch):
+    """The control: the comparison above must be able to fail."""
+    from sinkstream.engine.recalling import StreamRecall
+
+    recall = StreamRecall.recall
+    monkeypatch.setattr(
+        StreamRecall, "recall", lambda *a, drop=0, **more: recall(*a, drop=drop, shift=more["shift"] + 1)
+    )
+    model, ids = build("llama"), repetitive()
+    engine = Engine(model, **STRICT, recall="lexical", **SMALL, **WORDS, recall_distance=9)
+    expected, _ = run_recall(Network(model), ids, Rule(**STRICT), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
+    assert worst(engine.score(ids)[1:], expected.nll) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("archive", ["kv", "text"])
+def test_forty_choices_agree_with_the_drop_in_token_for_token(archive):
+    """Rebases on the way, and an archive of keys and values that loses its oldest tokens."""
+    model, ids = build("gpt_neox" if archive == "kv" else "llama", layers=2), token_ids(440)
+    options = {"recall": "random", **SMALL, "recall_distance": 6, "recall_seed": 3, "recall_archive": archive}
+    options |= {"recall_bytes": 100_000 if archive == "kv" else 4_000}
+    engine = Engine(model, **STRICT, **options, rebase_at=90)
+    found = stepped(engine, ids)
+    cache = StreamingCache.for_model(model, **STRICT, **options)
+    wanted = feed(model, cache, ids[None])[0]
+    assert worst(found, wanted) < 2e-5
+    assert engine.recall_events == cache.recall_events
+    counts, theirs = engine.stats(), cache.stats()
+    assert counts["rebases"] >= 1 and counts["recalls"] >= 40 and bool(counts["archive_lost"]) == (archive == "kv")
+    names = ("seen", "kept", "evicted", "recalled", "recalls", "archived", "archive_bytes", "archive_lost")
+    assert {name: counts[name] for name in names} == {name: theirs[name] for name in names}
+
+
+@pytest.mark.parametrize(("family", "backend"), [("llama", "kernels"), ("gpt_neox", "ring")])
+def test_a_gate_that_stays_shut_changes_nothing(family, backend):
+    model, ids = build(family), repetitive()
+    bare = Engine(model, **STRICT, backend=backend)
+    shut = Engine(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9, backend=backend)
+    assert torch.equal(stepped(bare, ids), stepped(shut, ids))
+    stats, theirs = shut.stats(), bare.stats()
+    assert stats["archived"] == stats["evicted"] > 200 and not stats["recalls"] and not shut.recall_events
+    assert stats["bytes"] > theirs["bytes"]
+    assert {name: stats[name] for name in theirs if name != "bytes"} == {
+        name: theirs[name] for name in theirs if name != "bytes"
+    }
+
+
+def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
+    model, ids = build("llama"), token_ids(200, seed=5)
+    question, options = ids[60:70], {"recall": "lexical", **SMALL, **WORDS, "tokenizer": FakeTokenizer()}
+    for replay in (True, False):
+        cache = StreamingCache.for_model(model, **STRICT, **options)
+        engine = Engine(model, **STRICT, **options)
+        cache.stream.recall.decode = engine.recall.memory.decode = None  # the tokenizer of the tests has no text
+        engine.tokenizer = None
+        cache.prefill(model, ids[None])
+        engine.prefill(ids)
+        wanted = cache.ask(model, question[None], replay=replay)[0]
+        assert worst(engine.ask(question.tolist(), replay=replay), wanted) < 2e-5
+        written = []
+        for _ in range(20):
+            written.append(int(wanted.argmax()))
+            wanted = model(torch.tensor([[written[-1]]]), past_key_values=cache).logits[0, -1]
+        assert engine.generate([], max_new_tokens=20, stop_tokens=()).tokens == written
+        assert engine.recall_events == cache.recall_events
+        assert any(event.cause == "question" for event in engine.recall_events)
+    with pytest.raises(ValueError, match="this engine has no recall"):
+        Engine(model, **STRICT).ask(question)
+
+
+def test_taken_back_tokens_and_turns():
+    model, ids = build("gpt_neox"), repetitive()
+    options = {"recall": "recent", **SMALL, "recall_archive": "kv"}
+    engine, cache = Engine(model, **STRICT, **options), StreamingCache.for_model(model, **STRICT, **options)
+    cache.prefill(model, ids[None, :100])
+    engine.prefill(ids[:80])
+    engine.begin_turn()
+    engine.prefill(ids[80:100])
+    engine.step([5])
+    engine.rewind(1)
+    wanted = feed(model, cache, ids[None, 100:200])[0]
+    assert worst(stepped(engine, ids[100:200]), wanted) < 2e-5
+    assert any(span.turn == 1 for event in engine.recall_events for span in event.spans)
+    engine = Engine(model, **STRICT, recall="lexical", **SMALL)
+    engine.prefill(ids)  # the chooser has read ahead
+    with pytest.raises(ValueError, match="44 tokens cannot be taken back; accepted: at most"):
+        engine.rewind(44)
+    engine.rewind(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recall": "mean-key"}, r"reads queries \(MeanKey\) is not served by the engine"),
+        ({"recall": "lexical", "streams": 2}, "recall with streams=2 is not served by the engine"),
+        ({"recall": "lexical", "max_sink": 6}, "recall and max_sink=6 exclude each other"),
+        ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens"),
+        ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
+        ({"recall": "lexical", "adaptive": "top1"}, "recall with adaptive eviction is not served by the engine"),
+    ],
+)
+def test_mistakes_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        Engine.check(build("llama"), **STRICT, **options)
+
+
+def test_what_has_no_archive_is_refused(tmp_path):
+    engine = Engine(build("llama"), **STRICT, recall="lexical")
+    engine.prefill(token_ids(9))
+    for refused in (lambda: engine.snapshot(tmp_path / "a"), lambda: engine.restore(tmp_path / "a"), engine.dump):
+        with pytest.raises(ValueError, match="a stream with recall is not written to a file of the engine"):
+            refused()
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("archive", ["kv", "text"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gpt_neox", torch.float16)])
+def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, archive):
+    model, ids = build(family, dtype).cuda(), repetitive(600).cuda()
+    options = {"recall": "lexical", **SMALL, **WORDS, "recall_distance": 9, "recall_archive": archive}
+    found = {}
+    for backend in ("ring", "graph", "fused"):
+        engine = Engine(model, **STRICT, **options, backend=backend, rebase_at=200)
+        nll = engine.score(ids)[1:]
+        assert len(engine.recall_events) >= 20 and engine.stats()["rebases"]
+        found[backend] = nll, frames_of(engine)
+    assert found["fused"][1] == found["graph"][1] == found["ring"][1]
+    for backend in ("graph", "fused"):
+        assert (found[backend][0] - found["ring"][0]).abs().mean() < 0.02
+    wrong = Engine(model, **STRICT, **options | {"recall_distance": 0}, backend="fused")
+    assert (wrong.score(ids)[1:] - found["ring"][0]).abs().mean() > 0.02, "the control: other positions would show"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["graph", "fused"])
+def test_on_a_gpu_a_gate_that_stays_shut_changes_nothing(backend):
+    model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
+    bare = Engine(model, **STRICT, backend=backend)
+    shut = Engine(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9, backend=backend)
+    assert torch.equal(stepped(bare, ids), stepped(shut, ids))
+    written = [engine.generate([], max_new_tokens=300, stop_tokens=(), temperature=0.8) for engine in (bare, shut)]
+    assert written[0].tokens == written[1].tokens and shut.stats()["archived"] > 600
+
+
+@pytest.mark.gpu
+def test_what_is_written_with_recall_is_learned_while_steps_run():
+    model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
+    engine = Engine(model, **STRICT, recall="recent", **SMALL, backend="fused")
+    engine.prefill(ids)
+    written = engine.generate([], max_new_tokens=300, stop_tokens=(), temperature=0.8).tokens
+    archived = [*ids.tolist(), *written][4 : 4 + engine.stats()["archived"]]
+    archive = engine.recall.memory.archive
+    assert list(archive.ids) == archived and archive.end == engine.stats()["seen"] - (
+        48 - 4 - len(engine.recall.memory.frame)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("archive", ["kv", "text"])
+def test_short_chunks_are_captured_while_tokens_stand_in_the_frame(archive):
+    model, ids = build("llama", torch.float16).cuda(), repetitive(600).cuda()
+    options = {**STRICT, "recall": "recent", **SMALL, "recall_archive": archive}
+    logits = []
+    for backend in ("ring", "fused"):
+        engine = Engine(model, **options, backend=backend)
+        for part in ids[:240].split(60):
+            engine.prefill(part)
+            engine.step(part[:1])
+        logits.append(engine.ask(ids[300:330]))
+        assert engine.stats()["recalled"] == 12
+    assert (logits[0] - logits[1]).abs().mean() < 0.05
