@@ -102,7 +102,10 @@ class Planner:
         digests = digests_of(messages, call.tools)
         session, turn = branch[0] if branch else self._find(call, digests)
         if turn is not None and not branch and session is not None:
+            if not self.store.claimed(session):
+                return None
             branch.append(self._branch(session, turn))
+            self.residence.free(session)
             session, turn = branch[0]
         if session is None or session.sink is None:
             return self._plan_opening(call, session, messages)

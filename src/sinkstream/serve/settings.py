@@ -40,9 +40,15 @@ class ServeSettings:
     )
     log_text: bool = option(False, "write prompts and replies to the log")
     spill: Path | None = None
+    shared: bool = False  # whether other servers go on with the sessions of the folder too
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.shared and (self.spill is None or self.write != "turn"):
+            raise ValueError(
+                f"servers that share their sessions find them in files: spill={self.spill} and write={self.write!r} are"
+                " not accepted; accepted: a --spill folder and --write turn"
+            )
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "ServeSettings":

@@ -112,7 +112,9 @@ class Spill:
     def write_soon(self, session: Session, data: bytes) -> bool:
         """Begin to write a stream that stays where it is; False if the disk is behind. Raises SpillFull."""
         self._settle()
-        if sum(len(one.data) for one in self._writing.values()) + len(data) > max(PENDING_BYTES, len(data)):
+        if not self.files.shared and sum(len(one.data) for one in self._writing.values()) + len(data) > max(
+            PENDING_BYTES, len(data)
+        ):
             return False
         self._write(session, data)
         return True
@@ -122,6 +124,12 @@ class Spill:
         self._ram.pop(session_id, None)
         self._reading.pop(session_id, None)
         self._current.discard(session_id)
+
+    def replaced(self, session_id: str, deleted: bool) -> None:
+        """Another server has written a session's file, or deleted it: what is held of it here is out of date."""
+        self.changes(session_id)
+        if not deleted:
+            self._current.add(session_id)
 
     def drop(self, session_id: str) -> None:
         """Forget a stream."""
