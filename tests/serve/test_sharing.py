@@ -1,6 +1,7 @@
 """Several servers on one folder: a session goes on on any of them with the same tokens, one of them at a time."""
 
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -74,22 +75,26 @@ def test_forks_saved_copies_and_messages_are_found_on_the_other_server(two, mode
     assert answer.usage.context["reused"] > answer.usage.context["sent"]
 
 
-def test_a_server_waits_for_the_other_ones_turn_and_its_file(two, model, monkeypatch):
+def test_a_reply_ends_once_it_is_written_and_the_other_server_waits_for_it(two, model, monkeypatch):
     (one, other), services = two
     session, alone = opened(one), Alone(model)
     go = slow_disk(monkeypatch, services[0].store.spill.files)
-    assert say(one, session, TEXTS[0]) == alone.say(TEXTS[0])
-    said: list[str] = []
-    next_one = threading.Thread(target=lambda: said.append(say(other, session, TEXTS[1])))
-    next_one.start()
-    next_one.join(0.3)
+    said: dict[str, str] = {}
+    first = threading.Thread(target=lambda: said.update(first=say(one, session, TEXTS[0])))
+    first.start()
+    while services[0].store.spill.written(session):
+        time.sleep(0.01)
+    second = threading.Thread(target=lambda: said.update(second=say(other, session, TEXTS[1])))
+    second.start()
+    second.join(0.2)
     assert not said
     with pytest.raises(APIStatusError) as error:
         other.post(f"/sessions/{session}/undo", cast_to=object)
     assert error.value.code == "session_busy"
     go.set()
-    next_one.join()
-    assert said == [alone.say(TEXTS[1])]
+    first.join()
+    second.join()
+    assert said == {"first": alone.say(TEXTS[0]), "second": alone.say(TEXTS[1])}
 
 
 def test_a_session_in_use_elsewhere_is_not_given_up(tmp_path):

@@ -48,17 +48,20 @@ class Conversations:
         session = plan.session
         try:
             emit(Started(session.id))
-            yield from self._serve(call, plan, emit)
+            done = yield from self._serve(call, plan, emit)
         finally:
             session.used = time.time()
             if not call.keep or (session.sink is None and session.found_by != "id"):
                 self.planner.forget(session)
             else:
                 self.residence.release(session)
+        while self.settings.shared and not self.residence.spill.written(session.id):
+            yield WAITING  # a turn that was answered is one that another server finds
+        emit(done)
 
     # ---- feeding and writing ----
 
-    def _serve(self, call: Call, plan: Plan, emit: Emit) -> Work:
+    def _serve(self, call: Call, plan: Plan, emit: Emit) -> Generator[str | None, None, Done]:
         session, lane = plan.session, plan.lane
         reused = lane.seen
         fed: list[int] = []
@@ -70,8 +73,7 @@ class Conversations:
         self._note_messages(session, plan.new, "" if call.reply is None else None)
         context = self._tell(session, lane, len(fed), reused, emit)
         if call.reply is None:
-            emit(Done(reused + len(fed), reused, 0, context))
-            return
+            return Done(reused + len(fed), reused, 0, context)
         if not lane.seen:
             raise invalid("the prompt is empty; accepted: at least one token", "prompt")
         options, texts, written = call.reply, {}, 0
@@ -89,7 +91,7 @@ class Conversations:
                 if index == 0:
                     self._note_reply(call, session, lane, reply)
         context = self._tell(session, lane, len(fed), reused, emit)
-        emit(Done(reused + len(fed), reused, written, context, texts))
+        return Done(reused + len(fed), reused, written, context, texts)
 
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane

@@ -69,7 +69,8 @@ class Service:
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
         self.metrics = Metrics(self)
-        spill = Spill(SessionFiles(settings.spill, settings.disk_mb * MB, settings.shared), settings.ram_mb * MB)
+        files = SessionFiles(settings.spill, settings.disk_mb * MB, settings.shared)
+        spill = Spill(files, settings.ram_mb * MB, lambda: self.scheduler.wake())
         self.store = SessionStore(
             settings.sessions,
             settings.idle_seconds,
