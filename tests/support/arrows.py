@@ -20,7 +20,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "cache": LEAVES | {"records", "policies", "archive", "kernels"},
     "kernels": LEAVES,
     "engine": LEAVES | {"models", "measure", "records", "policies", "archive", "cache", "kernels"},
-    "serve": LEAVES | MODELS | {"measure", "records", "policies", "cache", "engine", "ray_cluster"},
+    "serve": LEAVES | MODELS | {"measure", "records", "policies", "archive", "cache", "engine", "ray_cluster"},
     "evaluation": BASE | {"archive", "cache", "engine", "show"},
     "bench": BASE | {"archive", "cache", "engine", "serve", "evaluation", "show"},
     "studies": BASE | {"archive", "evaluation", "show"},

@@ -72,6 +72,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "serve/test_lanes.py": ("once_a_round",),
     "serve/test_on_ray.py": ("is_tried",),
     "serve/test_parts.py": (),
+    "serve/test_recall.py": ("come_back_whole", "common_word", "pushes_out", "is_bounded", "are_refused"),
     "serve/test_sharing.py": ("not_given_up", "refused_without"),
     "statistics/test_event_statistics.py": ("planted_spike",),
     "statistics/test_statistics.py": (),

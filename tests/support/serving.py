@@ -48,7 +48,7 @@ def save_chat_model(folder: Path) -> Path:
 
 def make_service(model: LoadedModel | None = None, **settings) -> Service:
     """A service of a tiny model, not started."""
-    given = {"cap": CAP, "max_tokens": 12} | settings
+    given = {"cap": CAP, "max_tokens": 12, "recall": "none"} | settings
     return Service(model or loaded(), ServeSettings(**given), backend="ring")
 
 
