@@ -74,6 +74,8 @@ def test_a_conversation_by_keyboard(address, browser, look):
     assert FACT in tab.inner_text("article.recalled.user")
     assert tab.inner_text("article:last-of-type .from") == f"recalled turn 1 ({FACT})"
     assert tab.evaluate("document.activeElement.id") == "text", "the next message can be typed"
+    talk = "(talk => talk.scrollHeight - talk.scrollTop - talk.clientHeight)(document.getElementById('talk'))"
+    assert tab.evaluate(talk) < 40, "the latest reply is in sight"
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     red, green, blue = tab.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(",")
     assert (int(red) + int(green) + int(blue) < 200) == (scheme == "dark")

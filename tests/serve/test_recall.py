@@ -65,6 +65,8 @@ def test_a_question_is_answered_behind_the_turn_that_it_names(model, tmp_path):
         assert answer.choices[0].message.content == expected and context["kept"] <= CAP
         assert context["kept"] == alone.engine.stats()["kept"]
         assert not say(client, fork, QUESTION).usage.context["recalled"], "what is there already is not read again"
+        counted = f'sinkstream_tokens_total{{kind="recalled"}} {float(len(turn))}'
+        assert counted in client.get("../metrics", cast_to=str)
     with served(service(model, spill=tmp_path)) as address:
         client = client_of(address)
         fork = client.post(f"/sessions/{session}/fork", cast_to=object)["id"]
