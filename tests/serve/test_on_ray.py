@@ -80,10 +80,21 @@ def test_the_sessions_of_a_killed_replica_go_on_on_the_other(tmp_path):
     pytest.importorskip("ray.serve")
     save_chat_model(tmp_path / "model")
     command = [sys.executable, "-m", "sinkstream.cli", "serve", "--ray", "--replicas", "2", "--cpus-per-replica", "0.1"]
-    options = ["--model", str(tmp_path / "model"), "--device", "cpu", "--cap", str(CAP), "--spill", str(tmp_path / "s")]
+    options = [
+        "--model",
+        str(tmp_path / "model"),
+        "--device",
+        "cpu",
+        "--cap",
+        str(CAP),
+        "--recall",
+        "none",
+        "--spill",
+        str(tmp_path / "s"),
+    ]
     environment = os.environ | {"PYTHONPATH": paths(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, *options, "--resident", str(SESSIONS), "--port", "0"],
+        [*command, *options, "--spill", str(tmp_path / "s"), "--resident", str(SESSIONS), "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:

@@ -281,7 +281,18 @@ def start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
 @pytest.mark.slow
 def test_the_command_spills_when_it_ends_and_survives_a_kill(tmp_path):
     folder = save_chat_model(tmp_path / "model")
-    arguments = ["--model", str(folder), "--cap", str(CAP), "--spill", str(tmp_path / "spill"), "--device", "cpu"]
+    arguments = [
+        "--model",
+        str(folder),
+        "--cap",
+        str(CAP),
+        "--recall",
+        "none",
+        "--spill",
+        str(tmp_path / "spill"),
+        "--device",
+        "cpu",
+    ]
     replies = []
     for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
         process, address = start(arguments)
