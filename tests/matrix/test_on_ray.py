@@ -97,6 +97,7 @@ def test_without_the_package_the_option_says_what_to_install(here, monkeypatch, 
 
 
 def test_without_the_option_nothing_of_ray_is_imported():
-    code = "import sys, sinkstream.cli.matrix, sinkstream.matrix.run; sys.exit('ray' in sys.modules)"
+    modules = "sinkstream.cli.matrix, sinkstream.matrix.run, sinkstream.cli.serve, sinkstream.serve.app"
+    code = f"import sys, {modules}; sys.exit('ray' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sinkstream.__file__).parents[1]), *sys.path])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -61,6 +61,15 @@ def test_a_conversation_and_its_figures(talk, model):
     assert out.count("forgotten from now on") == 1
 
 
+def test_what_was_recalled_is_named(model):
+    talk = LocalTalk(make_service(model, cap=160, recall="lexical", recall_slots=48, max_tokens=6), SYSTEM_TEXT)
+    try:
+        out = chat(talk, "my cat is called Zephyr", *["one two three four", "red green blue yellow"] * 3, "my CAT?")
+    finally:
+        talk.close()
+    assert out.count("recalled turn 1: my cat is called Zephyr") == 1
+
+
 def test_turns_are_taken_back_and_written_anew(talk, model):
     alone = Plain(model)
     expected = [says(alone, "one"), says(alone, "two")]

@@ -9,36 +9,32 @@ import threading
 import time
 
 import pytest
-import tiny_model
 from openai import APIStatusError
-from serving import BIAS, CAP, SYSTEM, TEMPLATE, Alone, client_of, loaded, make_service, served, user
+from serving import (
+    BIAS,
+    CAP,
+    SYSTEM,
+    TEXTS,
+    Alone,
+    client_of,
+    loaded,
+    make_service,
+    opened,
+    save_chat_model,
+    say,
+    served,
+    slow_disk,
+    user,
+)
 
 from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.spill import Spill
 
-TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"]
-
 
 @pytest.fixture(scope="module")
 def model():
     return loaded()
-
-
-def opened(client, system: str = SYSTEM["content"]) -> str:
-    return client.post("/sessions", body={"messages": [{"role": "system", "content": system}]}, cast_to=object)["id"]
-
-
-def say(client, session: str, text: str, tokens: int = 12) -> str:
-    answer = client.chat.completions.create(
-        model=client.models.list().data[0].id,
-        messages=[user(text)],
-        temperature=0,
-        max_tokens=tokens,
-        logit_bias=BIAS,
-        extra_body={"session_id": session},
-    )
-    return answer.choices[0].message.content
 
 
 def state(client, session: str) -> str:
@@ -197,18 +193,6 @@ def test_a_full_disk_is_told_and_older_files_stay(tmp_path, monkeypatch):
     assert [s.id for s in SessionFiles(tmp_path, 10**9).sessions()] == [session.id]
 
 
-def slow_disk(monkeypatch, files: SessionFiles) -> threading.Event:
-    """A disk that writes nothing until the event is set."""
-    go, store = threading.Event(), files.store
-
-    def held(*given):
-        go.wait()
-        store(*given)
-
-    monkeypatch.setattr(files, "store", held)
-    return go
-
-
 def test_nobody_waits_for_a_disk_that_is_written(tmp_path, monkeypatch):
     files = SessionFiles(tmp_path, 10**9)
     go, spill, session = slow_disk(monkeypatch, files), Spill(files, 6), Session("me")
@@ -296,10 +280,19 @@ def start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
 
 @pytest.mark.slow
 def test_the_command_spills_when_it_ends_and_survives_a_kill(tmp_path):
-    folder = tiny_model.save_model(tmp_path / "model", "llama")
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    arguments = ["--model", str(folder), "--cap", str(CAP), "--spill", str(tmp_path / "spill"), "--device", "cpu"]
+    folder = save_chat_model(tmp_path / "model")
+    arguments = [
+        "--model",
+        str(folder),
+        "--cap",
+        str(CAP),
+        "--recall",
+        "none",
+        "--spill",
+        str(tmp_path / "spill"),
+        "--device",
+        "cpu",
+    ]
     replies = []
     for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
         process, address = start(arguments)

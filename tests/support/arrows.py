@@ -8,6 +8,7 @@ BASE = LEAVES | MODELS | RECORDS | {"policies"}
 ARROWS: dict[str, frozenset[str]] = {
     "registry": frozenset(),
     "compat": frozenset(),
+    "ray_cluster": frozenset(),
     "measure": frozenset(),
     "statistics": frozenset(),
     "records": frozenset({"measure", "statistics"}),
@@ -19,11 +20,11 @@ ARROWS: dict[str, frozenset[str]] = {
     "cache": LEAVES | {"records", "policies", "archive", "kernels"},
     "kernels": LEAVES,
     "engine": LEAVES | {"models", "measure", "records", "policies", "archive", "cache", "kernels"},
-    "serve": LEAVES | MODELS | {"measure", "records", "policies", "cache", "engine"},
+    "serve": LEAVES | MODELS | {"measure", "records", "policies", "archive", "cache", "engine", "ray_cluster"},
     "evaluation": BASE | {"archive", "cache", "engine", "show"},
     "bench": BASE | {"archive", "cache", "engine", "serve", "evaluation", "show"},
     "studies": BASE | {"archive", "evaluation", "show"},
-    "matrix": BASE | {"archive", "evaluation", "show", "bench", "studies"},
+    "matrix": BASE | {"archive", "evaluation", "show", "bench", "studies", "ray_cluster"},
     "report": BASE | {"archive", "cache", "engine", "show", "bench", "studies", "matrix"},
     "cli": BASE | {"archive", "cache", "engine", "serve", "evaluation", "show", "bench", "studies", "matrix", "report"},
     "__init__": frozenset({"cache", "engine", "policies"}),  # the public names

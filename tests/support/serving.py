@@ -1,9 +1,11 @@
 """A server of a tiny model on a free loopback port, and the same conversation by the engine alone."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import tiny_model
 import uvicorn
@@ -13,6 +15,7 @@ from sinkstream.engine import Engine
 from sinkstream.models import LoadedModel
 from sinkstream.serve import ServeSettings, Service
 from sinkstream.serve.app import create_app
+from sinkstream.serve.files import SessionFiles
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '\n' }}{% endfor %}"
@@ -20,6 +23,7 @@ TEMPLATE = (
 )
 SYSTEM = {"role": "system", "content": "Be brief."}
 CAP = 96
+TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"]
 BIAS = {0: -100.0}  # a reply has no unknown token, which has no text
 
 
@@ -35,9 +39,16 @@ def loaded(family: str = "llama", *, template: str | None = TEMPLATE) -> LoadedM
     return found
 
 
+def save_chat_model(folder: Path) -> Path:
+    """The tiny model on disk, with a chat template."""
+    path = tiny_model.save_model(folder, "llama") / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
 def make_service(model: LoadedModel | None = None, **settings) -> Service:
     """A service of a tiny model, not started."""
-    given = {"cap": CAP, "max_tokens": 12} | settings
+    given = {"cap": CAP, "max_tokens": 12, "recall": "none"} | settings
     return Service(model or loaded(), ServeSettings(**given), backend="ring")
 
 
@@ -61,6 +72,36 @@ def served(service: Service, keys: tuple[str, ...] = ()) -> Iterator[str]:
 def client_of(address: str, key: str = "none") -> OpenAI:
     """The official client."""
     return OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def opened(client, system: str = SYSTEM["content"]) -> str:
+    """The id of a new session."""
+    return client.post("/sessions", body={"messages": [{"role": "system", "content": system}]}, cast_to=object)["id"]
+
+
+def say(client, session: str, text: str, tokens: int = 12) -> str:
+    """The reply to a message in a session."""
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[user(text)],
+        temperature=0,
+        max_tokens=tokens,
+        logit_bias=BIAS,
+        extra_body={"session_id": session},
+    )
+    return answer.choices[0].message.content
+
+
+def slow_disk(monkeypatch, files: SessionFiles) -> threading.Event:
+    """A disk that writes nothing until the event is set."""
+    go, store = threading.Event(), files.store
+
+    def held(*given):
+        go.wait()
+        store(*given)
+
+    monkeypatch.setattr(files, "store", held)
+    return go
 
 
 class Alone:

@@ -15,7 +15,7 @@ SYSTEM = "You are a helpful assistant. Answer briefly."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_options(parser)
-    add_serve_settings(parser, ("cap", "evict", "max_tokens", "ram_mb", "disk_mb"))
+    add_serve_settings(parser, ("cap", "evict", "recall", "recall_slots", "max_tokens", "ram_mb", "disk_mb"))
     group = parser.add_argument_group("conversation")
     group.add_argument("--system", default=SYSTEM, help="system prompt, which stays pinned; '' for none")
     group.add_argument("--url", help="talk to this server instead, as in http://127.0.0.1:8000/v1")

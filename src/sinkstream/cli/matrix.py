@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from sinkstream.cli import EXIT_FAILED
+from sinkstream.cli.options import add_ray_option
 from sinkstream.cli.show import wide_console
 from sinkstream.matrix.file import Matrix, read_matrix
 from sinkstream.matrix.measure import Workbench
@@ -39,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only points whose name holds all these words, or an id; several: any of them",
     )
     group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="",
-        metavar="ADDRESS",
-        help="measure points as Ray tasks, one GPU each, on the cluster at ADDRESS (default: this machine alone)",
-    )
+    add_ray_option(group, "measure points as Ray tasks, one GPU each, on the cluster at ADDRESS")
     group.add_argument(
         "--gpus-per-point", type=float, default=1.0, help="with --ray: GPUs of a point, fractions allowed"
     )

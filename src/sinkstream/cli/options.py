@@ -128,6 +128,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and tokens")
 
 
+def add_ray_option(group: argparse._ArgumentGroup, what: str) -> None:
+    """Add ``--ray ADDRESS``: None without it, empty without an address."""
+    group.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=f"{what} (default: this machine alone)")
+
+
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
     """Add ``--text``, with `tokens` also ``--tokens``; with `random`, random tokens are accepted as a text."""
     kinds = "pg19, wikitext, builtin, random" if random else "pg19, wikitext, builtin"

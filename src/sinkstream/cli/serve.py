@@ -5,15 +5,17 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
-from sinkstream.cli.options import add_model_options, load_given_model
+from sinkstream.cli.options import add_model_options, add_ray_option, load_given_model
 from sinkstream.engine.steps import STEPS
 from sinkstream.models import resolve_device
 from sinkstream.models.gguf_file import cache_dir
 from sinkstream.policies.options import OptionSpec, option_fields
 from sinkstream.serve import ServeSettings, Service
+from sinkstream.serve.files import SessionFiles
 
 INSTALL = "sinkstream serve needs {}: pip install 'sinkstream[serve]'"
 KEY_VARIABLE = "SINKSTREAM_API_KEY"
@@ -69,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spill", type=Path, help="folder of spilled and saved sessions (default: sessions/ in the cache folder)"
     )
     group.add_argument("--no-spill", action="store_true", help="write no session to disk")
+    group = parser.add_argument_group("Ray Serve")
+    add_ray_option(group, "serve with replicas on the Ray cluster at ADDRESS, which share the --spill folder")
+    group.add_argument("--replicas", type=int, help="with --ray: default: one for each GPU, or 1")
+    group.add_argument("--gpus-per-replica", type=float, help="with --ray: default: 1 on a GPU, else 0")
+    group.add_argument("--cpus-per-replica", type=float, default=1.0, help="with --ray: fractions allowed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,25 +89,70 @@ def run(args: argparse.Namespace) -> int:
     keys = api_keys(args.api_key_file)
     check_exposure(args.host, keys, args.no_api_key)
     listening = listen(args.host, args.port)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    service = make_service(args, None if args.no_spill else args.spill or cache_dir() / "sessions")
-    service.store.spill.files.lock()
     host, port = listening.getsockname()[:2]
-    address = f"[{host}]" if ":" in host else host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    where = f"{address} (OpenAI API: {address}/v1), {'API key' if keys else 'no API key'}"
+    hosts = LOOPBACK if is_loopback(args.host) else None
+    spill = None if args.no_spill else args.spill or cache_dir() / "sessions"
+    if args.ray is not None:
+        listening.close()  # Ray's proxy takes the port
+        return _run_on_ray(args, spill, keys, hosts, host, port, where)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    service = make_service(args, spill)
+    service.store.spill.files.lock()
     settings, kept = service.settings, len(service.store.sessions)
     listening.listen()  # who reads the address may connect at once
     print(
-        f"{service.loaded.name}, {service.backend} backend, {settings.cap} slots a session: http://{address}:{port}"
-        f" (OpenAI API: http://{address}:{port}/v1), {'API key' if keys else 'no API key'},"
+        f"{service.loaded.name}, {service.backend} backend, {settings.cap} slots a session: {where},"
         f" {kept} spilled sessions found",
         flush=True,
     )
     config = uvicorn.Config(
-        create_app(service, keys, LOOPBACK if is_loopback(args.host) else None),
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        create_app(service, keys, hosts), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
     uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _run_on_ray(
+    args: argparse.Namespace,
+    spill: Path | None,
+    keys: list[str],
+    hosts: tuple[str, ...] | None,
+    host: str,
+    port: int,
+    where: str,
+) -> int:
+    from sinkstream.serve.on_ray import RayOptions, serve_on_ray  # which imports Ray
+
+    if args.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {args.device} with --ray is not accepted; accepted: cpu, cuda: Ray gives the GPU")
+    spill = spill and spill.resolve()
+    if Path(args.model).exists():  # replicas have a working directory of their own
+        args.model = str(Path(args.model).resolve())
+    settings = ServeSettings.of(vars(args) | {"spill": spill, "shared": True})
+    gpus = args.gpus_per_replica
+    if gpus is None:
+        gpus = 0.0 if resolve_device(args.device).type == "cpu" else 1.0
+    options = RayOptions(args.ray, args.replicas, gpus, args.cpus_per_replica)
+    files = SessionFiles(spill, settings.disk_mb)
+    files.lock()
+    given = {name: value for name, value in vars(args).items() if name != "run"}
+
+    def build():
+        from argparse import Namespace
+
+        from sinkstream.cli.serve import make_service
+        from sinkstream.serve.app import create_app
+
+        return create_app(make_service(Namespace(**given), spill, shared=True), keys, hosts)
+
+    def ready(replicas: int) -> None:
+        count = len(files.sessions())
+        print(f"{replicas} replicas on Ray, {settings.cap} slots a session: {where}, {count} spilled sessions found")
+        sys.stdout.flush()
+
+    serve_on_ray(build, options, host=host, port=port, most=2 * settings.queue, ready=ready)
     return 0
 
 

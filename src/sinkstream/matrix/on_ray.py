@@ -1,6 +1,5 @@
-"""The points of a matrix as Ray tasks, on this machine or on a cluster: the same records. Ray is imported here only."""
+"""The points of a matrix as Ray tasks, on this machine or on a cluster: the same records."""
 
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ from sinkstream.matrix.file import Matrix
 from sinkstream.matrix.measure import Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.run import Measure
+from sinkstream.ray_cluster import check_address, connect, ray_package
 from sinkstream.records.files import WriteError
 
-CONNECT_SEC = 5.0
 RETRIES = 3  # of a point whose worker died; what a point raises is its record, and is not tried again
-DEFAULT_PORT = 6379
 _benches: dict[tuple[str, str], Workbench] = {}  # of a worker: the model of its latest point stays loaded
 
 
@@ -38,8 +36,8 @@ def on_ray(
 
     Raises ValueError: Ray is not installed, the address does not answer, or timed points would share a GPU.
     """
-    ray = _ray()
-    _check_address(address)
+    ray = ray_package()
+    check_address(address)
 
     def measure(points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any], float]]:
         on_gpu = any(point.device.startswith("cuda") for point in points)
@@ -48,7 +46,7 @@ def on_ray(
                 f"--gpus-per-point {gpus}: points that share a GPU cannot be timed; accepted: a whole number, or points"
                 ' with speed_backend = "none"'
             )
-        _connect(ray, address)
+        connect(ray, address)
         bench = Workbench(out, matrix.name, arguments, command, Console(quiet=True))
         try:
             task = ray.remote(_measure).options(max_retries=RETRIES, num_cpus=1, num_gpus=gpus if on_gpu else 0)
@@ -100,36 +98,3 @@ def _waves(points: Sequence[Point]) -> list[list[Point]]:
     """Baselines, then all that is compared with them."""
     first = [p for p in points if p.settings.method in (*BASELINES, "strict")]
     return [wave for wave in (first, [p for p in points if p not in first]) if wave]
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError as error:
-        raise ValueError(f"--ray needs the package ray ({error}); pip install 'sinkstream[ray]'") from error
-    return ray
-
-
-def _check_address(address: str) -> None:
-    """Raise ValueError unless something answers at HOST:PORT: Ray itself would go on trying for minutes."""
-    if address in ("", "auto", "local"):
-        return
-    host, _, port = address.rpartition("://")[2].partition(":")
-    try:
-        socket.create_connection((host, int(port or DEFAULT_PORT)), timeout=CONNECT_SEC).close()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--ray {address}: no Ray answers there ({error}); accepted: HOST:PORT of a running cluster, auto, or no"
-            " address for this machine"
-        ) from error
-
-
-def _connect(ray: Any, address: str) -> None:
-    try:
-        ray.init(
-            address=address or "local", ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR",
-            configure_logging=False,
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"--ray {address or 'local'}: cannot connect: {error}") from error

@@ -20,6 +20,7 @@ from sinkstream.serve.tools import ToolFormat, with_calls
 
 PREFILL_TOKENS = {"cpu": 128}  # of one turn of the scheduler
 DEFAULT_PREFILL_TOKENS = 1024
+TOLD = 80  # characters of a turn's user message, where the turn is told to have come back
 
 
 class Conversations:
@@ -48,30 +49,36 @@ class Conversations:
         session = plan.session
         try:
             emit(Started(session.id))
-            yield from self._serve(call, plan, emit)
+            done = yield from self._serve(call, plan, emit)
         finally:
             session.used = time.time()
             if not call.keep or (session.sink is None and session.found_by != "id"):
                 self.planner.forget(session)
             else:
                 self.residence.release(session)
+        while self.settings.shared and not self.residence.spill.written(session.id):
+            yield WAITING  # a turn that was answered is one that another server finds
+        emit(done)
 
     # ---- feeding and writing ----
 
-    def _serve(self, call: Call, plan: Plan, emit: Emit) -> Work:
+    def _serve(self, call: Call, plan: Plan, emit: Emit) -> Generator[str | None, None, Done]:
         session, lane = plan.session, plan.lane
         reused = lane.seen
         fed: list[int] = []
+        last = session.turns[-1] if session.turns else None
+        tokens, turns = len(last.ids) if last else 0, session.turns_seen
         try:
             yield from self._feed(call, plan, fed)
         except BaseException:
-            self._unfeed(session, lane, reused)
+            if last is not None:
+                del last.ids[tokens:]
+            self._unfeed(session, lane, reused, turns)
             raise
         self._note_messages(session, plan.new, "" if call.reply is None else None)
-        context = self._tell(session, lane, len(fed), reused, emit)
+        context = self._tell(plan, len(fed), reused, emit)
         if call.reply is None:
-            emit(Done(reused + len(fed), reused, 0, context))
-            return
+            return Done(reused + len(fed), reused, 0, context)
         if not lane.seen:
             raise invalid("the prompt is empty; accepted: at least one token", "prompt")
         options, texts, written = call.reply, {}, 0
@@ -88,8 +95,8 @@ class Conversations:
                 written += reply.tokens
                 if index == 0:
                     self._note_reply(call, session, lane, reply)
-        context = self._tell(session, lane, len(fed), reused, emit)
-        emit(Done(reused + len(fed), reused, written, context, texts))
+        context = self._tell(plan, len(fed), reused, emit)
+        return Done(reused + len(fed), reused, written, context, texts)
 
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane
@@ -101,19 +108,42 @@ class Conversations:
         if plan.opening:
             yield from self._prefill(lane, self.template.encode(plan.opening), fed)
         turns = self._turns_of(session, plan)
-        for piece in plan.pieces:
+        question = max((i for i, piece in enumerate(plan.pieces) if piece.turn), default=None)
+        for i, piece in enumerate(plan.pieces):
+            ids = self.template.encode(piece.text)
             if piece.turn:
+                if i == question and call.reply is not None:
+                    self._choose(plan, len(ids))
                 lane.begin_turn()
-                session.turns.append(replace(next(turns), start=lane.seen))
                 session.turns_seen += 1
-            yield from self._prefill(lane, self.template.encode(piece.text), fed)
+                recalled = plan.recalled if i == question else []
+                numbers = [turn.number for turn in recalled]
+                turn = replace(next(turns), start=lane.seen, number=session.turns_seen, recalled=numbers)
+                session.turns.append(turn)
+                for earlier in recalled:
+                    yield from self._prefill(lane, earlier.ids, fed)
+            if session.turns:
+                session.turns[-1].ids.extend(ids)
+            yield from self._prefill(lane, ids, fed)
 
-    def _unfeed(self, session: Session, lane: Lane, reused: int) -> None:
+    def _choose(self, plan: Plan, tokens: int) -> None:
+        """Choose the turns that come back before a question of so many tokens."""
+        recall, session, lane = self.planner.recall, plan.session, plan.lane
+        users = [message for message in plan.new if message["role"] == "user"]
+        if recall is None or not users:
+            return
+        self.planner.counts(session, lane)  # a long prompt may have pushed turns out by now
+        stays = lane.seen + tokens + recall.slots - (self.settings.cap - lane.sink)
+        leaving = [turn for turn in session.turns[:-1] if turn.start < stays]
+        plan.recalled = recall.choose(session, users[-1]["content"], leaving)
+
+    def _unfeed(self, session: Session, lane: Lane, reused: int, turns: int) -> None:
         """Take back a part of a prompt; a session that cannot be what it was goes on with what is left of it."""
         fed = lane.seen - reused
-        kept = [turn for turn in session.turns if turn.start < reused]
-        session.turns_seen -= len(session.turns) - len(kept)
-        session.turns = kept
+        session.turns_seen = turns
+        session.turns = [turn for turn in session.turns if turn.number <= turns]
+        session.archive = [turn for turn in session.archive if turn.number <= turns]
+        self.planner.forget_index(session.id)
         if fed < 0 or not reused:  # the engine has cleared the stream, or it had not begun
             self.residence.drop(session.id)
             session.sink, session.turns, session.turn, session.held = None, [], [], None
@@ -145,7 +175,8 @@ class Conversations:
             digests.append(digest_of(digests[-1], message))
         for place, i in enumerate(users):
             earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
-            yield Turn(0, digests[i], digests[i + 1], list(earlier), session.response if place == 0 else None)
+            before = session.response if place == 0 else None
+            yield Turn(0, digests[i], digests[i + 1], list(earlier), before, text=plan.new[i]["content"][:TOLD])
 
     # ---- what the stream holds then ----
 
@@ -164,12 +195,15 @@ class Conversations:
             form = self.tools if session.tools else None
             message = with_calls({"role": "assistant", "content": reply.text.text}, form, call.response)
             session.held = base + held
+            if session.turns and session.turns[-1].number == session.turns_seen:
+                session.turns[-1].ids.extend(reply.kept)
             session.turn = [*session.turn, message]
             session.digest = digest_of(session.digest, message)
         session.response = call.response
         self.planner.counts(session, lane)
 
-    def _tell(self, session: Session, lane: Lane, sent: int, reused: int, emit: Emit) -> Context:
+    def _tell(self, plan: Plan, sent: int, reused: int, emit: Emit) -> Context:
+        session, lane = plan.session, plan.lane
         self.planner.counts(session, lane)
         counts = session.counts
         first = bool(counts["evicted"]) and not session.announced
@@ -184,6 +218,7 @@ class Conversations:
             kept=counts["kept"],
             cap=self.settings.cap,
             first_eviction=first,
+            recalled=tuple({"turn": t.number, "tokens": len(t), "text": t.text} for t in plan.recalled),
         )
         emit(context)
         return context

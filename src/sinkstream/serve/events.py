@@ -34,7 +34,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Context:
-    """What the session's stream holds now."""
+    """What the session's stream holds now; `recalled`: turns that were read again for this request."""
 
     session: str
     sent: int
@@ -45,6 +45,7 @@ class Context:
     kept: int
     cap: int
     first_eviction: bool = False
+    recalled: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

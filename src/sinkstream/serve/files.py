@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from filelock import FileLock, Timeout
 from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.sessions import Session
+from sinkstream.serve.sharing import Claims
 
 FORMAT = 1
+Stamp = tuple[int, int, int]  # inode, time and size of a file: a file that was replaced has another one
 
 
 class SpillFull(Exception):
@@ -38,13 +41,23 @@ class SessionFiles:
         Made if need be, for its owner only; None: nothing can be written.
     limit : int
         Most bytes of all streams.
+    shared : bool
+        Whether other servers write to the folder too.
+
+    Attributes
+    ----------
+    sizes : dict
+        Bytes of the stream of each file.
+    claims : Claims
     """
 
-    def __init__(self, folder: Path | None, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path | None, limit: int, shared: bool = False):
+        self.folder, self.limit, self.shared = folder, limit, shared and folder is not None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             os.chmod(folder, 0o700)
+        self.claims = Claims(folder if self.shared else None)
+        self._stamps: dict[str, Stamp] = {}  # of the JSON files as this server has read or written them
         self.sizes = {path.stem: size for path, size in self._streams().items()}
 
     def lock(self) -> None:
@@ -90,6 +103,9 @@ class SessionFiles:
         for old in self.folder.glob(f"{key}.*.safetensors"):
             if old != stream:
                 old.unlink(missing_ok=True)
+        if self.shared:
+            self._stamps[key] = _stamp((self.folder / f"{key}.json").stat())
+            self.claims.free(key)  # what is written others may go on with
 
     def read(self, key: str) -> tuple[Session, bytes]:
         """A session and the bytes of its stream. Raises APIError 409 if they are not what was written."""
@@ -117,11 +133,49 @@ class SessionFiles:
     def delete(self, key: str) -> None:
         """Delete a session's files, if there are any."""
         self.sizes.pop(key, None)
+        self._stamps.pop(key, None)
         if self.folder is None:
             return
         (self.folder / f"{key}.json").unlink(missing_ok=True)
         for path in self.folder.glob(f"{key}.*.safetensors"):
             path.unlink(missing_ok=True)
+        self.claims.end(key)
+
+    # ---- what other servers do in the folder ----
+
+    def current(self, key: str) -> bool:
+        """Whether a session's file is the one that this server knows; always so in a folder of its own."""
+        if not self.shared or self.folder is None:
+            return True
+        try:
+            found = _stamp((self.folder / f"{key}.json").stat())
+        except OSError:
+            found = None
+        return found == self._stamps.get(key)
+
+    def changes(self) -> tuple[list[Session], list[str]]:
+        """Sessions that other servers have written since the last time, and the ids of those that they have deleted."""
+        if not self.shared or self.folder is None:
+            return [], []
+        found: dict[str, Stamp] = {}
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".json"):
+                with suppress(OSError):  # deleted meanwhile
+                    found[entry.name.removesuffix(".json")] = _stamp(entry.stat())
+        gone = [key for key in self._stamps if key not in found and not self.claims.holds(key)]
+        for key in gone:
+            del self._stamps[key]
+            self.sizes.pop(key, None)
+        written = []
+        for key, stamp in found.items():
+            if self._stamps.get(key) == stamp or self.claims.holds(key):
+                continue
+            self._stamps[key] = stamp
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+                self.sizes[key] = (self.folder / header["stream"]).stat().st_size
+                written += [Session.of(header["session"])] if key.startswith("sess_") else []
+        return written, [key for key in gone if key.startswith("sess_")]
 
     def _streams(self) -> dict[Path, int]:
         if self.folder is None:
@@ -131,3 +185,7 @@ class SessionFiles:
             for path in self.folder.glob("*.*.safetensors")
             if path.with_suffix("").with_suffix(".json").exists()
         }
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

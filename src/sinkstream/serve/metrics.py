@@ -77,6 +77,7 @@ class Metrics:
                 self._tokens.labels("prompt").inc(event.prompt_tokens - event.reused_tokens)
                 self._tokens.labels("reused").inc(event.reused_tokens)
                 self._tokens.labels("completion").inc(event.completion_tokens)
+                self._tokens.labels("recalled").inc(sum(turn["tokens"] for turn in event.context.recalled))
                 if first is not None and event.completion_tokens > 1:
                     self._tpot.observe((time.perf_counter() - first) / (event.completion_tokens - 1))
             if isinstance(event, Failed):

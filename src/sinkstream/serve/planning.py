@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from sinkstream.serve.errors import busy, invalid
 from sinkstream.serve.files import SpillFull
 from sinkstream.serve.lanes import Lane
+from sinkstream.serve.recall import Recall
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.residence import RETRY_SECONDS, Residence
-from sinkstream.serve.sessions import Session, Turn, digests_of, new_id, split_head
+from sinkstream.serve.sessions import ForgottenTurn, Session, Turn, digests_of, new_id, split_head
 from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate, Message, Piece
@@ -44,13 +45,14 @@ class Call:
 
 @dataclass
 class Plan:
-    """How a call goes on with its session: what is taken back, then what is fed."""
+    """How a call goes on with its session: what is taken back, then what is fed; and what was recalled for it."""
 
     session: Session
     lane: Lane
     pieces: list[Piece]
     opening: str | None = None
     new: list[Message] = field(default_factory=list)
+    recalled: list[ForgottenTurn] = field(default_factory=list)
 
 
 class Planner:
@@ -76,17 +78,25 @@ class Planner:
     ):
         self.template, self.settings = template, settings
         self.store, self.residence, self.evicted = store, residence, evicted
+        self.recall = Recall(template.tokenizer, settings.recalled) if settings.recalled else None
 
     def forget(self, session: Session) -> None:
         """Delete a session."""
         self.residence.drop(session.id)
         self.store.sessions.pop(session.id, None)
+        self.forget_index(session.id)
+
+    def forget_index(self, session_id: str) -> None:
+        """Forget what recall remembers of a session, beside the session itself."""
+        if self.recall is not None:
+            self.recall.forget(session_id)
 
     def counts(self, session: Session, lane: Lane) -> None:
         """Note what a session's stream holds now."""
         stats, before = lane.stats(), session.counts["evicted"]
         session.counts = {name: stats[name] for name in ("seen", "kept", "evicted")}
-        session.forget_evicted(lane.oldest if stats["evicted"] else 0)
+        if stats["evicted"]:
+            session.forget_evicted(lane.oldest, self.settings.recalled, self.settings.recall_tokens)
         self.evicted(max(0, stats["evicted"] - before))
 
     # ---- which session, and what is new ----
@@ -102,7 +112,10 @@ class Planner:
         digests = digests_of(messages, call.tools)
         session, turn = branch[0] if branch else self._find(call, digests)
         if turn is not None and not branch and session is not None:
+            if not self.store.claimed(session):
+                return None
             branch.append(self._branch(session, turn))
+            self.residence.free(session)
             session, turn = branch[0]
         if session is None or session.sink is None:
             return self._plan_opening(call, session, messages)
@@ -214,6 +227,7 @@ class Planner:
     def rewind(self, session: Session, lane: Lane, turn: Turn) -> None:
         """Take back everything from a turn on."""
         lane.rewind(lane.seen - turn.start)
+        self.forget_index(session.id)
         place = session.turns.index(turn)
         session.turns_seen -= len(session.turns) - place
         session.turns = session.turns[:place]

@@ -54,6 +54,8 @@ class Reply:
     text : TextStream
     tokens : int
         Tokens written so far, the end token included.
+    kept : list of int
+        Those that the stream holds, once `held` was called.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Reply:
         self.lane, self.prompt, self.options, self.index = lane, prompt, options, index
         self.tokenizer, self.ends, self.emit = tokenizer, frozenset() if options.ignore_end else ends, emit
         self.text = TextStream(tokenizer, options.stop, self.ends)
+        self.kept: list[int] = []
         self._written: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -105,9 +108,8 @@ class Reply:
                 self.lane.rewind(past)
             except ValueError:  # they have left the window already
                 kept += past
-        return self.tokenizer.decode(
-            self._written[:kept], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        self.kept = self._written[:kept]
+        return self.tokenizer.decode(self.kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _take(self, token: int) -> None:
         self._written.append(token)

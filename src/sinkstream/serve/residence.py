@@ -5,6 +5,7 @@ lane.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from sinkstream.serve.errors import busy
 from sinkstream.serve.files import SpillFull
@@ -39,19 +40,33 @@ class Residence:
     def acquire(self, session: Session, *, wait: bool = False) -> Lane | None:
         """The lane with a session's stream, for its only user; None if it must be waited for.
 
-        With `wait` the disk is waited for here.
+        With `wait` the disk is waited for here. In a shared folder the session is claimed until it is written; what
+        another server has claimed or written meanwhile must be waited for, or looked up again.
 
         Raises
         ------
         APIError
             429 if nothing can be spilled; 409 if the session's file is damaged.
         """
-        assert session.sink is not None, "the number of pinned tokens is known"
         if wait:
             self.spill.wait()
         if session.id in self.busy or not self.spill.written(session.id):
             return None
-        spilled = session.id not in self._held and self.spill.where(session.id) is not None
+        files = self.spill.files
+        if not files.claims.claim(session.id):
+            return None
+        lane = None
+        try:
+            lane = self._lane_of(session, wait) if files.current(session.id) else None
+        finally:
+            if lane is None:
+                self.free(session)
+        return lane
+
+    def _lane_of(self, session: Session, wait: bool) -> Lane | None:
+        assert session.sink is not None, "the number of pinned tokens is known"
+        known = session.counts["seen"] > 0 and session.id not in self._held
+        spilled = known and self.spill.where(session.id) is not None
         if spilled and not wait and not self.spill.ready(session.id):
             return None
         if session.id in self._held:
@@ -76,9 +91,26 @@ class Residence:
     def release(self, session: Session) -> None:
         """The session is not in use any more; it keeps its lane until another one needs it."""
         self.busy.discard(session.id)
+        if session.id not in self._held:
+            self.keep_known(session)
+            return
         self._unwritten.add(session.id)
-        if self._each_turn and session.id in self._held:
+        if self._each_turn:
             self._write(session.id)
+
+    def keep_known(self, session: Session) -> None:
+        """Write a session that has no stream yet to a shared folder, so that the other servers know it."""
+        files = self.spill.files
+        if files.shared:
+            with suppress(SpillFull):
+                files.write(session, b"")
+
+    def free(self, session: Session) -> None:
+        """Let other servers go on with an idle session, unless its latest turn is not written yet."""
+        spill, session_id = self.spill, session.id
+        written = spill.written(session_id) and (spill.on_disk(session_id) or not session.counts["seen"])
+        if written and session_id not in self.busy:
+            spill.files.claims.free(session_id)
 
     def write_one(self) -> bool:
         """Write a resident session that is not in use to disk, where a killed server finds it; False if none is left.
@@ -94,7 +126,9 @@ class Residence:
         """Begin to write a resident session; False if the disk is full or behind."""
         session, lane = self._held[session_id]
         try:
-            if session.counts["seen"] and not self.spill.write_soon(session, lane.dump()):
+            if not session.counts["seen"]:
+                self.keep_known(session)
+            elif not self.spill.write_soon(session, lane.dump()):
                 return False
         except SpillFull:
             return False
@@ -104,12 +138,20 @@ class Residence:
     def drop(self, session_id: str) -> None:
         """Forget a session's stream, wherever it is."""
         self.busy.discard(session_id)
+        self._clear(session_id)
+        self.spill.drop(session_id)
+
+    def replaced(self, session_id: str, deleted: bool) -> None:
+        """Another server has gone on with a session, or deleted it."""
+        self._clear(session_id)
+        self.spill.replaced(session_id, deleted)
+
+    def _clear(self, session_id: str) -> None:
         self._unwritten.discard(session_id)
         held = self._held.pop(session_id, None)
         if held is not None:
             held[1].reset()
             self._free.append(held[1])
-        self.spill.drop(session_id)
 
     def where(self, session_id: str) -> str:
         """ "resident", "ram", "disk" or "new"."""
@@ -119,6 +161,8 @@ class Residence:
         """A copy of an idle session's stream; None if it has not begun."""
         if session.id in self._held:
             return self._held[session.id][1].dump()
+        if not session.counts["seen"]:
+            return None
         return self.spill.get(session.id) if self.spill.where(session.id) else None
 
     def spill_all(self) -> list[str]:

@@ -110,6 +110,11 @@ class Scheduler:
             self._changed.notify()
         return future
 
+    def wake(self) -> None:
+        """What a job waits for may have come; from any thread."""
+        with self._changed:
+            self._changed.notify()
+
     def counts(self) -> dict[str, int]:
         """How many jobs run and how many wait."""
         with self._changed:

@@ -69,8 +69,14 @@ class Service:
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
         self.metrics = Metrics(self)
-        spill = Spill(SessionFiles(settings.spill, settings.disk_mb * MB), settings.ram_mb * MB)
-        self.store = SessionStore(settings.sessions, settings.idle_seconds, spill)
+        files = SessionFiles(settings.spill, settings.disk_mb * MB, settings.shared)
+        spill = Spill(files, settings.ram_mb * MB, lambda: self.scheduler.wake())
+        self.store = SessionStore(
+            settings.sessions,
+            settings.idle_seconds,
+            spill,
+            lambda *found: self.residence.replaced(*found),
+        )
         each_turn = durable and settings.write == "turn" and settings.spill is not None
         self.lanes = self._make_lanes()  # refuses here what does not fit
         self.residence = Residence(self.lanes, spill, self._give_up, each_turn)
@@ -142,6 +148,7 @@ class Service:
         def work() -> dict:
             session = Session(owner, found_by="id", head=head, tools=tools)
             self.store.add(session, self.residence.busy, self.planner.forget)
+            self.residence.keep_known(session)
             return self.view(session)
 
         return self.scheduler.call(work)
@@ -151,9 +158,12 @@ class Service:
 
         def checked() -> Any:
             session = self.store.get(owner, session_id)
-            if session.id in self.residence.busy:
+            if session.id in self.residence.busy or not self.store.claimed(session):
                 raise APIError(409, f"session {session_id!r} is in use by a request", code="session_busy")
-            return work(session)
+            try:
+                return work(session)
+            finally:
+                self.residence.free(session)
 
         return self.scheduler.call(checked)
 
@@ -216,9 +226,13 @@ class Service:
     def _add_copy(self, copy: Session, data: bytes | None) -> None:
         self.store.add(copy, self.residence.busy, self.planner.forget)
         if data is None:
+            self.residence.keep_known(copy)
             return
         try:
             self.store.spill.put(copy, data)
+            if self.settings.shared:  # the other servers must know it
+                self.store.spill.write_soon(copy, data)
+                self.store.spill.wait()
         except SpillFull:
             self.store.sessions.pop(copy.id, None)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None

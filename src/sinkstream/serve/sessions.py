@@ -4,9 +4,12 @@ import hashlib
 import json
 import secrets
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from sinkstream.serve.template import SYSTEM_ROLES, Message
 
@@ -58,6 +61,14 @@ class Turn:
         The turn before it.
     response : str or None
         Id of the response that came before it.
+    number : int
+        The first turn of the session is 1.
+    text : str
+        The beginning of its user message.
+    ids : list of int
+        Its tokens as the stream holds them, without what was recalled for it.
+    recalled : list of int
+        Numbers of the turns that were read again before it.
     """
 
     start: int
@@ -65,6 +76,32 @@ class Turn:
     asked: str
     previous: list[Message]
     response: str | None
+    number: int = 0
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    recalled: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ForgottenTurn:
+    """A turn that the stream does not hold any more; `data` are its token ids, base64 of int32."""
+
+    number: int
+    text: str
+    data: str
+
+    @classmethod
+    def of(cls, turn: Turn) -> "ForgottenTurn":
+        """A turn that leaves."""
+        return cls(turn.number, turn.text, b64encode(np.asarray(turn.ids, dtype="<i4").tobytes()).decode())
+
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens."""
+        return np.frombuffer(b64decode(self.data), dtype="<i4").tolist()
+
+    def __len__(self) -> int:
+        return len(self.data) * 3 // 16  # four bytes a token, four characters for three bytes
 
 
 @dataclass
@@ -90,6 +127,8 @@ class Session:
         The text of `head` and `turn` as the stream holds it; None if the stream ends where a turn may begin.
     counts : dict
         Tokens seen, kept and evicted when the stream was last looked at.
+    archive : list of ForgottenTurn
+        Turns that may be recalled, oldest first.
     """
 
     owner: str
@@ -109,6 +148,7 @@ class Session:
     response: str | None = None
     announced: bool = False
     counts: dict[str, int] = field(default_factory=lambda: {"seen": 0, "kept": 0, "evicted": 0})
+    archive: list[ForgottenTurn] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -117,16 +157,33 @@ class Session:
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Session":
         """The session that `record` gave. Raises TypeError or KeyError if it is damaged."""
-        return cls(**record | {"turns": [Turn(**turn) for turn in record["turns"]]})
+        archive = [ForgottenTurn(**turn) for turn in record.get("archive", [])]
+        return cls(**record | {"turns": [Turn(**turn) for turn in record["turns"]], "archive": archive})
 
     def copy(self, **changes: Any) -> "Session":
         """The same conversation under another id."""
         now = time.time()
         return Session.of(json.loads(json.dumps(self.record() | {"id": new_id("sess"), "created": now} | changes)))
 
-    def forget_evicted(self, oldest: int) -> None:
-        """Forget the turns that the stream no longer holds whole; `oldest` is the first token of its window."""
+    def forget_evicted(self, oldest: int, longest: int, most: int) -> None:
+        """Forget the turns that the stream no longer holds whole.
+
+        Parameters
+        ----------
+        oldest : int
+            The first token of its window.
+        longest, most : int
+            Tokens of a turn, and of all turns, that may be recalled; the oldest ones are dropped.
+        """
+        gone = [turn for turn in self.turns if turn.start < oldest]
+        if not gone:
+            return
+        whole = [turn for turn in gone if turn is not self.turns[-1]]  # the last one is being written
+        self.archive += [ForgottenTurn.of(turn) for turn in whole if 0 < len(turn.ids) <= longest]
         self.turns = [turn for turn in self.turns if turn.start >= oldest]
+        over = sum(len(turn) for turn in self.archive) - most
+        while over > 0:
+            over -= len(self.archive.pop(0))
 
     @property
     def evicted_turns(self) -> int:
@@ -144,4 +201,5 @@ class Session:
             "state": state,
             "turns": {"seen": self.turns_seen, "evicted": self.evicted_turns},
             "tokens": {**self.counts, "pinned": self.sink or 0, "cap": cap},
+            "recallable": {"turns": len(self.archive), "tokens": sum(len(turn) for turn in self.archive)},
         }

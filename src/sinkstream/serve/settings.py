@@ -19,6 +19,11 @@ class ServeSettings:
 
     cap: int = option(1024, "KV slots of one session, pinned system prompt included", minimum=16)
     evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
+    recall: str = option("lexical", "what brings evicted turns back", choices=lambda: ["lexical", "none"])
+    recall_slots: int | None = option(
+        None, "most tokens of turns that come back for a question (default: a quarter of the cap)", minimum=1
+    )
+    recall_tokens: int = option(65536, "most tokens of evicted turns that a session may recall", minimum=1)
     resident: int = option(
         4,
         "sessions that hold a stream ready to decode, all stepped together; their memory is taken at the start",
@@ -40,9 +45,25 @@ class ServeSettings:
     )
     log_text: bool = option(False, "write prompts and replies to the log")
     spill: Path | None = None
+    shared: bool = False  # whether other servers go on with the sessions of the folder too
 
     def __post_init__(self) -> None:
         check_options(self)
+        if (self.recall_slots or 0) > self.cap // 2:
+            raise ValueError(
+                f"recall_slots={self.recall_slots} is not accepted; accepted: at most {self.cap // 2}, half of the"
+                f" {self.cap} slots of a session"
+            )
+        if self.shared and (self.spill is None or self.write != "turn"):
+            raise ValueError(
+                f"servers that share their sessions find them in files: spill={self.spill} and write={self.write!r} are"
+                " not accepted; accepted: a --spill folder and --write turn"
+            )
+
+    @property
+    def recalled(self) -> int:
+        """The most tokens that come back for a question; 0 without recall."""
+        return 0 if self.recall == "none" else self.recall_slots or self.cap // 4
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "ServeSettings":

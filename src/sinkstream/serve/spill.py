@@ -4,6 +4,7 @@ The disk is written and read by a thread of its own, so that nobody who decodes 
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -42,10 +43,12 @@ class Spill:
     files : SessionFiles
     ram_limit : int
         Most bytes in RAM, streams that are being written left out.
+    settled : callable
+        Called from the disk's thread whenever a stream was written or read, or could not be.
     """
 
-    def __init__(self, files: SessionFiles, ram_limit: int):
-        self.files, self.ram_limit = files, ram_limit
+    def __init__(self, files: SessionFiles, ram_limit: int, settled: Callable[[], None] = lambda: None):
+        self.files, self.ram_limit, self._settled = files, ram_limit, settled
         self._ram: dict[str, tuple[Session, bytes]] = {}  # oldest first
         self._writing: dict[str, Writing] = {}
         self._reading: dict[str, Future[bytes]] = {}
@@ -69,6 +72,7 @@ class Spill:
             return True
         if session_id not in self._reading:
             self._reading[session_id] = self._disk.submit(lambda: self.files.read(session_id)[1])
+            self._reading[session_id].add_done_callback(lambda _: self._settled())
         return self._reading[session_id].done()
 
     def on_disk(self, session_id: str) -> bool:
@@ -112,7 +116,9 @@ class Spill:
     def write_soon(self, session: Session, data: bytes) -> bool:
         """Begin to write a stream that stays where it is; False if the disk is behind. Raises SpillFull."""
         self._settle()
-        if sum(len(one.data) for one in self._writing.values()) + len(data) > max(PENDING_BYTES, len(data)):
+        if not self.files.shared and sum(len(one.data) for one in self._writing.values()) + len(data) > max(
+            PENDING_BYTES, len(data)
+        ):
             return False
         self._write(session, data)
         return True
@@ -122,6 +128,12 @@ class Spill:
         self._ram.pop(session_id, None)
         self._reading.pop(session_id, None)
         self._current.discard(session_id)
+
+    def replaced(self, session_id: str, deleted: bool) -> None:
+        """Another server has written a session's file, or deleted it: what is held of it here is out of date."""
+        self.changes(session_id)
+        if not deleted:
+            self._current.add(session_id)
 
     def drop(self, session_id: str) -> None:
         """Forget a stream."""
@@ -174,6 +186,7 @@ class Spill:
             earlier.done.exception()
         done = self._disk.submit(self.files.store, session.id, record, data)
         self._writing[session.id] = Writing(session, data, done, self.files.sizes.get(session.id))
+        done.add_done_callback(lambda _: self._settled())
         self.files.sizes[session.id] = len(data)
         self._current.add(session.id)
 

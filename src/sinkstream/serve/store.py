@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sinkstream.serve.errors import APIError, busy, invalid, not_found
 from sinkstream.serve.residence import RETRY_SECONDS
@@ -22,14 +22,30 @@ class SessionStore:
     idle_seconds : float
         After so long a session is deleted, unless its client knows it by id.
     spill : Spill
+    replaced : callable
+        Told the id of a session that another server has written to a shared folder, and whether it was deleted there.
     """
 
-    def __init__(self, limit: int, idle_seconds: float, spill: Spill):
-        self.limit, self.idle_seconds, self.spill = limit, idle_seconds, spill
-        self.sessions: dict[str, Session] = {s.id: s for s in spill.files.sessions()}
+    def __init__(self, limit: int, idle_seconds: float, spill: Spill, replaced: Callable[[str, bool], None]):
+        self.limit, self.idle_seconds, self.spill, self._replaced = limit, idle_seconds, spill, replaced
+        files = spill.files
+        self.sessions: dict[str, Session] = {
+            s.id: s for s in (files.changes()[0] if files.shared else files.sessions())
+        }
+
+    def sync(self) -> None:
+        """Take note of what other servers have done in a shared folder."""
+        written, deleted = self.spill.files.changes()
+        for session in written:
+            self._replaced(session.id, False)
+            self.sessions[session.id] = session
+        for session_id in deleted:
+            self._replaced(session_id, True)
+            self.sessions.pop(session_id, None)
 
     def get(self, owner: str, session_id: str) -> Session:
         """A session of this owner. Raises APIError 404 for any other id."""
+        self.sync()
         session = self.sessions.get(session_id)
         if session is None or session.owner != owner:
             raise not_found("session", session_id)
@@ -37,6 +53,7 @@ class SessionStore:
 
     def of(self, owner: str) -> list[Session]:
         """The sessions that an owner knows by their ids, the latest first."""
+        self.sync()
         mine = [s for s in self.sessions.values() if s.owner == owner and s.found_by == "id"]
         return sorted(mine, key=lambda s: -s.used)
 
@@ -46,6 +63,7 @@ class SessionStore:
         A session that goes on is preferred to one whose last turn is asked again or changed. One with nothing but its
         system prompt in common stays as it is.
         """
+        self.sync()
         place = {digest: i for i, digest in enumerate(digests)}
         best, longest = None, 0
         for session in self.sessions.values():
@@ -69,6 +87,7 @@ class SessionStore:
         APIError
             404 if there is none, or the stream no longer holds the turn after it.
         """
+        self.sync()
         for session in self.sessions.values():
             if session.owner == owner:
                 if session.response == response:
@@ -90,12 +109,25 @@ class SessionStore:
     def least(self, busy_ids: set[str]) -> Session | None:
         """The idle session that is given up first: its client sends everything again, or else may have left."""
         idle = [s for s in self.sessions.values() if s.found_by != "id" and s.id not in busy_ids]
-        return min(idle, key=lambda s: (s.found_by == "response", s.used), default=None)
+        idle.sort(key=lambda s: (s.found_by == "response", s.used))
+        return next((s for s in idle if self.claimed(s)), None)
 
     def expired(self, busy_ids: set[str]) -> list[Session]:
         """Sessions that nobody has come back to for long; those that a client knows by id stay."""
         past, idle = time.time() - self.idle_seconds, (s for s in self.sessions.values() if s.id not in busy_ids)
-        return [s for s in idle if s.found_by != "id" and s.used < past]
+        return [s for s in idle if s.found_by != "id" and s.used < past and self.claimed(s)]
+
+    def claimed(self, session: Session) -> bool:
+        """Whether this server may go on with a session as it knows it, or delete it; the others may not then."""
+        files = self.spill.files
+        held = files.claims.holds(session.id)
+        if not files.claims.claim(session.id):
+            return False
+        if files.current(session.id):
+            return True
+        if not held:
+            files.claims.free(session.id)
+        return False
 
     # ---- saved copies ----
 
@@ -110,11 +142,13 @@ class SessionStore:
 
     def saved(self, owner: str) -> list[str]:
         """Names of an owner's saved copies."""
+        self.sync()
         prefix = f"saved_{owner[:16]}_"
         return sorted(key.removeprefix(prefix) for key in self.spill.files.sizes if key.startswith(prefix))
 
     def load(self, owner: str, name: str) -> tuple[Session, bytes]:
         """A saved copy. Raises APIError 404 if there is none."""
+        self.sync()
         key = self.saved_key(owner, name)
         if key not in self.spill.files.sizes:
             raise not_found("saved session", name)

@@ -230,9 +230,8 @@ class RemoteTalk(Talk):
 
     def __init__(self, url: str, model: str | None, key: str, system: str | None, folder: Path):
         super().__init__(system)
-        self._client = httpx.Client(
-            base_url=url.rstrip("/"), headers={"Authorization": f"Bearer {key}"}, timeout=httpx.Timeout(600, connect=10)
-        )
+        headers = {"Authorization": f"Bearer {key}", "x-session-id": new_id("talk")}  # to the same replica each time
+        self._client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=httpx.Timeout(600, connect=10))
         self._folder = folder
         self.reset(system)
         self.model = model or self._first_model()

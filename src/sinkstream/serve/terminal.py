@@ -149,6 +149,8 @@ class Terminal:
                 parts.append("the oldest turns are being forgotten from now on")
             self._forgets = bool(context["evicted"])
         self._tell(" · ".join(parts))
+        for turn in (context or {}).get("recalled", ()):
+            self._tell(f"recalled turn {turn['turn']}: {turn['text']}")
 
     def _tell(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False)

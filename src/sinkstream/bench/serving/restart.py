@@ -47,7 +47,7 @@ class Server:
     """
 
     def __init__(self, arguments: Sequence[str]):
-        command = [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", *arguments]
+        command = [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", "--recall", "none", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         try:

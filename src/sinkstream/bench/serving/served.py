@@ -71,7 +71,9 @@ class ServedModel:
     untrained: bool = False
 
     def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
-        settings = ServeSettings(cap=self.load.cap, resident=resident, queue=8 * max(resident, 16), **more)
+        settings = ServeSettings(
+            cap=self.load.cap, resident=resident, queue=8 * max(resident, 16), recall="none", **more
+        )
         untrained = self.untrained
         return Service(
             self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable

@@ -1,0 +1,153 @@
+"""Recall in a chat: turns that were evicted are read again before a question that has their words, exactly."""
+
+import pytest
+from serving import SYSTEM, Alone, client_of, loaded, make_service, opened, served, user
+from tiny_model import tokenizer
+
+from sinkstream.serve.recall import Recall
+from sinkstream.serve.sessions import ForgottenTurn, Session, Turn
+from sinkstream.serve.settings import ServeSettings
+
+CAP, SLOTS = 160, 48
+FACT, QUESTION = "my cat is called Zephyr", "how is my CAT called?"
+OTHERS = ["one two three four five", "red green blue yellow", "monday and tuesday", "bread, butter, jam", "x y z w"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded()
+
+
+def service(model, **settings):
+    return make_service(model, cap=CAP, recall="lexical", recall_slots=SLOTS, **settings)
+
+
+def say(client, session: str, text: str, **more):
+    return client.chat.completions.create(
+        model="tiny-llama", messages=[user(text)], temperature=0, max_tokens=6, logit_bias=Alone.bias,
+        extra_body={"session_id": session}, **more,
+    )  # fmt: skip
+
+
+class Told(Alone):
+    """The engine alone, which is told by hand what is read again."""
+
+    def ask(self, text: str, *earlier: str) -> str:
+        self._feed(self._left)
+        self.engine.begin_turn()
+        for turn in earlier:
+            self._feed(turn)
+        self._feed(f"<u>{text}\n<a>")
+        return self.engine.generate([], max_new_tokens=6, logit_bias=self.bias).text
+
+
+def talked(client, model) -> tuple[str, Told, str]:
+    """A session that has forgotten the fact, the same by the engine, and the fact's turn as the stream held it."""
+    session, alone = opened(client), Told(model, cap=CAP)
+    turn = ""
+    for text in [FACT, *OTHERS]:
+        reply = alone.say(text, 6)
+        turn = turn or f"<u>{text}\n<a>{reply}\n"
+        answer = say(client, session, text)
+        assert answer.choices[0].message.content == reply and not answer.usage.context["recalled"]
+    return session, alone, turn
+
+
+def test_a_question_is_answered_behind_the_turn_that_it_names(model, tmp_path):
+    with served(service(model, spill=tmp_path)) as address:
+        client = client_of(address)
+        session, alone, turn = talked(client, model)
+        fork = client.post(f"/sessions/{session}/fork", cast_to=object)["id"]
+        answer = say(client, fork, QUESTION)
+        context = answer.usage.context
+        assert context["recalled"] == [{"turn": 1, "tokens": len(turn), "text": FACT}]
+        expected = alone.ask(QUESTION, turn)
+        assert answer.choices[0].message.content == expected and context["kept"] <= CAP
+        assert context["kept"] == alone.engine.stats()["kept"]
+        assert not say(client, fork, QUESTION).usage.context["recalled"], "what is there already is not read again"
+        counted = f'sinkstream_tokens_total{{kind="recalled"}} {float(len(turn))}'
+        assert counted in client.get("../metrics", cast_to=str)
+    with served(service(model, spill=tmp_path)) as address:
+        client = client_of(address)
+        fork = client.post(f"/sessions/{session}/fork", cast_to=object)["id"]
+        assert say(client, fork, QUESTION).choices[0].message.content == expected, "after a restart"
+        client.post(f"/sessions/{fork}/undo", cast_to=object)
+        view = client.get(f"/sessions/{session}", cast_to=object)
+        assert view["recallable"]["turns"] == view["turns"]["evicted"] > 1
+    with served(make_service(model, cap=CAP, spill=tmp_path)) as address:
+        answer = say(client_of(address), session, QUESTION)
+        assert answer.choices[0].message.content != expected, "control: without recall"
+        assert not answer.usage.context["recalled"]
+
+
+def test_a_stream_tells_what_comes_back_before_the_reply_and_a_client_may_send_everything_again(model):
+    with served(service(model)) as address:
+        client = client_of(address)
+        messages = [SYSTEM]
+        for text in [FACT, *OTHERS]:
+            messages += [user(text), {"role": "assistant", "content": "ok"}]
+        events = list(
+            client.chat.completions.create(
+                model="tiny-llama", messages=[*messages, user(QUESTION)], temperature=0, max_tokens=6, stream=True
+            )
+        )
+        contexts = [(i, event.context) for i, event in enumerate(events) if getattr(event, "context", None)]
+        first_text = next(i for i, event in enumerate(events) if event.choices and event.choices[0].delta.content)
+        assert contexts[0][0] < first_text
+        assert [turn["turn"] for turn in contexts[0][1]["recalled"]] == [1] and contexts[0][1]["kept"] <= CAP
+
+
+# ---- which turns ----
+
+
+def turn(number: int, text: str, start: int = 0) -> Turn:
+    return Turn(start, "", "", [], None, number=number, text=text, ids=tokenizer()(text)["input_ids"])
+
+
+def session_of(*texts: str) -> Session:
+    return Session("me", archive=[ForgottenTurn.of(turn(i, text)) for i, text in enumerate(texts, 1)])
+
+
+def chosen(session: Session, question: str, slots: int = 100, leaving=()) -> list[int]:
+    return [found.number for found in Recall(tokenizer(), slots).choose(session, question, leaving)]
+
+
+def test_turns_come_back_whole_and_in_order_within_the_slots():
+    others = [f"something {word}" for word in ("red", "small", "old", "dear", "far", "new", "wet", "dry", "hot")]
+    session = session_of("the blue whale", "an orange lamp", "a green pear", "the lamp is on the table", *others)
+    assert chosen(session, "lamp and whale") == [1, 2, 4]
+    assert chosen(session, "LAMP!", slots=30) == [4], "the latest of equal ones"
+    assert chosen(session, "LAMP!", slots=20) == [2], "a turn that has no room stays where it is"
+    assert chosen(session, "lamp", slots=3) == [] == chosen(session, "completely different")
+    session.turns = [turn(14, "lamp?")]
+    session.turns[0].recalled = [4]
+    assert chosen(session, "lamp") == [2], "what is held is not read again"
+
+
+def test_a_common_word_says_nothing():
+    texts = [f"the colour number{i} of many" for i in range(20)]
+    session = session_of(*texts)
+    assert chosen(session, "which colour of the many?") == []
+    assert chosen(session, "which colour has number7?") == [8]
+
+
+def test_a_turn_that_the_question_pushes_out_counts_as_gone():
+    session, leaving = session_of("a pear"), [turn(2, "the lamp is blue", start=30)]
+    session.turns = [*leaving, turn(3, "something", start=50)]
+    assert chosen(session, "lamp?") == [] and chosen(session, "lamp?", leaving=leaving) == [2]
+
+
+def test_what_may_be_recalled_is_bounded():
+    session = Session("me", turns=[turn(i, "x" * 10, start=10 * i) for i in range(1, 9)], turns_seen=8)
+    session.forget_evicted(75, 9, 100)
+    assert not session.archive and len(session.turns) == 1, "turns longer than the slots are not kept"
+    session.turns = [turn(i, "x" * 10, start=10 * i) for i in range(1, 9)]
+    session.forget_evicted(75, 10, 35)
+    assert [t.number for t in session.archive] == [5, 6, 7] and session.archive[0].ids == turn(5, "x" * 10).ids
+    assert Session.of(session.record()).archive == session.archive and len(session.archive[0]) == 10
+
+
+def test_more_slots_than_half_the_cap_are_refused():
+    with pytest.raises(ValueError, match="recall_slots=33 is not accepted; accepted: at most 32"):
+        ServeSettings(cap=64, recall_slots=33)
+    assert ServeSettings(cap=64).recalled == 16 and ServeSettings(cap=64, recall="none").recalled == 0
