@@ -5,6 +5,7 @@ from pathlib import Path
 from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.inputs import check_stream
 from sinkstream.engine.packing import PackedWeights
+from sinkstream.engine.steps import StepFunction
 from sinkstream.engine.watch import WatchedModel
 from sinkstream.policies import Step
 
@@ -13,6 +14,7 @@ class StreamKeeper(WatchedModel):
     """The part of `StreamDecoder` that decodes nothing."""
 
     weights: PackedWeights
+    _step: StepFunction
 
     # ---- turns of a conversation ----
 
@@ -112,9 +114,15 @@ class StreamKeeper(WatchedModel):
         return self.state.last_steps
 
     def stats(self, *, stream: int = 0) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights."""
+        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights.
+
+        ``persistent_layers`` is 1 where one kernel computes all layers of a stream that is stepped alone, else 0.
+        """
         self._check_stream(stream)
-        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes}
+        return self.state.stats(stream) | {
+            "weight_bytes": self.weights.step_bytes,
+            "persistent_layers": int(self._step.persistent),
+        }
 
     def _check_stream(self, stream: int) -> None:
         check_stream(stream, self.state.streams)
