@@ -35,7 +35,7 @@ def worst_of(model, policy: str | dict, step: str, tokens: int) -> tuple[float, 
 def test_the_twins_say_what_the_plain_step_says(family, policy, step):
     worst, other = worst_of(build(family, layers=2), policy, step, 60)
     assert worst < 1e-4
-    assert other.stats()["events"] >= 2
+    assert other.state.stats(0)["events"] >= 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,4 +65,4 @@ def test_under_a_graph(family, step):
     plain, other = engine(model, "lazy"), engine(model, "lazy", backend=step)
     for token in token_ids(60).tolist():
         assert (plain.step([token]) - other.step([token])).abs().max() < 0.05
-    assert other.stats()["events"] >= 2
+    assert other.state.stats(0)["events"] >= 2

@@ -220,7 +220,7 @@ def test_wrong_calls_are_refused(call, words):
 
 
 def test_every_backend_has_a_summary():
-    assert STEPS.names() == ["ring", "graph", "graph-norm", "graph-linear", "kernels", "fused"]
+    assert STEPS.names() == ["ring", "graph", "graph-norm", "graph-linear", "fused-ops", "kernels", "fused"]
     assert all(STEPS.summary(name) for name in STEPS)
 
 

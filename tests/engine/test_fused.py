@@ -15,9 +15,12 @@ from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
+from sinkstream.engine.persistent import persistent_plan
 from sinkstream.engine.span import Block
 from sinkstream.kernels import set_implementation
+from sinkstream.kernels.config import PersistentConfig
 from sinkstream.kernels.layout import TOKEN
+from sinkstream.kernels.plans import PERSISTENT_PLANS, OpLaunch
 from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")
@@ -69,6 +72,40 @@ def test_a_snapshot_goes_on_in_another_backend(policy, tmp_path):
     kernels.restore(path)
     assert worst(kernels.score(ids[70:]), ring.score(ids[70:])) < 1e-5
     assert kernels.stats() == ring.stats()
+
+
+def one_kernel(e: Engine) -> Engine:
+    """The engine, its layers in one persistent kernel."""
+    plan = default_plan(e.weights, e.state.span()) | {"layers": OpLaunch(PersistentConfig())}
+    e._step.decodes[0, 1] = FusedDecode(e.weights, e.state.span(), plan)
+    return e
+
+
+@pytest.mark.parametrize("policy", ["lazy", "refresh-uniform"])
+def test_all_layers_in_one_op_say_what_their_ops_say(policy):
+    model, ids = build("llama", layers=3), token_ids(120)
+    ring, one = engine(model=model, policy=policy, backend="ring"), one_kernel(engine(model=model, policy=policy))
+    assert worst(ring.score(ids)[1:], one.score(ids)[1:]) < 1e-4
+    assert one.stats() == ring.stats() | {"persistent_layers": 1} and one.stats()["events"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("gpt_neox", {}, "gpt_neox; accepted by the persistent kernel: Llama-like"),
+        ("qwen2", {}, "qwen2 with biases or norms of queries and keys; accepted"),
+        ("llama", {"policy": "refresh-window-attention"}, "observes queries or attention; accepted"),
+        ("llama", {"recall": "lexical", "recall_slots": 16}, "slots of recalled tokens; accepted"),
+    ],
+)
+def test_what_the_persistent_kernel_does_not_serve(family, options, words, monkeypatch):
+    e = engine(family, **options)
+    with pytest.raises(ValueError, match=words):
+        one_kernel(e)
+    monkeypatch.setitem(PERSISTENT_PLANS, e.weights.embedding.shape[1], PersistentConfig())
+    assert persistent_plan(e.weights, e.state.span()) == {}
+    other = engine("llama")
+    assert persistent_plan(other.weights, other.state.span()) == {"layers": OpLaunch(PersistentConfig())}
 
 
 def check_scalars(e: Engine, tokens: int) -> None:
@@ -225,6 +262,20 @@ def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
         ring = engine(policy=policy, model=model, rebase_at=60, backend="ring").score(ids)[1:]
         other = engine(policy="window-only", model=model, backend="ring").score(ids)[1:]
         assert (ring - replayed).abs().mean() < HALF_TOLERANCE < (ring - other).abs().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["strict", "lazy", "refresh-uniform"])
+def test_all_layers_in_one_kernel(policy, monkeypatch):
+    """The plan chooses the persistent kernel; with it a graph says, bit for bit, what single launches say."""
+    model, ids = build("llama", torch.float16).cuda(), token_ids(400).cuda()
+    apart = engine(policy=policy, model=model, rebase_at=60, backend="fused-ops").score(ids)[1:]
+    monkeypatch.setitem(PERSISTENT_PLANS, model.config.hidden_size, PersistentConfig())
+    replayed, launched = (engine(policy=policy, model=model, rebase_at=60, backend=b) for b in ("fused", "kernels"))
+    found = replayed.score(ids)[1:]
+    assert torch.equal(found, launched.score(ids)[1:]) and replayed.stats()["persistent_layers"] == 1
+    other = engine(policy="window-only", model=model, backend="ring").score(ids)[1:]
+    assert (apart - found).abs().mean() < HALF_TOLERANCE < (apart - other).abs().mean()
 
 
 @pytest.mark.gpu

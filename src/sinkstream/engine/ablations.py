@@ -8,6 +8,7 @@ from sinkstream.engine.packing import NeoxLayer, Norm, PackedWeights
 from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels import norm_linear
 from sinkstream.kernels.add_norm import NormTensors, add_norm
+from sinkstream.kernels.plans import LAYERS, LaunchPlan
 
 
 def _tensors(norm: Norm) -> NormTensors:
@@ -34,7 +35,14 @@ def decode_add_norm(state: StreamSpan, weights: PackedWeights) -> None:
     state.end_row()
 
 
-class LinearDecode(FusedDecode):
+class OpsDecode(FusedDecode):
+    """The fused step with a launch for every op of every layer, whatever its plan says of a persistent kernel."""
+
+    def use(self, plan: LaunchPlan) -> None:
+        super().use({op: launch for op, launch in plan.items() if op != LAYERS})
+
+
+class LinearDecode(OpsDecode):
     """The fused step with PyTorch's attention: projections and MLP are kernels, with their norms and residuals."""
 
     def _note_token(self) -> None:

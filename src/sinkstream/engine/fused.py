@@ -13,6 +13,7 @@ from sinkstream.cache import ModelSpec
 from sinkstream.engine import plain
 from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.packing import NEOX, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.persistent import pack_layers, persistent_plan
 from sinkstream.engine.span import StreamSpan
 from sinkstream.kernels import (
     Prefetch,
@@ -23,10 +24,27 @@ from sinkstream.kernels import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
+from sinkstream.kernels.config import (
+    MAX_SPLITS,
+    MAX_STREAMS,
+    LinearConfig,
+    PersistentConfig,
+    count_programs,
+    default_attention,
+)
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.observed import Observed, accumulate
-from sinkstream.kernels.plans import LLAMA_OPS, NEOX_OPS, LaunchPlan, OpLaunch, Sizes, measured_plan, several_plan
+from sinkstream.kernels.persistent_layers import persistent_layers
+from sinkstream.kernels.plans import (
+    LAYERS,
+    LLAMA_OPS,
+    NEOX_OPS,
+    LaunchPlan,
+    OpLaunch,
+    Sizes,
+    measured_plan,
+    several_plan,
+)
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
 from sinkstream.policies import EvictionPolicy
 
@@ -49,7 +67,9 @@ def default_plan(weights: PackedWeights, state: StreamSpan) -> dict[str, OpLaunc
     if not has_dependent_launch(state.device):
         return {op: OpLaunch() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
     sizes = plan_sizes(weights, state)
-    return measured_plan(neox, sizes) if state.streams == 1 else several_plan(neox, sizes, state.streams)
+    if state.streams > 1:
+        return several_plan(neox, sizes, state.streams)
+    return measured_plan(neox, sizes) | persistent_plan(weights, state)
 
 
 class FusedDecode:
@@ -60,12 +80,15 @@ class FusedDecode:
     weights : PackedWeights
     state : StreamSpan
     plan : mapping of OpLaunch, optional
-        By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`.
+        By op name (`NEOX_OPS` or `LLAMA_OPS`, and "head"); default: `default_plan`. With "layers" one persistent kernel
+        takes the place of the ops of all layers.
 
     Attributes
     ----------
     ops : tuple of str
         Names of the ops of a layer, in order.
+    persistent : PersistentLayers or None
+        What the persistent kernel reads, under a plan with one.
     """
 
     def __init__(self, weights: PackedWeights, state: StreamSpan, plan: LaunchPlan | None = None):
@@ -90,6 +113,10 @@ class FusedDecode:
     def use(self, plan: LaunchPlan) -> None:
         """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
         self.plan = plan
+        layers = plan[LAYERS].config if LAYERS in plan else None
+        self.persistent = (
+            pack_layers(self.weights, self.state, layers) if isinstance(layers, PersistentConfig) else None
+        )
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
         self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 
@@ -107,12 +134,21 @@ class FusedDecode:
         )  # fmt: skip
         self._row = plain.Row(state, weights.rope_factor)
         self._note_token()
-        for i in range(len(weights.layers)):
-            for op in self.ops:
-                self.run(op, i)
+        self.run_layers()
         self.run("head", len(weights.layers))
         self._accumulate()
         state.end_row()
+
+    def run_layers(self) -> None:
+        """Launch the ops of all layers, or the persistent kernel."""
+        if self.persistent is not None:
+            found = persistent_layers(self.hidden, self.other, self.persistent, self.state.scalars, self.rope)
+            if found is self.other:
+                self.hidden, self.other = self.other, self.hidden
+            return
+        for i in range(len(self.weights.layers)):
+            for op in self.ops:
+                self.run(op, i)
 
     def _note_token(self) -> None:
         """Fill the channels of the token, under policies that have some."""

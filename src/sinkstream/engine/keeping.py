@@ -7,6 +7,7 @@ from sinkstream.engine import snapshot as snapshots
 from sinkstream.engine.inputs import check_stream
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.recalling import StreamRecall
+from sinkstream.engine.steps import StepFunction
 from sinkstream.engine.watch import WatchedModel
 from sinkstream.policies import Step
 
@@ -16,6 +17,7 @@ class StreamKeeper(WatchedModel):
 
     weights: PackedWeights
     recall: StreamRecall | None
+    _step: StepFunction
 
     # ---- turns of a conversation ----
 
@@ -133,11 +135,13 @@ class StreamKeeper(WatchedModel):
     def stats(self, *, stream: int = 0) -> dict[str, int]:
         """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; bytes of all streams, weights.
 
-        With recall also what stands in the frame and what the archive holds, as `StreamingCache.stats` has it.
+        ``persistent_layers`` is 1 where one kernel computes all layers of a stream that is stepped alone, else 0. With
+        recall also what stands in the frame and what the archive holds, as `StreamingCache.stats` has it.
         """
         self._check_stream(stream)
         recalled = {} if self.recall is None else self.recall.stats()
-        return self.state.stats(stream) | {"weight_bytes": self.weights.step_bytes} | recalled
+        own = {"weight_bytes": self.weights.step_bytes, "persistent_layers": int(self._step.persistent)}
+        return self.state.stats(stream) | own | recalled
 
     @property
     def recall_events(self) -> list[RecallEvent]:

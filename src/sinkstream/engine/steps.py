@@ -33,6 +33,7 @@ class StepFunction(ABC):
     """
 
     captures = False  # whether work is captured in CUDA graphs
+    decodes: "Decodes | None" = None
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         self.weights, self.state = weights, state
@@ -53,6 +54,11 @@ class StepFunction(ABC):
 
     def ready(self, active: Sequence[int]) -> None:  # noqa: B027  (most backends need none)
         """Called before a step of these streams is planned: capture what it needs and was not captured yet."""
+
+    @property
+    def persistent(self) -> bool:
+        """Whether one kernel computes all layers of a stream that is stepped alone."""
+        return self.decodes is not None and any(d.persistent is not None for d in self.decodes.values())
 
     @abstractmethod
     def __call__(self) -> None:
@@ -169,7 +175,7 @@ class GraphedDecode(GraphedStep):
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decodes = Decodes(weights, state, self.kind)
+        self.decodes: Decodes = Decodes(weights, state, self.kind)
 
     def run(self, block: Block) -> None:
         self.decodes[block]()
@@ -194,13 +200,20 @@ class GraphLinearStep(GraphedDecode):
     kind = ablations.LinearDecode
 
 
+@STEPS.register("fused-ops")
+class FusedOpsStep(GraphedDecode):
+    """As `fused`, with a launch for every op of a layer where `fused` has one persistent kernel for all layers."""
+
+    kind = ablations.OpsDecode
+
+
 @STEPS.register("kernels")
 class KernelStep(StepFunction):
     """Fused kernels, launched one by one; on a CPU their plain PyTorch twins."""
 
     def __init__(self, weights: PackedWeights, state: StreamState):
         super().__init__(weights, state)
-        self.decodes = Decodes(weights, state)
+        self.decodes: Decodes = Decodes(weights, state)
 
     @classmethod
     def check(

@@ -171,6 +171,28 @@ class PrefillConfig:
                 raise ValueError(f"{name}={value} in the configuration; accepted: a power of two, at least 16")
 
 
+@dataclass(frozen=True)
+class PersistentConfig:
+    """How the persistent kernel is cut up. Changes speed only, never values beyond the order of additions.
+
+    Attributes
+    ----------
+    warps : int
+        Warps of a program; each has one row of a tile, or two of gate and up.
+    per_sm : int
+        Programs a multiprocessor.
+    slots : int
+        Most slots of one program of attention (a power of two).
+    ahead : bool
+        Prefetch the next layer to L2.
+    """
+
+    warps: int = 8
+    per_sm: int = 1
+    slots: int = 256
+    ahead: bool = True
+
+
 # Defaults, chosen so that the compiler spills no registers at head sizes 64 to 256.
 LINEAR = LinearConfig()
 RESIDUAL = LinearConfig(rows=1, columns=1024, warps=4, stages=4, per_sm=2, ahead=2, late=True)
