@@ -6,37 +6,21 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Recalled, Words, run_recall
 from oracle.rules import Rule
+from recall_case import SMALL, STRICT, WORDS, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
 
-TOKENS = 320
-STRICT = {"sink": 4, "window": 44}
 POLICIES = {
     "strict": STRICT,
     "lazy": {"sink": 3, "window": 40, "compress_every": 12},
     "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
     "slack": {"sink": 2, "window": 33, "slack": 9},
 }
-SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
-WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
 WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), ("ring", "kernels") * 2, strict=True))
 PARTS = (1, 40, 129, 20)  # prefilled, stepped, prefilled …
-
-
-def frames_of(recalled) -> list[tuple[int, list[int]]]:
-    """What the events say: (token before which the frame was set, tokens)."""
-    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in recalled.recall_events]
-
-
-def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
-    """Random ids, in which passages of 24 come again 100 tokens later."""
-    ids = token_ids(tokens, seed=seed)
-    for start in range(150, tokens - 24, 60):
-        ids[start : start + 24] = ids[start - 100 : start - 76]
-    return ids
 
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:

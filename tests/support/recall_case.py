@@ -4,6 +4,7 @@ import torch
 from oracle.models import token_ids
 
 from sinkstream.cache import StreamingCache
+from sinkstream.engine import Engine
 
 TOKENS = 320
 STRICT = {"sink": 4, "window": 44}
@@ -11,9 +12,9 @@ SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold"
 WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
 
 
-def frames_of(cache: StreamingCache) -> list[tuple[int, list[int]]]:
+def frames_of(recalled: StreamingCache | Engine) -> list[tuple[int, list[int]]]:
     """What the events say: (token before which the frame was set, tokens)."""
-    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in cache.recall_events]
+    return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in recalled.recall_events]
 
 
 def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
