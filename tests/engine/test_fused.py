@@ -15,6 +15,7 @@ from sinkstream.cache import POSITIONS, ModelSpec
 from sinkstream.cache.families import describe
 from sinkstream.engine import Engine, fused, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels, default_plan
+from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.persistent import persistent_plan
 from sinkstream.engine.span import Block
 from sinkstream.kernels import set_implementation
@@ -193,8 +194,8 @@ def spec_of(**changes) -> ModelSpec:
     return replace(describe(build("llama").half()), **changes)
 
 
-def policy_of(**options) -> EvictionPolicy:
-    return EvictionPolicy.build(**{"sink": 4, "window": 20} | options)
+def slots_of(**options) -> Geometry:
+    return Geometry.of(EvictionPolicy.build(**{"sink": 4, "window": 20} | options), "cache")
 
 
 @pytest.mark.parametrize(
@@ -208,14 +209,14 @@ def policy_of(**options) -> EvictionPolicy:
 )
 def test_what_the_kernels_do_not_serve_is_refused(changes, options, words):
     with pytest.raises(ValueError, match=rf"{words}.*backend='graph' or 'ring'"):
-        check_kernels(spec_of(**changes), policy_of(**options), GPU)
+        check_kernels(spec_of(**changes), slots_of(**options), GPU)
 
 
 def test_odd_widths_are_refused():
     model = build("llama").half()
     model.config.intermediate_size = 100
     with pytest.raises(ValueError, match="intermediate_size=100; accepted by the kernels: multiples of 8"):
-        check_kernels(describe(model), policy_of(), GPU)
+        check_kernels(describe(model), slots_of(), GPU)
 
 
 @pytest.fixture(autouse=True)
@@ -225,17 +226,17 @@ def triton_is_there(monkeypatch):
 
 
 def test_a_missing_triton_is_refused(monkeypatch):
-    check_kernels(spec_of(), policy_of(), GPU)
+    check_kernels(spec_of(), slots_of(), GPU)
     monkeypatch.setattr(fused, "triton", None)
     with pytest.raises(ValueError, match="need the triton package"):
-        check_kernels(spec_of(), policy_of(), GPU)
+        check_kernels(spec_of(), slots_of(), GPU)
 
 
 def test_a_cpu_serves_everything():
     unserved = spec_of(dtype=torch.float32, head_dim=24)
     with pytest.raises(ValueError, match="accepted by the kernels"):
-        check_kernels(unserved, policy_of(), GPU)
-    assert check_kernels(unserved, policy_of(), torch.device("cpu")) is None
+        check_kernels(unserved, slots_of(), GPU)
+    assert check_kernels(unserved, slots_of(), torch.device("cpu")) is None
 
 
 # ---- on a GPU ----

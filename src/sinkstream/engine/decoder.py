@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.stream import default_rebase
+from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.handover import prefill_by_module
 from sinkstream.engine.inputs import Ids, encoded, token_ids
 from sinkstream.engine.keeping import StreamKeeper
@@ -301,7 +302,8 @@ def checked_cache(
         check_layers(cache.spec)
         check_max_sink(cache.policy, max_sink)
         check_recall(cache, streams, max_sink)
-        step.check(cache.spec, cache.policy, model.device, max_sink, recall_slots(cache))
+        geometry = Geometry.of(cache.policy, "cache", max_sink, recall_slots(cache))
+        step.check(cache.spec, geometry, model.device)
         check_engine(
             model,
             cache.spec,

@@ -46,7 +46,6 @@ from sinkstream.kernels.plans import (
     several_plan,
 )
 from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multiprocessors, shared_bytes, triton
-from sinkstream.policies import EvictionPolicy
 
 MAX_GROUP = 16  # query heads of one key-value head
 
@@ -279,13 +278,7 @@ class FusedDecode:
         return Prefetch.of_rows(following.weight_in if self.neox else following.weight_qkv, size)
 
 
-def check_kernels(
-    spec: ModelSpec,
-    policy: EvictionPolicy,
-    device: torch.device,
-    max_sink: int | None = None,
-    recall_slots: int = 0,
-) -> None:
+def check_kernels(spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
     """Refuse, by name, what the kernels do not serve on a CUDA device; on a CPU the twins serve everything.
 
     Raises
@@ -308,11 +301,11 @@ def check_kernels(
         width = getattr(spec.decoder.config, name)
         if width % 8:
             raise ValueError(f"{name}={width}; accepted by the kernels: multiples of 8; {_INSTEAD}")
-    g = Geometry.of(policy, "cache", max_sink, recall_slots)
-    splits = default_attention(group, spec.head_dim, g.ring, g.pinned_slots).splits
-    if sum(count_programs(splits, g.ring, g.pinned_slots)[1:]) > MAX_SPLITS:
+    ring, pinned = geometry.ring, geometry.pinned_slots
+    splits = default_attention(group, spec.head_dim, ring, pinned).splits
+    if sum(count_programs(splits, ring, pinned)[1:]) > MAX_SPLITS:
         raise ValueError(
-            f"{g.pinned_slots} pinned slots beside a ring of {g.ring}; accepted by the kernels: at most about"
+            f"{pinned} pinned slots beside a ring of {ring}; accepted by the kernels: at most about"
             f" {MAX_SPLITS} times the ring; {_INSTEAD}"
         )
 

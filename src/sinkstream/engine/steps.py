@@ -11,12 +11,12 @@ import torch
 from sinkstream.cache import ModelSpec
 from sinkstream.engine import ablations, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels
+from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.span import Block
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.sample import SampleKernels
-from sinkstream.policies import EvictionPolicy
 from sinkstream.registry import Registry
 
 STEPS: Registry = Registry("engine backend")
@@ -39,15 +39,8 @@ class StepFunction(ABC):
         self.weights, self.state = weights, state
 
     @classmethod  # noqa: B027  (most backends serve everything that packing serves)
-    def check(
-        cls,
-        spec: ModelSpec,
-        policy: EvictionPolicy,
-        device: torch.device,
-        max_sink: int | None = None,
-        recall_slots: int = 0,
-    ) -> None:
-        """Refuse, by name, a model, policy or device that this backend does not serve. Raises ValueError."""
+    def check(cls, spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
+        """Refuse, by name, a model, slots or a device that this backend does not serve. Raises ValueError."""
 
     def prepare(self) -> None:  # noqa: B027  (most backends need none)
         """Compile or capture, once, before the first token."""
@@ -89,14 +82,7 @@ class GraphedStep(StepFunction):
         """The step to capture."""
 
     @classmethod
-    def check(
-        cls,
-        spec: ModelSpec,
-        policy: EvictionPolicy,
-        device: torch.device,
-        max_sink: int | None = None,
-        recall_slots: int = 0,
-    ) -> None:
+    def check(cls, spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(
                 f"this backend captures a CUDA graph, and the model is on {device};"
@@ -115,7 +101,8 @@ class GraphedStep(StepFunction):
 
     def _capture(self, block: Block) -> None:
         state = self.state
-        key = block, kernels = block, state.sampling.kernels
+        kernels = state.sampling.kernels
+        key = block, kernels
         if key in self._graphs:
             return
         name = "a decode step" if kernels is None else "a decode step that draws"
@@ -156,16 +143,9 @@ class GraphNormStep(GraphStep):
         ablations.decode_add_norm(self.state.span(block), self.weights)
 
     @classmethod
-    def check(
-        cls,
-        spec: ModelSpec,
-        policy: EvictionPolicy,
-        device: torch.device,
-        max_sink: int | None = None,
-        recall_slots: int = 0,
-    ) -> None:
-        super().check(spec, policy, device, max_sink, recall_slots)
-        check_kernels(spec, policy, device, max_sink, recall_slots)
+    def check(cls, spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
+        super().check(spec, geometry, device)
+        check_kernels(spec, geometry, device)
 
 
 class GraphedDecode(GraphedStep):
@@ -181,16 +161,9 @@ class GraphedDecode(GraphedStep):
         self.decodes[block]()
 
     @classmethod
-    def check(
-        cls,
-        spec: ModelSpec,
-        policy: EvictionPolicy,
-        device: torch.device,
-        max_sink: int | None = None,
-        recall_slots: int = 0,
-    ) -> None:
-        super().check(spec, policy, device, max_sink, recall_slots)
-        check_kernels(spec, policy, device, max_sink, recall_slots)
+    def check(cls, spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
+        super().check(spec, geometry, device)
+        check_kernels(spec, geometry, device)
 
 
 @STEPS.register("graph-linear")
@@ -216,15 +189,8 @@ class KernelStep(StepFunction):
         self.decodes: Decodes = Decodes(weights, state)
 
     @classmethod
-    def check(
-        cls,
-        spec: ModelSpec,
-        policy: EvictionPolicy,
-        device: torch.device,
-        max_sink: int | None = None,
-        recall_slots: int = 0,
-    ) -> None:
-        check_kernels(spec, policy, device, max_sink, recall_slots)
+    def check(cls, spec: ModelSpec, geometry: Geometry, device: torch.device) -> None:
+        check_kernels(spec, geometry, device)
 
     @torch.no_grad()
     def __call__(self) -> None:
