@@ -7,19 +7,10 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Attention, Recalled, Words, chosen, run_recall
 from oracle.rules import Rule
-from recall_case import SMALL, STRICT, TOKENS, WORDS, frames_of, repetitive
+from recall_case import POLICIES, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
-
-POLICIES = {
-    "strict": STRICT,
-    "lazy": {"sink": 3, "window": 40, "compress_every": 12},
-    "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
-    "slack": {"sink": 2, "window": 33, "slack": 9},
-}
-WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
-
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=True))
 

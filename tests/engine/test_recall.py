@@ -4,21 +4,14 @@ import pytest
 import torch
 from oracle.models import build, token_ids
 from oracle.network import Network
-from oracle.recall import Recalled, Words, run_recall
+from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import SMALL, STRICT, WORDS, frames_of, repetitive
+from recall_case import POLICIES, SMALL, STRICT, WORDS, WORDS_AGAIN, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
 
-POLICIES = {
-    "strict": STRICT,
-    "lazy": {"sink": 3, "window": 40, "compress_every": 12},
-    "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
-    "slack": {"sink": 2, "window": 33, "slack": 9},
-}
-WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), ("ring", "kernels") * 2, strict=True))
 PARTS = (1, 40, 129, 20)  # prefilled, stepped, prefilled …
 

@@ -2,14 +2,22 @@
 
 import torch
 from oracle.models import token_ids
+from oracle.recall import Words
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
 
 TOKENS = 320
 STRICT = {"sink": 4, "window": 44}
+POLICIES = {
+    "strict": STRICT,
+    "lazy": {"sink": 3, "window": 40, "compress_every": 12},
+    "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
+    "slack": {"sink": 2, "window": 33, "slack": 9},
+}
 SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
 WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_rare": 0.1, "recall_row_rare": 0.2}
+WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6)  # of the oracle
 
 
 def frames_of(recalled: StreamingCache | Engine) -> list[tuple[int, list[int]]]:
