@@ -69,9 +69,11 @@ cliff_of() {
 }
 side_by_side() { "$python" -c 'import xdist' 2>/dev/null && echo "-n $1"; }
 tests() { PYTHON=$python make test-gpu ARGS="$(side_by_side 8)" 2>&1 | tee "$out/test-gpu.txt"; }
-SANITIZED='triton and (agree or rings or every_way or combined or any_width or negative or cursor or 520-65-dtype0-1-
- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or products and 3-200 or activations and 48
- or splits or stays_is and 5-'
+SANITIZED='triton and (agree or rings or every_way or combined or negative or cursor or risks or frames_and_dtypes or
+ beside_a_linear or stays_is and 50- or any_width and 2049 or any_width_and_count and 3-1025 or added_up and 3- or
+ float64 and way6 or float64 and sizes4 or schedules and staged or splits and 8-band7 or bands and band11 or
+ head_sizes and sizes6 or 520-65-dtype0-1- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or
+ products and 3-200 or activations and 48 or twin_draws and (together or tiles or options3) or full_width and 8.0-50257'
 sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do

@@ -236,7 +236,7 @@ def test_captured_blocks_of_streams(family):
     batch.leave(2)
     e.step(torch.tensor([5]), streams=[3])
     rows += [batch.step() for _ in range(30)]
-    blocks = {block for block, _ in e._step._graphs}
+    blocks = {(block.first, block.streams) for block, _ in e._step._graphs}
     assert blocks == {(0, 1), (0, 2), (0, 4), (1, 1), (3, 1)}
     e.state.settle()
     rest = {k: v for k, v in shared.items() if k not in ("sink", "window")}

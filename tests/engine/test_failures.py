@@ -1,10 +1,13 @@
 """Generating that fails: the reader of a streamer gets an end, and logits that are not numbers are an error."""
 
+import gc
+
 import pytest
 from oracle.models import build, token_ids
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream.engine import Engine
+from sinkstream.engine.graphs import nothing_collected
 from sinkstream.engine.prompt import PromptForward
 
 
@@ -93,3 +96,19 @@ def test_the_index_of_the_token_is_told(options):
     e.state.logits[0, 5] = float("nan")
     with pytest.raises(ValueError, match="new token 0 of stream 0 cannot be drawn"):
         e.generate([], max_new_tokens=8, stop_tokens=(), **options)
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured():
+    """An engine that nobody holds any more frees its graphs when it is collected, which would end the capture."""
+    assert gc.isenabled()
+    with pytest.raises(KeyError), nothing_collected():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with nothing_collected():
+            pass
+        assert not gc.isenabled(), "who had switched it off finds it so"
+    finally:
+        gc.enable()

@@ -130,6 +130,20 @@ def test_an_id_is_the_hash_of_all_that_the_figures_depend_on(here):
     assert len({*one, *(i for found in others for i in found)}) == 1 + len(others)
 
 
+def test_a_model_or_text_that_replaces_another_does_not_bear_its_name(here):
+    (here / "m.toml").write_text(HEAD + '[[point]]\npolicy = "lazy"\n')
+    tiny_model.save_model(here / "other" / "small", "llama")
+    (here / "novel.txt").write_text((here / "text.txt").read_text())
+
+    def names(**more) -> tuple[str, str]:
+        (point,) = read_matrix(here / "m.toml", device="cpu", **more).points
+        return point.model.name, point.text.name
+
+    assert names() == ("tiny", "text")
+    assert names(models=["other/small"], texts=["novel.txt"]) == ("small", "novel")
+    assert names(models=["tiny=other/small"], texts=["text=novel.txt"]) == ("tiny", "text"), "a typed name is kept"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -114,7 +114,9 @@ def test_what_there_is_not_enough_of_is_told():
 # ---- recall of a tiny model: what is brought back, by the records ----
 
 
-@pytest.mark.parametrize(("chooser", "least", "most"), [("oracle", 0.99, 1.0), ("recent", 0, 0.2)])
+@pytest.mark.parametrize(
+    ("chooser", "least", "most"), [("oracle", 0.99, 1.0), ("late-oracle", 0.99, 1.0), ("recent", 0, 0.2)]
+)
 def test_records_say_what_recall_held(stream, chooser, least, most):
     settings = blocks("strict", recall={"recall": chooser, "recall_slots": 128, "recall_every": 8})
     asking = Asking(tiny_model.loaded(), stream.exam, settings)

@@ -1,6 +1,8 @@
 """Capturing work in CUDA graphs: one way for a decode step and for a short chunk of a prompt."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,9 +47,24 @@ def captured(
                     (warm_up or run)()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            with (
+                nothing_collected(),
+                torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+            ):
                 run()
         return graph
     except Exception as error:
         error.add_note(f"while {name} was captured in a CUDA graph; backends that capture nothing: 'ring', 'kernels'")
         raise
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Python collects no garbage meanwhile: an engine that nobody holds would free its graphs, which ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -87,7 +87,8 @@ def read_matrix(
     ----------
     path : Path
     models, texts : sequence of str
-        Places that replace those of the file, as ``NAME=PATH``; without a name if the file has one only.
+        Places that replace those of the file, as ``NAME=PATH``; without a name if the file has one only, whose points
+        are then called after the place.
     device, dtype : str or None
         As typed; default as for ``sinkstream eval``.
 
@@ -179,13 +180,20 @@ def _origins(content: Mapping[str, Any], kind: str, path: Path, given: Sequence[
             raise ValueError(f"{where}: tokens={tokens!r} is not accepted; accepted: a whole number of at least 2")
         found[name] = Origin(kind, name, entry["source"], tokens)
     for one in given:
-        name, equals, spec = one.partition("=")
-        if not equals or name not in found:
+        key, equals, spec = one.partition("=")
+        name = key
+        if not equals or key not in found:
             if len(found) > 1 or (equals and not Path(one).exists()):
                 raise ValueError(f"--{kind} {one}: accepted: NAME=PLACE with NAME one of {', '.join(found)}")
-            name, spec = next(iter(found)), one
-        found[name] = Origin(kind, name, spec, found[name].tokens)
+            key, spec, name = next(iter(found)), one, _name_of(one)
+        found[key] = Origin(kind, name, spec, found[key].tokens)
     return found
+
+
+def _name_of(place: str) -> str:
+    """What a model or text is called whose name nobody typed: points of another model must not bear the file's name."""
+    path = Path(place)
+    return path.stem if path.suffix in (".gguf", ".json", ".jsonl", ".txt") else path.name
 
 
 def _named(origins: Mapping[str, Origin], values: Mapping[str, Any], kind: str, where: str) -> Origin:

@@ -22,7 +22,7 @@ class OracleIndex(Index):
         chooser, blocks = self.chooser, query.blocks(self.chooser.block)
         found = np.zeros(len(blocks))
         for begin, end, first, last in chooser.told:
-            if chooser.wanted(begin, end, query.now):
+            if chooser.wanted(begin, end, query):
                 low, high = first // chooser.block, (last - 1) // chooser.block + 1
                 found[max(0, low - blocks.start) : max(0, high - blocks.start)] = 2.0
         return found
@@ -56,9 +56,9 @@ class Oracle(Chooser):
             raise ValueError(f"told row {wrong} is not accepted; accepted: {TOLD}")
         object.__setattr__(self, "told", told)
 
-    def wanted(self, begin: int, end: int, now: int) -> bool:
-        """Whether what is wanted for the tokens `begin` to `end` is wanted at a choice before token `now`."""
-        return begin - self.ahead < now < end
+    def wanted(self, begin: int, end: int, query: Query) -> bool:
+        """Whether what is wanted for the tokens `begin` to `end` is wanted at the choice of this query."""
+        return begin - self.ahead < query.now < end
 
     def start(self) -> OracleIndex:
         """Nothing to remember."""
@@ -75,6 +75,7 @@ class LateOracle(Oracle):
 
     late: int = option(8, "tokens after `begin` that must have been read", minimum=0)
 
-    def wanted(self, begin: int, end: int, now: int) -> bool:
-        """As `Oracle.wanted`, later."""
-        return begin + self.late <= now < end
+    def wanted(self, begin: int, end: int, query: Query) -> bool:
+        """As `Oracle.wanted`, later; a question has been read whole when its choice is made."""
+        read = query.now + len(query.ids) if query.asked else query.now
+        return begin + self.late <= read and query.now < end
