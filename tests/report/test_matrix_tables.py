@@ -4,18 +4,18 @@ import pytest
 from point_factory import point, small_matrix, write
 from record_factory import make_bench_record
 
-from sinkstream.report.matrix_tables import HEADER, render_matrix
+from sinkstream.report.matrix_tables import HEADER, SWEEP_HEADER, render_matrix
 from sinkstream.report.nearest_rival import timed_ways, tpot_over_nearest_rival
 from sinkstream.show.table import EMPTY, NONE_YET
 
 
-def cells(results) -> list[dict[str, str]]:
-    lines = [line for line in render_matrix(results)["matrix-answers"].splitlines() if line.startswith("|")]
-    return [dict(zip(HEADER, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
+def cells(results, table="matrix-answers", header=HEADER) -> list[dict[str, str]]:
+    lines = [line for line in render_matrix(results)[table].splitlines() if line.startswith("|")]
+    return [dict(zip(header, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
 
 
 def test_a_row_names_the_best_policy_of_each_kind_and_its_planted_difference(tmp_path):
-    assert render_matrix(tmp_path / "nosuch") == {"matrix-answers": NONE_YET}
+    assert render_matrix(tmp_path / "nosuch") == {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET}
     better = point("better", "refresh-key-norm", shift=-0.05, label="refresh-key-norm R=64")
     (row,) = cells(write(tmp_path, *small_matrix(), better))
     assert row["best without refresh against strict"].startswith("slack slack=16: +0.3"), row
@@ -29,6 +29,39 @@ def test_what_is_not_there_is_an_empty_cell_and_nothing_without_strict(tmp_path)
     (row,) = cells(write(tmp_path / "a", point("strict-512"), point("x", "slack", label="slack")))
     assert row["strict against recompute"] == row["lazy R=64 against strict"] == EMPTY
     assert render_matrix(write(tmp_path / "b", point("x", "slack")))["matrix-answers"] == NONE_YET
+
+
+def test_strict_is_compared_with_the_recompute_that_scored_most_tokens(tmp_path):
+    """Two matrices have the same baselines; the sparser one is newer, and its tokens are not those of the points."""
+    sparse = point("again", "recompute", sample_every=8)
+    dense, strict, lazy = small_matrix()[:3]
+    (row,) = cells(write(tmp_path / "a", dense, sparse, strict, lazy))
+    (alone,) = cells(write(tmp_path / "b", dense, strict, lazy))
+    assert row == alone and row["strict against recompute"] != EMPTY
+    (none,) = cells(write(tmp_path / "c", sparse, strict, lazy))
+    assert none["strict against recompute"] == EMPTY, "tokens of another sample are not paired"
+
+
+def test_times_are_compared_at_one_commit(tmp_path):
+    old = [point("strict-old", tpot=2.0, commit="a" * 40), point("lazy-old", "lazy", tpot=2.2, commit="a" * 40)]
+    new = [point("strict-new", tpot=1.0, commit="b" * 40)]
+    old[1]["policy"]["label"] = "lazy R=64"
+    (row,) = cells(write(tmp_path, *old, *new))
+    assert row["TPOT lazy ÷ strict"] == "1.100"
+
+
+def test_a_sweep_has_its_best_and_its_worst_policy_and_not_strict_by_another_name(tmp_path):
+    base = point("s", tpot=1.0)
+    others = [
+        point("worse", "lazy", shift=0.03, tpot=1.1, label="lazy R=64", strict="s"),
+        point("better", "overlap", shift=-0.02, tpot=0.9, label="overlap", strict="s"),
+        point("same", "slack", shift=-0.5, label="slack", options={"slack": 0}, strict="s"),
+        point("unlinked", "lazy", shift=0.4, label="lazy R=128"),
+    ]
+    (row,) = cells(write(tmp_path, base, *others), "matrix-sweeps", SWEEP_HEADER)
+    assert row["matrix"] == "test" and row["cap"] == "512" and row["policies"] == "2"
+    assert row["ΔPPL against strict, best"].startswith("overlap: -") and row["worst"].startswith("lazy R=64: +")
+    assert row["TPOT ÷ strict"] == "0.900 – 1.100"
 
 
 def test_the_nearest_rival_is_the_fastest_on_the_same_card_and_both_shapes_are_needed(tmp_path):

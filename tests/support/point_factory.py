@@ -27,20 +27,33 @@ def point(
     repeats: tuple[float, ...] = (),
     options: dict | None = None,
     accounting: str = "peak",
+    every: int = 4,
+    commit: str | None = None,
+    strict: str | None = None,
 ) -> dict:
-    """A point record whose NLL is that of the text, moved by `shift` nats a token."""
+    """A point record whose NLL is that of the text, moved by `shift` nats a token.
+
+    `every`: of the sampled tokens, for pairs with a sampled baseline; `strict`: name of the linked strict point.
+    """
     arrays = make_arrays(TOKENS, seed=len(name) + cap, shift=shift, noise=0.02)
     run = make_record(name, policy, arrays=arrays, model=model, text=text, cap=cap, device="cuda")
     kept = np.where(np.arange(TOKENS) % sample_every == 0, arrays["nll"], np.nan)
     blocks = Blocks.of(arrays["index"], kept, arrays["kv_length"])
-    every4 = Blocks.of(
-        arrays["index"], np.where(np.arange(TOKENS) % 4 == 0, arrays["nll"], np.nan), arrays["kv_length"]
-    )
+    some = np.where(np.arange(TOKENS) % every == 0, arrays["nll"], np.nan)
+    sampled = Blocks.of(arrays["index"], some, arrays["kv_length"])
+    options = options or ({"slack": 16} if policy == "slack" else {})
+    environment = run["environment"]
+    if commit is not None:
+        environment = environment | {"git": environment["git"] | {"commit": commit}}
     times, latency = repeats or (tpot,), {"p50": tpot, "p90": tpot, "p99": tpot, "max": tpot}
     one = {"record": "b", "created": "", "latency_ms": {}, "chunks": {}, "setup": {}}
     quality = {
         **{"backend": "hf", "evaluate": "blocks", "record": f"run-{name}", "created": "", "sample_every": sample_every},
-        **{"summary": run["summary"], "blocks": blocks.record(), "sampled": {"every": 4, "blocks": every4.record()}},
+        **{
+            "summary": run["summary"],
+            "blocks": blocks.record(),
+            "sampled": {"every": every, "blocks": sampled.record()},
+        },
     }
     speed = {
         **{"backend": "fused", "feed": "greedy", "text": "random", "warmup_tokens": 64, "steady_tokens": 600},
@@ -50,18 +63,19 @@ def point(
     }
     failed = status == "failed"
     return {
-        **{key: run[key] for key in ("created", "command", "arguments", "environment")},
+        **{key: run[key] for key in ("created", "command", "arguments")},
+        "environment": environment,
         "data": run["data"] | {"key": text},
         **{"id": f"point-{name}", "name": name, "experiment": "test", "status": status},
         "status_reason": "quality: the logits that predict token 7 are not finite" if failed else None,
         "model": run["model"] | {"attn_implementation": "sdpa", "key": model},
-        "policy": {"name": policy, "label": label or policy, "options": options or {}},
+        "policy": {"name": policy, "label": label or policy, "options": options},
         "protocol": {
             **{"dtype": "float16", "device": "cuda", "tf32": False, "seed": 0, "cap": cap},
             **{"cap_accounting": accounting, "prefill_tokens": cap},
         },
-        "configuration": {"quality": {}, "speed": {}, "policy": {"options": options or {}}},
-        "baselines": dict.fromkeys(("recompute", "strict", "full")),
+        "configuration": {"quality": {}, "speed": {}, "policy": {"options": options}},
+        "baselines": {"recompute": None, "strict": strict and f"point-{strict}", "full": None},
         "quality": None if failed else quality,
         "speed": None if failed else speed,
         "spike": None,

@@ -9,7 +9,7 @@ from sinkstream.records.selection import has_model
 from sinkstream.registry import Registry
 from sinkstream.report.criteria import NOT_MEASURED, Evidence
 from sinkstream.report.ledger import counts, read_ledger
-from sinkstream.report.verdicts import BASELINES, baseline, compared, groups
+from sinkstream.report.verdicts import BASELINES, against, baseline, compared, groups, is_strict
 
 #: Key -> function of all complete point records, oldest first, that returns a headline, or None if records are missing.
 EVIDENCE_HEADLINES: Registry[Callable[[Sequence[PointRecord]], Headline | None]] = Registry("evidence headline")
@@ -28,8 +28,7 @@ def matrix_points(points: Sequence[PointRecord]) -> Headline | None:
 def delta_ppl_strict_vs_recompute(points: Sequence[PointRecord]) -> Headline | None:
     """ΔPPL of strict streaming against recompute in percent: SmolLM2-135M, PG19, 512 slots, newest group of points."""
     group = _group(points)
-    strict = baseline(group, "strict")
-    found = compared(strict, baseline(group, "recompute")) if strict else None
+    found = against([p for p in group if p.label == "strict"], group, "recompute")
     if found is None or found.delta.delta_percent is None:
         return None
     return Headline(found.delta.delta_percent, found.point.id, found.delta.low, found.delta.high)
@@ -43,7 +42,7 @@ def delta_ppl_best_vs_strict(points: Sequence[PointRecord]) -> Headline | None:
     """
     group = _group(points)
     strict = baseline(group, "strict")
-    others = [point for point in group if point.policy["name"] not in BASELINES]
+    others = [point for point in group if point.policy["name"] not in BASELINES and not is_strict(point)]
     found = [c for point in others if (c := compared(point, strict)) is not None and c.delta.delta_percent is not None]
     best = min(found, key=lambda c: c.high, default=None)
     if best is None or best.delta.delta_percent is None:

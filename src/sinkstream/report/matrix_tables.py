@@ -1,18 +1,31 @@
-"""The table of documents that points of matrices give: what each kind of policy gains over strict streaming."""
+"""The tables of documents that points of matrices give: what each kind of policy gains over strict streaming."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sinkstream.matrix.record import PointRecord, load_points
 from sinkstream.records.origin import machine
 from sinkstream.report.criteria import Evidence
-from sinkstream.report.verdicts import BASELINES, Compared, baseline, compared, groups, is_lazy, named
+from sinkstream.report.verdicts import (
+    BASELINES,
+    Compared,
+    against,
+    baseline,
+    compared,
+    groups,
+    is_lazy,
+    is_strict,
+    named,
+    timed_beside,
+)
 from sinkstream.show.table import EMPTY, NONE_YET, Table
 
 HEADER = (
     *("model", "text", "cap", "PPL strict", "strict against recompute", "lazy R=64 against strict"),
     *("best without refresh against strict", "best refresh against strict", "TPOT lazy ÷ strict"),
 )
+SWEEP_HEADER = (*("matrix", "model", "text", "cap", "policies", "ΔPPL against strict, best", "worst", "TPOT ÷ strict"),)
 
 
 def render_matrix(results: Path) -> dict[str, str]:
@@ -20,8 +33,41 @@ def render_matrix(results: Path) -> dict[str, str]:
     points = [p for p in load_points(results) if p.status == "complete"] if results.is_dir() else []
     rows = [row for model in groups(Evidence(points, [], [])).values() for group in model if (row := _row(group))]
     if not rows:
-        return {"matrix-answers": NONE_YET}
-    return {"matrix-answers": f"{len(points)} points; {machine(points)}\n\n{Table(HEADER, rows, left=2).markdown()}"}
+        return {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET}
+    head = f"{len(points)} points; {machine(points)}"
+    return {
+        "matrix-answers": f"{head}\n\n{Table(HEADER, rows, left=2).markdown()}",
+        "matrix-sweeps": Table(SWEEP_HEADER, _sweeps(points), left=3).markdown(),
+    }
+
+
+def _sweeps(points: Sequence[PointRecord]) -> list[list[str]]:
+    """A row a matrix, model, text and kind of cap: how far its policies are from strict streaming, and how fast."""
+    by_id = {point.id: point for point in points}
+    sweeps: dict[tuple[str, ...], list[Compared]] = defaultdict(list)
+    for point in points:
+        found = compared(point, by_id.get(point.baselines["strict"] or ""))
+        if found is not None and point.policy["name"] not in BASELINES and not is_strict(point):
+            kind = point.protocol["cap_accounting"]
+            sweeps[point.experiment, point.model["key"], point.data["key"], kind].append(found)
+    return [_sweep(*key, found) for key, found in sorted(sweeps.items())]
+
+
+def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compared]) -> list[str]:
+    caps = sorted({c.point.protocol["cap"] for c in found})
+    shown = " – ".join(f"{cap:,}" for cap in sorted({caps[0], caps[-1]}))
+    shown += "" if kind == "peak" else ", growth outside"
+    ratios = sorted(c.point.tpot_ms / c.other.tpot_ms for c in found if c.point.tpot_ms and c.other.tpot_ms)
+    speed = f"{ratios[0]:.3f} – {ratios[-1]:.3f}" if ratios else EMPTY
+    ends = [pick(found, key=lambda c: c.delta.delta_percent or 0.0) for pick in (min, max)]
+    places = [f" at {c.point.protocol['cap']:,}" if len(caps) > 1 else "" for c in ends]
+    named_ends = [f"{c.point.label}{place}: {_delta(c)}" for c, place in zip(ends, places)]
+    return [experiment, model, text, shown, str(len(found)), *named_ends, speed]
+
+
+def _time_over_strict(point: PointRecord, group: Iterable[PointRecord]) -> float | None:
+    strict = baseline(timed_beside(point, group), "strict")
+    return point.tpot_ms / strict.tpot_ms if point.tpot_ms and strict and strict.tpot_ms else None
 
 
 def _row(group: list[PointRecord]) -> list[str] | None:
@@ -30,17 +76,17 @@ def _row(group: list[PointRecord]) -> list[str] | None:
     if strict is None or strict.ppl is None:
         return None
     lazy = baseline(group, "lazy R=64")
-    against = compared(strict, baseline(group, "recompute"))
+    recomputed = against([p for p in group if p.label == "strict"], group, "recompute")
     others = [p for p in named(group, None) if not p.policy["name"].startswith("refresh")]
     others += [p for p in group if is_lazy(p)]
     refreshes = [p for p in named(group, None) if p.policy["name"].startswith("refresh")]
-    ratio = lazy.tpot_ms / strict.tpot_ms if lazy and lazy.tpot_ms and strict.tpot_ms else None
+    ratio = _time_over_strict(lazy, group) if lazy else None
     return [
         strict.model["key"],
         strict.data["key"],
         f"{strict.protocol['cap']:,}",
         f"{strict.ppl:.2f}",
-        _delta(against),
+        _delta(recomputed),
         _delta(compared(lazy, strict) if lazy else None),
         _best(others, strict),
         _best(refreshes, strict),

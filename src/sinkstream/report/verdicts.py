@@ -77,20 +77,44 @@ def is_lazy(point: PointRecord) -> bool:
     return point.policy["name"] == "lazy" and point.policy["label"].startswith("lazy R=") and " " not in point.label[5:]
 
 
+def is_strict(point: PointRecord) -> bool:
+    """Whether the point is strict streaming: by name, or pruned past a slack of no token."""
+    policy = point.policy
+    return policy["name"] == "strict" or (policy["name"] == "slack" and not policy["options"].get("slack"))
+
+
 def named(group: Iterable[PointRecord], policies: Sequence[str] | None) -> list[PointRecord]:
-    """The points of these policies; without names, of controlled policies: all but baselines and plain lazy.
+    """The points of these policies; without names, of controlled policies: all but baselines, plain lazy, and strict.
 
     Points with sinks or a window of their own belong to a sweep, and are left out.
     """
     group = [p for p in group if not {"sink", "window"} & p.configuration["policy"]["options"].keys()]
     if policies is not None:
         return [p for p in group if p.policy["name"] in policies]
-    return [p for p in group if p.policy["name"] not in BASELINES and not is_lazy(p)]
+    return [p for p in group if p.policy["name"] not in BASELINES and not is_lazy(p) and not is_strict(p)]
 
 
 def baseline(group: Iterable[PointRecord], name: str) -> PointRecord | None:
     """The newest point of a baseline without further options in its label."""
     return next((p for p in reversed(list(group)) if p.label == name), None)
+
+
+def timed_beside(point: PointRecord, group: Iterable[PointRecord]) -> list[PointRecord]:
+    """The points that were timed with the same code, so that a ratio of times is one of policies."""
+    commit = point.environment["git"]["commit"]
+    return [p for p in group if p.tpot_ms and p.environment["git"]["commit"] == commit]
+
+
+def against(points: Iterable[PointRecord], group: Iterable[PointRecord], name: str) -> Compared | None:
+    """The pair of one of some points and a baseline of that name which has the most tokens in common; the newest then.
+
+    Several matrices may hold the same baseline, recompute scored at every second token in one and at every fourth in
+    another.
+    """
+    baselines = [p for p in group if p.label == name]
+    found = [c for point in points for other in baselines if (c := compared(point, other)) is not None]
+    newest = sorted(found, key=lambda c: (c.delta.n_tokens, c.point.created, c.other.created))
+    return newest[-1] if newest else None
 
 
 def by_model(
@@ -127,7 +151,7 @@ def quality(
     """ΔPPL of the best of some policies (default: controlled ones) against a baseline is at most `limit` percent."""
 
     def judge(group: list[PointRecord]) -> Verdict | None:
-        best = _best(named(group, policies), _baseline(group, baseline))
+        best = _best(named(group, policies), group, baseline)
         if best is None:
             return None
         outcome = GO if best.high <= limit else NO_GO
@@ -143,14 +167,17 @@ def quality_and_speed(
     """A controlled policy has ΔPPL of at most `limit` percent against recompute and TPOT of at most the best lazy's."""
 
     def judge(group: list[PointRecord]) -> Verdict | None:
-        lazy = min((p for p in group if is_lazy(p) and p.tpot_ms), key=lambda p: p.tpot_ms or 0, default=None)
-        recompute = _baseline(group, "recompute")
-        found = [c for p in named(group, None) if p.tpot_ms and (c := compared(p, recompute))]
-        if lazy is None or lazy.tpot_ms is None or not found:
+        found = []
+        for point in named(group, None):
+            beside = [p for p in timed_beside(point, group) if is_lazy(p)]
+            lazy = min(beside, key=lambda p: p.tpot_ms or 0, default=None)
+            against_recompute = against([point], group, "recompute")
+            if lazy and lazy.tpot_ms and point.tpot_ms and against_recompute:
+                found.append((against_recompute, point.tpot_ms / lazy.tpot_ms, lazy))
+        if not found:
             return None
-        fast = [c for c in found if (c.point.tpot_ms or 0) <= tpot_limit * lazy.tpot_ms]
-        best = min(fast or found, key=lambda c: c.high)
-        ratio = (best.point.tpot_ms or 0) / lazy.tpot_ms
+        fast = [one for one in found if one[1] <= tpot_limit]
+        best, ratio, lazy = min(fast or found, key=lambda one: one[0].high)
         outcome = GO if fast and best.high <= limit else NO_GO
         figures = f"{best}, TPOT {ratio:.3f} × {lazy.label}"
         return Verdict(criterion.id, "", outcome, figures, (best.point.id, best.other.id, lazy.id))
@@ -165,7 +192,7 @@ def not_worse(
     """The best of some policies has at most `margin` percent more perplexity than the best rival, token by token."""
 
     def judge(group: list[PointRecord]) -> Verdict | None:
-        strict = _baseline(group, "strict")
+        strict = baseline(group, "strict")
         rival = _lowest(named(group, rivals))
         own = _lowest(named(group, policies))
         found = compared(own, rival) if own and rival and strict else None
@@ -203,7 +230,7 @@ def improves(
 
 
 def _against_lazy(point: PointRecord, group: list[PointRecord], noise: float) -> tuple[bool, Compared, float] | None:
-    lazies = [p for p in group if is_lazy(p) and p.tpot_ms]
+    lazies = [p for p in timed_beside(point, group) if is_lazy(p)]
     every = point.policy["options"].get("compress_every")
     same = [p for p in lazies if p.policy["options"].get("compress_every") == every] or lazies
     other = min(same, key=lambda p: p.tpot_ms or 0, default=None)
@@ -221,16 +248,13 @@ def _spread(point: PointRecord) -> float:
     return float(high / low)
 
 
-def _best(points: Iterable[PointRecord], other: PointRecord | None) -> Compared | None:
-    found = [c for p in points if (c := compared(p, other)) is not None]
+def _best(points: Iterable[PointRecord], group: Iterable[PointRecord], baseline: str) -> Compared | None:
+    found = [c for p in points if (c := against([p], group, baseline)) is not None]
     return min(found, key=lambda c: c.high, default=None)
 
 
 def _lowest(points: Iterable[PointRecord]) -> PointRecord | None:
     return min((p for p in points if p.ppl is not None), key=lambda p: p.ppl or 0, default=None)
-
-
-_baseline = baseline  # a keyword of a criterion bears the same name
 
 
 # ---- stop-loss of every direction ----
