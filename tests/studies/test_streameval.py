@@ -28,7 +28,7 @@ from sinkstream.studies.facts.statements import SOURCES, FactTokenizer, named_fa
 from sinkstream.studies.facts.words import ADJECTIVES, HIDING_PLACES, PEOPLE, PLACES, RELATIONS, THINGS, TOWNS
 from sinkstream.studies.streameval.design import FactStream, StreamEvalDesign
 from sinkstream.studies.streameval.record import StreamEvalRecord
-from sinkstream.studies.streameval.tables import draw_streameval, streameval_table
+from sinkstream.studies.streameval.tables import draw_streameval, select_streamevals, streameval_table
 
 CAP, SINK = 400, 4
 DESIGN = StreamEvalDesign((3, 12), every=3, questions=6)
@@ -317,6 +317,13 @@ def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
     assert "lazy R=8" in shown and "5 lines" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
     assert main(line("--resume", policy="strict,window-only")) == 0
     assert len(StreamEvalRecord.below("out")) == 4 and "strict: taken from streameval-tiny" in capsys.readouterr().out
+    assert main(line(policy="strict", distances="2,9")) == 0
+    found = select_streamevals(StreamEvalRecord.below("out"), model="tiny")
+    assert [[r.policy["label"] for r in one] for one in found] == [
+        ["strict"],
+        ["full", "strict", "lazy R=8", "window-only"],
+    ]
+    assert found[0][0].data["tokens"] > found[1][0].data["tokens"], "the longer stream comes first"
 
 
 def test_ctrl_c_keeps_the_answers(here, monkeypatch, capsys):

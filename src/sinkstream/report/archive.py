@@ -40,7 +40,8 @@ def render_archive(results: Path) -> dict[str, str]:
             found[f"recall-choosers{name}-{short}"] = _table(chosen, passages.chooser_table)
             found[f"recall-curve{name}-{short}"] = _table(with_curve, passages.curve_table)
         found[f"recall-facts-{short}"] = _table(select_facts(facts, model=model, cap=CAP), facts_table)
-        found[f"streameval-{short}"] = _table(select_streamevals(streams, model=model), streameval_table)
+        of_streams = [_table(one, streameval_table) for one in select_streamevals(streams, model=model)]
+        found[f"streameval-{short}"] = "\n\n".join(of_streams) or NONE_YET
         found[f"reply-{short}"] = _table(select_replies(replies, model=model), reply_table)
     return found
 

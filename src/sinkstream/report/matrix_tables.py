@@ -44,7 +44,7 @@ def render_matrix(results: Path) -> dict[str, str]:
 def _sweeps(points: Sequence[PointRecord]) -> list[list[str]]:
     """A row a matrix, model, text and kind of cap: how far its policies are from strict streaming, and how fast."""
     by_id = {point.id: point for point in points}
-    sweeps: dict[tuple[str, ...], list[Compared]] = defaultdict(list)
+    sweeps: dict[tuple[str, str, str, str], list[Compared]] = defaultdict(list)
     for point in points:
         found = compared(point, by_id.get(point.baselines["strict"] or ""))
         if found is not None and point.policy["name"] not in BASELINES and not is_strict(point):

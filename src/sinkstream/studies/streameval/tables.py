@@ -69,8 +69,11 @@ def draw_streameval(records: Sequence[StreamEvalRecord], path: Path | str, *, ti
     )
 
 
-def select_streamevals(records: Sequence[StreamEvalRecord], *, model: str) -> list[StreamEvalRecord]:
-    """The newest complete record of each policy of a model, on the stream of the newest, full cache first."""
+def select_streamevals(records: Sequence[StreamEvalRecord], *, model: str) -> list[list[StreamEvalRecord]]:
+    """The newest complete record of each policy of a model, on each stream, the longest first; full cache first."""
     runs = [record for record in records if record.status == "complete" and has_model(record, model)]
-    newest = {record.policy["label"]: record for record in runs if record.data["sha256"] == runs[-1].data["sha256"]}
-    return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
+    streams: dict[str, dict[str, StreamEvalRecord]] = {}
+    for record in runs:
+        streams.setdefault(record.data["sha256"], {})[record.policy["label"]] = record
+    found = [sorted(one.values(), key=lambda record: record.policy["name"] != "full") for one in streams.values()]
+    return sorted(found, key=lambda one: -one[0].data["tokens"])
