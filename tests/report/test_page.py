@@ -59,6 +59,15 @@ def test_one_pareto_does_not_mix(tmp_path, change, words):
         Group(tuple(load_points(tmp_path)))
 
 
+def test_times_of_two_commits_are_in_two_paretos(tmp_path):
+    PointRecord.write(make_point(0), tmp_path)
+    other = make_point(1)
+    other["environment"] = other["environment"] | {"git": {"commit": "b" * 40, "dirty": False, "reason": None}}
+    PointRecord.write(other, tmp_path)
+    with pytest.raises(ValueError, match=r"cannot share a Pareto: commit is .* and 'bbbbbbbbbb'"):
+        Group(tuple(load_points(tmp_path)))
+
+
 def test_groups_are_by_what_a_pareto_shares(tmp_path):
     """Two texts: two groups, each against its own recompute, each with its own frontier."""
     groups = groups_of(load_points(write_points(tmp_path)))

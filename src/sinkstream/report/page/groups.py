@@ -1,4 +1,4 @@
-"""Points of a matrix in groups that one Pareto may hold: the same model, text, cap, precision and machine."""
+"""Points of matrices in groups that one Pareto may hold: the same model, text, cap, precision, machine and code."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ SHARED: dict[str, Callable[[PointRecord], Any]] = {
     "cap accounting": lambda p: p.protocol["cap_accounting"],
     "precision": lambda p: p.protocol["dtype"],
     "machine": lambda p: hardware(p.environment),
+    "commit": lambda p: (p.environment["git"]["commit"] or "unknown")[:10],
 }
 BASELINES = ("recompute", "strict", "full")  # what ΔPPL is measured against, the first that all points can have
 
@@ -67,12 +68,12 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Model, text, cap, precision and machine, in words."""
+        """Model, text, cap, precision, machine and commit, in words."""
         p = self.points[0]
         text = f"{p.data['name']}, {p.data['tokens']:,} tokens"
-        return (
-            f"{p.model['name']} on {text}, {p.protocol['cap']:,} slots, {p.protocol['dtype']}, {SHARED['machine'](p)}"
-        )
+        slots = f"{p.protocol['cap']:,} slots" + ("" if p.protocol["cap_accounting"] == "peak" else " and growth")
+        where = f"{SHARED['machine'](p)}, commit {SHARED['commit'](p)}"
+        return f"{p.model['name']} on {text}, {slots}, {p.protocol['dtype']}, {where}"
 
     @property
     def baseline(self) -> PointRecord:
