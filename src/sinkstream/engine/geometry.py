@@ -10,6 +10,8 @@ recalled a step reads the slots behind it, as it would without recall; else all 
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from sinkstream.cache.pinned import window_base
 from sinkstream.kernels.layout import (
     FIELDS,
@@ -84,6 +86,10 @@ class Geometry:
         row[TOKEN] = IDLE
         row[PINNED], row[LENGTH] = (1, 0) if self.pinned_slots else (0, 1)
         return row
+
+    def idle_rows(self, steps: int, streams: int) -> np.ndarray:
+        """Scalars of streams that sit steps out, (steps, streams, 8) int32."""
+        return np.full((steps, streams, FIELDS), self.idle_row(), dtype=np.int32)
 
 
 @dataclass
@@ -174,3 +180,22 @@ class Counters:
         row[PINNED], row[FIRST], row[LENGTH] = self.pinned, self.ring_index(self.first_window), self.window
         row[TOKEN], row[QUERY] = -1 - t, t % max(1, queries) if t else -1
         return row
+
+    def rows(self, drops: np.ndarray, queries: int) -> np.ndarray:
+        """Account for tokens with the drops before them, (tokens,); gives their rows, (tokens, 8) int32, all at once."""
+        g, tokens = self.geometry, len(drops)
+        t = np.arange(self.seen, self.seen + tokens)
+        dropped = drops.cumsum()
+        pruned = (dropped > 0) | self.pruned
+        first_window = self.first_window + dropped + (0 if self.pruned else g.refresh) * pruned
+        pinned = np.minimum(t + 1, self.sink) + g.refresh * pruned + self.recalled
+        window = np.maximum(0, t + 1 - first_window)
+        rows = np.zeros((tokens, FIELDS), dtype=np.int32)
+        rows[:, SLOT] = np.where(t < self.sink, t, g.pinned_slots + (t - self.sink) % g.ring)
+        rows[:, WINDOW_POSITION] = t - self.base
+        rows[:, FRAME_POSITION] = t - self.base if g.original else pinned + window - 1
+        rows[:, PINNED], rows[:, FIRST], rows[:, LENGTH] = pinned, (first_window - self.sink) % g.ring, window
+        rows[:, TOKEN], rows[:, QUERY] = -1 - t, np.where(t > 0, t % max(1, queries), -1)
+        if tokens:
+            self.seen, self.first_window, self.pruned = self.seen + tokens, int(first_window[-1]), bool(pruned[-1])
+        return rows

@@ -12,6 +12,7 @@ from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Emit, Started
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.planning import Call, Plan, Planner
+from sinkstream.serve.post import Post
 from sinkstream.serve.reply import Reply
 from sinkstream.serve.scheduler import WAITING, Work
 from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
@@ -32,10 +33,12 @@ class Conversations:
     planner : Planner
     tools : ToolFormat or None
         How the model writes calls of tools, where that is known.
+    post : Post
+        Delivered before a prompt is fed: what others have written does not wait for it.
     """
 
-    def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None):
-        self.loaded, self.planner, self.tools = loaded, planner, tools
+    def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None, post: Post):
+        self.loaded, self.planner, self.tools, self.post = loaded, planner, tools, post
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
         self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
@@ -158,6 +161,7 @@ class Conversations:
     def _prefill(self, lane: Lane, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
         for first in range(0, len(ids), self.prefill_tokens):
             part = ids[first : first + self.prefill_tokens]
+            self.post.deliver()
             lane.prefill(part)
             fed += part
             yield

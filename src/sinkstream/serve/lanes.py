@@ -1,6 +1,6 @@
 """Lanes: the streams of one decoder, each with the stream of one session; those that write are stepped together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.decoder import StreamDecoder
@@ -138,13 +138,19 @@ class Lanes(Sequence[Lane]):
         """Memory of all streams, in bytes."""
         return self.decoder.state.bytes
 
-    def step(self) -> None:
-        """One step for all lanes that have asked; an error is told to each of them."""
+    def step(self, meanwhile: Callable[[], None]) -> None:
+        """One step for all lanes that have asked; an error is told to each of them.
+
+        Parameters
+        ----------
+        meanwhile : callable
+            Called while the device computes, as for `StreamBatch.step`.
+        """
         asked, self.asked = self.asked, []
         if not asked:
             return
         try:
-            self._answers.update(self.batch.step(asked))
+            self._answers.update(self.batch.step(asked, meanwhile))
         except BaseException as error:
             self._answers.update(dict.fromkeys(asked, error))
 
