@@ -44,8 +44,8 @@ class Lane:
         return self._decoder.state.sampling.vocab
 
     def stats(self) -> dict[str, int]:
-        """As `StreamDecoder.stats`."""
-        return self._decoder.stats(stream=self.stream)
+        """Counts of the stream: seen, kept, evicted tokens, prune events, rebases; see `StreamDecoder.stats`."""
+        return self._decoder.state.stats(self.stream)
 
     # ---- what is done to it between two steps ----
 
@@ -53,9 +53,9 @@ class Lane:
         """Append token ids ``(tokens,)``; the other lanes are not touched."""
         self._decoder.prefill(ids, stream=self.stream)
 
-    def begin_turn(self) -> None:
-        """Say that a turn begins with the next token."""
-        self._decoder.begin_turn(stream=self.stream)
+    def begin_turn(self, ahead: int = 0) -> None:
+        """Say that a turn begins `ahead` tokens after the next one."""
+        self._decoder.begin_turn(ahead, stream=self.stream)
 
     def rewind(self, tokens: int) -> None:
         """Take back the latest tokens. Raises ValueError if they are gone."""
