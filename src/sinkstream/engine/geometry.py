@@ -182,7 +182,7 @@ class Counters:
         return row
 
     def rows(self, drops: np.ndarray, queries: int) -> np.ndarray:
-        """Account for tokens with the drops before them, (tokens,); gives their rows, (tokens, 8) int32, all at once."""
+        """Account for tokens with the drops before them, (tokens,); gives the rows of all, (tokens, 8) int32."""
         g, tokens = self.geometry, len(drops)
         t = np.arange(self.seen, self.seen + tokens)
         dropped = drops.cumsum()
