@@ -99,7 +99,7 @@ class Shape:
     def text(self, piece: TextPiece) -> bytes:
         """The event of new text."""
         index = piece.index
-        if piece.logprobs or not self.repeats(index):
+        if piece.logprobs or not piece.text or not self.repeats(index):
             return sse(self.chunk([self.piece(index, piece.text, piece.logprobs, None)]))
         if index not in self._frames:
             before, after = sse(self.chunk([self.piece(index, PLACE, (), None)])).split(encoded(PLACE).encode())
