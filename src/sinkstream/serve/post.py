@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 Wake = Callable[[], None]
 
@@ -26,7 +27,7 @@ class Post:
             return
         waiting, self._waiting = self._waiting, {}
         for loop, wakes in waiting.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(_wake, wakes)
 
 
