@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sinkstream.engine.geometry import Counters
+from sinkstream.engine.geometry import Counters, rows_ahead
 from sinkstream.engine.recorder import CopyInFlight
 from sinkstream.kernels import decide
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule
@@ -152,10 +152,9 @@ class Decisions:
     def _rows(self, count: int, first_drops: dict[int, int]) -> np.ndarray:
         """Rows, (steps, streams, 8), without a prune, but for the first: idle ones for streams that are not active."""
         rows = self.state.geometry.bare.idle_rows(count, self.state.streams)
-        for s, ahead in self._ahead.items():
-            drops = np.zeros(count, dtype=np.int64)
-            drops[0] = first_drops.get(s, 0)
-            rows[:, s] = ahead.rows(drops, 0)
+        drops = np.zeros((count, len(self._ahead)), dtype=np.int64)
+        drops[0] = [first_drops.get(s, 0) for s in self._ahead]
+        rows[:, list(self._ahead)] = rows_ahead(list(self._ahead.values()), drops, 0)
         return rows
 
     # ---- the host's account ----

@@ -38,7 +38,17 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         raise ValueError(f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers")
     if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
         raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
-    return ids.to(device, torch.int64)
+    ids = ids.to(torch.int64)
+    return to_device(ids, device) if on_host else ids.to(device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on the device, without waiting for what the device has to do before the copy."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and len(tensor)
+        else tensor.to(device)
+    )
 
 
 def encoded(prompt: Ids | str, tokenizer: Any) -> Ids:

@@ -14,7 +14,7 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
-from sinkstream.engine.geometry import Counters
+from sinkstream.engine.geometry import Counters, rows_ahead
 from sinkstream.engine.planned import PlannedStreams
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.span import Block
@@ -204,9 +204,9 @@ class StreamState(PlannedStreams):
         horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
         count = min([horizon, *(_sure_tokens(self, s) for s in active)])
         rows = self.geometry.bare.idle_rows(count, self.streams)
-        for s in active:
-            ahead = Counters(**vars(self.counters[s]))
-            rows[:, s] = ahead.rows(self.schedules[s].plan(count).drop, self.observed_queries)
+        ahead = [Counters(**vars(self.counters[s])) for s in active]
+        drops = np.stack([self.schedules[s].plan(count).drop for s in active], 1)
+        rows[:, list(active)] = rows_ahead(ahead, drops, self.observed_queries)
         self._write_plan(rows, active)
 
     def _write_plan(self, rows: np.ndarray, active: tuple[int, ...]) -> None:

@@ -89,7 +89,9 @@ class Conversations:
         for index in reversed(range(options.choices)):  # the session goes on with choice 0
             if index < options.choices - 1:
                 lane.undump(start)
-            prompt = torch.tensor(fed, dtype=torch.int64, device=self.loaded.model.device)
+            prompt = torch.tensor(
+                fed, dtype=torch.int64
+            )  # on the host: on a device its copy would wait for the forward
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
             try:
                 yield from reply.run()
