@@ -43,9 +43,9 @@ class Lane:
         """Width of the logits."""
         return self._decoder.state.sampling.vocab
 
-    def stats(self) -> dict[str, int]:
-        """Counts of the stream: seen, kept, evicted tokens, prune events, rebases; see `StreamDecoder.stats`."""
-        return self._decoder.state.stats(self.stream)
+    def counts(self) -> dict[str, int]:
+        """As `StreamState.counts`."""
+        return self._decoder.state.counts(self.stream)
 
     # ---- what is done to it between two steps ----
 
