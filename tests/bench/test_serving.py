@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from record_factory import make_serve_record
@@ -10,8 +11,8 @@ from rich.console import Console
 from serving import client_of, make_service, served
 
 from sinkstream.bench.serving import soak
-from sinkstream.bench.serving.client import begun
-from sinkstream.bench.serving.hosting import with_tokenizer
+from sinkstream.bench.serving.client import Plan, begun
+from sinkstream.bench.serving.hosting import converse, shares, with_tokenizer
 from sinkstream.bench.serving.records import ServeRecord
 from sinkstream.bench.serving.served import Load
 from sinkstream.bench.serving.session import ServingSession, turn_figures
@@ -198,6 +199,22 @@ def test_wrong_options_are_refused(capsys, arguments, words):
     with suppress(SystemExit):
         assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_many_sessions_are_shared_by_several_clients(monkeypatch):
+    plan = Plan("http://x", "m", sessions=11, turns=2, text="hi", tokens=3)
+    assert [(p.first, p.sessions) for p in shares(plan, 16)] == [(0, 5), (5, 6)]
+    assert shares(plan, 4) == [plan] and [p.sessions for p in shares(replace(plan, sessions=32), 64)] == [4] * 8
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    service = make_service(resident=8)
+    with served(service) as address:
+        plan = replace(plan, address=address, model=service.loaded.name, sessions=8, warm_turns=1)
+        turns = converse(plan)
+        with pytest.raises(OSError, match="client of the server failed"):
+            converse(replace(plan, address="http://127.0.0.1:1"))
+    assert sorted((turn["session"], turn["turn"]) for turn in turns) == [(i, j) for i in range(8) for j in range(2)]
+    edges = [max(t["last"] for t in turns if not t["turn"]), min(t["begin"] for t in turns if t["turn"])]
+    assert edges[0] < edges[1], "no timed turn begins before the last warm one has ended"
 
 
 def test_the_client_needs_no_torch():

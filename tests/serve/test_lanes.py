@@ -49,9 +49,9 @@ def counted(service, monkeypatch) -> list[int]:
     """How many sessions each step was for."""
     widths, step = [], service.lanes.batch.step
 
-    def counting(streams=None):
+    def counting(streams, meanwhile):
         widths.append(len(streams))
-        return step(streams)
+        return step(streams, meanwhile)
 
     monkeypatch.setattr(service.lanes.batch, "step", counting)
     return widths
@@ -103,7 +103,7 @@ def test_a_step_that_fails_is_told_to_all_that_took_part(model, monkeypatch):
         first = ask(service, [SYSTEM, user("one")], 4)
         assert first.text
 
-        def fail(streams=None):
+        def fail(streams, meanwhile):
             raise RuntimeError("out of luck")
 
         monkeypatch.setattr(service.lanes.batch, "step", fail)
@@ -152,7 +152,7 @@ def test_a_long_prompt_holds_others_up_for_one_chunk_a_round(model, monkeypatch)
     service.conversations.prefill_tokens = 8
     order, step, lane = [], service.lanes.batch.step, type(service.lanes[0])
     prefill = lane.prefill
-    monkeypatch.setattr(service.lanes.batch, "step", lambda streams: order.append("step") or step(streams))
+    monkeypatch.setattr(service.lanes.batch, "step", lambda *given: order.append("step") or step(*given))
     monkeypatch.setattr(lane, "prefill", lambda self, ids: order.append("chunk") or prefill(self, ids))
     service.start()
     try:

@@ -1,6 +1,6 @@
 """`StreamBatch`: continuous batching. Streams that write together join and leave between two steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from sinkstream.engine.decoder import StreamDecoder
@@ -70,13 +70,17 @@ class StreamBatch:
             self._open.close()
             self._recorder = None
 
-    def step(self, streams: Sequence[int] | None = None) -> dict[int, int | None]:
+    def step(
+        self, streams: Sequence[int] | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> dict[int, int | None]:
         """Let streams write one token each.
 
         Parameters
         ----------
         streams : sequence of int or None
             Members; default: all of them.
+        meanwhile : callable or None
+            Called once the step is launched, before its tokens are waited for.
 
         Returns
         -------
@@ -92,6 +96,8 @@ class StreamBatch:
         self.decoder.state.wake(active)
         self._note_log_probs()
         self.decoder.advance(None, active)
+        if meanwhile is not None:
+            meanwhile()
         tokens = self._recorder.latest()
         return {s: None if tokens[s] == NO_TOKEN else tokens[s] for s in active}
 

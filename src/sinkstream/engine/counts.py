@@ -77,9 +77,12 @@ class StreamCounts(StreamBuffers):
         if self.decisions is not None:
             self.decisions.catch_up(self._active, self._row, check)
 
-    def stats(self, stream: int) -> dict[str, int]:
-        """Counts of one stream: seen, kept, evicted tokens, prune events, rebases; and the bytes of all streams."""
+    def counts(self, stream: int) -> dict[str, int]:
+        """Of one stream: seen, kept, evicted tokens, prune events, rebases."""
         c = self.counters[stream]
         evicted = c.seen - c.kept + c.recalled
-        counts = {"seen": c.seen, "kept": c.kept, "evicted": evicted, "events": c.events, "rebases": c.rebases}
-        return counts | {"bytes": self.bytes}
+        return {"seen": c.seen, "kept": c.kept, "evicted": evicted, "events": c.events, "rebases": c.rebases}
+
+    def stats(self, stream: int) -> dict[str, int]:
+        """As `counts`, and the bytes of all streams."""
+        return self.counts(stream) | {"bytes": self.bytes}

@@ -7,9 +7,10 @@ Until then it plans as if nothing were dropped, and the device puts each row rig
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from sinkstream.engine.geometry import Counters
+from sinkstream.engine.geometry import Counters, rows_ahead
 from sinkstream.engine.recorder import CopyInFlight
 from sinkstream.kernels import decide
 from sinkstream.policies import SIGNALS, EvictionPolicy, PruneSchedule
@@ -117,7 +118,7 @@ class Decisions:
 
     # ---- planning ----
 
-    def begin(self, active: tuple[int, ...], count: int, schedules: list[PruneSchedule]) -> list[list[list[int]]]:
+    def begin(self, active: tuple[int, ...], count: int, schedules: list[PruneSchedule]) -> np.ndarray:
         """Tell the device where the active streams stand; gives the rows of a new plan."""
         state = self.state
         drops = {s: schedules[s].plan(1)[0].drop for s in active}
@@ -134,7 +135,7 @@ class Decisions:
         uncounted = self._kept_rows + rows - self._counted
         return all(s in self._ahead and counters[s].seen + uncounted - counters[s].base <= rebase_at for s in active)
 
-    def go_on(self, active: tuple[int, ...], rows: int, count: int) -> list[list[list[int]]]:
+    def go_on(self, active: tuple[int, ...], rows: int, count: int) -> np.ndarray:
         """Rows of the plan after the present one, as if the host's account were up to date."""
         while self._kept:  # of earlier plans, and on the host already, as a rule
             self._count(active, self._kept.pop(0).tolist())
@@ -148,14 +149,12 @@ class Decisions:
         g = state.geometry
         decide.put_right(state.plan, self._first_row, state.decisions_table, g.ring, g.original)
 
-    def _rows(self, count: int, first_drops: dict[int, int]) -> list[list[list[int]]]:
-        """Rows without a prune, but for the first: idle ones for streams that are not active."""
-        rows = [[self.state.geometry.bare.idle_row()] * count for _ in range(self.state.streams)]
-        for s, ahead in self._ahead.items():
-            rows[s] = []
-            for i in range(count):
-                ahead.append(0 if i else first_drops.get(s, 0))
-                rows[s].append(ahead.row(0))
+    def _rows(self, count: int, first_drops: dict[int, int]) -> np.ndarray:
+        """Rows, (steps, streams, 8), without a prune, but for the first: idle ones for streams that are not active."""
+        rows = self.state.geometry.bare.idle_rows(count, self.state.streams)
+        drops = np.zeros((count, len(self._ahead)), dtype=np.int64)
+        drops[0] = [first_drops.get(s, 0) for s in self._ahead]
+        rows[:, list(self._ahead)] = rows_ahead(list(self._ahead.values()), drops, 0)
         return rows
 
     # ---- the host's account ----

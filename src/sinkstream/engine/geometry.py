@@ -8,7 +8,10 @@ With recall the slots in front of these are a second frame: copies of the sinks,
 recalled a step reads the slots behind it, as it would without recall; else all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from sinkstream.cache.pinned import window_base
 from sinkstream.kernels.layout import (
@@ -84,6 +87,10 @@ class Geometry:
         row[TOKEN] = IDLE
         row[PINNED], row[LENGTH] = (1, 0) if self.pinned_slots else (0, 1)
         return row
+
+    def idle_rows(self, steps: int, streams: int) -> np.ndarray:
+        """Scalars of streams that sit steps out, (steps, streams, 8) int32."""
+        return np.full((steps, streams, FIELDS), self.idle_row(), dtype=np.int32)
 
 
 @dataclass
@@ -174,3 +181,36 @@ class Counters:
         row[PINNED], row[FIRST], row[LENGTH] = self.pinned, self.ring_index(self.first_window), self.window
         row[TOKEN], row[QUERY] = -1 - t, t % max(1, queries) if t else -1
         return row
+
+
+def rows_ahead(streams: Sequence[Counters], drops: np.ndarray, queries: int) -> np.ndarray:
+    """Account for the next tokens of streams of one geometry; gives the rows of all, (tokens, streams, 8) int32.
+
+    Parameters
+    ----------
+    streams : sequence of Counters
+    drops : array, (tokens, streams), int64
+        Before each token.
+    queries : int
+        As for `Counters.row`.
+    """
+    g, tokens = streams[0].geometry, len(drops)
+    seen, base, first, sink, pruned_before, recalled = np.array(
+        [(c.seen, c.base, c.first_window, c.sink, c.pruned, c.recalled) for c in streams]
+    ).T
+    t = seen + np.arange(tokens)[:, None]
+    dropped = drops.cumsum(0)
+    pruned = (dropped > 0) | (pruned_before > 0)
+    first_window = first + dropped + g.refresh * (pruned & (pruned_before == 0))
+    pinned = np.minimum(t + 1, sink) + g.refresh * pruned + recalled
+    window = np.maximum(0, t + 1 - first_window)
+    rows = np.zeros((*t.shape, FIELDS), dtype=np.int32)
+    rows[..., SLOT] = np.where(t < sink, t, g.pinned_slots + (t - sink) % g.ring)
+    rows[..., WINDOW_POSITION] = t - base
+    rows[..., FRAME_POSITION] = t - base if g.original else pinned + window - 1
+    rows[..., PINNED], rows[..., FIRST], rows[..., LENGTH] = pinned, (first_window - sink) % g.ring, window
+    rows[..., TOKEN], rows[..., QUERY] = -1 - t, np.where(t > 0, t % max(1, queries), -1)
+    if tokens:
+        for c, first_now, pruned_now in zip(streams, first_window[-1].tolist(), pruned[-1].tolist()):
+            c.seen, c.first_window, c.pruned = c.seen + tokens, first_now, pruned_now
+    return rows

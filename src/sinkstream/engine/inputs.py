@@ -31,6 +31,7 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
     ValueError
         Naming shape, dtype or range and what is accepted.
     """
+    own = not isinstance(ids, torch.Tensor)  # a tensor of the caller's may change once this has returned
     on_host = not isinstance(ids, torch.Tensor) or ids.device.type == "cpu"
     if not isinstance(ids, torch.Tensor):
         ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
@@ -38,7 +39,15 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         raise ValueError(f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers")
     if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
         raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
-    return ids.to(device, torch.int64)
+    ids = ids.to(torch.int64)
+    return to_device(ids, device) if own else ids.to(device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on the device, without waiting for what the device has to do before the copy."""
+    if device.type != "cuda" or not len(tensor):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def encoded(prompt: Ids | str, tokenizer: Any) -> Ids:

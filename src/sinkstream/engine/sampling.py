@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sinkstream.engine.inputs import to_device
 from sinkstream.kernels.fixed_point import LIMIT, ONE
 from sinkstream.kernels.layout import DRAWN, LIKELIEST
 from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
@@ -139,7 +140,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class StreamSampler:
-    """How one stream draws: its options, its seed, and the tokens seen before, ``(tokens,)`` int64."""
+    """How one stream draws: its options, its seed, and the tokens seen before, ``(tokens,)`` int64 on any device."""
 
     sampler: Sampler
     seed: int
@@ -168,6 +169,7 @@ class SamplingState:
         self.streams, self.vocab, self.device = streams, vocab, device
         self.version = 0
         self.draws: Draws | None = None
+        self._marks = [LIKELIEST] * streams
         with torch.inference_mode(False):
             self.marks = torch.full((streams,), LIKELIEST, device=device)
         self._buffers: SampleBuffers | None = None
@@ -213,8 +215,9 @@ class SamplingState:
 
     def _changed(self) -> None:
         marks = [DRAWN if s in self._samplers else LIKELIEST for s in range(self.streams)]
-        self.marks.copy_(torch.tensor(marks))
-        self.version += 1
+        if marks != self._marks:
+            self.marks.copy_(to_device(torch.tensor(marks), self.device))
+            self._marks, self.version = marks, self.version + 1
         self.draws = None
         if self._samplers and self._table is not None and self._buffers is not None:
             kernels = SampleKernels()

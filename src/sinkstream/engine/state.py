@@ -9,11 +9,12 @@ Whether an adaptive trigger prunes is decided on the device, see `decisions`.
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
-from sinkstream.engine.geometry import Counters
+from sinkstream.engine.geometry import Counters, rows_ahead
 from sinkstream.engine.planned import PlannedStreams
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.span import Block
@@ -202,19 +203,16 @@ class StreamState(PlannedStreams):
             return
         horizon = min(PLAN_TOKENS, max(FIRST_PLAN, 2 * self._done))  # a plan that is cut short was work for nothing
         count = min([horizon, *(_sure_tokens(self, s) for s in active)])
-        rows = [[self.geometry.bare.idle_row()] * count for _ in range(self.streams)]
-        for s in active:
-            ahead = Counters(**vars(self.counters[s]))
-            rows[s] = []
-            for step in self.schedules[s].plan(count):
-                ahead.append(step.drop)
-                rows[s].append(ahead.row(self.observed_queries))
+        rows = self.geometry.bare.idle_rows(count, self.streams)
+        ahead = [Counters(**vars(self.counters[s])) for s in active]
+        drops = np.stack([self.schedules[s].plan(count).drop for s in active], 1)
+        rows[:, list(active)] = rows_ahead(ahead, drops, self.observed_queries)
         self._write_plan(rows, active)
 
-    def _write_plan(self, rows: list[list[list[int]]], active: tuple[int, ...]) -> None:
-        table = torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous()
-        self._planned, self._active, self._row = len(table), active, 0
-        self.copy_in(self.plan[: len(table)], table)
+    def _write_plan(self, rows: np.ndarray, active: tuple[int, ...]) -> None:
+        """Write rows, (steps, streams, 8) int32."""
+        self._planned, self._active, self._row = len(rows), active, 0
+        self.copy_in(self.plan[: len(rows)], torch.from_numpy(rows))
         for told in self.between_steps:
             told.planned()
 

@@ -1,12 +1,10 @@
 """/v1/chat/completions and /v1/completions."""
 
-import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from sse_starlette import EventSourceResponse
 
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece, TokenLogprob
@@ -17,10 +15,12 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from sinkstream.serve.service import Service, check_model, model_name
 from sinkstream.serve.sessions import new_id
+from sinkstream.serve.sse import EventStream, encoded, sse
 from sinkstream.serve.tools import CallFilter, ToolFormat, told, with_calls
 
 router = APIRouter(prefix="/v1")
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+PLACE = "\0text\0"  # where the text goes in an event that is written beforehand
 
 
 @router.post("/chat/completions", responses=STREAMED)
@@ -83,6 +83,7 @@ class Shape:
 
     def __init__(self, response: str, model: str):
         self.response, self.model, self.created = response, model, int(time.time())
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
     def whole(self, events: list[Event]) -> dict[str, Any]:
         """The body of a reply that is not streamed."""
@@ -94,6 +95,21 @@ class Shape:
             choices.append(self.choice(end, "".join(piece.text for piece in pieces), logprobs))
         done = [e for e in events if isinstance(e, Done)]
         return self._about(self.name) | {"choices": choices, "usage": usage_of(done)}
+
+    def text(self, piece: TextPiece) -> bytes:
+        """The event of new text."""
+        index = piece.index
+        if piece.logprobs or not piece.text or not self.repeats(index):
+            return sse(self.chunk([self.piece(index, piece.text, piece.logprobs, None)]))
+        if index not in self._frames:
+            before, after = sse(self.chunk([self.piece(index, PLACE, (), None)])).split(encoded(PLACE).encode())
+            self._frames[index] = before, after
+        before, after = self._frames[index]
+        return before + encoded(piece.text).encode() + after
+
+    def repeats(self, index: int) -> bool:
+        """Whether the next event of this choice differs in its text alone from those behind it."""
+        return True
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The body of one event of a stream."""
@@ -121,6 +137,9 @@ class Chat(Shape):
         self._tools = tools
         self._begun: set[int] = set()
         self._filters: dict[int, CallFilter] = {}
+
+    def repeats(self, index: int) -> bool:
+        return self._tools is None and index in self._begun
 
     def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         message = with_calls({"role": "assistant", "content": text}, self._tools, self.response) | {"refusal": None}
@@ -187,7 +206,7 @@ def usage_of(done: list[Done]) -> dict[str, Any]:
 
 
 async def _answer(shape: Shape, body: Sampling, calls: list[Call], request: Request, service: Service):
-    listener = Listener(service, calls)
+    listener = Listener(service, calls, whole=not body.stream)
     try:
         await listener.first()
         if not body.stream:
@@ -196,35 +215,35 @@ async def _answer(shape: Shape, body: Sampling, calls: list[Call], request: Requ
         listener.cancel()
         raise
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventSourceResponse(_stream(shape, listener, include_usage), sep="\n")
+    return EventStream(_stream(shape, listener, include_usage))
 
 
-async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> AsyncIterator[dict[str, str]]:
+async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> AsyncIterator[bytes]:
     """The events of a stream as server-sent events; closed by the server if the client goes away."""
     done: list[Done] = []
     ended: list[Ended] = []
-    async for event in listener.events():
-        if isinstance(event, TextPiece):
-            yield _sse(shape.chunk([shape.piece(event.index, event.text, event.logprobs, None)]))
-        elif isinstance(event, Ended):
-            ended.append(event)
-        elif isinstance(event, Context):  # clients that know nothing of it see an empty piece of text
-            yield _sse(shape.chunk([shape.piece(0, "", (), None)], context=vars(event)), "context")
-        elif isinstance(event, Failed):
-            yield _sse(event.error.body())
-            return
-        elif isinstance(event, Done):
-            done.append(event)
+    async for events in listener.events():
+        told = b""
+        for event in events:
+            if isinstance(event, TextPiece):
+                told += shape.text(event)
+            elif isinstance(event, Ended):
+                ended.append(event)
+            elif isinstance(event, Context):  # clients that know nothing of it see an empty piece of text
+                told += sse(shape.chunk([shape.piece(0, "", (), None)], context=vars(event)), "context")
+            elif isinstance(event, Failed):
+                yield told + sse(event.error.body())
+                return
+            elif isinstance(event, Done):
+                done.append(event)
+        if told:
+            yield told
+    told = b""
     for end in sorted(ended, key=lambda end: end.index):  # last: some clients hear nothing after it
-        yield _sse(shape.chunk([shape.piece(end.index, "", (), end.reason)]))
+        told += sse(shape.chunk([shape.piece(end.index, "", (), end.reason)]))
     if include_usage:
-        yield _sse(shape.chunk([], usage=usage_of(done)))
-    yield {"data": "[DONE]"}
-
-
-def _sse(body: dict[str, Any], event: str | None = None) -> dict[str, str]:
-    data = {"data": json.dumps(body, ensure_ascii=False)}
-    return data if event is None else {"event": event, **data}
+        told += sse(shape.chunk([], usage=usage_of(done)))
+    yield told + b"data: [DONE]\n\n"
 
 
 def _chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Emit, Started
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.planning import Call, Plan, Planner
+from sinkstream.serve.post import Post
 from sinkstream.serve.reply import Reply
 from sinkstream.serve.scheduler import WAITING, Work
 from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
@@ -32,10 +33,12 @@ class Conversations:
     planner : Planner
     tools : ToolFormat or None
         How the model writes calls of tools, where that is known.
+    post : Post
+        Delivered before a prompt is fed: what others have written does not wait for it.
     """
 
-    def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None):
-        self.loaded, self.planner, self.tools = loaded, planner, tools
+    def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None, post: Post):
+        self.loaded, self.planner, self.tools, self.post = loaded, planner, tools, post
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
         self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
@@ -86,7 +89,9 @@ class Conversations:
         for index in reversed(range(options.choices)):  # the session goes on with choice 0
             if index < options.choices - 1:
                 lane.undump(start)
-            prompt = torch.tensor(fed, dtype=torch.int64, device=self.loaded.model.device)
+            prompt = torch.tensor(
+                fed, dtype=torch.int64
+            )  # on the host: on a device its copy would wait for the forward
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
             try:
                 yield from reply.run()
@@ -102,29 +107,30 @@ class Conversations:
         session, lane = plan.session, plan.lane
         if call.prompt is not None:
             ids = self.template.encode(call.prompt) if isinstance(call.prompt, str) else list(call.prompt)
-            lane.begin_turn()
-            yield from self._prefill(lane, ids, fed)
+            yield from self._prefill(lane, ids, [0], fed)
             return
-        if plan.opening:
-            yield from self._prefill(lane, self.template.encode(plan.opening), fed)
+        ids, begins = self.template.encode(plan.opening or ""), list[int]()
         turns = self._turns_of(session, plan)
         question = max((i for i, piece in enumerate(plan.pieces) if piece.turn), default=None)
         for i, piece in enumerate(plan.pieces):
-            ids = self.template.encode(piece.text)
+            own = self.template.encode(piece.text)
             if piece.turn:
-                if i == question and call.reply is not None:
-                    self._choose(plan, len(ids))
-                lane.begin_turn()
+                if i == question and call.reply is not None and self.planner.recall is not None:
+                    yield from self._prefill(lane, ids, begins, fed)  # a long prompt pushes turns out
+                    ids, begins = [], []
+                    self._choose(plan, len(own))
+                begins.append(len(ids))
                 session.turns_seen += 1
                 recalled = plan.recalled if i == question else []
                 numbers = [turn.number for turn in recalled]
-                turn = replace(next(turns), start=lane.seen, number=session.turns_seen, recalled=numbers)
-                session.turns.append(turn)
+                start = lane.seen + len(ids)
+                session.turns.append(replace(next(turns), start=start, number=session.turns_seen, recalled=numbers))
                 for earlier in recalled:
-                    yield from self._prefill(lane, earlier.ids, fed)
+                    ids += earlier.ids
             if session.turns:
-                session.turns[-1].ids.extend(ids)
-            yield from self._prefill(lane, ids, fed)
+                session.turns[-1].ids.extend(own)
+            ids += own
+        yield from self._prefill(lane, ids, begins, fed)
 
     def _choose(self, plan: Plan, tokens: int) -> None:
         """Choose the turns that come back before a question of so many tokens."""
@@ -132,7 +138,7 @@ class Conversations:
         users = [message for message in plan.new if message["role"] == "user"]
         if recall is None or not users:
             return
-        self.planner.counts(session, lane)  # a long prompt may have pushed turns out by now
+        self.planner.counts(session, lane)
         stays = lane.seen + tokens + recall.slots - (self.settings.cap - lane.sink)
         leaving = [turn for turn in session.turns[:-1] if turn.start < stays]
         plan.recalled = recall.choose(session, users[-1]["content"], leaving)
@@ -155,9 +161,14 @@ class Conversations:
             session.turn, session.held = [], None
         self.planner.counts(session, lane)
 
-    def _prefill(self, lane: Lane, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
+    def _prefill(self, lane: Lane, ids: list[int], begins: list[int], fed: list[int]) -> Generator[None, None, None]:
+        """Feed tokens, at some of whose places turns begin, chunk by chunk: a piece of its own would be a forward."""
         for first in range(0, len(ids), self.prefill_tokens):
             part = ids[first : first + self.prefill_tokens]
+            for begin in begins:
+                if first <= begin < first + len(part):
+                    lane.begin_turn(begin - first)
+            self.post.deliver()
             lane.prefill(part)
             fed += part
             yield

@@ -1,6 +1,6 @@
 """Lanes: the streams of one decoder, each with the stream of one session; those that write are stepped together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.decoder import StreamDecoder
@@ -43,9 +43,9 @@ class Lane:
         """Width of the logits."""
         return self._decoder.state.sampling.vocab
 
-    def stats(self) -> dict[str, int]:
-        """As `StreamDecoder.stats`."""
-        return self._decoder.stats(stream=self.stream)
+    def counts(self) -> dict[str, int]:
+        """As `StreamState.counts`."""
+        return self._decoder.state.counts(self.stream)
 
     # ---- what is done to it between two steps ----
 
@@ -53,9 +53,9 @@ class Lane:
         """Append token ids ``(tokens,)``; the other lanes are not touched."""
         self._decoder.prefill(ids, stream=self.stream)
 
-    def begin_turn(self) -> None:
-        """Say that a turn begins with the next token."""
-        self._decoder.begin_turn(stream=self.stream)
+    def begin_turn(self, ahead: int = 0) -> None:
+        """Say that a turn begins `ahead` tokens after the next one."""
+        self._decoder.begin_turn(ahead, stream=self.stream)
 
     def rewind(self, tokens: int) -> None:
         """Take back the latest tokens. Raises ValueError if they are gone."""
@@ -138,13 +138,19 @@ class Lanes(Sequence[Lane]):
         """Memory of all streams, in bytes."""
         return self.decoder.state.bytes
 
-    def step(self) -> None:
-        """One step for all lanes that have asked; an error is told to each of them."""
+    def step(self, meanwhile: Callable[[], None]) -> None:
+        """One step for all lanes that have asked; an error is told to each of them.
+
+        Parameters
+        ----------
+        meanwhile : callable
+            Called while the device computes, as for `StreamBatch.step`.
+        """
         asked, self.asked = self.asked, []
         if not asked:
             return
         try:
-            self._answers.update(self.batch.step(asked))
+            self._answers.update(self.batch.step(asked, meanwhile))
         except BaseException as error:
             self._answers.update(dict.fromkeys(asked, error))
 

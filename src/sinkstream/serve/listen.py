@@ -1,6 +1,7 @@
 """From the scheduler's thread to the event loop: what a request hears, in order, until its client goes away."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -21,10 +22,14 @@ class Listener:
     service : Service
     calls : sequence of Call
         Served side by side; choice j of call i is told as choice i * choices + j.
+    whole : bool
+        Whether pieces of text are of use only together: they wake nobody.
     """
 
-    def __init__(self, service: Service, calls: Sequence[Call]):
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+    def __init__(self, service: Service, calls: Sequence[Call], *, whole: bool = False):
+        self._loop, self._post, self._whole = asyncio.get_running_loop(), service.post, whole
+        self._pending: deque[Event] = deque()
+        self._waiting: asyncio.Future[None] | None = None  # of the loop
         self._jobs: list[Job] = []
         self._left = len(calls)
         try:
@@ -42,20 +47,25 @@ class Listener:
 
     async def first(self) -> Event:
         """The first event. Raises APIError if the request is refused."""
-        event = await self._queue.get()
+        await self._some()
+        event = self._pending.popleft()
         if isinstance(event, Failed):
             self.cancel()
             raise event.error
         return event
 
-    async def events(self) -> AsyncIterator[Event]:
-        """All events up to the last `Done`, or a `Failed`; whoever stops to listen cancels the calls."""
+    async def events(self) -> AsyncIterator[list[Event]]:
+        """All events up to the last `Done`, or a `Failed`, as many at once as have come since the last ones.
+
+        Pieces of text that have come one after the other are one piece. Whoever stops to listen cancels the calls.
+        """
         try:
             while self._left:
-                event = await self._queue.get()
-                self._left -= isinstance(event, Done)
-                yield event
-                if isinstance(event, Failed):
+                await self._some()
+                heard = self._heard()
+                self._left -= sum(isinstance(event, Done) for event in heard)
+                yield heard
+                if isinstance(heard[-1], Failed):
                     return
         finally:
             self.cancel()
@@ -66,10 +76,10 @@ class Listener:
         heard: list[Event] = []
 
         async def hear() -> None:
-            async for event in self.events():
-                if isinstance(event, Failed):
-                    raise event.error
-                heard.append(event)
+            async for events in self.events():
+                if isinstance(events[-1], Failed):
+                    raise events[-1].error
+                heard.extend(events)
 
         hearing = asyncio.create_task(hear())
         try:
@@ -83,14 +93,52 @@ class Listener:
             hearing.cancel()
             self.cancel()
 
+    # ---- in the event loop ----
+
+    async def _some(self) -> None:
+        """Wait until there is an event."""
+        while not self._pending:
+            self._waiting = self._loop.create_future()
+            await self._waiting
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _heard(self) -> list[Event]:
+        """What has come, up to a `Failed`."""
+        heard: list[Event] = []
+        texts: list[TextPiece] = []
+        while self._pending and not (heard and isinstance(heard[-1], Failed)):
+            event = self._pending.popleft()
+            if texts and not (isinstance(event, TextPiece) and event.index == texts[0].index):
+                heard.append(joined(texts))
+                texts = []
+            if isinstance(event, TextPiece):
+                texts.append(event)
+            else:
+                heard.append(event)
+        return [*heard, joined(texts)] if texts else heard
+
+    # ---- in the scheduler's thread ----
+
     def _emit(self, offset: int) -> Emit:
         def emit(event: Event) -> None:
-            if isinstance(event, TextPiece | Ended) and offset:
+            if offset and isinstance(event, (TextPiece, Ended)):
                 event = replace(event, index=event.index + offset)
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._pending.append(event)
+            if not self._whole or not isinstance(event, TextPiece):
+                self._post.add(self._loop, self._wake)
 
         return emit
+
+
+def joined(pieces: Sequence[TextPiece]) -> TextPiece:
+    """Pieces of one choice as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    text, logprobs = "".join(piece.text for piece in pieces), tuple(one for piece in pieces for one in piece.logprobs)
+    return TextPiece(pieces[0].index, text, logprobs)
 
 
 async def _disconnected(request: Request) -> None:

@@ -93,11 +93,11 @@ class Planner:
 
     def counts(self, session: Session, lane: Lane) -> None:
         """Note what a session's stream holds now."""
-        stats, before = lane.stats(), session.counts["evicted"]
-        session.counts = {name: stats[name] for name in ("seen", "kept", "evicted")}
-        if stats["evicted"]:
+        counts, before = lane.counts(), session.counts["evicted"]
+        session.counts = {name: counts[name] for name in ("seen", "kept", "evicted")}
+        if counts["evicted"]:
             session.forget_evicted(lane.oldest, self.settings.recalled, self.settings.recall_tokens)
-        self.evicted(max(0, stats["evicted"] - before))
+        self.evicted(max(0, counts["evicted"] - before))
 
     # ---- which session, and what is new ----
 

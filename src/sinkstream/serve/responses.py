@@ -1,12 +1,10 @@
 """/v1/responses: text in, text out, gone on with by `previous_response_id`."""
 
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from sse_starlette import EventSourceResponse
 
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Ended, Event, Failed, TextPiece
@@ -17,6 +15,7 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import ChatMessage, ResponseRequest
 from sinkstream.serve.service import check_model, model_name
 from sinkstream.serve.sessions import new_id
+from sinkstream.serve.sse import EventStream, sse
 
 router = APIRouter(prefix="/v1")
 
@@ -41,7 +40,7 @@ async def responses(body: ResponseRequest, request: Request, who: Owner, service
         reply=response_options(body, service.settings, service.vocab),
         found_by="messages" if body.store is False else "response",
     )
-    listener = Listener(service, [call])
+    listener = Listener(service, [call], whole=not body.stream)
     shape = _Response(body, call.response, model_name(service.loaded))
     try:
         await listener.first()
@@ -50,7 +49,7 @@ async def responses(body: ResponseRequest, request: Request, who: Owner, service
     except BaseException:
         listener.cancel()
         raise
-    return EventSourceResponse(shape.stream(listener), sep="\n")
+    return EventStream(shape.stream(listener))
 
 
 def _messages(body: ResponseRequest) -> list[dict[str, Any]]:
@@ -73,37 +72,38 @@ class _Response:
         reason = next(e.reason for e in events if isinstance(e, Ended))
         return self._about(text, reason, next(e for e in events if isinstance(e, Done)))
 
-    async def stream(self, listener: Listener) -> AsyncIterator[dict[str, str]]:
+    async def stream(self, listener: Listener) -> AsyncIterator[bytes]:
         """The response as server-sent events."""
         number, heard = 0, []
 
-        def sse(kind: str, **more: Any) -> dict[str, str]:
+        def event(kind: str, **more: Any) -> bytes:
             nonlocal number
             body = {"type": kind, "sequence_number": number, **more}
             number += 1
-            return {"event": kind, "data": json.dumps(body, ensure_ascii=False)}
+            return sse(body, kind)
 
         place = {"output_index": 0, "item_id": self.item}
-        yield sse("response.created", response=self._about(None))
-        yield sse("response.in_progress", response=self._about(None))
-        yield sse("response.output_item.added", output_index=0, item=self._item(None))
-        yield sse("response.content_part.added", **place, content_index=0, part=_part(""))
-        async for event in listener.events():
-            heard.append(event)
-            if isinstance(event, TextPiece) and event.text:
-                yield sse("response.output_text.delta", **place, content_index=0, delta=event.text, logprobs=[])
-            elif isinstance(event, Context):
-                yield sse("response.context", context=vars(event))
-            elif isinstance(event, Failed):
-                error = event.error
-                yield sse("error", code=error.code, message=error.message, param=error.param)
-                return
+        yield event("response.created", response=self._about(None))
+        yield event("response.in_progress", response=self._about(None))
+        yield event("response.output_item.added", output_index=0, item=self._item(None))
+        yield event("response.content_part.added", **place, content_index=0, part=_part(""))
+        async for events in listener.events():
+            heard += events
+            for one in events:
+                if isinstance(one, TextPiece) and one.text:
+                    yield event("response.output_text.delta", **place, content_index=0, delta=one.text, logprobs=[])
+                elif isinstance(one, Context):
+                    yield event("response.context", context=vars(one))
+                elif isinstance(one, Failed):
+                    error = one.error
+                    yield event("error", code=error.code, message=error.message, param=error.param)
+                    return
         whole = self.whole(heard)
         text = whole["output"][0]["content"][0]["text"]
-        yield sse("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
-        yield sse("response.content_part.done", **place, content_index=0, part=_part(text))
-        yield sse("response.output_item.done", output_index=0, item=whole["output"][0])
-        yield sse(f"response.{whole['status']}", response=whole)
+        yield event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
+        yield event("response.content_part.done", **place, content_index=0, part=_part(text))
+        yield event("response.output_item.done", output_index=0, item=whole["output"][0])
+        yield event(f"response.{whole['status']}", response=whole)
 
     def _about(self, text: str | None, reason: str | None = None, done: Done | None = None) -> dict[str, Any]:
         status = "in_progress" if reason is None else "completed" if reason == "stop" else "incomplete"

@@ -17,6 +17,7 @@ from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.lanes import Lanes
 from sinkstream.serve.metrics import Metrics
 from sinkstream.serve.planning import LEAST_SINK, Call, Planner
+from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
@@ -81,9 +82,10 @@ class Service:
         self.lanes = self._make_lanes()  # refuses here what does not fit
         self.residence = Residence(self.lanes, spill, self._give_up, each_turn)
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
-        self.conversations = Conversations(loaded, self.planner, self.tools)
+        self.post = Post()
+        self.conversations = Conversations(loaded, self.planner, self.tools, self.post)
         idle = self.residence.write_one if durable else lambda: False
-        self.scheduler = Scheduler(settings.queue, idle, step=self.lanes.step)
+        self.scheduler = Scheduler(settings.queue, idle, step=self._step)
         self.started = int(time.time())
 
     def start(self) -> None:
@@ -252,6 +254,11 @@ class Service:
         assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
         return Lanes(decoder)
 
+    def _step(self) -> None:
+        """The end of a round: what it has told is handed over while the device computes the step."""
+        self.lanes.step(self.post.deliver)
+        self.post.deliver()  # of a round without a step
+
     def _give_up(self, busy_ids: set[str]) -> bool:
         least = self.store.least(busy_ids)
         if least is None:
@@ -260,6 +267,7 @@ class Service:
         return True
 
     def _spill_all(self) -> None:
+        self.post.deliver()
         for session_id in self.residence.spill_all():
             log.warning("session %s… could not be spilled and is lost", session_id[:9])
 

@@ -20,30 +20,35 @@ class TextStream:
 
     Attributes
     ----------
-    text : str
-        Everything up to the stop string.
     stopped : bool
         Whether a stop string has come.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), end_tokens: Collection[int] = ()):
         self._tokenizer, self._stop, self._ends = tokenizer.backend_tokenizer, list(stop), set(end_tokens)
+        self._longest = max(map(len, self._stop), default=0)
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._lengths: list[int] = []  # of the text after each token
-        self._sent = 0
-        self.text, self.stopped = "", False
+        self._sent: list[str] = []
+        self._length = 0  # of all of the text
+        self._tail = ""  # its end, which has not been sent
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Everything up to the stop string."""
+        return "".join(self._sent) + self._tail
 
     def push(self, token: int) -> str:
         """Take a token; returns the text that can be sent now, often empty."""
         piece = None if token in self._ends else self._decoder.step(self._tokenizer, token)
         if piece and not self.stopped:
-            searched = max(0, len(self.text) - max(map(len, self._stop), default=0))
-            self.text += piece
-            found = [i for i in (self.text.find(s, searched) for s in self._stop) if i >= 0]
-            if found:
-                self.text, self.stopped = self.text[: min(found)], True
-        self._lengths.append(len(self.text))
-        return self._send(0 if self.stopped else self._held_back())
+            self._tail += piece
+            self._length += len(piece)
+            if self._stop:
+                self._look()
+        self._lengths.append(self._length)
+        return self._send(self._held_back())
 
     def finish(self) -> str:
         """The text that was held back because a stop string might have come."""
@@ -53,18 +58,28 @@ class TextStream:
         """How many tokens, from the first on, wrote nothing past the end of the text."""
         if not self.stopped:
             return len(self._lengths)
-        past = (i for i, length in enumerate(self._lengths[:-1]) if length > len(self.text))
+        past = (i for i, length in enumerate(self._lengths[:-1]) if length > self._length)
         return next(past, len(self._lengths) - 1)  # the last token has ended the stop string
+
+    def _look(self) -> None:
+        """Cut the text at the first stop string: none begins in what was sent, since its beginning is held back."""
+        found = [i for i in (self._tail.find(s) for s in self._stop) if i >= 0]
+        if found:
+            self._length -= len(self._tail) - min(found)
+            self._tail, self.stopped = self._tail[: min(found)], True
 
     def _held_back(self) -> int:
         """Length of the longest end of the text with which a stop string begins."""
-        longest = min(max(map(len, self._stop), default=0) - 1, len(self.text))
-        for length in range(longest, 0, -1):
-            if any(s.startswith(self.text[-length:]) for s in self._stop):
+        if self.stopped or not self._stop:
+            return 0
+        for length in range(min(self._longest - 1, len(self._tail)), 0, -1):
+            if any(s.startswith(self._tail[-length:]) for s in self._stop):
                 return length
         return 0
 
     def _send(self, held_back: int) -> str:
-        end = max(self._sent, len(self.text) - held_back)
-        piece, self._sent = self.text[self._sent : end], end
+        end = len(self._tail) - held_back
+        piece, self._tail = self._tail[:end], self._tail[end:]
+        if piece:
+            self._sent.append(piece)
         return piece

@@ -1,7 +1,8 @@
 """A load generator: conversations in sessions of a server, every reply timed. A program of its own, without torch.
 
-It reads a plan, one JSON object, from its standard input, and writes one JSON line a turn to its output. It runs in a
-process of its own so that its work takes nothing from the server's.
+It reads a plan, one JSON line, from its standard input, and writes one JSON line a turn to its output. Once all of its
+sessions have come to the turns that are timed it says so in a line, and goes on at an empty line. It runs in a process
+of its own so that its work takes nothing from the server's; a load of many sessions is shared by several.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONTENT = b'"content": "'
+WAITING = {"waiting": True}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Plan:
         Of each conversation.
     warm_turns : int
         The first ones, after which all sessions wait for each other.
+    first : int
+        Number of the first session.
     text : str
         The message of every turn; ``{turn}`` is replaced by its number.
     tokens : int
@@ -45,11 +49,28 @@ class Plan:
     text: str
     tokens: int
     warm_turns: int = 0
+    first: int = 0
     stream: bool = True
     system: str = ""
 
 
-async def converse(plan: Plan, client: Any, number: int, together: asyncio.Barrier) -> None:
+class Together:
+    """Where the sessions of all clients wait for each other."""
+
+    def __init__(self, sessions: int):
+        self._left, self._go = sessions, asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until the last session of the last client has come."""
+        self._left -= 1
+        if not self._left:
+            print(json.dumps(WAITING), flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+            self._go.set()
+        await self._go.wait()
+
+
+async def converse(plan: Plan, client: Any, number: int, together: Together) -> None:
     """One conversation from its opening to its deletion."""
     head = [{"role": "system", "content": plan.system}] if plan.system else []
     opened = await client.post("/v1/sessions", json={"messages": head})
@@ -114,11 +135,12 @@ async def run(plan: Plan) -> None:
     """All conversations side by side."""
     import httpx2 as httpx
 
-    together = asyncio.Barrier(plan.sessions)
+    together = Together(plan.sessions)
+    numbers = range(plan.first, plan.first + plan.sessions)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=plan.address, timeout=600, limits=limits) as client:
-        await asyncio.gather(*(converse(plan, client, number, together) for number in range(plan.sessions)))
+        await asyncio.gather(*(converse(plan, client, number, together) for number in numbers))
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Plan(**json.load(sys.stdin))))
+    asyncio.run(run(Plan(**json.loads(sys.stdin.readline()))))

@@ -1,25 +1,29 @@
-"""A server in this process, on a free port of this machine, and the client beside it in a process of its own."""
+"""A server in this process, on a free port of this machine, and the clients beside it in processes of their own."""
 
 import json
+import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sinkstream.bench.serving.client import Plan
+from sinkstream.bench.serving.client import WAITING, Plan
 from sinkstream.models import LoadedModel
 from sinkstream.serve import Service
 
 CLIENT = Path(__file__).with_name("client.py")
 START_SECONDS = 120
+SESSIONS_OF_A_CLIENT = 4
 #: Of a model without a tokenizer of its own: every token is a word.
 WORDS_TEMPLATE = (
     "{% for m in messages %}{{ {'system': 'w0 ', 'user': 'w1 ', 'assistant': 'w2 '}[m['role']] }}"
@@ -68,23 +72,72 @@ def converse(plan: Plan, heard: Callable[[dict[str, Any]], None] = lambda turn: 
     Raises
     ------
     OSError
-        If the client fails.
+        If a client fails.
     """
-    process = subprocess.Popen(
+    told: queue.Queue[tuple[subprocess.Popen, dict[str, Any] | None]] = queue.Queue()
+    clients = [_client(share, told) for share in shares(plan, os.cpu_count() or 1)]
+    turns, waiting, running = [], 0, len(clients)
+    try:
+        while running:
+            client, told_one = told.get()
+            if told_one is None:
+                running -= 1
+                _check_ended(client)
+            elif told_one == WAITING:
+                waiting += 1
+                if waiting == len(clients):
+                    for one in clients:
+                        _write(one, "")
+            else:
+                turns.append(told_one)
+                heard(told_one)
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
+    return turns
+
+
+def shares(plan: Plan, cores: int) -> list[Plan]:
+    """The plan of each client: what a client takes to send many requests at once is no time of the server's.
+
+    Parameters
+    ----------
+    cores : int
+        Of this machine, a quarter of which are for clients.
+    """
+    clients = max(1, min(cores // 4, plan.sessions // SESSIONS_OF_A_CLIENT))
+    edges = [plan.sessions * i // clients for i in range(clients + 1)]
+    return [replace(plan, first=plan.first + a, sessions=b - a) for a, b in pairwise(edges)]
+
+
+def _client(plan: Plan, told: queue.Queue) -> subprocess.Popen:
+    """A client under way; what it tells is put into a queue, None last."""
+    client = subprocess.Popen(
         [sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    turns = []
-    try:
-        process.stdin.write(json.dumps(asdict(plan)))
-        process.stdin.close()
-        for line in process.stdout:
-            turns.append(json.loads(line))
-            heard(turns[-1])
-        error = process.stderr.read()
-        if process.wait():
-            raise OSError(f"the client of the server failed: {error.strip().splitlines()[-1:]}")
-    finally:
-        process.kill()
-        process.wait()
-    return turns
+
+    def read() -> None:
+        assert client.stdout is not None
+        for line in client.stdout:
+            told.put((client, json.loads(line)))
+        told.put((client, None))
+
+    threading.Thread(target=read, name="client", daemon=True).start()
+    _write(client, json.dumps(asdict(plan)))
+    return client
+
+
+def _write(client: subprocess.Popen, line: str) -> None:
+    assert client.stdin is not None
+    with suppress(BrokenPipeError):  # a client that has failed says why when it is asked
+        client.stdin.write(f"{line}\n")
+        client.stdin.flush()
+
+
+def _check_ended(client: subprocess.Popen) -> None:
+    """Raise OSError if a client has failed."""
+    assert client.stderr is not None
+    error = client.stderr.read()
+    if client.wait():
+        raise OSError(f"the client of the server failed: {error.strip().splitlines()[-1:]}")

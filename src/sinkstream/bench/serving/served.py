@@ -18,6 +18,7 @@ from sinkstream.models import LoadedModel
 from sinkstream.serve import ServeSettings, Service
 
 SYSTEM = "w0 w4 w5 w6"  # words to a model of random weights, a text to others
+TRIALS = 2  # of a rate
 TURN_TEXT = "w7 w8 w9 w10 w11 w12 w13 w14"
 
 
@@ -98,12 +99,15 @@ class ServedModel:
         )
 
     def _engine_rate(self, streams: int) -> float:
-        """Tokens a second of the engine's own streams, a turn of the same text, the better of two."""
+        """Tokens a second of the engine's own streams, the second of two turns of the same text, the better of two."""
         engine, rates = self._engine(streams), []
         ids = self.loaded.tokenizer(TURN_TEXT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
         generate = partial(engine.generate_batch, [ids] * streams, max_new_tokens=self.load.tokens, stop_tokens=())
         try:
-            for _ in range(2):
+            for _ in range(TRIALS):
+                for stream in range(streams):
+                    engine.reset(stream=stream)
+                generate()
                 seconds = timed(generate, device=self.loaded.model.device)[1]
                 rates.append(streams * self.load.tokens / seconds)
         finally:
