@@ -73,7 +73,8 @@ SANITIZED='triton and (agree or rings or every_way or combined or negative or cu
  beside_a_linear or stays_is and 50- or any_width and 2049 or any_width_and_count and 3-1025 or added_up and 3- or
  float64 and way6 or float64 and sizes4 or schedules and staged or splits and 8-band7 or bands and band11 or
  head_sizes and sizes6 or 520-65-dtype0-1- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or
- products and 3-200 or activations and 48 or twin_draws and (together or tiles or options3) or full_width and 8.0-50257'
+ products and 3-200 or activations and 48 or against_float64 and 9-72 or twin_draws and (together or tiles or options3) or
+ full_width and 8.0-50257'
 sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do

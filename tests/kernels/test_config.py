@@ -11,15 +11,27 @@ from sinkstream.kernels.config import (
     MAX_SPLITS,
     OWN_BYTES,
     RESIDUAL,
+    MultiStreamConfig,
     count_programs,
     default_attention,
     default_linear_residual,
     default_norm_linear,
     fit_shared_memory,
+    multi_stream_bytes,
     program_bytes,
     tile_bytes,
 )
-from sinkstream.kernels.plans import LLAMA_PLANS, NEOX_PLANS, Sizes, measured_plan
+from sinkstream.kernels.plans import (
+    LLAMA_OPS,
+    LLAMA_PLANS,
+    NEOX_OPS,
+    NEOX_PLANS,
+    SEVERAL_LLAMA_PLANS,
+    SEVERAL_NEOX_PLANS,
+    Sizes,
+    measured_plan,
+    several_plan,
+)
 
 H100_BYTES = 228 * 1024
 
@@ -54,6 +66,23 @@ def test_other_shapes_get_the_nearest_plan_cut_to_fit():
     assert big["out"].config.per_sm * program_bytes(big["out"].config, 4096, 16384) <= H100_BYTES
     ungrouped = measured_plan(False, sizes(2048, 16, 16, 64, 5632, ring=16, pinned=512))["attention"].config
     assert sum(count_programs(ungrouped.splits, 16, 512)[1:]) <= MAX_SPLITS
+
+
+@pytest.mark.parametrize(("neox", "plans"), [(True, SEVERAL_NEOX_PLANS), (False, SEVERAL_LLAMA_PLANS)])
+def test_several_streams_get_what_was_measured_for_the_nearest_number(neox, plans):
+    shape = (2560, 32, 32, 80, 10240) if neox else (2048, 32, 8, 64, 8192)
+    ops = {*(NEOX_OPS if neox else LLAMA_OPS), "head"}
+    for streams, nearest in [(2, 2), (3, 2), (4, 8), (8, 8), (16, 8)]:
+        plan = several_plan(neox, sizes(*shape), streams)
+        assert plan.keys() == ops
+        if streams <= 8:
+            assert plan == plans[shape[0]][nearest]
+        for op, planned in plan.items():
+            if isinstance(planned.config, MultiStreamConfig):
+                bytes_each = multi_stream_bytes(planned.config, op == "gate_up", streams)
+                assert planned.config.per_sm * bytes_each <= H100_BYTES
+    other = several_plan(neox, sizes(4096, 32, 32 if neox else 8, 128, 16384), 8)
+    assert other["head"].config is None and other.keys() == ops, "another shape: the ops choose"
 
 
 def test_attention_and_the_up_projection_share_one_wave_of_programs():

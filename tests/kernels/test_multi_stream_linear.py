@@ -1,5 +1,7 @@
 """What several streams share, against float64: any number of them, awkward shapes, one input or two, gates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ops_cases import DEVICE, HALF, NEEDS_TRITON, TOLERANCE, draw, error
@@ -7,22 +9,25 @@ from torch.nn import functional as F
 
 from sinkstream.kernels import linear_residual, norm_linear
 from sinkstream.kernels.config import (
+    FEW_TILES,
     MAX_SPLITS,
-    MAX_STREAMS,
-    OWN_BYTES,
+    MULTI_STREAM,
     MultiStreamConfig,
     count_programs,
     default_multi_stream,
+    fit_multi_stream,
+    multi_stream_bytes,
     several_attention,
 )
 from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows
 
-SMALL = MultiStreamConfig(columns=32, stages=3, per_sm=1)
-WIDE = MultiStreamConfig(rows=32, columns=64, warps=4, per_sm=2, late=False)
+SMALL = MultiStreamConfig(columns=32, stages=3, per_sm=1, parts=1)
+WIDE = MultiStreamConfig(rows=32, columns=64, warps=4, per_sm=2, late=False, ahead=64)
+PARTS = MultiStreamConfig(columns=64, warps=4, stages=3, per_sm=1, parts=4)
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("config", [SMALL, WIDE])
+@pytest.mark.parametrize("config", [SMALL, WIDE, PARTS])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("streams", "n", "m", "rows"), [(2, 64, 0, 48), (3, 200, 0, 37), (5, 80, 136, 70), (16, 40, 24, 130)]
@@ -77,7 +82,7 @@ def test_what_is_refused():
         multi_stream_linear(x[:2], weight.float(), draw(2, 32))
     with pytest.raises(ValueError, match="rows=24 in the configuration; accepted: a power of two"):
         multi_stream_linear(x[:2], weight, draw(2, 32), config=MultiStreamConfig(rows=24))
-    with pytest.raises(ValueError, match="8 rows and 128 columns; accepted: at least 16"):
+    with pytest.raises(ValueError, match="8 rows and 128 columns in 2 parts; accepted: at least 16"):
         MultiStreamConfig(rows=8)
 
 
@@ -91,11 +96,17 @@ def test_what_goes_to_the_library_does_not_start_early():
 
 
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 228 * 1024])
-def test_defaults_fit(shared_bytes):
-    plain, gated = (default_multi_stream(gate, shared_bytes) for gate in (False, True))
-    assert plain.per_sm >= gated.per_sm >= 1 and plain == MultiStreamConfig(per_sm=plain.per_sm)
-    program = (gated.stages - 1) * (2 * gated.rows + MAX_STREAMS) * gated.columns * 2 + OWN_BYTES
-    assert gated.per_sm * program <= shared_bytes < (gated.per_sm + 1) * program or gated.per_sm == 5
+@pytest.mark.parametrize("streams", [2, 16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_defaults_fit(gated, streams, shared_bytes):
+    """Few tiles get long chunks; what does not fit gets fewer stages, then fewer programs."""
+    few, many = (default_multi_stream(rows, gated, streams, shared_bytes, 132) for rows in (2048, 50000))
+    assert few.columns > many.columns and min(few.per_sm, many.per_sm) >= 1 and min(few.stages, many.stages) >= 2
+    assert all(c.per_sm * multi_stream_bytes(c, gated, streams) <= shared_bytes for c in (few, many))
+    deep = replace(FEW_TILES, stages=20)
+    assert fit_multi_stream(deep, gated, streams, shared_bytes).stages < 20, "control: so many stages fit nowhere"
+    roomy = [default_multi_stream(rows, gated, streams, 1 << 20, 132) for rows in (2048, 50000)]
+    assert roomy == [FEW_TILES, MULTI_STREAM]
 
 
 @pytest.mark.parametrize(("streams", "heads", "waves"), [(2, 32, 1), (4, 32, 1), (8, 32, 4), (2, 3, 1), (64, 64, 99)])

@@ -53,6 +53,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "kernels/test_linear_residual.py": ("mistakes",),
     "kernels/test_log_probs.py": ("equal_logits", "mistakes"),
     "kernels/test_norm_linear.py": ("mistakes",),
+    "kernels/test_norm_linear_pair.py": ("mistakes",),
     "kernels/test_rotate_qkv.py": ("mistakes",),
     "kernels/test_sample.py": ("equal_tokens", "mistakes"),
     "kernels/test_store_window.py": ("mistakes",),

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
-from sinkstream.kernels.config import MultiStreamConfig
+from sinkstream.kernels.config import MultiStreamConfig, multi_stream_bytes
 from tune_kernels.shapes import Shape
 
 Config = LinearConfig | AttentionConfig | AttentionLinearConfig
@@ -67,26 +67,19 @@ def attention_linear_grid() -> list[AttentionLinearConfig]:
 
 
 def several_candidates(shape: Shape, op: str) -> list:
-    """Configurations to try for several streams."""
-    if op == "attention":
+    """Configurations to try for several streams; every warp multiplies a part of a chunk of its own."""
+    if op in ("attention", "attention_up"):
         return attention_grid(shape)
-    if op == "attention_up":
-        return []  # attention and the rows are launched one after the other, as their ops choose
-    width = shape.widths[op][1]
-    gated = 2 if op == "gate_up" else 1
-    found = []
-    grid = product((128, 256, 64, 512), (4, 2, 8), (4, 6, 3, 8), (2, 4, 1, 3, 5, 8), (1024, 4096))
-    for columns, warps, stages, per_sm, ahead in grid:
-        config = MultiStreamConfig(16, columns, warps, stages, per_sm, ahead)
-        flying = per_sm * (stages - 1) * gated * config.rows * columns * 2
-        if _fits(config, gated) and 30_000 < flying < 150_000 and width >= stages * columns and ahead <= 2 * width:
+    gated, found = op == "gate_up", []
+    for columns, warps, stages, per_sm, ahead in product(
+        (512, 128, 256, 1024), (4, 2, 8), (4, 5, 3, 6), (2, 4, 1, 3, 5), (0, 4096)
+    ):
+        config = MultiStreamConfig(16, columns, warps, stages, per_sm, ahead, parts=warps)
+        flying = per_sm * (stages - 1) * (1 + gated) * config.rows * columns * 2
+        fits = per_sm * multi_stream_bytes(config, gated, shape.streams) < 227_000 and per_sm * warps <= 32
+        if fits and 60_000 < flying < 170_000 and shape.widths[op][1] >= columns and ahead <= 2 * shape.widths[op][1]:
             found.append(config)
     return spread(found, 44)
-
-
-def _fits(config: MultiStreamConfig, gated: int) -> bool:
-    shared = (config.stages - 1) * (config.rows * gated + 16) * config.columns * 2 + 2048
-    return config.per_sm * shared < 227_000 and config.per_sm * config.warps <= 32
 
 
 def changed(config, **changes):

@@ -65,7 +65,10 @@ class Shape:
         h, q, kv = c.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {"qkv": (q + 2 * kv, h), "head": (c.vocab_size, h)}
         if self.neox:
-            return sizes | {"attention_up": (c.intermediate_size, h), "out": (h, q + c.intermediate_size)}
+            sizes["out"] = (h, q + c.intermediate_size)
+            if self.streams > 1:  # the up-projection is in the product of `qkv`
+                return sizes | {"qkv": (q + 2 * kv + c.intermediate_size, h)}
+            return sizes | {"attention_up": (c.intermediate_size, h)}
         return sizes | {"o": (h, q), "gate_up": (2 * c.intermediate_size, h), "down": (h, c.intermediate_size)}
 
     def calls(self, op: str) -> int:

@@ -109,6 +109,8 @@ class RandomStep(FusedDecode):
     def _outputs(self, op: str, residual: torch.Tensor) -> list[torch.Tensor]:
         outputs = {"qkv": [self.first], "attention": [self.context], "gate_up": [self.middle]}
         outputs |= {"attention_up": [self.context, self.middle], "head": [self.state.logits]}
+        if self.paired:
+            outputs |= {"qkv": [self.first, self.middle], "attention_up": [self.context]}
         return outputs.get(op, [residual])
 
 

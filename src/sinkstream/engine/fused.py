@@ -33,6 +33,7 @@ from sinkstream.kernels.config import (
     default_attention,
 )
 from sinkstream.kernels.likeliest import Tiles
+from sinkstream.kernels.norm_linear_pair import norm_linear_pair
 from sinkstream.kernels.observed import Observed, accumulate
 from sinkstream.kernels.persistent_layers import persistent_layers
 from sinkstream.kernels.plans import (
@@ -94,6 +95,7 @@ class FusedDecode:
         self.weights, self.state, self.spec = weights, state, state.spec
         self.neox = weights.family == NEOX
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
+        self.paired = self.neox and 1 < state.streams <= MAX_STREAMS  # qkv and up-projection in one product
         self.use(default_plan(weights, state) if plan is None else plan)
         spec, config = self.spec, cast(Any, self.spec.decoder.config)
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
@@ -168,6 +170,14 @@ class FusedDecode:
 
     def _qkv(self, i: int) -> None:
         layer = self.weights.layers[i]
+        if self.paired:
+            first, second = layer.attention_norm, layer.mlp_norm
+            norm_linear_pair(
+                self.hidden, layer.weight_in, norms=((first.weight, first.bias), (second.weight, second.bias)),
+                eps=first.eps, bias=layer.bias_in, out=self.first, second_out=self.middle,
+                **self._how("qkv", early=i > 0),
+            )  # fmt: skip
+            return
         if isinstance(layer, NeoxLayer):
             weight, bias = layer.weight_in[: self.qkv_rows], layer.bias_in[: self.qkv_rows]
         else:
@@ -178,6 +188,15 @@ class FusedDecode:
 
     def _attention_up(self, i: int) -> None:
         layer, up = self.weights.layers[i], slice(self.qkv_rows, None)
+        if self.paired:
+            attention_decode(
+                self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope,
+                query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots, order="per-head",
+                observed=self._observed[i], out=self.context, workspace=self.workspace,
+                prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
+                **self._how("attention_up"),
+            )  # fmt: skip
+            return
         attention_linear(
             self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden,
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,

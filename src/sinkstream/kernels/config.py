@@ -125,6 +125,8 @@ class MultiStreamConfig:
         multiple of 16 (programmatic dependent launch only).
     late : bool
         Trigger the launch of the next kernel when this kernel's rows are done instead of at once.
+    parts : int
+        Parts of a chunk, a power of two, each added up by warps of its own; their sums are added at the end of a tile.
     """
 
     rows: int = 16
@@ -134,12 +136,16 @@ class MultiStreamConfig:
     per_sm: int = 5
     ahead: int = 1024
     late: bool = True
+    parts: int = 2
 
     def __post_init__(self):
-        if min(self.rows, self.columns) < 16:
+        if min(self.rows, self.columns // self.parts) < 16:
             raise ValueError(
-                f"{self.rows} rows and {self.columns} columns; accepted: at least 16, which matrix units take"
+                f"{self.rows} rows and {self.columns} columns in {self.parts} parts; accepted: at least 16 of either,"
+                " which matrix units take"
             )
+        if self.parts & (self.parts - 1):
+            raise ValueError(f"parts={self.parts} in the configuration; accepted: a power of two")
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,7 @@ UNGROUPED = AttentionConfig()
 WIDE = AttentionConfig(splits=8, warps=4)  # heads of 97 to 128
 GROUPED = AttentionConfig(splits=16, warps=4, dot=True, columns=128)  # also for heads wider than 128
 MULTI_STREAM = MultiStreamConfig()
+FEW_TILES = MultiStreamConfig(columns=512, warps=4, stages=4, per_sm=2, parts=4)  # two a multiprocessor at most
 FEW_HEADS = AttentionConfig(splits=MAX_SPLITS, warps=4, late=True)  # of several streams: splits for one wave
 MANY_HEADS = AttentionConfig(splits=4, tile=32, warps=4)  # where one wave has no room for two splits
 WAVE = 3  # occupancy of FEW_HEADS, programs a multiprocessor
@@ -251,11 +258,31 @@ def default_linear_residual(n: int, m: int, shared_bytes: int) -> LinearConfig:
     return fit_shared_memory(config, shared_bytes, n, m)
 
 
-def default_multi_stream(gated: bool, shared_bytes: int) -> MultiStreamConfig:
-    """What `multi_stream_linear` uses: as many programs a multiprocessor as fit."""
-    parts = MULTI_STREAM.rows * (2 if gated else 1) + MAX_STREAMS
-    program = (MULTI_STREAM.stages - 1) * parts * MULTI_STREAM.columns * 2 + OWN_BYTES
-    return replace(MULTI_STREAM, per_sm=max(1, min(MULTI_STREAM.per_sm, shared_bytes // program)))
+def stream_columns(streams: int, config: MultiStreamConfig) -> int:
+    """Columns of a tile that hold the streams: one width of the matrix units, or two, which warps of one part share."""
+    return 8 if streams <= 8 and config.parts > 1 else MAX_STREAMS
+
+
+def multi_stream_bytes(config: MultiStreamConfig, gated: bool, streams: int) -> int:
+    """Shared memory of one program, bytes: Triton keeps a chunk less than there are stages."""
+    rows = config.rows * (2 if gated else 1) + stream_columns(streams, config)
+    return (config.stages - 1) * rows * config.columns * 2 + OWN_BYTES
+
+
+def fit_multi_stream(config: MultiStreamConfig, gated: bool, streams: int, shared_bytes: int) -> MultiStreamConfig:
+    """The configuration with fewer stages, then programs, so that it fits a multiprocessor."""
+    while config.stages > 2 and multi_stream_bytes(config, gated, streams) > shared_bytes:
+        config = replace(config, stages=config.stages - 1)
+    fitting = shared_bytes // multi_stream_bytes(config, gated, streams)
+    return replace(config, per_sm=max(1, min(config.per_sm, fitting)))
+
+
+def default_multi_stream(
+    rows: int, gated: bool, streams: int, shared_bytes: int, multiprocessors: int
+) -> MultiStreamConfig:
+    """What `multi_stream_linear` uses for so many outputs: long chunks where few tiles have to keep memory busy."""
+    few = rows <= 2 * multiprocessors * FEW_TILES.rows
+    return fit_multi_stream(FEW_TILES if few else MULTI_STREAM, gated, streams, shared_bytes)
 
 
 def default_attention(group: int, head_dim: int, ring: int, pinned_slots: int) -> AttentionConfig:

@@ -1,7 +1,7 @@
 """Measured plans: how each op of a decode step is launched, for the shapes that were tuned on an H100.
 
 Every plan is the fastest that was found with the tuner of the kernels (`tools/tune_kernels`) on one NVIDIA H100 80GB
-HBM3, one stream, 2,052 slots, with programmatic dependent launch. A shape between them gets the plan of the nearest
+HBM3, 2,052 slots, with programmatic dependent launch. For one stream a shape between them gets the plan of the nearest
 hidden size, cut down to what fits; nothing else depends on it.
 """
 
@@ -19,6 +19,7 @@ from sinkstream.kernels.config import (
     count_programs,
     fit_attention,
     fit_attention_linear,
+    fit_multi_stream,
     fit_shared_memory,
 )
 
@@ -106,11 +107,46 @@ LLAMA_PLANS = {
 }
 
 
-SEVERAL_LLAMA_PLANS: dict[tuple[int, int], dict[str, OpLaunch]] = {  # by hidden size and streams
-    (2048, 8): {  # Llama-3.2-1B, bfloat16: 1.563 ms, 1.568 times the byte floor (1.588 ms without this plan)
-        "attention": OpLaunch(AttentionConfig(16, 64, 4, dot=True, columns=128)),
-        "gate_up": OpLaunch(MultiStreamConfig(16, 128, 2, 4, 4)),
-        "down": OpLaunch(MultiStreamConfig(16, 128, 4, 8, 2)),
+_Several = dict[int, dict[int, dict[str, OpLaunch]]]  # by hidden size, this one only, then by streams
+_IN = OpLaunch(MultiStreamConfig(16, 128, 2, 6, 5, parts=2), pdl=True)
+_FIRST = OpLaunch(MultiStreamConfig(16, 256, 2, 5, 4, late=False, parts=2), pdl=True)
+_DOWN = OpLaunch(MultiStreamConfig(16, 512, 4, 5, 2, parts=4), pdl=True)
+_TALL = OpLaunch(MultiStreamConfig(32, 256, 4, 4, 3, parts=4), pdl=True)
+_GROUPED = OpLaunch(AttentionConfig(16, 128, 4, dot=True, columns=64), pdl=True)
+SEVERAL_NEOX_PLANS: _Several = {
+    2560: {  # Pythia-2.8B, float16; `qkv` has the rows of the up-projection too
+        2: {  # 2.603 ms, 1.185 times the byte floor
+            "qkv": _IN,
+            "attention_up": OpLaunch(AttentionConfig(5, 32, 4, late=True), pdl=True),
+            "out": OpLaunch(MultiStreamConfig(16, 512, 4, 4, 2, ahead=2048, parts=4), pdl=True),
+            "head": _IN,
+        },
+        8: {  # 4.147 ms, 1.174 times the byte floor
+            "qkv": _IN,
+            "attention_up": OpLaunch(AttentionConfig(3, 32, 4), pdl=True),
+            "out": OpLaunch(MultiStreamConfig(16, 512, 4, 4, 2, parts=4), pdl=True),
+            "head": _TALL,
+        },
+    },
+}
+SEVERAL_LLAMA_PLANS: _Several = {
+    2048: {  # Llama-3.2-1B, bfloat16
+        2: {  # 1.158 ms, 1.342 times the byte floor (1.362 ms before)
+            "qkv": _FIRST,
+            "attention": _GROUPED,
+            "o": OpLaunch(MultiStreamConfig(16, 256, 4, 8, 2, ahead=4096, parts=4), pdl=True),
+            "gate_up": OpLaunch(MultiStreamConfig(16, 128, 2, 4, 5, parts=2), pdl=True),
+            "down": _DOWN,
+            "head": OpLaunch(MultiStreamConfig(16, 512, 4, 3, 4, parts=4), pdl=True),
+        },
+        8: {  # 1.380 ms, 1.385 times the byte floor (1.561 ms before)
+            "qkv": _FIRST,
+            "attention": _GROUPED,
+            "o": OpLaunch(MultiStreamConfig(16, 256, 4, 8, 2, parts=4)),  # an early start takes longer
+            "gate_up": OpLaunch(MultiStreamConfig(16, 512, 4, 3, 2, ahead=0, parts=4), pdl=True),
+            "down": _DOWN,
+            "head": _TALL,
+        },
     },
 }
 
@@ -143,30 +179,33 @@ def measured_plan(neox: bool, sizes: Sizes) -> dict[str, OpLaunch]:
 
 
 def several_plan(neox: bool, sizes: Sizes, streams: int) -> dict[str, OpLaunch]:
-    """A plan for several streams: what was measured for this hidden size and number of streams.
+    """A plan for several streams: what was measured for this hidden size and the nearest number of streams.
 
     Elsewhere the ops choose their configurations themselves; attention of grouped queries is cut up as for one stream.
     """
     plan = {op: OpLaunch(pdl=True) for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
-    if neox:
-        return plan
-    plan |= {"attention": measured_plan(neox, sizes)["attention"]}
-    planned = SEVERAL_LLAMA_PLANS.get((sizes.hidden, streams), {})
-    for op, launch in planned.items():
-        plan[op] = replace(
-            launch, config=fitted(op, launch.config, sizes) if op == "attention" else launch.config, pdl=True
-        )
+    if not neox:
+        plan["attention"] = measured_plan(neox, sizes)["attention"]
+    measured = (SEVERAL_NEOX_PLANS if neox else SEVERAL_LLAMA_PLANS).get(sizes.hidden)
+    if measured:
+        nearest = min(measured, key=lambda n: (abs(math.log(n / streams)), -n))
+        plan |= {
+            op: replace(launch, config=fitted(op, launch.config, sizes, streams))
+            for op, launch in measured[nearest].items()
+        }
     return plan
 
 
-def fitted(op: str, config, sizes: Sizes):
+def fitted(op: str, config, sizes: Sizes, streams: int = 1):
     """The configuration of an op, cut down to what fits these sizes."""
     slots = (sizes.head_dim, sizes.ring, sizes.pinned_slots)
+    if isinstance(config, MultiStreamConfig):
+        return fit_multi_stream(config, op == "gate_up", streams, sizes.shared_bytes)
+    if isinstance(config, AttentionConfig):
+        return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
     if op == "attention_up":
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
         return fit_attention_linear(replace(config, attention=attention), sizes.hidden, *slots, sizes.shared_bytes)
-    if op == "attention":
-        return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
     context = sizes.query_heads * sizes.head_dim
     widths = {"gate_up": [sizes.hidden] * 2, "o": [context], "down": [sizes.intermediate]}
     widths["out"] = [context, sizes.intermediate]
