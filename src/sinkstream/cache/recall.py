@@ -1,8 +1,9 @@
 """`Recall`: what left the window of one stream, and what of it stands in the pinned frame now.
 
 A recalled token takes the slot of a window token, so that the cache never holds more than without recall. Before every
-token whose index is a multiple of ``every`` the chooser is asked. Below its gate nothing comes back, and once the frame
-is empty the slots are the window's again: it grows by the tokens that follow.
+token whose index is a multiple of ``every`` the chooser is asked; while nothing is recalled, also at the multiples of
+``empty_every``, for what takes little time. Below its gate nothing comes back, and once the frame is empty the slots
+are the window's again: it grows by the tokens that follow.
 """
 
 import copy
@@ -237,7 +238,39 @@ class Recall(RecallMemory):
     def due(self, now: int) -> bool:
         """Whether there is a choice before token `now`."""
         held = self.asked_until > now  # nothing replaces what a question brought back
-        return self.question is not None or (now % self.settings.every == 0 and now != self.chosen_at and not held)
+        return self.question is not None or (now % self._every == 0 and now != self.chosen_at and not held)
+
+    def quiet(self, now: int, end: int) -> bool:
+        """Whether a choice before token `now` is a brief one that changes nothing.
+
+        Parameters
+        ----------
+        end : int
+            The tokens before this one have left the window; the archive may lag behind.
+        """
+        if self.archive is None or not self.settings.chooser.foresees or not self._brief(now):
+            return False
+        self._index_until(end)
+        return not self._score(now, end) >= self.settings.gate
+
+    @property
+    def _every(self) -> int:
+        """Tokens between two choices, as long as the frame is what it is."""
+        return self.settings.every if self.frame else self.settings.empty_every
+
+    def _next(self, after: int) -> int:
+        """The first token behind this one that there is a choice before, if that before this one empties no frame."""
+        return after // self._every * self._every + self._every
+
+    def _surely(self, now: int) -> int:
+        """How many tokens from `now` on come before the next choice, whatever one before `now` does to the frame."""
+        empties = self.due(now) and (self.question is not None or now >= self.until)
+        every = self.settings.empty_every if empties else self._every
+        return every - now % every
+
+    def _brief(self, now: int) -> bool:
+        """Whether a choice before token `now`, without a question, is one of the many while nothing is recalled."""
+        return self.question is None and now % self.settings.every != 0
 
     def announce(self, ids: Sequence[int]) -> None:
         """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
@@ -245,8 +278,8 @@ class Recall(RecallMemory):
 
     def check_coming(self, ids: torch.Tensor) -> None:
         """Raise ValueError unless tokens ``(tokens,)`` that cross a choice are those that were announced."""
-        every, now = self.settings.every, self.log.end
-        if self.archive is None or len(ids) <= every - now % every:
+        now = self.log.end
+        if self.archive is None or len(ids) <= self._surely(now):
             return
         first, coming = self._coming
         if ids.tolist() != coming[now - first : now - first + len(ids)]:
@@ -254,20 +287,19 @@ class Recall(RecallMemory):
 
     def room(self, schedule: PruneSchedule) -> int:
         """How many tokens can be appended before the next choice may change the frame."""
-        every, now = self.settings.every, schedule.seen
+        now = schedule.seen
         if self.archive is None:
-            surely = now + schedule.sure_steps()  # nothing has left before
-            return surely // every * every + every - now
+            return self._next(now + schedule.sure_steps()) - now  # nothing has left before
         if self._room is None or self._room[0] != now:
             self._room = now, self._quiet(schedule)
         return self._room[1]
 
     def _quiet(self, schedule: PruneSchedule) -> int:
         """As `room` once tokens have left: past the next choice, if it and those that follow will change nothing."""
-        every, now, foreseen = self.settings.every, schedule.seen, self._foreseen(schedule)
-        following = range(now // every * every + every, now + foreseen, every)
-        least = every - now % every
-        if not following or self.question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
+        every, now, foreseen = self._every, schedule.seen, self._foreseen(schedule)
+        following = range(self._next(now), now + foreseen, every)
+        least = self._surely(now)
+        if not following or self.question is not None or (self.due(now) and self._changes(now, schedule.cached)):
             return least
         dropped = schedule.plan(following[-1] - now).drop.cumsum()
         for t in following:
@@ -300,7 +332,8 @@ class Recall(RecallMemory):
         seen = self.log.end
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
         least = self.settings.gate
-        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least)
+        brief = self._brief(now)
+        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least, brief=brief)
         return float(self.index.scores(query).max())
 
     @torch.no_grad()
@@ -343,6 +376,7 @@ class Recall(RecallMemory):
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
             least=0.0 if asked is not None else settings.gate,
+            brief=asked is None and self._brief(now),
         )
         scores = np.asarray(self.index.scores(query), dtype=np.float64)
         blocks = query.blocks(chooser.block)

@@ -165,6 +165,8 @@ class StreamRecall:
             return
         if self.counters.pruned:  # before, nothing can come back, and no token need be known
             self._learn()
+            if self.memory.quiet(self.counters.seen, self.counters.first_window):
+                return
             self._archive()
         self.memory.choose(self, self.schedule)
 
