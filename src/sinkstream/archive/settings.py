@@ -54,7 +54,8 @@ class RecallSettings:
             object.__setattr__(self, "empty_every", 1 if self.chooser.foresees else self.every)
         if self.every % self.empty_every:
             raise ValueError(
-                f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every={self.every}"
+                f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every="
+                f"{self.every}"
             )
 
     def record(self) -> dict[str, Any]:
