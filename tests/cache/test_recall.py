@@ -46,14 +46,13 @@ def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Ten
     return feed(model, cache, ids, longest()), len(sizes)
 
 
-@pytest.mark.parametrize("distance", [None, 9])
+@pytest.mark.parametrize(("distance", "lag"), [(None, 0), (9, 2)])
 @pytest.mark.parametrize(("policy", "family"), JOBS)
-def test_every_token_sees_what_brute_force_sees(policy, family, distance):
+def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
-    more = {"recall_distance": distance or 0}
-    expected, frames = run_recall(
-        Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=distance)
-    )
+    more = {"recall_distance": distance or 0, "recall_lag": lag}
+    rules = Recalled(8, hold=8, distance=distance, lag=lag)
+    expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     for way in ("single", "chunks", "generate"):
         cache = StreamingCache.for_model(model, **options, recall="lexical", **SMALL, **WORDS, **more)

@@ -33,6 +33,9 @@ class RecallSettings:
     gate: float = option(
         1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
     )
+    lag: int = option(
+        0, "tokens from a choice of the gate to the frame that it sets, so that no step waits for it", minimum=0
+    )
     hold: int = option(16, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
     share: float = option(

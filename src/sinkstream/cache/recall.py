@@ -10,7 +10,8 @@ import copy
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from sinkstream.archive import (
     Archive,
     BlockFile,
     Evicted,
+    Fetched,
     KVArchive,
     Query,
     RecallSettings,
@@ -33,34 +35,12 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
 from sinkstream.cache.frame import RecallRing
 from sinkstream.cache.query_log import QueryLog
-from sinkstream.cache.recall_times import RecallTimes
+from sinkstream.cache.recall_times import Coming, RecallEvent, RecallTimes
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
 COUNTS = ("recalls", "until", "asked_until", "chosen_at", "indexed")
-
-
-@dataclass(frozen=True)
-class RecallEvent:
-    """The frame was set anew.
-
-    Attributes
-    ----------
-    token : int
-        Index in the stream of the token before which that happened.
-    cause : {"gate", "question", "closed"}
-        The gate was open, a question was asked, or the frame has been emptied.
-    score : float
-        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
-    spans : tuple of Span
-        What stands in the frame now, oldest first.
-    """
-
-    token: int
-    cause: str
-    score: float
-    spans: tuple[Span, ...]
 
 
 class RecallMemory:
@@ -98,6 +78,8 @@ class RecallMemory:
         A chooser that foresees has taken in the tokens before this one.
     question : (ids, queries by head) or None
         By which the next choice is made.
+    coming : Coming or None
+        A frame that has been chosen and is set later.
     """
 
     def __init__(
@@ -125,6 +107,7 @@ class RecallMemory:
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
+        self.coming: Coming | None = None
 
     def empty(self) -> Self:
         """Another one like this, for a new stream."""
@@ -186,7 +169,7 @@ class RecallMemory:
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self.chosen_at, self._room = -1, None
+        self.chosen_at, self._room, self.coming = -1, None, None
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -241,19 +224,27 @@ class Recall(RecallMemory, RecallTimes):
         """Set the frame anew if it is time; before the drop that the next token brings."""
         now, settings = schedule.seen, self.settings
         due, asked, self.question = self.due(now), self.question, None
-        self._room = None
+        coming, self._room = self.coming, None
         if self.archive is None or not len(self.archive) or not due:
             return
-        self.chosen_at = now
+        self.chosen_at, self.coming = now, None
+        if coming is not None and asked is None:
+            self.events.append(coming.event)
+            self._set_frame(ring, schedule, coming.tokens, coming.fetched)
+            return
         score, tokens = self._best(now, asked)
         if asked is not None:
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
-            self.until = max(now + settings.hold, self.until)
-        if tokens or (self.frame and (asked is not None or now >= self.until)):
+            self.until = max(now + settings.lag + settings.hold, self.until)
+        if tokens and asked is None and settings.lag and tokens != self.frame:
+            at = now + settings.lag
+            event = RecallEvent(at, "gate", score, self._spans(tokens))
+            self.coming = Coming(at, tokens, event, self.archive.fetch(tokens, ring.keys.device))
+        elif tokens or (self.frame and (asked is not None or now >= self.until)):
             cause = "question" if asked is not None else "gate" if tokens else "closed"
             self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
-            self._set_frame(ring, schedule, tokens)
+            self._set_frame(ring, schedule, tokens, partial(self.archive.read, tokens, ring.keys.device))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
@@ -311,16 +302,15 @@ class Recall(RecallMemory, RecallTimes):
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
 
-    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int]) -> None:
+    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int], fetched: Fetched) -> None:
         if tokens == self.frame:
             return
-        archive, device = self.archive, ring.keys.device
-        assert archive is not None, "something has left"
+        device = ring.keys.device
         window = ring.live - ring.pinned
         limit = max(ring.live, self.target)
         drop = max(0, self.sink + len(tokens) + window - limit)
         if tokens:
-            keys, values = archive.read(tokens, device)
+            keys, values = fetched()
         else:
             keys, values = (t[..., :0, :] for t in (ring.pinned_keys, ring.pinned_values))
         cached = self.sink + len(tokens) + window - drop

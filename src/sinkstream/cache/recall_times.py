@@ -1,13 +1,55 @@
 """`RecallTimes`: before which tokens recall chooses, and how many tokens can go by until then."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from sinkstream.archive import Archive, Index, Query, RecallSettings
+from sinkstream.archive import Archive, Fetched, Index, Query, RecallSettings, Span
 from sinkstream.archive.choosers.base import Head
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
+
+
+@dataclass(frozen=True)
+class RecallEvent:
+    """The frame was set anew.
+
+    Attributes
+    ----------
+    token : int
+        Index in the stream of the token before which that happened.
+    cause : {"gate", "question", "closed"}
+        The gate was open, a question was asked, or the frame has been emptied.
+    score : float
+        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
+    spans : tuple of Span
+        What stands in the frame now, oldest first.
+    """
+
+    token: int
+    cause: str
+    score: float
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A frame that has been chosen and is not set yet: before which token it will be, which tokens, and what is told.
+
+    Attributes
+    ----------
+    at : int
+    tokens : list of int
+    event : RecallEvent
+    fetched : callable
+        Waits for their keys and values.
+    """
+
+    at: int
+    tokens: list[int]
+    event: RecallEvent
+    fetched: Fetched
 
 
 class RecallTimes:
@@ -23,13 +65,23 @@ class RecallTimes:
     asked_until: int
     chosen_at: int
     question: tuple[list[int], dict[Head, torch.Tensor]] | None
+    coming: Coming | None
     _room: tuple[int, int] | None
     _coming: tuple[int, list[int]]
 
     def due(self, now: int) -> bool:
-        """Whether there is a choice before token `now`."""
+        """Whether there is a choice before token `now`, or the frame that an earlier one chose is set."""
+        if self.question is not None:
+            return True
+        if self.coming is not None:
+            return now >= self.coming.at
         held = self.asked_until > now  # nothing replaces what a question brought back
-        return self.question is not None or (now % self._every == 0 and now != self.chosen_at and not held)
+        return now % self._every == 0 and now != self.chosen_at and not held
+
+    @property
+    def chooses(self) -> bool:
+        """Whether what is due is a choice, and not the frame of an earlier one."""
+        return self.coming is None or self.question is not None
 
     def quiet(self, now: int, end: int) -> bool:
         """Whether a choice before token `now` is a brief one that changes nothing.
@@ -54,10 +106,14 @@ class RecallTimes:
         return after // self._every * self._every + self._every
 
     def _surely(self, now: int) -> int:
-        """How many tokens from `now` on come before the next choice, whatever one before `now` does to the frame."""
-        empties = self.due(now) and (self.question is not None or now >= self.until)
-        every = self.settings.empty_every if empties else self._every
-        return every - now % every
+        """How many tokens from `now` on come before what is done next, whatever is done before `now`."""
+        due, coming = self.due(now), self.coming
+        if coming is not None and not due:
+            return coming.at - now
+        empties = due and (self.question is not None or (coming is None and now >= self.until))
+        every = self.settings.empty_every if empties else self.settings.every if coming else self._every
+        surely = every - now % every
+        return min(surely, self.settings.lag) if due and coming is None and self.settings.lag else surely
 
     def _brief(self, now: int) -> bool:
         """Whether a choice before token `now`, without a question, is one of the many while nothing is recalled."""
@@ -90,7 +146,8 @@ class RecallTimes:
         every, now, foreseen = self._every, schedule.seen, self._foreseen(schedule)
         following = range(self._next(now), now + foreseen, every)
         least = self._surely(now)
-        if not following or self.question is not None or (self.due(now) and self._changes(now, schedule.cached)):
+        settled = following and self.question is None and self.coming is None
+        if not settled or (self.due(now) and self._changes(now, schedule.cached)):
             return least
         dropped = schedule.plan(following[-1] - now).drop.cumsum()
         for t in following:

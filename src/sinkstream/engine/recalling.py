@@ -163,7 +163,7 @@ class StreamRecall:
         """Set the frame anew if it is time."""
         if not self.memory.due(self.counters.seen):
             return
-        if self.counters.pruned:  # before, nothing can come back, and no token need be known
+        if self.counters.pruned and self.memory.chooses:  # before, nothing can come back, and no token need be known
             self._learn()
             if self.memory.quiet(self.counters.seen, self.counters.first_window):
                 return

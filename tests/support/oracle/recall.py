@@ -28,6 +28,7 @@ class Recalled:
     hold_asked: int = 256
     distance: int | None = None
     empty_every: int = 1
+    lag: int = 0  # tokens from a choice without a question to the frame
 
 
 class RecallStream(Stream):
@@ -77,7 +78,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until, kept = RecallStream(rule), [], 0, 0
+    stream, frames, until, kept, coming = RecallStream(rule), [], 0, 0, None
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -90,12 +91,20 @@ def run_recall(
     for t in range(len(ids)):
         question = (questions or {}).get(t)
         between = options.every if stream.frame else options.empty_every
-        if stream.archived and (question is not None or (t % between == 0 and t >= kept)):
-            wanted = recaller(past, t, list(stream.archived), question)
+        if question is None and coming is not None:
+            if t == coming[0]:
+                stream.set_frame(coming[1], options.distance)
+                frames.append((t, list(coming[1])))
+                coming = None
+        elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
+            wanted, coming = recaller(past, t, list(stream.archived), question), None
             if question is not None:
                 until = kept = t + options.hold_asked
-            if wanted:
-                until = max(until, t + options.hold) if question is None else until
+            elif wanted:
+                until = max(until, t + options.lag + options.hold)
+            if wanted and question is None and options.lag and wanted != stream.frame:
+                coming = (t + options.lag, wanted)
+            elif wanted:
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
