@@ -181,6 +181,7 @@ def test_what_has_no_archive_is_refused(tmp_path):
 def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, archive):
     model, ids = build(family, dtype).cuda(), repetitive(600).cuda()
     options = {"recall": "lexical", **SMALL, **WORDS, "recall_distance": 9, "recall_archive": archive}
+    options["recall_lag"] = 2 if archive == "kv" else 0
     found = {}
     for backend in ("ring", "graph", "fused"):
         engine = Engine(model, **STRICT, **options, backend=backend, rebase_at=200)
