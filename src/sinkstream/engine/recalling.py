@@ -9,17 +9,17 @@ next plan says how many of these are read.
 import torch
 
 from sinkstream.archive import ARCHIVES
-from sinkstream.cache.pinned import SLOT_AXIS, unrotated, write_rotated
+from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.recorder import EarlyReader
-from sinkstream.engine.refresh import window_slots
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.layout import NO_TOKEN
 from sinkstream.policies import PruneSchedule
 
+TABLE = 4_096  # positions by which the table of rotations grows
 COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
 
 
@@ -81,6 +81,7 @@ class StreamRecall:
         self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
         self._told = 0  # rows of the present plan whose tokens are known
+        self._table: torch.Tensor | None = None  # rotations back from positions 0, 1, …
         state.between_steps.append(self)
 
     @property
@@ -188,9 +189,24 @@ class StreamRecall:
         if not self._keeps:
             self._leaving.end = end
             return
-        slots = window_slots(state, 0, first, end - first)
-        keys, values = (part[:, :1].index_select(SLOT_AXIS, slots) for part in (state.keys, state.values))
-        self._leaving.add(unrotated(state.spec.rope, keys, first - self.counters.base).to(keys.dtype), values)
+        g = state.geometry
+        while first < end:  # up to the end of the ring, then from its beginning on
+            index = self.counters.ring_index(first)
+            count = min(end - first, g.ring - index)
+            slots = slice(g.pinned_slots + index, g.pinned_slots + index + count)
+            keys, values = (part[:, :1, :, slots] for part in (state.keys, state.values))
+            phases = self._turned_back(first - self.counters.base, count)
+            kept = torch.empty_like(keys)
+            write_rotated(state.spec.rope, kept, keys.float(), phases)
+            self._leaving.add(kept, values.clone())
+            first += count
+
+    def _turned_back(self, first: int, count: int) -> torch.Tensor:
+        """Rotations that undo those of positions in a row, out of a table that lasts: a copy takes few kernels."""
+        if self._table is None or self._table.shape[-2] < first + count:
+            positions = torch.arange(-(-(first + count) // TABLE) * TABLE, device=self.state.device)
+            self._table = self.state.spec.rope.phases(-positions)
+        return self._table.narrow(-2, first, count)
 
     def _archive(self) -> None:
         """Put what has left the window into the archive."""
