@@ -2,9 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
+from threading import Lock
 from typing import NamedTuple, Self
 
 import torch
@@ -27,6 +29,7 @@ class _Transfers:
         self._leaving, self._coming = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: list[torch.Tensor] = []
         self._staging: torch.Tensor | None = None  # page-locked, flat: what comes later
+        self._one_at_a_time = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="archive-fetch")
 
@@ -48,21 +51,18 @@ class _Transfers:
         self._free.append(buffer)
         return kept
 
-    def come(self, part: torch.Tensor) -> torch.Tensor:
-        """Copy a part of a block to the device; the present stream waits for it, and it for nothing."""
-        with torch.cuda.stream(self._coming):
-            moved = part.to(self.device)
-        present = torch.cuda.current_stream(self.device)
-        present.wait_stream(self._coming)
-        moved.record_stream(present)
-        return moved
+    def come(self, parts: list["_Part"], *, later: bool) -> Fetched:
+        """Copy tokens of the host to the device; gives what lets the present stream wait for their keys and values.
 
-    def come_later(self, parts: list["_Part"]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Begin to copy tokens to the device; gives what lets the present stream wait for their keys and values."""
-        copied = self._fetching.submit(self._copy, parts)
+        Parameters
+        ----------
+        later : bool
+            Whether a thread does it meanwhile. Otherwise it is done when it is waited for.
+        """
+        copied = self._fetching.submit(self._copy, parts).result if later else partial(self._copy, parts)
 
         def arrived() -> tuple[torch.Tensor, torch.Tensor]:
-            keys, values, done = copied.result()
+            keys, values, done = copied()
             present = torch.cuda.current_stream(self.device)
             present.wait_event(done)
             for tensor in (keys, values):
@@ -76,15 +76,17 @@ class _Transfers:
         tensors = [part.tensor for part in parts]
         lead, tokens = tensors[0].shape, sum(t.shape[3] for t in tensors)
         size = (*lead[:3], tokens, lead[4])
-        if self._staging is None or self._staging.numel() < math.prod(size):
-            self._staging = torch.empty(math.prod(size), dtype=tensors[0].dtype, pin_memory=True)
-        self._coming.synchronize()  # nothing is copied out of the buffer any more
-        staged = self._staging[: math.prod(size)].view(size)
-        torch.cat(tensors, 3, out=staged)
-        with torch.cuda.stream(self._coming):
-            moved = staged.to(self.device, non_blocking=True)
-            keys, values, done = moved[0][:, None].float(), moved[1][:, None], torch.cuda.Event()
-            done.record(self._coming)
+        with self._one_at_a_time:
+            if self._staging is None or self._staging.numel() < math.prod(size):
+                with torch.inference_mode(False):
+                    self._staging = torch.empty(math.prod(size), dtype=tensors[0].dtype, pin_memory=True)
+            self._coming.synchronize()  # nothing is copied out of the buffer any more
+            staged = self._staging[: math.prod(size)].view(size)
+            torch.cat(tensors, 3, out=staged)
+            with torch.cuda.stream(self._coming):
+                moved = staged.to(self.device, non_blocking=True)
+                (keys, values), done = _split(moved), torch.cuda.Event()
+                done.record(self._coming)
         return keys, values, done
 
 
@@ -115,6 +117,11 @@ class _Part(NamedTuple):
     inside: list[int]
 
     @property
+    def on_device(self) -> bool:
+        """Whether they have not left the device: the latest tokens of the archive."""
+        return isinstance(self.block, torch.Tensor) and self.block.is_cuda
+
+    @property
     def tensor(self) -> torch.Tensor:
         """Keys and values, ``(2, layers, kv_heads, tokens, head_dim)``: as a rule a view."""
         block = self.block.tensor if isinstance(self.block, _Block) else self.block
@@ -122,6 +129,11 @@ class _Part(NamedTuple):
         if last - first == len(self.inside) - 1:  # as a rule, and no index must be copied
             return block[:, :, :, first : last + 1]
         return block[:, :, :, torch.tensor(self.inside, device=block.device)]
+
+
+def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys, float32, and values of ``(2, layers, kv_heads, tokens, head_dim)``, as `Archive.read` gives them."""
+    return tensor[0][:, None].float(), tensor[1][:, None]
 
 
 @ARCHIVES.register("kv")
@@ -210,17 +222,24 @@ class KVArchive(Archive):
 
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`."""
-        parts, transfers = [part.tensor for part in self._parts(indices)], self._transfers
-        on_device = [t.to(device) if transfers is None or t.is_cuda else transfers.come(t) for t in parts]
-        joined = torch.cat(on_device, 3)
-        return joined[0][:, None].float(), joined[1][:, None]
+        return self._come(indices, device, later=False)()
 
     def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
-        """As `Archive.fetch`; what is not in host memory, or the device's own, is read at once."""
+        """As `Archive.fetch`; from host memory to a GPU by a thread."""
+        return self._come(indices, device, later=True)
+
+    def _come(self, indices: Sequence[int], device: torch.device, *, later: bool) -> Fetched:
         parts, transfers = self._parts(indices), self._transfers
-        if transfers is None or any(isinstance(part.block, torch.Tensor) and part.block.is_cuda for part in parts):
-            return super().fetch(indices, device)
-        return transfers.come_later(parts)
+        host = [part for part in parts if not part.on_device]
+        latest = [_split(part.tensor.to(device)) for part in (parts if transfers is None else parts[len(host) :])]
+        arrived = transfers.come(host, later=later) if transfers is not None and host else None
+
+        def joined() -> tuple[torch.Tensor, torch.Tensor]:
+            found = latest if arrived is None else [arrived(), *latest]
+            keys, values = zip(*found, strict=True)
+            return (keys[0], values[0]) if len(found) == 1 else (torch.cat(keys, 3), torch.cat(values, 3))
+
+        return joined
 
     def _parts(self, indices: Sequence[int]) -> list[_Part]:
         """The tokens block by block; blocks of the file are read."""

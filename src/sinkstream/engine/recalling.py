@@ -266,9 +266,8 @@ class StreamRecall:
             for part in (state.keys, state.values):
                 part[..., :sink, :] = part[..., g.framed : g.framed + sink, :]
         if count:
-            slots, rope = slice(sink, sink + count), state.spec.rope
-            phases = rope.phases(torch.arange(sink + shift, sink + shift + count, device=state.device))
-            write_rotated(rope, state.keys[..., slots, :], keys, phases)
+            slots, phases = slice(sink, sink + count), self._turned_back(sink + shift, count).conj()
+            write_rotated(state.spec.rope, state.keys[..., slots, :], keys, phases)
             state.values[..., slots, :] = values
         counters.geometry = g if count else g.bare
         counters.recalled = count
