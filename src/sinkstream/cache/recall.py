@@ -221,30 +221,49 @@ class Recall(RecallMemory, RecallTimes):
 
     @torch.no_grad()
     def choose(self, ring: RecallRing, schedule: PruneSchedule) -> None:
-        """Set the frame anew if it is time; before the drop that the next token brings."""
-        now, settings = schedule.seen, self.settings
+        """Do what is due before the next token, and before the drop that it brings."""
+        if not self.arrive(ring, schedule):
+            self.decide(schedule.seen, ring, schedule)
+
+    @torch.no_grad()
+    def arrive(self, ring: RecallRing, schedule: PruneSchedule) -> bool:
+        """Set the frame that an earlier choice has left for now; returns whether there was one."""
+        coming = self.coming
+        if coming is None or self.question is not None or schedule.seen < coming.at:
+            return False
+        self.chosen_at, self.coming, self._room = schedule.seen, None, None
+        self.events.append(coming.event)
+        self._set_frame(ring, schedule, coming.tokens, coming.fetched)
+        return True
+
+    @torch.no_grad()
+    def decide(self, now: int, ring: RecallRing, schedule: PruneSchedule) -> None:
+        """Choose before token `now` if it is time, which is the next one unless frames lag; set the frame, or leave it.
+
+        Log and archive hold what there was before that token.
+        """
+        settings, archive, device = self.settings, self.archive, ring.keys.device
         due, asked, self.question = self.due(now), self.question, None
-        coming, self._room = self.coming, None
-        if self.archive is None or not len(self.archive) or not due:
+        self._room = None
+        if archive is None or not len(archive) or not due:
             return
         self.chosen_at, self.coming = now, None
-        if coming is not None and asked is None:
-            self.events.append(coming.event)
-            self._set_frame(ring, schedule, coming.tokens, coming.fetched)
-            return
         score, tokens = self._best(now, asked)
+        lag = settings.lag if asked is None and tokens != self.frame else 0
         if asked is not None:
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
             self.until = max(now + settings.lag + settings.hold, self.until)
-        if tokens and asked is None and settings.lag and tokens != self.frame:
-            at = now + settings.lag
-            event = RecallEvent(at, "gate", score, self._spans(tokens))
-            self.coming = Coming(at, tokens, event, self.archive.fetch(tokens, ring.keys.device))
-        elif tokens or (self.frame and (asked is not None or now >= self.until)):
-            cause = "question" if asked is not None else "gate" if tokens else "closed"
-            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
-            self._set_frame(ring, schedule, tokens, partial(self.archive.read, tokens, ring.keys.device))
+        if not tokens and not (self.frame and (asked is not None or now >= self.until)):
+            return
+        cause = "question" if asked is not None else "gate" if tokens else "closed"
+        event = RecallEvent(now + lag, cause, score, self._spans(tokens))
+        if lag:
+            fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
+            self.coming = Coming(now + lag, tokens, event, fetched)
+        else:
+            self.events.append(event)
+            self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""

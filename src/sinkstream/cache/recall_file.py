@@ -6,6 +6,7 @@ The index of a chooser is not written: it is made again of the archived ids, and
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | 
 
 def _coming(archive: Archive, saved: dict[str, Any], device: torch.device) -> Coming:
     event, tokens = _event(saved["event"]), list(saved["tokens"])
-    return Coming(event.token, tokens, event, archive.fetch(tokens, device))
+    fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
+    return Coming(event.token, tokens, event, fetched)
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:

@@ -110,8 +110,9 @@ class RecallTimes:
         due, coming = self.due(now), self.coming
         if coming is not None and not due:
             return coming.at - now
+        filled = bool(self.frame if coming is None else coming.tokens)
         empties = due and (self.question is not None or (coming is None and now >= self.until))
-        every = self.settings.empty_every if empties else self.settings.every if coming else self._every
+        every = self.settings.every if filled and not empties else self.settings.empty_every
         surely = every - now % every
         return min(surely, self.settings.lag) if due and coming is None and self.settings.lag else surely
 

@@ -14,7 +14,7 @@ from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
-from sinkstream.engine.recorder import EarlyReader
+from sinkstream.engine.recorder import CopyInFlight, EarlyReader
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.layout import NO_TOKEN
 from sinkstream.policies import PruneSchedule
@@ -81,6 +81,9 @@ class StreamRecall:
         self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
         self._told = 0  # rows of the present plan whose tokens are known
+        self._unread: list[CopyInFlight] = []  # token ids of plans that have been discarded
+        self._ids: list[int] = []  # token ids that are known and not in the log yet
+        self._waiting: tuple[int, int] | None = None  # a choice before this token comes late: what had left by then
         self._table: torch.Tensor | None = None  # rotations back from positions 0, 1, …
         state.between_steps.append(self)
 
@@ -98,7 +101,12 @@ class StreamRecall:
 
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
-        self._choose()
+        if self.memory.settings.lag:
+            self._choose_late()
+            self.memory.arrive(self, self.schedule)
+            self._waiting = self.counters.seen, self.counters.first_window
+        else:
+            self._choose()
         schedule, target = self.schedule, self.state.policy.target
         if schedule.sure_steps() < 1:
             end = self.counters.first_window + schedule.cached + 1 - target
@@ -111,12 +119,14 @@ class StreamRecall:
             self._reader.due()
 
     def keep(self) -> None:
-        """Read the token ids of a plan that will be discarded."""
-        self._learn()
+        """Read the token ids of a plan that will be discarded, without waiting for its steps."""
+        if self._told < self.state.steps_done:
+            self._unread.append(CopyInFlight(self.state.appended(self._told)))
         self._told = 0
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if the chooser has read them."""
+        self._learn()
         self.memory.rewind(tokens)
         self._leaving.cut(self.counters.seen - tokens)
 
@@ -125,12 +135,13 @@ class StreamRecall:
         self.memory.close()
         self.memory = self.memory.empty()
         self._leaving = Leaving(self.state.policy.sink)
-        self._told = 0
+        self._told, self._unread, self._ids, self._waiting = 0, [], [], None
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
         """Append token ids ``(tokens,)``, up to the next choice that changes something in one forward."""
         known, done = ids.tolist(), 0
+        self._learn()
         self.memory.announce(known)
         while done < len(known):
             self._choose()
@@ -171,15 +182,45 @@ class StreamRecall:
             self._archive()
         self.memory.choose(self, self.schedule)
 
+    def _choose_late(self) -> None:
+        """Choose before the token of the latest step, which is running: no step waits for a choice whose frame lags."""
+        waiting, self._waiting = self._waiting, None
+        memory, asked = self.memory, self.memory.question
+        if waiting is None:
+            return
+        now, end = waiting
+        memory.question = None  # of a question that comes after that token
+        if end > self.state.policy.sink and memory.due(now):
+            self._learn_until(now)
+            if not memory.quiet(now, end):
+                self._archive(end)
+                memory.decide(now, self, self.schedule)
+        memory.question = asked
+
     def _learn(self) -> None:
         """Take in the token ids of the steps so far."""
-        state, first, end = self.state, self._told, self.state.steps_done
-        if first == end:
-            return
-        rows = state.plan[first:end]
-        ids = self._reader.read(rows, (0,)) if self._reader is not None else state.appended(first).tolist()
-        self.memory.append(torch.tensor([0 if row[0] == NO_TOKEN else row[0] for row in ids]))
-        self._told = end
+        self._choose_late()
+        self._learn_until(self.counters.seen)
+
+    def _learn_until(self, end: int) -> None:
+        """Take in the ids of the tokens before this one."""
+        for part in self._unread:
+            self._ids += [row[0] for row in part.tolist()]
+        self._unread = []
+        count, state = end - self.memory.log.end, self.state
+        more = count - len(self._ids)
+        if more > 0:
+            rows = state.plan[self._told : self._told + more]
+            read = self._reader.read(rows, (0,)) if self._reader is not None else self._rows(more)
+            self._ids += [row[0] for row in read]
+            self._told += more
+        if count > 0:
+            self.memory.append(torch.tensor([0 if token == NO_TOKEN else token for token in self._ids[:count]]))
+            del self._ids[:count]
+
+    def _rows(self, count: int) -> list[list[int]]:
+        """Token ids of steps of the present plan, where nothing need be waited for."""
+        return self.state.appended(self._told)[:count].tolist()
 
     def _copy(self, end: int) -> None:
         """Copy the window tokens before `end` out of the ring, where the archive keeps them."""
@@ -208,9 +249,10 @@ class StreamRecall:
             self._table = self.state.spec.rope.phases(-positions)
         return self._table.narrow(-2, first, count)
 
-    def _archive(self) -> None:
-        """Put what has left the window into the archive."""
-        memory, end, state = self.memory, self.counters.first_window, self.state
+    def _archive(self, end: int | None = None) -> None:
+        """Put what has left the window into the archive, up to a token."""
+        memory, state = self.memory, self.state
+        end = self.counters.first_window if end is None else end
         if not self.counters.pruned:
             return
         first = state.policy.sink if memory.archive is None else memory.archive.end
@@ -225,6 +267,7 @@ class StreamRecall:
     @property
     def events(self) -> list[RecallEvent]:
         """When the frame was set, why, and what came back, the oldest first."""
+        self._choose_late()
         return list(self.memory.events)
 
     # ---- the frame, as `Recall` sees it ----

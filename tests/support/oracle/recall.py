@@ -108,6 +108,8 @@ def run_recall(
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
+            elif stream.frame and question is None and t >= until and options.lag:
+                coming = (t + options.lag, [])
             elif stream.frame and (question is not None or t >= until):
                 stream.set_frame([], options.distance)
                 frames.append((t, []))
