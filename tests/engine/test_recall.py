@@ -109,6 +109,7 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
     model, ids = build("llama"), token_ids(200, seed=5)
     question, options = ids[60:70], {"recall": "lexical", **SMALL, **WORDS, "tokenizer": FakeTokenizer()}
     for replay in (True, False):
+        options["recall_lag"] = 2 * replay
         cache = StreamingCache.for_model(model, **STRICT, **options)
         engine = Engine(model, **STRICT, **options)
         cache.stream.recall.decode = engine.recall.memory.decode = None  # the tokenizer of the tests has no text
@@ -130,7 +131,7 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
 
 def test_taken_back_tokens_and_turns():
     model, ids = build("gpt_neox"), repetitive()
-    options = {"recall": "recent", **SMALL, "recall_archive": "kv"}
+    options = {"recall": "recent", **SMALL, "recall_archive": "kv", "recall_lag": 5}
     engine, cache = Engine(model, **STRICT, **options), StreamingCache.for_model(model, **STRICT, **options)
     cache.prefill(model, ids[None, :100])
     engine.prefill(ids[:80])

@@ -169,7 +169,9 @@ class RecallMemory:
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self.chosen_at, self._room, self.coming = -1, None, None
+        self.chosen_at, self._room = -1, None
+        if self.coming is not None and self.coming.at - self.settings.lag > self.log.end:
+            self.coming = None  # chosen by tokens that are gone
         if self.queries is not None:
             self.queries.rewind(tokens)
 
