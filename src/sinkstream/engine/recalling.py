@@ -14,9 +14,8 @@ from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
-from sinkstream.engine.recorder import CopyInFlight, EarlyReader
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.layout import NO_TOKEN
+from sinkstream.engine.step_ids import StepIds
 from sinkstream.policies import PruneSchedule
 
 TABLE = 4_096  # positions by which the table of rotations grows
@@ -78,11 +77,8 @@ class StreamRecall:
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
         self.state, self.prompts, self.memory = state, prompts, recall.empty()
         self._keeps = ARCHIVES[recall.settings.archive].keeps_entries
-        self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
-        self._told = 0  # rows of the present plan whose tokens are known
-        self._unread: list[CopyInFlight] = []  # token ids of plans that have been discarded
-        self._ids: list[int] = []  # token ids that are known and not in the log yet
+        self._ids = StepIds(state)
         self._waiting: tuple[int, int] | None = None  # a choice before this token comes late: what had left by then
         self._table: torch.Tensor | None = None  # rotations back from positions 0, 1, …
         state.between_steps.append(self)
@@ -115,14 +111,11 @@ class StreamRecall:
 
     def planned(self) -> None:
         """The rows of the plan have no token ids yet."""
-        if self._reader is not None:
-            self._reader.due()
+        self._ids.planned()
 
     def keep(self) -> None:
-        """Read the token ids of a plan that will be discarded, without waiting for its steps."""
-        if self._told < self.state.steps_done:
-            self._unread.append(CopyInFlight(self.state.appended(self._told)))
-        self._told = 0
+        """Copy the token ids of a plan that will be discarded."""
+        self._ids.keep()
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if the chooser has read them."""
@@ -135,7 +128,8 @@ class StreamRecall:
         self.memory.close()
         self.memory = self.memory.empty()
         self._leaving = Leaving(self.state.policy.sink)
-        self._told, self._unread, self._ids, self._waiting = 0, [], [], None
+        self._ids.forget()
+        self._waiting = None
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -204,23 +198,9 @@ class StreamRecall:
 
     def _learn_until(self, end: int) -> None:
         """Take in the ids of the tokens before this one."""
-        for part in self._unread:
-            self._ids += [row[0] for row in part.tolist()]
-        self._unread = []
-        count, state = end - self.memory.log.end, self.state
-        more = count - len(self._ids)
-        if more > 0:
-            rows = state.plan[self._told : self._told + more]
-            read = self._reader.read(rows, (0,)) if self._reader is not None else self._rows(more)
-            self._ids += [row[0] for row in read]
-            self._told += more
+        count = end - self.memory.log.end
         if count > 0:
-            self.memory.append(torch.tensor([0 if token == NO_TOKEN else token for token in self._ids[:count]]))
-            del self._ids[:count]
-
-    def _rows(self, count: int) -> list[list[int]]:
-        """Token ids of steps of the present plan, where nothing need be waited for."""
-        return self.state.appended(self._told)[:count].tolist()
+            self.memory.append(torch.tensor(self._ids.take(count)))
 
     def _copy(self, end: int) -> None:
         """Copy the window tokens before `end` out of the ring, where the archive keeps them."""
