@@ -178,19 +178,21 @@ def test_the_order_of_the_latest_words_counts():
 def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
     """Tokens leave the archive meanwhile; below `least` a score may be any number that is lower still."""
     rng, opened, options = np.random.default_rng(0), 0, {"block": 4, "rare": 0.1, "row_rare": 0.3}
-    for level, row_level in ((1.0, 0.8), (2.0, 2.6), (3.0, 1.5)):
+    for level, row_level, run_level in ((1.0, 0.8, 3.0), (2.0, 2.6, 1.2), (3.0, 1.5, 0.9)):
         ids = rng.zipf(1.3, 400) % 90
         ids[300:330] = ids[60:90]
-        index, done = Lexical(**options, level=level, row_level=row_level).start(), 2
-        again = Words(4, 12, rare=0.1, row_rare=0.3, level=level, row_level=row_level)
+        levels = {"level": level, "row_level": row_level, "run_level": run_level}
+        index, done = Lexical(**options, **levels).start(), 2
+        again = Words(4, 12, rare=0.1, row_rare=0.3, **levels)
         for now in range(40, 400, 12):
             index.add(Evicted(done, ids[done : now - 20].tolist()))
             done, first = now - 20, max(2, now - 320)
             index.forget(first)
             held, query = range(first, done), ids[max(0, now - 32) : now].tolist()
-            for asked, least in ((True, 0.0), (False, 0.0), (False, 0.5), (False, 1.0)):
-                wanted = again.scores(ids.tolist(), list(held), query, asked)
-                found = index.scores(Query(now=now, ids=query, asked=asked, first=first, end=done, least=least))
+            for way, least in (("asked", 0.0), ("", 0.0), ("", 0.5), ("", 1.0), ("brief", 0.0), ("brief", 1.0)):
+                how = {"asked": way == "asked", "brief": way == "brief"}
+                wanted = again.scores(ids.tolist(), list(held), query, **how)
+                found = index.scores(Query(now=now, ids=query, first=first, end=done, least=least, **how))
                 assert len(found) == len(wanted)
                 for score, (_, other) in zip(found, sorted(wanted.items())):
                     assert abs(score - other) < 1e-9 or score <= other < least + 1e-9

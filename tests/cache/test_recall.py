@@ -46,14 +46,13 @@ def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Ten
     return feed(model, cache, ids, longest()), len(sizes)
 
 
-@pytest.mark.parametrize("distance", [None, 9])
+@pytest.mark.parametrize(("distance", "lag"), [(None, 0), (9, 2)])
 @pytest.mark.parametrize(("policy", "family"), JOBS)
-def test_every_token_sees_what_brute_force_sees(policy, family, distance):
+def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
-    more = {"recall_distance": distance or 0}
-    expected, frames = run_recall(
-        Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=distance)
-    )
+    more = {"recall_distance": distance or 0, "recall_lag": lag}
+    rules = Recalled(8, hold=8, distance=distance, lag=lag)
+    expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     for way in ("single", "chunks", "generate"):
         cache = StreamingCache.for_model(model, **options, recall="lexical", **SMALL, **WORDS, **more)
@@ -88,8 +87,7 @@ def test_announced_tokens_are_fed_up_to_the_next_choice_that_changes_something(p
     cache = StreamingCache.for_model(model, **POLICIES[policy], **options)
     found, forwards = foreseen(model, cache, ids[None])
     assert frames_of(cache) == frames_of(step) and worst(found, wanted) < 2e-5
-    unforeseen = -(-len(ids) // SMALL["recall_every"])
-    assert forwards < 0.9 * unforeseen
+    assert forwards < len(ids) / 4, "while nothing is recalled, there is a choice before every token"
     cache.announce(ids[None])
     with pytest.raises(ValueError, match="other tokens came than were announced"):
         for _ in range(30):
@@ -137,7 +135,7 @@ def test_recall_brings_a_passage_back_that_strict_forgets():
         nlls[name] = nll_of(feed(model, cache, ids[None]), ids[None])[0]
         if more:
             events = cache.recall_events
-            assert events[0].token == (248 if name == "oracle" else 264)
+            assert events[0].token == (243 if name == "oracle" else 255)
             assert events[0].spans[0].first <= 100 and events[0].spans[0].end >= 132
     assert torch.equal(nlls["strict"][:240], nlls["oracle"][:240])
     assert worst(nlls["strict"][250:], nlls["oracle"][250:]) > 1e-2
@@ -274,7 +272,7 @@ READING = {
 def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser):
     model, ids = build("llama"), repetitive()
     options, recaller = READING[chooser]
-    expected, frames = run_recall(Network(model), ids, Rule(**STRICT), recaller, Recalled(8, hold=8))
+    expected, frames = run_recall(Network(model), ids, Rule(**STRICT), recaller, Recalled(8, hold=8, empty_every=8))
     assert sum(bool(tokens) for _, tokens in frames) >= 8
     for sizes in (True, False):
         cache = StreamingCache.for_model(model, **STRICT, recall=chooser, **SMALL, **options, rebase_at=70)

@@ -53,6 +53,18 @@ def test_a_question_that_waits_is_in_the_file(tmp_path):
     assert any(event.cause == "question" for event in loaded.recall_events)
 
 
+def test_a_frame_that_is_coming_is_in_the_file(tmp_path):
+    model, ids, path = build("llama"), repetitive(), tmp_path / "stream.safetensors"
+    cache, at = opened(model, ids, 200, **KINDS["kv"], recall_lag=5), 200
+    while cache.stream.recall.coming is None:
+        feed(model, cache, ids[None, at : at + 1])
+        at += 1
+    cache.save(path)
+    loaded = StreamingCache.load(model, path, rebase_at=90)
+    assert torch.equal(*(feed(model, one, ids[None, at : at + 20]) for one in (cache, loaded)))
+    assert frames_of(loaded) == frames_of(cache) and at <= cache.recall_events[-1].token
+
+
 class Own(Recent):
     """A chooser of a user's own, whose index wants keys of a head and does not give them back."""
 

@@ -43,9 +43,12 @@ def in_parts(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("policy", "family", "backend"), JOBS)
 def test_every_token_sees_what_brute_force_sees(policy, family, backend):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
-    expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
+    lag = 3 if backend == "kernels" else 0
+    rules = Recalled(8, hold=8, distance=9, lag=lag)
+    expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
-    engine = Engine(model, **options, recall="lexical", **SMALL, **WORDS, recall_distance=9, backend=backend)
+    more = {"recall_distance": 9, "recall_lag": lag}
+    engine = Engine(model, **options, recall="lexical", **SMALL, **WORDS, **more, backend=backend)
     assert worst(engine.score(ids)[1:], expected.nll) < TOLERANCE
     assert frames_of(engine) == frames and engine.stats()["kept"] <= engine.policy.peak
     engine.reset()
@@ -106,6 +109,7 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
     model, ids = build("llama"), token_ids(200, seed=5)
     question, options = ids[60:70], {"recall": "lexical", **SMALL, **WORDS, "tokenizer": FakeTokenizer()}
     for replay in (True, False):
+        options["recall_lag"] = 2 * replay
         cache = StreamingCache.for_model(model, **STRICT, **options)
         engine = Engine(model, **STRICT, **options)
         cache.stream.recall.decode = engine.recall.memory.decode = None  # the tokenizer of the tests has no text
@@ -127,7 +131,7 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
 
 def test_taken_back_tokens_and_turns():
     model, ids = build("gpt_neox"), repetitive()
-    options = {"recall": "recent", **SMALL, "recall_archive": "kv"}
+    options = {"recall": "recent", **SMALL, "recall_archive": "kv", "recall_lag": 5}
     engine, cache = Engine(model, **STRICT, **options), StreamingCache.for_model(model, **STRICT, **options)
     cache.prefill(model, ids[None, :100])
     engine.prefill(ids[:80])
@@ -178,6 +182,7 @@ def test_what_has_no_archive_is_refused(tmp_path):
 def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, archive):
     model, ids = build(family, dtype).cuda(), repetitive(600).cuda()
     options = {"recall": "lexical", **SMALL, **WORDS, "recall_distance": 9, "recall_archive": archive}
+    options["recall_lag"] = 2 if archive == "kv" else 0
     found = {}
     for backend in ("ring", "graph", "fused"):
         engine = Engine(model, **STRICT, **options, backend=backend, rebase_at=200)

@@ -1,6 +1,6 @@
 """The archive: what left the window, and who says what of it comes back."""
 
-from sinkstream.archive.base import ARCHIVES, Archive
+from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile
 from sinkstream.archive.choosers import CHOOSERS, Chooser, Evicted, Index, Query
 from sinkstream.archive.kv import KVArchive
@@ -16,6 +16,7 @@ __all__ = [
     "BlockFile",
     "Chooser",
     "Evicted",
+    "Fetched",
     "Index",
     "KVArchive",
     "Query",

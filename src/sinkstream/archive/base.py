@@ -6,7 +6,7 @@ them through the model again when they are wanted.
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +14,8 @@ import torch
 from sinkstream.registry import Registry
 
 ARCHIVES: Registry = Registry("archive")
+
+Fetched = Callable[[], tuple[torch.Tensor, torch.Tensor]]  # keys and values, once they have arrived
 
 
 class Archive(ABC):
@@ -71,6 +73,11 @@ class Archive(ABC):
         ValueError
             If a token is not held, or its file is damaged.
         """
+
+    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+        """Begin to read, and give what waits for it and gives what `read` does; the archive may lose them meanwhile."""
+        read = self.read(indices, device)
+        return lambda: read
 
     def blocks(self) -> list[torch.Tensor]:
         """What a file of the stream holds beside the ids, oldest first; views of the archive.

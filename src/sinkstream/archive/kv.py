@@ -1,13 +1,17 @@
 """KV archive: unrotated keys and values in host memory under a budget of bytes, then in a file."""
 
 import copy
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
+from functools import partial
+from itertools import groupby
+from threading import Lock
+from typing import NamedTuple, Self
 
 import torch
 
-from sinkstream.archive.base import ARCHIVES, Archive
+from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile
 
 BLOCK = 64  # tokens that move together
@@ -24,7 +28,10 @@ class _Transfers:
         self.device = device
         self._leaving, self._coming = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: list[torch.Tensor] = []
+        self._staging: torch.Tensor | None = None  # page-locked, flat: what comes later
+        self._one_at_a_time = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="archive-fetch")
 
     def leave(self, source: torch.Tensor) -> "Future[torch.Tensor]":
         """Copy a block to the host, once the present stream has written it."""
@@ -44,14 +51,43 @@ class _Transfers:
         self._free.append(buffer)
         return kept
 
-    def come(self, part: torch.Tensor) -> torch.Tensor:
-        """Copy a part of a block to the device; the present stream waits for it, and it for nothing."""
-        with torch.cuda.stream(self._coming):
-            moved = part.to(self.device)
-        present = torch.cuda.current_stream(self.device)
-        present.wait_stream(self._coming)
-        moved.record_stream(present)
-        return moved
+    def come(self, parts: list["_Part"], *, later: bool) -> Fetched:
+        """Copy tokens of the host to the device; gives what lets the present stream wait for their keys and values.
+
+        Parameters
+        ----------
+        later : bool
+            Whether a thread does it meanwhile. Otherwise it is done when it is waited for.
+        """
+        copied = self._fetching.submit(self._copy, parts).result if later else partial(self._copy, parts)
+
+        def arrived() -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values, done = copied()
+            present = torch.cuda.current_stream(self.device)
+            present.wait_event(done)
+            for tensor in (keys, values):
+                tensor.record_stream(present)
+            return keys, values
+
+        return arrived
+
+    @torch.no_grad()
+    def _copy(self, parts: list["_Part"]) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
+        tensors = [part.tensor for part in parts]
+        lead, tokens = tensors[0].shape, sum(t.shape[3] for t in tensors)
+        size = (*lead[:3], tokens, lead[4])
+        with self._one_at_a_time:
+            if self._staging is None or self._staging.numel() < math.prod(size):
+                with torch.inference_mode(False):
+                    self._staging = torch.empty(math.prod(size), dtype=tensors[0].dtype, pin_memory=True)
+            self._coming.synchronize()  # nothing is copied out of the buffer any more
+            staged = self._staging[: math.prod(size)].view(size)
+            torch.cat(tensors, 3, out=staged)
+            with torch.cuda.stream(self._coming):
+                moved = staged.to(self.device, non_blocking=True)
+                (keys, values), done = _split(moved), torch.cuda.Event()
+                done.record(self._coming)
+        return keys, values, done
 
 
 class _Block:
@@ -66,10 +102,38 @@ class _Block:
     @property
     def tensor(self) -> torch.Tensor:
         """What was copied; waits until it has arrived."""
-        if self._coming is not None:
-            self._tensor, self._coming = self._coming.result(), None
+        coming = self._coming  # another thread may ask at the same time
+        if coming is not None:
+            self._tensor = coming.result()
+            self._coming = None
         assert self._tensor is not None, "a block holds something"
         return self._tensor
+
+
+class _Part(NamedTuple):
+    """Tokens of one block, by their places in it."""
+
+    block: "_Block | torch.Tensor"
+    inside: list[int]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether they have not left the device: the latest tokens of the archive."""
+        return isinstance(self.block, torch.Tensor) and self.block.is_cuda
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """Keys and values, ``(2, layers, kv_heads, tokens, head_dim)``: as a rule a view."""
+        block = self.block.tensor if isinstance(self.block, _Block) else self.block
+        first, last = self.inside[0], self.inside[-1]
+        if last - first == len(self.inside) - 1:  # as a rule, and no index must be copied
+            return block[:, :, :, first : last + 1]
+        return block[:, :, :, torch.tensor(self.inside, device=block.device)]
+
+
+def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys, float32, and values of ``(2, layers, kv_heads, tokens, head_dim)``, as `Archive.read` gives them."""
+    return tensor[0][:, None].float(), tensor[1][:, None]
 
 
 @ARCHIVES.register("kv")
@@ -158,33 +222,41 @@ class KVArchive(Archive):
 
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`."""
+        return self._come(indices, device, later=False)()
+
+    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+        """As `Archive.fetch`; from host memory to a GPU by a thread."""
+        return self._come(indices, device, later=True)
+
+    def _come(self, indices: Sequence[int], device: torch.device, *, later: bool) -> Fetched:
+        parts, transfers = self._parts(indices), self._transfers
+        host = [part for part in parts if not part.on_device]
+        latest = [_split(part.tensor.to(device)) for part in (parts if transfers is None else parts[len(host) :])]
+        arrived = transfers.come(host, later=later) if transfers is not None and host else None
+
+        def joined() -> tuple[torch.Tensor, torch.Tensor]:
+            found = latest if arrived is None else [arrived(), *latest]
+            keys, values = zip(*found, strict=True)
+            return (keys[0], values[0]) if len(found) == 1 else (torch.cat(keys, 3), torch.cat(values, 3))
+
+        return joined
+
+    def _parts(self, indices: Sequence[int]) -> list[_Part]:
+        """The tokens block by block; blocks of the file are read."""
         self._check_held(indices)
-        parts, run = [], list[int]()
-        for index in [*indices, -1]:  # tokens of one block are read at once
-            if run and (index < 0 or self._number(index) != self._number(run[0])):
-                parts.append(self._read_of(self._number(run[0]), run, device))
-                run = []
-            run.append(index)
-        joined = torch.cat(parts, 3)
-        return joined[0][:, None].float(), joined[1][:, None]
+        places = [divmod(index - self.first, BLOCK) for index in indices]
+        return [
+            _Part(self._block(number), [inside for _, inside in run])
+            for number, run in groupby(places, key=lambda place: place[0])
+        ]
 
-    def _number(self, index: int) -> int:
-        return (index - self.first) // BLOCK
-
-    def _read_of(self, number: int, indices: list[int], device: torch.device) -> torch.Tensor:
-        inside = [index - self.first - number * BLOCK for index in indices]
+    def _block(self, number: int) -> _Block | torch.Tensor:
         if number < self._in_file:
             assert self.file is not None, "blocks lie in a file"
-            block = self.file.read(number)
-        elif number < self._in_file + len(self._blocks):
-            block = self._blocks[number - self._in_file].tensor
-        else:
-            block = torch.cat(self._latest, 3)
-        if inside[-1] - inside[0] == len(inside) - 1:  # as a rule, and no index must be copied
-            part = block[:, :, :, inside[0] : inside[-1] + 1]
-        else:
-            part = block[:, :, :, torch.tensor(inside, device=block.device)]
-        return part.to(device) if self._transfers is None or part.is_cuda else self._transfers.come(part)
+            return self.file.read(number)
+        if number < self._in_file + len(self._blocks):
+            return self._blocks[number - self._in_file]
+        return torch.cat(self._latest, 3)
 
     def fork(self) -> Self:
         """As `Archive.fork`; blocks are shared. Raises ValueError if some may lie in a file."""

@@ -25,10 +25,18 @@ class RecallSettings:
     chooser: Chooser
     slots: int = option(None, "slots that recalled tokens take out of the window", minimum=1)
     every: int = option(8, "tokens between two choices", minimum=1)
+    empty_every: int = option(
+        None,
+        "the same while nothing is recalled, a divisor of it; default: 1 with a chooser that foresees, else as often",
+        minimum=1,
+    )
     gate: float = option(
         1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
     )
-    hold: int = option(32, "tokens that recalled tokens stay after the gate was last open", minimum=0)
+    lag: int = option(
+        0, "tokens from a choice of the gate to the frame that it sets, so that no step waits for it", minimum=0
+    )
+    hold: int = option(16, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
     share: float = option(
         0.6, "a question brings blocks back from this share of its best score on", minimum=0.0, maximum=1.0
@@ -45,6 +53,13 @@ class RecallSettings:
         check_options(self)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
+        if self.empty_every is None:
+            object.__setattr__(self, "empty_every", 1 if self.chooser.foresees else self.every)
+        if self.every % self.empty_every:
+            raise ValueError(
+                f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every="
+                f"{self.every}"
+            )
 
     def record(self) -> dict[str, Any]:
         """What was said, as JSON has it: ``recall``, the name of the chooser, and settings and options by name."""

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 import torch
 
-from sinkstream.archive.base import ARCHIVES, Archive
+from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 
 BYTES = 4  # of an id
 LOST_AT_ONCE = 1_024  # tokens, so that a full archive is not moved for every token
@@ -57,8 +58,15 @@ class TextArchive(Archive):
 
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`, by one forward of the sinks and the tokens."""
+        return self.fetch(indices, device)()
+
+    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+        """As `Archive.fetch`; the forward takes place when it is waited for."""
         self._check_held(indices)
-        keys, values = self.reread([*self.sinks, *(self.ids[index - self.first] for index in indices)])
+        return partial(self._read, [*self.sinks, *(self.ids[index - self.first] for index in indices)])
+
+    def _read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.reread(ids)
         own = slice(len(self.sinks), None)
         return keys[..., own, :], values[..., own, :]
 

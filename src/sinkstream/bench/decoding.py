@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from sinkstream.archive import RecallSettings
+from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
 from sinkstream.bench.rungs import open_timed, prompt_tokens
 from sinkstream.bench.settings import BenchConfig, Protocol
 from sinkstream.evaluation.decoders import Frames, step_weight_bytes
@@ -195,6 +195,14 @@ def decode_in_turns(
         _note_memory(active)
 
 
+def choice_distances(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens between two choices of recall with such options: while something is recalled, and while nothing is."""
+    given = {name: settings.get(PREFIX + name) for name in ("every", "empty_every")}
+    chooser = CHOOSERS[settings["recall"]]() if isinstance(settings["recall"], str) else settings["recall"]
+    made = RecallSettings(chooser, **{name: value for name, value in given.items() if value is not None})
+    return made.every, made.empty_every
+
+
 def recall_figures(
     frames: Frames, steady: range, settings: Mapping[str, Any], counts: Mapping[str, int]
 ) -> dict[str, Any]:
@@ -207,18 +215,18 @@ def recall_figures(
         recalled ones; ``frames``: how often the frame became another one, or was emptied; ``recalled_mean``: recalled
         tokens of a token that saw some; and the counts of the archive at the end.
     """
-    opened = changed = framed = recalled = 0
+    opened = changed = framed = recalled = choices = 0
     held: tuple[tuple[int, int], ...] = ()
-    ends = [*frames.tokens[1:], steady.stop]
-    for first, end, spans in zip(frames.tokens, ends, frames.spans):
+    every, empty_every = choice_distances(settings)
+    firsts, ends = [0, *frames.tokens], [*frames.tokens, steady.stop]
+    for first, end, spans in zip(firsts, ends, [(), *frames.spans]):
         inside = max(0, min(end, steady.stop) - max(first, steady.start))
+        choices += sum(t % (every if spans else empty_every) == 0 for t in range(first + 1, end + 1) if t in steady)
         if first in steady:
             opened, changed = opened + bool(spans), changed + (spans != held)
         held = spans
         framed += inside * bool(spans)
         recalled += inside * sum(last - begin for begin, last in spans)
-    every = settings.get("recall_every") or RecallSettings.every
-    choices = sum(token % every == 0 for token in steady)
     return {
         "gate_open": opened / choices if choices else None,
         "framed": framed / len(steady),

@@ -1,15 +1,17 @@
 """`Recall`: what left the window of one stream, and what of it stands in the pinned frame now.
 
 A recalled token takes the slot of a window token, so that the cache never holds more than without recall. Before every
-token whose index is a multiple of ``every`` the chooser is asked. Below its gate nothing comes back, and once the frame
-is empty the slots are the window's again: it grows by the tokens that follow.
+token whose index is a multiple of ``every`` the chooser is asked; while nothing is recalled, also at the multiples of
+``empty_every``, for what takes little time. Below its gate nothing comes back, and once the frame is empty the slots
+are the window's again: it grows by the tokens that follow.
 """
 
 import copy
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -19,6 +21,7 @@ from sinkstream.archive import (
     Archive,
     BlockFile,
     Evicted,
+    Fetched,
     KVArchive,
     Query,
     RecallSettings,
@@ -32,33 +35,12 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.archive.text import Reread
 from sinkstream.cache.frame import RecallRing
 from sinkstream.cache.query_log import QueryLog
+from sinkstream.cache.recall_times import Coming, RecallEvent, RecallTimes
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
 COUNTS = ("recalls", "until", "asked_until", "chosen_at", "indexed")
-
-
-@dataclass(frozen=True)
-class RecallEvent:
-    """The frame was set anew.
-
-    Attributes
-    ----------
-    token : int
-        Index in the stream of the token before which that happened.
-    cause : {"gate", "question", "closed"}
-        The gate was open, a question was asked, or the frame has been emptied.
-    score : float
-        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
-    spans : tuple of Span
-        What stands in the frame now, oldest first.
-    """
-
-    token: int
-    cause: str
-    score: float
-    spans: tuple[Span, ...]
 
 
 class RecallMemory:
@@ -96,6 +78,8 @@ class RecallMemory:
         A chooser that foresees has taken in the tokens before this one.
     question : (ids, queries by head) or None
         By which the next choice is made.
+    coming : Coming or None
+        A frame that has been chosen and is set later.
     """
 
     def __init__(
@@ -123,6 +107,7 @@ class RecallMemory:
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
+        self.coming: Coming | None = None
 
     def empty(self) -> Self:
         """Another one like this, for a new stream."""
@@ -185,6 +170,8 @@ class RecallMemory:
             )
         self.log.rewind(self.log.end - tokens)
         self.chosen_at, self._room = -1, None
+        if self.coming is not None and self.coming.at - self.settings.lag > self.log.end:
+            self.coming = None  # chosen by tokens that are gone
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -221,7 +208,7 @@ class RecallMemory:
         return self.archive
 
 
-class Recall(RecallMemory):
+class Recall(RecallMemory, RecallTimes):
     """Chooses what comes back, and sets the frame; parameters and attributes as `RecallMemory`."""
 
     def ask(self, ids: Sequence[int]) -> None:
@@ -234,93 +221,51 @@ class Recall(RecallMemory):
     def _latest_queries(self, count: int) -> dict[Head, torch.Tensor]:
         return {} if self.queries is None else self.queries.read(min(count, self.settings.chooser.query_tokens))
 
-    def due(self, now: int) -> bool:
-        """Whether there is a choice before token `now`."""
-        held = self.asked_until > now  # nothing replaces what a question brought back
-        return self.question is not None or (now % self.settings.every == 0 and now != self.chosen_at and not held)
-
-    def announce(self, ids: Sequence[int]) -> None:
-        """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
-        self._coming, self._room = (self.log.end, list(ids)), None
-
-    def check_coming(self, ids: torch.Tensor) -> None:
-        """Raise ValueError unless tokens ``(tokens,)`` that cross a choice are those that were announced."""
-        every, now = self.settings.every, self.log.end
-        if self.archive is None or len(ids) <= every - now % every:
-            return
-        first, coming = self._coming
-        if ids.tolist() != coming[now - first : now - first + len(ids)]:
-            raise ValueError("other tokens came than were announced; feed them with cache.prefill(model, input_ids)")
-
-    def room(self, schedule: PruneSchedule) -> int:
-        """How many tokens can be appended before the next choice may change the frame."""
-        every, now = self.settings.every, schedule.seen
-        if self.archive is None:
-            surely = now + schedule.sure_steps()  # nothing has left before
-            return surely // every * every + every - now
-        if self._room is None or self._room[0] != now:
-            self._room = now, self._quiet(schedule)
-        return self._room[1]
-
-    def _quiet(self, schedule: PruneSchedule) -> int:
-        """As `room` once tokens have left: past the next choice, if it and those that follow will change nothing."""
-        every, now, foreseen = self.settings.every, schedule.seen, self._foreseen(schedule)
-        following = range(now // every * every + every, now + foreseen, every)
-        least = every - now % every
-        if not following or self.question is not None or (now % every == 0 and self._changes(now, schedule.cached)):
-            return least
-        dropped = schedule.plan(following[-1] - now).drop.cumsum()
-        for t in following:
-            if self._changes(t, schedule.cached + t - now - int(dropped[t - now - 1])):
-                return t - now
-        return following[-1] - now
-
-    def _changes(self, now: int, cached: int) -> bool:
-        """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
-        if now < self.asked_until:
-            return False
-        end = now - (cached - self.sink - len(self.frame))
-        self._index_until(end)
-        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
-
-    def _foreseen(self, schedule: PruneSchedule) -> int:
-        """How many of the coming tokens are known, and what leaves before them is in the log already."""
-        if not (self.settings.chooser.foresees and schedule.policy.plan_known) or self.archive is None:
-            return 0
-        first, coming = self._coming
-        known = first + len(coming) - schedule.seen if first <= schedule.seen else 0
-        window = schedule.cached - self.sink - len(self.frame)
-        return min(known, window // 2, self.archive.room())
-
-    def _score(self, now: int, end: int) -> float:
-        """Of the best block, at a choice that is to come before token `now`, when the tokens before `end` have left."""
-        archive, wanted = self.archive, self.settings.chooser.query_tokens
-        assert archive is not None, "something has left"
-        first, coming = self._coming
-        seen = self.log.end
-        ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
-        least = self.settings.gate
-        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least)
-        return float(self.index.scores(query).max())
-
     @torch.no_grad()
     def choose(self, ring: RecallRing, schedule: PruneSchedule) -> None:
-        """Set the frame anew if it is time; before the drop that the next token brings."""
-        now, settings = schedule.seen, self.settings
+        """Do what is due before the next token, and before the drop that it brings."""
+        if not self.arrive(ring, schedule):
+            self.decide(schedule.seen, ring, schedule)
+
+    @torch.no_grad()
+    def arrive(self, ring: RecallRing, schedule: PruneSchedule) -> bool:
+        """Set the frame that an earlier choice has left for now; returns whether there was one."""
+        coming = self.coming
+        if coming is None or self.question is not None or schedule.seen < coming.at:
+            return False
+        self.chosen_at, self.coming, self._room = schedule.seen, None, None
+        self.events.append(coming.event)
+        self._set_frame(ring, schedule, coming.tokens, coming.fetched)
+        return True
+
+    @torch.no_grad()
+    def decide(self, now: int, ring: RecallRing, schedule: PruneSchedule) -> None:
+        """Choose before token `now` if it is time, which is the next one unless frames lag; set the frame, or leave it.
+
+        Log and archive hold what there was before that token.
+        """
+        settings, archive, device = self.settings, self.archive, ring.keys.device
         due, asked, self.question = self.due(now), self.question, None
         self._room = None
-        if self.archive is None or not len(self.archive) or not due:
+        if archive is None or not len(archive) or not due:
             return
-        self.chosen_at = now
+        self.chosen_at, self.coming = now, None
         score, tokens = self._best(now, asked)
+        lag = settings.lag if asked is None and tokens != self.frame else 0
         if asked is not None:
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
-            self.until = max(now + settings.hold, self.until)
-        if tokens or (self.frame and (asked is not None or now >= self.until)):
-            cause = "question" if asked is not None else "gate" if tokens else "closed"
-            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
-            self._set_frame(ring, schedule, tokens)
+            self.until = max(now + settings.lag + settings.hold, self.until)
+        if not tokens and not (self.frame and (asked is not None or now >= self.until)):
+            return
+        cause = "question" if asked is not None else "gate" if tokens else "closed"
+        event = RecallEvent(now + lag, cause, score, self._spans(tokens))
+        if lag:
+            fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
+            self.coming = Coming(now + lag, tokens, event, fetched)
+        else:
+            self.events.append(event)
+            self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
@@ -343,6 +288,7 @@ class Recall(RecallMemory):
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
             least=0.0 if asked is not None else settings.gate,
+            brief=asked is None and self._brief(now),
         )
         scores = np.asarray(self.index.scores(query), dtype=np.float64)
         blocks = query.blocks(chooser.block)
@@ -377,16 +323,15 @@ class Recall(RecallMemory):
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
 
-    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int]) -> None:
+    def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int], fetched: Fetched) -> None:
         if tokens == self.frame:
             return
-        archive, device = self.archive, ring.keys.device
-        assert archive is not None, "something has left"
+        device = ring.keys.device
         window = ring.live - ring.pinned
         limit = max(ring.live, self.target)
         drop = max(0, self.sink + len(tokens) + window - limit)
         if tokens:
-            keys, values = archive.read(tokens, device)
+            keys, values = fetched()
         else:
             keys, values = (t[..., :0, :] for t in (ring.pinned_keys, ring.pinned_values))
         cached = self.sink + len(tokens) + window - drop

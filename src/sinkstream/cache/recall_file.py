@@ -6,15 +6,17 @@ The index of a chooser is not written: it is made again of the archived ids, and
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sinkstream.archive import CHOOSERS, PREFIX, Evicted, RecallSettings, Span
+from sinkstream.archive import CHOOSERS, PREFIX, Archive, Evicted, RecallSettings, Span
 from sinkstream.archive.kv import BLOCK
 from sinkstream.cache.families import ModelSpec
-from sinkstream.cache.recall import EVENTS, Recall, RecallEvent
+from sinkstream.cache.recall import EVENTS, Recall
+from sinkstream.cache.recall_times import Coming, RecallEvent
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.stream_file import PLACE_OF_ARCHIVE, SavedStream
 
@@ -69,6 +71,8 @@ def recall_record(recall: Recall, ring: SoftRing | None) -> tuple[dict[str, Any]
         record["question"] = recall.question[0]
         if recall.question[1]:
             tensors["recall_question"] = torch.stack([recall.question[1][head] for head in chooser.heads])
+    if recall.coming is not None:
+        record["coming"] = {"tokens": recall.coming.tokens, "event": asdict(recall.coming.event)}
     record |= {
         "log": log.first,
         "frame": recall.frame,
@@ -147,6 +151,14 @@ def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | 
     keys = saved.tensor("recall_keys", 0).to(device)
     ids += recall.log.read(end, max(end, recall.indexed))
     recall.index.add(Evicted(first, ids, {head: keys[i] for head, i in heads.items()}))
+    if record.get("coming") is not None:
+        recall.coming = _undamaged(lambda: _coming(archive, record["coming"], device), path)
+
+
+def _coming(archive: Archive, saved: dict[str, Any], device: torch.device) -> Coming:
+    event, tokens = _event(saved["event"]), list(saved["tokens"])
+    fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
+    return Coming(event.token, tokens, event, fetched)
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:

@@ -9,17 +9,16 @@ next plan says how many of these are read.
 import torch
 
 from sinkstream.archive import ARCHIVES
-from sinkstream.cache.pinned import SLOT_AXIS, unrotated, write_rotated
+from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
-from sinkstream.engine.recorder import EarlyReader
-from sinkstream.engine.refresh import window_slots
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.layout import NO_TOKEN
+from sinkstream.engine.step_ids import StepIds
 from sinkstream.policies import PruneSchedule
 
+TABLE = 4_096  # positions by which the table of rotations grows
 COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
 
 
@@ -78,9 +77,10 @@ class StreamRecall:
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
         self.state, self.prompts, self.memory = state, prompts, recall.empty()
         self._keeps = ARCHIVES[recall.settings.archive].keeps_entries
-        self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
-        self._told = 0  # rows of the present plan whose tokens are known
+        self._ids = StepIds(state)
+        self._waiting: tuple[int, int] | None = None  # a choice before this token comes late: what had left by then
+        self._table: torch.Tensor | None = None  # rotations back from positions 0, 1, …
         state.between_steps.append(self)
 
     @property
@@ -97,7 +97,12 @@ class StreamRecall:
 
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
-        self._choose()
+        if self.memory.settings.lag:
+            self._choose_late()
+            self.memory.arrive(self, self.schedule)
+            self._waiting = self.counters.seen, self.counters.first_window
+        else:
+            self._choose()
         schedule, target = self.schedule, self.state.policy.target
         if schedule.sure_steps() < 1:
             end = self.counters.first_window + schedule.cached + 1 - target
@@ -106,16 +111,15 @@ class StreamRecall:
 
     def planned(self) -> None:
         """The rows of the plan have no token ids yet."""
-        if self._reader is not None:
-            self._reader.due()
+        self._ids.planned()
 
     def keep(self) -> None:
-        """Read the token ids of a plan that will be discarded."""
-        self._learn()
-        self._told = 0
+        """Copy the token ids of a plan that will be discarded."""
+        self._ids.keep()
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if the chooser has read them."""
+        self._learn()
         self.memory.rewind(tokens)
         self._leaving.cut(self.counters.seen - tokens)
 
@@ -124,12 +128,14 @@ class StreamRecall:
         self.memory.close()
         self.memory = self.memory.empty()
         self._leaving = Leaving(self.state.policy.sink)
-        self._told = 0
+        self._ids.forget()
+        self._waiting = None
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
         """Append token ids ``(tokens,)``, up to the next choice that changes something in one forward."""
         known, done = ids.tolist(), 0
+        self._learn()
         self.memory.announce(known)
         while done < len(known):
             self._choose()
@@ -163,20 +169,38 @@ class StreamRecall:
         """Set the frame anew if it is time."""
         if not self.memory.due(self.counters.seen):
             return
-        if self.counters.pruned:  # before, nothing can come back, and no token need be known
+        if self.counters.pruned and self.memory.chooses:  # before, nothing can come back, and no token need be known
             self._learn()
+            if self.memory.quiet(self.counters.seen, self.counters.first_window):
+                return
             self._archive()
         self.memory.choose(self, self.schedule)
 
+    def _choose_late(self) -> None:
+        """Choose before the token of the latest step, which is running: no step waits for a choice whose frame lags."""
+        waiting, self._waiting = self._waiting, None
+        memory, asked = self.memory, self.memory.question
+        if waiting is None:
+            return
+        now, end = waiting
+        memory.question = None  # of a question that comes after that token
+        if end > self.state.policy.sink and memory.due(now):
+            self._learn_until(now)
+            if not memory.quiet(now, end):
+                self._archive(end)
+                memory.decide(now, self, self.schedule)
+        memory.question = asked
+
     def _learn(self) -> None:
         """Take in the token ids of the steps so far."""
-        state, first, end = self.state, self._told, self.state.steps_done
-        if first == end:
-            return
-        rows = state.plan[first:end]
-        ids = self._reader.read(rows, (0,)) if self._reader is not None else state.appended(first).tolist()
-        self.memory.append(torch.tensor([0 if row[0] == NO_TOKEN else row[0] for row in ids]))
-        self._told = end
+        self._choose_late()
+        self._learn_until(self.counters.seen)
+
+    def _learn_until(self, end: int) -> None:
+        """Take in the ids of the tokens before this one."""
+        count = end - self.memory.log.end
+        if count > 0:
+            self.memory.append(torch.tensor(self._ids.take(count)))
 
     def _copy(self, end: int) -> None:
         """Copy the window tokens before `end` out of the ring, where the archive keeps them."""
@@ -186,13 +210,29 @@ class StreamRecall:
         if not self._keeps:
             self._leaving.end = end
             return
-        slots = window_slots(state, 0, first, end - first)
-        keys, values = (part[:, :1].index_select(SLOT_AXIS, slots) for part in (state.keys, state.values))
-        self._leaving.add(unrotated(state.spec.rope, keys, first - self.counters.base).to(keys.dtype), values)
+        g = state.geometry
+        while first < end:  # up to the end of the ring, then from its beginning on
+            index = self.counters.ring_index(first)
+            count = min(end - first, g.ring - index)
+            slots = slice(g.pinned_slots + index, g.pinned_slots + index + count)
+            keys, values = (part[:, :1, :, slots] for part in (state.keys, state.values))
+            phases = self._turned_back(first - self.counters.base, count)
+            kept = torch.empty_like(keys)
+            write_rotated(state.spec.rope, kept, keys.float(), phases)
+            self._leaving.add(kept, values.clone())
+            first += count
 
-    def _archive(self) -> None:
-        """Put what has left the window into the archive."""
-        memory, end, state = self.memory, self.counters.first_window, self.state
+    def _turned_back(self, first: int, count: int) -> torch.Tensor:
+        """Rotations that undo those of positions in a row, out of a table that lasts: a copy takes few kernels."""
+        if self._table is None or self._table.shape[-2] < first + count:
+            positions = torch.arange(-(-(first + count) // TABLE) * TABLE, device=self.state.device)
+            self._table = self.state.spec.rope.phases(-positions)
+        return self._table.narrow(-2, first, count)
+
+    def _archive(self, end: int | None = None) -> None:
+        """Put what has left the window into the archive, up to a token."""
+        memory, state = self.memory, self.state
+        end = self.counters.first_window if end is None else end
         if not self.counters.pruned:
             return
         first = state.policy.sink if memory.archive is None else memory.archive.end
@@ -207,6 +247,7 @@ class StreamRecall:
     @property
     def events(self) -> list[RecallEvent]:
         """When the frame was set, why, and what came back, the oldest first."""
+        self._choose_late()
         return list(self.memory.events)
 
     # ---- the frame, as `Recall` sees it ----
@@ -248,9 +289,8 @@ class StreamRecall:
             for part in (state.keys, state.values):
                 part[..., :sink, :] = part[..., g.framed : g.framed + sink, :]
         if count:
-            slots, rope = slice(sink, sink + count), state.spec.rope
-            phases = rope.phases(torch.arange(sink + shift, sink + shift + count, device=state.device))
-            write_rotated(rope, state.keys[..., slots, :], keys, phases)
+            slots, phases = slice(sink, sink + count), self._turned_back(sink + shift, count).conj()
+            write_rotated(state.spec.rope, state.keys[..., slots, :], keys, phases)
             state.values[..., slots, :] = values
         counters.geometry = g if count else g.bare
         counters.recalled = count

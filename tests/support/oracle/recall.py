@@ -1,7 +1,8 @@
 """Recall by brute force: plain lists of tokens, their own positions, naive choosers, attention in float64.
 
 The frame is sinks, recalled tokens, window. Before a token whose index is a multiple of `every`, and before the drop
-that it brings, a chooser names the tokens that shall stand behind the sinks; window tokens make room for them.
+that it brings, a chooser names the tokens that shall stand behind the sinks; window tokens make room for them. While
+no token stands there, also before a multiple of `empty_every`.
 """
 
 import math
@@ -26,6 +27,8 @@ class Recalled:
     hold: int = 32
     hold_asked: int = 256
     distance: int | None = None
+    empty_every: int = 1
+    lag: int = 0  # tokens from a choice without a question to the frame
 
 
 class RecallStream(Stream):
@@ -75,7 +78,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until, kept = RecallStream(rule), [], 0, 0
+    stream, frames, until, kept, coming = RecallStream(rule), [], 0, 0, None
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -87,15 +90,26 @@ def run_recall(
     past.positions, traces, logits = positions, [], []
     for t in range(len(ids)):
         question = (questions or {}).get(t)
-        if stream.archived and (question is not None or (t % options.every == 0 and t >= kept)):
-            wanted = recaller(past, t, list(stream.archived), question)
+        between = options.every if stream.frame else options.empty_every
+        if question is None and coming is not None:
+            if t == coming[0]:
+                stream.set_frame(coming[1], options.distance)
+                frames.append((t, list(coming[1])))
+                coming = None
+        elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
+            wanted, coming = recaller(past, t, list(stream.archived), question), None
             if question is not None:
                 until = kept = t + options.hold_asked
-            if wanted:
-                until = max(until, t + options.hold) if question is None else until
+            elif wanted:
+                until = max(until, t + options.lag + options.hold)
+            if wanted and question is None and options.lag and wanted != stream.frame:
+                coming = (t + options.lag, wanted)
+            elif wanted:
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
+            elif stream.frame and question is None and t >= until and options.lag:
+                coming = (t + options.lag, [])
             elif stream.frame and (question is not None or t >= until):
                 stream.set_frame([], options.distance)
                 frames.append((t, []))
@@ -152,10 +166,14 @@ class Words:
     row: int = 16
     row_rare: float = 0.1
     row_level: float = 3.4
+    run_level: float = 3.0
     gate: float = 1.0
     share: float = 0.6
+    every: int = 8  # at other choices without a question runs alone count
 
-    def scores(self, ids: Sequence[int], archived: list[int], query: Sequence[int], asked: bool) -> dict[int, float]:
+    def scores(
+        self, ids: Sequence[int], archived: list[int], query: Sequence[int], asked: bool, brief: bool = False
+    ) -> dict[int, float]:
         """Score of every block that holds an archived token, counted afresh."""
         held: dict[int, list[int]] = {}
         for t in archived:
@@ -170,16 +188,20 @@ class Words:
                 count = tokens.count(term)
                 if count and df[term] <= max(2, self.rare * total):
                     score += idf[term] ** 2 * count * 2.2 / (count + 1.2)
-            scores[number] = score / (self.level * once**2)
+            scores[number] = 0.0 if brief else score / (self.level * once**2)
         if not asked:
             row = list(query[-self.row :])
             for place in range(archived[0], archived[-1] + 1):  # where the text would go on
-                score = 0.0
+                score, run, broken = 0.0, 0.0, False
                 for back, term in enumerate(reversed(row), 1):
                     there = place - back
                     if there in range(archived[0], archived[-1] + 1) and int(ids[there]) == term:
                         score += idf[term] * (df[term] <= max(2, self.row_rare * total))
-                scores[place // self.block] = max(scores[place // self.block], score / (self.row_level * once))
+                        run += 0.0 if broken else idf[term]
+                    else:
+                        broken = True
+                score = max(0.0 if brief else score / self.row_level, run / self.run_level) / once
+                scores[place // self.block] = max(scores[place // self.block], score)
         return scores
 
     def __call__(
@@ -189,7 +211,7 @@ class Words:
         ids, asked = past.ids[0].tolist(), question is not None
         query = ids[max(0, t - self.query) : t] if question is None else list(question)
         known = [*archived, *range(archived[-1] + 1, t)] if asked else archived  # the window's own words compete
-        scores = self.scores(ids, known, query, asked)
+        scores = self.scores(ids, known, query, asked, not asked and t % self.every != 0)
         if not asked and max(scores.values()) < self.gate:
             return None
         least = self.share * max(scores.values()) if asked else self.gate

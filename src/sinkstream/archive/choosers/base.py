@@ -54,6 +54,8 @@ class Query:
         Of attention scores.
     least : float
         Nobody asks what is below this score: an index need not tell such blocks apart.
+    brief : bool
+        The choice is one of many while nothing is recalled: an index may leave out what takes long.
     """
 
     now: int
@@ -64,6 +66,7 @@ class Query:
     queries: Mapping[Head, torch.Tensor] = field(default_factory=dict)
     scaling: float = 1.0
     least: float = 0.0
+    brief: bool = False
 
     def blocks(self, block: int) -> range:
         """Numbers of the blocks that the archive holds, whole or in part."""

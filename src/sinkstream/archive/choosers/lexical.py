@@ -108,28 +108,74 @@ class LexicalIndex(Index):
             del blocks[: bisect_left(blocks, places[0] // self.chooser.block)]
 
     def scores(self, query: Query) -> np.ndarray:
-        """The larger of two scores of a block, each in units of its own level: shared terms, and words in a row.
+        """The largest of three scores of a block, each in units of its own level: shared terms, words in a row, a run.
 
         Shared terms: the sum over the rare terms of the query of idf to a power, times their saturated count in the
         block. Words in a row: the sum of the idf of the latest tokens that stand in the archive at the same distances
-        from each other as in the query; it counts for the block in which the text would go on.
+        from each other as in the query; it counts for the block in which the text would go on. A run: the same, but
+        without a gap, and common terms count too. A brief query is answered by runs alone.
         """
         chooser, blocks = self.chooser, query.blocks(self.chooser.block)
         found, total = np.zeros(len(blocks)), len(blocks)
         once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
+        if not query.asked:
+            level = chooser.run_level * once
+            self._note(found, query, *self._runs(query, total, query.least * level), level)
+        if query.brief:
+            return found
         terms = {token: term for token in dict.fromkeys(query.ids) if (term := self._term(token, query, total))}
         most = max(FEW_BLOCKS, chooser.rare * total)
         level = chooser.level * once**chooser.idf_power
         numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
-        found[numbers - blocks.start] = score / level
+        np.maximum.at(found, numbers - blocks.start, score / level)
         if not query.asked:
             most, level = max(FEW_BLOCKS, chooser.row_rare * total), chooser.row_level * once
             latest = reversed(query.ids[max(0, len(query.ids) - chooser.row_tokens) :])
             row = [(terms[token], back) for back, token in enumerate(latest, 1) if token in terms]
             goes_on, score = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
-            inside = goes_on < query.end
-            np.maximum.at(found, goes_on[inside] // chooser.block - blocks.start, score[inside] / level)
+            self._note(found, query, goes_on, score, level)
         return found
+
+    def _note(self, found: np.ndarray, query: Query, goes_on: np.ndarray, score: np.ndarray, level: float) -> None:
+        """Put scores of places at which the text would go on into those of their blocks."""
+        inside, block = goes_on < query.end, self.chooser.block
+        np.maximum.at(found, goes_on[inside] // block - query.first // block, score[inside] / level)
+
+    def _runs(self, query: Query, total: int, needed: float) -> tuple[np.ndarray, np.ndarray]:
+        """Where the latest tokens stand without a gap: the places at which the text goes on, and the sums of idf.
+
+        A run that reaches `needed` holds all of the latest terms whose idf add up to it. So the places of the rarest of
+        these are looked up among those of the others.
+        """
+        latest, held = query.ids[::-1][: self.chooser.row_tokens], list[_Term]()
+        sure = 0.0
+        for token in latest:
+            term = self._term(token, query, total)
+            if term is None:
+                break
+            held.append(term)
+            sure += term.idf
+            if sure >= needed - ROUNDING:
+                break
+        if not held or sure < needed - ROUNDING:
+            return NONE, NONE
+        rarest = min(range(len(held)), key=lambda i: held[i].high - held[i].low)
+        goes_on = held[rarest].places.astype(np.int64) + rarest + 1
+        for back, term in enumerate(held, 1):
+            if back != rarest + 1:
+                goes_on = goes_on[_stands(term, goes_on - back)]
+            if not len(goes_on):
+                return NONE, NONE
+        score, going = np.full(len(goes_on), sure), np.ones(len(goes_on), dtype=bool)
+        for back, token in enumerate(latest[len(held) :], len(held) + 1):
+            term = self._term(token, query, total)
+            if term is None:
+                break
+            going &= _stands(term, goes_on - back)
+            if not going.any():
+                break
+            score[going] += term.idf
+        return goes_on, score
 
     def _term(self, token: int, query: Query, total: int) -> _Term | None:
         """A term of the query; None if the archive does not hold it."""
@@ -209,10 +255,15 @@ def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, 
         goes_on, score = _able(goes_on, score, needed - rest)
         if not len(goes_on):
             break
-        places, start = term.places, (goes_on - back).astype(np.int32)  # a search converts neither
-        score += term.idf * (places[np.minimum(places.searchsorted(start), len(places) - 1)] == start)
+        score += term.idf * _stands(term, goes_on - back)
         rest -= term.idf
     return goes_on, score
+
+
+def _stands(term: _Term, indices: np.ndarray) -> np.ndarray:
+    """Whether a term stands at each index of the archive: ``(indices,)``, bool."""
+    places, wanted = term.places, indices.astype(np.int32)  # a search converts neither
+    return places[np.minimum(places.searchsorted(wanted), len(places) - 1)] == wanted
 
 
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +285,7 @@ class Lexical(Chooser):
 
     An inverted index on the host: no byte on the device. Source: BM25 (Robertson and Zaragoza, 2009), with the idf to a
     power of 2 and without common terms: without the two, blocks of common words outrank the statement. Words in a row:
-    prompt lookup, by weight instead of an exact match.
+    prompt lookup, by weight instead of an exact match. Runs: prompt lookup, by weight instead of a length.
     """
 
     foresees: ClassVar[bool] = True
@@ -245,6 +296,7 @@ class Lexical(Chooser):
     row_tokens: int = option(16, "latest tokens that are looked for in a row", minimum=0)
     row_rare: float = option(0.1, "a term in a larger share of the blocks is in no row", minimum=0.0, maximum=1.0)
     row_level: float = option(3.4, "terms in a row that open the gate, in terms that are in one block", minimum=1e-9)
+    run_level: float = option(3.0, "the same of terms in a row without a gap", minimum=1e-9)
 
     def start(self) -> LexicalIndex:
         """No places."""

@@ -73,7 +73,7 @@ class LateOracle(Oracle):
     Source: none, the ceiling of a choice that must first see what it looks for.
     """
 
-    late: int = option(8, "tokens after `begin` that must have been read", minimum=0)
+    late: int = option(5, "tokens after `begin` that must have been read", minimum=0)
 
     def wanted(self, begin: int, end: int, query: Query) -> bool:
         """As `Oracle.wanted`, later; a question has been read whole when its choice is made."""

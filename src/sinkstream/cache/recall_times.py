@@ -1,0 +1,190 @@
+"""`RecallTimes`: before which tokens recall chooses, and how many tokens can go by until then."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sinkstream.archive import Archive, Fetched, Index, Query, RecallSettings, Span
+from sinkstream.archive.choosers.base import Head
+from sinkstream.cache.token_log import TokenLog
+from sinkstream.policies import PruneSchedule
+
+
+@dataclass(frozen=True)
+class RecallEvent:
+    """The frame was set anew.
+
+    Attributes
+    ----------
+    token : int
+        Index in the stream of the token before which that happened.
+    cause : {"gate", "question", "closed"}
+        The gate was open, a question was asked, or the frame has been emptied.
+    score : float
+        Of the best block, in units of the chooser's false-alarm level; below the gate a chooser need not be exact.
+    spans : tuple of Span
+        What stands in the frame now, oldest first.
+    """
+
+    token: int
+    cause: str
+    score: float
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A frame that has been chosen and is not set yet: before which token it will be, which tokens, and what is told.
+
+    Attributes
+    ----------
+    at : int
+    tokens : list of int
+    event : RecallEvent
+    fetched : callable
+        Waits for their keys and values.
+    """
+
+    at: int
+    tokens: list[int]
+    event: RecallEvent
+    fetched: Fetched
+
+
+class RecallTimes:
+    """The part of `Recall` that counts; attributes as `RecallMemory` has them."""
+
+    settings: RecallSettings
+    archive: Archive | None
+    index: Index
+    log: TokenLog
+    frame: list[int]
+    sink: int
+    until: int
+    asked_until: int
+    chosen_at: int
+    question: tuple[list[int], dict[Head, torch.Tensor]] | None
+    coming: Coming | None
+    _room: tuple[int, int] | None
+    _coming: tuple[int, list[int]]
+
+    def due(self, now: int) -> bool:
+        """Whether there is a choice before token `now`, or the frame that an earlier one chose is set."""
+        if self.question is not None:
+            return True
+        if self.coming is not None:
+            return now >= self.coming.at
+        held = self.asked_until > now  # nothing replaces what a question brought back
+        return now % self._every == 0 and now != self.chosen_at and not held
+
+    @property
+    def chooses(self) -> bool:
+        """Whether what is due is a choice, and not the frame of an earlier one."""
+        return self.coming is None or self.question is not None
+
+    def quiet(self, now: int, end: int) -> bool:
+        """Whether a choice before token `now` is a brief one that changes nothing.
+
+        Parameters
+        ----------
+        end : int
+            The tokens before this one have left the window; the archive may lag behind.
+        """
+        if self.archive is None or not self.settings.chooser.foresees or not self._brief(now):
+            return False
+        self._index_until(end)
+        return not self._score(now, end) >= self.settings.gate
+
+    @property
+    def _every(self) -> int:
+        """Tokens between two choices, as long as the frame is what it is."""
+        return self.settings.every if self.frame else self.settings.empty_every
+
+    def _next(self, after: int) -> int:
+        """The first token behind this one that there is a choice before, if that before this one empties no frame."""
+        return after // self._every * self._every + self._every
+
+    def _surely(self, now: int) -> int:
+        """How many tokens from `now` on come before what is done next, whatever is done before `now`."""
+        due, coming = self.due(now), self.coming
+        if coming is not None and not due:
+            return coming.at - now
+        filled = bool(self.frame if coming is None else coming.tokens)
+        empties = due and (self.question is not None or (coming is None and now >= self.until))
+        every = self.settings.every if filled and not empties else self.settings.empty_every
+        surely = every - now % every
+        return min(surely, self.settings.lag) if due and coming is None and self.settings.lag else surely
+
+    def _brief(self, now: int) -> bool:
+        """Whether a choice before token `now`, without a question, is one of the many while nothing is recalled."""
+        return self.question is None and now % self.settings.every != 0
+
+    def announce(self, ids: Sequence[int]) -> None:
+        """These tokens come next: a chooser that foresees need not be asked between them if nothing would change."""
+        self._coming, self._room = (self.log.end, list(ids)), None
+
+    def check_coming(self, ids: torch.Tensor) -> None:
+        """Raise ValueError unless tokens ``(tokens,)`` that cross a choice are those that were announced."""
+        now = self.log.end
+        if self.archive is None or len(ids) <= self._surely(now):
+            return
+        first, coming = self._coming
+        if ids.tolist() != coming[now - first : now - first + len(ids)]:
+            raise ValueError("other tokens came than were announced; feed them with cache.prefill(model, input_ids)")
+
+    def room(self, schedule: PruneSchedule) -> int:
+        """How many tokens can be appended before the next choice may change the frame."""
+        now = schedule.seen
+        if self.archive is None:
+            return self._next(now + schedule.sure_steps()) - now  # nothing has left before
+        if self._room is None or self._room[0] != now:
+            self._room = now, self._quiet(schedule)
+        return self._room[1]
+
+    def _quiet(self, schedule: PruneSchedule) -> int:
+        """As `room` once tokens have left: past the next choice, if it and those that follow will change nothing."""
+        every, now, foreseen = self._every, schedule.seen, self._foreseen(schedule)
+        following = range(self._next(now), now + foreseen, every)
+        least = self._surely(now)
+        settled = following and self.question is None and self.coming is None
+        if not settled or (self.due(now) and self._changes(now, schedule.cached)):
+            return least
+        dropped = schedule.plan(following[-1] - now).drop.cumsum()
+        for t in following:
+            if self._changes(t, schedule.cached + t - now - int(dropped[t - now - 1])):
+                return t - now
+        return following[-1] - now
+
+    def _changes(self, now: int, cached: int) -> bool:
+        """Whether a choice before token `now` would set the frame, if so many entries are cached then."""
+        if now < self.asked_until:
+            return False
+        end = now - (cached - self.sink - len(self.frame))
+        self._index_until(end)
+        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
+
+    def _foreseen(self, schedule: PruneSchedule) -> int:
+        """How many of the coming tokens are known, and what leaves before them is in the log already."""
+        if not (self.settings.chooser.foresees and schedule.policy.plan_known) or self.archive is None:
+            return 0
+        first, coming = self._coming
+        known = first + len(coming) - schedule.seen if first <= schedule.seen else 0
+        window = schedule.cached - self.sink - len(self.frame)
+        return min(known, window // 2, self.archive.room())
+
+    def _score(self, now: int, end: int) -> float:
+        """Of the best block, at a choice that is to come before token `now`, when the tokens before `end` have left."""
+        archive, wanted = self.archive, self.settings.chooser.query_tokens
+        assert archive is not None, "something has left"
+        first, coming = self._coming
+        seen = self.log.end
+        ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
+        least = self.settings.gate
+        brief = self._brief(now)
+        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least, brief=brief)
+        return float(self.index.scores(query).max())
+
+    def _index_until(self, end: int) -> None:
+        """See `RecallMemory`."""
+        raise NotImplementedError
