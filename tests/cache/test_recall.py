@@ -1,5 +1,7 @@
 """Recall in the drop-in against brute force: who comes back, where it stands, and what every token then sees."""
 
+import os
+
 import pytest
 import torch
 from oracle.forward import run
@@ -232,17 +234,28 @@ def test_heads_that_a_model_does_not_have_are_refused():
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
 
 
-def test_a_fork_goes_on_by_itself():
-    model, ids = build("llama"), repetitive()
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_a_fork_goes_on_by_itself(place, tmp_path):
+    model, ids = build("llama", layers=2), repetitive()
     options = {"recall": "lexical", **SMALL, **WORDS}
-    whole = StreamingCache.for_model(model, **STRICT, **options)
+    if place == "file":
+        options |= {"recall_bytes": 1, "recall_file_bytes": 400_000}
+    names = [{"recall_file": tmp_path / name} if place == "file" else {} for name in "ab"]
+    whole = StreamingCache.for_model(model, **STRICT, **options, **names[0])
     wanted = feed(model, whole, ids[None])
-    cache = StreamingCache.for_model(model, **STRICT, **options)
+    cache = StreamingCache.for_model(model, **STRICT, **options, **names[1])
+    early = cache.fork()  # nothing has left yet
     feed(model, cache, ids[None, :200])
     fork = cache.fork()
     feed(model, cache, token_ids(60, seed=9)[None])
     assert torch.equal(feed(model, fork, ids[None, 200:]), wanted[:, 200:])
     assert frames_of(fork) == frames_of(whole) != frames_of(cache)
+    assert fork.stats()["archive_file_bytes"] == whole.stats()["archive_file_bytes"]
+    feed(model, early, ids[None, :60])
+    assert len(os.listdir(tmp_path)) == (4 if place == "file" else 0)
+    for one in (whole, cache, fork, early):
+        one.reset()
+    assert not os.listdir(tmp_path)
 
 
 def union(words: Words, attention: Attention):

@@ -186,11 +186,12 @@ class KVArchive(Archive):
             part = block[:, :, :, torch.tensor(inside, device=block.device)]
         return part.to(device) if self._transfers is None or part.is_cuda else self._transfers.come(part)
 
-    def fork(self) -> Self:
-        """As `Archive.fork`; blocks are shared. Raises ValueError if some may lie in a file."""
-        if self.file is not None:
-            raise ValueError("a stream whose archive has a file cannot be forked; accepted: an archive without a file")
+    def fork(self, file: str | None = None) -> Self:
+        """As `Archive.fork`; blocks in memory are shared."""
         other = copy.copy(self)
+        if self.file is not None:
+            assert file is not None, "a fork has a file of its own"
+            other.file = self.file.copy(file)
         other.ids = self.ids[:]
         other._blocks, other._latest = list(self._blocks), list(self._latest)
         return other

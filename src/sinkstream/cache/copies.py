@@ -143,12 +143,16 @@ class CopiedCache(BatchedCache):
     def fork(self) -> Self:
         """Another cache on the same model with the same stream so far; the two go on independently.
 
-        The buffers are shared until one of the two takes new tokens: `stats` counts them in ``shared_bytes``.
+        The buffers are shared until one of the two takes new tokens: `stats` counts them in ``shared_bytes``. Where the
+        archive of recall has a file, the fork has one of the same size, with a copy of what is in it and the same name
+        with ``.fork1``, ``.fork2`` … behind it, which is deleted with the fork's stream.
 
         Raises
         ------
         ValueError
-            If the cache is closed.
+            If the cache is closed, or the file of its archive is damaged.
+        WriteError
+            If the fork's file cannot be made.
         """
         model = self._attached_model("forked")
         other = type(self)(self.stream.fork(share=self._pending is None))

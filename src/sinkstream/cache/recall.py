@@ -135,10 +135,17 @@ class RecallMemory:
             decode=self.decode,
         )
 
-    def fork(self) -> Self:
-        """The same state, to go on independently. Raises ValueError if the archive has a file."""
+    def beside(self) -> Self:
+        """Another one like this, empty, for a stream that lives beside this one: a file of its own, if there is one."""
+        other = self.empty()
+        other.settings = self.settings.beside()
+        return other
+
+    def fork(self, settings: RecallSettings) -> Self:
+        """The same state, to go on independently, with the settings of `beside`. Raises as `Archive.fork`."""
         other = copy.copy(self)
-        other.archive = None if self.archive is None else self.archive.fork()
+        other.settings = settings
+        other.archive = None if self.archive is None else self.archive.fork(settings.file)
         other.index, other.log = self.index.copy(), self.log.fork()
         other.queries = None if self.queries is None else self.queries.fork()
         other.turns, other.events = list(self.turns), self.events.copy()
