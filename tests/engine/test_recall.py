@@ -161,14 +161,6 @@ def test_mistakes_are_named(options, words):
         Engine.check(build("llama"), **STRICT, **options)
 
 
-def test_what_has_no_archive_is_refused(tmp_path):
-    engine = Engine(build("llama"), **STRICT, recall="lexical")
-    engine.prefill(token_ids(9))
-    for refused in (lambda: engine.snapshot(tmp_path / "a"), lambda: engine.restore(tmp_path / "a"), engine.dump):
-        with pytest.raises(ValueError, match="a stream with recall is not written to a file of the engine"):
-            refused()
-
-
 # ---- on a GPU ----
 
 

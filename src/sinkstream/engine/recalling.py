@@ -73,6 +73,8 @@ class StreamRecall:
     ----------
     memory : Recall
         Of the present stream.
+    shift : int
+        How far in front of their place behind the sinks the recalled tokens stand.
     """
 
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
@@ -80,7 +82,9 @@ class StreamRecall:
         self._keeps = ARCHIVES[recall.settings.archive].keeps_entries
         self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
+        self._base = 0  # token index of window position 0 when the latest tokens were copied
         self._told = 0  # rows of the present plan whose tokens are known
+        self.shift = 0
         state.between_steps.append(self)
 
     @property
@@ -98,6 +102,7 @@ class StreamRecall:
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
         self._choose()
+        self._renew_copies()
         schedule, target = self.schedule, self.state.policy.target
         if schedule.sure_steps() < 1:
             end = self.counters.first_window + schedule.cached + 1 - target
@@ -151,11 +156,16 @@ class StreamRecall:
         self._copy(counters.first_window + int(left[size - 1]))
         return size
 
-    def stats(self) -> dict[str, int]:
-        """As `RecallMemory.stats`; waits for the device."""
+    def catch_up(self) -> Recall:
+        """Put all that has left the window into the archive, and give the memory; waits for the device."""
         self._learn()
         self._archive()
-        return self.memory.stats()
+        return self.memory
+
+    def go_on(self, memory: Recall) -> None:
+        """Take over the memory of a stream that was held elsewhere; the ring and the counters are its own already."""
+        self.memory, self._base = memory, self.counters.base
+        self._leaving = Leaving(self.state.policy.sink if memory.archive is None else memory.archive.end)
 
     # ---- what leaves ----
 
@@ -180,6 +190,7 @@ class StreamRecall:
 
     def _copy(self, end: int) -> None:
         """Copy the window tokens before `end` out of the ring, where the archive keeps them."""
+        self._renew_copies()
         state, first = self.state, self._leaving.end
         if end <= first:
             return
@@ -189,6 +200,12 @@ class StreamRecall:
         slots = window_slots(state, 0, first, end - first)
         keys, values = (part[:, :1].index_select(SLOT_AXIS, slots) for part in (state.keys, state.values))
         self._leaving.add(unrotated(state.spec.rope, keys, first - self.counters.base).to(keys.dtype), values)
+
+    def _renew_copies(self) -> None:
+        """After a rebase, let copies of window tokens go: no bit of the archive depends on when it was copied."""
+        if self._base != self.counters.base:
+            self._leaving.cut(self.counters.first_window)
+            self._base = self.counters.base
 
     def _archive(self) -> None:
         """Put what has left the window into the archive."""
@@ -253,7 +270,7 @@ class StreamRecall:
             write_rotated(rope, state.keys[..., slots, :], keys, phases)
             state.values[..., slots, :] = values
         counters.geometry = g if count else g.bare
-        counters.recalled = count
+        counters.recalled, self.shift = count, shift
         counters.first_window += drop
 
 
