@@ -121,8 +121,19 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
         assert engine.generate([], max_new_tokens=20, stop_tokens=()).tokens == written
         assert engine.recall_events == cache.recall_events
         assert any(event.cause == "question" for event in engine.recall_events)
-    with pytest.raises(ValueError, match="this engine has no recall"):
-        Engine(model, **STRICT).ask(question)
+        if replay:
+            text, events = torch.cat([ids, question]), engine.recall_events
+            engine.reset()
+            asked = engine.generate(text, max_new_tokens=20, stop_tokens=(), recall_ask=10)
+            assert asked.tokens == written and engine.recall_events == events
+            more = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 20, "recall_ask": 10}
+            out = model.generate(text[None], custom_generate=engine.custom_generate, **more)
+            assert out[0, 210:].tolist() == written and engine.recall_events == events
+    with pytest.raises(ValueError, match="recall_ask=11 is not accepted; accepted: 0 to 10, the tokens of the prompt"):
+        engine.generate(question, max_new_tokens=1, recall_ask=11)
+    for asked in (lambda e: e.ask(question), lambda e: e.generate(question, max_new_tokens=1, recall_ask=3)):
+        with pytest.raises(ValueError, match="this engine has no recall"):
+            asked(Engine(model, **STRICT))
 
 
 def test_taken_back_tokens_and_turns():
