@@ -7,9 +7,9 @@ import torch
 from oracle.forward import run
 from oracle.models import build, token_ids
 from oracle.network import Network
-from oracle.recall import Attention, Recalled, Words, chosen, run_recall
+from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
@@ -314,31 +314,6 @@ def test_a_fork_goes_on_by_itself(place, tmp_path):
     for one in (whole, cache, fork, early):
         one.reset()
     assert not os.listdir(tmp_path)
-
-
-def union(words: Words, attention: Attention):
-    """Both, each behind its own gate."""
-
-    def recaller(past, t, archived, question):
-        found = words.scores(past.ids[0].tolist(), archived, past.ids[0, max(0, t - words.query) : t].tolist(), False)
-        for number, score in attention.scores(past, t, archived).items():
-            found[number] = max(found[number], score if score >= 1 else 0.0)
-        return chosen(found, archived, words.block, words.budget, 1.0)
-
-    return recaller
-
-
-READING = {
-    "heads": (
-        {"recall_heads": "1.1,2.0", "recall_row_level": 0.185, "recall_query_tokens": 8},
-        Attention(4, 12, [(1, 1), (2, 0)], level=0.185, query=8),
-    ),
-    "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
-    "union": (
-        {"recall_heads": [(0, 1)], "recall_row_level": 0.22, "recall_query_tokens": 8},
-        union(Words(4, 12, query=8), Attention(4, 12, [(0, 1)], level=0.22, query=8)),
-    ),
-}
 
 
 @pytest.mark.parametrize("chooser", READING)

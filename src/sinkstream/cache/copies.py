@@ -38,6 +38,7 @@ class CopiedCache(BatchedCache):
 
     policy: EvictionPolicy
     stream: Stream
+    shows_queries = True  # whether the model's attention shows recall its queries
     _pending: Any = None  # a forward that has begun
 
     def __init__(self, stream: Stream):
@@ -54,7 +55,7 @@ class CopiedCache(BatchedCache):
     def attach_to(self, model: PreTrainedModel) -> None:
         """Put the hooks on the model that the cache is for."""
         recall = self.stream.recall
-        asked = recall is not None and recall.queries is not None
+        asked = self.shows_queries and recall is not None and recall.queries is not None
         observed = asked or bool({"attention", "accumulated"} & self.policy.needs)
         in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa" and self.spec.observable
         self._close = attach(self, model, attention=observed or in_blocks or self.compiled)

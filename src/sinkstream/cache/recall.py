@@ -217,7 +217,7 @@ class RecallMemory:
         ids = self.log.read(first, first + keys.shape[3])
         archive.append(ids, keys, values)
         if not self.settings.chooser.foresees:
-            heads = {(layer, head): keys[layer, 0, head] for layer, head in self.settings.chooser.heads}
+            heads = {(layer, head): keys[layer, 0, head].float() for layer, head in self.settings.chooser.heads}
             self.index.add(Evicted(first, ids, heads))
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))

@@ -318,8 +318,16 @@ def feed(decoder: StreamDecoder, ids: torch.Tensor, stream: int, recall_ask: int
         return decoder.prefill(ids, stream=stream)
     if recall_ask < len(ids):
         decoder.prefill(ids[: len(ids) - recall_ask], stream=stream)
-    question = ids[len(ids) - recall_ask :]
-    decoder.recall.memory.ask(question.tolist())
+    question, memory = ids[len(ids) - recall_ask :], decoder.recall.memory
+    if memory.queries is not None:  # the question is fed, and the latest of it taken back
+        decoder.prefill(question, stream=stream)
+    memory.ask(question.tolist())
+    if memory.queries is not None:
+        counters = decoder.state.counters[stream]
+        held = counters.kept - (counters.pinned if counters.pruned else 0)
+        again = min(len(question), max(1, held // 2))
+        decoder.state.rewind(again, stream)
+        question = question[len(question) - again :]
     return decoder.prefill(question, stream=stream)
 
 

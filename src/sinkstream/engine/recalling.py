@@ -14,6 +14,7 @@ from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
+from sinkstream.engine.recall_queries import RingQueries
 from sinkstream.engine.recorder import EarlyReader
 from sinkstream.engine.refresh import window_slots
 from sinkstream.engine.state import StreamState
@@ -78,8 +79,8 @@ class StreamRecall:
     """
 
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
-        self.state, self.prompts, self.memory = state, prompts, recall.empty()
-        self._keeps = ARCHIVES[recall.settings.archive].keeps_entries
+        self.state, self.prompts, self.memory = state, prompts, self.watching(recall.empty(), state)
+        self._keeps = ARCHIVES[recall.settings.archive].keeps_entries or bool(recall.settings.chooser.heads)
         self._reader = EarlyReader(state.plan) if state.plan.is_cuda else None
         self._leaving = Leaving(state.policy.sink)
         self._base = 0  # token index of window position 0 when the latest tokens were copied
@@ -124,10 +125,15 @@ class StreamRecall:
         self.memory.rewind(tokens)
         self._leaving.cut(self.counters.seen - tokens)
 
+    def rebasing(self) -> None:
+        """Let no query that recall reads be rounded once more."""
+        if isinstance(self.memory.queries, RingQueries):
+            self.memory.queries.hold()
+
     def forget(self) -> None:
         """Begin a new stream with an empty archive."""
         self.memory.close()
-        self.memory = self.memory.empty()
+        self.memory = self.watching(self.memory.empty(), self.state)
         self._leaving = Leaving(self.state.policy.sink)
         self._told = 0
 
@@ -166,6 +172,16 @@ class StreamRecall:
         """Take over the memory of a stream that was held elsewhere; the ring and the counters are its own already."""
         self.memory, self._base = memory, self.counters.base
         self._leaving = Leaving(self.state.policy.sink if memory.archive is None else memory.archive.end)
+        if isinstance(memory.queries, RingQueries):
+            memory.queries.first = self.counters.seen
+
+    @staticmethod
+    def watching(memory: Recall, state: StreamState) -> Recall:
+        """A memory, whose chooser reads the queries that the state keeps, if it reads any."""
+        chooser = memory.settings.chooser
+        if chooser.heads:
+            memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
+        return memory
 
     # ---- what leaves ----
 
@@ -280,6 +296,12 @@ def recall_slots(cache: PrefillCache) -> int:
     return 0 if recall is None else recall.settings.slots
 
 
+def recall_queries(cache: PrefillCache) -> int:
+    """How many of the latest queries recall reads."""
+    recall = cache.stream.recalling
+    return 0 if recall is None or not recall.settings.chooser.heads else recall.settings.chooser.query_tokens
+
+
 def reread_tokens(cache: PrefillCache) -> int:
     """The most tokens that are read again at once, sinks included; 0 where keys and values are kept."""
     recall = cache.stream.recalling
@@ -292,14 +314,6 @@ def check_recall(cache: PrefillCache, streams: int, max_sink: int | None) -> Non
     recall = cache.stream.recalling
     if recall is None:
         return
-    chooser = recall.settings.chooser
-    if chooser.heads:
-        named = type(chooser).__name__
-        raise ValueError(
-            f"recall by a chooser that reads queries ({named}) is not served by the engine; accepted: choosers that"
-            " read token ids alone (lexical, recent, random, oracle, late-oracle), or StreamingCache.for_model(model,"
-            " recall=CHOOSER, …), the cache for transformers"
-        )
     if streams != 1:
         raise ValueError(f"recall with streams={streams} is not served by the engine; accepted: streams=1")
     if max_sink is not None:

@@ -123,6 +123,8 @@ def refresh_stream(state, stream: int, leaving: int) -> None:
 def rebase_stream(state, stream: int) -> None:
     """Count window positions from a later token on, so that angles stay small: rare, and exact from float32."""
     counters, g, rope = state.counters[stream], state.geometry, state.spec.rope
+    for told in state.between_steps:
+        told.rebasing()
     base = counters.rebased()
     delta = base - counters.base
     for layer in state.keys[:, stream]:

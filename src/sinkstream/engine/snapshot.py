@@ -169,7 +169,7 @@ def stream_record(
         if recall is not None and counters.recalled:
             keys, positions = _with_recalled(recall, keys, positions)
         saved.tensors |= {"pinned_keys": keys, "pinned_positions": positions}
-    if state.observed_queries:
+    if state.policy.scorer is not None and state.observed_queries:
         latest, count = latest_queries(state, stream), min(counters.seen, state.observed_queries)
         saved.tensors["queries"] = torch.stack([latest.latest(layer, count) for layer in range(state.spec.layers)])
     if stream not in state.stale_logits:
@@ -190,6 +190,7 @@ def fill_stream(
     memory, shift = None, 0
     if recall is not None and c.rows:
         memory = recall.memory.beside() if recall.memory.archive is not None else recall.memory.empty()
+        memory = recall.watching(memory, state)
         shift = fill_recall(memory, saved, path, state.spec, state.device)
         schedule.hold(c.kept)  # what a prune that is due has dropped already is in the archive
     state.clear(stream, sink=policy.sink)
