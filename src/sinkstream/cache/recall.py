@@ -61,14 +61,6 @@ class RecallEvent:
     spans: tuple[Span, ...]
 
 
-def one_row(batch: int) -> ValueError:
-    """What is raised where recall would have to serve a batch."""
-    return ValueError(
-        f"batch of {batch}: recall serves one row, since rows have different archives; accepted: a batch of 1, or a"
-        " cache for each row (cache.fork() of the row that they have in common)"
-    )
-
-
 class RecallMemory:
     """Archive, index and frame of one stream: what comes, what leaves, what stands in the frame.
 
@@ -424,3 +416,11 @@ class Recall(RecallMemory):
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]
         return tuple(spans)
+
+
+def one_row(batch: int) -> ValueError:
+    """What is raised where recall would have to serve a batch."""
+    return ValueError(
+        f"batch of {batch}: recall serves one row, since rows have different archives; accepted: a batch of 1, or a"
+        " cache for each row (cache.fork() of the row that they have in common)"
+    )

@@ -136,20 +136,23 @@ def fill_recall(recall: Recall, saved: SavedStream, path: str | Path, spec: Mode
     WriteError
         If the file of the archive cannot be made. In either case it has been deleted.
     """
+    record = saved.recall
+    assert record is not None, "compared by check_fits"
     try:
-        return _fill(recall, saved, path, spec, device)
+        _fill(recall, saved, path, spec, device)
+        return _undamaged(lambda: int(record["shift"]), path)
     except BaseException:
         recall.close()
         raise
 
 
-def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec, device: torch.device) -> int:
+def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec, device: torch.device) -> None:
     record = saved.recall
     assert record is not None, "compared by check_fits"
     chooser = recall.settings.chooser
     heads = {head: i for i, head in enumerate(chooser.heads)}
 
-    def fill() -> int:
+    def fill() -> None:
         counts, frame = saved.counts, record["frame"]
         pinned = recall.sink + len(frame) if counts.pruned else len(frame)
         if len(frame) > recall.settings.slots or counts.pinned != pinned:
@@ -163,11 +166,10 @@ def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec,
         if record.get("question") is not None:
             queries = saved.tensor("recall_question", 0).to(device)
             recall.question = record["question"], {head: queries[i] for head, i in heads.items()}
-        return int(record["shift"])
 
-    shift = _undamaged(fill, path)
+    _undamaged(fill, path)
     if record["archive"] is None:
-        return shift
+        return
     first, end = record["archive"]["first"], record["archive"]["first"] + record["archive"]["tokens"]
     ids = saved.tensor("archive_ids", 0, dtype=torch.int32).tolist()
     blocks = [saved.tensors[name] for name in sorted(saved.tensors) if name.startswith("archive_") and name[-1:] != "s"]
@@ -177,7 +179,6 @@ def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec,
     keys = saved.tensor("recall_keys", 0).to(device)
     ids += recall.log.read(end, max(end, recall.indexed))
     recall.index.add(Evicted(first, ids, {head: keys[i] for head, i in heads.items()}))
-    return shift
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:
