@@ -153,6 +153,21 @@ def sampling_loop(frame: types.FrameType | None) -> Mapping[str, Any] | None:
     return None
 
 
+def prefill_pieces(frame: types.FrameType | None) -> int | None:
+    """The ``prefill_chunk_size`` of the generate() that feeds its prompt now; None without one.
+
+    Parameters
+    ----------
+    frame : frame or None
+        Of what generate() has called, or of its callees.
+    """
+    for _ in range(6):
+        if frame is None or frame.f_code.co_name == "_prefill":
+            break
+        frame = frame.f_back
+    return None if frame is None else getattr(frame.f_locals.get("generation_config"), "prefill_chunk_size", None)
+
+
 def ended_rows(loop: Mapping[str, Any]) -> tuple[bool, ...]:
     """Which rows have ended in a decoding loop: it fills them up with pads. Empty for one row, or if none can end."""
     unfinished = loop["unfinished_sequences"]

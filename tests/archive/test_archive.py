@@ -78,11 +78,33 @@ def test_the_file_takes_what_memory_does_not(tmp_path):
         "archive_lost": 2 * BLOCK,
     }
     read(archive, [2 * BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 4 * BLOCK + 2])
-    with pytest.raises(ValueError, match="whose archive has a file cannot be forked"):
-        archive.fork()
     assert os.path.getsize(path) == 2 * BLOCK_BYTES
     archive.close()
     assert not path.exists()
+
+
+def test_a_fork_has_a_file_of_its_own(tmp_path):
+    paths = [tmp_path / name for name in "ab"]
+    file = BlockFile(paths[0], 2 * BLOCK_BYTES, BLOCK_SHAPE, torch.float32)
+    archive = KVArchive(0, budget_bytes=BLOCK_BYTES, file=file)
+    fill(archive, 4 * BLOCK)  # the oldest has been overwritten
+    fork = archive.fork(str(paths[1]))
+    assert fork.stats() == archive.stats()
+    fill(archive, 6 * BLOCK)
+    read(fork, [BLOCK, 3 * BLOCK - 1, 4 * BLOCK - 1])
+    archive.close()
+    assert not paths[0].exists() and os.path.getsize(paths[1]) == 2 * BLOCK_BYTES
+    fill(fork, 5 * BLOCK)
+    read(fork, [2 * BLOCK, 5 * BLOCK - 1])
+    with pytest.raises(ValueError, match="exists; accepted: the name of a file that does not"):
+        fork.fork(str(paths[1]))
+    with paths[1].open("r+b") as damaged:
+        damaged.write(b"damage")
+    with pytest.raises(ValueError, match=r"'.*c' is damaged"):
+        fork.fork(str(tmp_path / "c")).blocks()
+    os.truncate(paths[1], BLOCK_BYTES)
+    with pytest.raises(ValueError, match=r"'.*b' is damaged"):
+        fork.fork(str(tmp_path / "d"))
 
 
 def test_a_file_that_fails_says_so(tmp_path, monkeypatch):

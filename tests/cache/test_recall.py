@@ -1,16 +1,19 @@
 """Recall in the drop-in against brute force: who comes back, where it stands, and what every token then sees."""
 
+import os
+
 import pytest
 import torch
 from oracle.forward import run
 from oracle.models import build, token_ids
 from oracle.network import Network
-from oracle.recall import Attention, Recalled, Words, chosen, run_recall
+from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
+from sinkstream.compat import with_cache
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=True))
 
@@ -150,21 +153,64 @@ def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
     def recaller(past, t, archived, asked):
         return WORDS_AGAIN(past, t, archived, asked, borders)
 
-    for replay in (True, False):
-        at = TOKENS if replay else TOKENS + len(question)
+    for replay in (True, False, None):  # None: by generate()
+        at = TOKENS + len(question) if replay is False else TOKENS
         expected, frames = run_recall(
             Network(model), text, Rule(**STRICT), recaller, Recalled(8, hold=8), {at: question.tolist()}
         )
         cache = StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL, **WORDS, tokenizer=FakeTokenizer())
         cache.stream.recall.decode = None  # the tokenizer of the tests has no text
-        cache.prefill(model, ids[None])
-        logits = [cache.ask(model, question[None], replay=replay)]
-        logits += [model(token.view(1, 1), past_key_values=cache).logits[:, -1] for token in more]
+        if replay is None:
+            cache.recall_ask = len(question)
+            logits = generate_text(model, cache, text[None], TOKENS + len(question)).unbind(1)
+            assert not cache.recall_ask, "the next prompt has no question"
+        else:
+            cache.prefill(model, ids[None])
+            logits = [cache.ask(model, question[None], replay=replay)]
+            logits += [model(token.view(1, 1), past_key_values=cache).logits[:, -1] for token in more]
         assert frames_of(cache) == frames and frames[-1][0] >= at
         assert any(e.cause == "question" for e in cache.recall_events)
         first = TOKENS + len(question) - 1
         wanted = expected.logits[first : first + len(logits)]
         assert worst(torch.cat(logits).double(), wanted) < 2e-4
+
+
+def test_generate_asks_as_ask_does_with_a_chooser_that_reads_queries():
+    model, ids = build("llama", layers=2), token_ids(210, seed=5)
+    ids[200:] = ids[60:70]
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8}
+    found = []
+    for asked, fed in ((10, 0), (10, 150), (0, 0)):
+        cache = StreamingCache.for_model(model, **STRICT, **options)
+        if fed:
+            cache.prefill(model, ids[None, :fed])
+        cache.recall_ask = asked
+        given = cache.continuation(ids[None, fed:])
+        model.generate(**given, **with_cache(model, cache), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        found.append(frames_of(cache))
+    cache = StreamingCache.for_model(model, **STRICT, **options)
+    cache.prefill(model, ids[None, :200])
+    cache.ask(model, ids[None, 200:])
+    assert found[0] == found[1] == frames_of(cache) != found[2], "what is not asked chooses something else"
+
+
+def test_a_question_that_cannot_be_one_is_refused_before_anything_is_fed():
+    model, ids = build("llama", layers=2), token_ids(50)[None]
+    cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
+    refused = [
+        (51, {}, "recall_ask=51, and the prompt has 50 new tokens; accepted: at most 50"),
+        (5, {"input_ids": ids.expand(2, -1)}, "batch of 2: recall serves one row"),
+        (5, {"prefill_chunk_size": 20}, "recall_ask=5 and prefill_chunk_size exclude each other"),
+    ]
+    for asked, more, words in refused:
+        cache.recall_ask = asked
+        with pytest.raises(ValueError, match=words):
+            model.generate(**{"input_ids": ids} | more, **with_cache(model, cache), max_new_tokens=1)
+        assert not cache.seen_tokens and cache.recall_ask == asked
+    with pytest.raises(ValueError, match="recall_ask=-1 is not accepted"):
+        cache.recall_ask = -1
+    with pytest.raises(ValueError, match="this cache has no recall"):
+        StreamingCache.for_model(model, **STRICT).recall_ask = 5
 
 
 def test_text_is_read_again_and_comes_back_in_its_own_company():
@@ -213,6 +259,20 @@ def test_hybrid_models_and_batches_are_refused():
     cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
     with pytest.raises(ValueError, match="recall serves one row"):
         model(token_ids(3, batch=2), past_key_values=cache)
+    model(token_ids(3)[None], past_key_values=cache)
+    words = r"batch of 2: recall serves one row, since rows have different archives; accepted: .*cache\.fork\(\)"
+    for refused in (
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0, 0])),
+        lambda: model(token_ids(3, batch=2), past_key_values=cache),
+        lambda: model.generate(
+            token_ids(9)[None], **with_cache(model, cache), num_return_sequences=2, do_sample=True, max_new_tokens=1
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
+        assert cache.stream.batch == 1 and cache.seen_tokens == 3
+    cache.reset()
     with pytest.raises(ValueError, match="recall reads token ids"):
         model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=cache)
     with pytest.raises(ValueError, match="this cache has no recall"):
@@ -230,42 +290,28 @@ def test_heads_that_a_model_does_not_have_are_refused():
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
 
 
-def test_a_fork_goes_on_by_itself():
-    model, ids = build("llama"), repetitive()
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_a_fork_goes_on_by_itself(place, tmp_path):
+    model, ids = build("llama", layers=2), repetitive()
     options = {"recall": "lexical", **SMALL, **WORDS}
-    whole = StreamingCache.for_model(model, **STRICT, **options)
+    if place == "file":
+        options |= {"recall_bytes": 1, "recall_file_bytes": 400_000}
+    names = [{"recall_file": tmp_path / name} if place == "file" else {} for name in "ab"]
+    whole = StreamingCache.for_model(model, **STRICT, **options, **names[0])
     wanted = feed(model, whole, ids[None])
-    cache = StreamingCache.for_model(model, **STRICT, **options)
+    cache = StreamingCache.for_model(model, **STRICT, **options, **names[1])
+    early = cache.fork()  # nothing has left yet
     feed(model, cache, ids[None, :200])
     fork = cache.fork()
     feed(model, cache, token_ids(60, seed=9)[None])
     assert torch.equal(feed(model, fork, ids[None, 200:]), wanted[:, 200:])
     assert frames_of(fork) == frames_of(whole) != frames_of(cache)
-
-
-def union(words: Words, attention: Attention):
-    """Both, each behind its own gate."""
-
-    def recaller(past, t, archived, question):
-        found = words.scores(past.ids[0].tolist(), archived, past.ids[0, max(0, t - words.query) : t].tolist(), False)
-        for number, score in attention.scores(past, t, archived).items():
-            found[number] = max(found[number], score if score >= 1 else 0.0)
-        return chosen(found, archived, words.block, words.budget, 1.0)
-
-    return recaller
-
-
-READING = {
-    "heads": (
-        {"recall_heads": "1.1,2.0", "recall_row_level": 0.185, "recall_query_tokens": 8},
-        Attention(4, 12, [(1, 1), (2, 0)], level=0.185, query=8),
-    ),
-    "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
-    "union": (
-        {"recall_heads": [(0, 1)], "recall_row_level": 0.22, "recall_query_tokens": 8},
-        union(Words(4, 12, query=8), Attention(4, 12, [(0, 1)], level=0.22, query=8)),
-    ),
-}
+    assert fork.stats()["archive_file_bytes"] == whole.stats()["archive_file_bytes"]
+    feed(model, early, ids[None, :60])
+    assert len(os.listdir(tmp_path)) == (4 if place == "file" else 0)
+    for one in (whole, cache, fork, early):
+        one.reset()
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("chooser", READING)

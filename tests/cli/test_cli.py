@@ -168,6 +168,20 @@ def test_every_argument_is_in_the_record(cli, here):
     assert record.data["tokens"] == TOKENS and record.model["family"] == "gpt_neox"
 
 
+def test_heads_of_a_file_are_named_in_the_record(cli, here):
+    (here / "heads.json").write_text(
+        json.dumps({"heads": [[0, 1], [1, 0]], "level": 0.25, "row_level": 0.5}), encoding="utf-8"
+    )
+    policy = "strict:recall=heads:recall_heads=heads.json,strict:recall=heads:recall_heads=0.1+1.0:recall_level=0.3"
+    assert cli(eval_line(f"--out={here}/records --recall-slots=8 --cap=40", policy=policy)).code == 0
+    first, second = (record.policy["options"] for record in records_in(here / "records"))
+    heads = {"recall": "heads", "recall_heads": "0.1+1.0", "recall_slots": 8}
+    assert (heads | {"recall_level": 0.25, "recall_row_level": 0.5}).items() <= first.items()
+    assert (heads | {"recall_level": 0.3}).items() <= second.items()
+    refused = cli(eval_line(policy="strict:recall=heads:recall_heads=text.json"))
+    assert refused.code == 2 and "'text.json' holds no heads" in refused.err
+
+
 def test_no_record_names_a_path_of_the_machine(cli, here):
     line = eval_line(f"--out={here}/records", model=f"{here}/tiny", text=here / "text.txt", out=here / "elsewhere")
     assert cli(line).code == 0

@@ -1,5 +1,6 @@
 """Prompts through the packed weights against the oracle: chunks of any size, full streams, wrapped rings, streams."""
 
+import numpy as np
 import pytest
 import torch
 from oracle.models import ENGINE, build, token_ids
@@ -8,7 +9,7 @@ from streams import TOLERANCE, oracle_run, small_policy
 from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.engine.graphs import captured
-from sinkstream.engine.prompt import PromptForward
+from sinkstream.engine.prompt import PromptForward, keep_queries
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
 from sinkstream.kernels.band import Band
 from sinkstream.models import load_model
@@ -174,6 +175,19 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
 def test_a_chunk_is_a_whole_number_of_tokens(value):
     with pytest.raises(ValueError, match=r"chunk_tokens=.* is not accepted; accepted: a whole number of at least 1"):
         engine(build("llama", layers=1), "strict", chunk_tokens=value)
+
+
+@pytest.mark.parametrize(("past", "tokens", "rows"), [(0, 3, 4), (3, 9, 16), (12, 1, 16), (40, 5, 5)])
+def test_a_chunk_keeps_the_queries_that_steps_would_keep(past, tokens, rows):
+    generator = torch.Generator().manual_seed(past)
+    kept, queries = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 4), (rows, 3, 4)))
+    wanted = kept.clone()
+    for i in range(tokens):
+        wanted[1, :, (past + i) % 5] = queries[i]
+    inv_freq = torch.ones(2, dtype=torch.float64)
+    first, table = np.zeros(tokens, dtype=np.int64), torch.zeros(16 + 2 * rows, dtype=torch.int32)
+    keep_queries(kept, queries, Band(first, None, inv_freq, past=past, length=past, row=1, table=table))
+    assert torch.equal(kept, wanted)
 
 
 @pytest.mark.gpu

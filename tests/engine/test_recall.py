@@ -6,7 +6,7 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, SMALL, STRICT, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, WORDS, WORDS_AGAIN, frames_of, repetitive
 from streams import TOLERANCE, FakeTokenizer, feed
 
 from sinkstream.cache import StreamingCache
@@ -125,8 +125,63 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
         assert engine.generate([], max_new_tokens=20, stop_tokens=()).tokens == written
         assert engine.recall_events == cache.recall_events
         assert any(event.cause == "question" for event in engine.recall_events)
-    with pytest.raises(ValueError, match="this engine has no recall"):
-        Engine(model, **STRICT).ask(question)
+        if replay:
+            text, events = torch.cat([ids, question]), engine.recall_events
+            engine.reset()
+            asked = engine.generate(text, max_new_tokens=20, stop_tokens=(), recall_ask=10)
+            assert asked.tokens == written and engine.recall_events == events
+            more = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 20, "recall_ask": 10}
+            out = model.generate(text[None], custom_generate=engine.custom_generate, **more)
+            assert out[0, 210:].tolist() == written and engine.recall_events == events
+    with pytest.raises(ValueError, match="recall_ask=11 is not accepted; accepted: 0 to 10, the tokens of the prompt"):
+        engine.generate(question, max_new_tokens=1, recall_ask=11)
+    for asked in (lambda e: e.ask(question), lambda e: e.generate(question, max_new_tokens=1, recall_ask=3)):
+        with pytest.raises(ValueError, match="this engine has no recall"):
+            asked(Engine(model, **STRICT))
+
+
+@pytest.mark.parametrize(("chooser", "backend"), [("heads", "kernels"), ("mean-key", "ring")])  # union: both parts
+def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser, backend):
+    model, ids = build("llama"), repetitive()
+    options, recaller = READING[chooser]
+    expected, frames = run_recall(Network(model), ids, Rule(**STRICT), recaller, Recalled(8, hold=8, empty_every=8))
+    engine, other = (
+        Engine(model, **STRICT, recall=chooser, **SMALL, **options, backend=backend, rebase_at=90) for _ in range(2)
+    )
+    in_parts(engine, ids[:205])
+    other.prefill(ids[:50])
+    other.undump(engine.dump())
+    nll, again = (in_parts(one, ids[205:]) for one in (engine, other))
+    assert torch.equal(nll.nan_to_num(), again.nan_to_num()), "a stream from a file goes on bit for bit"
+    assert frames_of(engine) == frames and engine.recall_events == other.recall_events
+    judged = ~nll.isnan()
+    assert judged.sum() > 30 and worst(nll[judged], expected.nll[205:][judged]) < TOLERANCE
+    assert model.config._attn_implementation == "sdpa", "no attention of the module is watched"
+
+
+def test_queries_of_a_prompt_that_are_lost_would_show(monkeypatch):
+    """The control: the comparison above must be able to fail."""
+    model, ids = build("llama"), repetitive(240)
+    frames = []
+    for lost in (False, True):
+        if lost:
+            monkeypatch.setattr("sinkstream.engine.prompt.keep_queries", lambda *_: None)
+        engine = Engine(model, **STRICT, recall="heads", **SMALL, **READING["heads"][0])
+        engine.prefill(ids)
+        frames.append(frames_of(engine))
+    assert frames[0] != frames[1]
+
+
+def test_a_question_whose_queries_are_read_is_fed_twice_as_in_the_drop_in():
+    model, ids = build("llama", torch.float16), token_ids(210, seed=5)
+    ids[200:] = ids[60:70]
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8, "recall_archive": "text"}
+    cache, engine = StreamingCache.for_model(model, **STRICT, **options), Engine(model, **STRICT, **options)
+    cache.prefill(model, ids[None, :200])
+    wanted = cache.ask(model, ids[None, 200:])[0].float()
+    asked = engine.generate(ids, max_new_tokens=1, stop_tokens=(), recall_ask=10)
+    assert frames_of(engine)[-1] == frames_of(cache)[-1] and engine.recall_events[-1].cause == "question"
+    assert asked.tokens == [int(wanted.argmax())] and engine.stats()["seen"] == 211
 
 
 def test_taken_back_tokens_and_turns():
@@ -152,7 +207,6 @@ def test_taken_back_tokens_and_turns():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recall": "mean-key"}, r"reads queries \(MeanKey\) is not served by the engine"),
         ({"recall": "lexical", "streams": 2}, "recall with streams=2 is not served by the engine"),
         ({"recall": "lexical", "max_sink": 6}, "recall and max_sink=6 exclude each other"),
         ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens"),
@@ -163,14 +217,6 @@ def test_taken_back_tokens_and_turns():
 def test_mistakes_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         Engine.check(build("llama"), **STRICT, **options)
-
-
-def test_what_has_no_archive_is_refused(tmp_path):
-    engine = Engine(build("llama"), **STRICT, recall="lexical")
-    engine.prefill(token_ids(9))
-    for refused in (lambda: engine.snapshot(tmp_path / "a"), lambda: engine.restore(tmp_path / "a"), engine.dump):
-        with pytest.raises(ValueError, match="a stream with recall is not written to a file of the engine"):
-            refused()
 
 
 # ---- on a GPU ----
@@ -234,3 +280,24 @@ def test_short_chunks_are_captured_while_tokens_stand_in_the_frame(archive):
         logits.append(engine.ask(ids[300:330]))
         assert engine.stats()["recalled"] == 12
     assert (logits[0] - logits[1]).abs().mean() < 0.05
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_queries_that_recall_reads_are_those_of_plain_steps():
+    model, ids = build("llama", torch.float16).cuda(), repetitive(300).cuda()
+    options = {**STRICT, "recall": "heads", **SMALL, **READING["heads"][0]}
+    for steps in (0, 5):
+        found = {}
+        for backend in ("ring", "graph", "fused"):
+            engine = Engine(model, **options, recall_gate=1e9, backend=backend, rebase_at=100)
+            for part in ids[:240].split(60):  # short chunks are captured
+                engine.prefill(part)
+            if steps:
+                engine.score(ids[240 : 240 + steps])
+            found[backend] = torch.cat([*engine.recall.memory.queries.read(8).values()], 1)
+        for backend in ("graph", "fused"):
+            apart = [(found[backend].roll(back, 0) - found["ring"]).abs().mean() for back in (0, 1)]
+            assert apart[0] < 0.05 * found["ring"].abs().mean() < apart[1], "and the control, of the token before"
+    live = Engine(model, **options, backend="fused")
+    live.score(ids)
+    assert live.stats()["recalls"] >= 5

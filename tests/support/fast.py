@@ -32,7 +32,8 @@ FAST: dict[str, tuple[str, ...]] = {
     "engine/test_log_probs.py": ("wrong_count",),
     "engine/test_memory.py": ("need_of_the_streams",),
     "engine/test_packing.py": (),
-    "engine/test_recall.py": ("mistakes", "has_no_archive"),
+    "engine/test_recall.py": ("mistakes",),
+    "engine/test_recall_snapshot.py": ("other_recall",),
     "engine/test_prompt.py": ("oracle[strict-", "no_module_is_called", "padded_to", "capture_that"),
     "engine/test_sampling.py": (
         *("distribution_is_that", "penalties_and", "penalised_greedy", "not_numbers", "wrong_options", "rehearsal"),

@@ -2,7 +2,7 @@
 
 import torch
 from oracle.models import token_ids
-from oracle.recall import Words
+from oracle.recall import Attention, Words, chosen
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
@@ -32,3 +32,28 @@ def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
     for start in range(150, tokens - 24, 60):
         ids[start : start + 24] = ids[start - 100 : start - 76]
     return ids
+
+
+def union(words: Words, attention: Attention):
+    """Both, each behind its own gate."""
+
+    def recaller(past, t, archived, question):
+        found = words.scores(past.ids[0].tolist(), archived, past.ids[0, max(0, t - words.query) : t].tolist(), False)
+        for number, score in attention.scores(past, t, archived).items():
+            found[number] = max(found[number], score if score >= 1 else 0.0)
+        return chosen(found, archived, words.block, words.budget, 1.0)
+
+    return recaller
+
+
+READING = {  # choosers that read keys and queries: options, and the same for the oracle
+    "heads": (
+        {"recall_heads": "1.1,2.0", "recall_row_level": 0.185, "recall_query_tokens": 8},
+        Attention(4, 12, [(1, 1), (2, 0)], level=0.185, query=8),
+    ),
+    "mean-key": ({}, Attention(4, 12, [(i, j) for i in (0, 1, 2) for j in (0, 1)], mean=True)),
+    "union": (
+        {"recall_heads": [(0, 1)], "recall_row_level": 0.22, "recall_query_tokens": 8},
+        union(Words(4, 12, query=8), Attention(4, 12, [(0, 1)], level=0.22, query=8)),
+    ),
+}

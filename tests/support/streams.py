@@ -123,6 +123,7 @@ def generate_text(model, cache: StreamingCache, ids: torch.Tensor, prompt: int =
     out = model.generate(
         ids[:, :prompt],
         **with_cache(model, cache),
+        attention_mask=torch.ones_like(ids[:, :prompt]),  # else generate() takes the tokens of id 0 for pads
         max_new_tokens=ids.shape[1] - prompt,
         do_sample=False,
         logits_processor=[Follow(ids)],

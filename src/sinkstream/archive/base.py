@@ -102,8 +102,21 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def fork(self) -> Self:
-        """The same tokens, to go on independently. Raises ValueError if that cannot be."""
+    def fork(self, file: str | None = None) -> Self:
+        """The same tokens, to go on independently.
+
+        Parameters
+        ----------
+        file : str or None
+            Where this archive has a file: the name of the other one's, which gets a copy of what is in it.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, or there is one of the other name.
+        WriteError
+            If the other file cannot be made.
+        """
 
     def close(self) -> None:  # noqa: B027  (memory goes by itself)
         """Give back what is not memory."""

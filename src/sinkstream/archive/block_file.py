@@ -5,6 +5,7 @@ import os
 import weakref
 import zlib
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -85,6 +86,17 @@ class BlockFile:
         if data is None or zlib.crc32(data.data) != self._checksums[slot]:
             raise self._damaged(slot)
         return torch.from_numpy(data).view(self._dtype).view(self._shape)
+
+    def copy(self, path: str | Path) -> Self:
+        """A file of its own with the same blocks. Raises as the constructor, and ValueError if this file was cut."""
+        slots, size = self._map.shape
+        if not self._whole():
+            raise self._damaged(0)
+        other = type(self)(path, slots * size, self._shape, self._dtype)
+        held = min(self._written, slots)
+        other._map[:held] = self._map[:held]
+        other._checksums, other._written = list(self._checksums), self._written  # damage shows in either
+        return other
 
     def close(self) -> None:
         """Delete the file."""

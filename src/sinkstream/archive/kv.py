@@ -258,11 +258,12 @@ class KVArchive(Archive):
             return self._blocks[number - self._in_file]
         return torch.cat(self._latest, 3)
 
-    def fork(self) -> Self:
-        """As `Archive.fork`; blocks are shared. Raises ValueError if some may lie in a file."""
-        if self.file is not None:
-            raise ValueError("a stream whose archive has a file cannot be forked; accepted: an archive without a file")
+    def fork(self, file: str | None = None) -> Self:
+        """As `Archive.fork`; blocks in memory are shared."""
         other = copy.copy(self)
+        if self.file is not None:
+            assert file is not None, "a fork has a file of its own"
+            other.file = self.file.copy(file)
         other.ids = self.ids[:]
         other._blocks, other._latest = list(self._blocks), list(self._latest)
         return other

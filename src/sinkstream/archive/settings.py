@@ -1,14 +1,17 @@
 """What a user says of recall: a chooser, its slots, when it chooses, where recalled tokens stand, and the archive."""
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies.options import check_options, option, option_fields
 
 BUDGET_BYTES = 2 << 30
+_numbers: dict[str, count] = {}  # of files beside others, by the name before the number
 PREFIX = "recall_"  # of a setting's name, and of a chooser's option, among the options of a cache
 
 
@@ -69,6 +72,14 @@ class RecallSettings:
         plain = {n: v for n, v in options.items() if isinstance(v, int | float | str | tuple | list | None)}
         name = names.get(type(self.chooser), type(self.chooser).__name__)
         return {"recall": name, "heads": list(self.chooser.heads)} | plain | own
+
+    def beside(self) -> Self:
+        """The settings of a stream that lives beside one with these: its file has a number behind the name."""
+        if self.file is None:
+            return self
+        base = re.sub(r"\.fork[0-9]+$", "", self.file)
+        names = (f"{base}.fork{n}" for n in _numbers.setdefault(base, count(1)))
+        return replace(self, file=next(name for name in names if not Path(name).exists()))
 
     @classmethod
     def build(cls, recall: "str | Chooser", model: Any, peak: int, **options: Any) -> "RecallSettings":

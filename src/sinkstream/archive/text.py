@@ -77,7 +77,7 @@ class TextArchive(Archive):
         self.ids.extend(ids)
         self.end += len(ids)
 
-    def fork(self) -> Self:
+    def fork(self, file: str | None = None) -> Self:
         """As `Archive.fork`."""
         other = copy.copy(self)
         other.ids = self.ids[:]

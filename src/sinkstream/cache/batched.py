@@ -117,15 +117,15 @@ class BatchedCache(AppendOnlyCache):
         return unseen(input_ids, attention_mask, self.row_seen, self.stream.row_ids)
 
     def begin_prompt(
-        self, input_ids: torch.Tensor, new: int, given: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+        self, input_ids: torch.Tensor, new: int | None, given: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int | None, dict[str, Any]]:
         """What the first call of a generate() is given, of a whole conversation.
 
         Parameters
         ----------
         input_ids : Tensor, (batch, tokens), int64
-        new : int
-            How many of the last the cache has not seen, if no row has pads.
+        new : int or None
+            How many of the last the cache has not seen, if no row has pads; None: `input_ids` are new tokens alone.
         given : mapping
             Other arguments of the call.
 
@@ -140,6 +140,8 @@ class BatchedCache(AppendOnlyCache):
             If the conversation does not begin with what the cache has seen, or for positions of the caller's own.
         """
         self.ended = ()
+        if new is None:
+            return input_ids, None, {}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is None or bool((mask != 0).all()):
             if len(set(self.row_seen)) <= 1:

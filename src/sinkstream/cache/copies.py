@@ -38,6 +38,7 @@ class CopiedCache(BatchedCache):
 
     policy: EvictionPolicy
     stream: Stream
+    shows_queries = True  # whether the model's attention shows recall its queries
     _pending: Any = None  # a forward that has begun
 
     def __init__(self, stream: Stream):
@@ -54,7 +55,7 @@ class CopiedCache(BatchedCache):
     def attach_to(self, model: PreTrainedModel) -> None:
         """Put the hooks on the model that the cache is for."""
         recall = self.stream.recall
-        asked = recall is not None and recall.queries is not None
+        asked = self.shows_queries and recall is not None and recall.queries is not None
         observed = asked or bool({"attention", "accumulated"} & self.policy.needs)
         in_blocks = self.stream.block_tokens > 0 and self.spec.attention == "sdpa" and self.spec.observable
         self._close = attach(self, model, attention=observed or in_blocks or self.compiled)
@@ -143,12 +144,16 @@ class CopiedCache(BatchedCache):
     def fork(self) -> Self:
         """Another cache on the same model with the same stream so far; the two go on independently.
 
-        The buffers are shared until one of the two takes new tokens: `stats` counts them in ``shared_bytes``.
+        The buffers are shared until one of the two takes new tokens: `stats` counts them in ``shared_bytes``. Where the
+        archive of recall has a file, the fork has one of the same size, with a copy of what is in it and the same name
+        with ``.fork1``, ``.fork2`` … behind it, which is deleted with the fork's stream.
 
         Raises
         ------
         ValueError
-            If the cache is closed.
+            If the cache is closed, or the file of its archive is damaged.
+        WriteError
+            If the fork's file cannot be made.
         """
         model = self._attached_model("forked")
         other = type(self)(self.stream.fork(share=self._pending is None))

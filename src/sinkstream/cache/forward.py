@@ -14,6 +14,7 @@ from sinkstream.cache.channels import UNCERTAINTY, token_channels
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.families.base import FULL, SLIDING
+from sinkstream.cache.recall import one_row
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.sliding import SlidingRing
 from sinkstream.cache.stream import Stream
@@ -248,6 +249,8 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
     """Raise ValueError unless the stream can take these tokens in one forward."""
     if tokens < 1:
         raise ValueError("0 tokens in one call; accepted: at least 1")
+    if stream.recall is not None and batch != 1:
+        raise one_row(batch)
     if stream.batch and batch != stream.batch:
         raise ValueError(
             f"batch of {batch}, but this cache holds {stream.batch} streams; use reset() or another cache, or change"
@@ -256,11 +259,6 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
     if input_ids is None and (stream.recall is not None or {"structure", "nll"} & stream.policy.needs):
         what = "recall" if stream.recall is not None else "this policy"
         raise ValueError(f"{what} reads token ids; inputs_embeds are not supported, give input_ids")
-    if stream.recall is not None and batch != 1:
-        raise ValueError(
-            f"batch of {batch}: recall serves one row, since rows have different archives; accepted: a batch of 1, or a"
-            " cache for each row"
-        )
     if stream.needs_logits and not has_logits:
         raise ValueError("this policy reads the logits; call the causal language model, not its decoder alone")
     if stream.recall is not None and input_ids is not None:

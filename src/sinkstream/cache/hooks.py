@@ -81,11 +81,11 @@ class HookedCache(Cache):
 
     @abstractmethod
     def begin_prompt(
-        self, input_ids: torch.Tensor, new: int, given: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+        self, input_ids: torch.Tensor, new: int | None, given: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int | None, dict[str, Any]]:
         """What the first call of a generate() is given, of a whole conversation ``(batch, tokens)``. Raises ValueError.
 
-        Ids, how many of the last are new, and other arguments instead of `given` ones.
+        Ids, how many of the last are new (None: all), and other arguments instead of `given` ones.
         """
 
     @abstractmethod
@@ -290,7 +290,7 @@ def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=No
     if cache is not None and input_ids is not None:
         if not kwargs.get("is_first_iteration"):
             kwargs |= cache.next_step(compat.sampling_loop(sys._getframe(1)))
-        elif inputs_embeds is not None or next_sequence_length is None:  # new tokens alone, or nothing to compare
+        elif inputs_embeds is not None:  # nothing to compare
             cache.ended = ()
         else:
             input_ids, next_sequence_length, more = cache.begin_prompt(input_ids, next_sequence_length, kwargs)

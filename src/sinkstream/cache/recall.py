@@ -120,10 +120,17 @@ class RecallMemory:
             decode=self.decode,
         )
 
-    def fork(self) -> Self:
-        """The same state, to go on independently. Raises ValueError if the archive has a file."""
+    def beside(self) -> Self:
+        """Another one like this, empty, for a stream that lives beside this one: a file of its own, if there is one."""
+        other = self.empty()
+        other.settings = self.settings.beside()
+        return other
+
+    def fork(self, settings: RecallSettings) -> Self:
+        """The same state, to go on independently, with the settings of `beside`. Raises as `Archive.fork`."""
         other = copy.copy(self)
-        other.archive = None if self.archive is None else self.archive.fork()
+        other.settings = settings
+        other.archive = None if self.archive is None else self.archive.fork(settings.file)
         other.index, other.log = self.index.copy(), self.log.fork()
         other.queries = None if self.queries is None else self.queries.fork()
         other.turns, other.events = list(self.turns), self.events.copy()
@@ -189,7 +196,7 @@ class RecallMemory:
         ids = self.log.read(first, first + keys.shape[3])
         archive.append(ids, keys, values)
         if not self.settings.chooser.foresees:
-            heads = {(layer, head): keys[layer, 0, head] for layer, head in self.settings.chooser.heads}
+            heads = {(layer, head): keys[layer, 0, head].float() for layer, head in self.settings.chooser.heads}
             self.index.add(Evicted(first, ids, heads))
         self.index.forget(archive.first)
         self.log.forget(min(archive.end, self.log.end - self.settings.chooser.query_tokens))
@@ -354,3 +361,11 @@ class Recall(RecallMemory, RecallTimes):
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]
         return tuple(spans)
+
+
+def one_row(batch: int) -> ValueError:
+    """What is raised where recall would have to serve a batch."""
+    return ValueError(
+        f"batch of {batch}: recall serves one row, since rows have different archives; accepted: a batch of 1, or a"
+        " cache for each row (cache.fork() of the row that they have in common)"
+    )

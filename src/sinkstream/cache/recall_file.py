@@ -17,7 +17,6 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.recall import EVENTS, Recall
 from sinkstream.cache.recall_times import Coming, RecallEvent
-from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.stream_file import PLACE_OF_ARCHIVE, SavedStream
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -38,8 +37,15 @@ def recall_options(saved: SavedStream, path: str | Path, options: dict[str, Any]
     return {"recall": found["recall"]} | named | options
 
 
-def recall_record(recall: Recall, ring: SoftRing | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def recall_record(recall: Recall, *, begun: bool, shift: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What the header of a file says of recall, and tensors; those of the archive are views of it.
+
+    Parameters
+    ----------
+    begun : bool
+        Whether the stream holds a token.
+    shift : int
+        How far in front of their place behind the sinks the recalled tokens stand.
 
     Raises
     ------
@@ -48,7 +54,7 @@ def recall_record(recall: Recall, ring: SoftRing | None) -> tuple[dict[str, Any]
     """
     archive, chooser, log = recall.archive, recall.settings.chooser, recall.log
     record: dict[str, Any] = {"settings": recall.settings.record(), "archive": None}
-    if ring is None or not ring.seen:
+    if not begun:
         return record, {}
     ids = log.read(log.first, log.end)
     tensors = {"recall_log": torch.tensor(ids, dtype=torch.int32)}
@@ -76,7 +82,7 @@ def recall_record(recall: Recall, ring: SoftRing | None) -> tuple[dict[str, Any]
     record |= {
         "log": log.first,
         "frame": recall.frame,
-        "shift": ring.recall_shift,
+        "shift": shift,
         "turns": recall.turns,
         "events": [asdict(event) for event in recall.events],
         "counts": recall.counts(),
@@ -114,20 +120,47 @@ def recall_shapes(saved: SavedStream, path: str | Path, spec: ModelSpec) -> Shap
     return _undamaged(shapes, path)
 
 
-def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | Path, device: torch.device) -> None:
-    """Let an empty recall go on where a saved one with the same settings was; its frame is in `ring` already.
+def fill_recall(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec, device: torch.device) -> int:
+    """Let an empty recall go on where a saved one with the same settings was; the frame is the caller's to set.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of the stream.
+
+    Returns
+    -------
+    int
+        How far in front of their place behind the sinks the recalled tokens stand.
 
     Raises
     ------
     ValueError
         If the archive does not fit its budget here, or what is saved does not fit together.
+    WriteError
+        If the file of the archive cannot be made. In either case it has been deleted.
     """
+    record = saved.recall
+    assert record is not None, "compared by check_fits"
+    try:
+        _fill(recall, saved, path, spec, device)
+        return _undamaged(lambda: int(record["shift"]), path)
+    except BaseException:
+        recall.close()
+        raise
+
+
+def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec, device: torch.device) -> None:
     record = saved.recall
     assert record is not None, "compared by check_fits"
     chooser = recall.settings.chooser
     heads = {head: i for i, head in enumerate(chooser.heads)}
 
     def fill() -> None:
+        counts, frame = saved.counts, record["frame"]
+        pinned = recall.sink + len(frame) if counts.pruned else len(frame)
+        if len(frame) > recall.settings.slots or counts.pinned != pinned:
+            raise ValueError(f"{len(frame)} recalled tokens of {counts.pinned} pinned ones")
         recall.log.load(record["log"], saved.tensor("recall_log", 0, dtype=torch.int32).tolist())
         recall.frame, recall.turns = list(record["frame"]), list(record["turns"])
         recall.events = deque(map(_event, record["events"]), maxlen=EVENTS)
@@ -137,7 +170,6 @@ def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | 
         if record.get("question") is not None:
             queries = saved.tensor("recall_question", 0).to(device)
             recall.question = record["question"], {head: queries[i] for head, i in heads.items()}
-        ring.hold_recalled(len(recall.frame), record["shift"])
 
     _undamaged(fill, path)
     if record["archive"] is None:
@@ -145,7 +177,7 @@ def fill_recall(recall: Recall, ring: SoftRing, saved: SavedStream, path: str | 
     first, end = record["archive"]["first"], record["archive"]["first"] + record["archive"]["tokens"]
     ids = saved.tensor("archive_ids", 0, dtype=torch.int32).tolist()
     blocks = [saved.tensors[name] for name in sorted(saved.tensors) if name.startswith("archive_") and name[-1:] != "s"]
-    archive = recall.open_archive(first, ring.keys.shape, ring.values.dtype)
+    archive = recall.open_archive(first, (len(spec.full_layers), 1, spec.kv_heads, 0, spec.head_dim), spec.dtype)
     archive.refill(ids, blocks, device)
     archive.lost = record["archive"]["lost"]
     keys = saved.tensor("recall_keys", 0).to(device)

@@ -1,16 +1,18 @@
 """`RecallingCache`: a cache whose evicted tokens can come back; see `cache.recall`."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from sinkstream import compat
 from sinkstream.archive import PREFIX, Chooser, RecallSettings
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
-from sinkstream.cache.recall import Recall, RecallEvent
+from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
@@ -21,6 +23,31 @@ SENTENCE_END = 2.0  # structural weight of a token that ends a sentence or a lin
 
 class RecallingCache(CopiedCache):
     """The part of a cache that recall adds."""
+
+    _asked = 0
+
+    @property
+    def recall_ask(self) -> int:
+        """How many tokens at the end of the next prompt of ``generate()`` are a question, as `ask` takes one; 0: none.
+
+        Set it before ``model.generate(…)``: the prompt is fed up to the question, and what comes back is chosen by the
+        question alone. Then it is 0 again.
+
+        Raises
+        ------
+        ValueError
+            When it is set: if the cache has no recall, or the number is not accepted. In ``generate()``, before
+            anything is computed: if the prompt has fewer new tokens, or is fed in pieces (``prefill_chunk_size``).
+        """
+        return self._asked
+
+    @recall_ask.setter
+    def recall_ask(self, tokens: int) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"recall_ask={tokens!r} is not accepted; accepted: a number of tokens, 0 for no question")
+        if tokens:
+            self._recall()
+        self._asked = tokens
 
     @property
     def recall_events(self) -> list[RecallEvent]:
@@ -61,26 +88,76 @@ class RecallingCache(CopiedCache):
         ValueError
             If the cache has no recall; and as `prefill`.
         """
+        recall = self._recall()
+        if replay:
+            left = self._choose_by(model, question_ids)
+            return self.prefill(model, question_ids[:, question_ids.shape[1] - left :])
+        logits = self.prefill(model, question_ids)
+        recall.ask(question_ids[0].tolist())
+        return logits
+
+    def begin_prompt(
+        self, input_ids: torch.Tensor, new: int | None, given: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, int | None, dict[str, Any]]:
+        """As `BatchedCache.begin_prompt`; feeds a prompt up to the question of `recall_ask`, and chooses by that."""
+        asked, pieces = self._asked, compat.prefill_pieces(sys._getframe(1)) if self._asked else None
+        if pieces is not None:
+            raise _in_pieces(asked)
+        input_ids, new, more = super().begin_prompt(input_ids, new, given)
+        if not asked:
+            return input_ids, new, more
+        batch, tokens = input_ids.shape
+        first = tokens if new is None else new
+        if batch != 1:
+            raise one_row(batch)
+        if asked > first:
+            raise ValueError(f"recall_ask={asked}, and the prompt has {first} new tokens; accepted: at most {first}")
+        model = self._attached_model("asked")
+        if asked < first:
+            self.prefill(model, input_ids[:, tokens - first : tokens - asked])
+        left = self._choose_by(model, input_ids[:, tokens - asked :])
+        self._asked = 0
+        return input_ids, left, more
+
+    def next_step(self, loop: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As `BatchedCache.next_step`; before 5.23 transformers feeds the pieces of a prompt so."""
+        if self._asked and loop is None:
+            raise _in_pieces(self._asked)
+        return super().next_step(loop)
+
+    def _recall(self) -> Recall:
         recall = self.stream.recall
         if recall is None:
             raise ValueError("this cache has no recall; accepted: StreamingCache.for_model(model, recall=CHOOSER, …)")
-        ids = question_ids[0].tolist()
-        if replay and recall.queries is None:  # the ids are known before the question is fed
+        return recall
+
+    def _choose_by(self, model: PreTrainedModel, question_ids: torch.Tensor) -> int:
+        """Have the next choice made by a question ``(1, tokens)``; returns how many of its last tokens must be fed.
+
+        Where the chooser reads queries, the question is fed, and the latest of it is taken back.
+        """
+        recall, ids = self._recall(), question_ids[0].tolist()
+        if recall.queries is None:  # the ids are known before the question is fed
             recall.ask(ids)
-            return self.prefill(model, question_ids)
-        logits = self.prefill(model, question_ids)
+            return len(ids)
+        self.prefill(model, question_ids)
         recall.ask(ids)
-        if not replay:
-            return logits
         ring = self.stream.ring
         assert ring is not None, "the question is in it"
         again = min(len(ids), max(1, (ring.live - ring.pinned) // 2))
         rewind(self.stream, again)
-        return self.prefill(model, question_ids[:, len(ids) - again :])
+        return again
 
     def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """See `StreamingCache.prefill`."""
         raise NotImplementedError
+
+
+def _in_pieces(asked: int) -> ValueError:
+    return ValueError(
+        f"recall_ask={asked} and prefill_chunk_size exclude each other; accepted: generate() without"
+        " prefill_chunk_size, which feeds a long prompt in chunks by itself"
+    )
 
 
 def recall_of(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from sinkstream.cache.observe import AttentionObserver
+from sinkstream.cache.recall import one_row
 from sinkstream.cache.ring import SoftRing
 from sinkstream.cache.stream import Stream
 from sinkstream.policies import Step
@@ -197,6 +198,8 @@ def selected(stream: Stream, indices: torch.Tensor) -> Stream:
     """The stream with these rows, ``(any,)`` int64, in this order and as often as they are named, to go on with."""
     if isinstance(stream, Rows):
         return stream.select(indices)
+    if stream.recall is not None and len(indices) != 1:
+        raise one_row(len(indices))
     ring = ring_of(stream)
     with torch.inference_mode(False):
         rows = indices.to(ring.keys.device)

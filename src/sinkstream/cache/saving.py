@@ -38,7 +38,9 @@ def stream_record(stream: Stream, model: dict) -> SavedStream:
     )
     more = dict[str, torch.Tensor]()
     if stream.recall is not None:
-        saved.recall, more = recall_record(stream.recall, ring)
+        begun = ring is not None and ring.seen > 0
+        shift = 0 if ring is None else ring.recall_shift
+        saved.recall, more = recall_record(stream.recall, begun=begun, shift=shift)
     if ring is None or not ring.seen:
         return saved
     saved.counts = StreamCounts(
@@ -103,7 +105,8 @@ def fill_stream(stream: Stream, saved: SavedStream, path: str | Path, device: to
             keys, values = (saved.tensor(f"sliding_{name}", *none) for name in ("keys", "values"))
             stream.sliding.load(keys, values, c.base)
     if stream.recall is not None:
-        fill_recall(stream.recall, ring, saved, path, device)
+        shift = fill_recall(stream.recall, saved, path, stream.spec, device)
+        ring.hold_recalled(len(stream.recall.frame), shift)
     ring.rebases, stream.events, stream.seen_ids = c.rebases, c.events, seen_ids
     if stream.observer is not None:
         stream.observer.scaling = saved.scaling

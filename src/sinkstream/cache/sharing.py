@@ -21,6 +21,7 @@ class SharedBuffers:
     observer: AttentionObserver | None
     schedule: PruneSchedule
     recall: Recall | None
+    recalling: Recall | None
     seen_ids: SeenTokens | None
     policy: EvictionPolicy
     _sharers: "weakref.WeakSet[SharedBuffers] | None" = None  # all that read the same buffers, this stream among them
@@ -39,6 +40,8 @@ class SharedBuffers:
         """
         other = copy.copy(self)  # what is replaced and never written to may be shared
         other._sharers, other.recall = None, None
+        if self.recalling is not None:
+            other.recalling = self.recalling.beside()
         ring, observer = self.ring, self.observer
         if ring is None or not ring.seen:
             other.clear()
@@ -46,8 +49,8 @@ class SharedBuffers:
         other.schedule = copy.deepcopy(self.schedule, {id(self.policy): self.policy})
         other.ring = ring.twin()
         other.sliding = None if self.sliding is None else self.sliding.twin()
-        if self.recall is not None:
-            other.recall = self.recall.fork()
+        if self.recall is not None and other.recalling is not None:
+            other.recall = self.recall.fork(other.recalling.settings)
             other.ring.on_leaving = other.recall.take
         if observer is not None:
             other.observer = AttentionObserver(other.ring, observer.keep, accumulate=False)

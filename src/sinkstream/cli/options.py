@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
+from sinkstream.archive.choosers.heads import known_heads
 from sinkstream.cache import POSITIONS
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
@@ -19,6 +20,7 @@ from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolic
 from sinkstream.policies.options import OptionSpec, option_fields
 
 RANDOM_TEXT = "random"
+HEADS = PREFIX + "heads"
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -36,6 +38,7 @@ def recall_option_specs() -> Iterator[OptionSpec]:
             if spec.name not in seen:
                 seen.add(spec.name)
                 yield replace(spec, name=PREFIX + spec.name)
+    yield OptionSpec(HEADS, str, None, "retrieval heads: LAYER.KV_HEAD[+LAYER.KV_HEAD], or a file of probe-heads", None)
 
 
 def add_recall_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +113,18 @@ def policy_settings(args: argparse.Namespace, **protocol: Any) -> list[RunSettin
         sampled = {"sample_every": 1} if several and method != "recompute" else {}
         settings.append(RunSettings(method, options=passed | own, recall=recall, **(common | sampled)))
     return settings
+
+
+def _named_heads(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a policy with what a file of probe-heads says in its place, since a record names no path."""
+    if not options.get(HEADS, "").endswith(".json"):
+        return options
+    try:
+        found = known_heads(Path(options[HEADS]))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    named = {HEADS: "+".join(f"{layer}.{head}" for layer, head in found.pop("heads"))}
+    return {PREFIX + name: value for name, value in found.items()} | options | named
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -255,4 +270,4 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
             raise argparse.ArgumentTypeError(
                 f"{part!r} in {text!r}: {value!r} is not accepted; accepted: {NUMBERS[types[option]]}"
             ) from None
-    return name, options
+    return name, _named_heads(options)

@@ -29,6 +29,8 @@ class StreamBuffers:
         Most sinks of a stream; default: the policy's.
     recall_slots : int
         The most tokens that are recalled at once; 0: no recall.
+    recall_queries : int
+        Latest queries that recall reads.
 
     Attributes
     ----------
@@ -86,8 +88,10 @@ class StreamBuffers:
         device: torch.device,
         max_sink: int | None = None,
         recall_slots: int = 0,
+        recall_queries: int = 0,
     ):
         self.spec, self.policy, self.streams, self.device = spec, policy, streams, device
+        self.recall_queries = recall_queries
         self.geometry = Geometry.of(policy, positions, max_sink, recall_slots)
         self.signals = sorted(PruneSchedule(policy).signals())
         with torch.inference_mode(False):
@@ -105,7 +109,7 @@ class StreamBuffers:
     @property
     def observed_queries(self) -> int:
         """How many of the latest queries are kept."""
-        return self.policy.scorer.observed_queries if self.policy.scorer else 0
+        return self.policy.scorer.observed_queries if self.policy.scorer else self.recall_queries
 
     @property
     def bytes(self) -> int:

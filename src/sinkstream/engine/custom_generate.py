@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from sinkstream import compat
 from sinkstream.cache.padding import default_positions
 from sinkstream.engine.decoder import StreamDecoder
-from sinkstream.engine.generation import Writer, write
+from sinkstream.engine.generation import Writer, feed, write
 from sinkstream.engine.recorder import CopyInFlight
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -27,6 +27,7 @@ def run(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     streamer: BaseStreamer | None,
+    recall_ask: int = 0,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Start over with a stream for each row and let all of them write; `check` comes before. See `custom_generate`.
 
@@ -34,7 +35,7 @@ def run(
     """
     for row, ids in enumerate(input_ids):
         decoder.reset(stream=row)
-        decoder.prefill(ids if mask is None else ids[mask[row] != 0], stream=row)
+        feed(decoder, ids if mask is None else ids[mask[row] != 0], row, recall_ask)
     writer = ProcessorsWriter(decoder.state.streams, input_ids, processors, criteria, config, streamer)
     write(decoder, writer, range(len(input_ids)), config.max_length - input_ids.shape[1])
     return writer.result()

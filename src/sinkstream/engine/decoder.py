@@ -17,7 +17,7 @@ from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
-from sinkstream.engine.recalling import StreamRecall, check_recall, recall_slots, reread_tokens
+from sinkstream.engine.recalling import StreamRecall, check_recall, recall_queries, recall_slots, reread_tokens
 from sinkstream.engine.refresh import rehearse_refresh
 from sinkstream.engine.rereading import PackedReader
 from sinkstream.engine.short_chunks import short_chunk_sizes
@@ -56,7 +56,7 @@ class StreamDecoder(StreamKeeper):
         policies whose plan is known.
     recall : str, Chooser or None
         Who says which tokens that left the window come back, as in `StreamingCache.for_model`, with the same options
-        ``recall_slots``, ``recall_every`` … One stream, a policy whose plan is known, a chooser that reads ids alone.
+        ``recall_slots``, ``recall_every`` … One stream, and a policy whose plan is known.
 
     Raises
     ------
@@ -117,6 +117,7 @@ class StreamDecoder(StreamKeeper):
             structure=self._cache.stream.structure,
             max_sink=max_sink,
             recall_slots=recall_slots(self._cache),
+            recall_queries=recall_queries(self._cache),
         )
         self._step = STEPS[backend](self.weights, self.state)
         self._step.prepare()
@@ -314,6 +315,7 @@ def checked_cache(
             captures=step.captures,
             max_sink=max_sink,
             recall_slots=recall_slots(cache),
+            recall_queries=recall_queries(cache),
             reread_tokens=reread_tokens(cache),
         )
     except ValueError:

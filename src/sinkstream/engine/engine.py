@@ -18,7 +18,7 @@ from sinkstream import compat
 from sinkstream.engine.custom_generate import check as check_custom_generate
 from sinkstream.engine.custom_generate import run as run_custom_generate
 from sinkstream.engine.decoder import StreamDecoder, checked_cache
-from sinkstream.engine.generation import Generation, ending, generate
+from sinkstream.engine.generation import Generation, check_question, ending, feed, generate
 from sinkstream.engine.inputs import Ids, encoded
 from sinkstream.engine.memory import check_weights
 from sinkstream.models import load_model, resolve_device, resolve_dtype, weight_bytes
@@ -101,6 +101,8 @@ class Engine(StreamDecoder):
             Of the draws. A token drawn is a function of the seed, its position in the stream and the logits.
         log_probs : int or None
             Also return the log-probability of each token and of this many likeliest ones, at most 20; 0: of the token.
+        recall_ask : int, default=0
+            How many tokens at the end of the prompt are a question, as `ask` takes one.
 
         Raises
         ------
@@ -129,13 +131,13 @@ class Engine(StreamDecoder):
         ValueError
             If the engine has no recall, or the question is empty or not accepted.
         """
-        if self.recall is None:
-            raise ValueError("this engine has no recall; accepted: Engine(model, recall=CHOOSER, …)")
         question = self._ids(encoded(ids, self.tokenizer), stream)
-        if not replay:
-            logits = self.prefill(question, stream=stream)
+        check_question(self, len(question), len(question))
+        if replay or self.recall is None:
+            return feed(self, question, stream, len(question))
+        logits = self.prefill(question, stream=stream)
         self.recall.memory.ask(question.tolist())
-        return self.prefill(question, stream=stream) if replay else logits
+        return logits
 
     def generate_batch(self, prompts: Sequence[Ids | str], *, max_new_tokens: int, **more: Any) -> list[Generation]:
         """As `generate`, with prompt i in stream i; the streams are stepped together and end one by one."""
@@ -152,6 +154,7 @@ class Engine(StreamDecoder):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
+        recall_ask: int = 0,
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Decode for transformers: ``model.generate(**inputs, custom_generate=engine.custom_generate)``.
@@ -159,7 +162,8 @@ class Engine(StreamDecoder):
         Each row of the batch, without its pads, becomes a stream of its own, from stream 0 on; these streams start
         over. Logits processors and stopping criteria are those that generate() has made from its options, and the
         caller's own. Greedy output is that of generate() with a `StreamingCache` of the same policy; the last token is
-        in the stream as well.
+        in the stream as well. With recall, ``model.generate(…, recall_ask=TOKENS)`` says how many tokens at the end of
+        the prompt are a question, as `ask` takes one.
 
         Returns
         -------
@@ -179,6 +183,7 @@ class Engine(StreamDecoder):
         with ending(streamer):
             check_custom_generate(self, model, input_ids, generation_config, given)
             mask = model_kwargs.get("attention_mask")
+            check_question(self, recall_ask, input_ids.shape[1] if mask is None else int(mask.count_nonzero(1).min()))
             return run_custom_generate(
-                self, input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer
+                self, input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, recall_ask
             )

@@ -222,6 +222,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     seed: int = 0,
     log_probs: int | None = None,
+    recall_ask: int = 0,
     **sampling: Any,
 ) -> dict[int, Generation]:
     """Feed each stream its prompt and let all of them write, stepped together.
@@ -251,6 +252,7 @@ def generate(
             streamer,
             seed,
             log_probs,
+            recall_ask,
             Sampler.of(sampling),
         )
 
@@ -265,6 +267,7 @@ def _generate(
     streamer: BaseStreamer | None,
     seed: int,
     log_probs: int | None,
+    recall_ask: int,
     sampler: Sampler,
 ) -> dict[int, Generation]:
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -280,12 +283,14 @@ def _generate(
         end_tokens(decoder.model) if stop_tokens is None else stop_tokens, strings, callback, decoder.tokenizer
     )
     fed = {s: decoder.prompt_ids(prompt, s) for s, prompt in prompts.items()}
+    for ids in fed.values():
+        check_question(decoder, recall_ask, len(ids))
     decoder.check_model()
     for stream, ids in fed.items():
         if streamer is not None:
             streamer.put(ids[None].cpu())
         if len(ids):
-            decoder.prefill(ids, stream=stream)
+            feed(decoder, ids, stream, recall_ask)
     samplers = {s: StreamSampler(sampler, seed + i, ids) for i, (s, ids) in enumerate(fed.items())}
     decoder.state.wake(list(fed))
     looks = rule.looks or streamer is not None
@@ -294,6 +299,36 @@ def _generate(
         writer = SamplingWriter(fed, recorder, rule, streamer, noted)
         write(decoder, writer, list(fed), max_new_tokens)
         return writer.finish()
+
+
+def check_question(decoder: StreamDecoder, recall_ask: int, tokens: int) -> None:
+    """Raise ValueError unless the last `recall_ask` tokens of a prompt of so many can be a question; 0: none is."""
+    if isinstance(recall_ask, bool) or not isinstance(recall_ask, int) or not 0 <= recall_ask <= tokens:
+        raise ValueError(
+            f"recall_ask={recall_ask!r} is not accepted; accepted: 0 to {tokens}, the tokens of the prompt"
+        )
+    if recall_ask and decoder.recall is None:
+        raise ValueError("this engine has no recall; accepted: Engine(model, recall=CHOOSER, …)")
+
+
+@torch.no_grad()
+def feed(decoder: StreamDecoder, ids: torch.Tensor, stream: int, recall_ask: int = 0) -> torch.Tensor:
+    """As `StreamDecoder.prefill`; the last `recall_ask` tokens are a question, by which alone recall chooses."""
+    if not recall_ask or decoder.recall is None:
+        return decoder.prefill(ids, stream=stream)
+    if recall_ask < len(ids):
+        decoder.prefill(ids[: len(ids) - recall_ask], stream=stream)
+    question, memory = ids[len(ids) - recall_ask :], decoder.recall.memory
+    if memory.queries is not None:  # the question is fed, and the latest of it taken back
+        decoder.prefill(question, stream=stream)
+    memory.ask(question.tolist())
+    if memory.queries is not None:
+        counters = decoder.state.counters[stream]
+        held = counters.kept - (counters.pinned if counters.pruned else 0)
+        again = min(len(question), max(1, held // 2))
+        decoder.state.rewind(again, stream)
+        question = question[len(question) - again :]
+    return decoder.prefill(question, stream=stream)
 
 
 @contextmanager

@@ -55,12 +55,18 @@ class StreamKeeper(WatchedModel):
     def snapshot(self, path: str | Path, *, stream: int = 0) -> None:
         """Write one stream to a safetensors file, which `restore` and `StreamingCache.load` read.
 
-        Raises ValueError with recall: a file of the engine has no archive.
+        With recall the archive, the frame and the events are in the file too.
+
+        Raises
+        ------
+        ValueError
+            If the file of the archive is damaged.
+        WriteError
+            If the file cannot be written; an older one stays as it was.
         """
         self._check_stream(stream)
-        self._check_no_recall()
         self.check_model()
-        snapshots.save(path, self.state, stream, model_hash=self.model_hash)
+        snapshots.save(path, self.state, stream, model_hash=self.model_hash, recall=self.recall)
 
     def restore(self, path: str | Path, *, stream: int = 0, row: int | None = None) -> None:
         """Replace one stream by that of a file of `snapshot`, which continues bit for bit, or of a cache's `save`.
@@ -73,27 +79,26 @@ class StreamKeeper(WatchedModel):
         Raises
         ------
         ValueError
-            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy or positions;
-            with recall.
+            If the file does not fit this engine: no snapshot, or another format, model, dtype, policy, positions or
+            recall, or an archive that ``recall_bytes`` and ``recall_file_bytes`` have no room for.
+        WriteError
+            If the file of the archive cannot be made. The stream that was there has one still: `reset` deletes it.
         """
         self._check_stream(stream)
-        self._check_no_recall()
         self.check_model()
-        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row)
+        snapshots.load(path, self.state, stream, model_hash=self.model_hash, row=row, recall=self.recall)
 
     def dump(self, *, stream: int = 0) -> bytes:
         """One stream as the bytes of a snapshot file."""
         self._check_stream(stream)
-        self._check_no_recall()
         self.check_model()
-        return snapshots.dump(self.state, stream, model_hash=self.model_hash)
+        return snapshots.dump(self.state, stream, model_hash=self.model_hash, recall=self.recall)
 
     def undump(self, data: bytes, *, stream: int = 0) -> None:
         """As `restore`, from the bytes that `dump` gave."""
         self._check_stream(stream)
-        self._check_no_recall()
         self.check_model()
-        snapshots.undump(data, self.state, stream, model_hash=self.model_hash)
+        snapshots.undump(data, self.state, stream, model_hash=self.model_hash, recall=self.recall)
 
     def reset(self, *, stream: int | None = None, sink: int | None = None) -> None:
         """Forget one stream; or all of them, and take the model's weights anew.
@@ -139,7 +144,7 @@ class StreamKeeper(WatchedModel):
         recall also what stands in the frame and what the archive holds, as `StreamingCache.stats` has it.
         """
         self._check_stream(stream)
-        recalled = {} if self.recall is None else self.recall.stats()
+        recalled = {} if self.recall is None else self.recall.catch_up().stats()
         own = {"weight_bytes": self.weights.step_bytes, "persistent_layers": int(self._step.persistent)}
         return self.state.stats(stream) | own | recalled
 
@@ -147,13 +152,6 @@ class StreamKeeper(WatchedModel):
     def recall_events(self) -> list[RecallEvent]:
         """When the frame was set, why, and what came back: the latest 1,024; empty without recall."""
         return [] if self.recall is None else self.recall.events
-
-    def _check_no_recall(self) -> None:
-        if self.recall is not None:
-            raise ValueError(
-                "a stream with recall is not written to a file of the engine, which has no archive, nor read from one;"
-                " accepted: an engine without recall"
-            )
 
     def _check_stream(self, stream: int) -> None:
         check_stream(stream, self.state.streams)

@@ -51,6 +51,7 @@ class MemoryNeed:
         captures: bool = False,
         max_sink: int | None = None,
         recall_slots: int = 0,
+        recall_queries: int = 0,
         reread_tokens: int = 0,
     ) -> "MemoryNeed":
         """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
@@ -63,6 +64,8 @@ class MemoryNeed:
             Most sinks of a stream; default: the policy's.
         recall_slots : int
             The most tokens that are recalled at once; 0: no recall.
+        recall_queries : int
+            Latest queries that recall reads.
         reread_tokens : int
             The most tokens of a text that is read again, which has a ring of its own.
         """
@@ -77,6 +80,7 @@ class MemoryNeed:
             rebase_at=REBASE_AT,
             max_sink=max_sink,
             recall_slots=recall_slots,
+            recall_queries=recall_queries,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         cached = kept = 0
@@ -106,6 +110,7 @@ def check_engine(
     captures: bool = False,
     max_sink: int | None = None,
     recall_slots: int = 0,
+    recall_queries: int = 0,
     reread_tokens: int = 0,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
@@ -118,6 +123,7 @@ def check_engine(
         captures=captures,
         max_sink=max_sink,
         recall_slots=recall_slots,
+        recall_queries=recall_queries,
         reread_tokens=reread_tokens,
     )
     free = free_bytes(device)

@@ -28,6 +28,9 @@ class BetweenSteps(Protocol):
     def rewind(self, tokens: int) -> None:
         """Called before the latest tokens are taken back. Raises ValueError if they cannot be."""
 
+    def rebasing(self) -> None:
+        """Called before positions are rebased."""
+
     def forget(self) -> None:
         """Called when the stream is forgotten."""
 

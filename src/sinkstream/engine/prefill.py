@@ -118,4 +118,5 @@ class PrefillCache(StreamingCache):
     """A streaming cache in the buffers of a static ring."""
 
     stream_class = PrefillStream
+    shows_queries = False  # the engine keeps them
     stream: PrefillStream

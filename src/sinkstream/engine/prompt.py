@@ -19,7 +19,7 @@ from sinkstream.engine.span import Block, StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
-from sinkstream.kernels.band import POSITION, ROW, TOKENS, Band, Columns
+from sinkstream.kernels.band import PAST, POSITION, ROW, TOKENS, Band, Columns
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
 
@@ -130,6 +130,25 @@ def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return x.addmm_(a, weight.T) if bias is None else x.add_(F.linear(a, weight, bias))
 
 
+def keep_queries(kept: torch.Tensor, queries: torch.Tensor, band: Band) -> None:
+    """Keep the latest queries of a chunk, each where a step would; nothing that is launched depends on the host.
+
+    Parameters
+    ----------
+    kept : Tensor, (streams, query_heads, places, head_dim)
+        The query of token t of the stream in place ``t % places``.
+    queries : Tensor, (tokens, query_heads, head_dim)
+        At their window positions; padding, if any, comes last.
+    """
+    places = kept.shape[2]
+    past, row = band.table[PAST], band.table[ROW : ROW + 1].long()
+    latest = past + band.table[TOKENS] - 1
+    token = latest - (latest - torch.arange(places, device=kept.device)) % places  # the latest one of every place
+    new = queries.index_select(0, (token - past).clamp(min=0)).transpose(0, 1)
+    older = kept.index_select(0, row)[0]
+    kept.index_copy_(0, row, torch.where((token >= past)[:, None], new, older)[None])
+
+
 class Coming:
     """Tokens that a stream is about to append in one forward, as the policy and the ring have it.
 
@@ -220,6 +239,8 @@ class Chunk:
         query, key, value = rotate_qkv(
             qkv, self.rotation, query_heads=spec.query_heads, kv_heads=spec.kv_heads, order=order, **norms
         )
+        if state.queries is not None:
+            keep_queries(state.queries[layer], query, self.band)
         keys, values = state.keys[layer], state.values[layer]
         pinned, ring = slice(0, g.pinned_slots), slice(g.pinned_slots, None)
         columns = Columns(

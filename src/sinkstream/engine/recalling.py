@@ -12,48 +12,15 @@ from sinkstream.archive import ARCHIVES
 from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.geometry import Counters
+from sinkstream.engine.leaving import Leaving
 from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
+from sinkstream.engine.recall_queries import RingQueries
 from sinkstream.engine.state import StreamState
 from sinkstream.engine.step_ids import StepIds
 from sinkstream.policies import PruneSchedule
 
-TABLE = 4_096  # positions by which the table of rotations grows
 COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
-
-
-class Leaving:
-    """Keys and values that were copied out of the ring and are not in the archive yet.
-
-    Attributes
-    ----------
-    end : int
-        Tokens before this one have been copied, or are in the archive.
-    """
-
-    def __init__(self, first: int):
-        self.end = first
-        self._parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # first token, keys and values, oldest first
-
-    def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in the tokens that follow, ``(layers, 1, kv_heads, tokens, head_dim)``, keys not rotated."""
-        self._parts.append((self.end, keys, values))
-        self.end += keys.shape[SLOT_AXIS]
-
-    def pop(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give away the oldest tokens, those before `end` at the most and at least one."""
-        first, keys, values = self._parts.pop(0)
-        count, held = end - first, keys.shape[SLOT_AXIS]
-        if count < held:
-            rest = (first + count, keys[..., count:, :], values[..., count:, :])
-            self._parts.insert(0, rest)
-        return keys[..., :count, :], values[..., :count, :]
-
-    def cut(self, end: int) -> None:
-        """Let the tokens from `end` on go, which were taken back."""
-        self.end = min(self.end, end)
-        held = [(first, k[..., : end - first, :], v[..., : end - first, :]) for first, k, v in self._parts]
-        self._parts = [part for part in held if part[0] < end]
 
 
 class StreamRecall:
@@ -72,15 +39,17 @@ class StreamRecall:
     ----------
     memory : Recall
         Of the present stream.
+    shift : int
+        How far in front of their place behind the sinks the recalled tokens stand.
     """
 
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
-        self.state, self.prompts, self.memory = state, prompts, recall.empty()
-        self._keeps = ARCHIVES[recall.settings.archive].keeps_entries
-        self._leaving = Leaving(state.policy.sink)
+        self.state, self.prompts, self.memory = state, prompts, self.watching(recall.empty(), state)
+        keeps = ARCHIVES[recall.settings.archive].keeps_entries or bool(recall.settings.chooser.heads)
+        self._leaving = Leaving(state, state.policy.sink, keeps)
         self._ids = StepIds(state)
         self._waiting: tuple[int, int] | None = None  # a choice before this token comes late: what had left by then
-        self._table: torch.Tensor | None = None  # rotations back from positions 0, 1, …
+        self.shift = 0
         state.between_steps.append(self)
 
     @property
@@ -103,11 +72,12 @@ class StreamRecall:
             self._waiting = self.counters.seen, self.counters.first_window
         else:
             self._choose()
+        self._leaving.renew()
         schedule, target = self.schedule, self.state.policy.target
         if schedule.sure_steps() < 1:
             end = self.counters.first_window + schedule.cached + 1 - target
             if end > self._leaving.end:
-                self._copy(min(end + COPIED - 1, self.counters.seen))
+                self._leaving.copy(min(end + COPIED - 1, self.counters.seen))
 
     def planned(self) -> None:
         """The rows of the plan have no token ids yet."""
@@ -123,11 +93,16 @@ class StreamRecall:
         self.memory.rewind(tokens)
         self._leaving.cut(self.counters.seen - tokens)
 
+    def rebasing(self) -> None:
+        """Let no query that recall reads be rounded once more."""
+        if isinstance(self.memory.queries, RingQueries):
+            self.memory.queries.hold()
+
     def forget(self) -> None:
         """Begin a new stream with an empty archive."""
         self.memory.close()
-        self.memory = self.memory.empty()
-        self._leaving = Leaving(self.state.policy.sink)
+        self.memory = self.watching(self.memory.empty(), self.state)
+        self._leaving.restart(self.state.policy.sink)
         self._ids.forget()
         self._waiting = None
 
@@ -154,14 +129,31 @@ class StreamRecall:
         size = min(rest, self.prompts[0].chunk_tokens, self.memory.room(schedule))
         left = schedule.plan(size).drop.cumsum()
         size = max(1, int(left.searchsorted(counters.window, side="right")))  # what leaves lies in the ring now
-        self._copy(counters.first_window + int(left[size - 1]))
+        self._leaving.copy(counters.first_window + int(left[size - 1]))
         return size
 
-    def stats(self) -> dict[str, int]:
-        """As `RecallMemory.stats`; waits for the device."""
+    def catch_up(self) -> Recall:
+        """Put all that has left the window into the archive, and give the memory; waits for the device."""
         self._learn()
         self._archive()
-        return self.memory.stats()
+        return self.memory
+
+    def go_on(self, memory: Recall) -> None:
+        """Take over the memory of a stream that was held elsewhere; the ring and the counters are its own already."""
+        self.memory = memory
+        self._leaving.restart(self.state.policy.sink if memory.archive is None else memory.archive.end)
+        self._ids.forget()
+        self._waiting = None
+        if isinstance(memory.queries, RingQueries):
+            memory.queries.first = self.counters.seen
+
+    @staticmethod
+    def watching(memory: Recall, state: StreamState) -> Recall:
+        """A memory, whose chooser reads the queries that the state keeps, if it reads any."""
+        chooser = memory.settings.chooser
+        if chooser.heads:
+            memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
+        return memory
 
     # ---- what leaves ----
 
@@ -202,33 +194,6 @@ class StreamRecall:
         if count > 0:
             self.memory.append(torch.tensor(self._ids.take(count)))
 
-    def _copy(self, end: int) -> None:
-        """Copy the window tokens before `end` out of the ring, where the archive keeps them."""
-        state, first = self.state, self._leaving.end
-        if end <= first:
-            return
-        if not self._keeps:
-            self._leaving.end = end
-            return
-        g = state.geometry
-        while first < end:  # up to the end of the ring, then from its beginning on
-            index = self.counters.ring_index(first)
-            count = min(end - first, g.ring - index)
-            slots = slice(g.pinned_slots + index, g.pinned_slots + index + count)
-            keys, values = (part[:, :1, :, slots] for part in (state.keys, state.values))
-            phases = self._turned_back(first - self.counters.base, count)
-            kept = torch.empty_like(keys)
-            write_rotated(state.spec.rope, kept, keys.float(), phases)
-            self._leaving.add(kept, values.clone())
-            first += count
-
-    def _turned_back(self, first: int, count: int) -> torch.Tensor:
-        """Rotations that undo those of positions in a row, out of a table that lasts: a copy takes few kernels."""
-        if self._table is None or self._table.shape[-2] < first + count:
-            positions = torch.arange(-(-(first + count) // TABLE) * TABLE, device=self.state.device)
-            self._table = self.state.spec.rope.phases(-positions)
-        return self._table.narrow(-2, first, count)
-
     def _archive(self, end: int | None = None) -> None:
         """Put what has left the window into the archive, up to a token."""
         memory, state = self.memory, self.state
@@ -237,10 +202,7 @@ class StreamRecall:
             return
         first = state.policy.sink if memory.archive is None else memory.archive.end
         while first < end:
-            if self._keeps:
-                keys, values = self._leaving.pop(end)
-            else:  # only ids are kept
-                keys = values = state.keys[:, :1, :, : end - first]
+            keys, values = self._leaving.pop(first, end)
             memory.take(first, keys, values)
             first += keys.shape[SLOT_AXIS]
 
@@ -283,17 +245,17 @@ class StreamRecall:
         """As `cache.frame.FramedRing.recall`."""
         state, counters = self.state, self.counters
         state.settle()  # the plan is that of another frame
-        self._copy(counters.first_window + drop)
+        self._leaving.copy(counters.first_window + drop)
         sink, count, g = counters.sink, keys.shape[SLOT_AXIS], state.geometry
         if count and not counters.recalled:
             for part in (state.keys, state.values):
                 part[..., :sink, :] = part[..., g.framed : g.framed + sink, :]
         if count:
-            slots, phases = slice(sink, sink + count), self._turned_back(sink + shift, count).conj()
+            slots, phases = slice(sink, sink + count), self._leaving.turned_back(sink + shift, count).conj()
             write_rotated(state.spec.rope, state.keys[..., slots, :], keys, phases)
             state.values[..., slots, :] = values
         counters.geometry = g if count else g.bare
-        counters.recalled = count
+        counters.recalled, self.shift = count, shift
         counters.first_window += drop
 
 
@@ -301,6 +263,12 @@ def recall_slots(cache: PrefillCache) -> int:
     """The most tokens that come back at once into a stream with the settings of a cache; 0 without recall."""
     recall = cache.stream.recalling
     return 0 if recall is None else recall.settings.slots
+
+
+def recall_queries(cache: PrefillCache) -> int:
+    """How many of the latest queries recall reads."""
+    recall = cache.stream.recalling
+    return 0 if recall is None or not recall.settings.chooser.heads else recall.settings.chooser.query_tokens
 
 
 def reread_tokens(cache: PrefillCache) -> int:
@@ -315,18 +283,15 @@ def check_recall(cache: PrefillCache, streams: int, max_sink: int | None) -> Non
     recall = cache.stream.recalling
     if recall is None:
         return
-    chooser = recall.settings.chooser
-    if chooser.heads:
-        named = type(chooser).__name__
-        raise ValueError(
-            f"recall by a chooser that reads queries ({named}) is not served by the engine; accepted: choosers that"
-            " read token ids alone (lexical, recent, random, oracle, late-oracle), or StreamingCache.for_model(model,"
-            " recall=CHOOSER, …), the cache for transformers"
-        )
     if streams != 1:
         raise ValueError(f"recall with streams={streams} is not served by the engine; accepted: streams=1")
     if max_sink is not None:
         raise ValueError(f"recall and max_sink={max_sink} exclude each other; give one of them")
+    if recall.settings.lag and recall.settings.chooser.heads:
+        raise ValueError(
+            f"recall_lag={recall.settings.lag} with {type(recall.settings.chooser).__name__}, a chooser that reads"
+            " queries, is not served by the engine; accepted: recall_lag=0"
+        )
     if not cache.policy.plan_known:
         raise ValueError(
             "recall with adaptive eviction is not served by the engine; accepted: policies that know every prune"

@@ -123,6 +123,8 @@ def refresh_stream(state, stream: int, leaving: int) -> None:
 def rebase_stream(state, stream: int) -> None:
     """Count window positions from a later token on, so that angles stay small: rare, and exact from float32."""
     counters, g, rope = state.counters[stream], state.geometry, state.spec.rope
+    for told in state.between_steps:
+        told.rebasing()
     base = counters.rebased()
     delta = base - counters.base
     for layer in state.keys[:, stream]:
@@ -141,8 +143,9 @@ def copy_sinks(state, stream: int) -> None:
     """Fill the unrotated copies of the sinks, unless a rebase has moved them: then the copies are there already."""
     if state.geometry.original and state.counters[stream].base:
         return
-    one, sinks = slice(stream, stream + 1), slice(0, state.geometry.sink)
-    state.pinned_keys[:, one, :, sinks] = unrotated(state.spec.rope, state.keys[:, one, :, sinks], 0)
+    one, g = slice(stream, stream + 1), state.geometry
+    keys = state.keys[:, one, :, g.framed : g.framed + g.sink]
+    state.pinned_keys[:, one, :, : g.sink] = unrotated(state.spec.rope, keys, 0)
 
 
 def write_pinned(state, stream: int, slots: slice) -> None:
@@ -150,4 +153,5 @@ def write_pinned(state, stream: int, slots: slice) -> None:
     g, rope, one = state.geometry, state.spec.rope, slice(stream, stream + 1)
     tokens = pinned_tokens(state, stream)[..., slots]
     phases = frame_phases(rope, tokens, base=state.counters[stream].base, first=None if g.original else slots.start)
-    write_rotated(rope, state.keys[:, one, :, slots], state.pinned_keys[:, one, :, slots], phases)
+    written = slice(g.framed + slots.start, g.framed + slots.stop)  # behind the frame of recalled tokens
+    write_rotated(rope, state.keys[:, one, :, written], state.pinned_keys[:, one, :, slots], phases)

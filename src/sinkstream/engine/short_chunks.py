@@ -97,12 +97,13 @@ class ShortChunks:
         return self._inputs[size]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        """Capture the forward of one token that stays nowhere; the logits of stream 0 are put back."""
+        """Capture the forward of one token that stays nowhere; logits and queries of stream 0 are put back."""
         state, (ids, table) = self.state, self._buffers(size)
         if self._side is None:
             with torch.cuda.device(state.device):
                 self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         band, logits = idle_band(state, table), state.logits[0].clone()
+        queries = None if state.queries is None else state.queries[:, 0].clone()
         try:
             return captured(
                 lambda: self.forward(ids, band),
@@ -117,6 +118,8 @@ class ShortChunks:
             raise
         finally:
             state.logits[0] = logits
+            if state.queries is not None and queries is not None:
+                state.queries[:, 0] = queries
 
 
 def short_chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:

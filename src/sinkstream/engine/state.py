@@ -34,7 +34,7 @@ class StreamState(PlannedStreams):
         stays rare.
     structure : Tensor or None, (vocab,), float32
         Structural weight of every token id, where the scorer needs it.
-    spec, policy, positions, streams, vocab, device, max_sink, recall_slots
+    spec, policy, positions, streams, vocab, device, max_sink, recall_slots, recall_queries
         As for `StreamBuffers`.
     """
 
@@ -53,6 +53,7 @@ class StreamState(PlannedStreams):
         structure: torch.Tensor | None = None,
         max_sink: int | None = None,
         recall_slots: int = 0,
+        recall_queries: int = 0,
     ):
         super().__init__(
             spec,
@@ -63,6 +64,7 @@ class StreamState(PlannedStreams):
             device=device,
             max_sink=max_sink,
             recall_slots=recall_slots,
+            recall_queries=recall_queries,
         )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)

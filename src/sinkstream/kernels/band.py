@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
-TOKENS, ROW, POSITION = 0, 6, 7  # where three of them are
+TOKENS, PAST, ROW, POSITION = 0, 1, 6, 7  # where four of them are
 ALL_PINNED = 2**31 - 1  # as `sinks`: every pinned entry
 
 

@@ -172,9 +172,10 @@ class Heads(Chooser):
 
 
 def read_heads(given: Any) -> tuple[Head, ...]:
-    """Heads of ``"17.1,18.2"`` or of pairs (layer, kv head). Raises ValueError."""
+    """Heads of ``"17.1,18.2"``, ``"17.1+18.2"`` or of pairs (layer, kv head). Raises ValueError."""
     try:
-        pairs = [part.split(".") for part in given.split(",") if part] if isinstance(given, str) else list(given)
+        named = given.replace("+", ",").split(",") if isinstance(given, str) else []
+        pairs = [part.split(".") for part in named if part] if isinstance(given, str) else list(given)
         return tuple((int(layer), int(head)) for layer, head in pairs)
     except (TypeError, ValueError):
         raise ValueError(
