@@ -9,7 +9,7 @@ import torch
 from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
 from sinkstream.serve.errors import invalid
-from sinkstream.serve.events import Context, Done, Emit, Started
+from sinkstream.serve.events import Context, Done, Emit, Started, TextPiece
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.planning import Call, Plan, Planner
 from sinkstream.serve.reply import Reply
@@ -88,10 +88,14 @@ class Conversations:
                 lane.undump(start)
             prompt = torch.tensor(fed, dtype=torch.int64, device=self.loaded.model.device)
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
+            if call.begins:
+                emit(TextPiece(index, call.begins))
             try:
                 yield from reply.run()
+                if rest := self._rest(call, reply):
+                    emit(TextPiece(index, rest))
             finally:  # a reply whose client has gone stays as far as it was written
-                texts[index] = reply.text.text
+                texts[index] = self._text(call, reply)
                 written += reply.tokens
                 if index == 0:
                     self._note_reply(call, session, lane, reply)
@@ -122,6 +126,11 @@ class Conversations:
                 session.turns.append(turn)
                 for earlier in recalled:
                     yield from self._prefill(lane, earlier.ids, fed)
+            if session.turns:
+                session.turns[-1].ids.extend(ids)
+            yield from self._prefill(lane, ids, fed)
+        if call.begins:
+            ids = self.template.encode(call.begins)
             if session.turns:
                 session.turns[-1].ids.extend(ids)
             yield from self._prefill(lane, ids, fed)
@@ -193,14 +202,28 @@ class Conversations:
         if call.prompt is None:
             base = self.template.render([*session.head, *session.turn], session.tools, reply=True)
             form = self.tools if session.tools else None
-            message = with_calls({"role": "assistant", "content": reply.text.text}, form, call.response)
-            session.held = base + held
+            message = with_calls({"role": "assistant", "content": self._text(call, reply)}, form, call.response)
+            session.held = base + call.begins + held
             if session.turns and session.turns[-1].number == session.turns_seen:
                 session.turns[-1].ids.extend(reply.kept)
             session.turn = [*session.turn, message]
             session.digest = digest_of(session.digest, message)
         session.response = call.response
         self.planner.counts(session, lane)
+
+    def _text(self, call: Call, reply: Reply) -> str:
+        """What a client is told of a reply."""
+        return call.begins + reply.text.text + self._rest(call, reply)
+
+    def _rest(self, call: Call, reply: Reply) -> str:
+        """What ends a forced call that is complete: the reply was stopped there."""
+        if not (call.begins and self.tools and reply.text.stopped):
+            return ""
+        text = call.begins + reply.text.text + self.tools.closing
+        try:
+            return self.tools.closing if self.tools.calls(text) else ""
+        except ValueError:
+            return ""
 
     def _tell(self, plan: Plan, sent: int, reused: int, emit: Emit) -> Context:
         session, lane = plan.session, plan.lane

@@ -29,6 +29,8 @@ class Call:
         A completion instead of a chat.
     reply : ReplyOptions or None
         None: the messages are fed and nothing is written.
+    begins : str
+        Text that the reply has to begin with: the beginning of a call of a tool.
     """
 
     owner: str
@@ -41,6 +43,7 @@ class Call:
     keep: bool = True
     found_by: str = "messages"
     reply: ReplyOptions | None = None
+    begins: str = ""
 
 
 @dataclass
@@ -111,6 +114,11 @@ class Planner:
         messages, replies = list(call.messages), call.reply is not None
         digests = digests_of(messages, call.tools)
         session, turn = branch[0] if branch else self._find(call, digests)
+        if session is not None and session.sink is not None and call.tools and call.tools != session.tools:
+            raise invalid(
+                "tools differ from those of the session, which are pinned; accepted: the same, none, or a new session",
+                "tools",
+            )
         if turn is not None and not branch and session is not None:
             if not self.store.claimed(session):
                 return None

@@ -76,8 +76,8 @@ class ServedModel:
     untrained: bool = False
 
     def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
-        given = {"cap": self.load.cap, "resident": resident, "queue": 8 * max(resident, 16), "recall": "none"}
-        settings = ServeSettings(**given | more)
+        given: dict[str, Any] = {"cap": self.load.cap, "resident": resident, "recall": "none"}
+        settings = ServeSettings(**{**given, "queue": 8 * max(resident, 16), **more})
         untrained = self.untrained
         return Service(
             self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable
