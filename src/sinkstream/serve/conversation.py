@@ -49,7 +49,7 @@ class Conversations:
         session = plan.session
         try:
             emit(Started(session.id))
-            done = yield from self._serve(call, plan, emit)
+            done = yield from (self._serve(call, plan, emit) if plan.pinning is None else self._pin(plan, emit))
         finally:
             session.used = time.time()
             if not call.keep or (session.sink is None and session.found_by != "id"):
@@ -101,6 +101,19 @@ class Conversations:
                     self._note_reply(call, session, lane, reply)
         context = self._tell(plan, len(fed), reused, emit)
         return Done(reused + len(fed), reused, written, context, texts)
+
+    def _pin(self, plan: Plan, emit: Emit) -> Generator[str | None, None, Done]:
+        session, lane, pinning = plan.session, plan.lane, plan.pinning
+        assert pinning is not None, "a text is pinned"
+        begun, fed = lane.seen > 0, list[int]()
+        try:
+            yield from pinning.feed(lane, self.planner.sink_of(pinning.opening), self._prefill, fed)
+        except BaseException:
+            if not begun:
+                self.residence.drop(session.id)
+                session.sink = None
+            raise
+        return Done(len(fed), 0, 0, self._tell(plan, len(fed), 0, emit))
 
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane

@@ -169,6 +169,12 @@ class AppendRequest(Strict):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
 
 
+class PinRequest(Strict):
+    """Body of POST /v1/sessions/{id}/pin."""
+
+    text: Annotated[str, StringConstraints(min_length=1)]
+
+
 class NameRequest(Strict):
     """Body of the requests that save and load a session."""
 

@@ -127,6 +127,8 @@ class Session:
         The text of `head` and `turn` as the stream holds it; None if the stream ends where a turn may begin.
     counts : dict
         Tokens seen, kept and evicted when the stream was last looked at.
+    evicted_before : int
+        Tokens that were evicted before its stream began anew with another pinned text.
     archive : list of ForgottenTurn
         Turns that may be recalled, oldest first.
     """
@@ -148,6 +150,7 @@ class Session:
     response: str | None = None
     announced: bool = False
     counts: dict[str, int] = field(default_factory=lambda: {"seen": 0, "kept": 0, "evicted": 0})
+    evicted_before: int = 0
     archive: list[ForgottenTurn] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
