@@ -50,11 +50,11 @@ def test_a_call_comes_as_an_item_and_what_it_gave_is_all_that_is_computed(client
     assert [m["role"] for m in split_head(session.turn)[1]] == ["user", "assistant", "tool", "assistant"]
 
 
-@pytest.mark.parametrize("text", ["", "I look."])
-def test_a_stream_has_the_typed_events_and_its_items_can_be_sent_again(client, text):
+@pytest.mark.parametrize(("text", "store"), [("", False), ("I look.", True)])
+def test_a_stream_has_the_typed_events_and_its_items_can_be_sent_again(client, text, store):
     Planned.said[:] = [f"{text}{CALL}", "It is wet."]
     question = {"role": "user", "content": "Rain?"}
-    events = list(respond(client, [question], stream=True, store=False))
+    events = list(respond(client, [question], stream=True, store=store))
     assert [e.sequence_number for e in events] == list(range(len(events)))
     kinds = [e.type.removeprefix("response.") for e in events if e.type != "response.context"]
     a_call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
@@ -73,7 +73,7 @@ def test_a_stream_has_the_typed_events_and_its_items_can_be_sent_again(client, t
     (told,) = [e for e in events if e.type == "response.function_call_arguments.done"]
     assert told.arguments == call.arguments and told.item_id == call.id
     again = [question, *(item.model_dump() for item in response.output), output(call)]
-    second = respond(client, again, store=False)
+    second = respond(client, again, store=store)
     assert second.output_text == "It is wet."
     assert second.usage.context["sent"] == len(NEXT), "the client sends everything again, and nothing is computed twice"
 

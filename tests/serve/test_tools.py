@@ -91,8 +91,8 @@ def client(monkeypatch):
         yield client_of(address)
 
 
-def ask(client, messages: list, **more) -> ChatCompletion:
-    return client.chat.completions.create(model="tiny-llama", messages=messages, tools=TOOLS, **more)
+def ask(client, messages: list, tools=TOOLS, **more) -> ChatCompletion:
+    return client.chat.completions.create(model="tiny-llama", messages=messages, tools=tools, **more)
 
 
 def test_a_conversation_with_a_tool_computes_new_tokens_only(client):
@@ -126,11 +126,26 @@ NAMED = {"type": "function", "function": {"name": "rain"}}
 ARGUMENTS = ' {"day": 3}}\n</tool_call> and more that is not read'
 
 
-@pytest.mark.parametrize(("choice", "said"), [("required", ARGUMENTS), (NAMED, ARGUMENTS)])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_forced_reply_begins_as_a_call_and_ends_with_it(client, choice, said, stream):
+SNOW = {"type": "function", "function": {"name": "snow"}}
+NEEDS_DAY = [{"type": "function", "function": {"name": "rain", "parameters": {"required": ["day"]}}}]
+NEEDS_TEXT = [
+    {"function": {"name": "rain", "parameters": {"required": ["d"], "properties": {"d": {"type": "string"}}}}}
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "said", "tools", "stream"),
+    [
+        ("required", ARGUMENTS, TOOLS, False),
+        (NAMED, ARGUMENTS, TOOLS, True),
+        (NAMED, ARGUMENTS.removeprefix(' {"day":'), NEEDS_DAY, False),
+        ("required", 'x"}}</tool_call>', NEEDS_TEXT, False),
+        ("required", f'rain", "arguments":{ARGUMENTS}', [*TOOLS, SNOW], True),
+    ],
+)
+def test_a_forced_reply_begins_as_a_call_and_ends_with_it(client, choice, said, tools, stream):
     Planned.said[:] = [said, "It is wet."]
-    answer = ask(client, [user("Rain?")], tool_choice=choice, stream=stream)
+    answer = ask(client, [user("Rain?")], tool_choice=choice, stream=stream, tools=tools)
     if stream:
         chunks = [c for c in answer if c.choices]
         assert not any(c.choices[0].delta.content for c in chunks)
@@ -141,9 +156,12 @@ def test_a_forced_reply_begins_as_a_call_and_ends_with_it(client, choice, said, 
         assert answer.choices[0].finish_reason == "tool_calls"
         message = answer.choices[0].message.model_dump(exclude_none=True)
     (call,) = message["tool_calls"]
-    assert call["function"]["name"] == "rain" and json.loads(call["function"]["arguments"]) == {"day": 3}
-    later = ask(client, [user("Rain?"), message, {"role": "tool", "tool_call_id": call["id"], "content": "wet"}])
-    assert later.usage.context["sent"] == len("</tool_call>\n<t>wet\n<a>"), "all but the end of the call is there"
+    expected = {"d": "x"} if tools is NEEDS_TEXT else {"day": 3}
+    assert call["function"]["name"] == "rain" and json.loads(call["function"]["arguments"]) == expected
+    given = {"role": "tool", "tool_call_id": call["id"], "content": "wet"}
+    later = ask(client, [user("Rain?"), message, given], tools=tools)
+    end = "\n</tool_call>" if tools is NEEDS_TEXT else "</tool_call>"
+    assert later.usage.context["sent"] == len(f"{end}\n<t>wet\n<a>"), "all but the end of the call is there"
 
 
 def test_a_forced_call_that_the_model_does_not_complete_is_text():
@@ -154,6 +172,7 @@ def test_a_forced_call_that_the_model_does_not_complete_is_text():
     assert choice.finish_reason == "length" and not choice.message.tool_calls
     assert WholeJson().beginning("rain") == '{"name": "rain", "parameters":'
     assert Tagged().beginning(None) == '<tool_call>\n{"name": "'
+    assert WholeJson().beginning("rain", '{"day":') == '{"name": "rain", "parameters": {"day":'
 
 
 @pytest.mark.parametrize(
@@ -181,10 +200,9 @@ def test_a_session_keeps_the_tools_that_it_began_with(client):
         client.chat.completions.create(
             model="tiny-llama", messages=[user("Rain?")], extra_body={"session_id": opened} | more
         )
-    other = [{"type": "function", "function": {"name": "snow"}}]
     with pytest.raises(BadRequestError, match="tools differ from those of the session"):
         client.chat.completions.create(
-            model="tiny-llama", messages=[user("Snow?")], tools=other, extra_body={"session_id": opened}
+            model="tiny-llama", messages=[user("Snow?")], tools=[SNOW], extra_body={"session_id": opened}
         )
 
 

@@ -158,7 +158,7 @@ class Planner:
             return self.store.get(call.owner, call.session), None
         if call.previous is not None:
             return self.store.by_response(call.owner, call.previous)
-        return self.store.find(call.owner, digests, self.residence.busy), None
+        return self.store.find(call.owner, digests, self.residence.busy, call.found_by), None
 
     def _branch(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
         """A copy of a session, to go on before one of its turns."""

@@ -1,5 +1,6 @@
 """Which tools a request gives, and which of them the reply has to call."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +62,8 @@ def with_choice(call: Call, choice: str | dict[str, Any] | None, form: ToolForma
     """
     if choice in (None, "auto", "none"):
         return call
-    names = [name for name in map(_name, call.tools or ()) if name is not None]
+    given = {name: tool for tool in call.tools or () if (name := _name(tool)) is not None}
+    names = [*given]
     if choice == "required":
         name = names[0] if len(names) == 1 else None
     elif isinstance(choice, dict) and choice.get("type") == "function":
@@ -74,7 +76,7 @@ def with_choice(call: Call, choice: str | dict[str, Any] | None, form: ToolForma
     else:
         what = choice.get("type") if isinstance(choice, dict) else choice
         raise invalid(f"tool_choice {what!r} is not served; {CHOICES}", "tool_choice", "unsupported_value")
-    if not names:
+    if not given:
         raise invalid("tool_choice forces a call, and there are no tools in this request", "tool_choice")
     if form is None:
         raise invalid(
@@ -85,11 +87,23 @@ def with_choice(call: Call, choice: str | dict[str, Any] | None, form: ToolForma
         )
     assert call.reply is not None, "a choice is about a reply"
     reply = replace(call.reply, stop=(*call.reply.stop, form.closing)) if form.closing else call.reply
-    return replace(call, reply=reply, begins=form.beginning(name))
+    return replace(call, reply=reply, begins=form.beginning(name, _arguments(given[name]) if name else ""))
+
+
+def _arguments(tool: dict[str, Any]) -> str:
+    """The beginning of arguments that a tool accepts: its first required parameter, and the quotation mark of a text."""
+    parameters = tool.get("function", tool).get("parameters")
+    required = parameters.get("required") if isinstance(parameters, dict) else None
+    if not (isinstance(required, list) and required and isinstance(required[0], str)):
+        return ""
+    properties = parameters.get("properties")
+    found = properties.get(required[0]) if isinstance(properties, dict) else None
+    text = isinstance(found, dict) and found.get("type") == "string"
+    return f"{{{json.dumps(required[0], ensure_ascii=False)}:" + (' "' if text else "")
 
 
 def _name(tool: dict[str, Any]) -> str | None:
-    """Name of a tool, in either API's form."""
-    function = tool.get("function")
-    found = function.get("name") if isinstance(function, dict) else tool.get("name")
+    """Name of a tool, or of the function of a choice, which /v1/responses writes without an object `function`."""
+    function = tool.get("function", tool)
+    found = function.get("name") if isinstance(function, dict) else None
     return found if isinstance(found, str) else None

@@ -37,8 +37,16 @@ class ToolFormat(ABC):
         """The calls of a text from `begin` on. Raises ValueError if it is something else."""
 
     @abstractmethod
-    def beginning(self, name: str | None) -> str:
-        """The text of a call up to its arguments; up to the name of its tool if that is None."""
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        """The text with which a call begins.
+
+        Parameters
+        ----------
+        name : str or None
+            Of the tool; None: the text ends before it.
+        arguments : str
+            The beginning of their JSON.
+        """
 
 
 @FORMATS.register("tagged")
@@ -64,8 +72,8 @@ class Tagged(ToolFormat):
             found.append(_call(inside, "arguments"))
         return found
 
-    def beginning(self, name: str | None) -> str:
-        return f"{self.opening}\n{_beginning(name, 'arguments')}"
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        return f"{self.opening}\n{_beginning(name, 'arguments', arguments)}"
 
 
 @FORMATS.register("json")
@@ -84,8 +92,8 @@ class WholeJson(ToolFormat):
     def calls(self, text: str) -> Calls:
         return [_call(text, "parameters")]
 
-    def beginning(self, name: str | None) -> str:
-        return _beginning(name, "parameters")
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        return _beginning(name, "parameters", arguments)
 
 
 def tool_format(template: Any) -> ToolFormat | None:
@@ -158,9 +166,11 @@ def _call(text: str, arguments: str) -> tuple[str, dict[str, Any]]:
     return found["name"], given
 
 
-def _beginning(name: str | None, arguments: str) -> str:
+def _beginning(name: str | None, field: str, arguments: str) -> str:
     """As templates write it; the next token may begin with a space."""
-    return '{"name": "' if name is None else f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{arguments}":'
+    if name is None:
+        return '{"name": "'
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{field}":{arguments and " "}{arguments}'
 
 
 def _overlap(text: str, opening: str) -> int:
