@@ -91,7 +91,7 @@ def with_choice(call: Call, choice: str | dict[str, Any] | None, form: ToolForma
 
 
 def _arguments(tool: dict[str, Any]) -> str:
-    """The beginning of arguments that a tool accepts: its first required parameter, and the quotation mark of a text."""
+    """The beginning of arguments that a tool accepts: its first required parameter, and a text's opening quote."""
     parameters = tool.get("function", tool).get("parameters")
     required = parameters.get("required") if isinstance(parameters, dict) else None
     if not (isinstance(required, list) and required and isinstance(required[0], str)):
