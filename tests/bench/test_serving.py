@@ -193,6 +193,16 @@ def test_throughput_has_a_row_a_number_of_sessions(tmp_path):
     assert sessions_table(ServeRecord.below(tmp_path)).markdown().count("streamed") == 2
 
 
+def test_chats_with_facts_have_a_table_and_headlines(tmp_path):
+    ServeRecord.write(make_serve_record("facts", "recall"), tmp_path)
+    headlines = write_summary(tmp_path).headlines
+    assert headlines["serve.recall_found"] == {"value": 0.75, "record": "facts"}
+    assert headlines["serve.recall_right"]["value"] == headlines["serve.recall_false_alarms"]["value"] == 0.25
+    shown = render_serve(tmp_path)
+    assert "75 % [60, 86] | 25 % [14, 40] | 0 % [0, 9] | 5 % [1, 17]" in shown["serve-recall"]
+    assert "6 chats of 48 turns" in shown["serve-recall"] and shown["serve-figures"] == NONE_YET
+
+
 def test_a_record_lacks_no_figure(tmp_path):
     record = make_serve_record("soak", "soak")
     del record["figures"]["differing"]

@@ -9,7 +9,7 @@ from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import PARTS
 from sinkstream.bench.serving.served import Load
 from sinkstream.bench.serving.session import ServingSession
-from sinkstream.bench.serving.tables import serve_table, sessions_table
+from sinkstream.bench.serving.tables import recall_table, serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend
 from sinkstream.evaluation.runner import check_writable
@@ -74,7 +74,7 @@ def measure(
             records = session.run(args.serve, console)
         except ModuleNotFoundError as error:
             raise ImportError(INSTALL.format(error.name)) from None
-        for table in (serve_table, sessions_table):
+        for table in (serve_table, sessions_table, recall_table):
             if table(records).rows:
                 console.print(table(records, f"{loaded.name}: a server"))
         del loaded, session
