@@ -222,6 +222,32 @@ def test_what_may_be_recalled_is_bounded():
     assert Session.of(session.record()).archive == session.archive and len(session.archive[0]) == 10
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_prompt_that_breaks_off_leaves_what_it_pushed_out_to_be_recalled(model, monkeypatch, cleared):
+    """A long prompt fails: the turn before it is out of the window, or the engine has cleared the stream."""
+    with served(service(model)) as address:
+        client = client_of(address)
+        session = opened(client)
+        say(client, session, FACT)
+        prefill, fed = Lane.prefill, []
+
+        def failing(lane, ids):
+            fed.append(len(ids))
+            if sum(fed) > 2 * CAP:
+                if cleared:
+                    lane.reset(lane.sink)
+                raise RuntimeError("out of memory")
+            prefill(lane, ids)
+
+        monkeypatch.setattr(Lane, "prefill", failing)
+        with pytest.raises(InternalServerError):
+            say(client, session, "x" * 3 * CAP)
+        monkeypatch.undo()
+        view = client.get(f"/sessions/{session}", cast_to=object)
+        assert view["turns"] == {"seen": 1, "evicted": 1} and view["recallable"]["turns"] == 1
+        assert say(client, session, QUESTION).usage.context["recalled"][0]["text"] == FACT
+
+
 def test_more_slots_than_half_the_cap_are_refused():
     with pytest.raises(ValueError, match="recall_slots=33 is not accepted; accepted: at most 32"):
         ServeSettings(cap=64, recall_slots=33)

@@ -1,5 +1,6 @@
 """One request on one session: find it, feed what is new, write the replies, note what the stream holds then."""
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -168,14 +169,15 @@ class Conversations:
         self.planner.forget_index(session.id)
         if fed < 0 or not reused:  # the engine has cleared the stream, or it had not begun
             self.residence.drop(session.id)
-            session.sink, session.turns, session.turn, session.held = None, [], [], None
+            self.planner.archive_evicted(session, math.inf, written=True)
+            session.sink, session.turn, session.held = None, [], None
             session.counts = {"seen": 0, "kept": 0, "evicted": 0}
             return
         try:
             lane.rewind(fed)
         except ValueError:  # a long prompt has pushed out what was there
             session.turn, session.held = [], None
-        self.planner.counts(session, lane)
+        self.planner.counts(session, lane, written=True)
 
     def _prefill(self, lane: Lane, ids: list[int], fed: list[int]) -> Generator[None, None, None]:
         for first in range(0, len(ids), self.prefill_tokens):

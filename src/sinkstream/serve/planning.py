@@ -99,14 +99,18 @@ class Planner:
         if self.recall is not None:
             self.recall.forget(session_id)
 
-    def counts(self, session: Session, lane: Lane) -> None:
-        """Note what a session's stream holds now."""
+    def counts(self, session: Session, lane: Lane, *, written: bool = False) -> None:
+        """Note what a session's stream holds now; `written`: the last turn is complete."""
         stats, before = lane.stats(), session.counts["evicted"]
         kept, gone = stats["kept"], stats["evicted"] + session.evicted_before
         session.counts = {"seen": stats["seen"] + session.evicted_before, "kept": kept, "evicted": gone}
         if stats["evicted"]:
-            session.forget_evicted(lane.oldest, self.settings.recalled, self.settings.recall_tokens)
+            self.archive_evicted(session, lane.oldest, written=written)
         self.evicted(max(0, gone - before))
+
+    def archive_evicted(self, session: Session, oldest: float, *, written: bool) -> None:
+        """Keep the turns that begin before a token of the stream, as far as they may be recalled."""
+        session.forget_evicted(oldest, self.settings.recalled, self.settings.recall_tokens, written=written)
 
     # ---- which session, and what is new ----
 

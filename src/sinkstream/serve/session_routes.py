@@ -13,6 +13,7 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import AppendRequest, NameRequest, PinRequest, SessionRequest
 from sinkstream.serve.service import Service
 from sinkstream.serve.template import SYSTEM_ROLES
+from sinkstream.serve.tool_choice import tools_of
 
 router = APIRouter(prefix="/v1/sessions")
 
@@ -24,7 +25,7 @@ async def open_session(body: SessionRequest, request: Request, who: Owner, servi
     head = [message for message in messages if message["role"] in SYSTEM_ROLES]
     if head != messages[: len(head)]:
         raise invalid("system messages come first in a session", "messages")
-    view = await asyncio.wrap_future(service.open_session(who, head, body.tools))
+    view = await asyncio.wrap_future(service.open_session(who, head, tools_of(body.tools, None)))
     if len(messages) > len(head):
         await _feed(service, request, who, view["id"], messages[len(head) :])
         view = await asyncio.wrap_future(service.with_session(who, view["id"], service.view))
