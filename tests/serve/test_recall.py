@@ -142,11 +142,11 @@ def test_a_pinned_text_leaves_what_may_be_recalled(model, monkeypatch):
         again = client.post(f"/sessions/{fork}/fork", cast_to=object)["id"]
         begin_turn, calls = Lane.begin_turn, []
 
-        def failing(lane):
+        def failing(lane, *place):
             calls.append(lane)
             if len(calls) == 2:
                 raise RuntimeError("out of memory")
-            begin_turn(lane)
+            begin_turn(lane, *place)
 
         monkeypatch.setattr(Lane, "begin_turn", failing)
         with pytest.raises(InternalServerError):
