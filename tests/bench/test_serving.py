@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from record_factory import make_serve_record
 from rich.console import Console
-from serving import client_of, make_service, served
+from serving import client_of, loaded, make_service, served
 
-from sinkstream.bench.serving import soak
+from sinkstream.bench.serving import recalling, soak
 from sinkstream.bench.serving.client import Plan, begun
 from sinkstream.bench.serving.hosting import converse, shares, with_tokenizer
 from sinkstream.bench.serving.records import ServeRecord
@@ -74,6 +74,22 @@ def test_sessions_of_a_killed_server_go_on(tmp_path, monkeypatch):
     figures = record.figures
     assert figures["spilled"] == figures["continued"] == figures["same"] == figures["sessions"] == 3
     assert figures["turns_lost"] == 0
+
+
+def test_facts_are_told_evicted_and_asked_for(tmp_path, monkeypatch):
+    """Statements that share rare words with their question are found; a message that shares none finds nothing."""
+    facts = [f for f in recalling.FACTS if any(word in f.statement for word in ("Priscilla", "Kittiwake"))]
+    unrelated = {kind: texts[:1] for kind, texts in recalling.UNRELATED.items()}
+    for name, value in {"FACTS": facts, "UNRELATED": unrelated, "TALK_TURNS": 9, "TALK_TOKENS": 2}.items():
+        monkeypatch.setattr(recalling, name, value)
+    given = {"cap": 400, "talks": 1}
+    session = ServingSession(loaded(), "ring", Load(12, 3, 4, **given), Request(tmp_path, {}, ["bench"], 0, False), "s")
+    (record,) = session.run(["recall"], console())
+    found = record.figures["facts"]["named"]
+    assert found["asked"] == found["evicted"] == found["found"] == 2
+    assert found["right"] == {"recall": 0, "none": 0, "whole": 0}, "random weights"
+    assert sum(kind["asked"] for kind in record.figures["unrelated"].values()) == 4
+    assert len(record.figures["rows"]) == 8
 
 
 def test_a_reply_that_differs_is_counted(tmp_path):
@@ -176,6 +192,16 @@ def test_throughput_has_a_row_a_number_of_sessions(tmp_path):
     ]
     ServeRecord.write(make_serve_record("sessions", "sessions", rows=rows), tmp_path)
     assert sessions_table(ServeRecord.below(tmp_path)).markdown().count("streamed") == 2
+
+
+def test_chats_with_facts_have_a_table_and_headlines(tmp_path):
+    ServeRecord.write(make_serve_record("facts", "recall"), tmp_path)
+    headlines = write_summary(tmp_path).headlines
+    assert headlines["serve.recall_found"] == {"value": 0.75, "record": "facts"}
+    assert headlines["serve.recall_right"]["value"] == headlines["serve.recall_false_alarms"]["value"] == 0.25
+    shown = render_serve(tmp_path)
+    assert "75 % [60, 86] | 25 % [14, 40] | 0 % [0, 9] | 5 % [1, 17]" in shown["serve-recall"]
+    assert "6 chats of 48 turns" in shown["serve-recall"] and shown["serve-figures"] == NONE_YET
 
 
 def test_a_record_lacks_no_figure(tmp_path):

@@ -14,6 +14,13 @@ from sinkstream.serve.talk import LocalTalk, RemoteTalk, TalkError
 from sinkstream.serve.terminal import HELP, Terminal, bar
 
 SYSTEM_TEXT = SYSTEM["content"]
+#: A template that writes the system prompt into the first user message.
+IN_FIRST_MESSAGE = (
+    "{% set system = messages[0]['content'] + '\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}"
+    "{{ '<' + m['role'][0] + '>' + (system if loop.first else '') + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+)
 
 
 class Plain(Alone):
@@ -92,21 +99,40 @@ def test_a_pinned_text_is_never_evicted_and_the_turns_that_are_there_stay(talk, 
     assert "nothing to pin" in chat(talk, "/pin")
 
 
-def test_turns_behind_a_pinned_text_are_those_of_a_conversation_that_began_with_it(model):
-    talk = LocalTalk(make_service(model, cap=256), "Be brief.")
+def test_what_was_evicted_is_recalled_behind_a_pinned_text(model, tmp_path):
+    """Saved, loaded and pinned: the turn of the fact is still there to be recalled."""
+    settings = {"cap": 160, "recall": "lexical", "recall_slots": 48, "max_tokens": 6, "spill": tmp_path}
+    talk = LocalTalk(make_service(model, **settings), SYSTEM_TEXT)
+    lines = ["my cat is called Zephyr", *["one two three four", "red green blue yellow"] * 3]
+    try:
+        out = chat(talk, *lines, "/save a", "/reset", "/load a", "/pin x is 3", "my CAT?")
+        assert "error" not in out and out.count("recalled turn 1: my cat is called Zephyr") == 1
+        assert talk.context["evicted_turns"] > 4 and talk.context["pinned"] == len(f"<s>{SYSTEM_TEXT}\nx is 3\n")
+        assert "my CAT?" not in chat(talk, "/undo", "/pin " + "long " * 40, "/stats") and "x is 3" in talk.system
+    finally:
+        talk.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "system"), [(TEMPLATE, "Be brief."), (IN_FIRST_MESSAGE, "Be brief."), (IN_FIRST_MESSAGE, None)]
+)
+def test_turns_behind_a_pinned_text_are_those_of_a_conversation_that_began_with_it(template, system):
+    model = loaded(template=template)
+    talk = LocalTalk(make_service(model, cap=256), system)
     try:
         said = [list(talk.say(text)) for text in ("one", "two")]
         talk.pin("x is 3")
-        messages = [{"role": "system", "content": "Be brief.\nx is 3"}]
+        messages = [{"role": "system", "content": f"{system}\nx is 3" if system else "x is 3"}]
         for text, pieces in zip(("one", "two"), said):
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
-        pinned = "".join(talk.say("three"))
+        pinned, context = "".join(talk.say("three")), talk.context
     finally:
         talk.close()
     with served(make_service(model, cap=256)) as address:
         given = [*messages, {"role": "user", "content": "three"}]
         answer = client_of(address).chat.completions.create(model="tiny-llama", messages=given, temperature=0)
     assert pinned == answer.choices[0].message.content
+    assert context["pinned"] == answer.usage.context["pinned"] > len("x is 3")
 
 
 def test_a_conversation_is_saved_and_loaded(talk, model):
@@ -114,8 +140,7 @@ def test_a_conversation_is_saved_and_loaded(talk, model):
     says(alone, "one")
     expected = says(alone, "two")
     out = chat(talk, "one", "/save my-chat", "/reset", "something else", "/load my-chat", "two")
-    if isinstance(talk, LocalTalk):
-        assert "the text of a loaded conversation is not known" in chat(talk, "/pin x")
+    assert "pinned" in chat(talk, "/pin x") and talk.system == f"{SYSTEM_TEXT}\nx"
     assert expected in out and "'my-chat'" in out
     assert "error: " in chat(talk, "/load nothing") and "error: " in chat(talk, "/save ../x")
 

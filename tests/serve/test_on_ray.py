@@ -1,6 +1,7 @@
 """`sinkstream serve --ray`: two replicas on a real local Ray Serve, one of them killed in mid-load."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,6 +76,12 @@ class Talker(threading.Thread):
         return self.client.get(f"/sessions/{self.session}", cast_to=object, options=options)
 
 
+def answered(client) -> dict[str, float]:
+    """Requests that each replica has answered, as one of them tells."""
+    found = re.findall(r'requests_total{replica="(\w+)",result="ok"} (\S+)', client.get("../metrics", cast_to=str))
+    return {name: float(count) for name, count in found}
+
+
 @pytest.mark.slow
 def test_the_sessions_of_a_killed_replica_go_on_on_the_other(tmp_path):
     pytest.importorskip("ray.serve")
@@ -110,6 +117,13 @@ def test_the_sessions_of_a_killed_replica_go_on_on_the_other(tmp_path):
             assert {talker.state()["state"] for _ in range(8)} == {"resident"}, "sessions stick to a replica"
         elsewhere = {talkers[0].state(sticky=False)["state"] for _ in range(24)}
         assert "disk" in elsewhere, "control: without the header other replicas answer"
+        for _ in range(50):  # a replica tells the others of itself every other second
+            counted = answered(talkers[0].client)
+            if len(counted) == 2 and sum(counted.values()) == SESSIONS * BEFORE:
+                break
+            time.sleep(0.2)
+        assert len(counted) == 2 and min(counted.values()) > 0, "the figures are those of both replicas"
+        assert sum(counted.values()) == SESSIONS * BEFORE
         victim = replicas(process)[0]
         barrier.wait(60)
         while min(len(talker.heard) for talker in talkers) == BEFORE:

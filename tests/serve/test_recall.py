@@ -1,9 +1,11 @@
 """Recall in a chat: turns that were evicted are read again before a question that has their words, exactly."""
 
 import pytest
+from openai import BadRequestError, InternalServerError
 from serving import SYSTEM, Alone, client_of, loaded, make_service, opened, served, user
 from tiny_model import tokenizer
 
+from sinkstream.serve.lanes import Lane
 from sinkstream.serve.recall import Recall
 from sinkstream.serve.sessions import ForgottenTurn, Session, Turn
 from sinkstream.serve.settings import ServeSettings
@@ -53,6 +55,12 @@ def talked(client, model) -> tuple[str, Told, str]:
     return session, alone, turn
 
 
+def told_turns(model) -> list[tuple[str, str]]:
+    """Messages and replies of `talked`."""
+    alone = Told(model, cap=CAP)
+    return [(text, alone.say(text, 6)) for text in [FACT, *OTHERS]]
+
+
 def test_a_question_is_answered_behind_the_turn_that_it_names(model, tmp_path):
     with served(service(model, spill=tmp_path)) as address:
         client = client_of(address)
@@ -95,6 +103,73 @@ def test_a_stream_tells_what_comes_back_before_the_reply_and_a_client_may_send_e
         first_text = next(i for i, event in enumerate(events) if event.choices and event.choices[0].delta.content)
         assert contexts[0][0] < first_text
         assert [turn["turn"] for turn in contexts[0][1]["recalled"]] == [1] and contexts[0][1]["kept"] <= CAP
+
+
+PINNED = "x is 3"
+
+
+class Repinned(Told):
+    """The engine alone, which is told by hand which turns were held when a text was pinned."""
+
+    def __init__(self, model, turns: list[str]):
+        super().__init__(model, system=f"{SYSTEM['content']}\n{PINNED}", cap=CAP)
+        for turn in turns:
+            self.engine.begin_turn()
+            self._feed(turn)
+
+
+def test_a_pinned_text_leaves_what_may_be_recalled(model, monkeypatch):
+    with served(service(model)) as address:
+        client = client_of(address)
+        session, _, fact = talked(client, model)
+        before = client.get(f"/sessions/{session}", cast_to=object)
+        held = before["turns"]["seen"] - before["turns"]["evicted"]
+        fork = client.post(f"/sessions/{session}/fork", cast_to=object)["id"]
+        after = client.post(f"/sessions/{session}/pin", body={"text": PINNED}, cast_to=object)
+        assert after["recallable"]["turns"] >= before["recallable"]["turns"] > 1
+        assert after["turns"]["seen"] == before["turns"]["seen"]
+        assert after["tokens"]["evicted"] >= before["tokens"]["evicted"]
+        answer = say(client, session, QUESTION)
+        assert [turn["turn"] for turn in answer.usage.context["recalled"]] == [1]
+        turns = [f"<u>{text}\n<a>{reply}\n" for text, reply in told_turns(model)[-held:]]
+        turns[-1] = turns[-1].removesuffix("\n")
+        alone = Repinned(model, turns)
+        alone._left = "\n"
+        assert answer.choices[0].message.content == alone.ask(QUESTION, fact)
+        # what cannot be pinned, and what fails, leaves the session as it was
+        with pytest.raises(BadRequestError, match="half of the"):
+            client.post(f"/sessions/{fork}/pin", body={"text": "x" * CAP}, cast_to=object)
+        again = client.post(f"/sessions/{fork}/fork", cast_to=object)["id"]
+        begin_turn, calls = Lane.begin_turn, []
+
+        def failing(lane, *place):
+            calls.append(lane)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+            begin_turn(lane, *place)
+
+        monkeypatch.setattr(Lane, "begin_turn", failing)
+        with pytest.raises(InternalServerError):
+            client.post(f"/sessions/{fork}/pin", body={"text": PINNED}, cast_to=object)
+        monkeypatch.undo()
+        assert client.get(f"/sessions/{fork}", cast_to=object)["turns"] == before["turns"]
+        expected = say(client, again, QUESTION)
+        assert say(client, fork, QUESTION).choices[0].message.content == expected.choices[0].message.content
+
+
+def test_a_text_is_pinned_before_the_first_turn_and_not_where_messages_find_the_session(model):
+    with served(service(model)) as address:
+        client = client_of(address)
+        session = client.post("/sessions", body={}, cast_to=object)["id"]
+        assert client.post(f"/sessions/{session}/pin", body={"text": "x"}, cast_to=object)["tokens"]["pinned"] == len(
+            "<s>x\n"
+        )
+        other = opened(client, "x")
+        replies = {say(client, one, FACT).choices[0].message.content for one in (session, other)}
+        assert len(replies) == 1, "as if it had begun with it"
+        found = client.chat.completions.create(model="tiny-llama", messages=[user("x")], max_tokens=2).usage
+        with pytest.raises(BadRequestError, match="that its client knows by an id"):
+            client.post(f"/sessions/{found.context['session']}/pin", body={"text": "x"}, cast_to=object)
 
 
 # ---- which turns ----
@@ -145,6 +220,32 @@ def test_what_may_be_recalled_is_bounded():
     session.forget_evicted(75, 10, 35)
     assert [t.number for t in session.archive] == [5, 6, 7] and session.archive[0].ids == turn(5, "x" * 10).ids
     assert Session.of(session.record()).archive == session.archive and len(session.archive[0]) == 10
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_prompt_that_breaks_off_leaves_what_it_pushed_out_to_be_recalled(model, monkeypatch, cleared):
+    """A long prompt fails: the turn before it is out of the window, or the engine has cleared the stream."""
+    with served(service(model)) as address:
+        client = client_of(address)
+        session = opened(client)
+        say(client, session, FACT)
+        prefill, fed = Lane.prefill, []
+
+        def failing(lane, ids):
+            fed.append(len(ids))
+            if sum(fed) > 2 * CAP:
+                if cleared:
+                    lane.reset(lane.sink)
+                raise RuntimeError("out of memory")
+            prefill(lane, ids)
+
+        monkeypatch.setattr(Lane, "prefill", failing)
+        with pytest.raises(InternalServerError):
+            say(client, session, "x" * 3 * CAP)
+        monkeypatch.undo()
+        view = client.get(f"/sessions/{session}", cast_to=object)
+        assert view["turns"] == {"seen": 1, "evicted": 1} and view["recallable"]["turns"] == 1
+        assert say(client, session, QUESTION).usage.context["recalled"][0]["text"] == FACT
 
 
 def test_more_slots_than_half_the_cap_are_refused():

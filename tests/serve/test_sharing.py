@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 from openai import APIStatusError
+from prometheus_client.parser import text_string_to_metric_families
 from serving import (
     BIAS,
     SYSTEM,
@@ -21,6 +22,7 @@ from serving import (
     user,
 )
 
+from sinkstream.serve import shared_metrics
 from sinkstream.serve.files import SessionFiles
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
@@ -113,3 +115,25 @@ def test_what_shared_sessions_need_is_refused_without_it(tmp_path):
         ServeSettings(shared=True)
     with pytest.raises(ValueError, match="write='idle'"):
         ServeSettings(shared=True, spill=tmp_path, write="idle")
+
+
+def test_figures_are_those_of_all_servers_by_name(two, model, tmp_path, monkeypatch):
+    (one, other), services = two
+    for client, count in ((one, 1), (other, 2)):
+        for _ in range(count):
+            say(client, opened(client), "x", 2)
+    names = [service.metrics._shared.name for service in services]
+
+    def requests(client) -> dict[str, float]:
+        families = {f.name: f for f in text_string_to_metric_families(client.get("../metrics", cast_to=str))}
+        assert set(families["sinkstream_ttft_seconds"].samples[0].labels) == {"le", "replica"}
+        return {
+            s.labels["replica"]: s.value for s in families["sinkstream_requests"].samples if s.name.endswith("total")
+        }
+
+    requests(other)  # has written its figures
+    assert requests(one) == dict(zip(names, (1, 2))) == requests(other)
+    monkeypatch.setattr(shared_metrics, "GONE_SECONDS", -1)
+    assert requests(one) == {names[0]: 1}, "a server that has written nothing for long is gone"
+    services[1].metrics.stop()
+    assert [path.stem for path in tmp_path.glob("*.prom")] == [names[0]]

@@ -1,28 +1,16 @@
 """Calls of tools: taken out of a reply where the template says how they are written; text otherwise."""
 
 import json
-from typing import ClassVar
 
 import pytest
 from openai import BadRequestError
 from openai.types.chat import ChatCompletion
 from serving import client_of, loaded, make_service, served, user
+from tool_case import CALL, TEMPLATE, TOOLS, Planned
 
 from sinkstream.serve import conversation
-from sinkstream.serve.events import Ended, TextPiece
-from sinkstream.serve.reply import Reply
 from sinkstream.serve.schemas import ChatMessage
 from sinkstream.serve.tools import CallFilter, Tagged, WholeJson, tool_format, with_calls
-
-TEMPLATE = (
-    "{% if tools %}<t>{{ tools | tojson }}\n{% endif %}"
-    "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] }}"
-    "{% for c in m['tool_calls'] or [] %}{{ '<tool_call>' }}"
-    "{{ '{\"name\": \"' + c['function']['name'] + '\", \"arguments\": ' + c['function']['arguments'] | tojson + '}' }}"
-    "{{ '</tool_call>' }}{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
-)
-TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
-CALL = '<tool_call>{"name": "rain", "arguments": {"day": 3}}</tool_call>'
 
 
 def assistant(text: str) -> dict:
@@ -73,7 +61,7 @@ def test_what_is_no_call_stays_text(form, text):
 def test_a_stream_shows_nothing_of_a_call():
     calling = CallFilter(Tagged(), "r")
     sent = "".join(calling.push(character) for character in f"I < you. {CALL}")
-    assert sent == "I < you. "
+    assert sent == "I < you.", "the space before a call is no text, as in a reply that is not streamed"
     rest, calls = calling.finish()
     assert rest == "" and calls[0]["function"] == {"name": "rain", "arguments": {"day": 3}}
 
@@ -96,22 +84,6 @@ def test_arguments_reach_the_template_as_an_object():
 # ---- a conversation ----
 
 
-class Planned(Reply):
-    """Writes what it is told to."""
-
-    said: ClassVar[list[str]] = []
-
-    def run(self):
-        text = self.said.pop(0)
-        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            self.lane.prefill([token])
-            self._written.append(token)
-            if piece := self.text.push(token):
-                self.emit(TextPiece(self.index, piece))
-            yield
-        self.emit(Ended(self.index, "stop"))
-
-
 @pytest.fixture
 def client(monkeypatch):
     monkeypatch.setattr(conversation, "Reply", Planned)
@@ -119,8 +91,8 @@ def client(monkeypatch):
         yield client_of(address)
 
 
-def ask(client, messages: list, **more) -> ChatCompletion:
-    return client.chat.completions.create(model="tiny-llama", messages=messages, tools=TOOLS, **more)
+def ask(client, messages: list, tools=TOOLS, **more) -> ChatCompletion:
+    return client.chat.completions.create(model="tiny-llama", messages=messages, tools=tools, **more)
 
 
 def test_a_conversation_with_a_tool_computes_new_tokens_only(client):
@@ -146,8 +118,92 @@ def test_a_call_is_streamed_in_one_piece(client):
     chunks = [c for c in ask(client, [user("Rain?")], stream=True) if c.choices]
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
-    assert text == "I look. " and len(calls) == 1 and calls[0].function.name == "rain"
+    assert text == "I look." and len(calls) == 1 and calls[0].function.name == "rain"
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+NAMED = {"type": "function", "function": {"name": "rain"}}
+ARGUMENTS = ' {"day": 3}}\n</tool_call> and more that is not read'
+
+
+SNOW = {"type": "function", "function": {"name": "snow"}}
+NEEDS_DAY = [{"type": "function", "function": {"name": "rain", "parameters": {"required": ["day"]}}}]
+NEEDS_TEXT = [
+    {"function": {"name": "rain", "parameters": {"required": ["d"], "properties": {"d": {"type": "string"}}}}}
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "said", "tools", "stream"),
+    [
+        ("required", ARGUMENTS, TOOLS, False),
+        (NAMED, ARGUMENTS, TOOLS, True),
+        (NAMED, ARGUMENTS.removeprefix(' {"day":'), NEEDS_DAY, False),
+        ("required", 'x"}}</tool_call>', NEEDS_TEXT, False),
+        ("required", f'rain", "arguments":{ARGUMENTS}', [*TOOLS, SNOW], True),
+    ],
+)
+def test_a_forced_reply_begins_as_a_call_and_ends_with_it(client, choice, said, tools, stream):
+    Planned.said[:] = [said, "It is wet."]
+    answer = ask(client, [user("Rain?")], tool_choice=choice, stream=stream, tools=tools)
+    if stream:
+        chunks = [c for c in answer if c.choices]
+        assert not any(c.choices[0].delta.content for c in chunks)
+        (call,) = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
+        message = {"role": "assistant", "content": "", "tool_calls": [call.model_dump(exclude={"index"})]}
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    else:
+        assert answer.choices[0].finish_reason == "tool_calls"
+        message = answer.choices[0].message.model_dump(exclude_none=True)
+    (call,) = message["tool_calls"]
+    expected = {"d": "x"} if tools is NEEDS_TEXT else {"day": 3}
+    assert call["function"]["name"] == "rain" and json.loads(call["function"]["arguments"]) == expected
+    given = {"role": "tool", "tool_call_id": call["id"], "content": "wet"}
+    later = ask(client, [user("Rain?"), message, given], tools=tools)
+    end = "\n</tool_call>" if tools is NEEDS_TEXT else "</tool_call>"
+    assert later.usage.context["sent"] == len(f"{end}\n<t>wet\n<a>"), "all but the end of the call is there"
+
+
+def test_a_forced_call_that_the_model_does_not_complete_is_text():
+    with served(make_service(loaded(template=TEMPLATE), cap=640)) as address:
+        answer = ask(client_of(address), [user("Rain?")], tool_choice=NAMED, max_tokens=8)
+    choice = answer.choices[0]
+    assert choice.message.content.startswith('<tool_call>\n{"name": "rain", "arguments":')
+    assert choice.finish_reason == "length" and not choice.message.tool_calls
+    assert WholeJson().beginning("rain") == '{"name": "rain", "parameters":'
+    assert Tagged().beginning(None) == '<tool_call>\n{"name": "'
+    assert WholeJson().beginning("rain", '{"day":') == '{"name": "rain", "parameters": {"day":'
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tool_choice": "sometimes"}, "tool_choice 'sometimes' is not served"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice 'allowed_tools' is not served"),
+        ({"tool_choice": {"type": "function", "function": {"name": "snow"}}}, "accepted: rain"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools of type 'custom' are not served"),
+        ({"tools": [], "tool_choice": "required"}, "there are no tools in this request"),
+    ],
+)
+def test_what_cannot_be_forced_is_refused_by_name(client, more, words):
+    given = {"model": "tiny-llama", "messages": [user("Rain?")], "tools": TOOLS} | more
+    with pytest.raises(BadRequestError, match=words) as refused:
+        client.chat.completions.create(**given)
+    assert refused.value.param in ("tools", "tool_choice")
+
+
+def test_a_session_keeps_the_tools_that_it_began_with(client):
+    Planned.said[:] = ["Yes.", "No.", "Well."]
+    opened = client.post("/sessions", body={"tools": TOOLS, "messages": []}, cast_to=object)["id"]
+    for tools in (TOOLS, TOOLS, None):
+        more = {"tools": tools} if tools else {}
+        client.chat.completions.create(
+            model="tiny-llama", messages=[user("Rain?")], extra_body={"session_id": opened} | more
+        )
+    with pytest.raises(BadRequestError, match="tools differ from those of the session"):
+        client.chat.completions.create(
+            model="tiny-llama", messages=[user("Snow?")], tools=[SNOW], extra_body={"session_id": opened}
+        )
 
 
 def test_without_tools_a_reply_is_text(client):

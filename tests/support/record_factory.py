@@ -239,6 +239,13 @@ def make_serve_record(
             **{"disconnects": 90, "refused_as_expected": 80, "wrongly_answered": 0, "compared": 900, "differing": 0},
             **{"leaked_sessions": 0, "leaked_files": 0, "generator": "locust", "rss_mb": memory},
         },
+        "recall": {
+            **{"talks": 6, "turns": 48, "rows": [], "unrelated": {"small talk": {"asked": 20, "recalled": 5}}},
+            "facts": {
+                form: {"asked": 40, "found": 30, "right": {"recall": 10, "none": 0, "whole": 2}}
+                for form in ("named", "paraphrased")
+            },
+        },
         "restart": {
             **{"sessions": 8, "spilled": 8, "continued": 8, "next_tokens": 256, "same": 8, "turns_lost": 0},
         },

@@ -9,7 +9,7 @@ from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import PARTS
 from sinkstream.bench.serving.served import Load
 from sinkstream.bench.serving.session import ServingSession
-from sinkstream.bench.serving.tables import serve_table, sessions_table
+from sinkstream.bench.serving.tables import recall_table, serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend
 from sinkstream.evaluation.runner import check_writable
@@ -41,13 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reply", type=int, default=8, help="tokens of each of its replies")
     group.add_argument("--soak-seconds", type=float, default=600, help="how long --serve soak lasts")
     group.add_argument("--soak-users", type=int, default=32, help="conversations side by side in it")
+    group.add_argument("--talks", type=int, default=6, help="chats of --serve recall, side by side, with all its texts")
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not go together."""
     if len(args.cap) > 1:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
-    least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1}
+    least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1, "talks": 1}
     for name, value in least.items():
         if getattr(args, name) < value:
             raise ValueError(
@@ -61,7 +62,7 @@ def measure(
     """Measure every model; print the tables, write the records."""
     check_writable(args.out)
     backend = (args.backend or [default_backend(args.device)])[0]
-    load = Load(args.turns, args.reply, args.tokens, args.cap[0], args.soak_seconds, args.soak_users)
+    load = Load(args.turns, args.reply, args.tokens, args.cap[0], args.soak_seconds, args.soak_users, args.talks)
     name = new_record_id("bench")
     for model in models:
         loaded = with_tokenizer(
@@ -73,7 +74,7 @@ def measure(
             records = session.run(args.serve, console)
         except ModuleNotFoundError as error:
             raise ImportError(INSTALL.format(error.name)) from None
-        for table in (serve_table, sessions_table):
+        for table in (serve_table, sessions_table, recall_table):
             if table(records).rows:
                 console.print(table(records, f"{loaded.name}: a server"))
         del loaded, session

@@ -16,6 +16,7 @@ from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from sinkstream.serve.service import Service, check_model, model_name
 from sinkstream.serve.sessions import new_id
 from sinkstream.serve.sse import EventStream, encoded, sse
+from sinkstream.serve.tool_choice import tools_of, with_choice
 from sinkstream.serve.tools import CallFilter, ToolFormat, told, with_calls
 
 router = APIRouter(prefix="/v1")
@@ -35,11 +36,12 @@ async def chat_completions(body: ChatRequest, request: Request, who: Owner, serv
     call = Call(
         who,
         messages=tuple(message.plain() for message in body.messages),
-        tools=body.tools if body.tool_choice != "none" else None,
+        tools=tools_of(body.tools, body.tool_choice),
         session=body.session_id,
         response=new_id("chatcmpl"),
         reply=reply,
     )
+    call = with_choice(call, body.tool_choice, service.tools)
     form = service.tools if body.tool_choice != "none" and (body.tools or body.session_id) else None
     return await _answer(Chat(call.response, model_name(service.loaded), form), body, [call], request, service)
 

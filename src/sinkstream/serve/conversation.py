@@ -1,5 +1,6 @@
 """One request on one session: find it, feed what is new, write the replies, note what the stream holds then."""
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
 from sinkstream.serve.errors import invalid
-from sinkstream.serve.events import Context, Done, Emit, Started
+from sinkstream.serve.events import Context, Done, Emit, Started, TextPiece
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.planning import Call, Plan, Planner
 from sinkstream.serve.post import Post
@@ -52,7 +53,7 @@ class Conversations:
         session = plan.session
         try:
             emit(Started(session.id))
-            done = yield from self._serve(call, plan, emit)
+            done = yield from (self._serve(call, plan, emit) if plan.pinning is None else self._pin(plan, emit))
         finally:
             session.used = time.time()
             if not call.keep or (session.sink is None and session.found_by != "id"):
@@ -93,15 +94,32 @@ class Conversations:
                 fed, dtype=torch.int64
             )  # on the host: on a device its copy would wait for the forward
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
+            if call.begins:
+                emit(TextPiece(index, call.begins))
             try:
                 yield from reply.run()
+                if rest := self._rest(call, reply):
+                    emit(TextPiece(index, rest))
             finally:  # a reply whose client has gone stays as far as it was written
-                texts[index] = reply.text.text
+                texts[index] = self._text(call, reply)
                 written += reply.tokens
                 if index == 0:
                     self._note_reply(call, session, lane, reply)
         context = self._tell(plan, len(fed), reused, emit)
         return Done(reused + len(fed), reused, written, context, texts)
+
+    def _pin(self, plan: Plan, emit: Emit) -> Generator[str | None, None, Done]:
+        session, lane, pinning = plan.session, plan.lane, plan.pinning
+        assert pinning is not None, "a text is pinned"
+        begun, fed = lane.seen > 0, list[int]()
+        try:
+            yield from pinning.feed(lane, self.planner.sink_of(pinning.opening), self._prefill, fed)
+        except BaseException:
+            if not begun:
+                self.residence.drop(session.id)
+                session.sink = None
+            raise
+        return Done(len(fed), 0, 0, self._tell(plan, len(fed), 0, emit))
 
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane
@@ -130,6 +148,11 @@ class Conversations:
             if session.turns:
                 session.turns[-1].ids.extend(own)
             ids += own
+        if call.begins:
+            own = self.template.encode(call.begins)
+            if session.turns:
+                session.turns[-1].ids.extend(own)
+            ids += own
         yield from self._prefill(lane, ids, begins, fed)
 
     def _choose(self, plan: Plan, tokens: int) -> None:
@@ -152,14 +175,15 @@ class Conversations:
         self.planner.forget_index(session.id)
         if fed < 0 or not reused:  # the engine has cleared the stream, or it had not begun
             self.residence.drop(session.id)
-            session.sink, session.turns, session.turn, session.held = None, [], [], None
+            self.planner.archive_evicted(session, math.inf, written=True)
+            session.sink, session.turn, session.held = None, [], None
             session.counts = {"seen": 0, "kept": 0, "evicted": 0}
             return
         try:
             lane.rewind(fed)
         except ValueError:  # a long prompt has pushed out what was there
             session.turn, session.held = [], None
-        self.planner.counts(session, lane)
+        self.planner.counts(session, lane, written=True)
 
     def _prefill(self, lane: Lane, ids: list[int], begins: list[int], fed: list[int]) -> Generator[None, None, None]:
         """Feed tokens, at some of whose places turns begin, chunk by chunk: a piece of its own would be a forward."""
@@ -204,14 +228,28 @@ class Conversations:
         if call.prompt is None:
             base = self.template.render([*session.head, *session.turn], session.tools, reply=True)
             form = self.tools if session.tools else None
-            message = with_calls({"role": "assistant", "content": reply.text.text}, form, call.response)
-            session.held = base + held
+            message = with_calls({"role": "assistant", "content": self._text(call, reply)}, form, call.response)
+            session.held = base + call.begins + held
             if session.turns and session.turns[-1].number == session.turns_seen:
                 session.turns[-1].ids.extend(reply.kept)
             session.turn = [*session.turn, message]
             session.digest = digest_of(session.digest, message)
         session.response = call.response
         self.planner.counts(session, lane)
+
+    def _text(self, call: Call, reply: Reply) -> str:
+        """What a client is told of a reply."""
+        return call.begins + reply.text.text + self._rest(call, reply)
+
+    def _rest(self, call: Call, reply: Reply) -> str:
+        """What ends a forced call that is complete: the reply was stopped there."""
+        if not (call.begins and self.tools and reply.text.stopped):
+            return ""
+        text = call.begins + reply.text.text + self.tools.closing
+        try:
+            return self.tools.closing if self.tools.calls(text) else ""
+        except ValueError:
+            return ""
 
     def _tell(self, plan: Plan, sent: int, reused: int, emit: Emit) -> Context:
         session, lane = plan.session, plan.lane

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 try:
     import prometheus_client as prometheus
+
+    from sinkstream.serve.shared_metrics import SharedMetrics
 except ImportError:  # the chat in the terminal needs no metrics
     prometheus = None  # type: ignore[assignment]
 
@@ -53,6 +55,21 @@ class Metrics:
             lambda: sum(s.counts["kept"] for s in list(service.store.sessions.values())),
         )
 
+        settings = service.settings
+        self._shared: SharedMetrics | None = None
+        if settings.shared and settings.spill is not None:
+            self._shared = SharedMetrics(registry, settings.spill)
+
+    def start(self) -> None:
+        """Let other servers of a shared folder know the figures from now on."""
+        if self.registry is not None and self._shared is not None:
+            self._shared.start()
+
+    def stop(self) -> None:
+        """This server ends."""
+        if self.registry is not None and self._shared is not None:
+            self._shared.stop()
+
     def _gauge(self, name: str, help: str, read) -> None:
         prometheus.Gauge(f"sinkstream_{name}", help, registry=self.registry).set_function(read)
 
@@ -87,6 +104,8 @@ class Metrics:
         return counting
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All figures in Prometheus' text format; in a shared folder those of all servers."""
         assert self.registry is not None, "the server has prometheus-client"
+        if self._shared is not None:
+            return self._shared.text()
         return prometheus.generate_latest(self.registry)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from sinkstream.serve.errors import busy, invalid
 from sinkstream.serve.files import SpillFull
 from sinkstream.serve.lanes import Lane
+from sinkstream.serve.pinning import Pinning
 from sinkstream.serve.recall import Recall
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.residence import RETRY_SECONDS, Residence
@@ -29,6 +30,10 @@ class Call:
         A completion instead of a chat.
     reply : ReplyOptions or None
         None: the messages are fed and nothing is written.
+    begins : str
+        Text that the reply has to begin with: the beginning of a call of a tool.
+    pin : str
+        Text to be pinned in a session, instead of everything else.
     """
 
     owner: str
@@ -41,6 +46,8 @@ class Call:
     keep: bool = True
     found_by: str = "messages"
     reply: ReplyOptions | None = None
+    begins: str = ""
+    pin: str = ""
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Plan:
     opening: str | None = None
     new: list[Message] = field(default_factory=list)
     recalled: list[ForgottenTurn] = field(default_factory=list)
+    pinning: Pinning | None = None
 
 
 class Planner:
@@ -91,13 +99,18 @@ class Planner:
         if self.recall is not None:
             self.recall.forget(session_id)
 
-    def counts(self, session: Session, lane: Lane) -> None:
-        """Note what a session's stream holds now."""
+    def counts(self, session: Session, lane: Lane, *, written: bool = False) -> None:
+        """Note what a session's stream holds now; `written`: the last turn is complete."""
         counts, before = lane.counts(), session.counts["evicted"]
-        session.counts = {name: counts[name] for name in ("seen", "kept", "evicted")}
+        kept, gone = counts["kept"], counts["evicted"] + session.evicted_before
+        session.counts = {"seen": counts["seen"] + session.evicted_before, "kept": kept, "evicted": gone}
         if counts["evicted"]:
-            session.forget_evicted(lane.oldest, self.settings.recalled, self.settings.recall_tokens)
-        self.evicted(max(0, counts["evicted"] - before))
+            self.archive_evicted(session, lane.oldest, written=written)
+        self.evicted(max(0, gone - before))
+
+    def archive_evicted(self, session: Session, oldest: float, *, written: bool) -> None:
+        """Keep the turns that begin before a token of the stream, as far as they may be recalled."""
+        session.forget_evicted(oldest, self.settings.recalled, self.settings.recall_tokens, written=written)
 
     # ---- which session, and what is new ----
 
@@ -108,9 +121,16 @@ class Planner:
         """
         if call.prompt is not None:
             return self._plan_prompt(call)
+        if call.pin:
+            return self._plan_pin(call)
         messages, replies = list(call.messages), call.reply is not None
         digests = digests_of(messages, call.tools)
         session, turn = branch[0] if branch else self._find(call, digests)
+        if session is not None and session.sink is not None and call.tools and call.tools != session.tools:
+            raise invalid(
+                "tools differ from those of the session, which are pinned; accepted: the same, none, or a new session",
+                "tools",
+            )
         if turn is not None and not branch and session is not None:
             if not self.store.claimed(session):
                 return None
@@ -142,7 +162,7 @@ class Planner:
             return self.store.get(call.owner, call.session), None
         if call.previous is not None:
             return self.store.by_response(call.owner, call.previous)
-        return self.store.find(call.owner, digests, self.residence.busy), None
+        return self.store.find(call.owner, digests, self.residence.busy, call.found_by), None
 
     def _branch(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
         """A copy of a session, to go on before one of its turns."""
@@ -166,6 +186,16 @@ class Planner:
         if not new:
             raise invalid("messages hold no message but the system's; accepted: at least one of a user", "messages")
         opening, pieces = self.template.opening(head, tools, new, reply=call.reply is not None)
+        sink = self.sink_of(opening)
+        fresh = session or Session(call.owner, found_by=call.found_by)
+        plan = self._begin(fresh, sink)
+        if plan is None:
+            return None
+        fresh.head, fresh.tools, fresh.digest = head, tools, digests_of(head, tools)[-1]
+        return replace(plan, pieces=pieces, opening=opening, new=new)
+
+    def sink_of(self, opening: str) -> int:
+        """How many tokens of a stream that begins with this text are pinned. Raises APIError if they are too many."""
         sink = max(LEAST_SINK, len(self.template.encode(opening)))
         if sink > self.settings.cap // 2:
             raise invalid(
@@ -174,12 +204,20 @@ class Planner:
                 "messages",
                 "pinned_prompt_too_long",
             )
-        fresh = session or Session(call.owner, found_by=call.found_by)
-        plan = self._begin(fresh, sink)
-        if plan is None:
-            return None
-        fresh.head, fresh.tools, fresh.digest = head, tools, digests_of(head, tools)[-1]
-        return replace(plan, pieces=pieces, opening=opening, new=new)
+        return sink
+
+    def _plan_pin(self, call: Call) -> Plan | None:
+        """A session that is to have one more pinned text."""
+        session = self.store.get(call.owner, call.session or "")
+        if session.kind != "chat" or session.found_by == "messages":
+            raise invalid("a text is pinned in a chat that its client knows by an id; accepted: such a session_id")
+        pinning = Pinning(session, self.template, call.pin)
+        sink = self.sink_of(pinning.opening)
+        if session.sink is None:
+            plan = self._begin(session, sink)
+            return plan and replace(plan, pinning=pinning)
+        lane = self.residence.acquire(session)
+        return None if lane is None else Plan(session, lane, [], pinning=pinning)
 
     def _plan_prompt(self, call: Call) -> Plan | None:
         """A completion: its prompt is the text of one turn."""

@@ -14,8 +14,8 @@ from sinkstream.serve.sessions import ForgottenTurn, Session, Turn
 WORD = re.compile(r"\w+")
 WORDS = 4096  # of a turn, at the most: the block of a turn in the index
 RARE = 0.2  # a word in a larger share of the turns says nothing
-LEAST = 0.12  # score of a turn that comes back; about 0.28 is one word that no other turn has
-COMMON = 1200  # a word that is one of the first tokens of a byte-pair vocabulary is common in the language
+LEAST = 0.16  # score of a turn that comes back; 0.28 is one word that no other turn has, 0.165 one of 2 turns in 13
+COMMON = 2000  # a word that is one of the first tokens of a byte-pair vocabulary is common in the language
 SHARE = 0.4  # of the best score: a turn below it stays where it is
 INDEXES = 256  # kept, of the sessions that asked last
 

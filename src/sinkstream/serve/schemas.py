@@ -99,7 +99,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     # given by clients, and without influence on a reply
     parallel_tool_calls: bool | None = None
@@ -118,12 +118,16 @@ class CompletionRequest(Sampling):
 
 
 class InputItem(BaseModel):
-    """An item of a response's input."""
+    """An item of a response's input: a message, a call of a tool, or what a call gave."""
 
     model_config = ConfigDict(extra="ignore")
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[TextPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[TextPart] | None = None
 
 
 class ResponseRequest(Strict):
@@ -141,7 +145,10 @@ class ResponseRequest(Strict):
     store: bool | None = None
     include: list[str] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
     # given by clients, and without influence on a reply
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
@@ -160,6 +167,12 @@ class AppendRequest(Strict):
     """Body of POST /v1/sessions/{id}/append."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+class PinRequest(Strict):
+    """Body of POST /v1/sessions/{id}/pin."""
+
+    text: Annotated[str, StringConstraints(min_length=1)]
 
 
 class NameRequest(Strict):

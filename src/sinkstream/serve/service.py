@@ -91,9 +91,11 @@ class Service:
     def start(self) -> None:
         """Begin to serve."""
         self.scheduler.start()
+        self.metrics.start()
 
     def stop(self) -> None:
         """Cancel what runs, spill every session and end."""
+        self.metrics.stop()
         self.scheduler.stop(self._spill_all)
 
     @property

@@ -10,9 +10,10 @@ from sinkstream.serve.events import Done
 from sinkstream.serve.http import Owner, Served
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.planning import Call
-from sinkstream.serve.schemas import AppendRequest, NameRequest, SessionRequest
+from sinkstream.serve.schemas import AppendRequest, NameRequest, PinRequest, SessionRequest
 from sinkstream.serve.service import Service
 from sinkstream.serve.template import SYSTEM_ROLES
+from sinkstream.serve.tool_choice import tools_of
 
 router = APIRouter(prefix="/v1/sessions")
 
@@ -24,7 +25,7 @@ async def open_session(body: SessionRequest, request: Request, who: Owner, servi
     head = [message for message in messages if message["role"] in SYSTEM_ROLES]
     if head != messages[: len(head)]:
         raise invalid("system messages come first in a session", "messages")
-    view = await asyncio.wrap_future(service.open_session(who, head, body.tools))
+    view = await asyncio.wrap_future(service.open_session(who, head, tools_of(body.tools, None)))
     if len(messages) > len(head):
         await _feed(service, request, who, view["id"], messages[len(head) :])
         view = await asyncio.wrap_future(service.with_session(who, view["id"], service.view))
@@ -67,6 +68,13 @@ async def append(
     return await asyncio.wrap_future(service.with_session(who, session_id, service.view))
 
 
+@router.post("/{session_id}/pin")
+async def pin(session_id: str, body: PinRequest, request: Request, who: Owner, service: Served) -> dict[str, Any]:
+    """Add a text to the system prompt; held turns are fed again behind it, evicted ones may be recalled."""
+    await _done(service, request, Call(who, session=session_id, pin=body.text))
+    return await asyncio.wrap_future(service.with_session(who, session_id, service.view))
+
+
 @router.post("/{session_id}/fork", status_code=201)
 async def fork(session_id: str, who: Owner, service: Served) -> dict[str, Any]:
     """A copy that goes on by itself."""
@@ -92,7 +100,12 @@ async def delete(session_id: str, who: Owner, service: Served) -> dict[str, Any]
 
 
 async def _feed(service: Service, request: Request, who: str, session_id: str, messages: list[dict]) -> None:
-    listener = Listener(service, [Call(who, messages=tuple(messages), session=session_id)])
+    await _done(service, request, Call(who, messages=tuple(messages), session=session_id))
+
+
+async def _done(service: Service, request: Request, call: Call) -> None:
+    """Carry out a call without a reply. Raises APIError."""
+    listener = Listener(service, [call])
     await listener.first()
     events = await listener.all(request)
     assert isinstance(events[-1], Done), "a call ends with Done"

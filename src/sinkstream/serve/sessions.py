@@ -127,6 +127,8 @@ class Session:
         The text of `head` and `turn` as the stream holds it; None if the stream ends where a turn may begin.
     counts : dict
         Tokens seen, kept and evicted when the stream was last looked at.
+    evicted_before : int
+        Tokens that were evicted before its stream began anew with another pinned text.
     archive : list of ForgottenTurn
         Turns that may be recalled, oldest first.
     """
@@ -148,6 +150,7 @@ class Session:
     response: str | None = None
     announced: bool = False
     counts: dict[str, int] = field(default_factory=lambda: {"seen": 0, "kept": 0, "evicted": 0})
+    evicted_before: int = 0
     archive: list[ForgottenTurn] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
@@ -165,20 +168,22 @@ class Session:
         now = time.time()
         return Session.of(json.loads(json.dumps(self.record() | {"id": new_id("sess"), "created": now} | changes)))
 
-    def forget_evicted(self, oldest: int, longest: int, most: int) -> None:
+    def forget_evicted(self, oldest: float, longest: int, most: int, *, written: bool = False) -> None:
         """Forget the turns that the stream no longer holds whole.
 
         Parameters
         ----------
-        oldest : int
-            The first token of its window.
+        oldest : float
+            The first token of its window; infinity: the stream is gone.
         longest, most : int
             Tokens of a turn, and of all turns, that may be recalled; the oldest ones are dropped.
+        written : bool
+            Whether the last turn is complete; else it cannot be recalled.
         """
         gone = [turn for turn in self.turns if turn.start < oldest]
         if not gone:
             return
-        whole = [turn for turn in gone if turn is not self.turns[-1]]  # the last one is being written
+        whole = [turn for turn in gone if written or turn is not self.turns[-1]]
         self.archive += [ForgottenTurn.of(turn) for turn in whole if 0 < len(turn.ids) <= longest]
         self.turns = [turn for turn in self.turns if turn.start >= oldest]
         over = sum(len(turn) for turn in self.archive) - most

@@ -57,20 +57,23 @@ class SessionStore:
         mine = [s for s in self.sessions.values() if s.owner == owner and s.found_by == "id"]
         return sorted(mine, key=lambda s: -s.used)
 
-    def find(self, owner: str, digests: Sequence[str], busy_ids: set[str]) -> Session | None:
+    def find(
+        self, owner: str, digests: Sequence[str], busy_ids: set[str], found_by: str = "messages"
+    ) -> Session | None:
         """The idle session that holds most of a conversation, given the digests of its first 0, 1, … messages.
 
-        A session that goes on is preferred to one whose last turn is asked again or changed. One with nothing but its
-        system prompt in common stays as it is.
+        A session that goes on is preferred to one whose last turn is asked again or changed; one of responses only goes
+        on, since a turn of it has its own id. One with nothing but its system prompt in common stays as it is.
         """
         self.sync()
-        place = {digest: i for i, digest in enumerate(digests)}
+        known = digests if found_by == "messages" else digests[:-1]
+        place = {digest: i for i, digest in enumerate(known)}
         best, longest = None, 0
         for session in self.sessions.values():
-            if session.owner != owner or session.found_by != "messages" or session.id in busy_ids or not session.digest:
+            if session.owner != owner or session.found_by != found_by or session.id in busy_ids or not session.digest:
                 continue
             found = 2 * place.get(session.digest, 0)
-            if session.turns:
+            if session.turns and found_by == "messages":
                 last = session.turns[-1]
                 again = place.get(last.asked, 0)
                 changed = place.get(last.before, 0) if last.previous else 0

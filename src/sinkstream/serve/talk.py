@@ -19,7 +19,6 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.service import Service, owner_of
 from sinkstream.serve.sessions import new_id
-from sinkstream.serve.template import Message
 
 OPTIONS: dict[str, type] = {
     "temperature": float,
@@ -117,7 +116,6 @@ class LocalTalk(Talk):
     def reset(self, system: str | None) -> None:
         self._forget()
         self.system, self.last, self.context = system, None, None
-        self._turns: list[list[Message]] | None = []  # None: what was loaded is known as a stream only
         self._session = self._open(system)
 
     def _open(self, system: str | None) -> str:
@@ -138,45 +136,32 @@ class LocalTalk(Talk):
             job = self._service.submit(call, heard.put)
         except APIError as error:
             raise TalkError(error.message) from None
-        written = ""
         try:
             while not isinstance(event := heard.get(), Done):
                 if isinstance(event, TextPiece):
-                    written += event.text
                     yield event.text
                 elif isinstance(event, Failed):
                     raise TalkError(event.error.message)
             self.context, self.tokens = vars(event.context), event.completion_tokens
         finally:
             job.cancel()
-            if self._turns is not None and written:
-                self._turns.append([message, {"role": "assistant", "content": written}])
 
     def undo(self) -> None:
         self._with_session(self._service.undo)
-        if self._turns:
-            self._turns.pop()
 
     def pin(self, text: str) -> str:
-        if self._turns is None:
-            raise TalkError("the text of a loaded conversation is not known; /pin before /save")
-        turns = self.stats()
-        there = (
-            self._turns[turns["evicted turns"] - turns["turns"] :] if turns["turns"] > turns["evicted turns"] else []
-        )
         system = pinned_system(self.system, text)
-        session = self._open(system)
-        messages = tuple(message for turn in there for message in turn)
         heard: queue.Queue[Event] = queue.Queue()
-        if messages:
-            self._service.submit(Call(self._owner, messages=messages, session=session), heard.put)
-            while not isinstance(event := heard.get(), Done):
-                if isinstance(event, Failed):
-                    self._with_session(self._service.delete, session)
-                    raise TalkError(event.error.message)
-        self._forget()
-        self._session, self.system, self._turns = session, system, there
-        return f"pinned; {len(there)} turns are fed again behind it"
+        self._service.submit(Call(self._owner, session=self._session, pin=text), heard.put)
+        while not isinstance(event := heard.get(), Done):
+            if isinstance(event, Failed):
+                raise TalkError(event.error.message)
+        self.system = system
+        view = self._with_session(self._service.view)
+        turns = view["turns"]["seen"] - view["turns"]["evicted"]
+        return (
+            f"pinned; turns that are fed again behind it: {turns}, that can be recalled: {view['recallable']['turns']}"
+        )
 
     def save(self, name: str) -> str:
         saved = self._with_session(lambda session: self._service.save(session, name))
@@ -188,7 +173,8 @@ class LocalTalk(Talk):
         except APIError as error:
             raise TalkError(error.message) from None
         self._forget()
-        self._session, self.last, self._turns = view["id"], None, None
+        self._session, self.last = view["id"], None
+        self.system = self._with_session(lambda session: "\n".join(m["content"] for m in session.head)) or None
         return f"{name!r}: {view['tokens']['seen']:,} tokens seen, {view['tokens']['kept']:,} kept"
 
     def stats(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sinkstream.serve.errors import APIError, invalid
 Message = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
 PROBE = "x"  # content of messages that are rendered to see what the template puts around them
+MARK = "--message--"  # the same, where it is looked for
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ChatTemplate:
         user, reply = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
         first = self.render([*head, user], tools)
         alone = self._tried(head, tools) if head else ""
-        if alone and first.startswith(alone):
+        if alone and first.startswith(alone) and all(m["content"].strip() in alone for m in head):
             return alone
         before, later = self._tried([*head, user, reply], tools), self._tried([*head, user, reply, user], tools)
         turn = later[len(before) :] if before and later.startswith(before) else ""
@@ -86,6 +87,11 @@ class ChatTemplate:
         if not head and not tools:
             return ""
         return first[: first.rfind(PROBE)]  # the system prompt is a part of the first user message
+
+    def lead(self, head: Sequence[Message], tools: list | None) -> str:
+        """The text between the pinned part and the words of the first user message."""
+        text = self.render([*head, {"role": "user", "content": MARK}], tools)
+        return text.removeprefix(self.pinned(head, tools)).partition(MARK)[0]
 
     def _tried(self, messages: Sequence[Message], tools: list | None) -> str:
         """The text of messages; empty if the template refuses them."""

@@ -20,10 +20,13 @@ class ToolFormat(ABC):
         What its chat templates hold.
     opening : str
         Text with which calls begin.
+    closing : str
+        Text with which a call ends; empty if nothing but its own end tells.
     """
 
     sign: str
     opening: str
+    closing: str = ""
 
     @abstractmethod
     def begin(self, text: str) -> int:
@@ -32,6 +35,18 @@ class ToolFormat(ABC):
     @abstractmethod
     def calls(self, text: str) -> Calls:
         """The calls of a text from `begin` on. Raises ValueError if it is something else."""
+
+    @abstractmethod
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        """The text with which a call begins.
+
+        Parameters
+        ----------
+        name : str or None
+            Of the tool; None: the text ends before it.
+        arguments : str
+            The beginning of their JSON.
+        """
 
 
 @FORMATS.register("tagged")
@@ -57,6 +72,9 @@ class Tagged(ToolFormat):
             found.append(_call(inside, "arguments"))
         return found
 
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        return f"{self.opening}\n{_beginning(name, 'arguments', arguments)}"
+
 
 @FORMATS.register("json")
 class WholeJson(ToolFormat):
@@ -73,6 +91,9 @@ class WholeJson(ToolFormat):
 
     def calls(self, text: str) -> Calls:
         return [_call(text, "parameters")]
+
+    def beginning(self, name: str | None, arguments: str = "") -> str:
+        return _beginning(name, "parameters", arguments)
 
 
 def tool_format(template: Any) -> ToolFormat | None:
@@ -145,6 +166,13 @@ def _call(text: str, arguments: str) -> tuple[str, dict[str, Any]]:
     return found["name"], given
 
 
+def _beginning(name: str | None, field: str, arguments: str) -> str:
+    """As templates write it; the next token may begin with a space."""
+    if name is None:
+        return '{"name": "'
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{field}":{arguments and " "}{arguments}'
+
+
 def _overlap(text: str, opening: str) -> int:
     """Length of the longest end of a text with which the opening begins."""
     longest = min(len(text), len(opening) - 1)
@@ -168,7 +196,7 @@ class CallFilter:
     def push(self, piece: str) -> str:
         """Take a piece; returns the text that can be sent now."""
         self._text += piece
-        return self._send(self._form.begin(self._text))
+        return self._send(len(self._text[: self._form.begin(self._text)].rstrip()))  # `with_calls` leaves spaces out
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The rest of the text, and the calls."""

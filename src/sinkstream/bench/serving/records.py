@@ -26,8 +26,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
         *("wrongly_answered", "compared", "differing", "leaked_sessions", "leaked_files", "generator", "rss_mb"),
     ),
     "restart": ("sessions", "spilled", "continued", "next_tokens", "same", "turns_lost"),
+    "recall": ("talks", "turns", "facts", "unrelated", "rows"),
 }
-PARTS = ("turns", "overhead", "sessions", "soak", "restart")
+PARTS = ("turns", "overhead", "sessions", "soak", "restart", "recall")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ class Load:
         Of a reply that is timed beside the engine's.
     cap : int
         Slots of a session.
+    seconds, users : float, int
+        Of the soak.
+    talks : int
+        Chats of the measurement of recall.
     """
 
     turns: int
@@ -44,6 +48,7 @@ class Load:
     cap: int
     seconds: float = 600
     users: int = 32
+    talks: int = 6
 
 
 @dataclass
@@ -72,17 +77,16 @@ class ServedModel:
     untrained: bool = False
 
     def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
-        settings = ServeSettings(
-            cap=self.load.cap, resident=resident, queue=8 * max(resident, 16), recall="none", **more
-        )
+        given: dict[str, Any] = {"cap": self.load.cap, "resident": resident, "recall": "none"}
+        settings = ServeSettings(**{**given, "queue": 8 * max(resident, 16), **more})
         untrained = self.untrained
         return Service(
             self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable
         )
 
     @contextmanager
-    def _hosted(self, resident: int) -> Iterator[str]:
-        with hosted(self._service(resident)) as address:
+    def _hosted(self, resident: int, **more: Any) -> Iterator[str]:
+        with hosted(self._service(resident, **more)) as address:
             yield address
         gc.collect()  # its streams give their memory back
 

@@ -174,6 +174,13 @@ class ServingSession(ServedModel):
             finally:
                 server.end()
 
+    def _recall(self, report: Report) -> Figures:
+        """Facts are told, evicted and asked for: with recall, without it, and with nothing evicted."""
+        from sinkstream.bench.serving import recalling
+
+        load = self.load
+        return recalling.measured(self._hosted, self.loaded.name, load.cap, load.talks, self.request.seed, report)
+
     # ---- records ----
 
     def _measure(self, part: str, report: Report) -> list[Callable[[], dict[str, Any]]]:

@@ -11,6 +11,7 @@ from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Table
+from sinkstream.statistics.proportion import proportion
 
 #: Key -> function of all serve records, oldest first, that returns a headline, or None if records are missing.
 SERVE_HEADLINES: Registry[Callable[[Sequence[ServeRecord]], Headline | None]] = Registry("serve headline")
@@ -26,6 +27,12 @@ SESSION_HEADER = [
     "engine's own streams",
     "over them",
 ]
+
+RECALL_HEADER = ["after the chats", "asked", "came back", "right with recall", "without", "with nothing evicted"]
+RECALL_FORMS = {
+    "named": "a fact, with words of its statement: its turn",
+    "paraphrased": "a fact, in other words: its turn",
+}
 
 
 def serve_table(records: Sequence[ServeRecord], title: str | None = None) -> Table:
@@ -51,6 +58,29 @@ def sessions_table(records: Sequence[ServeRecord], title: str | None = None) -> 
         for row in r.figures["rows"]
     ]
     return Table(SESSION_HEADER, rows, title, [], 4)
+
+
+def recall_table(records: Sequence[ServeRecord], title: str | None = None) -> Table:
+    """What was recalled, and answered, in chats: a row a kind of question, with 95 % intervals."""
+    rows = []
+    for figures in (r.figures for r in records if r.part == "recall"):
+        for form, what in RECALL_FORMS.items():
+            f = figures["facts"][form]
+            right = [_share(f["right"][arm], f["asked"]) for arm in ("recall", "none", "whole")]
+            rows.append([what, str(f["asked"]), _share(f["found"], f["asked"]), *right])
+        kinds = figures["unrelated"]
+        total = {name: sum(kind[name] for kind in kinds.values()) for name in ("asked", "recalled")}
+        for kind, f in {**kinds, "all of these": total}.items():
+            what = f"what no fact answers, {kind}: any turn"
+            rows.append([what, str(f["asked"]), _share(f["recalled"], f["asked"]), *[EMPTY] * 3])
+    return Table(RECALL_HEADER, rows, title, [], 1)
+
+
+def _share(hits: int, of: int) -> str:
+    found = proportion(hits, of)
+    if found.value is None or found.low is None or found.high is None:
+        return EMPTY
+    return f"{100 * found.value:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}]"
 
 
 def _named(record: ServeRecord) -> list[str]:
@@ -122,10 +152,17 @@ def render_serve(results: Path) -> dict[str, str]:
     """Markdown of the tables, by their names in the documents. Raises ValueError if a serve record is broken."""
     found = newest(ServeRecord.below(results))
     rendered = {}
-    for name, table in (("serve-figures", serve_table), ("serve-sessions", sessions_table)):
-        of = [r for r in found if (r.part == "sessions") == (name == "serve-sessions")]
-        rendered[name] = f"{machine(of)}\n\n{table(of).markdown()}" if of else NONE_YET
+    tables = {"sessions": ("serve-sessions", sessions_table), "recall": ("serve-recall", recall_table)}
+    for part, (name, table) in {"": ("serve-figures", serve_table), **tables}.items():
+        of = [r for r in found if r.part == part or (not part and r.part not in tables)]
+        rendered[name] = f"{_recall_line(of)}{machine(of)}\n\n{table(of).markdown()}" if of else NONE_YET
     return rendered
+
+
+def _recall_line(records: Sequence[ServeRecord]) -> str:
+    """How many chats of how many turns, where records are of recall."""
+    told = (f"{_named(r)[0]}, {r.figures['talks']} chats of {r.figures['turns']} turns. " for r in records)
+    return "".join(told) if records and records[0].part == "recall" else ""
 
 
 def newest(records: Sequence[ServeRecord]) -> list[ServeRecord]:
@@ -178,6 +215,35 @@ def unexpected_5xx(records: Sequence[ServeRecord]) -> Headline | None:
 def replies_differing(records: Sequence[ServeRecord]) -> Headline | None:
     """Replies of the latest soaks that differ from the same session served alone; the largest count."""
     return _worst(records, "soak", lambda f: f["differing"])
+
+
+def _recalled(records: Sequence[ServeRecord], figure: Callable[[dict[str, Any]], float]) -> Headline | None:
+    """A figure of the latest chats with facts."""
+    found = [r for r in records if r.part == "recall"]
+    return Headline(figure(found[-1].figures), found[-1].id) if found else None
+
+
+@SERVE_HEADLINES.register("serve.recall_found")
+def recall_found(records: Sequence[ServeRecord]) -> Headline | None:
+    """Share of facts, asked with words of their statements, whose evicted turn came back."""
+    return _recalled(records, lambda f: f["facts"]["named"]["found"] / f["facts"]["named"]["asked"])
+
+
+@SERVE_HEADLINES.register("serve.recall_right")
+def recall_right(records: Sequence[ServeRecord]) -> Headline | None:
+    """Share of the same facts that the reply has right."""
+    return _recalled(records, lambda f: f["facts"]["named"]["right"]["recall"] / f["facts"]["named"]["asked"])
+
+
+@SERVE_HEADLINES.register("serve.recall_false_alarms")
+def recall_false_alarms(records: Sequence[ServeRecord]) -> Headline | None:
+    """Share of messages that no fact answers at which a turn came back."""
+
+    def share(f: dict[str, Any]) -> float:
+        kinds = f["unrelated"].values()
+        return sum(kind["recalled"] for kind in kinds) / sum(kind["asked"] for kind in kinds)
+
+    return _recalled(records, share)
 
 
 @SERVE_HEADLINES.register("serve.overhead_over_engine")
