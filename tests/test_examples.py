@@ -121,7 +121,9 @@ def test_what_left_the_window_comes_back(folder):
         recalled = example("recall.py", folder, *line)
         assert recalled.returncode == 0, recalled.stderr
         without, with_recall, *_ = recalled.stdout.splitlines()
-        assert without.startswith("recall=None: 160 of 160") and with_recall.startswith(f"recall={chooser}: 160 of 160")
+        assert without.startswith("recall=None: 160 of 160")
+        held = re.match(f"recall={chooser}: ([0-9]+) of 160", with_recall)
+        assert held and 120 <= int(held[1]) <= 160, "the window grows again behind a frame that was emptied"
 
 
 def test_a_scorer_of_ones_own_is_used(folder):
