@@ -89,8 +89,6 @@ def test_a_conversation_is_saved_and_goes_on(folder):
     said = [[row for row in run.stdout.split("\n") if not row.startswith("[")] for run in (whole, *pieces)]
     assert [row for rows in said[1:] for row in rows if row] == [row for row in said[0] if row]
     assert re.search(r"\[\d+ tokens seen before\]", pieces[1].stdout)
-    other = example("save_conversation.py", folder, "parts.safetensors", "--model", "chat", "--cap", "64", stdin="x\n")
-    assert other.returncode != 0, "another policy"
 
 
 def test_the_official_client_talks_in_a_session(folder):
