@@ -9,7 +9,7 @@ from sinkstream.records.selection import has_model
 from sinkstream.registry import Registry
 from sinkstream.report.criteria import NOT_MEASURED, Evidence
 from sinkstream.report.ledger import counts, read_ledger
-from sinkstream.report.verdicts import BASELINES, against, baseline, compared, groups, is_strict
+from sinkstream.report.verdicts import against, baseline, compared, groups, is_tried
 
 #: Key -> function of all complete point records, oldest first, that returns a headline, or None if records are missing.
 EVIDENCE_HEADLINES: Registry[Callable[[Sequence[PointRecord]], Headline | None]] = Registry("evidence headline")
@@ -42,7 +42,7 @@ def delta_ppl_best_vs_strict(points: Sequence[PointRecord]) -> Headline | None:
     """
     group = _group(points)
     strict = baseline(group, "strict")
-    others = [point for point in group if point.policy["name"] not in BASELINES and not is_strict(point)]
+    others = [point for point in group if is_tried(point)]
     found = [c for point in others if (c := compared(point, strict)) is not None and c.delta.delta_percent is not None]
     best = min(found, key=lambda c: c.high, default=None)
     if best is None or best.delta.delta_percent is None:

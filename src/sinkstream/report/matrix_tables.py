@@ -8,14 +8,13 @@ from sinkstream.matrix.record import PointRecord, load_points
 from sinkstream.records.origin import machine
 from sinkstream.report.criteria import Evidence
 from sinkstream.report.verdicts import (
-    BASELINES,
     Compared,
     against,
     baseline,
     compared,
     groups,
     is_lazy,
-    is_strict,
+    is_tried,
     named,
     timed_beside,
 )
@@ -45,9 +44,9 @@ def _sweeps(points: Sequence[PointRecord]) -> list[list[str]]:
     """A row a matrix, model, text and kind of cap: how far its policies are from strict streaming, and how fast."""
     by_id = {point.id: point for point in points}
     sweeps: dict[tuple[str, str, str, str], list[Compared]] = defaultdict(list)
-    for point in points:
+    for point in filter(is_tried, points):
         found = compared(point, by_id.get(point.baselines["strict"] or ""))
-        if found is not None and point.policy["name"] not in BASELINES and not is_strict(point):
+        if found is not None:
             kind = point.protocol["cap_accounting"]
             sweeps[point.experiment, point.model["key"], point.data["key"], kind].append(found)
     return [_sweep(*key, found) for key, found in sorted(sweeps.items())]
@@ -57,7 +56,8 @@ def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compar
     caps = sorted({c.point.protocol["cap"] for c in found})
     shown = " – ".join(f"{cap:,}" for cap in sorted({caps[0], caps[-1]}))
     shown += "" if kind == "peak" else ", growth outside"
-    ratios = sorted(c.point.tpot_ms / c.other.tpot_ms for c in found if c.point.tpot_ms and c.other.tpot_ms)
+    times = [_time_over_strict(c.point, [c.other]) for c in found]
+    ratios = sorted(ratio for ratio in times if ratio is not None)
     speed = f"{ratios[0]:.3f} – {ratios[-1]:.3f}" if ratios else EMPTY
     ends = [pick(found, key=lambda c: c.delta.delta_percent or 0.0) for pick in (min, max)]
     places = [f" at {c.point.protocol['cap']:,}" if len(caps) > 1 else "" for c in ends]
@@ -65,8 +65,9 @@ def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compar
     return [experiment, model, text, shown, str(len(found)), *named_ends, speed]
 
 
-def _time_over_strict(point: PointRecord, group: Iterable[PointRecord]) -> float | None:
-    strict = baseline(timed_beside(point, group), "strict")
+def _time_over_strict(point: PointRecord, strict_points: Iterable[PointRecord]) -> float | None:
+    """Against the newest of some points of strict streaming that was timed with the same code."""
+    strict = next(reversed(timed_beside(point, strict_points)), None)
     return point.tpot_ms / strict.tpot_ms if point.tpot_ms and strict and strict.tpot_ms else None
 
 
@@ -80,7 +81,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
     others = [p for p in named(group, None) if not p.policy["name"].startswith("refresh")]
     others += [p for p in group if is_lazy(p)]
     refreshes = [p for p in named(group, None) if p.policy["name"].startswith("refresh")]
-    ratio = _time_over_strict(lazy, group) if lazy else None
+    ratio = _time_over_strict(lazy, [p for p in group if p.label == "strict"]) if lazy else None
     return [
         strict.model["key"],
         strict.data["key"],
@@ -96,7 +97,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
 
 def _best(points: Iterable[PointRecord], strict: PointRecord) -> str:
     """The policy with the lowest upper end of its interval, with its ΔPPL."""
-    found = [c for p in points if p.policy["name"] not in BASELINES and (c := compared(p, strict)) is not None]
+    found = [c for p in points if (c := compared(p, strict)) is not None]
     best = min(found, key=lambda c: c.high, default=None)
     return EMPTY if best is None else f"{best.point.label}: {_delta(best)}"
 

@@ -83,6 +83,11 @@ def is_strict(point: PointRecord) -> bool:
     return policy["name"] == "strict" or (policy["name"] == "slack" and not policy["options"].get("slack"))
 
 
+def is_tried(point: PointRecord) -> bool:
+    """Whether the point is a policy that is compared with strict streaming: no baseline, and not strict itself."""
+    return point.policy["name"] not in BASELINES and not is_strict(point)
+
+
 def named(group: Iterable[PointRecord], policies: Sequence[str] | None) -> list[PointRecord]:
     """The points of these policies; without names, of controlled policies: all but baselines, plain lazy, and strict.
 
@@ -91,7 +96,7 @@ def named(group: Iterable[PointRecord], policies: Sequence[str] | None) -> list[
     group = [p for p in group if not {"sink", "window"} & p.configuration["policy"]["options"].keys()]
     if policies is not None:
         return [p for p in group if p.policy["name"] in policies]
-    return [p for p in group if p.policy["name"] not in BASELINES and not is_lazy(p) and not is_strict(p)]
+    return [p for p in group if is_tried(p) and not is_lazy(p)]
 
 
 def baseline(group: Iterable[PointRecord], name: str) -> PointRecord | None:
@@ -113,8 +118,7 @@ def against(points: Iterable[PointRecord], group: Iterable[PointRecord], name: s
     """
     baselines = [p for p in group if p.label == name]
     found = [c for point in points for other in baselines if (c := compared(point, other)) is not None]
-    newest = sorted(found, key=lambda c: (c.delta.n_tokens, c.point.created, c.other.created))
-    return newest[-1] if newest else None
+    return max(found, key=lambda c: (c.delta.n_tokens, c.point.created, c.other.created), default=None)
 
 
 def by_model(
