@@ -219,3 +219,12 @@ def _sort_and_filter(tab):
     visible = [row for row in rows.all() if row.is_visible()]
     assert [row.locator("td").first.inner_text() for row in visible] == ["lazy R=64"]
     tab.locator("#pareto .filter").first.fill("")
+
+
+def test_names_on_a_frontier_do_not_cover_each_other():
+    def value(x, y, front=True):
+        return {"tpot": x, "y": y, "front_tpot": front}
+
+    values = [value(1.0, 5.0), value(1.1, 1.0), value(1.2, 0.9), value(1.9, 0.8), value(2.0, 9.0, front=False)]
+    assert charts._apart(values, "tpot") == [values[3], values[2], values[0]], "1.1 is beside 1.2 and not better"
+    assert charts._apart([], "tpot") == []

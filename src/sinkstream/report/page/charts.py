@@ -23,6 +23,7 @@ KINDS = {  # first word of a policy's name -> kind and colour
 #: A point that loses so many times the median loss, or takes so many times the median time, is off the chart until
 #: asked for: it would press all others into one corner.
 FAR_LOSS, FAR_TIME = 8.0, 3.0
+NAME_WIDTH, NAME_HEIGHT = 0.4, 0.06  # what a name of a point covers, as shares of the chart
 PER_TOKEN, TOTAL = "time per token, ms", "time for the whole text, s"
 
 
@@ -72,7 +73,22 @@ def pareto_values(group: Group) -> list[dict[str, Any]]:
         known = [value for value in values if value[x] is not None]
         for value, best in zip(known, frontier([v[x] for v in known], [v["y"] for v in known])):
             value[f"front_{x}"] = bool(best)
+        for value in _apart([value for value in known if not value["outlier"]], x):
+            value[f"named_{x}"] = True
     return values
+
+
+def _apart(values: Sequence[dict[str, Any]], x: str) -> list[dict[str, Any]]:
+    """Those of the frontier, the best first, whose names do not cover each other."""
+    if not values:
+        return []
+    near = {x: NAME_WIDTH, "y": NAME_HEIGHT}
+    near = {of: share * (max(v[of] for v in values) - min(v[of] for v in values)) for of, share in near.items()}
+    named: list[dict[str, Any]] = []
+    for value in sorted((v for v in values if v[f"front_{x}"]), key=lambda v: v["y"]):
+        if not any(all(abs(value[of] - other[of]) < most for of, most in near.items()) for other in named):
+            named.append(value)
+    return named
 
 
 def hidden(values: Sequence[dict[str, Any]]) -> str:
@@ -102,9 +118,7 @@ def _value(dot: Dot, most_loss: float, most_time: float) -> dict[str, Any]:
         "backends": f"quality {point.quality['backend']}, speed {speed['backend']}" if point.quality else "",
         "record": point.id,
         "outlier": abs(dot.y) > most_loss or speed["tpot_ms"] > most_time,
-        "front_tpot": False,
-        "front_total": False,
-        "front_memory": False,
+        **{f"{what}_{x}": False for what in ("front", "named") for x in ("tpot", "total", "memory")},
     }
 
 
@@ -146,11 +160,13 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
         params.append(axis)
         per_token = f"axis == '{PER_TOKEN}'"
         chart = chart.transform_calculate(
-            x=f"{per_token} ? datum.tpot : datum.total", front=f"{per_token} ? datum.front_tpot : datum.front_total"
+            x=f"{per_token} ? datum.tpot : datum.total",
+            front=f"{per_token} ? datum.front_tpot : datum.front_total",
+            named=f"{per_token} ? datum.named_tpot : datum.named_total",
         )
         title: Any = alt.TitleParams(text=alt.expr("axis"), orient="bottom", fontWeight="normal", fontSize=13)
     else:
-        chart = chart.transform_calculate(x=f"datum.{x}", front=f"datum.front_{x}")
+        chart = chart.transform_calculate(x=f"datum.{x}", front=f"datum.front_{x}", named=f"datum.named_{x}")
         title = alt.TitleParams(text="peak memory, MB", orient="bottom", fontWeight="normal", fontSize=13)
     chart = chart.transform_filter("isValid(datum.x)")
     across = alt.X("x:Q", title=None, scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(tickCount=7))
@@ -164,7 +180,7 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     line = chart.transform_filter("datum.front").mark_line(interpolate="step-after", color=GREY, strokeDash=[5, 4])
     bars = chart.mark_rule(strokeWidth=2, opacity=0.45).encode(x=across, y="low:Q", y2="high:Q", color=colour)
     dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
-    half = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter("datum.front")
+    half = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter("datum.named")
     middle = "datum.least + 0.5 * (datum.most - datum.least)"
     style = {"dy": -9, "fontSize": 12, "clip": True}
     left = half.transform_filter(f"datum.x <= {middle}").mark_text(align="left", dx=9, **style)
