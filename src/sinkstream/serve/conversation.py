@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
 from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
@@ -41,7 +42,7 @@ class Conversations:
     def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None, post: Post):
         self.loaded, self.planner, self.tools, self.post = loaded, planner, tools, post
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
-        self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
+        self.prefill_tokens = prefill_tokens(loaded.model)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
         self.ends = frozenset([*end_tokens(loaded.model), *([] if end is None else [end])])
 
@@ -271,3 +272,8 @@ class Conversations:
         )
         emit(context)
         return context
+
+
+def prefill_tokens(model: PreTrainedModel) -> int:
+    """Tokens of a prompt that are fed at once."""
+    return PREFILL_TOKENS.get(model.device.type, DEFAULT_PREFILL_TOKENS)

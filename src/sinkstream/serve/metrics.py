@@ -35,6 +35,12 @@ class Metrics:
         make = prometheus.Counter
         self._tokens = make("sinkstream_tokens", "Tokens by kind", ["kind"], registry=registry)
         self._requests = make("sinkstream_requests", "Requests by result", ["result"], registry=registry)
+        self._captures = make("sinkstream_graph_captures", "CUDA graphs by moment", ["when"], registry=registry)
+        self._capture_seconds = make(
+            "sinkstream_graph_capture_seconds", "Time to capture them", ["when"], registry=registry
+        )
+        for counter in (self._captures, self._capture_seconds):
+            counter.labels("traffic")  # 0 until a request waits for a capture
         histogram = prometheus.Histogram
         self._ttft = histogram("sinkstream_ttft_seconds", "Time to first text", buckets=SECONDS, registry=registry)
         self._tpot = histogram(
@@ -77,6 +83,12 @@ class Metrics:
         """Count evicted tokens."""
         if self.registry is not None and tokens:
             self._tokens.labels("evicted").inc(tokens)
+
+    def captured(self, when: str, graphs: int, seconds: float) -> None:
+        """Count captured CUDA graphs: "start", before the server answers, or "traffic", for which a request waits."""
+        if self.registry is not None:
+            self._captures.labels(when).inc(graphs)
+            self._capture_seconds.labels(when).inc(seconds)
 
     def timed(self, emit: Emit) -> Emit:
         """The same `emit`, with everything that goes through it counted and timed."""

@@ -10,7 +10,8 @@ from typing import Any
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy
-from sinkstream.serve.conversation import Conversations
+from sinkstream.serve.captures import capture_at_start
+from sinkstream.serve.conversation import Conversations, prefill_tokens
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
@@ -253,6 +254,8 @@ class Service:
             tokenizer=self.loaded.tokenizer,
             allow_untrained_positions=self._untrained,
         )
+        tokens = prefill_tokens(self.loaded.model)
+        capture_at_start(decoder, self.settings.captures, tokens, self.metrics.captured)
         assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
         return Lanes(decoder)
 

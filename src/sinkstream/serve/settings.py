@@ -29,6 +29,12 @@ class ServeSettings:
         "sessions that hold a stream ready to decode, all stepped together; their memory is taken at the start",
         minimum=1,
     )
+    captures: str = option(
+        "common",
+        "CUDA graphs that are captured before the server answers: those of greedy replies and of draws by temperature"
+        " alone, those of all draws, or none, for a quick start",
+        choices=lambda: ["common", "all", "none"],
+    )
     queue: int = option(64, "most requests that wait or run; one more is answered 429", minimum=1)
     sessions: int = option(1024, "most sessions, spilled ones included", minimum=1)
     ram_mb: int = option(2048, "most MB of spilled sessions in RAM", minimum=0)
