@@ -69,9 +69,9 @@ def test_no_step_captures_after_it_and_every_token_is_the_same(monkeypatch):
 def test_what_draws_is_not_captured_under(monkeypatch):
     without_gpu(monkeypatch)
     e = engine(streams=1)
-    with e.state.sampling.using({0: StreamSampler(Sampler(temperature=1.0), 0)}):
-        with pytest.raises(ValueError, match="a stream draws at present"):
-            e.capture()
+    drawing = e.state.sampling.using({0: StreamSampler(Sampler(temperature=1.0), 0)})
+    with drawing, pytest.raises(ValueError, match="a stream draws at present"):
+        e.capture()
     e.capture()
     assert e.captures.count == 1, "the step of one stream was captured when the engine was made"
 

@@ -36,7 +36,7 @@ class Conversations:
     tools : ToolFormat or None
         How the model writes calls of tools, where that is known.
     post : Post
-        Delivered before a prompt is fed: what others have written does not wait for it.
+        What others have written is delivered before a prompt is fed: it does not wait for the prompt.
     """
 
     def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None, post: Post):
@@ -193,7 +193,7 @@ class Conversations:
             for begin in begins:
                 if first <= begin < first + len(part):
                     lane.begin_turn(begin - first)
-            self.post.deliver()
+            self.post.deliver_urgent()
             lane.prefill(part)
             fed += part
             yield
