@@ -10,13 +10,14 @@ from typing import Any
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy
+from sinkstream.serve import health, metrics
 from sinkstream.serve.captures import capture_at_start
 from sinkstream.serve.conversation import Conversations, prefill_tokens
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
+from sinkstream.serve.heartbeats import Heartbeats
 from sinkstream.serve.lanes import Lanes
-from sinkstream.serve.metrics import Metrics
 from sinkstream.serve.planning import LEAST_SINK, Call, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
@@ -70,7 +71,7 @@ class Service:
         self._untrained = allow_untrained_positions
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
-        self.metrics = Metrics(self)
+        self.metrics = metrics.Metrics(self)
         files = SessionFiles(settings.spill, settings.disk_mb * MB, settings.shared)
         spill = Spill(files, settings.ram_mb * MB, lambda: self.scheduler.wake())
         self.store = SessionStore(
@@ -88,16 +89,35 @@ class Service:
         idle = self.residence.write_one if durable else lambda: False
         self.scheduler = Scheduler(settings.queue, idle, step=self._step)
         self.started = int(time.time())
+        self._beats = Heartbeats(settings.spill, self._tell_others) if settings.shared and settings.spill else None
 
     def start(self) -> None:
         """Begin to serve."""
         self.scheduler.start()
-        self.metrics.start()
+        if self._beats is not None:
+            self._beats.start()
 
     def stop(self) -> None:
         """Cancel what runs, spill every session and end."""
-        self.metrics.stop()
+        if self._beats is not None:
+            self._beats.stop()
         self.scheduler.stop(self._spill_all)
+
+    # ---- figures ----
+
+    def figures(self) -> bytes:
+        """Figures in Prometheus' text format; in a shared folder those of all servers."""
+        return self.metrics.text() if self._beats is None else metrics.text_of_all(self._beats)
+
+    def health(self) -> health.Health:
+        """Whether requests are answered; in a shared folder also by the other servers."""
+        if self._beats is None:
+            return health.health_of_one(self.scheduler.alive, self.scheduler.counts())
+        return health.health_of_all(self._beats, self.settings.replicas)
+
+    def _tell_others(self, name: str) -> dict[str, str]:
+        state = health.told(self.scheduler.alive, self.scheduler.counts())
+        return {metrics.ENDING: self.metrics.labelled(name), health.ENDING: state}
 
     @property
     def vocab(self) -> int:

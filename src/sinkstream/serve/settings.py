@@ -52,6 +52,7 @@ class ServeSettings:
     log_text: bool = option(False, "write prompts and replies to the log")
     spill: Path | None = None
     shared: bool = False  # whether other servers go on with the sessions of the folder too
+    replicas: int = 1  # how many servers of a shared folder there should be
 
     def __post_init__(self) -> None:
         check_options(self)
