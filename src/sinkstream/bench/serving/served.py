@@ -38,6 +38,8 @@ class Load:
         Slots of a session.
     seconds, users : float, int
         Of the soak.
+    compare_seconds : float or None
+        After so many no further turn of the soak is served again, alone; None: all are.
     talks : int
         Chats of the measurement of recall.
     """
@@ -49,6 +51,7 @@ class Load:
     seconds: float = 600
     users: int = 32
     talks: int = 6
+    compare_seconds: float | None = None
 
 
 @dataclass

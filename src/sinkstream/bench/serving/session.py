@@ -137,7 +137,9 @@ class ServingSession(ServedModel):
                 left = soak.left_behind(address, [user[0]["session"] for user in users], spill)
         with self._hosted(1) as address:
             steps = 2 * len(users)
-            compared, differing = soak.compare(address, name, users, lambda done: report(len(users) + done, steps))
+            compared, differing = soak.compare(
+                address, name, users, lambda done: report(len(users) + done, steps), load.compare_seconds
+            )
         return {
             "seconds": load.seconds,
             "users": len(users),

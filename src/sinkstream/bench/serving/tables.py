@@ -134,6 +134,8 @@ def _soak(f: dict[str, Any]) -> list[tuple[str, str]]:
     )
     wrong = f"{f['unexpected_5xx']} unexpected 5xx, {f['wrongly_answered']} other wrong answers"
     differing = f"{f['differing']} of {f['compared']:,} replies differ"
+    if f["compared"] < f.get("replies", 0):
+        differing += f"; {f['replies']:,} could be compared"
     leaked = f"{f['leaked_sessions']} sessions, {f['leaked_files']} files"
     rows = [(asked, did), ("its answers", wrong), ("against the same sessions served alone", differing)]
     return [*rows, ("left behind", leaked)]
