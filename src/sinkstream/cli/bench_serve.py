@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--turns", type=int, default=1000, help="turns of the one conversation of --serve turns")
     group.add_argument("--reply", type=int, default=8, help="tokens of each of its replies")
+    group.add_argument("--pinned", type=int, help="--pinned of the server (default: its own)")
     group.add_argument("--soak-seconds", type=float, default=600, help="how long --serve soak lasts")
     group.add_argument("--soak-users", type=int, default=32, help="conversations side by side in it")
     group.add_argument(
@@ -53,7 +54,16 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not go together."""
     if len(args.cap) > 1:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
-    least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1, "talks": 1, "soak_compare": 1}
+    least = {
+        "turns": 4,
+        "reply": 2,
+        "tokens": 2,
+        "soak_seconds": 1,
+        "soak_users": 1,
+        "talks": 1,
+        "soak_compare": 1,
+        "pinned": 4,
+    }
     for name, value in least.items():
         given = getattr(args, name)
         if given is not None and given < value:
@@ -74,6 +84,7 @@ def measure(
         seconds=args.soak_seconds,
         users=args.soak_users,
         talks=args.talks,
+        pinned=args.pinned,
         compare_seconds=args.soak_compare,
     )
     name = new_record_id("bench")

@@ -6,13 +6,12 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Emit, Started, TextPiece
-from sinkstream.serve.lanes import Lane
+from sinkstream.serve.lanes import Lane, prefill_tokens
 from sinkstream.serve.planning import Call, Plan, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.reply import Reply
@@ -21,8 +20,6 @@ from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
 from sinkstream.serve.template import Message
 from sinkstream.serve.tools import ToolFormat, with_calls
 
-PREFILL_TOKENS = {"cpu": 128}  # of one turn of the scheduler
-DEFAULT_PREFILL_TOKENS = 1024
 TOLD = 80  # characters of a turn's user message, where the turn is told to have come back
 
 
@@ -136,6 +133,7 @@ class Conversations:
             if piece.turn:
                 if i == question and call.reply is not None and self.planner.recall is not None:
                     yield from self._prefill(lane, ids, begins, fed)  # a long prompt pushes turns out
+                    yield None
                     ids, begins = [], []
                     self._choose(plan, len(own))
                 begins.append(len(ids))
@@ -196,7 +194,8 @@ class Conversations:
             self.post.deliver_urgent()
             lane.prefill(part)
             fed += part
-            yield
+            if first + len(part) < len(ids):
+                yield
 
     def _turns_of(self, session: Session, plan: Plan) -> Iterator[Turn]:
         """The turns that the pieces begin, without their start; digests where they are known."""
@@ -272,8 +271,3 @@ class Conversations:
         )
         emit(context)
         return context
-
-
-def prefill_tokens(model: PreTrainedModel) -> int:
-    """Tokens of a prompt that are fed at once."""
-    return PREFILL_TOKENS.get(model.device.type, DEFAULT_PREFILL_TOKENS)

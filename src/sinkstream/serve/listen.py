@@ -40,6 +40,11 @@ class Listener:
             self.cancel()
             raise
 
+    @property
+    def ended(self) -> bool:
+        """Whether all events have been told."""
+        return not self._left
+
     def cancel(self) -> None:
         """The client has gone."""
         for job in self._jobs:

@@ -7,18 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.models import LoadedModel
-from sinkstream.policies import EvictionPolicy
 from sinkstream.serve import health, metrics
-from sinkstream.serve.captures import capture_at_start
-from sinkstream.serve.conversation import Conversations, prefill_tokens
+from sinkstream.serve.conversation import Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.heartbeats import Heartbeats
-from sinkstream.serve.lanes import Lanes
-from sinkstream.serve.planning import LEAST_SINK, Call, Planner
+from sinkstream.serve.lanes import make_lanes
+from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
@@ -68,7 +65,6 @@ class Service:
         if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"model {loaded.name!r} has no fast tokenizer, and a server reads and writes text")
         self.loaded, self.settings, self.backend = loaded, settings, backend
-        self._untrained = allow_untrained_positions
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
         self.metrics = metrics.Metrics(self)
@@ -81,7 +77,7 @@ class Service:
             lambda *found: self.residence.replaced(*found),
         )
         each_turn = durable and settings.write == "turn" and settings.spill is not None
-        self.lanes = self._make_lanes()  # refuses here what does not fit
+        self.lanes = make_lanes(loaded, settings, backend, self.metrics.captured, untrained=allow_untrained_positions)
         self.residence = Residence(self.lanes, spill, self._give_up, each_turn)
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
         self.post = Post()
@@ -261,23 +257,6 @@ class Service:
         except SpillFull:
             self.store.sessions.pop(copy.id, None)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None
-
-    def _make_lanes(self) -> Lanes:
-        """As many lanes as sessions may be resident; a session may pin half of its slots. Raises ValueError."""
-        cap, policy = self.settings.cap, {"evict": "turns"} if self.settings.evict == "turns" else {"compress_every": 1}
-        decoder = StreamDecoder(
-            self.loaded.model,
-            EvictionPolicy.build(cap=cap, sink=LEAST_SINK, **policy),
-            backend=self.backend,
-            streams=self.settings.resident,
-            max_sink=cap // 2,
-            tokenizer=self.loaded.tokenizer,
-            allow_untrained_positions=self._untrained,
-        )
-        tokens = prefill_tokens(self.loaded.model)
-        capture_at_start(decoder, self.settings.captures, tokens, self.metrics.captured)
-        assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
-        return Lanes(decoder)
 
     def _step(self) -> None:
         """The end of a round: what it has told is handed over while the device computes the step."""

@@ -219,6 +219,7 @@ class ServingSession(ServedModel):
                 **numeric_protocol(self.loaded),
                 "seed": self.request.seed,
                 "cap": self.load.cap,
+                "pinned": self.load.pinned,
                 "evict": "turns",
                 "backend": self.backend,
                 "client": "processes of their own, over HTTP on this machine, greedy, end tokens end no reply",
