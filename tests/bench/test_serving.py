@@ -114,7 +114,8 @@ def test_a_reply_that_differs_is_counted(tmp_path):
             place = {"sent": context["sent"], "reused": context["reused"]}
             user.append({"kind": "turn", "status": 200, "expected": True, **told, **place})
         compared = soak.compare(address, service.loaded.name, [user], lambda done: None)
-        assert compared == (2, 0)
+        assert compared == (2, 0) and len(soak.comparable(user)) == 2
+        assert soak.compare(address, service.loaded.name, [user], lambda done: None, seconds=0) == (0, 0)
         user[-1]["reply"] += "!"
         assert soak.compare(address, service.loaded.name, [user], lambda done: None) == (2, 1)
 
@@ -127,18 +128,20 @@ def test_what_a_broken_turn_has_written_is_told_by_the_next_one():
         {"kind": "broken", "tokens": 200, "sent": 6, "reused": 39},
     ]
     assert soak.written_tokens(turns) == [5, 4, 3, None]
+    events = [{"kind": "look", "status": 200}, *(turn | {"status": 200} for turn in turns)]
+    assert [tokens for _, tokens in soak.comparable(events)] == [5, 4, 3], "the last one is not known"
 
 
 def test_answers_are_counted_by_what_was_expected():
     def event(kind: str, status: int, expected: bool, **more) -> dict:
-        return {"kind": kind, "status": status, "expected": expected, **more}
+        return {"kind": kind, "status": status, "expected": expected, "tokens": 4, **more}
 
     events = [event("turn", 200, True), event("malformed", 400, True), event("malformed", 200, False)]
     events += [event("turn", 500, False), event("turn", 429, False), event("gone", 0, True)]
     events += [event("turn", 200, True, error={"message": "the server failed"})]
     figures = soak.soak_figures([events])
     assert figures["requests"] == 7 and figures["unexpected_5xx"] == 2 and figures["wrongly_answered"] == 1
-    assert figures["disconnects"] == 1 and figures["refused_as_expected"] == 1
+    assert figures["disconnects"] == 1 and figures["refused_as_expected"] == figures["replies"] == 1
 
 
 def test_early_and_late_turns_are_told_apart():

@@ -8,7 +8,7 @@ from streams import TOLERANCE, oracle_run, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
-from sinkstream.engine.graphs import captured
+from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.prompt import PromptForward, keep_queries
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
 from sinkstream.kernels.band import Band
@@ -109,7 +109,7 @@ def test_chunks_are_padded_to_the_next_size_and_only_where_steps_are_captured():
 
 def test_a_capture_that_fails_says_what_was_captured():
     with pytest.raises(ValueError) as caught:
-        captured(lambda: None, torch.device("cpu"), name="nothing at all")
+        GraphCaptures(torch.device("cpu"))(lambda: None, name="nothing at all", warmups=1)
     assert "while nothing at all was captured in a CUDA graph" in caught.value.__notes__[0]
 
 

@@ -151,3 +151,23 @@ def test_a_system_prompt_of_more_than_half_the_cap_is_refused(client):
     with pytest.raises(Exception, match="never evicted; accepted: at most 48") as error:
         chat(client, [{"role": "system", "content": "x" * 60}, user("hi")])
     assert error.value.status_code == 400 and error.value.code == "pinned_prompt_too_long"
+
+
+def test_fewer_pinned_slots_are_reserved_where_the_server_is_told_so():
+    """A lane is as much smaller; replies are those of before."""
+    system, few = "Be brief, please.", 24
+    services = [make_service(pinned=pinned) for pinned in (few, None)]
+    assert [service.lanes.most_pinned for service in services] == [few, CAP // 2]
+    assert services[0].lanes.bytes < services[1].lanes.bytes
+    alone = Alone(loaded(), system)
+    with served(services[0]) as address:
+        client, messages = client_of(address), [{"role": "system", "content": system}]
+        for text in TEXTS[:4]:
+            messages.append(user(text))
+            answer = chat(client, messages)
+            assert answer.choices[0].message.content == alone.say(text)
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        with pytest.raises(Exception, match=f"accepted: at most {few} of the {CAP} slots"):
+            chat(client, [{"role": "system", "content": "x" * few}, user("hi")])
+    with pytest.raises(ValueError, match=f"pinned=49 is not accepted; accepted: at most {CAP // 2}, half of the"):
+        make_service(pinned=49)

@@ -8,7 +8,7 @@ import pytest
 from serving import SYSTEM, client_of, loaded, make_service, served, user
 
 from sinkstream.serve.completions import Chat, Text
-from sinkstream.serve.events import Ended, Failed, Started, TextPiece, TokenLogprob
+from sinkstream.serve.events import Context, Ended, Failed, Started, TextPiece, TokenLogprob
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.planning import Call
 from sinkstream.serve.post import Post
@@ -91,6 +91,25 @@ def test_text_of_a_whole_reply_wakes_nobody(monkeypatch):
     rounds = [[Started("s")], *([TextPiece(0, letter)] for letter in "abc"), [Failed(CANCELLED)]]
     found, wakes, _ = heard(monkeypatch, rounds, whole=True)
     assert found[0] == [[Started("s")], [TextPiece(0, "abc"), Failed(CANCELLED)]] and wakes == 2
+
+
+def test_who_only_begins_is_told_after_the_prompts_of_the_round(monkeypatch):
+    """A response that begins takes this thread's time; text that others wait for is told before a prompt is fed."""
+
+    async def run() -> list[int]:
+        service, found = Told(), []
+        listener = Listener(service, [Call("me")])
+        calls = counted(asyncio.get_running_loop(), monkeypatch)
+        context = Context("s", 1, 0, 0, 0, 1, 1, 96)
+        for event in (Started("s"), context, TextPiece(0, "a"), context):
+            service.emits[0](event)
+            service.post.deliver_urgent()
+            found.append(len(calls))
+        service.post.deliver()
+        listener.cancel()
+        return [*found, len(calls)]
+
+    assert asyncio.run(run()) == [0, 0, 1, 1, 2]
 
 
 def test_a_loop_that_has_ended_hears_nothing():

@@ -194,3 +194,14 @@ def test_a_server_takes_the_memory_of_all_lanes_at_the_start(model, monkeypatch)
     monkeypatch.undo()
     service = make_service(model, resident=3, cap=CAP)
     assert service.residence.bytes == service.lanes.decoder.state.bytes > 0
+
+
+@pytest.mark.parametrize(("words", "units"), [(1, [STEP]), (40, [None, None, STEP])])
+def test_a_reply_begins_with_the_step_of_its_prompts_last_chunk(model, monkeypatch, words, units):
+    """Others have their turn between two chunks only."""
+    service = make_service(model, resident=1)
+    monkeypatch.setattr(service.conversations, "prefill_tokens", 100)
+    call = Call("me", (SYSTEM, user("many " * words)), reply=ReplyOptions(max_tokens=2))
+    work = service.conversations.run(call, lambda event: None)
+    assert [next(work) for _ in units] == units
+    work.close()

@@ -124,6 +124,8 @@ def test_the_sessions_of_a_killed_replica_go_on_on_the_other(tmp_path):
             time.sleep(0.2)
         assert len(counted) == 2 and min(counted.values()) > 0, "the figures are those of both replicas"
         assert sum(counted.values()) == SESSIONS * BEFORE
+        health = talkers[0].client.get("../health", cast_to=object, options={"params": {"require": "all"}})
+        assert health["status"] == "ok" and {r["replica"] for r in health["replicas"]} == set(counted)
         victim = replicas(process)[0]
         barrier.wait(60)
         while min(len(talker.heard) for talker in talkers) == BEFORE:
@@ -139,6 +141,9 @@ def test_the_sessions_of_a_killed_replica_go_on_on_the_other(tmp_path):
             wrong = [i for i, said in enumerate(talker.heard) if said not in (None, expected[i])]
             assert not wrong, (wrong, talker.heard.index(None) if None in talker.heard else None, talker.retries)
         assert alone.engine.stats()["evicted"], "control: the sessions forget"
+        health = talkers[0].client.get("../health", cast_to=object)
+        states = {r["replica"]: r["state"] for r in health["replicas"]}
+        assert health["expected"] == 2 and "serves" in states.values() and len(states.keys() & counted.keys()) == 2
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.stderr.read()

@@ -137,7 +137,7 @@ def test_a_pinned_text_leaves_what_may_be_recalled(model, monkeypatch):
         alone._left = "\n"
         assert answer.choices[0].message.content == alone.ask(QUESTION, fact)
         # what cannot be pinned, and what fails, leaves the session as it was
-        with pytest.raises(BadRequestError, match="half of the"):
+        with pytest.raises(BadRequestError, match=f"accepted: at most {CAP // 2} of the {CAP} slots"):
             client.post(f"/sessions/{fork}/pin", body={"text": "x" * CAP}, cast_to=object)
         again = client.post(f"/sessions/{fork}/fork", cast_to=object)["id"]
         begin_turn, calls = Lane.begin_turn, []

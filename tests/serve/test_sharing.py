@@ -1,9 +1,11 @@
 """Several servers on one folder: a session goes on on any of them with the same tokens, one of them at a time."""
 
+import os
 import threading
 import time
 from contextlib import ExitStack
 
+import httpx2 as httpx
 import pytest
 from openai import APIStatusError
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +24,8 @@ from serving import (
     user,
 )
 
-from sinkstream.serve import shared_metrics
+from sinkstream.records.files import WriteError
+from sinkstream.serve import heartbeats
 from sinkstream.serve.files import SessionFiles
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
@@ -122,7 +125,7 @@ def test_figures_are_those_of_all_servers_by_name(two, model, tmp_path, monkeypa
     for client, count in ((one, 1), (other, 2)):
         for _ in range(count):
             say(client, opened(client), "x", 2)
-    names = [service.metrics._shared.name for service in services]
+    names = [service._beats.name for service in services]
 
     def requests(client) -> dict[str, float]:
         families = {f.name: f for f in text_string_to_metric_families(client.get("../metrics", cast_to=str))}
@@ -133,7 +136,73 @@ def test_figures_are_those_of_all_servers_by_name(two, model, tmp_path, monkeypa
 
     requests(other)  # has written its figures
     assert requests(one) == dict(zip(names, (1, 2))) == requests(other)
-    monkeypatch.setattr(shared_metrics, "GONE_SECONDS", -1)
+    services[1]._beats._ends.set()
+    monkeypatch.setattr(heartbeats, "GONE_SECONDS", 0)
     assert requests(one) == {names[0]: 1}, "a server that has written nothing for long is gone"
-    services[1].metrics.stop()
+    services[1]._beats.stop()
     assert [path.stem for path in tmp_path.glob("*.prom")] == [names[0]]
+
+
+def test_the_health_is_that_of_all_servers(model, tmp_path, monkeypatch):
+    """One that is silent is gone, the other one answers; whoever requires all of them is refused."""
+    services = [make_service(model, resident=2, spill=tmp_path, shared=True, replicas=2) for _ in range(2)]
+    names = [service._beats.name for service in services]
+
+    def health(address: str, **params) -> tuple[int, dict]:
+        answer = httpx.get(address + "/health", params=params)
+        return answer.status_code, answer.json()
+
+    with served(services[0]) as one:
+        code, body = health(one)
+        assert (code, body["status"], body["serving"], body["expected"]) == (200, "degraded", 1, 2)
+        with served(services[1]) as other:
+            for address, name in ((one, names[0]), (other, names[1])):
+                code, body = health(address, require="all")
+                assert (code, body["status"], body["serving"], body["running"]) == (200, "ok", 2, 0)
+                assert {r["replica"]: r["state"] for r in body["replicas"]} == dict.fromkeys(names, "serves")
+                assert body["replicas"][0]["replica"] == name and body["replicas"][0]["heard_seconds"] == 0
+            services[1]._beats._ends.set()  # as if it were killed
+            monkeypatch.setattr(heartbeats, "GONE_SECONDS", 0)
+            code, body = health(one)
+            assert (code, body["status"]) == (200, "degraded")
+            assert {r["replica"]: r["state"] for r in body["replicas"]} == dict(zip(names, ("serves", "gone")))
+            assert health(one, require="all")[0] == 503
+            assert health(one, require="some")[0] == 400
+            monkeypatch.setattr(heartbeats, "FORGOTTEN_SECONDS", 0)
+            assert [r["replica"] for r in health(one)[1]["replicas"]] == names[:1]
+        monkeypatch.undo()
+        kept = services[0].scheduler
+        monkeypatch.setattr(type(kept), "alive", property(lambda self: False))
+        assert health(one)[0] == 503 and health(one)[1]["status"] == "failed"
+        monkeypatch.undo()
+        assert health(one)[0] == 200, "control"
+    assert not list(tmp_path.glob("*.health"))
+
+
+def test_a_server_without_others_is_healthy_while_its_scheduler_runs(model):
+    service = make_service(model)
+    with served(service) as address:
+        found = httpx.get(address + "/health")
+        assert found.status_code == 200 and found.json()["status"] == "ok" and "replicas" not in found.json()
+        service.scheduler.stop()
+        found = httpx.get(address + "/health")
+        assert found.status_code == 503 and found.json()["status"] == "failed"
+
+
+def test_a_full_disk_is_no_silence(tmp_path, monkeypatch):
+    def full(path, text):
+        raise WriteError("no space left")
+
+    one, other = (heartbeats.Heartbeats(tmp_path, lambda name: {"health": name}) for _ in range(2))
+    one._write()
+    other._write()
+    old = time.time() - 60
+    for name in (one.name, other.name):
+        os.utime(tmp_path / f"{name}.health", (old, old))
+    assert [beat.gone for beat in one.read("health")] == [False, True], "control: nothing was told meanwhile"
+    monkeypatch.setattr(heartbeats, "write_atomically", full)
+    other._write()
+    assert [(beat.name, beat.gone) for beat in one.read("health")] == [(one.name, False), (other.name, False)]
+    one.stop()
+    other.stop()
+    assert not list(tmp_path.iterdir())

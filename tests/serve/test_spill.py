@@ -65,6 +65,23 @@ def test_a_restarted_server_goes_on_with_what_it_spilled(model, tmp_path):
     assert (tmp_path.stat().st_mode & 0o777) == 0o700
 
 
+def test_a_session_that_pins_more_than_the_server_has_slots_for_stays_where_it_is(model, tmp_path):
+    alone = Alone(model)
+    with served(make_service(model, spill=tmp_path)) as address:
+        session = opened(client_of(address))
+        assert say(client_of(address), session, TEXTS[0]) == alone.say(TEXTS[0])
+    few = make_service(model, spill=tmp_path, pinned=8, resident=1)
+    with served(few) as address:
+        client = client_of(address)
+        for _ in range(2):  # the lane is not lost
+            with pytest.raises(APIStatusError, match="pins 13 tokens, and this server has 8 slots") as error:
+                say(client, session, TEXTS[1])
+            assert error.value.code == "session_pins_too_much"
+        assert say(client, opened(client, "x"), TEXTS[0])
+    with served(make_service(model, spill=tmp_path)) as address:
+        assert say(client_of(address), session, TEXTS[1]) == alone.say(TEXTS[1])
+
+
 def test_a_conversation_that_is_sent_again_goes_on_after_a_restart(model, tmp_path):
     messages, alone = [SYSTEM], Alone(model)
     for text in TEXTS[:3]:

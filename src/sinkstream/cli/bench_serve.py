@@ -39,8 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--turns", type=int, default=1000, help="turns of the one conversation of --serve turns")
     group.add_argument("--reply", type=int, default=8, help="tokens of each of its replies")
+    group.add_argument("--pinned", type=int, help="--pinned of the server (default: its own)")
     group.add_argument("--soak-seconds", type=float, default=600, help="how long --serve soak lasts")
     group.add_argument("--soak-users", type=int, default=32, help="conversations side by side in it")
+    group.add_argument(
+        "--soak-compare",
+        type=float,
+        help="seconds in which its conversations are served again, alone (default: as many as all of them take)",
+    )
     group.add_argument("--talks", type=int, default=6, help="chats of --serve recall, side by side, with all its texts")
 
 
@@ -48,12 +54,20 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError if options do not go together."""
     if len(args.cap) > 1:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
-    least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1, "talks": 1}
+    least = {
+        "turns": 4,
+        "reply": 2,
+        "tokens": 2,
+        "soak_seconds": 1,
+        "soak_users": 1,
+        "talks": 1,
+        "soak_compare": 1,
+        "pinned": 4,
+    }
     for name, value in least.items():
-        if getattr(args, name) < value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} with --serve; accepted: at least {value}"
-            )
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise ValueError(f"--{name.replace('_', '-')} {given} with --serve; accepted: at least {value}")
 
 
 def measure(
@@ -62,7 +76,17 @@ def measure(
     """Measure every model; print the tables, write the records."""
     check_writable(args.out)
     backend = (args.backend or [default_backend(args.device)])[0]
-    load = Load(args.turns, args.reply, args.tokens, args.cap[0], args.soak_seconds, args.soak_users, args.talks)
+    load = Load(
+        args.turns,
+        args.reply,
+        args.tokens,
+        args.cap[0],
+        seconds=args.soak_seconds,
+        users=args.soak_users,
+        talks=args.talks,
+        pinned=args.pinned,
+        compare_seconds=args.soak_compare,
+    )
     name = new_record_id("bench")
     for model in models:
         loaded = with_tokenizer(

@@ -139,13 +139,13 @@ def _run_on_ray(
     files.lock()
     given = {name: value for name, value in vars(args).items() if name != "run"}
 
-    def build():
+    def build(replicas: int):
         from argparse import Namespace
 
         from sinkstream.cli.serve import make_service
         from sinkstream.serve.app import create_app
 
-        return create_app(make_service(Namespace(**given), spill, shared=True), keys, hosts)
+        return create_app(make_service(Namespace(**given), spill, shared=True, replicas=replicas), keys, hosts)
 
     def ready(replicas: int) -> None:
         count = len(files.sessions())

@@ -1,12 +1,18 @@
 """What is done to the streams of a decoder between their steps: turns, snapshots, counts."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from sinkstream.cache.recall import RecallEvent
 from sinkstream.engine import snapshot as snapshots
+from sinkstream.engine.capturing import capture_ahead, forwards_of
+from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.inputs import check_stream
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.recalling import StreamRecall
+from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.steps import StepFunction
 from sinkstream.engine.watch import WatchedModel
 from sinkstream.policies import Step
@@ -18,6 +24,37 @@ class StreamKeeper(WatchedModel):
     weights: PackedWeights
     recall: StreamRecall | None
     _step: StepFunction
+    _append: Callable[[torch.Tensor, int], None]
+
+    # ---- CUDA graphs ----
+
+    def capture(
+        self, samplers: Sequence[Sampler] = (), told: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Capture now every CUDA graph of steps that take the likeliest token, and of short chunks of prompts.
+
+        Without it a graph is captured when it is first needed, and that step or prompt waits for it. Streams that hold
+        tokens do not notice. Nothing happens with backends that capture nothing.
+
+        Parameters
+        ----------
+        samplers : sequence of Sampler
+            Whose draws are captured too. Which options they have matters, and not their values: streams that draw
+            together need all of theirs.
+        told : callable
+            ``told(done, total)`` after each piece of the work.
+
+        Raises
+        ------
+        ValueError
+            If a stream draws at present.
+        """
+        capture_ahead(self._step, forwards_of(self._append), [Sampler(), *samplers], told)
+
+    @property
+    def captures(self) -> GraphCaptures:
+        """The CUDA graphs that steps and prompts have captured so far."""
+        return self.state.captures
 
     # ---- turns of a conversation ----
 

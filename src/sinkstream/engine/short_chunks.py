@@ -7,12 +7,10 @@ serves all streams.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from sinkstream.engine.graphs import captured
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
@@ -48,8 +46,6 @@ class ShortChunks:
         self.state, self.forward, self.sizes, self.capture = state, forward, sizes, capture
         self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._side: torch.cuda.Stream | None = None
-        self._pool: Any = None
 
     def size(self, tokens: int) -> int | None:
         """The size that a chunk is padded to; None for a chunk that is not short, or that no kernel computes."""
@@ -63,13 +59,23 @@ class ShortChunks:
             self._graphs[size] = self._capture(size)
         return self._buffers(size)[1]
 
-    def prepare(self, tokens: int) -> None:
+    def due(self, tokens: int | None = None) -> list[int]:
+        """Sizes of chunks of up to so many tokens that are not captured yet; the largest first, whose memory fits all.
+
+        Parameters
+        ----------
+        tokens : int or None
+            Default: all sizes.
+        """
+        if not (self.capture and self._kernels()):
+            return []
+        largest = None if tokens is None else self.size(tokens)
+        return [s for s in reversed(self.sizes) if s not in self._graphs and (largest is None or s <= largest)]
+
+    def prepare(self, tokens: int | None = None) -> None:
         """Capture the forwards of chunks of up to so many tokens now, so that no chunk waits for a capture."""
-        if self.capture and self._kernels():
-            for size in self.sizes:
-                self.table(size)
-                if size >= tokens:
-                    break
+        for size in self.due(tokens):
+            self.table(size)
 
     def __call__(self, ids: torch.Tensor, band: Band) -> None:
         """Append token ids ``(tokens,)`` as a band in the table of their size says."""
@@ -99,23 +105,11 @@ class ShortChunks:
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         """Capture the forward of one token that stays nowhere; logits and queries of stream 0 are put back."""
         state, (ids, table) = self.state, self._buffers(size)
-        if self._side is None:
-            with torch.cuda.device(state.device):
-                self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         band, logits = idle_band(state, table), state.logits[0].clone()
         queries = None if state.queries is None else state.queries[:, 0].clone()
         try:
-            return captured(
-                lambda: self.forward(ids, band),
-                state.device,
-                name=f"the forward of a chunk of {size} tokens",
-                warmups=WARMUPS,
-                stream=self._side,
-                pool=self._pool,
-            )
-        except BaseException:
-            self._side = self._pool = None  # what a capture that failed leaves in them is not known
-            raise
+            name = f"the forward of a chunk of {size} tokens"
+            return state.captures(lambda: self.forward(ids, band), name=name, warmups=WARMUPS)
         finally:
             state.logits[0] = logits
             if state.queries is not None and queries is not None:

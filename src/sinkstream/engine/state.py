@@ -15,6 +15,7 @@ import torch
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.buffers import PLAN_TOKENS
 from sinkstream.engine.geometry import Counters, rows_ahead
+from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.planned import PlannedStreams
 from sinkstream.engine.refresh import rebase_stream, refresh_stream
 from sinkstream.engine.span import Block
@@ -36,6 +37,11 @@ class StreamState(PlannedStreams):
         Structural weight of every token id, where the scorer needs it.
     spec, policy, positions, streams, vocab, device, max_sink, recall_slots, recall_queries
         As for `StreamBuffers`.
+
+    Attributes
+    ----------
+    captures : GraphCaptures
+        Of the steps and forwards that work on these streams.
     """
 
     block: Block  # which streams the present plan computes
@@ -68,6 +74,7 @@ class StreamState(PlannedStreams):
         )
         self.rebase_at = max(rebase_at, 2 * policy.peak)
         self.structure = None if structure is None else structure.to(device)
+        self.captures = GraphCaptures(device)
         self._planned = self._done = 0  # steps of the plan; launched of the one before
         self.clear()
 

@@ -12,7 +12,6 @@ from sinkstream.cache import ModelSpec
 from sinkstream.engine import ablations, plain
 from sinkstream.engine.fused import FusedDecode, check_kernels
 from sinkstream.engine.geometry import Geometry
-from sinkstream.engine.graphs import captured
 from sinkstream.engine.packing import PackedWeights
 from sinkstream.engine.span import Block
 from sinkstream.engine.state import StreamState
@@ -107,11 +106,11 @@ class GraphedStep(StepFunction):
             return
         name = "a decode step" if kernels is None else "a decode step that draws"
         with state.rehearsing(block):
-            self._graphs[key] = captured(lambda: self.run(block), state.device, name=name, warmups=self.warmups)
+            self._graphs[key] = state.captures(lambda: self.run(block), name=name, warmups=self.warmups)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        with torch.cuda.device(self.state.device):
+        with torch.cuda.device_of(self.state.logits):
             self._graphs[self.state.block, self.state.sampling.kernels].replay()
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +16,7 @@ from sinkstream.serve import completions, responses, session_routes
 from sinkstream.serve.access import BodyLimit, Keys
 from sinkstream.serve.errors import INTERNAL, APIError, invalid
 from sinkstream.serve.http import Owner, Served, check_host
-from sinkstream.serve.schemas import ErrorBody, TokenizeRequest
+from sinkstream.serve.schemas import ErrorBody, HealthBody, TokenizeRequest
 from sinkstream.serve.service import MB, Service, model_name
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -68,10 +68,11 @@ def _add_plain_routes(app: FastAPI) -> None:
         """A page to talk, which asks nobody but this server."""
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @app.get("/health")
-    async def health(service: Served) -> dict[str, Any]:
-        """Whether the server runs."""
-        return {"status": "ok", "version": __version__, **service.scheduler.counts()}
+    @app.get("/health", response_model=HealthBody, responses={503: {"model": HealthBody, "description": "not healthy"}})
+    def health(service: Served, require: Literal["any", "all"] = "any") -> Response:
+        """Whether requests are answered: by a replica, or, where all are required, by as many as there should be."""
+        found = service.health()
+        return JSONResponse(found.body(), status_code=found.code(require))
 
     @app.get("/v1/models")
     async def models(who: Owner, service: Served) -> dict[str, Any]:
@@ -100,9 +101,9 @@ def _add_plain_routes(app: FastAPI) -> None:
         return {"tokens": ids, "count": len(ids), "cap": service.settings.cap}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics(who: Owner, service: Served) -> Response:
+    def metrics(who: Owner, service: Served) -> Response:
         """Figures for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.figures(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _model(service: Service) -> dict[str, Any]:

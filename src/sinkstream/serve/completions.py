@@ -224,8 +224,8 @@ async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> Asyn
     """The events of a stream as server-sent events; closed by the server if the client goes away."""
     done: list[Done] = []
     ended: list[Ended] = []
+    told = b""
     async for events in listener.events():
-        told = b""
         for event in events:
             if isinstance(event, TextPiece):
                 told += shape.text(event)
@@ -238,9 +238,9 @@ async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> Asyn
                 return
             elif isinstance(event, Done):
                 done.append(event)
-        if told:
+        if told and not listener.ended:  # what comes last is sent in one piece
             yield told
-    told = b""
+            told = b""
     for end in sorted(ended, key=lambda end: end.index):  # last: some clients hear nothing after it
         told += sse(shape.chunk([shape.piece(end.index, "", (), end.reason)]))
     if include_usage:

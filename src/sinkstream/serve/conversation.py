@@ -11,7 +11,7 @@ from sinkstream.engine.inputs import end_tokens
 from sinkstream.models import LoadedModel
 from sinkstream.serve.errors import invalid
 from sinkstream.serve.events import Context, Done, Emit, Started, TextPiece
-from sinkstream.serve.lanes import Lane
+from sinkstream.serve.lanes import Lane, prefill_tokens
 from sinkstream.serve.planning import Call, Plan, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.reply import Reply
@@ -20,8 +20,6 @@ from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
 from sinkstream.serve.template import Message
 from sinkstream.serve.tools import ToolFormat, with_calls
 
-PREFILL_TOKENS = {"cpu": 128}  # of one turn of the scheduler
-DEFAULT_PREFILL_TOKENS = 1024
 TOLD = 80  # characters of a turn's user message, where the turn is told to have come back
 
 
@@ -35,13 +33,13 @@ class Conversations:
     tools : ToolFormat or None
         How the model writes calls of tools, where that is known.
     post : Post
-        Delivered before a prompt is fed: what others have written does not wait for it.
+        What others have written is delivered before a prompt is fed: it does not wait for the prompt.
     """
 
     def __init__(self, loaded: LoadedModel, planner: Planner, tools: ToolFormat | None, post: Post):
         self.loaded, self.planner, self.tools, self.post = loaded, planner, tools, post
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
-        self.prefill_tokens = PREFILL_TOKENS.get(loaded.model.device.type, DEFAULT_PREFILL_TOKENS)
+        self.prefill_tokens = prefill_tokens(loaded.model)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
         self.ends = frozenset([*end_tokens(loaded.model), *([] if end is None else [end])])
 
@@ -135,6 +133,7 @@ class Conversations:
             if piece.turn:
                 if i == question and call.reply is not None and self.planner.recall is not None:
                     yield from self._prefill(lane, ids, begins, fed)  # a long prompt pushes turns out
+                    yield None
                     ids, begins = [], []
                     self._choose(plan, len(own))
                 begins.append(len(ids))
@@ -192,10 +191,11 @@ class Conversations:
             for begin in begins:
                 if first <= begin < first + len(part):
                     lane.begin_turn(begin - first)
-            self.post.deliver()
+            self.post.deliver_urgent()
             lane.prefill(part)
             fed += part
-            yield
+            if first + len(part) < len(ids):
+                yield
 
     def _turns_of(self, session: Session, plan: Plan) -> Iterator[Turn]:
         """The turns that the pieces begin, without their start; digests where they are known."""

@@ -2,12 +2,22 @@
 
 from collections.abc import Callable, Sequence
 
+from transformers import PreTrainedModel
+
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import refuse_logits
 from sinkstream.engine.inputs import Ids
 from sinkstream.engine.log_probs import TopLogProbs
 from sinkstream.engine.sampling import StreamSampler
+from sinkstream.models import LoadedModel
+from sinkstream.policies import EvictionPolicy
+from sinkstream.serve.captures import Count, capture_at_start
+from sinkstream.serve.settings import ServeSettings
+
+LEAST_SINK = 4  # without the first tokens of a stream models collapse
+PREFILL_TOKENS = {"cpu": 128}  # of a prompt, between two steps
+DEFAULT_PREFILL_TOKENS = 1024
 
 
 class Lane:
@@ -134,6 +144,11 @@ class Lanes(Sequence[Lane]):
         return self._lanes[index]
 
     @property
+    def most_pinned(self) -> int:
+        """Pinned tokens that a lane has slots for."""
+        return self.decoder.state.geometry.sink
+
+    @property
     def bytes(self) -> int:
         """Memory of all streams, in bytes."""
         return self.decoder.state.bytes
@@ -166,3 +181,42 @@ class Lanes(Sequence[Lane]):
         self._answers.pop(stream, None)
         self.asked = [s for s in self.asked if s != stream]
         self.batch.leave(stream)
+
+
+def make_lanes(
+    loaded: LoadedModel, settings: ServeSettings, backend: str, count: Count, *, untrained: bool = False
+) -> Lanes:
+    """As many lanes as sessions may be resident.
+
+    Parameters
+    ----------
+    backend : str
+        The engine's.
+    count : callable
+        Told of captured CUDA graphs, as in `capture_at_start`.
+    untrained : bool
+        Whether positions beyond the trained ones are allowed.
+
+    Raises
+    ------
+    ValueError
+        If the model, the cap or the backend does not fit, or memory does not suffice.
+    """
+    policy = {"evict": "turns"} if settings.evict == "turns" else {"compress_every": 1}
+    decoder = StreamDecoder(
+        loaded.model,
+        EvictionPolicy.build(cap=settings.cap, sink=LEAST_SINK, **policy),
+        backend=backend,
+        streams=settings.resident,
+        max_sink=settings.most_pinned,
+        tokenizer=loaded.tokenizer,
+        allow_untrained_positions=untrained,
+    )
+    capture_at_start(decoder, settings.captures, prefill_tokens(loaded.model), count)
+    assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
+    return Lanes(decoder)
+
+
+def prefill_tokens(model: PreTrainedModel) -> int:
+    """Tokens of a prompt that are fed at once, between two steps."""
+    return PREFILL_TOKENS.get(model.device.type, DEFAULT_PREFILL_TOKENS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from starlette.requests import Request
 
 from sinkstream.serve.errors import APIError
-from sinkstream.serve.events import Done, Emit, Ended, Event, Failed, TextPiece
+from sinkstream.serve.events import Context, Done, Emit, Ended, Event, Failed, Started, TextPiece
 from sinkstream.serve.planning import Call
 from sinkstream.serve.scheduler import Job
 from sinkstream.serve.service import Service
@@ -39,6 +39,11 @@ class Listener:
         except APIError:
             self.cancel()
             raise
+
+    @property
+    def ended(self) -> bool:
+        """Whether all events have been told."""
+        return not self._left
 
     def cancel(self) -> None:
         """The client has gone."""
@@ -128,7 +133,7 @@ class Listener:
                 event = replace(event, index=event.index + offset)
             self._pending.append(event)
             if not self._whole or not isinstance(event, TextPiece):
-                self._post.add(self._loop, self._wake)
+                self._post.add(self._loop, self._wake, urgent=not isinstance(event, (Started, Context)))
 
         return emit
 

@@ -66,14 +66,20 @@ class RayOptions:
 
 
 def serve_on_ray(
-    build: Callable[[], FastAPI], options: RayOptions, *, host: str, port: int, most: int, ready: Callable[[int], None]
+    build: Callable[[int], FastAPI],
+    options: RayOptions,
+    *,
+    host: str,
+    port: int,
+    most: int,
+    ready: Callable[[int], None],
 ) -> None:
     """Serve until interrupted; then every replica spills its sessions.
 
     Parameters
     ----------
     build : callable
-        Makes the application of one replica, in the replica's process.
+        ``build(replicas)`` makes the application of one of so many replicas, in the replica's process.
     most : int
         Requests of one replica at once; what comes on top waits.
     ready : callable
@@ -95,7 +101,7 @@ def serve_on_ray(
 
 def _serve(
     ray: Any,
-    build: Callable[[], FastAPI],
+    build: Callable[[int], FastAPI],
     options: RayOptions,
     http: dict[str, Any],
     most: int,
@@ -108,6 +114,10 @@ def _serve(
             " `serve shutdown`"
         )
     replicas = options.count(ray.cluster_resources())
+
+    def build_one() -> FastAPI:
+        return build(replicas)
+
     application = serve.deployment(
         name=NAME,
         num_replicas=replicas,
@@ -116,7 +126,7 @@ def _serve(
         graceful_shutdown_timeout_s=SPILL_SECONDS,
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
         request_router_config=config.RequestRouterConfig(request_router_class=ROUTER),
-    )(serve.ingress(build)()).bind()
+    )(serve.ingress(build_one)()).bind()
     ends = threading.Event()
     before = {number: signal.signal(number, lambda *_: ends.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

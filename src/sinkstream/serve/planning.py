@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from sinkstream.serve.errors import busy, invalid
 from sinkstream.serve.files import SpillFull
-from sinkstream.serve.lanes import Lane
+from sinkstream.serve.lanes import LEAST_SINK, Lane
 from sinkstream.serve.pinning import Pinning
 from sinkstream.serve.recall import Recall
 from sinkstream.serve.reply import ReplyOptions
@@ -14,8 +14,6 @@ from sinkstream.serve.sessions import ForgottenTurn, Session, Turn, digests_of, 
 from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate, Message, Piece
-
-LEAST_SINK = 4  # without the first tokens of a stream models collapse
 
 
 @dataclass(frozen=True)
@@ -196,11 +194,11 @@ class Planner:
 
     def sink_of(self, opening: str) -> int:
         """How many tokens of a stream that begins with this text are pinned. Raises APIError if they are too many."""
-        sink = max(LEAST_SINK, len(self.template.encode(opening)))
-        if sink > self.settings.cap // 2:
+        sink, most = max(LEAST_SINK, len(self.template.encode(opening))), self.settings.most_pinned
+        if sink > most:
             raise invalid(
                 f"system prompt and tools take {sink} tokens, which are never evicted; accepted: at most"
-                f" {self.settings.cap // 2}, half of the {self.settings.cap} slots of a session",
+                f" {most} of the {self.settings.cap} slots of a session",
                 "messages",
                 "pinned_prompt_too_long",
             )

@@ -16,16 +16,27 @@ class Post:
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.AbstractEventLoop, list[Wake]] = {}
+        self._urgent = False
 
-    def add(self, loop: asyncio.AbstractEventLoop, wake: Wake) -> None:
-        """Call `wake` in its loop at the next delivery."""
+    def add(self, loop: asyncio.AbstractEventLoop, wake: Wake, *, urgent: bool = True) -> None:
+        """Call `wake` in its loop at the next delivery, for which a prompt waits if it is urgent."""
         self._waiting.setdefault(loop, []).append(wake)
+        self._urgent = self._urgent or urgent
+
+    def deliver_urgent(self) -> None:
+        """Wake all that wait if what one of them has heard is urgent.
+
+        What a loop does once it is woken it does instead of this thread: while many requests begin, the device would
+        wait for it.
+        """
+        if self._urgent:
+            self.deliver()
 
     def deliver(self) -> None:
         """Wake all that wait; those of a loop that has ended hear nothing."""
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting, self._urgent = self._waiting, {}, False
         for loop, wakes in waiting.items():
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(_wake, wakes)

@@ -7,7 +7,7 @@ lane.
 from collections.abc import Callable
 from contextlib import suppress
 
-from sinkstream.serve.errors import busy
+from sinkstream.serve.errors import APIError, busy
 from sinkstream.serve.files import SpillFull
 from sinkstream.serve.lanes import Lane, Lanes
 from sinkstream.serve.sessions import Session
@@ -46,7 +46,7 @@ class Residence:
         Raises
         ------
         APIError
-            429 if nothing can be spilled; 409 if the session's file is damaged.
+            429 if nothing can be spilled; 409 if the session's file is damaged, or pins more than a lane has slots for.
         """
         if wait:
             self.spill.wait()
@@ -65,6 +65,13 @@ class Residence:
 
     def _lane_of(self, session: Session, wait: bool) -> Lane | None:
         assert session.sink is not None, "the number of pinned tokens is known"
+        if session.sink > self.lanes.most_pinned:
+            raise APIError(
+                409,
+                f"session {session.id!r} pins {session.sink} tokens, and this server has {self.lanes.most_pinned} slots"
+                " for them; accepted: a new session, or a server with --pinned as before",
+                code="session_pins_too_much",
+            )
         known = session.counts["seen"] > 0 and session.id not in self._held
         spilled = known and self.spill.where(session.id) is not None
         if spilled and not wait and not self.spill.ready(session.id):

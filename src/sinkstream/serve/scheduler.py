@@ -115,6 +115,11 @@ class Scheduler:
         with self._changed:
             self._changed.notify()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def counts(self) -> dict[str, int]:
         """How many jobs run and how many wait."""
         with self._changed:
@@ -123,7 +128,7 @@ class Scheduler:
 
     def stop(self, last: Callable[[], None] | None = None) -> None:
         """Cancel all jobs, run `last` in the thread, end the thread and wait for it."""
-        if not self._thread.is_alive():
+        if not self.alive:
             return
         with self._changed:
             self._stopping, self._last = True, last

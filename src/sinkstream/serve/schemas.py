@@ -31,6 +31,18 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class HealthBody(BaseModel):
+    """Body of /health; `expected`, `serving` and `replicas` where servers share their sessions."""
+
+    status: Literal["ok", "degraded", "failed"]
+    version: str
+    running: int
+    waiting: int
+    expected: int | None = None
+    serving: int | None = None
+    replicas: list[dict[str, Any]] | None = None
+
+
 class TextPart(BaseModel):
     """A part of a message."""
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.models import LoadedModel
-from sinkstream.policies import EvictionPolicy
+from sinkstream.serve import health, metrics
 from sinkstream.serve.conversation import Conversations
 from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
-from sinkstream.serve.lanes import Lanes
-from sinkstream.serve.metrics import Metrics
-from sinkstream.serve.planning import LEAST_SINK, Call, Planner
+from sinkstream.serve.heartbeats import Heartbeats
+from sinkstream.serve.lanes import make_lanes
+from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
 from sinkstream.serve.scheduler import Job, Scheduler, Work
@@ -66,10 +65,9 @@ class Service:
         if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"model {loaded.name!r} has no fast tokenizer, and a server reads and writes text")
         self.loaded, self.settings, self.backend = loaded, settings, backend
-        self._untrained = allow_untrained_positions
         self.template = ChatTemplate(loaded.tokenizer)
         self.tools = tool_format(getattr(loaded.tokenizer, "chat_template", None))
-        self.metrics = Metrics(self)
+        self.metrics = metrics.Metrics(self)
         files = SessionFiles(settings.spill, settings.disk_mb * MB, settings.shared)
         spill = Spill(files, settings.ram_mb * MB, lambda: self.scheduler.wake())
         self.store = SessionStore(
@@ -79,7 +77,7 @@ class Service:
             lambda *found: self.residence.replaced(*found),
         )
         each_turn = durable and settings.write == "turn" and settings.spill is not None
-        self.lanes = self._make_lanes()  # refuses here what does not fit
+        self.lanes = make_lanes(loaded, settings, backend, self.metrics.captured, untrained=allow_untrained_positions)
         self.residence = Residence(self.lanes, spill, self._give_up, each_turn)
         self.planner = Planner(self.template, settings, self.store, self.residence, self.metrics.evicted)
         self.post = Post()
@@ -87,16 +85,35 @@ class Service:
         idle = self.residence.write_one if durable else lambda: False
         self.scheduler = Scheduler(settings.queue, idle, step=self._step)
         self.started = int(time.time())
+        self._beats = Heartbeats(settings.spill, self._tell_others) if settings.shared and settings.spill else None
 
     def start(self) -> None:
         """Begin to serve."""
         self.scheduler.start()
-        self.metrics.start()
+        if self._beats is not None:
+            self._beats.start()
 
     def stop(self) -> None:
         """Cancel what runs, spill every session and end."""
-        self.metrics.stop()
+        if self._beats is not None:
+            self._beats.stop()
         self.scheduler.stop(self._spill_all)
+
+    # ---- figures ----
+
+    def figures(self) -> bytes:
+        """Figures in Prometheus' text format; in a shared folder those of all servers."""
+        return self.metrics.text() if self._beats is None else metrics.text_of_all(self._beats)
+
+    def health(self) -> health.Health:
+        """Whether requests are answered; in a shared folder also by the other servers."""
+        if self._beats is None:
+            return health.health_of_one(self.scheduler.alive, self.scheduler.counts())
+        return health.health_of_all(self._beats, self.settings.replicas)
+
+    def _tell_others(self, name: str) -> dict[str, str]:
+        state = health.told(self.scheduler.alive, self.scheduler.counts())
+        return {metrics.ENDING: self.metrics.labelled(name), health.ENDING: state}
 
     @property
     def vocab(self) -> int:
@@ -240,21 +257,6 @@ class Service:
         except SpillFull:
             self.store.sessions.pop(copy.id, None)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None
-
-    def _make_lanes(self) -> Lanes:
-        """As many lanes as sessions may be resident; a session may pin half of its slots. Raises ValueError."""
-        cap, policy = self.settings.cap, {"evict": "turns"} if self.settings.evict == "turns" else {"compress_every": 1}
-        decoder = StreamDecoder(
-            self.loaded.model,
-            EvictionPolicy.build(cap=cap, sink=LEAST_SINK, **policy),
-            backend=self.backend,
-            streams=self.settings.resident,
-            max_sink=cap // 2,
-            tokenizer=self.loaded.tokenizer,
-            allow_untrained_positions=self._untrained,
-        )
-        assert decoder.model_hash, "hashing the weights takes time, which no request should wait for"
-        return Lanes(decoder)
 
     def _step(self) -> None:
         """The end of a round: what it has told is handed over while the device computes the step."""

@@ -18,6 +18,12 @@ class ServeSettings:
     """
 
     cap: int = option(1024, "KV slots of one session, pinned system prompt included", minimum=16)
+    pinned: int | None = option(
+        None,
+        "most tokens of a session's system prompt and tools; their slots are beside the rest of the cap in every"
+        " resident session, and each step looks at them (default: half of the cap)",
+        minimum=4,
+    )
     evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
     recall: str = option("lexical", "what brings evicted turns back", choices=lambda: ["lexical", "none"])
     recall_slots: int | None = option(
@@ -28,6 +34,12 @@ class ServeSettings:
         4,
         "sessions that hold a stream ready to decode, all stepped together; their memory is taken at the start",
         minimum=1,
+    )
+    captures: str = option(
+        "common",
+        "CUDA graphs that are captured before the server answers: those of greedy replies and of draws by temperature"
+        " alone, those of all draws, or none, for a quick start",
+        choices=lambda: ["common", "all", "none"],
     )
     queue: int = option(64, "most requests that wait or run; one more is answered 429", minimum=1)
     sessions: int = option(1024, "most sessions, spilled ones included", minimum=1)
@@ -46,6 +58,7 @@ class ServeSettings:
     log_text: bool = option(False, "write prompts and replies to the log")
     spill: Path | None = None
     shared: bool = False  # whether other servers go on with the sessions of the folder too
+    replicas: int = 1  # how many servers of a shared folder there should be
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -54,11 +67,21 @@ class ServeSettings:
                 f"recall_slots={self.recall_slots} is not accepted; accepted: at most {self.cap // 2}, half of the"
                 f" {self.cap} slots of a session"
             )
+        if (self.pinned or 0) > self.cap // 2:
+            raise ValueError(
+                f"pinned={self.pinned} is not accepted; accepted: at most {self.cap // 2}, half of the {self.cap} slots"
+                " of a session"
+            )
         if self.shared and (self.spill is None or self.write != "turn"):
             raise ValueError(
                 f"servers that share their sessions find them in files: spill={self.spill} and write={self.write!r} are"
                 " not accepted; accepted: a --spill folder and --write turn"
             )
+
+    @property
+    def most_pinned(self) -> int:
+        """The most tokens that a session pins."""
+        return self.pinned or self.cap // 2
 
     @property
     def recalled(self) -> int:

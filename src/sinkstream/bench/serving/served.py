@@ -36,8 +36,12 @@ class Load:
         Of a reply that is timed beside the engine's.
     cap : int
         Slots of a session.
+    pinned : int or None
+        Most pinned tokens of a session; None: the server's default.
     seconds, users : float, int
         Of the soak.
+    compare_seconds : float or None
+        After so many no further turn of the soak is served again, alone; None: all are.
     talks : int
         Chats of the measurement of recall.
     """
@@ -49,6 +53,8 @@ class Load:
     seconds: float = 600
     users: int = 32
     talks: int = 6
+    pinned: int | None = None
+    compare_seconds: float | None = None
 
 
 @dataclass
@@ -78,7 +84,7 @@ class ServedModel:
 
     def _service(self, resident: int, *, durable: bool = False, **more: Any) -> Service:
         given: dict[str, Any] = {"cap": self.load.cap, "resident": resident, "recall": "none"}
-        settings = ServeSettings(**{**given, "queue": 8 * max(resident, 16), **more})
+        settings = ServeSettings(pinned=self.load.pinned, **{**given, "queue": 8 * max(resident, 16), **more})
         untrained = self.untrained
         return Service(
             self.loaded, settings, backend=self.backend, allow_untrained_positions=untrained, durable=durable
@@ -140,4 +146,5 @@ class ServedModel:
         given = {"model": model, "cap": self.load.cap, "resident": resident, "ram-mb": 1, "spill": folder / "spill"}
         given |= {"dtype": str(self.loaded.model.dtype).removeprefix("torch."), "backend": self.backend}
         given |= {"device": str(self.loaded.model.device)}
+        given |= {} if self.load.pinned is None else {"pinned": self.load.pinned}
         return [*(f"--{name}={value}" for name, value in given.items()), "--allow-untrained-positions"]

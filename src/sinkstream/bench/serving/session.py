@@ -137,7 +137,9 @@ class ServingSession(ServedModel):
                 left = soak.left_behind(address, [user[0]["session"] for user in users], spill)
         with self._hosted(1) as address:
             steps = 2 * len(users)
-            compared, differing = soak.compare(address, name, users, lambda done: report(len(users) + done, steps))
+            compared, differing = soak.compare(
+                address, name, users, lambda done: report(len(users) + done, steps), load.compare_seconds
+            )
         return {
             "seconds": load.seconds,
             "users": len(users),
@@ -217,6 +219,7 @@ class ServingSession(ServedModel):
                 **numeric_protocol(self.loaded),
                 "seed": self.request.seed,
                 "cap": self.load.cap,
+                "pinned": self.load.pinned,
                 "evict": "turns",
                 "backend": self.backend,
                 "client": "processes of their own, over HTTP on this machine, greedy, end tokens end no reply",

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -94,17 +95,38 @@ def written_tokens(turns: Sequence[Event]) -> list[int | None]:
     return found
 
 
-def compare(address: str, model: str, users: Sequence[Sequence[Event]], tick: Callable[[int], None]) -> tuple[int, int]:
-    """Serve every conversation alone, on another server; returns how many replies were compared and differ."""
+def comparable(events: Sequence[Event]) -> list[tuple[Event, int]]:
+    """Turns of a user that can be asked for again, with the tokens of each reply; up to one that is not known."""
+    turns = [e for e in events if e["kind"] in ("turn", "broken") and e["status"] == 200 and "error" not in e]
+    known = zip(turns, written_tokens(turns))
+    return [(turn, tokens) for turn, tokens in itertools.takewhile(lambda one: one[1], known) if tokens]
+
+
+def compare(
+    address: str,
+    model: str,
+    users: Sequence[Sequence[Event]],
+    tick: Callable[[int], None],
+    seconds: float | None = None,
+) -> tuple[int, int]:
+    """Serve every conversation alone, on another server; returns how many replies were compared and differ.
+
+    Parameters
+    ----------
+    tick : callable
+        Told the users whose conversations have been served.
+    seconds : float or None
+        After so many no further turn is served; None: all are.
+    """
     compared = differing = 0
+    begin = time.monotonic()
     with httpx.Client(base_url=address, timeout=600) as client:
         for number, events in enumerate(users):
             head = {"messages": [{"role": "system", "content": events[0]["system"]}]}
             session = client.post("/v1/sessions", json=head).raise_for_status().json()["id"]
-            turns = [e for e in events if e["kind"] in ("turn", "broken") and e["status"] == 200 and "error" not in e]
-            for turn, tokens in zip(turns, written_tokens(turns)):
-                if tokens is None or tokens < 1:
-                    break  # the last turn was broken off, or what it left cannot be told
+            for turn, tokens in comparable(events):
+                if seconds is not None and time.monotonic() - begin > seconds:
+                    break
                 body = {
                     "model": model,
                     "messages": [{"role": "user", "content": turn["text"]}],
@@ -134,6 +156,7 @@ def soak_figures(users: Sequence[Sequence[Event]]) -> dict[str, Any]:
         "by_kind": dict(sorted(Counter(e["kind"] for e in events).items())),
         "unexpected_5xx": sum(e["status"] >= 500 for e in events) + len(failed),
         "wrongly_answered": sum(e["status"] < 500 for e in unexpected),
+        "replies": sum(len(comparable(user)) for user in users),
         "disconnects": sum(e["kind"] in DISCONNECTS for e in events),
         "refused_as_expected": sum(e["kind"] in REFUSED and e["expected"] for e in events),
     }

@@ -47,7 +47,7 @@ def sessions_table(records: Sequence[ServeRecord], title: str | None = None) -> 
         [
             *_named(r),
             str(row["sessions"]),
-            "streamed" if row["streamed"] else "whole",
+            f"{r.figures['tokens']:,} tokens, {'streamed' if row['streamed'] else 'whole'}",
             f"{row['tokens_per_second']:,.1f}",
             f"{row['over_one']:.2f}",
             f"{row['engine_tokens_per_second']:,.1f}",
@@ -85,6 +85,8 @@ def _share(hits: int, of: int) -> str:
 
 def _named(record: ServeRecord) -> list[str]:
     name = f"{record.model['name'].removeprefix(PREFIX)} {record.protocol['dtype']}, {record.protocol['cap']:,} slots"
+    if pinned := record.protocol.get("pinned"):
+        name += f", at most {pinned:,} pinned"
     return [name, "CPU" if record.protocol["device"] == "cpu" else hardware(record.environment)]
 
 
@@ -134,6 +136,8 @@ def _soak(f: dict[str, Any]) -> list[tuple[str, str]]:
     )
     wrong = f"{f['unexpected_5xx']} unexpected 5xx, {f['wrongly_answered']} other wrong answers"
     differing = f"{f['differing']} of {f['compared']:,} replies differ"
+    if f["compared"] < f.get("replies", 0):
+        differing += f"; {f['replies']:,} could be compared"
     leaked = f"{f['leaked_sessions']} sessions, {f['leaked_files']} files"
     rows = [(asked, did), ("its answers", wrong), ("against the same sessions served alone", differing)]
     return [*rows, ("left behind", leaked)]
