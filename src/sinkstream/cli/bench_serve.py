@@ -1,6 +1,7 @@
 """``sinkstream bench --serve``."""
 
 import argparse
+import math
 
 import torch
 from rich.console import Console
@@ -50,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
     least = {"turns": 4, "reply": 2, "tokens": 2, "soak_seconds": 1, "soak_users": 1, "talks": 1}
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if not value <= getattr(args, name) < math.inf:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(args, name)} with --serve; accepted: at least {value}"
             )
