@@ -106,7 +106,9 @@ def test_the_presets_cover_every_scorer_and_signal():
     assert {f"refresh-{s}" for s in SCORERS} | {f"adaptive-{s}" for s in SIGNALS} <= set(PRESETS)
     assert preset_options("window-only")["sink"] == 0
     assert PRESETS["lazy"]() is not PRESETS["lazy"]()  # a run that changes its options changes no other
-    with pytest.raises(ValueError, match=r"unknown policy 'lasy' \(did you mean 'lazy'\?\); accepted: window-only, strict"):
+    with pytest.raises(
+        ValueError, match=r"unknown policy 'lasy' \(did you mean 'lazy'\?\); accepted: window-only, strict"
+    ):
         preset_options("lasy")
 
 
