@@ -109,11 +109,7 @@ class StreamingCache(RecallingCache):
         spec = describe(model)
         recall_options = {name: options.pop(name) for name in [*options] if name.startswith(PREFIX)}
         policy = _policy_of(policy, options)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
-        if rebase_at is not None:
-            check_whole("rebase_at", rebase_at, 0)
-        check_whole("block_tokens", block_tokens, 0)
+        _check_arguments(positions, rebase_at, block_tokens)
         check_policy(spec, policy, positions, compiled=compiled)
         _check_trained(spec, policy, allow_untrained_positions)
         structure = None
@@ -200,10 +196,7 @@ class StreamingCache(RecallingCache):
         Tensor, (batch, vocab)
             Logits after the last token, in the dtype of the model; without meaning for a row that has none.
 
-        Raises
-        ------
-        ValueError
-            If ids, mask or chunk size are not accepted, or the batch is not that of the stream.
+        Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
         """
         check_ids(input_ids)
         check_whole("chunk_tokens", chunk_tokens, 1)
@@ -304,6 +297,14 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless an argument is a whole number of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is not accepted; accepted: a whole number of at least {least}")
+
+
+def _check_arguments(positions: str, rebase_at: int | None, block_tokens: int) -> None:
+    if positions not in POSITIONS:
+        raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
+    if rebase_at is not None:
+        check_whole("rebase_at", rebase_at, 0)
+    check_whole("block_tokens", block_tokens, 0)
 
 
 def _check_trained(spec: ModelSpec, policy: EvictionPolicy, allowed: bool) -> None:
