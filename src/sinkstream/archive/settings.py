@@ -6,10 +6,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from sinkstream import registry
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies.options import check_options, option, option_fields
-from sinkstream.registry import did_you_mean
 
 BUDGET_BYTES = 2 << 30
 _numbers: dict[str, count] = {}  # of files beside others, by the name before the number
@@ -54,7 +54,7 @@ class RecallSettings:
     file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
 
     def __post_init__(self):
-        check_options(self, PREFIX)
+        check_options(self)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
         if self.empty_every is None:
@@ -111,7 +111,7 @@ class RecallSettings:
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             accepted = [PREFIX + name for name in sorted(own | known)]
-            meant = did_you_mean(PREFIX + unknown, accepted)
+            meant = registry.did_you_mean(PREFIX + unknown, accepted)
             raise ValueError(f"unknown option '{PREFIX}{unknown}'{meant}; accepted: {', '.join(accepted)}")
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):

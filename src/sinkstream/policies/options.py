@@ -47,14 +47,8 @@ def option_fields(cls: type) -> list[Field]:
     return [f for f in fields(cls) if "help" in f.metadata]
 
 
-def check_options(instance: Any, prefix: str = "") -> None:
+def check_options(instance: Any) -> None:
     """Check every declared option of a dataclass instance against its type, bounds and choices.
-
-    Parameters
-    ----------
-    instance : Any
-    prefix : str
-        What a caller writes before the name of every field ("recall_").
 
     Raises
     ------
@@ -62,18 +56,18 @@ def check_options(instance: Any, prefix: str = "") -> None:
         Naming the option, the value and what is accepted.
     """
     for f in option_fields(type(instance)):
-        value, spec, name = getattr(instance, f.name), OptionSpec.of(f), prefix + f.name
+        value, spec = getattr(instance, f.name), OptionSpec.of(f)
         if value is None:
             if f.default is not None:
-                raise ValueError(f"{name} must be given; accepted: {_accepted(f, spec)}")
+                raise ValueError(f"{f.name} must be given; accepted: {_accepted(f, spec)}")
             continue
         right_type = isinstance(value, spec.type) or (spec.type is float and isinstance(value, int))
         if not right_type or (isinstance(value, bool) and spec.type is not bool):
-            raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
         low, high = f.metadata["minimum"], f.metadata["maximum"]
         outside = (low is not None and not value >= low) or (high is not None and not value <= high)  # NaN is outside
         if outside or (spec.choices is not None and value not in spec.choices):
-            raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
 
 
 def _accepted(f: Field, spec: OptionSpec) -> str:
