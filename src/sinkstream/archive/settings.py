@@ -110,9 +110,9 @@ class RecallSettings:
         known = {f.name for f in fields(CHOOSERS[recall])} if isinstance(recall, str) else set()
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
-            accepted = [PREFIX + name for name in sorted(own | known)]
-            meant = registry.did_you_mean(PREFIX + unknown, accepted)
-            raise ValueError(f"unknown option '{PREFIX}{unknown}'{meant}; accepted: {', '.join(accepted)}")
+            names = [PREFIX + name for name in sorted(own | known)]
+            accepted = ", ".join(names) + registry.did_you_mean(PREFIX + unknown, names)
+            raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):
             mine["file"] = str(mine["file"])
