@@ -34,6 +34,19 @@ def dead_links(document: Path, text: str) -> list[str]:
     return [t for t in targets if t and not (document.parent / t).exists()]
 
 
+def anchors(text: str) -> set[str]:
+    """What a link may name behind ``#``: the headings of a page, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower().strip()).replace(" ", "-") for heading in headings}
+
+
+def dead_anchors(document: Path, text: str) -> list[str]:
+    """Links of `text` to headings that the page, this one or another in the tree, does not have."""
+    found = (link.partition("#") for link in LINK.findall(text) if not re.match(r"[a-z]+:", link))
+    pages = [(document.parent / page if page else document, anchor) for page, _, anchor in found if anchor]
+    return [anchor for page, anchor in pages if anchor not in anchors(page.read_text(encoding="utf-8"))]
+
+
 def unknown_targets(text: str) -> set[str]:
     """Names after `make` in commands of `text` that the Makefile does not have."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -45,6 +58,7 @@ def test_document_holds(document):
     text = document.read_text(encoding="utf-8")
     assert not machine_paths(text)
     assert not dead_links(document, text)
+    assert not dead_anchors(document, text)
     assert not unknown_targets(text)
 
 
@@ -127,6 +141,8 @@ def test_faults_are_seen():
     assert machine_paths("run `/home/ann/sinkstream/x`") and machine_paths("cd /scratch/main")
     assert not machine_paths("see https://example.org/home/page and ./work/notes")
     assert dead_links(ROOT / "README.md", "[a](docs/no_such_page.md#x)") and not dead_links(ROOT / "x", "[a](LICENSE)")
+    assert dead_anchors(ROOT / "README.md", "[a](docs/cache.md#no-such-heading)") == ["no-such-heading"]
+    assert not dead_anchors(ROOT / "README.md", "[a](docs/cache.md#what-is-accepted)")
     assert unknown_targets("`make coffee`") == {"coffee"} and not unknown_targets("make test\nthey make sense")
 
 

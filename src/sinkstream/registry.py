@@ -4,6 +4,7 @@ A registry never holds instances, so that no run can change the next one. Insert
 every table that is generated from it.
 """
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,8 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            raise ValueError(f"unknown {self.kind} {name!r}; accepted: {', '.join(self._entries)}") from None
+            meant = did_you_mean(name, self._entries)
+            raise ValueError(f"unknown {self.kind} {name!r}{meant}; accepted: {', '.join(self._entries)}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -63,6 +65,12 @@ class Registry(Generic[T]):
         """First line of the entry's docstring, for help texts and tables."""
         doc = (self[name].__doc__ or "").strip()
         return doc.splitlines()[0].rstrip(".") if doc else ""
+
+
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """Part of an error message: the accepted name nearest to `name`, in brackets; empty if none, or `name`, is near."""
+    near = difflib.get_close_matches(str(name), accepted, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]!r}?)" if near and near[0] != name else ""
 
 
 def import_folder(package: str, path: Iterable[str]) -> None:

@@ -365,3 +365,47 @@ def test_tokens_past_the_tokenizers_vocabulary_have_no_structure():
     feed(model, cache, ids)
     kept = ids[0, cache.stream.ring.pinned_positions[0, 0, 0, 4:]]
     assert (kept < 50).all() and (ids >= 50).any()
+
+
+# ---- arguments ----
+
+IDS = torch.arange(8)[None]
+REFUSED = {
+    "rebase_at": (
+        lambda make: make(rebase_at=-1),
+        "rebase_at=-1 is not accepted; accepted: a whole number",
+    ),
+    "block_tokens": (lambda make: make(block_tokens="4"), "block_tokens='4' is not accepted; accepted: a whole number"),
+    "list": (lambda make: make().prefill(make.model, [1, 2]), "input_ids is list; accepted: a tensor"),
+    "axes": (
+        lambda make: make().prefill(make.model, IDS[0]),
+        r"input_ids of shape \(8,\); accepted: \(batch, tokens\)",
+    ),
+    "dtype": (lambda make: make().prefill(make.model, IDS.float()), "input_ids of torch.float32; accepted: whole"),
+    "chunk": (lambda make: make().prefill(make.model, IDS, 0), "chunk_tokens=0 is not accepted; accepted: a whole"),
+    "turn": (lambda make: make().continuation([1]), "input_ids is list; accepted: a tensor"),
+    "question": (lambda make: make(recall="lexical").ask(make.model, [1]), "question_ids is list; accepted: a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_argument_is_refused_by_name(name):
+    """A negative `rebase_at` or `block_tokens` was once accepted in silence, and a list ended in an AttributeError."""
+    model = build("llama")
+
+    def make(**options):
+        return StreamingCache.for_model(model, cap=16, **options)
+
+    make.model = model
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call(make)
+
+
+def test_a_question_of_a_prompt_without_new_tokens_is_refused():
+    model = build("llama")
+    cache = StreamingCache.for_model(model, cap=16, recall="lexical")
+    cache.prefill(model, token_ids(40)[None])
+    cache.recall_ask = 3
+    with pytest.raises(ValueError, match="recall_ask=3, and the prompt has no new tokens"):
+        model.generate(token_ids(30)[None], max_new_tokens=1, **with_cache(model, cache))

@@ -315,10 +315,19 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"policy": "full,strict:sink=70"}, "", f"cap={CAP} is too small: sink 70 .*accepted: cap of at least 71"),
     ({}, "--nosuch 1", "unknown argument '--nosuch'; accepted: see sinkstream eval --help"),
     ({}, "something", "unknown argument 'something'; accepted"),
-    ({}, "--sin 4", "unknown argument '--sin'"),
+    ({}, "--sin 4", r"unknown argument '--sin' \(did you mean '--sink'\?\); accepted: see sinkstream eval --help"),
+    ({"policy": "strikt"}, "", r"policy 'strikt' is not known \(did you mean 'strict'\?\); accepted: full"),
+    ({"policy": "lazy:compres_every=3"}, "", r"\(did you mean 'compress_every'\?\); accepted: OPTION=VALUE"),
+    ({"policy": "strict:recall=lexcal"}, "", r"unknown chooser 'lexcal' \(did you mean 'lexical'\?\); accepted"),
+    ({"policy": "strict:recall=lexical:recall_gate=nan"}, "", "gate=nan is not accepted; accepted: a number"),
+    ({"policy": "strict,lazy", "cap": 35}, "", "policy 'lazy': cap=35 is too small"),
+    ({"policy": "strict:evict=turns"}, "", "sink and window only, and compress_every=1 is given; accepted: without"),
+    ({"text": ""}, "", "the text is empty; accepted: builtin, pg19, wikitext, or a file"),
+    ({"seed": 2**63}, "", f"seed={2**63} is not accepted; accepted: 0 to {2**63 - 1}"),
+    ({"tokens": "x"}, "", "argument --tokens: 'x' is not accepted; accepted: a whole number"),
     ({}, "--scorer nosuch", "--scorer: invalid choice: 'nosuch' .choose from .*uniform"),
-    ({}, "--scorer uniform", "refresh=0 goes with a scorer .*accepted scorers"),
-    ({}, "--refresh 4", "refresh=4 goes with a scorer .*accepted scorers: .*uniform"),
+    ({}, "--scorer uniform", "refresh=0 leaves a scorer no token .*accepted: refresh of at least 1"),
+    ({}, "--refresh 4", "refresh=4 goes with a scorer, .*accepted: .*uniform"),
     ({}, "--sink -1", "sink=-1 is not accepted; accepted: a whole number of at least 0"),
     ({}, "--max-drop 1", "max_drop=1 is not accepted; accepted: a whole number of at least 2"),
     ({}, "--slack -1", "slack=-1 is not accepted"),
@@ -329,7 +338,7 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"cap": None}, "", "policy 'strict' needs a cap; give --cap SLOTS"),
     ({"cap": 0}, "", "cap=0 is not accepted; accepted: a whole number of at least 1"),
     ({"cap": -5}, "", "cap=-5 is not accepted"),
-    ({"cap": "many"}, "", "--cap: invalid int value: 'many'"),
+    ({"cap": "many"}, "", "--cap: .many. is not accepted; accepted: a whole number"),
     ({"cap": 4}, "", "cap=4 is too small: .*accepted: cap of at least 5"),
     ({"cap": 35, "policy": "lazy"}, "", "cap=35 is too small: .*growth 31 .*accepted: cap of at least 36"),
     *(
@@ -371,7 +380,7 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"repeats": 0}, "", "repeats=0 is not accepted"),
     ({"repeats": 2, "evaluate": "blocks"}, "", "repeats=2 is about timings; evaluate='blocks'"),
     ({"evaluate": "all"}, "", "--evaluate: invalid choice: 'all' .choose from 'steps', 'blocks'"),
-    ({"seed": -1}, "", "seed -1 is negative; accepted: 0 and above"),
+    ({"seed": -1}, "", "seed=-1 is not accepted; accepted: 0 to "),
     ({"dtype": "int8"}, "", "--dtype: invalid choice: 'int8' .choose from 'float16'"),
     ({"device": "nosuch"}, "", "unknown device 'nosuch'; accepted: cpu, cuda, cuda:N"),
     ({"device": "cuda:99"}, "", "device 'cuda:99' is not there: .*accepted: cpu"),
@@ -447,7 +456,26 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),
         ("report --results nosuch", "sinkstream report: error: nosuch: not a folder with records"),
         ("report --results foreign", "sinkstream report: error: foreign/notes.json: field 'schema'"),
-        ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: can not be read"),
+        ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: cannot be read"),
+        ("report --check --docs binary.txt", "sinkstream report: error: binary.txt: not in UTF-8: byte 0 is invalid"),
+        ("verdict --criteria binary.txt", "sinkstream verdict: error: binary.txt: not in UTF-8: byte 0 is invalid"),
+        ("demo --out text.txt", "sinkstream demo: error: --out text.txt: cannot be written: File exists"),
+        ("probe-heads nosuch", "sinkstream probe-heads: error: model 'nosuch' is neither here nor"),
+        ("bench --tokens 8 --seconds nan", "sinkstream bench: error: seconds=nan is not accepted; accepted: a number"),
+        ("bench --cap 0", "sinkstream bench: error: --cap 0 is not accepted; accepted: whole numbers of at least 1"),
+        ("bench --streams 2,0", "sinkstream bench: error: --streams 2,0 is not accepted; accepted: whole numbers"),
+        ("bench --prefill ''", "sinkstream bench: error: --prefill '' is not accepted; accepted: whole numbers"),
+        ("bench --text nosuch.txt", "sinkstream bench: error: text file 'nosuch.txt' does not exist"),
+        ("serve --replicas 2", "sinkstream serve: error: --replicas 2 goes with --ray, which is not given"),
+        ("serve --no-spill --spill x", "sinkstream serve: error: --spill x and --no-spill exclude each other"),
+        (
+            "serve --model tiny --cap 64 --port 0 --spill text.txt",
+            "sinkstream serve: error: --spill text.txt: cannot be written: File exists; accepted: a folder",
+        ),
+        ("chat --url ''", "sinkstream chat: error: --url '' is not accepted; accepted: an address"),
+        ("chat --remote-model x", "sinkstream chat: error: --remote-model x goes with --url, which is not given"),
+        ("chat --temperature nan", "sinkstream chat: error: --temperature nan is not accepted; accepted: a number"),
+        ("matrix m.toml --gpus-per-point 1", "sinkstream matrix: error: --gpus-per-point 1.0 goes with --ray"),
     ],
 )
 def test_mistakes_of_the_other_commands(cli, here, monkeypatch, line, message):
@@ -562,6 +590,15 @@ def interrupted(fn, *args, **how):
 run_module.timed = interrupted
 sys.exit(main())
 """
+
+
+def test_ctrl_c_while_a_command_is_imported(cli, here, monkeypatch):
+    def pressed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_package.CommandParser, "load", pressed)
+    done = cli(eval_line())
+    assert (done.code, done.err) == (130, "sinkstream eval: interrupted\n")
 
 
 def test_sigint_to_a_real_process(here):
@@ -686,8 +723,9 @@ def test_the_table_of_commands_is_true():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_a_help_text(cli, command):
+def test_every_option_has_a_help_text_and_its_default_as_typed(cli, command):
     text = help_text(cli, command)
+    assert not re.search(r"\(default: [\[({]", text)
     parser = next(a for a in build_parser()._actions if a.dest == "command").choices[command].load()
     for action in parser._actions:
         assert action.help, action.dest

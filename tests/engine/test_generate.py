@@ -174,6 +174,10 @@ def test_sampling_repeats_with_its_seed_and_text_can_be_the_prompt():
         ({"ids": [1], "max_new_tokens": 3, "temprature": 1.0}, "unknown option 'temprature'"),
         ({"ids": [1], "max_new_tokens": 3, "stop": [""]}, "not empty"),
         ({"ids": [1], "max_new_tokens": 3, "stream": 1}, "stream=1"),
+        ({"ids": None, "max_new_tokens": 3}, "ids are NoneType; accepted: a tensor"),
+        ({"ids": [1], "max_new_tokens": 3, "stop": 5}, "stop=5 is not accepted; accepted: a string"),
+        ({"ids": [1], "max_new_tokens": 3, "callback": 5}, "callback=5 is not accepted; accepted: a callable"),
+        ({"ids": [1], "max_new_tokens": 3, "streamer": 5}, "streamer=5 is not accepted; accepted: a streamer"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, words):

@@ -182,3 +182,15 @@ def test_a_model_is_loaded_in_the_dtype_of_the_commands(device, dtype, monkeypat
     with pytest.raises(Loaded):
         Engine.from_pretrained("random:pythia-14m", cap=100)
     assert resolve_dtype(None, device) is dtype
+
+
+def test_very_many_streams_are_refused_before_an_object_is_made_for_each(monkeypatch):
+    monkeypatch.setattr(memory.MemoryNeed, "of", lambda *_, **__: pytest.fail("it was counted by making them"))
+    with pytest.raises(ValueError, match=r"1000000000 streams of 32 slots need at least .* accepted: fewer streams"):
+        Engine(build("llama"), cap=32, streams=10**9)
+
+
+def test_a_dtype_that_is_a_name_is_refused(tmp_path):
+    save_model(tmp_path, "llama")
+    with pytest.raises(ValueError, match=r"dtype='float16' is not accepted; accepted: a torch.dtype"):
+        Engine.from_pretrained(str(tmp_path), cap=16, dtype="float16")

@@ -22,7 +22,10 @@ from sinkstream.policies import (
 from sinkstream.policies.options import option
 
 REFUSED = [
-    ({"windoww": 9}, r"unknown policy option 'windoww'; accepted: .*window"),
+    ({"windoww": 9}, r"unknown policy option 'windoww' \(did you mean 'window'\?\); accepted: .*window"),
+    ({"zzz": 9}, r"unknown policy option 'zzz'; accepted: .*window"),
+    ({"cap": 32, "evict": "turns", "slack": 2}, "goes with sink and window only, and slack=2 is given"),
+    ({"cap": 32, "evict": "turns", "overlap": 2}, "goes with sink and window only, and overlap=2 is given"),
     ({}, "window is missing; give window=TOKENS or cap=SLOTS"),
     ({"window": 0}, "window=0 is not accepted; accepted: a whole number of at least 1"),
     ({"window": 9, "sink": -1}, "sink=-1 is not accepted; accepted: a whole number of at least 0"),
@@ -42,7 +45,7 @@ REFUSED = [
     ({"cap": 4}, "cap=4 is too small.*at least 5"),
     ({"cap": 32, "cap_accounting": "fair"}, "unknown cap accounting 'fair'; accepted: peak, published"),
     ({"cap": 32, "refresh": 4}, "refresh=4 goes with a scorer"),
-    ({"cap": 32, "scorer": "uniform"}, "a scorer with refresh > 0"),
+    ({"cap": 32, "scorer": "uniform"}, "refresh=0 leaves a scorer no token to choose; accepted: refresh of at least 1"),
     ({"cap": 32, "refresh": 4, "scorer": "magic"}, "unknown scorer 'magic'; accepted: .*uniform"),
     ({"cap": 32, "refresh": 4, "scorer": "uniform", "observation": 4}, "observation=4 goes with .*window-attention"),
     ({"cap": 32, "uncertainty": "nll"}, "uncertainty='nll' goes with scorer='uncertainty', not with None"),
@@ -103,7 +106,9 @@ def test_the_presets_cover_every_scorer_and_signal():
     assert {f"refresh-{s}" for s in SCORERS} | {f"adaptive-{s}" for s in SIGNALS} <= set(PRESETS)
     assert preset_options("window-only")["sink"] == 0
     assert PRESETS["lazy"]() is not PRESETS["lazy"]()  # a run that changes its options changes no other
-    with pytest.raises(ValueError, match="unknown policy 'lasy'; accepted: window-only, strict"):
+    with pytest.raises(
+        ValueError, match=r"unknown policy 'lasy' \(did you mean 'lazy'\?\); accepted: window-only, strict"
+    ):
         preset_options("lasy")
 
 

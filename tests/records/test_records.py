@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from record_factory import make_arrays, make_record
 
+from sinkstream.matrix.record import PointRecord
 from sinkstream.records.files import WriteError
 from sinkstream.records.pairing import paired_delta
 from sinkstream.records.pairs import PAIRS_FILE
@@ -84,6 +85,14 @@ def test_a_record_of_before_the_block_sums_loads(written):
     written.with_suffix(".npz").unlink()
     with pytest.raises(ValueError, match=r"one\.npz: .*can not be read"):
         load_record(written)
+
+
+def test_a_record_that_was_cut_short_is_not_passed_over(tmp_path):
+    (tmp_path / "point-0.json").write_text('{"schema": "sinkstream.po')
+    with pytest.raises(ValueError, match=r"point-0\.json: not a JSON file"):
+        PointRecord.below(tmp_path)
+    (tmp_path / "point-0.json").write_text('{"schema": "other/1"}')
+    assert PointRecord.below(tmp_path) == [], "control: another program's file is left alone"
 
 
 def test_record_is_frozen(written):

@@ -27,5 +27,6 @@ ARROWS: dict[str, frozenset[str]] = {
     "matrix": BASE | {"archive", "evaluation", "show", "bench", "studies", "ray_cluster"},
     "report": BASE | {"archive", "cache", "engine", "show", "bench", "studies", "matrix"},
     "cli": BASE | {"archive", "cache", "engine", "serve", "evaluation", "show", "bench", "studies", "matrix", "report"},
+    "__main__": frozenset({"cli"}),
     "__init__": frozenset({"cache", "engine", "policies"}),  # the public names
 }

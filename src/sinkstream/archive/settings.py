@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from sinkstream import registry
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies.options import check_options, option, option_fields
@@ -109,7 +110,8 @@ class RecallSettings:
         known = {f.name for f in fields(CHOOSERS[recall])} if isinstance(recall, str) else set()
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
-            accepted = ", ".join(PREFIX + name for name in sorted(own | known))
+            names = [PREFIX + name for name in sorted(own | known)]
+            accepted = ", ".join(names) + registry.did_you_mean(PREFIX + unknown, names)
             raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):

@@ -51,7 +51,7 @@ class Protocol:
             raise ValueError(f"tokens={self.tokens} is not accepted; accepted: a whole number of at least 2")
         if self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is not accepted; accepted: a whole number of at least 1")
-        if self.seconds is not None and self.seconds <= 0:
+        if self.seconds is not None and not self.seconds > 0:  # NaN is refused too
             raise ValueError(f"seconds={self.seconds} is not accepted; accepted: a number above 0")
 
     @property

@@ -8,7 +8,7 @@ import torch
 from sinkstream import compat
 from sinkstream.cache.append_only import AppendOnlyCache
 from sinkstream.cache.conversation import check_beginning, unseen
-from sinkstream.cache.padding import check_axes, default_positions
+from sinkstream.cache.padding import check_axes, check_ids, default_positions
 from sinkstream.cache.rows import Rows, selected
 from sinkstream.cache.stream import Stream
 
@@ -79,7 +79,13 @@ class BatchedCache(AppendOnlyCache):
         dict
             ``input_ids`` as given, and an ``attention_mask`` ``(batch, seen + tokens)`` with as many ones in every row
             as the row has seen and new tokens.
+
+        Raises
+        ------
+        ValueError
+            If `input_ids` are no token ids.
         """
+        check_ids(input_ids, empty=True)
         batch, tokens = input_ids.shape
         mask = input_ids.new_ones(batch, self.seen_tokens + tokens)
         if attention_mask is not None:

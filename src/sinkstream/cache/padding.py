@@ -5,6 +5,16 @@ from typing import Any
 import torch
 
 
+def check_ids(ids: Any, name: str = "input_ids", *, empty: bool = False) -> None:
+    """Raise ValueError unless these are token ids, ``(batch, tokens)``, whole numbers; `empty`: or no token at all."""
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"{name} is {type(ids).__name__}; accepted: a tensor (batch, tokens) of whole numbers")
+    if ids.ndim != 2 or not (ids.shape[1] or empty):
+        raise ValueError(f"{name} of shape {tuple(ids.shape)}; accepted: (batch, tokens) with tokens > 0")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} of {ids.dtype}; accepted: whole numbers, int64 or int32")
+
+
 def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
     """How many of a forward's columns are tokens of each row; the columns before them are pads.
 

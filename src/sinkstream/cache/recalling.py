@@ -12,6 +12,7 @@ from sinkstream import compat
 from sinkstream.archive import PREFIX, Chooser, RecallSettings
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.padding import check_ids
 from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
@@ -89,6 +90,7 @@ class RecallingCache(CopiedCache):
             If the cache has no recall; and as `prefill`.
         """
         recall = self._recall()
+        check_ids(question_ids, "question_ids")
         if replay:
             left = self._choose_by(model, question_ids)
             return self.prefill(model, question_ids[:, question_ids.shape[1] - left :])
@@ -111,7 +113,8 @@ class RecallingCache(CopiedCache):
         if batch != 1:
             raise one_row(batch)
         if asked > first:
-            raise ValueError(f"recall_ask={asked}, and the prompt has {first} new tokens; accepted: at most {first}")
+            has = f"{first} new tokens; accepted: at most {first}" if first > 0 else "no new tokens"
+            raise ValueError(f"recall_ask={asked}, and the prompt has {has}")
         model = self._attached_model("asked")
         if asked < first:
             self.prefill(model, input_ids[:, tokens - first : tokens - asked])

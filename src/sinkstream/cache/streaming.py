@@ -19,7 +19,7 @@ from sinkstream.archive import PREFIX, Chooser
 from sinkstream.cache.attention import release_attention, running
 from sinkstream.cache.families import ModelSpec, check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
-from sinkstream.cache.padding import own_tokens
+from sinkstream.cache.padding import check_ids, own_tokens
 from sinkstream.cache.recalling import RecallingCache, recall_of
 from sinkstream.cache.row_forward import RowsForward, begun, parted
 from sinkstream.cache.rows import CHUNK as ROWS_CHUNK
@@ -109,8 +109,7 @@ class StreamingCache(RecallingCache):
         spec = describe(model)
         recall_options = {name: options.pop(name) for name in [*options] if name.startswith(PREFIX)}
         policy = _policy_of(policy, options)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
+        _check_arguments(positions, rebase_at, block_tokens)
         check_policy(spec, policy, positions, compiled=compiled)
         _check_trained(spec, policy, allow_untrained_positions)
         structure = None
@@ -183,18 +182,24 @@ class StreamingCache(RecallingCache):
 
         Parameters
         ----------
+        model : PreTrainedModel
+            The model that the cache was made for, or its wrapper.
         input_ids : Tensor, (batch, tokens), int64
             New tokens only.
+        chunk_tokens : int
+            Most tokens of one forward; it bounds the memory.
         attention_mask : Tensor or None, (batch, tokens)
             0 where a row has pads, which come before its tokens.
 
         Returns
         -------
         Tensor, (batch, vocab)
-            Logits after the last token; without meaning for a row that has none.
+            Logits after the last token, in the dtype of the model; without meaning for a row that has none.
+
+        Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
         """
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}; accepted: (batch, tokens) with tokens > 0")
+        check_ids(input_ids)
+        check_whole("chunk_tokens", chunk_tokens, 1)
         mask = attention_mask
         if mask is not None:
             pads = input_ids.shape[1] - max(own_tokens(mask, input_ids.shape[1], self.row_seen))  # of every row
@@ -286,6 +291,20 @@ def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> Evicti
     if not isinstance(policy, EvictionPolicy):
         raise ValueError(f"policy={policy!r} is not accepted; accepted: an EvictionPolicy")
     return policy
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless an argument is a whole number of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: a whole number of at least {least}")
+
+
+def _check_arguments(positions: str, rebase_at: int | None, block_tokens: int) -> None:
+    if positions not in POSITIONS:
+        raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
+    if rebase_at is not None:
+        check_whole("rebase_at", rebase_at, 0)
+    check_whole("block_tokens", block_tokens, 0)
 
 
 def _check_trained(spec: ModelSpec, policy: EvictionPolicy, allowed: bool) -> None:

@@ -7,12 +7,13 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from sinkstream import __version__
 from sinkstream.records.files import WriteError
+from sinkstream.registry import did_you_mean
 
 #: Name of every command -> what the command does. The module of the same name in this folder has its `add_arguments`
 #: and `run`. A module is imported when its command is used: importing torch takes seconds.
@@ -37,22 +38,52 @@ COMMANDS = {
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
+def _number(kind: type[int] | type[float], words: str) -> Callable[[str], int | float]:
+    """A parser of one number, for an option's ``type``; `words` say what is accepted."""
+
+    def parse(text: str) -> int | float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; accepted: {words}") from None
+
+    return parse
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, with what is accepted."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("type", int, _number(int, "a whole number"))
+        self.register("type", float, _number(float, "a number"))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse; an argument that is not known is an error, with the option that is nearest to its name."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            message = f"unknown argument {unknown[0]!r}{near}; accepted: see {self.prog} --help"
+            self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n")
+        return parsed, unknown
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names stay in one piece, so that they can be copied, and only defaults that say something are shown."""
+    """Names stay in one piece, so that they can be copied, and only defaults that say something are shown, as typed."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_something = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if says_something else action.help
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        if isinstance(action.default, list):
+            typed = (" " if action.nargs == "+" else ",").join(map(str, action.default))
+            return f"{action.help} (default: {typed})".replace("%", "%%")
+        return super()._get_help_string(action)
 
 
 class CommandParser(Parser):
@@ -100,16 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.exit(
-            EXIT_USAGE,
-            f"sinkstream {args.command}: error: unknown argument {unknown[0]!r};"
-            f" accepted: see sinkstream {args.command} --help\n",
-        )
-    args.argv = ["sinkstream", *(sys.argv[1:] if argv is None else argv)]
-    try:
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = f"sinkstream {given[0]}" if given and given[0] in COMMANDS else "sinkstream"
+    try:  # parsing imports the command, which takes seconds
+        args = build_parser().parse_args(given)
+        args.argv = ["sinkstream", *given]
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -117,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"sinkstream {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
         message = error.strerror if isinstance(error, WriteError) else error
-        print(f"sinkstream {args.command}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {message}", file=sys.stderr)
         return EXIT_USAGE

@@ -24,6 +24,7 @@ from sinkstream.bench.snapshot_records import snapshot_table
 from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, bench_serve, options
+from sinkstream.cli.options import RANDOM_TEXT
 from sinkstream.cli.show import wide_console
 from sinkstream.data import TokenStream, load_text, random_tokens, repeating_tokens, tokenize
 from sinkstream.engine import STEPS
@@ -330,8 +331,10 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
             f"policy {baseline!r} is a baseline, which has a rung of its own; accepted: an eviction policy, or"
             " --backend hf-full, hf-recompute-sdpa or hf-recompute-eager"
         )
-    if min(args.streams, default=0) < 1 or min(args.cap, default=0) < 1:
-        raise ValueError(f"--streams {args.streams} --cap {args.cap}: accepted: whole numbers of at least 1")
+    for name in ("streams", "cap"):
+        _check_least(args, name, 1)
+    if args.text not in (None, RANDOM_TEXT, REPEATS):
+        load_text(args.text)  # a wrong one is told before a model is loaded
     for cap in args.cap:
         options.policy_settings(args, cap=cap)
     forced, caps = args.text is not None, PROMPT_CAPS if args.text == REPEATS else 1
@@ -346,8 +349,8 @@ def _check_mode(args: argparse.Namespace) -> None:
     mode = _mode(args)
     if mode is None:
         return
-    if mode in LEAST and min(getattr(args, mode), default=0) < LEAST[mode]:
-        raise ValueError(f"--{mode} {getattr(args, mode)}: accepted: whole numbers of at least {LEAST[mode]}")
+    if mode in LEAST:
+        _check_least(args, mode, LEAST[mode])
     if any("recall" in given for _, given in args.policy):
         raise ValueError(f"--{mode} times policies without recall; accepted: --policy NAME without recall=CHOOSER")
     others = {"--ladder": args.ladder, "--profile": args.profile, "--seconds": args.seconds}
@@ -362,6 +365,14 @@ def _check_mode(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--backend {','.join(args.backend)} with --{mode}; accepted: one of the engine's: {', '.join(STEPS)}"
         )
+
+
+def _check_least(args: argparse.Namespace, name: str, least: int) -> None:
+    """Raise ValueError unless an option has one or several numbers of at least so much."""
+    values = getattr(args, name)
+    if min(values, default=least - 1) < least:
+        given = ",".join(map(str, values)) or "''"
+        raise ValueError(f"--{name} {given} is not accepted; accepted: whole numbers of at least {least}")
 
 
 def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
@@ -391,7 +402,7 @@ def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:
         tokens = PROMPT_CAPS * max(args.cap) + args.warmup + args.tokens
         back = max(args.cap) * 3 // 2  # half a cap after it has left the cache
         return repeating_tokens(loaded.model.config.vocab_size, tokens, back=back, seed=args.seed)
-    if args.text is None or args.text == "random":
+    if args.text in (None, RANDOM_TEXT):
         return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
     return tokenize(load_text(args.text), loaded.tokenizer)
 

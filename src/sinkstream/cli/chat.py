@@ -1,6 +1,7 @@
 """``sinkstream chat``."""
 
 import argparse
+import math
 import os
 
 from rich.console import Console
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
+    _check(args)
     try:
         from sinkstream.serve.talk import LocalTalk, RemoteTalk, Talk, TalkError
         from sinkstream.serve.terminal import Terminal, typed_lines
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     console, folder = Console(), cache_dir() / "chats"
     talk: Talk | None = None
     try:
-        if args.url:
+        if args.url is not None:
             key = os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY", "none")
             talk = remote = RemoteTalk(args.url, args.remote_model, key, args.system, folder)
             name: str = remote.model
@@ -50,3 +52,13 @@ def run(args: argparse.Namespace) -> int:
         if talk is not None:
             talk.close()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that are wrong or do not go together."""
+    if args.url == "":
+        raise ValueError("--url '' is not accepted; accepted: an address as in http://127.0.0.1:8000/v1")
+    if args.remote_model is not None and args.url is None:
+        raise ValueError(f"--remote-model {args.remote_model} goes with --url, which is not given")
+    if args.temperature is not None and not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature} is not accepted; accepted: a number of at least 0")

@@ -23,6 +23,7 @@ from sinkstream.evaluation.demo_plan import (
     size_of_records,
     tokens_measured,
 )
+from sinkstream.evaluation.runner import check_writable
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.models import LoadedModel, load_model
 from sinkstream.show.comparison import RowLines
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     demo_settings(args.cap, SAMPLE_EVERY if args.sample_every is None else args.sample_every)
     if args.tokens is None:
         check_choice(args.seconds, args.cap)
+    check_writable(args.out)
     loaded = load_model("builtin", dtype=torch.float32, device="cpu")
     streams = partial(tokenize, load_text("builtin"), loaded.tokenizer)
     size, plan = _size(args, loaded, streams, console)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from sinkstream.cli import EXIT_FAILED
-from sinkstream.cli.options import add_ray_option
+from sinkstream.cli.options import add_ray_option, check_with_ray
 from sinkstream.cli.show import wide_console
 from sinkstream.matrix.file import Matrix, read_matrix
 from sinkstream.matrix.measure import Workbench
@@ -42,13 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
     add_ray_option(group, "measure points as Ray tasks, one GPU each, on the cluster at ADDRESS")
     group.add_argument(
-        "--gpus-per-point", type=float, default=1.0, help="with --ray: GPUs of a point, fractions allowed"
+        "--gpus-per-point", type=float, help="with --ray: GPUs of a point, fractions allowed (default: 1)"
     )
     group.add_argument("--out", type=Path, help="folder of the records (default: out/matrix/ and the file's name)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the points that have no record yet; list them only with ``--dry-run``."""
+    check_with_ray(args, "gpus_per_point")
     console = wide_console()
     matrix = read_matrix(args.file, args.model, args.text, args.device, args.dtype)
     points, out = selected(matrix, args.only), args.out or Path("out/matrix") / args.file.stem
@@ -68,4 +69,5 @@ def run(args: argparse.Namespace) -> int:
 def _on_ray(args: argparse.Namespace, matrix: Matrix, out: Path, arguments: dict[str, Any]) -> Measure:
     from sinkstream.matrix.on_ray import on_ray  # which imports Ray
 
-    return on_ray(matrix, out, arguments, args.argv, args.ray, args.gpus_per_point)
+    gpus = 1.0 if args.gpus_per_point is None else args.gpus_per_point
+    return on_ray(matrix, out, arguments, args.argv, args.ray, gpus)

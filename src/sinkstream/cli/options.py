@@ -18,6 +18,7 @@ from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_d
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
+from sinkstream.registry import did_you_mean
 
 RANDOM_TEXT = "random"
 HEADS = PREFIX + "heads"
@@ -53,15 +54,12 @@ def add_recall_options(parser: argparse.ArgumentParser) -> None:
     own = {PREFIX + f.name for f in option_fields(RecallSettings)}
     for spec in recall_option_specs():
         if spec.name in own:
-            flag = "--" + spec.name.replace("_", "-")
-            group.add_argument(
-                flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help.replace("%", "%%")
-            )
+            _add_flag(group, spec)
 
 
 def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str], Any] = int) -> None:
     """Add ``--policy``, ``--cap`` (read by `caps`) and one flag for every registered policy option."""
-    group = parser.add_argument_group("policy")
+    group = parser.add_argument_group("policy", "a named policy may have other defaults")
     listed = "\n".join(f"- {name}: {method_summary(name)}" for name in method_names()).replace("%", "%%")
     group.add_argument(
         "--policy",
@@ -83,8 +81,19 @@ def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str],
         "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
     )
     for spec in policy_option_specs():
-        flag = "--" + spec.name.replace("_", "-")
-        group.add_argument(flag, type=spec.type, choices=spec.choices, default=argparse.SUPPRESS, help=spec.help)
+        _add_flag(group, spec)
+
+
+def _add_flag(group: argparse._ArgumentGroup, spec: OptionSpec) -> None:
+    """Add the flag of a declared option, which leaves no attribute where it is not given."""
+    told = "" if spec.default is None else f" (default: {spec.default})"
+    group.add_argument(
+        "--" + spec.name.replace("_", "-"),
+        type=spec.type,
+        choices=spec.choices,
+        default=argparse.SUPPRESS,
+        help=spec.help.replace("%", "%%") + told,
+    )
 
 
 def policy_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +120,10 @@ def policy_settings(args: argparse.Namespace, **protocol: Any) -> list[RunSettin
         own = {n: v for n, v in options.items() if n not in recall}
         recall = recall if several and method in BASELINES else recalled | recall
         sampled = {"sample_every": 1} if several and method != "recompute" else {}
-        settings.append(RunSettings(method, options=passed | own, recall=recall, **(common | sampled)))
+        try:
+            settings.append(RunSettings(method, options=passed | own, recall=recall, **(common | sampled)))
+        except ValueError as error:
+            raise ValueError(f"policy {method!r}: {error}" if several else str(error)) from None
     return settings
 
 
@@ -146,6 +158,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_ray_option(group: argparse._ArgumentGroup, what: str) -> None:
     """Add ``--ray ADDRESS``: None without it, empty without an address."""
     group.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=f"{what} (default: this machine alone)")
+
+
+def check_with_ray(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if options that say how Ray is used are given without ``--ray``."""
+    given = next((name for name in names if getattr(args, name) is not None), None)
+    if args.ray is None and given is not None:
+        raise ValueError(f"--{given.replace('_', '-')} {getattr(args, given)} goes with --ray, which is not given")
 
 
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
@@ -257,13 +276,17 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
     types = {spec.name: spec.type for spec in specs} | {"scorer": str, "recall": str}
     name, *given = text.split(":")
     if name not in method_names():
-        raise argparse.ArgumentTypeError(f"policy {name!r} is not known; accepted: {', '.join(method_names())}")
+        meant = did_you_mean(name, method_names())
+        raise argparse.ArgumentTypeError(f"policy {name!r} is not known{meant}; accepted: {', '.join(method_names())}")
     options = {}
     for part in given:
         option, equals, value = part.partition("=")
         option = option.replace("-", "_")
         if not equals or option not in types:
-            raise argparse.ArgumentTypeError(f"{part!r} in {text!r}; accepted: OPTION=VALUE with {', '.join(types)}")
+            meant = did_you_mean(option, types)
+            raise argparse.ArgumentTypeError(
+                f"{part!r} in {text!r}{meant}; accepted: OPTION=VALUE with {', '.join(types)}"
+            )
         try:
             options[option] = types[option](value)
         except ValueError:

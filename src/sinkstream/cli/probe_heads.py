@@ -15,6 +15,8 @@ TOKENS = 16_000  # of ordinary text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    parser.usage = "sinkstream probe-heads [MODEL] [options]"
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="as --model")
     options.add_model_options(parser)
     group = parser.add_argument_group("probe")
     options.add_text(group, tokens=False)

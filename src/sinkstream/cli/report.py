@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from sinkstream.cli import EXIT_FAILED
+from sinkstream.cli.show import wide_console
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import render_tables
 from sinkstream.report.summary import summary_is_current, write_summary
+from sinkstream.show.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("records", "criteria"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name} {getattr(args, name)} is for the page; accepted: with -o PAGE.html")
-    console, pairs = Console(), Pairs.load(args.results)
+    console, pairs = wide_console(), Pairs.load(args.results)
     if not args.check:
         summary = write_summary(args.results, pairs)
         console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
@@ -60,7 +60,7 @@ def _page(args: argparse.Namespace) -> int:
         raise ValueError("-o writes the page and nothing else; accepted: without --docs and --check")
     folder = args.results if args.records is None else args.records
     size = write_page(folder, args.output, args.criteria)
-    Console().print(f"{args.output}: {size / 1e6:.2f} MB", soft_wrap=True)
+    say(wide_console(), f"{args.output}: {size / 1e6:.2f} MB")
     return 0
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinkstream.cli.options import add_model_options, add_ray_option, load_given_model
+from sinkstream.cli.options import add_model_options, add_ray_option, check_with_ray, load_given_model
 from sinkstream.engine.steps import STEPS
 from sinkstream.models import resolve_device
 from sinkstream.models.gguf_file import cache_dir
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ray_option(group, "serve with replicas on the Ray cluster at ADDRESS, which share the --spill folder")
     group.add_argument("--replicas", type=int, help="with --ray: default: one for each GPU, or 1")
     group.add_argument("--gpus-per-replica", type=float, help="with --ray: default: 1 on a GPU, else 0")
-    group.add_argument("--cpus-per-replica", type=float, default=1.0, help="with --ray: fractions allowed")
+    group.add_argument("--cpus-per-replica", type=float, help="with --ray: fractions allowed (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         from sinkstream.serve.app import LOOPBACK, create_app
     except ImportError as error:
         raise ImportError(INSTALL.format(error.name)) from None
+    check_with_ray(args, "replicas", "gpus_per_replica", "cpus_per_replica")
+    if args.no_spill and args.spill is not None:
+        raise ValueError(f"--spill {args.spill} and --no-spill exclude each other; accepted: one of them")
     keys = api_keys(args.api_key_file)
     check_exposure(args.host, keys, args.no_api_key)
     listening = listen(args.host, args.port)
@@ -134,7 +137,8 @@ def _run_on_ray(
     gpus = args.gpus_per_replica
     if gpus is None:
         gpus = 0.0 if resolve_device(args.device).type == "cpu" else 1.0
-    options = RayOptions(args.ray, args.replicas, gpus, args.cpus_per_replica)
+    cpus = 1.0 if args.cpus_per_replica is None else args.cpus_per_replica
+    options = RayOptions(args.ray, args.replicas, gpus, cpus)
     files = SessionFiles(spill, settings.disk_mb)
     files.lock()
     given = {name: value for name, value in vars(args).items() if name != "run"}

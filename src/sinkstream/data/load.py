@@ -13,9 +13,11 @@ def load_text(spec: str) -> Text:
     file (objects or strings) give their "text", or the field of ``FILE:FIELD``, joined by empty lines. Of a directory:
     all its files, sorted by path, joined likewise.
 
-    Raises ValueError for an unknown name or field, a file that is missing, empty, binary or of another form, and for a
-    text that cannot be had from the hub.
+    Raises ValueError for an empty spec, an unknown name or field, a file that is missing, empty, binary or of another
+    form, and for a text that cannot be had from the hub.
     """
+    if not spec:
+        raise ValueError(f"the text is empty; accepted: {', '.join(TEXTS)}, or a file: {', '.join(files.FORMATS)}")
     if spec in TEXTS:
         return TEXTS[spec]()
     path, field = Path(spec).expanduser(), None

@@ -53,13 +53,19 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int 
     Raises ValueError if the text has fewer tokens, if `tokens` is below 1, or without a tokenizer.
     """
     if tokenizer is None:
-        raise ValueError(f"text {text.name!r} cannot be tokenized: this model has no tokenizer (use random tokens)")
+        raise ValueError(
+            f"text {text.name!r} cannot be tokenized: this model has no tokenizer; accepted: a model with one,"
+            " or random tokens"
+        )
     wanted = text.default_tokens if tokens is None else tokens
     if wanted is not None and wanted < 1:
         raise ValueError(f"tokens {wanted} is too small; accepted: 1 and above")
     ids = _ids(tokenizer, text.text) if wanted is None else _first_ids(tokenizer, text.text, wanted)
     if not ids or (wanted is not None and len(ids) < wanted):
-        raise ValueError(f"text {text.name!r} is too short: it has {len(ids)} tokens, {wanted or 1} were asked for")
+        raise ValueError(
+            f"text {text.name!r} is too short: it has {len(ids)} tokens, {wanted or 1} were asked for; accepted: a"
+            " longer text, or fewer tokens"
+        )
     return TokenStream.of(ids[:wanted], name=text.name, source=text.source, text_sha256=text.sha256)
 
 

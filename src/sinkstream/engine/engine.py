@@ -21,7 +21,7 @@ from sinkstream.engine.decoder import StreamDecoder, checked_cache
 from sinkstream.engine.generation import Generation, check_question, ending, feed, generate
 from sinkstream.engine.inputs import Ids, encoded
 from sinkstream.engine.memory import check_weights
-from sinkstream.models import load_model, resolve_device, resolve_dtype, weight_bytes
+from sinkstream.models import check_dtype, load_model, resolve_device, resolve_dtype, weight_bytes
 from sinkstream.policies import EvictionPolicy
 
 
@@ -74,6 +74,7 @@ class Engine(StreamDecoder):
         """
         device = resolve_device(None if device is None else str(device))
         dtype = dtype or resolve_dtype(None, device)
+        check_dtype(dtype)
         check_weights(spec, weight_bytes(spec, dtype), device)
         loaded = load_model(spec, dtype=dtype, device=device)
         return cls(loaded.model, policy, **{"tokenizer": loaded.tokenizer} | more)

@@ -278,6 +278,10 @@ def _generate(
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not accepted; accepted: a whole number from 1")
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"streamer= takes the text of one stream, and there are {len(prompts)} prompts")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback={callback!r} is not accepted; accepted: a callable, or None")
+    if not isinstance(stop, Iterable):
+        raise ValueError(f"stop={stop!r} is not accepted; accepted: a string, or a sequence of strings")
     strings = [stop] if isinstance(stop, str) else list(stop)
     rule = StopRule(
         end_tokens(decoder.model) if stop_tokens is None else stop_tokens, strings, callback, decoder.tokenizer
@@ -333,7 +337,12 @@ def feed(decoder: StreamDecoder, ids: torch.Tensor, stream: int, recall_ask: int
 
 @contextmanager
 def ending(streamer: BaseStreamer | None) -> Iterator[None]:
-    """End a streamer whatever happens inside, so that its reader never waits for a call that has failed."""
+    """End a streamer whatever happens inside, so that its reader never waits for a call that has failed.
+
+    Raises ValueError if it is none.
+    """
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer={streamer!r} is not accepted; accepted: a streamer of transformers, or None")
     try:
         yield
     finally:

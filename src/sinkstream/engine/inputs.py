@@ -31,6 +31,8 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
     ValueError
         Naming shape, dtype or range and what is accepted.
     """
+    if isinstance(ids, str) or not hasattr(ids, "__len__"):
+        raise ValueError(f"ids are {type(ids).__name__}; accepted: a tensor (tokens,) or a sequence of whole numbers")
     own = not isinstance(ids, torch.Tensor)  # a tensor of the caller's may change once this has returned
     on_host = not isinstance(ids, torch.Tensor) or ids.device.type == "cpu"
     if not isinstance(ids, torch.Tensor):

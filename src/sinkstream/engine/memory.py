@@ -114,6 +114,13 @@ def check_engine(
     reread_tokens: int = 0,
 ) -> None:
     """Refuse, before allocating, streams that cannot fit. Raises ValueError with what is needed and what is free."""
+    free = free_bytes(device)
+    least = streams * policy.peak * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+    if least > free:  # told before an object is made for each stream
+        raise ValueError(
+            f"{streams} streams of {policy.peak} slots need at least {_gb(least)} of memory on {device} beside the"
+            f" model, and {_gb(free)} are free; accepted: fewer streams or a smaller cap"
+        )
     need = MemoryNeed.of(
         model,
         spec,
@@ -126,7 +133,6 @@ def check_engine(
         recall_queries=recall_queries,
         reread_tokens=reread_tokens,
     )
-    free = free_bytes(device)
     if need.total > free:
         raise ValueError(
             f"{streams} streams of {policy.peak} slots need {_gb(need.total)} of memory on {device}"

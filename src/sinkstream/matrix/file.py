@@ -1,7 +1,6 @@
 """Matrix files: TOML in, checked points out, baselines linked."""
 
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sinkstream.matrix.point import AUTO, NONE, Origin, Point, make_point
 from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
+from sinkstream.records.toml_files import read_toml
 
 TABLES = ("name", "description", "models", "texts", "defaults", "grid", "point")
 #: Key of a point -> (type, accepted names or None). Keys of policies come from the registries.
@@ -95,7 +95,7 @@ def read_matrix(
     Raises ValueError, naming the file and the line, table, key or value: the file cannot be read, is no TOML, has an
     unknown key or a value that is not accepted, or a point does not fit together.
     """
-    content = _parsed(path)
+    content = read_toml(path)
     _check_names(content, TABLES, str(path))
     origins = {
         "model": _origins(content, "model", path, models),
@@ -141,20 +141,6 @@ def _rank(other: Point, point: Point, name: str) -> tuple[int, int, int] | None:
     if run.method != name or not plain or (run.cap or 0) > cap:
         return None
     return cap - (run.cap or 0), int("sink" in run.options and run.options["sink"] != 4), len(run.options)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        found = sorted(file.name for file in path.glob("*.toml"))
-        raise ValueError(f"{path} is a folder; accepted: a TOML file ({', '.join(found) or 'this folder has none'})")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not in UTF-8: byte {error.start} is invalid") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
 
 
 def _check_names(table: Mapping[str, Any], accepted: Sequence[str], where: str) -> None:

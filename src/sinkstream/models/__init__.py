@@ -2,7 +2,7 @@
 
 from sinkstream.models.load import load_model, source_name
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel
-from sinkstream.models.placement import resolve_device, resolve_dtype
+from sinkstream.models.placement import check_dtype, resolve_device, resolve_dtype
 from sinkstream.models.shapes import SHAPES, shape_config, shape_sizes
 from sinkstream.models.size import weight_bytes
 
@@ -10,6 +10,7 @@ __all__ = [
     "MODEL_SOURCES",
     "SHAPES",
     "LoadedModel",
+    "check_dtype",
     "load_model",
     "resolve_device",
     "resolve_dtype",

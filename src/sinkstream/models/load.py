@@ -7,7 +7,9 @@ import torch
 
 from sinkstream.models import checkpoint, gguf_file, shapes  # noqa: F401  (they register their sources)
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+from sinkstream.models.placement import check_dtype
 
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -49,17 +51,16 @@ def load_model(
     attn_implementation : str, default="sdpa"
         Handed to transformers.
     seed : int, default=0
-        Seed of random weights, at least 0; read checkpoints do not depend on it.
+        Seed of random weights, 0 to 2^63 - 1; read checkpoints do not depend on it.
 
     Raises
     ------
     ValueError
         For a model that does not exist, is incomplete or broken, or whose package is missing; for an unknown shape, a
-        dtype that is not a floating-point one, a negative seed.
+        dtype that is not a floating-point one, a seed out of range.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype {dtype} cannot hold weights; accepted: float16, bfloat16, float32")
-    if seed < 0:
-        raise ValueError(f"seed {seed} is negative; accepted: 0 and above")
+    check_dtype(dtype)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed={seed} is not accepted; accepted: 0 to {LARGEST_SEED}")
     request = LoadRequest(dtype, torch.device(device), attn_implementation, seed)
     return MODEL_SOURCES[source_name(spec)](spec, request)

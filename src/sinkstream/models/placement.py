@@ -52,3 +52,11 @@ def resolve_dtype(name: str | None, device: str | torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; accepted: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless this is a dtype that holds weights."""
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not accepted; accepted: a torch.dtype, as in torch.float16")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype} cannot hold weights; accepted: {', '.join(DTYPES)}")

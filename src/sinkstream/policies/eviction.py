@@ -7,7 +7,7 @@ from typing import Any
 from sinkstream.policies.options import check_options, option, option_fields
 from sinkstream.policies.scorers import SCORERS, Scorer
 from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger, Turns
-from sinkstream.registry import Registry
+from sinkstream.registry import Registry, did_you_mean
 
 CAP_ACCOUNTING: Registry = Registry("cap accounting")
 
@@ -48,18 +48,18 @@ class EvictionPolicy:
         if self.window is None:
             raise ValueError("window is missing; give window=TOKENS or cap=SLOTS")
         check_options(self)
-        if (self.refresh > 0) != (self.scorer is not None):
-            raise ValueError(
-                f"refresh={self.refresh} goes with a scorer and a scorer with refresh > 0; "
-                f"accepted scorers: {', '.join(SCORERS)}"
-            )
-
+        if self.refresh > 0 and self.scorer is None:
+            raise ValueError(f"refresh={self.refresh} goes with a scorer, and none is given; accepted: {_scorers()}")
+        if self.scorer is not None and self.refresh == 0:
+            raise ValueError("refresh=0 leaves a scorer no token to choose; accepted: refresh of at least 1")
         if any(isinstance(t, Turns) for t in self.triggers):
             others = {"refresh": self.refresh, "overlap": self.overlap, "max_drop": self.max_drop or 0}
-            others["another trigger"] = len(self.triggers) - 1
-            wrong = next((name for name, value in others.items() if value), None)
+            wrong = [f"{name}={value}" for name, value in others.items() if value]
+            wrong += [_switched_on_by(trigger) for trigger in self.triggers if not isinstance(trigger, Turns)]
             if wrong:
-                raise ValueError(f"evict='turns' goes with sink and window only, and {wrong} is given")
+                raise ValueError(
+                    f"evict='turns' goes with sink and window only, and {wrong[0]} is given; accepted: without it"
+                )
 
     @classmethod
     def build(cls, *, cap: int | None = None, cap_accounting: str = "peak", **options: Any) -> "EvictionPolicy":
@@ -87,7 +87,9 @@ class EvictionPolicy:
         scorer = _take_scorer(given)
         unknown = sorted(set(given) - own)
         if unknown:
-            raise ValueError(f"unknown policy option {unknown[0]!r}; accepted: {', '.join(sorted(option_names()))}")
+            accepted = sorted(option_names())
+            meant = did_you_mean(unknown[0], accepted)
+            raise ValueError(f"unknown policy option {unknown[0]!r}{meant}; accepted: {', '.join(accepted)}")
         parts = {"triggers": triggers, "scorer": scorer, **given}
         if cap is None:
             return cls(**parts)
@@ -176,6 +178,16 @@ def option_names() -> set[str]:
     for registry in (TRIGGERS, SCORERS):
         names |= {f.name for _, cls in registry.items() for f in option_fields(cls)}
     return names
+
+
+def _scorers() -> str:
+    return "scorer=" + ", ".join(SCORERS)
+
+
+def _switched_on_by(trigger: Trigger) -> str:
+    """The option that a trigger was made for, with its value."""
+    switch = option_fields(type(trigger))[0].name
+    return f"{switch}={getattr(trigger, switch)!r}"
 
 
 def _take_trigger(name: str, given: dict[str, Any]) -> Trigger | None:

@@ -103,7 +103,7 @@ class BaseRecord:
     def below(cls, folder: Path | str) -> list[Self]:
         """All records of this kind below a folder, by creation time and id; other JSON files are left alone.
 
-        Raises ValueError as `read`.
+        Raises ValueError as `read`, and for a file that is no JSON: a record that was cut short is not passed over.
         """
         family = cls.SCHEMA.partition("/")[0]
         paths = [path for path in sorted(Path(folder).rglob("*.json")) if family_of(path) == family]

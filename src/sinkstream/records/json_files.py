@@ -39,8 +39,9 @@ def check_schema(content: Any, schema: str, kind: str, where: str) -> None:
 
 
 def family_of(path: Path) -> str | None:
-    """The family that a file's `schema` field names ("sinkstream.run"); None if it has none or is broken."""
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["schema"]).partition("/")[0]
-    except (ValueError, KeyError, TypeError):
-        return None
+    """The family that a file's `schema` field names ("sinkstream.run"); None if it has none.
+
+    Raises ValueError as `read_json`: a record that was cut short is not passed over in silence.
+    """
+    content = read_json(path)
+    return str(content["schema"]).partition("/")[0] if isinstance(content, Mapping) and "schema" in content else None

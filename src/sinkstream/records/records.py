@@ -156,7 +156,7 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
 
 
 def _may_be_record(path: Path) -> bool:
-    """False for files whose `schema` names another kind of file; broken files are left to the loader."""
+    """False for files whose `schema` names another kind of file. Raises ValueError for a broken file."""
     if path.name == SUMMARY_FILE or path.name.startswith("."):
         return False
     family = family_of(path)

@@ -1,7 +1,6 @@
 """Criteria: what is to be judged, read from a TOML file, and the kinds of judgement."""
 
 import inspect
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from sinkstream.bench.record import BenchRecord
 from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.records.toml_files import read_toml
 from sinkstream.registry import Registry
 
 GO, NO_GO, STOP_LOSS, NOT_MEASURED = OUTCOMES = ("go", "no-go", "stop-loss", "not measured")
@@ -82,12 +82,7 @@ def read_criteria(path: Path) -> list[Criterion]:
     Raises ValueError, naming file and line, or criterion and key: no such file, no TOML, an unknown or missing key, an
     unknown kind, an id twice.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    content = read_toml(path)
     tables = content.get("criterion")
     if set(content) != {"criterion"} or not isinstance(tables, list) or not tables:
         raise ValueError(f"{path}: accepted: one or several [[criterion]] and nothing else")

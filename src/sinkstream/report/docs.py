@@ -53,7 +53,9 @@ def _sections(path: Path) -> tuple[str, list[re.Match]]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path}: can not be read: {error.strerror}") from error
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8: byte {error.start} is invalid") from error
     found = list(_SECTION.finditer(text))
     names = [section["name"] for section in found]
     opened = _OPEN.findall(text)

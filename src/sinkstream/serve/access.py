@@ -10,8 +10,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sinkstream.serve.errors import APIError, busy
 from sinkstream.serve.service import owner_of
 
-OPEN_PATHS = ("/health", "/")  # need no key: they tell nothing of anybody's
-
 
 class Keys:
     """The API keys of a server; without any, everybody is the same owner.

@@ -44,6 +44,11 @@ class SessionFiles:
     shared : bool
         Whether other servers write to the folder too.
 
+    Raises
+    ------
+    ValueError
+        If the folder cannot be made.
+
     Attributes
     ----------
     sizes : dict
@@ -54,8 +59,14 @@ class SessionFiles:
     def __init__(self, folder: Path | None, limit: int, shared: bool = False):
         self.folder, self.limit, self.shared = folder, limit, shared and folder is not None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            os.chmod(folder, 0o700)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                os.chmod(folder, 0o700)
+            except OSError as error:
+                raise ValueError(
+                    f"--spill {folder}: cannot be written: {error.strerror}; accepted: a folder that may be made, or"
+                    " --no-spill"
+                ) from None
         self.claims = Claims(folder if self.shared else None)
         self._stamps: dict[str, Stamp] = {}  # of the JSON files as this server has read or written them
         self.sizes = {path.stem: size for path, size in self._streams().items()}
