@@ -12,7 +12,8 @@ import torch
 from sinkstream.engine.prompt import Chunk, Coming, PromptForward
 from sinkstream.engine.refresh import refresh_if_due
 
-FORESEEN_TOKENS = 1024  # of one forward under foreseen prunes, whose keys and values are held twice
+FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
+FEWEST = 256  # where few were foreseen rightly; a forward of fewer tokens is hardly shorter
 
 
 class EventPrompts:
@@ -26,11 +27,13 @@ class EventPrompts:
     def __init__(self, forward: PromptForward):
         self.forward, self.state = forward, forward.state
         self.foreseen_tokens = min(FORESEEN_TOKENS, forward.chunk_tokens)
+        self._size = self.foreseen_tokens  # of the next forward under foreseen prunes
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
         """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
         fed, risks = 0, {signal: list[float]() for signal in self.state.signals}
+        self._size = self.foreseen_tokens
         with torch.cuda.device_of(ids):  # Triton launches on the current device
             while fed < len(ids):
                 refresh_if_due(self.state, stream)
@@ -59,7 +62,7 @@ class EventPrompts:
         state, forward = self.state, self.forward
         forward.rebase(stream)
         schedule = state.schedules[stream]
-        steps = schedule.foresee(risks, min(len(ids), self.foreseen_tokens))
+        steps = schedule.foresee(risks, min(len(ids), self._size))
         if state.policy.scorer is not None and steps.drop[1:].any():
             steps = steps[: 1 + int((steps.drop[1:] > 0).argmax())]
         ids, all_of_them = ids[: len(steps)], len(steps) == len(ids)
@@ -80,5 +83,6 @@ class EventPrompts:
             forward.predict(x, coming.band)
         coming.count(after)
         for signal, values in found.items():
-            risks[signal] = values[kept:]
+            risks[signal] = values[kept:] + risks[signal][len(steps) :]
+        self._size = min(max(FEWEST, 2 * kept), self.foreseen_tokens)
         return kept
