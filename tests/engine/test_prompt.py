@@ -295,17 +295,18 @@ def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape, p
                 fed[s] += size
                 logits[backend].append(e.step(ids[fed[s] : fed[s] + 1], streams=[s])[0])
                 fed[s] += 1
-        held[backend] = e.state.keys.float()
+        held[backend] = e.state.keys[..., e.state.geometry.pinned_slots :, :].float()
         short = (e._append.forward if policy else e._append).short
         expected = [16, 32, 64] if policy else [16, 32, 64, 128, 320, 512]
         assert [size for size in sorted(short._graphs) if size in expected] == (
             [] if backend == "kernels" else expected
         )
         e.close()
+    bound = 0.04 if policy else 0.02  # of equally good tokens rounding may keep another
     for plain, graphed in zip(*logits.values()):
-        assert (graphed - plain).norm() < 0.02 * plain.norm()
+        assert (graphed - plain).norm() < bound * plain.norm()
     plain, graphed = held.values()
-    assert (graphed - plain).norm() < 0.02 * plain.norm()
+    assert (graphed - plain).norm() < bound * plain.norm()
     control = torch.stack([a - b for a, b in zip(logits["fused"][2:], logits["fused"])])
     assert control.norm(dim=-1).median() > 0.05 * logits["fused"][0].norm(), "control: other tokens, other logits"
 

@@ -39,15 +39,18 @@ def accumulate_chunk(
     given = torch.zeros(kv_heads, slots, device=keys.device)
     for begin in range(0, band.rows, TILE):
         part = slice(begin, min(begin + TILE, band.rows))
-        token = torch.arange(part.start, part.stop, device=keys.device)[:, None]
-        first = band.table[SCALARS + part.start : SCALARS + part.stop, None]
-        window = queries[part].transpose(0, 1).float() * scaling
+        token = torch.arange(part.start, part.stop, device=keys.device)
+        first, counts = band.table[SCALARS + part.start : SCALARS + part.stop], token < tokens
+        window = torch.where(
+            counts[:, None], queries[part].transpose(0, 1).float() * scaling, 0.0
+        )  # padding is no number
         frame = window if band.rotation is None else turned(window, band.rotation[part])
-        grouped = (q.reshape(kv_heads, -1, dim) for q in (frame, window))
-        scores = torch.cat([q @ k.mT for q, k in zip(grouped, held.split([pinned_slots, slots - pinned_slots], 1))], -1)
-        seen = (owner <= token) & (pinned | (owner >= first))
-        weights = scores.view(kv_heads, -1, len(token), slots).masked_fill(~seen, float("-inf")).softmax(-1)
-        given += torch.where(token < tokens, weights, 0.0).sum(2).mean(1)
+        scores = window.reshape(kv_heads, -1, dim) @ held.mT
+        scores[..., :pinned_slots] = frame.reshape(kv_heads, -1, dim) @ held[:, :pinned_slots].mT
+        unseen = (owner > token[:, None]) | ~(pinned | (owner >= first[:, None]))
+        weights = scores.view(kv_heads, -1, len(token), slots).masked_fill_(unseen, float("-inf")).softmax(-1)
+        share = counts.float().repeat(weights.shape[1]) / weights.shape[1]
+        given += share @ weights.flatten(1, 2)
     new = (owner >= 0) & (owner < tokens)
     before = totals.index_select(0, row)[0]
     totals.index_copy_(0, row, (before.masked_fill(new, 0.0) + given)[None])
