@@ -69,7 +69,6 @@ class PromptForward:
             for first in range(0, len(ids), self.chunk_tokens):
                 part = ids[first : first + self.chunk_tokens]
                 self.append(part, stream, first + len(part) == len(ids))
-            self.state.stale_logits.discard(stream)
 
     def append(self, ids: torch.Tensor, stream: int, last: bool) -> None:
         """One chunk, of at most `chunk_tokens`; the logits are computed if it is the last one.

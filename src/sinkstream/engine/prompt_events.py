@@ -41,7 +41,6 @@ class EventPrompts:
                     fed += self._foresee(ids[fed:], stream, risks)
                 else:
                     fed += self._until_prune(ids[fed:], stream)
-        self.state.stale_logits.discard(stream)
 
     def _until_prune(self, ids: torch.Tensor, stream: int) -> int:
         """Append the tokens up to the next prune, whose place is known; returns how many."""

@@ -121,7 +121,6 @@ class StreamRecall:
                 prompts.append(ids[part], stream, part.stop == len(known))
             self.memory.append(torch.tensor(known[part]))
             done += size
-        self.state.stale_logits.discard(stream)
 
     def _forward_size(self, rest: int) -> int:
         """How many of the coming tokens to append at once; what leaves on the way has been copied then."""

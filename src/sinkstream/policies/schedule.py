@@ -149,9 +149,8 @@ class PruneSchedule:
         periodic = all(trigger.periodic for trigger in self.policy.triggers)
         met: dict[tuple[int, bool], int] = {}
         while done < tokens:
-            quiet = min(self.sure_steps(), tokens - done)
+            quiet = self._skip(tokens - done)
             if quiet:
-                self.seen, self.cached = self.seen + quiet, self.cached + quiet
                 done += quiet
                 continue
             first = met.setdefault((self.cached, self.pruning), done)
@@ -179,9 +178,13 @@ class PruneSchedule:
         """
         ahead, known = self.fork(), min([tokens, *map(len, risks.values())]) if risks else 0
         drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
-        for i in range(known):
-            drop[i], event[i] = ahead._step()
-            ahead._observe(risks, i)
+        done = 0
+        while done < known:
+            quiet = ahead._skip(known - done)
+            if not quiet:
+                drop[done], event[done] = ahead._step()
+            ahead._observe(risks, done, done + max(1, quiet))
+            done += max(1, quiet)
         if known < tokens:
             rest = ahead.advance(tokens - known)
             drop[known:], event[known:] = rest.drop, rest.event
@@ -206,23 +209,32 @@ class PruneSchedule:
         NonFiniteRisk
             As `observe`; this schedule means nothing then.
         """
-        first, drops = self.seen, planned.drop.tolist()
-        done = len(drops)
-        for i, drop in enumerate(drops):
+        first, drops, done = self.seen, planned.drop.tolist(), 0
+        while done < len(drops):
+            coming = drops[done : done + self.sure_steps()]
+            quiet = self._skip(len(coming) if not any(coming) else 0)
             before = self.seen, self.cached, self.pruning
-            if self._step()[0] != drop:
+            if not quiet and self._step()[0] != drops[done]:
                 self.seen, self.cached, self.pruning = before
-                done = i
                 break
-            self._observe(risks, i)
+            self._observe(risks, done, done + max(1, quiet))
+            done += max(1, quiet)
         for signal, values in risks.items():
             check_finite(signal, values[:done], first)
         return done
 
-    def _observe(self, risks: Mapping[str, Sequence[float]], token: int) -> None:
+    def _skip(self, tokens: int) -> int:
+        """Account for those of the next tokens before which there is surely no drop; returns how many."""
+        quiet = min(self.sure_steps(), tokens)
+        self.seen, self.cached = self.seen + quiet, self.cached + quiet
+        return quiet
+
+    def _observe(self, risks: Mapping[str, Sequence[float]], first: int, end: int) -> None:
+        """Take in the risks of some tokens, unchecked."""
         for trigger, state in zip(self.policy.triggers, self._states):
             if trigger.signal is not None:
-                trigger.observe(state, risks[trigger.signal][token])
+                for risk in risks[trigger.signal][first:end]:
+                    trigger.observe(state, risk)
 
     def sure_steps(self) -> int:
         """How many tokens can surely be appended before the next drop, whatever is observed (0: the next may drop)."""
