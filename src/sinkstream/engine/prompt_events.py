@@ -13,7 +13,8 @@ from sinkstream.engine.prompt import Chunk, Coming, PromptForward
 from sinkstream.engine.refresh import refresh_if_due
 
 FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
-FEWEST = 256  # where few were foreseen rightly; a forward of fewer tokens is hardly shorter
+# fewest tokens of one, by kind of device; elsewhere the launches of its kernels take as long for any number
+FEWEST = {"cpu": 256}
 
 
 class EventPrompts:
@@ -27,7 +28,8 @@ class EventPrompts:
     def __init__(self, forward: PromptForward):
         self.forward, self.state = forward, forward.state
         self.foreseen_tokens = min(FORESEEN_TOKENS, forward.chunk_tokens)
-        self._size = self.foreseen_tokens  # of the next forward under foreseen prunes
+        self.fewest = FEWEST.get(self.state.device.type, self.foreseen_tokens)
+        self._size = self.foreseen_tokens  # of the next forward
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -77,11 +79,12 @@ class EventPrompts:
         stored = Chunk(forward.span, coming.band, forward.weights.rope_factor)
         for layer, (query, key, value) in enumerate(chunk.held):
             stored.store(layer, None if query is None else query[:kept], key[:kept], value[:kept])
-        forward.reader.note(read, coming.band)
+        if read.channels:
+            forward.reader.note(read, coming.band)
         if forward.reader.draws or (all_of_them and kept == len(steps)):
             forward.predict(x, coming.band)
         coming.count(after)
         for signal, values in found.items():
             risks[signal] = values[kept:] + risks[signal][len(steps) :]
-        self._size = min(max(FEWEST, 2 * kept), self.foreseen_tokens)
+        self._size = min(max(self.fewest, 2 * kept), self.foreseen_tokens)
         return kept
