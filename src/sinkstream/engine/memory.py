@@ -85,13 +85,13 @@ class MemoryNeed:
             recall_queries=recall_queries,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
-        chunk, kept = chunk_tokens, 0
-        if captures:  # sizes are captured in any order: the pool holds up to twice the largest
+        chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
+        if captures and not foresees:  # sizes are captured in any order: the pool holds up to twice the largest
             forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
             kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
             workspace *= 1 + forwards
         cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
-        if PruneSchedule(policy).signals():
+        if foresees:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
             cached += chunk * spec.layers * heads * spec.head_dim * size
