@@ -179,6 +179,21 @@ def test_speculation_takes_about_one_forward_an_event(policy):
     assert sum(sizes) > len(ids) == sum(more_sizes), "some tokens are fed twice"
 
 
+@pytest.mark.parametrize("policy", ADAPTIVE)
+def test_a_prompt_takes_about_one_forward_an_event(policy):
+    """Speculation is the prompt's own; a call that is not a prompt keeps all of its tokens, as before."""
+    model, ids, options, forwards = build("llama"), token_ids(400), small_policy(policy), []
+    expected, steps = by_steps(model, options, ids)
+    cache = make_cache(model, options)
+    handle = model.register_forward_hook(lambda *_: forwards.append(cache.seen_tokens))
+    logits = cache.prefill(model, ids[None, :399])
+    handle.remove()
+    assert (nll_of(torch.stack([logits, logits], 1), ids[None, 398:])[0] - expected[-1]).abs() < TOLERANCE
+    events = sum(step.event for step in steps[:399])
+    assert cache.stats()["events"] == events >= 20 and len(forwards) <= events + 5
+    assert not cache.stream.speculative
+
+
 def test_what_attention_scorers_need_follows_the_kept_tokens():
     """Queries of tokens that are let go must not vote; accumulated attention is never speculated with."""
     model, ids = build("llama"), token_ids(TOKENS)

@@ -39,9 +39,7 @@ def peak_bytes(call) -> int:
 
 def deep_engine(policy: dict) -> Engine:
     """Many layers and a large cache, so that a second copy of the cache would show."""
-    e = Engine(build("llama", layers=16), chunk_tokens=CHUNK, **policy)
-    e._cache.stream.chunk_tokens = CHUNK  # where prunes are not known beforehand
-    return e
+    return Engine(build("llama", layers=16), chunk_tokens=CHUNK, **policy)
 
 
 def kv_bytes(e: Engine) -> int:
@@ -63,7 +61,12 @@ class CopyingCache(StreamingCache):
 
 
 @pytest.mark.parametrize(
-    "policy", [{"cap": 900}, {"cap": 900, "compress_every": 64, "refresh": 16, "scorer": "uniform"}]
+    "policy",
+    [
+        {"cap": 900},
+        {"cap": 900, "compress_every": 64, "refresh": 16, "scorer": "uniform"},
+        {"cap": 900, "adaptive": "entropy"},
+    ],
 )
 def test_a_prompt_takes_little_beside_the_ring(policy):
     """A copy of the cache would be a whole one more. What attention itself takes is the machine's: it cancels."""
@@ -87,9 +90,8 @@ def test_prefilling_moves_no_buffer_and_holds_nothing_afterwards():
     assert e._cache.stream.ring is None
 
 
-@pytest.mark.parametrize("policy", ["lazy", "refresh-uniform"])
+@pytest.mark.parametrize("policy", ["lazy", "refresh-uniform", "adaptive-entropy"])
 def test_an_interrupted_prefill_forgets_its_stream_and_no_other(policy, monkeypatch):
-    """A prompt of a known plan goes through the packed weights, any other through the module."""
     e = Engine(build("llama"), streams=2, chunk_tokens=50, **small_policy(policy))
     for stream in range(2):
         e.prefill(token_ids(60), stream=stream)
@@ -101,9 +103,8 @@ def test_an_interrupted_prefill_forgets_its_stream_and_no_other(policy, monkeypa
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    forward, begin = PromptForward.append, e._cache.begin_forward
-    monkeypatch.setattr(PromptForward, "append", lambda *a: interrupt() or forward(*a))
-    monkeypatch.setattr(e._cache, "begin_forward", lambda *a: interrupt() or begin(*a))
+    rebase = PromptForward.rebase  # the first thing in every chunk
+    monkeypatch.setattr(PromptForward, "rebase", lambda *a: interrupt() or rebase(*a))
     with pytest.raises(KeyboardInterrupt):
         e.prefill(token_ids(600), stream=0)
     monkeypatch.undo()

@@ -4,22 +4,25 @@ import numpy as np
 import pytest
 import torch
 from oracle.models import ENGINE, build, token_ids
-from streams import TOLERANCE, oracle_run, small_policy
+from streams import TOLERANCE, FakeTokenizer, oracle_run, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.prompt import PromptForward, keep_queries
+from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
 from sinkstream.kernels.band import Band
 from sinkstream.models import load_model
-from sinkstream.policies import PRESETS, EvictionPolicy
+from sinkstream.policies import PRESETS, EvictionPolicy, PruneSchedule
 
-PLANNED = [name for name in PRESETS if EvictionPolicy.build(window=20, **PRESETS[name]()).plan_known]
+LOOKING = [name for name in PRESETS if not EvictionPolicy.build(window=20, **PRESETS[name]()).plan_known]
+PLANNED = [name for name in PRESETS if name not in LOOKING]
 POLICIES = {name: small_policy(name) for name in PLANNED} | {
     "overlap+slack+max-drop": {"sink": 3, "window": 17, "compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8},
     "many sinks": {"sink": 30, "window": 9, "compress_every": 5},
 }
+SCORED = ("window-attention", "accumulated-attention", "uncertainty")  # what is kept for them
 SERVED = [f for f in ENGINE if f != "gpt_neox_sequential"]
 TOKENS = 230
 PARTS = [(230,), (2, 1, 97, 3, 50, 77), (19, 211)]  # prompts that follow each other; the first is shorter than the cap
@@ -54,19 +57,26 @@ def test_the_next_token_is_that_of_the_oracle(policy, family, positions, parts, 
 
 def at_fixed_addresses(e: Engine, sizes: tuple[int, ...], chunk_tokens: int = 2048) -> Engine:
     """The engine, its short chunks padded as for a CUDA graph, but run as they are."""
-    e._append = PromptForward(e.weights, e.state, chunk_tokens, sizes, capture=False)
+    forward = PromptForward(e.weights, e.state, chunk_tokens, sizes, capture=False)
+    e._append = forward if e.policy.plan_known else EventPrompts(forward)
     return e
+
+
+# what a chunk at fixed addresses keeps for a scorer, beside what any policy needs
+KEPT = ("refresh-window-attention", "refresh-accumulated-attention", "refresh-uncertainty", "refresh-structural")
 
 
 @pytest.mark.parametrize(
     ("policy", "family", "positions"),
-    [(policy, SERVED[i % len(SERVED)], POSITIONS[i % 2]) for i, policy in enumerate(POLICIES)],
+    [(policy, SERVED[i % len(SERVED)], POSITIONS[i % 2]) for i, policy in enumerate([*POLICIES, *KEPT])],
 )
 def test_short_chunks_at_fixed_addresses_are_exact(policy, family, positions):
     """Two streams in turn through the same addresses, with chunks of their own, one of them longer than all sizes."""
     model, texts = build(family, layers=2), [token_ids(270, seed=s) for s in range(2)]
-    expected = [oracle_run(model, ids, POLICIES[policy], positions) for ids in texts]
-    e = at_fixed_addresses(engine(model, policy, positions=positions, rebase_at=60, streams=2), (8, 32, 64))
+    options = POLICIES.get(policy) or small_policy(policy)
+    expected = [oracle_run(model, ids, options, positions) for ids in texts]
+    more = {"positions": positions, "rebase_at": 60, "streams": 2, "tokenizer": FakeTokenizer()}
+    e = at_fixed_addresses(Engine(model, **options, **more), (8, 32, 64))
     fed = [0, 0]
     for sizes in ((2, 40), (1, 8), (97, 3), (3, 33), (50, 61), (64, 32), (5, 5)):
         for s, size in enumerate(sizes):
@@ -171,6 +181,62 @@ def test_no_module_is_called_and_no_forward_is_cut_at_a_prune(monkeypatch):
     assert sizes == [100, 100, 100] and e.stats()["events"] > 200
 
 
+def forwards(e: Engine, monkeypatch) -> list[tuple[int, int]]:
+    """Tokens of every forward of the prompts of an engine, and how many the stream had seen before."""
+    sizes, layers = [], PromptForward.layers
+
+    def counted(forward, ids, chunk):
+        sizes.append((len(ids), e.state.counters[0].seen))
+        return layers(forward, ids, chunk)
+
+    monkeypatch.setattr(PromptForward, "layers", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("policy", LOOKING)
+def test_a_policy_that_looks_takes_a_forward_a_prune_at_the_most(policy, monkeypatch):
+    """A scorer is asked between two forwards; the prunes of an adaptive trigger are foreseen, many in a forward."""
+    ids, options = token_ids(600), small_policy(policy)
+    e = Engine(build("llama", layers=2), **options, tokenizer=FakeTokenizer())
+    sizes = forwards(e, monkeypatch)
+    e.prefill(ids)
+    events = e.stats()["events"]
+    assert events > 30
+    if "adaptive" not in policy:
+        assert len(sizes) == events + 1 and sum(tokens for tokens, _ in sizes) == 600
+        return
+    assert len(sizes) < events / 2, "foreseen, not met"
+    assert sum(tokens for tokens, _ in sizes) > 600, "control: a forward that was foreseen wrongly is done again"
+
+
+def test_what_was_foreseen_wrongly_is_seen_by_no_token(monkeypatch):
+    """Risks that are foreseen as badly as can be cost forwards and nothing else; without a check they would show."""
+    ids, options = token_ids(260), small_policy("adaptive-entropy")
+    expected = oracle_run(build("llama", layers=2), ids, options).nll
+    foresee, follow = PruneSchedule.foresee, PruneSchedule.follow
+
+    def worst(e) -> float:
+        return (e.score(ids[250:]).double() - expected[249:]).abs().max().item()
+
+    monkeypatch.setattr(PruneSchedule, "foresee", lambda s, risks, tokens: foresee(s, {}, tokens))
+    e = Engine(build("llama", layers=2), **options)
+    sizes = forwards(e, monkeypatch)
+    e.prefill(ids[:250])
+    assert worst(e) < TOLERANCE and len(sizes) > e.stats()["events"] / 2
+
+    def unchecked(schedule, planned, risks):
+        kept = follow(schedule, planned, risks)
+        while kept < len(planned):
+            schedule.step()
+            kept += 1
+        return kept
+
+    monkeypatch.setattr(PruneSchedule, "follow", unchecked)
+    e = Engine(build("llama", layers=2), **options)
+    e.prefill(ids[:250])
+    assert worst(e) > 1e-3
+
+
 @pytest.mark.parametrize("value", [0, 2.0, True])
 def test_a_chunk_is_a_whole_number_of_tokens(value):
     with pytest.raises(ValueError, match=r"chunk_tokens=.* is not accepted; accepted: a whole number of at least 1"):
@@ -215,29 +281,50 @@ def test_on_a_gpu_the_engine_and_the_cache_predict_the_same(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("policy", [{}, *({"compress_every": 40, "refresh": 40, "scorer": s} for s in SCORED)], ids=str)
 @pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
-def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape):
+def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape, policy):
     """Beginnings, turns behind a full stream, two streams, in sizes that are captured in any order."""
     model = load_model(f"random:{shape}", dtype=torch.float16, device="cuda").model
     ids, logits, held = token_ids(2400).cuda(), {}, {}
     for backend in ("kernels", "fused"):
-        e, fed, logits[backend] = Engine(model, cap=300, backend=backend, streams=2), [0, 600], []
+        e, fed, logits[backend] = Engine(model, cap=300, backend=backend, streams=2, **policy), [0, 600], []
         for sizes in ((2, 300), (1, 50), (600, 17), (50, 100), (50, 50), (33, 50), (512, 1)):
             for s, size in enumerate(sizes):
                 logits[backend].append(e.prefill(ids[fed[s] : fed[s] + size], stream=s))
                 fed[s] += size
                 logits[backend].append(e.step(ids[fed[s] : fed[s] + 1], streams=[s])[0])
                 fed[s] += 1
-        held[backend] = e.state.keys.float()
-        graphs = sorted(e._append.short._graphs)
-        assert graphs == ([] if backend == "kernels" else [16, 32, 64, 128, 320, 512])
+        held[backend] = e.state.keys[..., e.state.geometry.pinned_slots :, :].float()
+        short = (e._append.forward if policy else e._append).short
+        expected = [16, 32, 64] if policy else [16, 32, 64, 128, 320, 512]
+        assert [size for size in sorted(short._graphs) if size in expected] == (
+            [] if backend == "kernels" else expected
+        )
         e.close()
+    bound = 0.04 if policy else 0.02  # of equally good tokens rounding may keep another
     for plain, graphed in zip(*logits.values()):
-        assert (graphed - plain).norm() < 0.02 * plain.norm()
+        assert (graphed - plain).norm() < bound * plain.norm()
     plain, graphed = held.values()
-    assert (graphed - plain).norm() < 0.02 * plain.norm()
+    assert (graphed - plain).norm() < bound * plain.norm()
     control = torch.stack([a - b for a, b in zip(logits["fused"][2:], logits["fused"])])
     assert control.norm(dim=-1).median() > 0.05 * logits["fused"][0].norm(), "control: other tokens, other logits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["adaptive-entropy", "refresh-window-attention", "refresh-accumulated-attention"])
+def test_on_a_gpu_a_prompt_under_a_policy_that_looks_ends_where_its_steps_end(policy):
+    model = load_model("random:smollm2-135m", dtype=torch.float16, device="cuda").model
+    ids, e = token_ids(900).cuda(), Engine(model, cap=300, backend="fused", **PRESETS[policy]())
+    prompted, stats = e.prefill(ids[:850]), e.stats()
+    e.reset()
+    e.prefill(ids[:1])
+    for token in ids[1:850].split(1):
+        stepped = e.step(token)[0]
+    assert abs(e.stats()["events"] - stats["events"]) <= (1 if "adaptive" in policy else 0)
+    assert (prompted - stepped).norm() < 0.05 * stepped.norm()
+    e.reset()
+    assert (e.prefill(ids[:850].flip(0)) - stepped).norm() > 5 * (prompted - stepped).norm(), "control: another text"
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_cases import IMPLEMENTATIONS, draw
 
-from sinkstream.kernels.log_probs import MOST, TILE, top_log_probs
+from sinkstream.kernels.log_probs import MOST, TILE, Drawn, top_log_probs
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -47,6 +47,20 @@ def test_what_is_not_a_number_stays_so(implementation):
     logits[0, 1400] = math.nan
     normalisers, found, _ = top_log_probs(logits, 2, implementation=implementation)
     assert normalisers[0].isnan() and found[0].isnan().all() and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_logits_are_kept_and_those_of_the_tokens_before_are_read(implementation):
+    """The tokens lie in a column of a table; a negative one stands for any, and is read nowhere else."""
+    before, logits = draw(3, TILE + 7), draw(3, TILE + 7)
+    table = torch.tensor([[5, 3], [5, TILE + 6], [5, -1]], dtype=torch.int32, device=logits.device)
+    kept, found = torch.zeros_like(logits), torch.zeros(3, device=logits.device)
+    drawn = Drawn(before, table[:, 1:], found)
+    plain = top_log_probs(logits, 2, implementation=implementation)
+    both = top_log_probs(logits, 2, kept=kept, drawn=drawn, implementation=implementation)
+    assert all(map(torch.equal, plain, both)) and torch.equal(kept, logits)
+    assert found.tolist()[:2] == [before[0, 3].item(), before[1, TILE + 6].item()]
+    assert found[2] in before[2] and not torch.equal(found[:2], logits[[0, 1], [3, TILE + 6]])
 
 
 def test_mistakes_are_named():

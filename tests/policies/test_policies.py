@@ -155,6 +155,42 @@ def test_a_plan_is_what_then_happens_and_changes_nothing(options, tokens):
     assert plan == schedule.plan(60) == [schedule.step() for _ in range(60)]
 
 
+@given(geometries(adaptive=True), risks, st.integers(0, 120), st.integers(0, 90))
+def test_foreseen_risks_that_come_true_are_followed_to_the_end(options, risk, tokens, known):
+    """Foreseeing changes nothing; behind the last risk that is foreseen the policy goes on with what it has seen."""
+    schedule = PruneSchedule(EvictionPolicy.build(**options))
+    (signal,) = schedule.signals()
+    coming = [risk[t % len(risk)] for t in range(tokens + 90)]
+    for value in coming[:tokens]:
+        schedule.step()
+        schedule.observe(signal, value)
+    one_by_one, expected = schedule.fork(), []
+    for t in range(90):
+        expected.append(one_by_one.step())
+        if t < known:
+            one_by_one.observe(signal, coming[tokens + t])
+    foreseen = schedule.foresee({signal: coming[tokens:][:known]}, 90)
+    assert foreseen == expected == schedule.foresee({signal: coming[tokens:][:known]}, 90)
+    kept = schedule.follow(foreseen, {signal: coming[tokens:]})
+    assert kept >= known and schedule.seen == tokens + kept
+    again = schedule.fork()
+    if kept < 90:
+        assert again.step().drop != expected[kept].drop, "the first one that the policy decides otherwise"
+
+
+def test_a_risk_that_is_no_number_is_refused_where_it_counts():
+    """Behind a prune that was foreseen wrongly a risk means nothing: the token is computed again."""
+    options = {"window": 4, "sink": 1, "adaptive": "top1", "adaptive_min": 2, "adaptive_every": 3, "adaptive_max": 9}
+    schedule = PruneSchedule(EvictionPolicy.build(**options))
+    right = schedule.foresee({}, 12)
+    wrong = right[:7]
+    wrong.drop[6] += 1
+    nan = float("nan")
+    assert schedule.fork().follow(wrong, {"top1": [0.5] * 6 + [nan]}) == 6
+    with pytest.raises(ValueError, match=r"after token 2 of the stream are not finite.*top1=nan"):
+        schedule.fork().follow(right, {"top1": [0.5, 0.5, nan, *[0.5] * 9]})
+
+
 @given(geometries(adaptive=False))
 def test_the_schedule_agrees_with_the_oracle(options):
     policy = EvictionPolicy.build(**options)

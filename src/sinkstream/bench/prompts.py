@@ -1,7 +1,7 @@
 """``bench --prefill``: prompts of several lengths through the engine and the drop-in, against a plain forward.
 
 What is timed of a module alone is timed once, before an engine packs its weights; the lengths of one way follow each
-other, each several times after a call that is not timed.
+other, each several times after a call that is not timed. A policy that feeds a prompt slowly is timed fewer times.
 """
 
 import gc
@@ -32,6 +32,7 @@ from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 APPEND_TOKENS = 50
 REPEATS = 5
+REPEAT_SECONDS = 3.0  # of one length in one way: as many of the repeats as fit, and at least one
 STEPS_TIMED = 64
 
 DEFINITIONS = {
@@ -68,6 +69,7 @@ class PromptSession(PolicySession[PromptRecord]):
     request: Request
     name: str  # the same in all records of one command
     repeats: int = REPEATS
+    repeat_seconds: float = REPEAT_SECONDS
     _of_module: dict[str, list[float]] = field(default_factory=dict)  # times that no policy changes, measured once
 
     def check(self, runs: Sequence[RunSettings]) -> None:
@@ -93,10 +95,13 @@ class PromptSession(PolicySession[PromptRecord]):
             "dynamic": partial(self._generate, ids, None),
             "drop_in": partial(self._generate, ids, cache),
         }
-        times = dict(self._of_module)
-        for name in ways.keys() - times.keys():
-            times[name] = [self._median(partial(ways[name], tokens)) for tokens in self.lengths]
-            report(len(times), len(PROMPT_TIMES))
+        times, done = dict(self._of_module), len(self._of_module) * len(self.lengths)
+        for name in [name for name in ways if name not in times]:
+            times[name] = []
+            for tokens in self.lengths:
+                report(done, self._timings)
+                times[name].append(self._median(partial(ways[name], tokens)))
+                done += 1
         self._of_module = {name: times[name] for name in ("forward", "dynamic")}
         cache.close()
         del cache
@@ -104,11 +109,11 @@ class PromptSession(PolicySession[PromptRecord]):
         options |= {"tokenizer": self.loaded.tokenizer}
         engine = Engine(model, self._policy(run), backend=self.backend, **options)
         try:
-            times["engine"], memory = self._engine(engine, ids)
+            times["engine"], memory = self._engine(engine, ids, lambda i: report(done + i, self._timings))
             append = self._append(engine, ids)
         finally:
             engine.close()
-        report(len(PROMPT_TIMES), len(PROMPT_TIMES))
+        report(self._timings, self._timings)
         return [partial(self._record, run, times, append, memory)]
 
     def _forward(self, ids: torch.Tensor, tokens: int) -> None:
@@ -125,8 +130,13 @@ class PromptSession(PolicySession[PromptRecord]):
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False, pad_token_id=0, **given
         )
 
-    def _engine(self, engine: Engine, ids: torch.Tensor) -> tuple[list[float], dict[str, float | None]]:
-        """Milliseconds of every length, and the memory that was held before and at the peak."""
+    def _engine(
+        self, engine: Engine, ids: torch.Tensor, begun: Callable[[int], None]
+    ) -> tuple[list[float], dict[str, float | None]]:
+        """Milliseconds of every length, and the memory that was held before and at the peak.
+
+        `begun` is called with the number of the length that is timed next.
+        """
         device = ids.device
         cuda = device.type == "cuda"
         held = torch.cuda.memory_allocated(device) / 2**20 if cuda else None
@@ -137,7 +147,10 @@ class PromptSession(PolicySession[PromptRecord]):
             engine.reset(stream=0)
             engine.prefill(ids[:tokens])
 
-        times = [self._median(partial(prefill, tokens)) for tokens in self.lengths]
+        times = []
+        for i, tokens in enumerate(self.lengths):
+            begun(i)
+            times.append(self._median(partial(prefill, tokens)))
         return times, {
             "held_mb": held,
             "peak_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
@@ -158,11 +171,17 @@ class PromptSession(PolicySession[PromptRecord]):
         turns = self._median(partial(engine.prefill, turn))
         return {"tokens": len(turn), "ms": turns, "step_ms": step, "over_step": turns / step}
 
+    @property
+    def _timings(self) -> int:
+        """How many medians a record takes: every length in every way, and the appended turn."""
+        return len(PROMPT_TIMES) * len(self.lengths) + 1
+
     def _median(self, call: Callable[[], object]) -> float:
         """Median milliseconds of a call, after one that is not timed."""
         device = self.loaded.model.device
-        call()
-        return 1e3 * statistics.median(timed(call, device=device)[1] for _ in range(self.repeats))
+        untimed = timed(call, device=device)[1]
+        repeats = max(1, min(self.repeats, int(self.repeat_seconds / untimed)))
+        return 1e3 * statistics.median(timed(call, device=device)[1] for _ in range(repeats))
 
     # ---- what it is ----
 
@@ -183,6 +202,7 @@ class PromptSession(PolicySession[PromptRecord]):
                 "lengths": list(self.lengths),
                 "append_tokens": APPEND_TOKENS,
                 "repeats": self.repeats,
+                "repeat_seconds": self.repeat_seconds,
                 "text": self.text.name,
                 "text_sha256": self.text.sha256,
                 **DEFINITIONS,

@@ -9,6 +9,7 @@ tokens are coming and put positions and masks right; they act on calls with this
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -208,12 +209,13 @@ class StreamingCache(RecallingCache):
             chunk_tokens = min(chunk_tokens, ROWS_CHUNK)
         self.announce(input_ids)
         fed, taken = 0, 0
-        while fed < input_ids.shape[1]:
-            now = slice(fed, fed + min(input_ids.shape[1] - fed, chunk_tokens, self.max_chunk_tokens()))
-            masked = {} if mask is None else {"attention_mask": mask[:, now]}
-            out = model(input_ids[:, now], **masked, **with_cache(model, self), logits_to_keep=1)
-            taken = now.stop - now.start if masked else len(self.last_steps)
-            fed += taken
+        with _speculating(self.stream if mask is None and len(input_ids) == 1 else None):
+            while fed < input_ids.shape[1]:
+                now = slice(fed, fed + min(input_ids.shape[1] - fed, chunk_tokens, self.max_chunk_tokens()))
+                masked = {} if mask is None else {"attention_mask": mask[:, now]}
+                out = model(input_ids[:, now], **masked, **with_cache(model, self), logits_to_keep=1)
+                taken = now.stop - now.start if masked else len(self.last_steps)
+                fed += taken
         return out.logits[:, :taken][:, -1]
 
     @torch.no_grad()
@@ -281,6 +283,19 @@ class StreamingCache(RecallingCache):
         self._pending, self._in_model = None, False
         running.set(None)
         release_attention(self.spec.decoder, self.chunk_user)
+
+
+@contextmanager
+def _speculating(stream: Stream | None) -> Iterator[None]:
+    """The forwards of a stream are speculative inside the context: who feeds it looks how many tokens were kept."""
+    if stream is None:
+        yield
+        return
+    before, stream.speculative = stream.speculative, True
+    try:
+        yield
+    finally:
+        stream.speculative = before
 
 
 def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> EvictionPolicy:

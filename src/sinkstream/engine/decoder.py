@@ -1,7 +1,6 @@
 """`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,14 +8,14 @@ from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.stream import default_rebase
+from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.geometry import Geometry
-from sinkstream.engine.handover import prefill_by_module
 from sinkstream.engine.inputs import Ids, encoded, token_ids
 from sinkstream.engine.keeping import StreamKeeper
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
-from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
+from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.recalling import StreamRecall, check_recall, recall_queries, recall_slots, reread_tokens
 from sinkstream.engine.refresh import rehearse_refresh
 from sinkstream.engine.rereading import PackedReader
@@ -50,7 +49,7 @@ class StreamDecoder(StreamKeeper):
     rebase_at : int
         Window position past which positions are rebased (at least twice the policy's peak is used).
     chunk_tokens : int
-        Most tokens of a prompt that go through the model at once, where the policy's plan is known.
+        Most tokens of a prompt that go through the model at once.
     max_sink : int or None
         Most sinks that `join` may give a stream, which then has as much less window; default: the policy's. Goes with
         policies whose plan is known.
@@ -124,7 +123,7 @@ class StreamDecoder(StreamKeeper):
         rehearse_refresh(self.state)
         self._ready = self._step.ready
         short_sizes = short_chunk_sizes(chunk_tokens) if self._step.captures else ()
-        self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache, model)
+        self._append = _prompts(self.weights, self.state, chunk_tokens, short_sizes, self._cache)
         self.recall = self._append if isinstance(self._append, StreamRecall) else None
         self._watch = ModelWatch(model, self.weights)
 
@@ -289,8 +288,8 @@ def checked_cache(
     chunk_tokens: int = CHUNK_TOKENS,
     max_sink: int | None = None,
     **options: Any,
-) -> PrefillCache:
-    """The empty cache that prompts go through, after every check of the engine. Raises ValueError."""
+) -> CheckedCache:
+    """The empty cache with the engine's settings, after every check of the engine. Raises ValueError."""
     step = STEPS[backend]
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
@@ -298,7 +297,7 @@ def checked_cache(
         raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
     model = inner_model(model)
     check_packable(model)
-    cache = cast(PrefillCache, PrefillCache.for_model(model, policy=policy, **options))
+    cache = cast(CheckedCache, CheckedCache.for_model(model, policy=policy, **options))
     try:
         check_layers(cache.spec)
         check_max_sink(cache.policy, max_sink)
@@ -343,10 +342,9 @@ def _prompts(
     state: StreamState,
     chunk_tokens: int,
     short_sizes: tuple[int, ...],
-    cache: PrefillCache,
-    model: PreTrainedModel,
+    cache: CheckedCache,
 ) -> Callable[[torch.Tensor, int], None]:
-    """What appends token ids to a stream: chunks that cross prunes, or, where these are not known, that end there."""
+    """What appends token ids to a stream: chunks that cross prunes, known or foreseen, or that end there."""
     recall = cache.stream.recalling
     if recall is not None:
         bare, framed = (PromptForward(weights, state, chunk_tokens, short_sizes, framed=f) for f in (False, True))
@@ -354,6 +352,5 @@ def _prompts(
         if tokens:
             recall.reread = PackedReader(weights, state.spec, tokens, short_sizes)
         return StreamRecall(state, recall, (bare, framed))
-    if state.policy.plan_known:
-        return PromptForward(weights, state, chunk_tokens, short_sizes)
-    return partial(prefill_by_module, state, cache, model)
+    forward = PromptForward(weights, state, chunk_tokens, short_sizes)
+    return forward if state.policy.plan_known else EventPrompts(forward)

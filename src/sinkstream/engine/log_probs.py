@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from sinkstream.kernels.layout import TOKEN
-from sinkstream.kernels.log_probs import MOST, top_log_probs
+from sinkstream.kernels.log_probs import MOST, Drawn, top_log_probs
 
 BLOCK = 256  # tokens that room is made for at a time
 
@@ -31,7 +31,7 @@ class LogProbs:
 
     def __init__(self, state: Stepped, count: int):
         self._state, self.count = state, count
-        self._kept = torch.empty_like(state.logits)
+        self._both = [torch.empty_like(state.logits) for _ in range(2)]  # logits of two steps, in turns
         self._blocks: list[tuple[torch.Tensor, ...]] = []
         self._noted = 0
 
@@ -44,20 +44,30 @@ class LogProbs:
 
     def before_step(self) -> None:
         """Called before each step is launched: its token is drawn from the present logits."""
-        self.after_step()
-        row = self._noted % BLOCK
+        drawn, row = self._drawn(), self._noted % BLOCK
         if row == 0:
             self._blocks.append(self._room())
         normalisers, log_probs, tokens, _ = self._blocks[-1]
-        self._kept.copy_(self._state.logits)
-        top_log_probs(self._kept, self.count, out=(normalisers[row], log_probs[row], tokens[row]))
         self._noted += 1
+        out = normalisers[row], log_probs[row], tokens[row]
+        top_log_probs(self._state.logits, self.count, out=out, kept=self._kept, drawn=drawn)
 
     def after_step(self) -> None:
-        """Called once the step is launched, and before the next one: its tokens are in the scalars."""
-        if self._noted:
-            drawn = self._state.scalars[:, TOKEN, None].long()
-            self._blocks[-1][3][(self._noted - 1) % BLOCK].copy_(self._kept.gather(1, drawn)[:, 0])
+        """Called once the last step is launched: its tokens are in the scalars."""
+        drawn = self._drawn()
+        if drawn is not None:
+            drawn.write()
+
+    def _drawn(self) -> Drawn | None:
+        """Tokens of the latest step, once it is launched and before the next one."""
+        if not self._noted:
+            return None
+        return Drawn(self._kept, self._state.scalars[:, TOKEN, None], self._blocks[-1][3][(self._noted - 1) % BLOCK])
+
+    @property
+    def _kept(self) -> torch.Tensor:
+        """Logits that the token of the latest step was drawn from, ``(streams, vocab)``."""
+        return self._both[self._noted % 2]
 
     def forget(self) -> None:
         """Drop what was noted up to the latest step but one: only `latest` can be asked for it then."""

@@ -6,11 +6,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.prefill import PrefillStream
+from sinkstream.engine.prompt_events import FORESEEN_TOKENS
+from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
+from sinkstream.kernels.observed_chunk import TILE as SCORES_TILE
 from sinkstream.measure.memory import free_bytes
-from sinkstream.policies import EvictionPolicy
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 CUDA_WORKSPACE = 2 * 32 * 2**20  # cuBLAS takes 32 MiB on recent GPUs, and as much again while a graph is captured
 
@@ -25,7 +27,7 @@ class MemoryNeed:
         Rings, scalars, logits and channels of all streams.
     prompt : int
         While a prompt is fed: the activations of one chunk, and those that captured forwards of short chunks keep.
-        Where prunes are not known beforehand also the entries of a chunk, and the cache of one layer twice.
+        Where prunes are foreseen also the entries of a chunk; what the policy reads of attention and logits.
     workspace : int
         Of the device's libraries.
     """
@@ -83,20 +85,27 @@ class MemoryNeed:
             recall_queries=recall_queries,
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
-        cached = kept = 0
-        if policy.plan_known:
-            chunk = chunk_tokens
-            if captures:  # sizes are captured in any order: the pool holds up to twice the largest
-                forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
-                kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
-                workspace *= 1 + forwards
-        else:
-            chunk, slot = PrefillStream.chunk_tokens, 2 * spec.kv_heads * spec.head_dim * size  # of one layer
-            cached = spec.layers * slot * chunk + 2 * slot * (empty.geometry.slots + chunk)
+        chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
+        if captures and not foresees:  # sizes are captured in any order: the pool holds up to twice the largest
+            forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
+            kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
+            workspace *= 1 + forwards
+        cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
+        if foresees:
+            chunk = min(chunk, FORESEEN_TOKENS)
+            heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
+            cached += chunk * spec.layers * heads * spec.head_dim * size
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
+
+
+def _read_bytes(policy: EvictionPolicy, spec: ModelSpec, vocab: int, slots: int) -> int:
+    """What is held beside a chunk while its logits or its attention are read."""
+    logits = 3 * READ_TILE * vocab * 4 if {"risk", "nll", "entropy"} & policy.needs else 0
+    scores = 3 * SCORES_TILE * spec.query_heads * slots * 4 if "accumulated" in policy.needs else 0
+    return logits + scores
 
 
 def check_engine(

@@ -3,7 +3,8 @@
 Where every prune is known beforehand, what each token of a chunk sees is known too (`Band`), so a chunk is one forward
 however many prunes fall into it. Its keys and values stay beside the ring until the chunk's own queries of that layer
 have seen the ring as it was; then those that stay are written to their slots. Short chunks, the last of a prompt or a
-chat turn, go through the same forward at fixed addresses (`ShortChunks`).
+chat turn, go through the same forward at fixed addresses (`ShortChunks`). Under policies that look, `prompt_events`
+says what a chunk may be.
 """
 
 from typing import Any
@@ -13,21 +14,24 @@ import torch
 from torch.nn import functional as F
 
 from sinkstream.engine.packing import LlamaLayer, NeoxLayer, Norm, PackedWeights
+from sinkstream.engine.reading import TokenReader, norm_of
 from sinkstream.engine.refresh import rebase_stream
 from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.span import Block, StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
-from sinkstream.kernels.band import PAST, POSITION, ROW, TOKENS, Band, Columns
+from sinkstream.kernels.band import PAST, POSITION, TOKENS, Band, Columns
+from sinkstream.kernels.observed_chunk import accumulate_chunk
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
+from sinkstream.policies import PruneSchedule, Steps
 
 CHUNK_TOKENS = 2048
 
 
 class PromptForward:
-    """Feeds prompts to the streams of one state, under a policy whose plan is known.
+    """Feeds prompts to the streams of one state, in chunks of which every prune is known.
 
     Parameters
     ----------
@@ -53,10 +57,10 @@ class PromptForward:
         capture: bool = True,
         framed: bool = False,
     ):
-        assert state.policy.plan_known, "what a token sees must be known before the forward"
         self.weights, self.state, self.spec, self.chunk_tokens = weights, state, state.spec, chunk_tokens
         self.span = state.span(Block(0, state.streams, framed))
         self.short = ShortChunks(state, self._append, short_sizes, capture=capture)
+        self.reader = TokenReader(weights, state)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -65,64 +69,75 @@ class PromptForward:
             for first in range(0, len(ids), self.chunk_tokens):
                 part = ids[first : first + self.chunk_tokens]
                 self.append(part, stream, first + len(part) == len(ids))
-            self.state.stale_logits.discard(stream)
 
     def append(self, ids: torch.Tensor, stream: int, last: bool) -> None:
-        """One chunk, of at most `chunk_tokens`; the logits are computed if it is the last one."""
+        """One chunk, of at most `chunk_tokens`; the logits are computed if it is the last one.
+
+        Under a scorer a prune may fall on its first token only, and what stays pinned has been chosen.
+        """
+        self.rebase(stream)
+        schedule = self.state.schedules[stream].copy()
+        steps = schedule.advance(len(ids))
+        size = self.short.size(len(ids))
+        if size is None:
+            coming = Coming(self.state, stream, steps)
+            self._append(ids, coming.band, logits=last)
+        else:
+            coming = Coming(self.state, stream, steps, self.short.table(size))
+            self.short(ids, coming.band)
+        coming.count(schedule)
+
+    def rebase(self, stream: int) -> None:
+        """Rebase the positions of a stream, if it is time."""
         counters = self.state.counters[stream]
         if counters.seen - counters.base > self.state.rebase_at:
             rebase_stream(self.state, stream)
-        size = self.short.size(len(ids))
-        if size is None:
-            coming = Coming(self.state, stream, len(ids))
-            self._append(ids, coming.band, logits=last)
-        else:
-            coming = Coming(self.state, stream, len(ids), self.short.table(size))
-            self.short(ids, coming.band)
-        coming.count()
 
     def _append(self, ids: torch.Tensor, band: Band, *, logits: bool = True) -> None:
         """Append token ids ``(tokens,)``, with padding, as a band says."""
         if band.fixed:
             band.rotate()
-        chunk = Chunk(self.span, band, self.weights.rope_factor)
+        x = self.layers(ids, Chunk(self.span, band, self.weights.rope_factor))
+        if self.reader.names:
+            self.reader.note(self.reader.read(ids, x, band), band)
+        if logits or self.reader.draws:
+            self.predict(x, band)
+
+    def layers(self, ids: torch.Tensor, chunk: "Chunk") -> torch.Tensor:
+        """What the layers make of token ids ``(tokens,)``: ``(tokens, hidden)``."""
         x = F.embedding(ids, self.weights.embedding)
         for i, layer in enumerate(self.weights.layers):
             x = (self._neox if isinstance(layer, NeoxLayer) else self._llama)(chunk, i, layer, x)
-        if logits:
-            index = band.table[TOKENS : TOKENS + 1] - 1
-            found = F.linear(_norm(x.index_select(0, index), self.weights.final_norm), self.weights.head)
-            self.state.logits.index_copy_(0, band.table[ROW : ROW + 1].long(), found.float())
+        return x
+
+    def predict(self, x: torch.Tensor, band: Band) -> None:
+        """Compute the logits after the last token of a band, from the outputs of the last layer."""
+        index = band.table[TOKENS : TOKENS + 1] - 1
+        found = F.linear(norm_of(x.index_select(0, index), self.weights.final_norm), self.weights.head)
+        self.state.logits.index_copy_(0, band.device_row, found.float())
 
     def _neox(self, chunk: "Chunk", index: int, layer: NeoxLayer, x: torch.Tensor) -> torch.Tensor:
         """One GPT-NeoX layer with parallel residual; x ``(tokens, hidden)``. Its last product has both inputs."""
         width = self.spec.query_heads * self.spec.head_dim
         both = x.new_empty(len(x), layer.weight_out.shape[1])
-        qkv = F.linear(_norm(x, layer.attention_norm), layer.weight_in[: 3 * width], layer.bias_in[: 3 * width])
+        qkv = F.linear(norm_of(x, layer.attention_norm), layer.weight_in[: 3 * width], layer.bias_in[: 3 * width])
         chunk.attend(index, qkv, "per-head", both[:, :width])
         del qkv
         rows = slice(3 * width, None)
-        up = F.linear(_norm(x, layer.mlp_norm), layer.weight_in[rows], layer.bias_in[rows])
+        up = F.linear(norm_of(x, layer.mlp_norm), layer.weight_in[rows], layer.bias_in[rows])
         activation(up, "gelu", out=both[:, width:])
         del up  # the widest of them
         return F.linear(both, layer.weight_out, layer.bias_out).add_(x)
 
     def _llama(self, chunk: "Chunk", index: int, layer: LlamaLayer, x: torch.Tensor) -> torch.Tensor:
         """One Llama-like layer; x ``(tokens, hidden)``."""
-        qkv = F.linear(_norm(x, layer.attention_norm), layer.weight_qkv, layer.bias_qkv)
+        qkv = F.linear(norm_of(x, layer.attention_norm), layer.weight_qkv, layer.bias_qkv)
         context = x.new_empty(len(x), self.spec.query_heads * self.spec.head_dim)
         chunk.attend(index, qkv, "blocks", context, layer.q_norm, layer.k_norm)
         del qkv
         x = _added(x, context, layer.weight_o, layer.bias_o)
-        gate_up = F.linear(_norm(x, layer.mlp_norm), layer.weight_gate_up, layer.bias_gate_up)
+        gate_up = F.linear(norm_of(x, layer.mlp_norm), layer.weight_gate_up, layer.bias_gate_up)
         return _added(x, activation(gate_up, "swiglu"), layer.weight_down, layer.bias_down)
-
-
-def _norm(x: torch.Tensor, weights: Norm) -> torch.Tensor:
-    """LayerNorm or RMSNorm over the last axis, in one kernel."""
-    if weights.bias is not None:
-        return F.layer_norm(x, weights.weight.shape, weights.weight, weights.bias, weights.eps)
-    return F.rms_norm(x, weights.weight.shape, weights.weight, weights.eps)
 
 
 def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -141,7 +156,7 @@ def keep_queries(kept: torch.Tensor, queries: torch.Tensor, band: Band) -> None:
         At their window positions; padding, if any, comes last.
     """
     places = kept.shape[2]
-    past, row = band.table[PAST], band.table[ROW : ROW + 1].long()
+    past, row = band.table[PAST], band.device_row
     latest = past + band.table[TOKENS] - 1
     token = latest - (latest - torch.arange(places, device=kept.device)) % places  # the latest one of every place
     new = queries.index_select(0, (token - past).clamp(min=0)).transpose(0, 1)
@@ -155,22 +170,25 @@ class Coming:
     Parameters
     ----------
     state : StreamState
-    stream, tokens : int
+    stream : int
+    steps : Steps
+        What the policy does at each of them.
     table : Tensor or None
         Where the band is written; as for `Band`.
     """
 
-    def __init__(self, state: StreamState, stream: int, tokens: int, table: torch.Tensor | None = None):
-        self.state, self.stream, self.tokens = state, stream, tokens
+    def __init__(self, state: StreamState, stream: int, steps: Steps, table: torch.Tensor | None = None):
+        self.state, self.stream, self.steps = state, stream, steps
         self.counters, g = state.counters[stream], state.geometry
         seen, base, first_window = self.counters.seen, self.counters.base, self.counters.first_window
-        self.schedule = state.schedules[stream].copy()
-        self.steps = self.schedule.advance(tokens)
-        oldest = first_window + self.steps.drop.cumsum() - seen
+        tokens, dropped = len(steps), steps.drop.cumsum()
+        assert not g.refresh or dropped[0] == dropped[-1], "what stays pinned is chosen before the forward"
+        refreshed = g.refresh if self.counters.pruned or dropped[-1] else 0
+        oldest = first_window + np.where(dropped > 0, dropped + self.counters.leaving(0), 0) - seen
         at = np.arange(seen - base, seen - base + tokens)
         self.band = Band(
             oldest,
-            None if g.original else at - (self.steps.visible - 1),
+            None if g.original else at - (steps.visible - 1),
             state.spec.rope.frequencies(state.device),
             past=seen,
             start=self.counters.ring_index(first_window),
@@ -179,18 +197,18 @@ class Coming:
             slot=self.counters.ring_index(seen),
             row=stream,
             position=seen - base,
-            sinks=self.counters.sink + self.counters.recalled,
+            sinks=self.counters.sink + refreshed + self.counters.recalled,
             table=table,
         )
 
-    def count(self) -> None:
-        """Count the tokens, once all layers have appended them."""
-        self.state.schedules[self.stream] = self.schedule
+    def count(self, schedule: PruneSchedule) -> None:
+        """Count the tokens, once all layers have appended them, and take the schedule after them."""
+        self.state.schedules[self.stream] = schedule
         drop = int(self.steps.drop.sum())
         if drop:
-            self.counters.first_window += drop
+            self.counters.first_window += self.counters.leaving(drop)
             self.counters.pruned = True
-        self.counters.seen += self.tokens
+        self.counters.seen += len(self.steps)
         self.counters.events += int(self.steps.event.sum())
 
 
@@ -204,10 +222,19 @@ class Chunk:
     band : Band
     rope_factor : float
         What rotated dimensions are multiplied by.
+    holds : bool
+        Whether nothing is written to the state until `store`.
+
+    Attributes
+    ----------
+    held : list of tuple of Tensor
+        Query, key and value of every layer, where they are held; no query where the policy reads none.
     """
 
-    def __init__(self, state: StreamSpan, band: Band, rope_factor: float):
-        self.state, self.band = state, band
+    def __init__(self, state: StreamSpan, band: Band, rope_factor: float, *, holds: bool = False):
+        self.state, self.band, self.holds = state, band, holds
+        self.held: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+        self.observes = state.queries is not None or "accumulated" in state.channels
         positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
         angle = positions.double()[:, None] * band.inv_freq
         self.rotation = torch.stack([angle.cos(), angle.sin()], 1).mul_(rope_factor).float()
@@ -221,7 +248,7 @@ class Chunk:
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> None:
-        """Attention of one layer; writes what stays of the chunk to its slots.
+        """Attention of one layer; writes what stays of the chunk to its slots, or holds it.
 
         Parameters
         ----------
@@ -239,8 +266,6 @@ class Chunk:
         query, key, value = rotate_qkv(
             qkv, self.rotation, query_heads=spec.query_heads, kv_heads=spec.kv_heads, order=order, **norms
         )
-        if state.queries is not None:
-            keep_queries(state.queries[layer], query, self.band)
         keys, values = state.keys[layer], state.values[layer]
         pinned, ring = slice(0, g.pinned_slots), slice(g.pinned_slots, None)
         columns = Columns(
@@ -258,4 +283,29 @@ class Chunk:
             scaling=spec.head_dim**-0.5,
             out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
         )
-        store_window(key, value, keys, values, self.band, sinks=g.pinned_slots)
+        if self.holds:
+            self.held.append((query.clone() if self.observes else None, key.clone(), value.clone()))
+        else:
+            self.store(layer, query, key, value)
+
+    def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write what stays of the chunk to its slots, and what the policy reads of its queries.
+
+        Parameters
+        ----------
+        query, key, value : Tensor, (tokens, query_heads or kv_heads, head_dim)
+            Of one layer, rotated.
+        """
+        state, g = self.state, self.state.geometry
+        if state.queries is not None and query is not None:
+            keep_queries(state.queries[layer], query, self.band)
+        store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots)
+        if "accumulated" in state.channels and query is not None:
+            accumulate_chunk(
+                query,
+                state.keys[layer],
+                state.channels["accumulated"][layer],
+                self.band,
+                pinned_slots=g.pinned_slots,
+                scaling=state.spec.head_dim**-0.5,
+            )

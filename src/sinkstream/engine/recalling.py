@@ -11,9 +11,9 @@ import torch
 from sinkstream.archive import ARCHIVES
 from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
+from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.leaving import Leaving
-from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.recall_queries import RingQueries
 from sinkstream.engine.state import StreamState
@@ -121,7 +121,6 @@ class StreamRecall:
                 prompts.append(ids[part], stream, part.stop == len(known))
             self.memory.append(torch.tensor(known[part]))
             done += size
-        self.state.stale_logits.discard(stream)
 
     def _forward_size(self, rest: int) -> int:
         """How many of the coming tokens to append at once; what leaves on the way has been copied then."""
@@ -259,26 +258,26 @@ class StreamRecall:
         counters.first_window += drop
 
 
-def recall_slots(cache: PrefillCache) -> int:
+def recall_slots(cache: CheckedCache) -> int:
     """The most tokens that come back at once into a stream with the settings of a cache; 0 without recall."""
     recall = cache.stream.recalling
     return 0 if recall is None else recall.settings.slots
 
 
-def recall_queries(cache: PrefillCache) -> int:
+def recall_queries(cache: CheckedCache) -> int:
     """How many of the latest queries recall reads."""
     recall = cache.stream.recalling
     return 0 if recall is None or not recall.settings.chooser.heads else recall.settings.chooser.query_tokens
 
 
-def reread_tokens(cache: PrefillCache) -> int:
+def reread_tokens(cache: CheckedCache) -> int:
     """The most tokens that are read again at once, sinks included; 0 where keys and values are kept."""
     recall = cache.stream.recalling
     kept = recall is None or ARCHIVES[recall.settings.archive].keeps_entries
     return 0 if kept or recall is None else recall.sink + recall.settings.slots
 
 
-def check_recall(cache: PrefillCache, streams: int, max_sink: int | None) -> None:
+def check_recall(cache: CheckedCache, streams: int, max_sink: int | None) -> None:
     """Raise ValueError, by name, for what the engine does not serve beside recall."""
     recall = cache.stream.recalling
     if recall is None:

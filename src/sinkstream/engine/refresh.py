@@ -104,6 +104,17 @@ def rehearse_refresh(state) -> None:
         received(state.queries[:, 0], state.keys[:, 0], still, seen=g.slots, pinned_slots=g.pinned_slots, **sizes)
 
 
+def refresh_if_due(state, stream: int) -> None:
+    """Choose the pinned tokens of a prune that is due before the next token."""
+    counters = state.counters[stream]
+    if state.policy.scorer is None or counters.refreshed_at == counters.seen:
+        return
+    drop = state.schedules[stream].plan(1)[0].drop
+    if drop:
+        refresh_stream(state, stream, counters.leaving(drop))
+        counters.refreshed_at = counters.seen
+
+
 @torch.no_grad()
 def refresh_stream(state, stream: int, leaving: int) -> None:
     """Let the `leaving` oldest window tokens compete with the pinned ones and move the best to the pinned slots."""

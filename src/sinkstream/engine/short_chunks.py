@@ -103,17 +103,18 @@ class ShortChunks:
         return self._inputs[size]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        """Capture the forward of one token that stays nowhere; logits and queries of stream 0 are put back."""
+        """Capture the forward of one token that stays nowhere; what else it writes of stream 0 is put back."""
         state, (ids, table) = self.state, self._buffers(size)
-        band, logits = idle_band(state, table), state.logits[0].clone()
-        queries = None if state.queries is None else state.queries[:, 0].clone()
+        band = idle_band(state, table)
+        written = [state.logits[0], *(channel[:, 0] for channel in state.channels.values())]
+        written += [] if state.queries is None else [state.queries[:, 0]]
+        before = [part.clone() for part in written]
         try:
             name = f"the forward of a chunk of {size} tokens"
             return state.captures(lambda: self.forward(ids, band), name=name, warmups=WARMUPS)
         finally:
-            state.logits[0] = logits
-            if state.queries is not None and queries is not None:
-                state.queries[:, 0] = queries
+            for part, held in zip(written, before):
+                part.copy_(held)
 
 
 def short_chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from sinkstream.engine.buffers import PLAN_TOKENS
 from sinkstream.engine.geometry import Counters, rows_ahead
 from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.planned import PlannedStreams
-from sinkstream.engine.refresh import rebase_stream, refresh_stream
+from sinkstream.engine.refresh import rebase_stream, refresh_if_due
 from sinkstream.engine.span import Block
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
@@ -202,7 +202,7 @@ class StreamState(PlannedStreams):
             return
         self.settle()
         for s in active:
-            _refresh_if_due(self, s)
+            refresh_if_due(self, s)
             if self.counters[s].seen - self.counters[s].base > self.rebase_at:
                 rebase_stream(self, s)
         self.block = self.block_of(active)
@@ -232,17 +232,6 @@ class StreamState(PlannedStreams):
         if self.decisions is not None:
             self.decisions.discard()
         self.cursor.fill_(-1)
-
-
-def _refresh_if_due(state: StreamState, stream: int) -> None:
-    """Choose the pinned tokens of a prune that is due before the next token."""
-    counters = state.counters[stream]
-    if state.policy.scorer is None or counters.refreshed_at == counters.seen:
-        return
-    drop = state.schedules[stream].plan(1)[0].drop
-    if drop:
-        refresh_stream(state, stream, counters.leaving(drop))
-        counters.refreshed_at = counters.seen
 
 
 def _sure_tokens(state: StreamState, stream: int) -> int:

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkstream.cache.stream_file import fingerprint
+from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.modules import GLOBAL_HOOKS, Part, is_adapter, parts
 from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
-from sinkstream.engine.prefill import PrefillCache
 from sinkstream.engine.state import StreamState
 
 
@@ -197,7 +197,7 @@ class WatchedModel:
     model: PreTrainedModel
     state: StreamState
     _watch: ModelWatch
-    _cache: PrefillCache
+    _cache: CheckedCache
 
     def check_model(self) -> None:
         """Refuse a model that was changed after the engine was made; once a call, and never in a decode step.

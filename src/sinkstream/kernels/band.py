@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
-TOKENS, PAST, ROW, POSITION = 0, 1, 6, 7  # where four of them are
+TOKENS, PAST, SLOT, ROW, POSITION, SINKS = 0, 1, 5, 6, 7, 8  # where six of them are
 ALL_PINNED = 2**31 - 1  # as `sinks`: every pinned entry
 
 
@@ -89,6 +89,38 @@ class Band:
     def tokens(self) -> int:
         """Queries of the chunk, without padding."""
         return len(self.first)
+
+    @property
+    def device_row(self) -> torch.Tensor:
+        """`row`, ``(1,)`` int64, on the device."""
+        return self.table[ROW : ROW + 1].long()
+
+    def slots(self, pinned_slots: int, ring: int) -> torch.Tensor:
+        """Slot of every token of the chunk, ``(rows,)`` int64, on the device; padded ones have that of the last token.
+
+        Parameters
+        ----------
+        pinned_slots, ring : int
+            Slots in front of the ring, and of the ring.
+        """
+        table = self.table.long()
+        token = torch.arange(self.rows, device=table.device).minimum(table[TOKENS] - 1)
+        index = table[PAST] + token
+        return torch.where(
+            index < table[SINKS].clamp(max=pinned_slots), index, pinned_slots + (table[SLOT] + token) % ring
+        )
+
+    def owners(self, pinned_slots: int, ring: int) -> torch.Tensor:
+        """Which token lies in every slot once the chunk does, ``(pinned_slots + ring,)`` int64, on the device.
+
+        A pinned slot is that of the token of its index; one that does not belong to the stream has a token that never
+        comes.
+        """
+        table = self.table.long()
+        pinned = torch.arange(pinned_slots, device=table.device)
+        pinned = torch.where(pinned < table[SINKS], pinned - table[PAST], ALL_PINNED)
+        last = table[TOKENS] - 1
+        return torch.cat([pinned, last - (table[SLOT] + last - torch.arange(ring, device=table.device)) % ring])
 
     @cached_property
     def host_first(self) -> list[int]:

@@ -5,7 +5,7 @@ a trigger is due the drop happens first, so that no token's attention ever sees 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, overload
@@ -100,11 +100,17 @@ class PruneSchedule:
 
     def step(self) -> Step:
         """Account for one token. While pruning mode lasts every step drops; a new event starts only after it."""
+        return Step(*self._step(), self.cached)
+
+    def _step(self) -> tuple[int, bool]:
+        """As `step`; gives what is dropped, and whether an event starts."""
         policy = self.policy
         n = self.cached + 1
         over = n - policy.target
-        event = not self.pruning and over > 0 and any(t.due(over, s) for t, s in zip(policy.triggers, self._states))
-        drop = 0
+        drop, event = 0, False
+        if over > 0 and not self.pruning:
+            for trigger, state in zip(policy.triggers, self._states):  # no generator: this runs for every token
+                event = event or trigger.due(over, state)
         if self.pruning or event:
             drop = max(t.drop(over, self.oldest, self.seen, s) for t, s in zip(policy.triggers, self._states))
             if policy.max_drop is not None:
@@ -112,7 +118,7 @@ class PruneSchedule:
             self.pruning = drop < over
         self.seen += 1
         self.cached = n - drop
-        return Step(drop, event, self.cached)
+        return drop, event
 
     def copy(self) -> "PruneSchedule":
         """A schedule that can be stepped ahead without touching this one; observations are shared."""
@@ -143,9 +149,8 @@ class PruneSchedule:
         periodic = all(trigger.periodic for trigger in self.policy.triggers)
         met: dict[tuple[int, bool], int] = {}
         while done < tokens:
-            quiet = min(self.sure_steps(), tokens - done)
+            quiet = self._skip(tokens - done)
             if quiet:
-                self.seen, self.cached = self.seen + quiet, self.cached + quiet
                 done += quiet
                 continue
             first = met.setdefault((self.cached, self.pruning), done)
@@ -157,10 +162,79 @@ class PruneSchedule:
                 self.seen += repeated
                 done += repeated
                 continue
-            step = self.step()
-            drop[done], event[done] = step.drop, step.event
+            drop[done], event[done] = self._step()
             done += 1
         return Steps(drop, event, before + np.arange(1, tokens + 1) - drop.cumsum())
+
+    def foresee(self, risks: Mapping[str, Sequence[float]], tokens: int) -> Steps:
+        """The next steps if the risks after them turn out like these; this schedule is left as it is.
+
+        Parameters
+        ----------
+        risks : mapping of sequence of float
+            Risk signal -> after the next token, the one behind it …; behind the last of them nothing is observed.
+        tokens : int
+            Steps that are asked for.
+        """
+        ahead, known = self.fork(), min([tokens, *map(len, risks.values())]) if risks else 0
+        drop, event = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
+        done = 0
+        while done < known:
+            quiet = ahead._skip(known - done)
+            if not quiet:
+                drop[done], event[done] = ahead._step()
+            ahead._observe(risks, done, done + max(1, quiet))
+            done += max(1, quiet)
+        if known < tokens:
+            rest = ahead.advance(tokens - known)
+            drop[known:], event[known:] = rest.drop, rest.event
+        return Steps(drop, event, self.cached + np.arange(1, tokens + 1) - drop.cumsum())
+
+    def follow(self, planned: Steps, risks: Mapping[str, Sequence[float]]) -> int:
+        """Account for tokens that came as planned, up to the first about which the policy decides otherwise.
+
+        Parameters
+        ----------
+        planned : Steps
+        risks : mapping of sequence of float
+            Risk signal -> after every token.
+
+        Returns
+        -------
+        int
+            How many tokens are accounted for.
+
+        Raises
+        ------
+        NonFiniteRisk
+            As `observe`; this schedule means nothing then.
+        """
+        first, drops, done = self.seen, planned.drop.tolist(), 0
+        while done < len(drops):
+            coming = drops[done : done + self.sure_steps()]
+            quiet = self._skip(len(coming) if not any(coming) else 0)
+            before = self.seen, self.cached, self.pruning
+            if not quiet and self._step()[0] != drops[done]:
+                self.seen, self.cached, self.pruning = before
+                break
+            self._observe(risks, done, done + max(1, quiet))
+            done += max(1, quiet)
+        for signal, values in risks.items():
+            check_finite(signal, values[:done], first)
+        return done
+
+    def _skip(self, tokens: int) -> int:
+        """Account for those of the next tokens before which there is surely no drop; returns how many."""
+        quiet = min(self.sure_steps(), tokens)
+        self.seen, self.cached = self.seen + quiet, self.cached + quiet
+        return quiet
+
+    def _observe(self, risks: Mapping[str, Sequence[float]], first: int, end: int) -> None:
+        """Take in the risks of some tokens, unchecked."""
+        for trigger, state in zip(self.policy.triggers, self._states):
+            if trigger.signal is not None:
+                for risk in risks[trigger.signal][first:end]:
+                    trigger.observe(state, risk)
 
     def sure_steps(self) -> int:
         """How many tokens can surely be appended before the next drop, whatever is observed (0: the next may drop)."""

@@ -1,0 +1,90 @@
+"""Prompts under policies that look: where the next prune comes, or what stays pinned at it, is not known beforehand.
+
+A scorer must be asked at every prune, so a chunk ends before the next one, and what stays pinned is chosen between two
+chunks. When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under
+foreseen prunes, and nothing of it is written. Its own risks then say which prunes there are: every token up to the
+first one that was foreseen wrongly has seen what it should, and is kept. The risks of the others, which saw almost the
+right window, foresee the prunes of the next chunk: as a rule all of them.
+"""
+
+import torch
+
+from sinkstream.engine.prompt import Chunk, Coming, PromptForward
+from sinkstream.engine.refresh import refresh_if_due
+
+FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
+# fewest tokens of one, by kind of device; elsewhere the launches of its kernels take as long for any number
+FEWEST = {"cpu": 256}
+
+
+class EventPrompts:
+    """Feeds prompts to the streams of one state, under a policy whose prunes are decided on the way.
+
+    Parameters
+    ----------
+    forward : PromptForward
+    """
+
+    def __init__(self, forward: PromptForward):
+        self.forward, self.state = forward, forward.state
+        self.foreseen_tokens = min(FORESEEN_TOKENS, forward.chunk_tokens)
+        self.fewest = FEWEST.get(self.state.device.type, self.foreseen_tokens)
+        self._size = self.foreseen_tokens  # of the next forward
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, stream: int) -> None:
+        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
+        fed, risks = 0, {signal: list[float]() for signal in self.state.signals}
+        self._size = self.foreseen_tokens
+        with torch.cuda.device_of(ids):  # Triton launches on the current device
+            while fed < len(ids):
+                refresh_if_due(self.state, stream)
+                if risks:
+                    fed += self._foresee(ids[fed:], stream, risks)
+                else:
+                    fed += self._until_prune(ids[fed:], stream)
+
+    def _until_prune(self, ids: torch.Tensor, stream: int) -> int:
+        """Append the tokens up to the next prune, whose place is known; returns how many."""
+        ahead = self.state.schedules[stream].copy()
+        ahead.step()
+        size = min(len(ids), self.forward.chunk_tokens, 1 + ahead.sure_steps())
+        self.forward.append(ids[:size], stream, size == len(ids))
+        return size
+
+    def _foresee(self, ids: torch.Tensor, stream: int, risks: dict[str, list[float]]) -> int:
+        """Append the tokens up to the first prune that was foreseen wrongly; returns how many.
+
+        Parameters
+        ----------
+        risks : dict of list of float
+            Risk signal -> as foreseen, after the next token, the one behind it …; taken on.
+        """
+        state, forward = self.state, self.forward
+        forward.rebase(stream)
+        schedule = state.schedules[stream]
+        steps = schedule.foresee(risks, min(len(ids), self._size))
+        if state.policy.scorer is not None and steps.drop[1:].any():
+            steps = steps[: 1 + int((steps.drop[1:] > 0).argmax())]
+        ids, all_of_them = ids[: len(steps)], len(steps) == len(ids)
+        coming = Coming(state, stream, steps)
+        chunk = Chunk(forward.span, coming.band, forward.weights.rope_factor, holds=True)
+        x = forward.layers(ids, chunk)
+        read = forward.reader.read(ids, x, coming.band)
+        found = dict(zip(read.risks, torch.stack([*read.risks.values()]).tolist()))
+        after = schedule.fork()
+        kept = after.follow(steps, found)
+        if kept < len(steps):
+            coming = Coming(state, stream, steps[:kept])
+        stored = Chunk(forward.span, coming.band, forward.weights.rope_factor)
+        for layer, (query, key, value) in enumerate(chunk.held):
+            stored.store(layer, None if query is None else query[:kept], key[:kept], value[:kept])
+        if read.channels:
+            forward.reader.note(read, coming.band)
+        if forward.reader.draws or (all_of_them and kept == len(steps)):
+            forward.predict(x, coming.band)
+        coming.count(after)
+        for signal, values in found.items():
+            risks[signal] = values[kept:] + risks[signal][len(steps) :]
+        self._size = min(max(self.fewest, 2 * kept), self.foreseen_tokens)
+        return kept
