@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import processes
 import pytest
 from openai import APIStatusError
 from serving import (
@@ -266,13 +265,8 @@ def test_a_half_written_session_is_the_one_before(tmp_path):
 # ---- the command ----
 
 
-def start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(arguments: list[str]) -> tuple[processes.Forked, str]:
+    process = processes.start("-m", "sinkstream.cli", "serve", "--port", "0", *arguments)
     line = process.stdout.readline()
     assert "http://" in line, process.stderr.read()
     return process, line.partition("http://")[2].split()[0].join(["http://", ""])

@@ -4,9 +4,9 @@ With numpy 2.4 an interpreted loop takes no bound that was computed in the kerne
 array into an int any more. Triton 3.9 splats the outcome of a comparison of two scalars as int32 and then refuses it as
 a mask.
 
-What is left out changes no result: replacing the functions of `triton.language` again at each call of a device function,
-building the table of dtypes at each look-up, and the check of integer overflow, whose outcome is thrown away without
-``debug``.
+What is left out changes no result: replacing the functions of `triton.language` again at each call of a device
+function, building the table of dtypes at each look-up, and the check of integer overflow, whose outcome is thrown away
+without ``debug``.
 """
 
 import dataclasses
