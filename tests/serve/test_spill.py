@@ -128,12 +128,15 @@ def test_messages_can_be_appended_without_a_reply(model):
 
 
 def test_a_damaged_file_is_told_and_the_server_goes_on(model, tmp_path):
-    with served(make_service(model, resident=1, ram_mb=0, spill=tmp_path)) as address:
+    service = make_service(model, resident=1, ram_mb=0, spill=tmp_path)
+    with served(service) as address:
         client = client_of(address)
         damaged = opened(client)
         say(client, damaged, "x")
         healthy = opened(client)
         say(client, healthy, "y")
+        while not service.store.spill.written(damaged):  # replies do not wait for the disk
+            time.sleep(0.01)
         path = next(tmp_path.glob(f"{damaged}.*.safetensors"))
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1

@@ -5,8 +5,8 @@ array into an int any more. Triton 3.9 splats the outcome of a comparison of two
 a mask.
 
 What is left out changes no result: replacing the functions of `triton.language` again at each call of a device
-function, building the table of dtypes at each look-up, and the check of integer overflow, whose outcome is thrown away
-without ``debug``.
+function, building the table of dtypes at each look-up and the same block type at each operation, and the check of
+integer overflow, whose outcome is thrown away without ``debug``.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ def mend_interpreter() -> None:
         setattr(builder, name, _with_mask_of_bools(getattr(builder, name), place))
     _patch_once_a_launch(interpreter)
     interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
+    _share_block_types()
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
@@ -77,3 +78,26 @@ def _remembered(get_np_dtype):
         return found[name]
 
     return remembered
+
+
+def _share_block_types() -> None:
+    """One object for all block types of equal element types and of one shape of integers."""
+    from triton.language import core
+
+    made: dict[tuple, core.block_type] = {}
+    init = core.block_type.__init__
+
+    def new(cls, element_ty, shape):
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        if not all(type(size) is int for size in sizes):
+            return object.__new__(cls)
+        key = (element_ty.name, getattr(element_ty, "address_space", None), sizes)
+        if key not in made:
+            made[key] = object.__new__(cls)
+        return made[key]
+
+    def init_once(self, element_ty, shape):
+        if not hasattr(self, "numel"):
+            init(self, element_ty, shape)
+
+    core.block_type.__new__, core.block_type.__init__ = new, init_once
