@@ -1,11 +1,12 @@
 """Processes that are forked from one that has imported everything: real ones, without the seconds of the imports.
 
-A process has its own pid, signals, standard streams, working directory and memory. What a fresh interpreter would show
-and a fork does not, the imports themselves, is left to tests that start one by `subprocess`.
+A process has its own pid, signals, standard streams, working directory, environment and memory. What a fresh
+interpreter would show and a fork does not, the imports themselves, is left to tests that start one by `subprocess`.
 """
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
@@ -13,9 +14,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TextIO
+
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sinkstream.cli.eval", "sinkstream.cli.matrix", "sinkstream.cli.serve", "uvicorn"])
@@ -44,11 +48,12 @@ class Forked:
 
 def start(*command: str | Path, cwd: Path | None = None, stdin: str = "") -> Forked:
     """Start ``-m MODULE``, ``-c PROGRAM`` or a file, with its arguments, as `python` does."""
+    _begin()
     given, written = CONTEXT.Pipe(duplex=False)
     streams = [CONTEXT.Pipe(duplex=False) for _ in ("stdout", "stderr")]
     words = [str(word) for word in command]
     pipes = (given, *(written_end for _, written_end in streams))
-    process = CONTEXT.Process(target=_run, args=(words, str(cwd or Path.cwd()), pipes), daemon=True)
+    process = CONTEXT.Process(target=_run, args=(words, str(cwd or Path.cwd()), dict(os.environ), pipes), daemon=True)
     process.start()
     for end in pipes:
         end.close()
@@ -65,12 +70,22 @@ def run(*command: str | Path, cwd: Path | None = None, stdin: str = "") -> subpr
     return subprocess.CompletedProcess(list(command), forked.wait(), out, err)
 
 
+@functools.cache
+def _begin() -> None:
+    """Start the process that will be forked; it finds modules where this one does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        ensure_running()
+
+
 def _reader(end: Connection) -> TextIO:
     with end:
         return os.fdopen(os.dup(end.fileno()), encoding="utf-8")
 
 
-def _run(words: list[str], folder: str, pipes: tuple[Connection, Connection, Connection]) -> None:
+def _run(words: list[str], folder: str, environment: dict[str, str], pipes: tuple[Connection, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     for number, pipe in enumerate(pipes):
         os.dup2(pipe.fileno(), number)
