@@ -22,9 +22,9 @@ from sinkstream.cache import POSITIONS
 from sinkstream.engine import Engine
 from sinkstream.policies import SCORERS
 
-TOKENS = 90
+TOKENS = 110
 CPU_BACKENDS = ("ring", "kernels")  # the latter through the kernels' twins
-PARTS = (1, 30, 17, 20)  # fed in turn: a step or a prefill
+PARTS = (1, 30, 27, 20)  # fed in turn: a step or a prefill
 GEOMETRIES = {
     "window-1": {"sink": 2, "window": 1, "refresh": 6, "compress_every": 1},
     "window-1+lazy": {"sink": 4, "window": 1, "refresh": 5, "compress_every": 7},
