@@ -1,5 +1,6 @@
 """What every test shares: offline, seeded, interruptible, one thread a worker; without CUDA kernels are interpreted."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -47,6 +48,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made lives to the end: no collection need look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The end: modules are taken down in their usual order."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,11 @@
 """The documents hold: links lead somewhere, `make` targets exist, nothing names a path of the author's machine."""
 
 import re
-import subprocess
-import sys
 import textwrap
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 from arrows import ARROWS
 
@@ -155,5 +154,5 @@ scores = SCORERS["stride"](stride=16).score(candidates)
 assert select(scores, 3).flatten().tolist() == [0, 16, 32], scores
 """
     program = textwrap.dedent(blocks[0]) + check
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    run = processes.run("-c", program, cwd=ROOT)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,7 @@
-"""The examples run as a reader runs them: processes of their own, a tiny model on disk, real pipes for stdin."""
+"""The examples run as a reader runs them: processes of their own, a tiny model on disk, real pipes for stdin.
+
+One of them starts a fresh interpreter, the others fork one that has imported the package (`processes`).
+"""
 
 import re
 import subprocess
@@ -6,6 +9,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import processes
 import pytest
 import tiny_model
 from serving import client_of, make_service, served
@@ -28,8 +32,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def example(name: str, folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+def example(
+    name: str, folder: Path, *arguments: str, stdin: str = "", fresh: bool = False
+) -> subprocess.CompletedProcess:
     """Run one example to its end in the folder of the models."""
+    if not fresh:
+        return processes.run(EXAMPLES / name, *arguments, cwd=folder, stdin=stdin)
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=folder)
 
@@ -54,7 +62,7 @@ def test_the_chat_goes_on_past_its_cap(folder):
 
 
 def test_the_chat_refuses_a_model_without_a_template(folder):
-    chat = example("chat.py", folder, "--model", "plain", stdin="Hello\n")
+    chat = example("chat.py", folder, "--model", "plain", stdin="Hello\n", fresh=True)
     assert chat.returncode == 2 and "--model plain has no chat template" in chat.stderr
 
 

@@ -4,9 +4,8 @@ import copy
 import io
 import json
 import pickle
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from oracle.models import build, token_ids
@@ -67,7 +66,7 @@ def test_a_pickle_is_opened_by_another_process(tmp_path):
         "print(torch.allclose(model(held['ids']).logits, held['logits'], atol=1e-5), len(model._forward_hooks))\n"
         "print(model.generate(held['ids'], max_new_tokens=3, pad_token_id=0).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt"], capture_output=True, text=True)
+    done = processes.run("-c", script, tmp_path / "model.pt")
     assert done.stdout.split("\n")[:2] == ["True 0", "torch.Size([1, 12])"], done.stderr
 
 

@@ -128,7 +128,7 @@ def test_a_rebase_that_leaves_sliding_layers_alone_would_show(monkeypatch):
 @pytest.mark.parametrize("family", NEW)
 def test_a_pinned_frame_off_by_one_would_show(family, monkeypatch):
     shift_pinned_frame(monkeypatch)
-    model, ids, options = build(family), text(TOKENS), small_policy("lazy")
+    model, ids, options = build(family), text(90), small_policy("lazy")
     nll = fed_nll(model, make_cache(model, options), ids, "single")
     assert worst(nll, oracle_run(model, ids, options).nll) > 1e-2
 

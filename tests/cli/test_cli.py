@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny_model
 import torch
@@ -603,9 +604,7 @@ def test_ctrl_c_while_a_command_is_imported(cli, here, monkeypatch):
 
 def test_sigint_to_a_real_process(here):
     """The process gets the signal at a token, not at a time: whatever it is as fast as."""
-    command = [sys.executable, "-c", PROGRAM, *shlex.split(eval_line(policy="lazy,strict"))]
-    spoken = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=spoken)
+    process = processes.run("-c", PROGRAM, *shlex.split(eval_line(policy="lazy,strict")))
     assert (process.returncode, process.stderr) == (130, "")
     assert [r.status for r in records_in(here / "out")] == ["complete", "partial"]
     partial = records_in(here / "out")[1]

@@ -5,12 +5,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import tiny_model
 import torch
@@ -328,8 +327,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_run_that_is_killed_in_the_middle_goes_on_where_it_ended(matrix, here, number):
     content = HEAD + '[[grid]]\npolicy = ["strict", { name = "lazy", compress_every = 4 }]\n'
     (here / "m.toml").write_text(content)
-    command = [sys.executable, "-c", CHILD, str(int(number)), "matrix", "m.toml", "--out", "out", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.run("-c", CHILD, str(int(number)), "matrix", "m.toml", "--out", "out", "--device", "cpu")
     assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
     (first,) = load_points("out")
     kept, (quality,) = first.path.read_bytes(), [r.id for r in load_records("out/runs") if r.label == "lazy R=4"]

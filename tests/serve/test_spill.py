@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import processes
 import pytest
 from openai import APIStatusError
 from serving import (
@@ -146,12 +145,15 @@ def test_messages_can_be_appended_without_a_reply(model):
 
 
 def test_a_damaged_file_is_told_and_the_server_goes_on(model, tmp_path):
-    with served(make_service(model, resident=1, ram_mb=0, spill=tmp_path)) as address:
+    service = make_service(model, resident=1, ram_mb=0, spill=tmp_path)
+    with served(service) as address:
         client = client_of(address)
         damaged = opened(client)
         say(client, damaged, "x")
         healthy = opened(client)
         say(client, healthy, "y")
+        while not service.store.spill.written(damaged):  # replies do not wait for the disk
+            time.sleep(0.01)
         path = next(tmp_path.glob(f"{damaged}.*.safetensors"))
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
@@ -283,13 +285,8 @@ def test_a_half_written_session_is_the_one_before(tmp_path):
 # ---- the command ----
 
 
-def start(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sinkstream.cli", "serve", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(arguments: list[str]) -> tuple[processes.Forked, str]:
+    process = processes.start("-m", "sinkstream.cli", "serve", "--port", "0", *arguments)
     line = process.stdout.readline()
     assert "http://" in line, process.stderr.read()
     return process, line.partition("http://")[2].split()[0].join(["http://", ""])
