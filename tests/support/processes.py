@@ -12,6 +12,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
@@ -72,8 +73,12 @@ def run(*command: str | Path, cwd: Path | None = None, stdin: str = "") -> subpr
 
 @functools.cache
 def _begin() -> None:
-    """Start the process that will be forked; it finds modules where this one does."""
+    """Start the process that will be forked; it finds modules where this one does.
+
+    Its socket lies in the system's own folder: in that of a test its name would be longer than a socket may have.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         ensure_running()
 
