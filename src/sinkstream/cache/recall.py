@@ -297,19 +297,12 @@ class Recall(RecallMemory, RecallTimes):
             least=0.0 if asked is not None else settings.gate,
             brief=asked is None and self._brief(now),
         )
-        scores = np.asarray(self.index.scores(query), dtype=np.float64)
-        blocks = query.blocks(chooser.block)
-        if scores.shape != (len(blocks),):
-            raise ValueError(
-                f"{type(chooser).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for"
-                " each block of the archive"
-            )
-        best = float(scores.max())
+        hits = self.index.hits(query, query.blocks(chooser.block))
+        best = hits.best
         if not query.asked and not best >= settings.gate:
             return best, []
         tokens = chosen_tokens(
-            scores,
-            blocks.start,
+            hits,
             chooser.block,
             held=range(archive.first, archive.end),
             budget=settings.slots,

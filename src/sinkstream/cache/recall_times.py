@@ -183,7 +183,7 @@ class RecallTimes:
         least = self.settings.gate
         brief = self._brief(now)
         query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least, brief=brief)
-        return float(self.index.scores(query).max())
+        return self.index.hits(query, query.blocks(self.settings.chooser.block)).best
 
     def _index_until(self, end: int) -> None:
         """See `RecallMemory`."""
