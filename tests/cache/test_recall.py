@@ -237,14 +237,19 @@ def test_text_is_read_again_and_comes_back_in_its_own_company():
         ({"recall": 3}, "recall=3 is not accepted"),
         ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
         ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens; accepted: 1 to 43"),
-        ({"recall": "lexical", "recall_slots": 0}, "slots=0 is not accepted"),
+        ({"recall": "lexical", "recall_slots": 0}, "^recall_slots=0 is not accepted"),
+        (
+            {"recall": "lexical", "recall_lag": -1},
+            "^recall_lag=-1 is not accepted; accepted: a whole number of at least",
+        ),
+        ({"recall": "lexical", "recall_level": "x"}, "^recall_level='x' is not accepted; accepted: a number"),
         ({"recall": "lexical", "recall_rarity": 1}, "unknown option 'recall_rarity'"),
-        ({"recall": "lexical", "recall_archive": "disk"}, "archive='disk' is not accepted; accepted: kv, text"),
+        ({"recall": "lexical", "recall_archive": "disk"}, "^recall_archive='disk' is not accepted; accepted: kv, text"),
         ({"recall": "lexical", "recall_archive": "text", "recall_file": "a"}, "recall_file goes with"),
         ({"recall": "lexical", "refresh": 4, "scorer": "uniform"}, "recall and a policy that pins tokens"),
         ({"recall": "lexical", "evict": "turns"}, "recall and evict='turns' exclude each other"),
         ({"recall": "lexical", "positions": "original"}, "recall and positions='original' exclude each other"),
-        ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "told row"),
+        ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "recall_told row"),
     ],
 )
 def test_mistakes_are_named(options, words):

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
-from sinkstream.policies.options import check_options, option, option_fields
+from sinkstream.policies.options import check_option, check_options, option, option_fields
 
 BUDGET_BYTES = 2 << 30
 _numbers: dict[str, count] = {}  # of files beside others, by the name before the number
@@ -53,7 +53,7 @@ class RecallSettings:
     file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
 
     def __post_init__(self):
-        check_options(self)
+        check_options(self, PREFIX)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
         if self.empty_every is None:
@@ -111,6 +111,9 @@ class RecallSettings:
         if unknown is not None:
             accepted = ", ".join(PREFIX + name for name in sorted(own | known))
             raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
+        for f in option_fields(CHOOSERS[recall]) if isinstance(recall, str) else ():
+            if f.name in given:
+                check_option(f, given[f.name], PREFIX)
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):
             mine["file"] = str(mine["file"])
