@@ -9,7 +9,7 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
@@ -54,7 +54,9 @@ def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Ten
 def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
     more = {"recall_distance": distance or 0, "recall_lag": lag}
-    rules = Recalled(8, hold=8, distance=distance, lag=lag)
+    step_tokens = 5 if policy in ("strict", "slack") and not lag else 12  # of at most 12: two tokens late, or at once
+    more["recall_step_bytes"] = step_tokens * token_bytes(model)
+    rules = Recalled(8, hold=8, distance=distance, lag=lag, step_tokens=step_tokens)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     for way in ("single", "chunks", "generate"):

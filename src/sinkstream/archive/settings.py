@@ -11,6 +11,7 @@ from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies.options import check_option, check_options, option, option_fields
 
 BUDGET_BYTES = 2 << 30
+STEP_BYTES = 16 << 20
 _numbers: dict[str, count] = {}  # of files beside others, by the name before the number
 PREFIX = "recall_"  # of a setting's name, and of a chooser's option, among the options of a cache
 
@@ -38,6 +39,12 @@ class RecallSettings:
     )
     lag: int = option(
         0, "tokens from a choice of the gate to the frame that it sets, so that no step waits for it", minimum=0
+    )
+    step_bytes: int = option(
+        STEP_BYTES,
+        "bytes of the archive that one step may wait for: a larger frame of the gate is set a token later for each"
+        " further so many",
+        minimum=1,
     )
     hold: int = option(16, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)

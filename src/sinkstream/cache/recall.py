@@ -176,9 +176,9 @@ class RecallMemory:
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self.chosen_at, self._room = -1, None
-        if self.coming is not None and self.coming.at - self.settings.lag > self.log.end:
-            self.coming = None  # chosen by tokens that are gone
+        self._room = None
+        if self.coming is None or self.chosen_at > self.log.end:  # chosen by tokens that are gone
+            self.coming, self.chosen_at = None, -1
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -258,21 +258,21 @@ class Recall(RecallMemory, RecallTimes):
             return
         self.chosen_at, self.coming = now, None
         score, tokens = self._best(now, asked)
-        lag = settings.lag if asked is None and tokens != self.frame else 0
+        late = max(settings.lag, -(-archive.fetch_bytes(len(tokens)) // settings.step_bytes) - 1)
+        lag = late if asked is None and tokens != self.frame else 0
         if asked is not None:
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
-            self.until = max(now + settings.lag + settings.hold, self.until)
+            self.until = max(now + late + settings.hold, self.until)
         if not tokens and not (self.frame and (asked is not None or now >= self.until)):
             return
         cause = "question" if asked is not None else "gate" if tokens else "closed"
-        event = RecallEvent(now + lag, cause, score, self._spans(tokens))
         if lag:
             fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
-            self.coming = Coming(now + lag, tokens, event, fetched)
-        else:
-            self.events.append(event)
+            self.coming = Coming(now + lag, tokens, RecallEvent(now + lag, cause, score, self._spans(tokens)), fetched)
+        else:  # what the device needs comes first: the texts of the spans are decoded while it works
             self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device))
+            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
@@ -295,7 +295,7 @@ class Recall(RecallMemory, RecallTimes):
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
             least=0.0 if asked is not None else settings.gate,
-            brief=asked is None and self._brief(now),
+            brief=asked is None and self.brief(now),
         )
         hits = self.index.hits(query, query.blocks(chooser.block))
         best = hits.best
