@@ -316,9 +316,10 @@ class Recall(RecallMemory, RecallTimes):
         """Whether a turn or a sentence begins at a token of the archive."""
         archive = self.archive
         assert archive is not None, "something has left"
-        turn = bisect_left(self.turns, index)
-        if self.turns[turn : turn + 1] == [index]:
-            return True
+        if self.turns:
+            turn = bisect_left(self.turns, index)
+            if self.turns[turn : turn + 1] == [index]:
+                return True
         if self.borders is None or not archive.first < index <= archive.end:
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
@@ -326,7 +327,6 @@ class Recall(RecallMemory, RecallTimes):
     def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int], fetched: Fetched) -> None:
         if tokens == self.frame:
             return
-        device = ring.keys.device
         window = ring.live - ring.pinned
         limit = max(ring.live, self.target)
         drop = max(0, self.sink + len(tokens) + window - limit)
@@ -339,7 +339,7 @@ class Recall(RecallMemory, RecallTimes):
         if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
-        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1).to(device, non_blocking=True)
+        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1)
         ring.recall(keys, values, positions, drop=drop, shift=shift)
         schedule.hold(ring.live)
         self.frame, self.recalls = tokens, self.recalls + bool(tokens)
