@@ -7,14 +7,13 @@ are the window's again: it grows by the tokens that follow.
 """
 
 import copy
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Self
 
-import numpy as np
 import torch
 
 from sinkstream.archive import (
@@ -349,7 +348,7 @@ class Recall(RecallMemory, RecallTimes):
         assert archive is not None, "something has left"
         spans = [Span(first, end) for first, end in runs(tokens)]
         if self.turns:
-            spans = [replace(s, turn=int(np.searchsorted(self.turns, s.first, side="right"))) for s in spans]
+            spans = [replace(s, turn=bisect_right(self.turns, s.first)) for s in spans]
         if self.decode is not None:
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]
