@@ -188,8 +188,12 @@ class Replying(Asking):
     def summary(self) -> dict[str, Any]:
         """The timed windows and the readings of memory."""
         windows = [
-            {"first": first, "tokens": len(seconds), "frames": self.frames[first]}
-            | distribution(1e3 * np.array(seconds))
+            {
+                "first": first,
+                "tokens": len(seconds),
+                "frames": self.frames[first],
+                **distribution(1e3 * np.array(seconds)),
+            }
             for first, seconds in self.seconds.items()
         ]
         return {"windows": windows, "samples": self.samples}
