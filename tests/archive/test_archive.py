@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from oracle.recall import Words
 
-from sinkstream.archive import CHOOSERS, BlockFile, Evicted, KVArchive, Query, TextArchive, chosen_tokens, runs
+from sinkstream.archive import CHOOSERS, BlockFile, Evicted, Hits, KVArchive, Query, TextArchive, chosen_tokens, runs
 from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.kv import BLOCK
@@ -154,9 +155,8 @@ def test_text_is_read_behind_the_sinks():
 
 
 def spans_of(scores, *, budget, borders=(), whole=False, held=range(1000), block=4):
-    tokens = chosen_tokens(
-        np.array(scores), 0, block, held=held, budget=budget, least=0.5, border=borders.__contains__, whole=whole
-    )
+    hits = Hits(np.arange(len(scores)), np.array(scores))
+    tokens = chosen_tokens(hits, block, held=held, budget=budget, least=0.5, border=borders.__contains__, whole=whole)
     return runs(tokens)
 
 
@@ -208,14 +208,18 @@ def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
         again = Words(4, 12, rare=0.1, row_rare=0.3, **levels)
         for now in range(40, 400, 12):
             index.add(Evicted(done, ids[done : now - 20].tolist()))
-            done, first = now - 20, max(2, now - 320)
+            done, first = now - 20, max(2, now - 319)
             index.forget(first)
             held, query = range(first, done), ids[max(0, now - 32) : now].tolist()
             for way, least in (("asked", 0.0), ("", 0.0), ("", 0.5), ("", 1.0), ("brief", 0.0), ("brief", 1.0)):
                 how = {"asked": way == "asked", "brief": way == "brief"}
                 wanted = again.scores(ids.tolist(), list(held), query, **how)
-                found = index.scores(Query(now=now, ids=query, first=first, end=done, least=least, **how))
+                asked = Query(now=now, ids=query, first=first, end=done, least=least, **how)
+                found = index.scores(asked)
                 assert len(found) == len(wanted)
+                blocks = asked.blocks(4)
+                hits = index.hits(asked, blocks)
+                assert (np.diff(hits.blocks) > 0).all() and (found[hits.blocks - blocks.start] == hits.scores).all()
                 for score, (_, other) in zip(found, sorted(wanted.items())):
                     assert abs(score - other) < 1e-9 or score <= other < least + 1e-9
                 opened += max(wanted.values()) >= least > 0
@@ -226,11 +230,12 @@ def test_an_index_forgets_with_its_archive():
     """Nothing grows in a stream without end: what is held follows the archive, every few ids at a time."""
     rng, index, most = np.random.default_rng(0), Lexical().start(), 0
     for first in range(0, 40_000, 50):
-        index.add(Evicted(first, rng.integers(0, 2_000, 50).tolist()))
+        index.add(Evicted(first, rng.integers(0, 200, 50).tolist()))
         index.forget(first - 5_000)
         most = max(most, sum(len(p.places) for p in index.postings.values()))
     assert 5_000 < most < 5_050 + 2_000
-    assert all(len(p.blocks) <= len(p.places) for p in index.postings.values())
+    for held in index.postings.values():
+        assert dict(zip(held.blocks, held.counts, strict=True)) == Counter(place // 16 for place in held.places)
     for gone in (60_000, 70_000):
         index.forget(gone)
     assert not index.postings

@@ -9,7 +9,7 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.cache import StreamingCache
@@ -54,7 +54,9 @@ def foreseen(model, cache: StreamingCache, ids: torch.Tensor) -> tuple[torch.Ten
 def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
     more = {"recall_distance": distance or 0, "recall_lag": lag}
-    rules = Recalled(8, hold=8, distance=distance, lag=lag)
+    step_tokens = 5 if policy in ("strict", "slack") and not lag else 12  # of at most 12: two tokens late, or at once
+    more["recall_step_bytes"] = step_tokens * token_bytes(model)
+    rules = Recalled(8, hold=8, distance=distance, lag=lag, step_tokens=step_tokens)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     for way in ("single", "chunks", "generate"):
@@ -237,14 +239,19 @@ def test_text_is_read_again_and_comes_back_in_its_own_company():
         ({"recall": 3}, "recall=3 is not accepted"),
         ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
         ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens; accepted: 1 to 43"),
-        ({"recall": "lexical", "recall_slots": 0}, "slots=0 is not accepted"),
+        ({"recall": "lexical", "recall_slots": 0}, "^recall_slots=0 is not accepted"),
+        (
+            {"recall": "lexical", "recall_lag": -1},
+            "^recall_lag=-1 is not accepted; accepted: a whole number of at least",
+        ),
+        ({"recall": "lexical", "recall_level": "x"}, "^recall_level='x' is not accepted; accepted: a number"),
         ({"recall": "lexical", "recall_rarity": 1}, "unknown option 'recall_rarity'"),
-        ({"recall": "lexical", "recall_archive": "disk"}, "archive='disk' is not accepted; accepted: kv, text"),
+        ({"recall": "lexical", "recall_archive": "disk"}, "^recall_archive='disk' is not accepted; accepted: kv, text"),
         ({"recall": "lexical", "recall_archive": "text", "recall_file": "a"}, "recall_file goes with"),
         ({"recall": "lexical", "refresh": 4, "scorer": "uniform"}, "recall and a policy that pins tokens"),
         ({"recall": "lexical", "evict": "turns"}, "recall and evict='turns' exclude each other"),
         ({"recall": "lexical", "positions": "original"}, "recall and positions='original' exclude each other"),
-        ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "told row"),
+        ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "recall_told row"),
     ],
 )
 def test_mistakes_are_named(options, words):

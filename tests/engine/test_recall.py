@@ -6,7 +6,7 @@ from oracle.models import build, token_ids
 from oracle.network import Network
 from oracle.recall import Recalled, run_recall
 from oracle.rules import Rule
-from recall_case import POLICIES, READING, SMALL, STRICT, WORDS, WORDS_AGAIN, frames_of, repetitive
+from recall_case import POLICIES, READING, SMALL, STRICT, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed
 
 from sinkstream.cache import StreamingCache
@@ -44,10 +44,11 @@ def in_parts(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
 def test_every_token_sees_what_brute_force_sees(policy, family, backend):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
     lag = 3 if backend == "kernels" else 0
-    rules = Recalled(8, hold=8, distance=9, lag=lag)
+    step_tokens = 5 if policy == "slack" else 12  # of at most 12: two tokens late, or at once
+    rules = Recalled(8, hold=8, distance=9, lag=lag, step_tokens=step_tokens)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
-    more = {"recall_distance": 9, "recall_lag": lag}
+    more = {"recall_distance": 9, "recall_lag": lag, "recall_step_bytes": step_tokens * token_bytes(model)}
     engine = Engine(model, **options, recall="lexical", **SMALL, **WORDS, **more, backend=backend)
     assert worst(engine.score(ids)[1:], expected.nll) < TOLERANCE
     assert frames_of(engine) == frames and engine.stats()["kept"] <= engine.policy.peak

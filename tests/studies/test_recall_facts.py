@@ -226,7 +226,7 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
     design = ReplyDesign(20_000, 64, facts=4)
     reply = design.write(text_of(5_000), tokenizer)
     assert len(reply.stream) == 20_000 and "4.0 times" in reply.stream.source
-    recall = {"recall": "lexical", "recall_slots": 16, "recall_every": 512, "recall_archive": "text"}
+    recall = {"recall": "recent", "recall_slots": 16, "recall_every": 512, "recall_archive": "text"}
     batch = ReplyBatch(loaded, reply, Request(tmp_path, {}, COMMAND, 0), ReplyRecord)
     records = batch.run(
         [blocks("strict", 64), blocks("strict", 64, recall=recall, backend="ring")], Console(quiet=True)
@@ -237,6 +237,7 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
         assert len(record.answers["correct"]) == 4 and tpot_ratio(record) > 0
         late = [s["cache_bytes"] for s in record.samples if s["token"] > 4_000]
         assert record.samples[-1]["token"] == 20_000 and max(late) <= 1.5 * min(late)
+    assert [[w["frames"] for w in record.windows] for record in records] == [[None] * 4, [1] * 4]
     assert records[1].samples[-1]["archived"] > 19_000 and records[0].samples[-1]["archived"] is None
     table = reply_table(records, "T")
     assert len(table.rows) == 2 and len(table.rows[0]) == len(table.header)

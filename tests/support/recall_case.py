@@ -2,6 +2,7 @@
 
 import torch
 from oracle.models import token_ids
+from oracle.network import Network
 from oracle.recall import Attention, Words, chosen
 
 from sinkstream.cache import StreamingCache
@@ -24,6 +25,12 @@ WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_leve
 def frames_of(recalled: StreamingCache | Engine) -> list[tuple[int, list[int]]]:
     """What the events say: (token before which the frame was set, tokens)."""
     return [(e.token, [t for s in e.spans for t in range(s.first, s.end)]) for e in recalled.recall_events]
+
+
+def token_bytes(model) -> int:
+    """Of the keys and values of a token in float32."""
+    network = Network(model)
+    return 4 * 2 * model.config.num_hidden_layers * network.kv_heads * network.head_dim
 
 
 def repetitive(tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile
-from sinkstream.archive.choosers import CHOOSERS, Chooser, Evicted, Index, Query
+from sinkstream.archive.choosers import CHOOSERS, Chooser, Evicted, Hits, Index, Query
 from sinkstream.archive.kv import KVArchive
 from sinkstream.archive.settings import PREFIX, RecallSettings
 from sinkstream.archive.spans import Span, chosen_tokens, runs
@@ -17,6 +17,7 @@ __all__ = [
     "Chooser",
     "Evicted",
     "Fetched",
+    "Hits",
     "Index",
     "KVArchive",
     "Query",

@@ -74,6 +74,10 @@ class Archive(ABC):
             If a token is not held, or its file is damaged.
         """
 
+    def fetch_bytes(self, tokens: int) -> int:
+        """Bytes that so many tokens take on their way to the device."""
+        return 0
+
     def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
         """Begin to read, and give what waits for it and gives what `read` does; the archive may lose them meanwhile."""
         read = self.read(indices, device)

@@ -131,6 +131,11 @@ class _Part(NamedTuple):
         return block[:, :, :, torch.tensor(self.inside, device=block.device)]
 
 
+def _token_bytes(tensor: torch.Tensor) -> int:
+    """Of keys and values ``(2, layers, kv_heads, tokens, head_dim)``."""
+    return tensor.numel() * tensor.element_size() // tensor.shape[3]
+
+
 def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys, float32, and values of ``(2, layers, kv_heads, tokens, head_dim)``, as `Archive.read` gives them."""
     return tensor[0][:, None].float(), tensor[1][:, None]
@@ -157,7 +162,7 @@ class KVArchive(Archive):
         self._blocks: list[_Block] = []
         self._in_file = 0  # blocks of the file; they are older than those in memory
         self._latest: list[torch.Tensor] = []  # (2, layers, kv_heads, tokens, head_dim) each, on the device
-        self._block_bytes = 0
+        self._block_bytes = self._token_bytes = 0
         self._transfers: _Transfers | None = None  # once something comes from a GPU
 
     @property
@@ -171,6 +176,10 @@ class KVArchive(Archive):
         """Of the blocks in the file."""
         return self._in_file * self._block_bytes
 
+    def fetch_bytes(self, tokens: int) -> int:
+        """As `Archive.fetch_bytes`."""
+        return tokens * self._token_bytes
+
     def room(self) -> int:
         """As `Archive.room`; of host memory alone, once a block has been kept."""
         blocks = self.budget_bytes // self._block_bytes - len(self._blocks) if self._block_bytes else 0
@@ -181,6 +190,7 @@ class KVArchive(Archive):
         self.ids.extend(ids)
         self.end += len(ids)
         self._latest.append(torch.stack([keys[:, 0].to(values.dtype), values[:, 0]]))
+        self._token_bytes = _token_bytes(self._latest[-1])
         waiting = sum(t.shape[3] for t in self._latest)
         if waiting < BLOCK:
             return
@@ -213,6 +223,7 @@ class KVArchive(Archive):
         self.ids.extend(ids)
         self.end += len(ids)
         for block in blocks:
+            self._token_bytes = _token_bytes(block)
             if block.shape[3] == BLOCK:
                 self._keep(block)
             else:

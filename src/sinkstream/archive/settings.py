@@ -9,9 +9,10 @@ from typing import Any, Self
 from sinkstream import registry
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
-from sinkstream.policies.options import check_options, option, option_fields
+from sinkstream.policies.options import check_option, check_options, option, option_fields
 
 BUDGET_BYTES = 2 << 30
+STEP_BYTES = 16 << 20
 _numbers: dict[str, count] = {}  # of files beside others, by the name before the number
 PREFIX = "recall_"  # of a setting's name, and of a chooser's option, among the options of a cache
 
@@ -40,6 +41,12 @@ class RecallSettings:
     lag: int = option(
         0, "tokens from a choice of the gate to the frame that it sets, so that no step waits for it", minimum=0
     )
+    step_bytes: int = option(
+        STEP_BYTES,
+        "bytes of the archive that one step may wait for: a larger frame of the gate is set a token later for each"
+        " further so many",
+        minimum=1,
+    )
     hold: int = option(16, "tokens that recalled tokens stay after the gate was last open", minimum=0)
     hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
     share: float = option(
@@ -54,7 +61,7 @@ class RecallSettings:
     file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
 
     def __post_init__(self):
-        check_options(self)
+        check_options(self, PREFIX)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
         if self.empty_every is None:
@@ -113,6 +120,9 @@ class RecallSettings:
             names = [PREFIX + name for name in sorted(own | known)]
             accepted = ", ".join(names) + registry.did_you_mean(PREFIX + unknown, names)
             raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
+        for f in option_fields(CHOOSERS[recall]) if isinstance(recall, str) else ():
+            if f.name in given:
+                check_option(f, given[f.name], PREFIX)
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):
             mine["file"] = str(mine["file"])

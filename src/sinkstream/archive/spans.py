@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinkstream.archive.choosers import Hits
+
 
 @dataclass(frozen=True)
 class Span:
@@ -26,8 +28,7 @@ class Span:
 
 
 def chosen_tokens(
-    scores: np.ndarray,
-    first_block: int,
+    hits: Hits,
     block: int,
     *,
     held: range,
@@ -42,9 +43,9 @@ def chosen_tokens(
 
     Parameters
     ----------
-    scores : array, (blocks,)
-    first_block : int
-        Number of the first of them; block b is the tokens b * block to (b + 1) * block - 1.
+    hits : Hits
+    block : int
+        Block b is the tokens b * block to (b + 1) * block - 1.
     held : range
         Tokens that the archive holds.
     budget : int
@@ -58,12 +59,13 @@ def chosen_tokens(
         goes on wants what comes next.
     """
     taken: set[int] = set()
-    wanted = np.flatnonzero((scores > 0) & (scores >= least))
-    order = wanted[np.lexsort((-wanted, -scores[wanted]))]
+    wanted = (hits.scores > 0) & (hits.scores >= least)
+    numbers, scores = hits.blocks[wanted], hits.scores[wanted]
+    order = numbers[np.lexsort((-numbers, -scores))]
     for number in order[: budget + 1].tolist():
         if len(taken) >= budget:
             break
-        hit = range((first_block + number) * block, (first_block + number + 1) * block)
+        hit = range(number * block, (number + 1) * block)
         span = _span(hit, block, border, whole)
         new = [t for t in range(max(span.start, held.start), min(span.stop, held.stop)) if t not in taken]
         own = [t for t in new if t in hit]

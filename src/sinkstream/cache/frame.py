@@ -99,7 +99,7 @@ class FramedRing(RingBuffers):
         keys : Tensor, (layers, batch, kv_heads, recalled, head_dim), float32
             Not rotated.
         values : Tensor, the same shape, in the dtype of the cache
-        positions : Tensor, (1, 1, 1, recalled), int64
+        positions : Tensor, (1, 1, 1, recalled), int64, on the host
             Their indices in the stream, ascending.
         drop : int
             Window tokens that leave for them.
@@ -112,6 +112,7 @@ class FramedRing(RingBuffers):
         window = self.live - self.pinned - drop
         self._keep_pinned_keys(torch.cat([self.pinned_keys[..., : self.sink, :], keys], SLOT_AXIS))
         self.pinned_values = torch.cat([self.pinned_values[..., : self.sink, :], values], SLOT_AXIS)
+        positions = positions.to(self.pinned_positions.device, non_blocking=True)
         self.pinned_positions = torch.cat([self.pinned_positions[..., : self.sink], positions], SLOT_AXIS)
         self.recalled, self.recall_shift = keys.shape[SLOT_AXIS], shift
         self.start = self.tail - window

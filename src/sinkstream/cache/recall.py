@@ -7,14 +7,13 @@ are the window's again: it grows by the tokens that follow.
 """
 
 import copy
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Self
 
-import numpy as np
 import torch
 
 from sinkstream.archive import (
@@ -176,9 +175,9 @@ class RecallMemory:
                 " chooser has not read"
             )
         self.log.rewind(self.log.end - tokens)
-        self.chosen_at, self._room = -1, None
-        if self.coming is not None and self.coming.at - self.settings.lag > self.log.end:
-            self.coming = None  # chosen by tokens that are gone
+        self._room = None
+        if self.coming is None or self.chosen_at > self.log.end:  # chosen by tokens that are gone
+            self.coming, self.chosen_at = None, -1
         if self.queries is not None:
             self.queries.rewind(tokens)
 
@@ -258,21 +257,21 @@ class Recall(RecallMemory, RecallTimes):
             return
         self.chosen_at, self.coming = now, None
         score, tokens = self._best(now, asked)
-        lag = settings.lag if asked is None and tokens != self.frame else 0
+        late = max(settings.lag, -(-archive.fetch_bytes(len(tokens)) // settings.step_bytes) - 1)
+        lag = late if asked is None and tokens != self.frame else 0
         if asked is not None:
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
-            self.until = max(now + settings.lag + settings.hold, self.until)
+            self.until = max(now + late + settings.hold, self.until)
         if not tokens and not (self.frame and (asked is not None or now >= self.until)):
             return
         cause = "question" if asked is not None else "gate" if tokens else "closed"
-        event = RecallEvent(now + lag, cause, score, self._spans(tokens))
         if lag:
             fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
-            self.coming = Coming(now + lag, tokens, event, fetched)
-        else:
-            self.events.append(event)
+            self.coming = Coming(now + lag, tokens, RecallEvent(now + lag, cause, score, self._spans(tokens)), fetched)
+        else:  # what the device needs comes first: the texts of the spans are decoded while it works
             self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device))
+            self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
@@ -295,21 +294,14 @@ class Recall(RecallMemory, RecallTimes):
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
             least=0.0 if asked is not None else settings.gate,
-            brief=asked is None and self._brief(now),
+            brief=asked is None and self.brief(now),
         )
-        scores = np.asarray(self.index.scores(query), dtype=np.float64)
-        blocks = query.blocks(chooser.block)
-        if scores.shape != (len(blocks),):
-            raise ValueError(
-                f"{type(chooser).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for"
-                " each block of the archive"
-            )
-        best = float(scores.max())
+        hits = self.index.hits(query, query.blocks(chooser.block))
+        best = hits.best
         if not query.asked and not best >= settings.gate:
             return best, []
         tokens = chosen_tokens(
-            scores,
-            blocks.start,
+            hits,
             chooser.block,
             held=range(archive.first, archive.end),
             budget=settings.slots,
@@ -323,9 +315,10 @@ class Recall(RecallMemory, RecallTimes):
         """Whether a turn or a sentence begins at a token of the archive."""
         archive = self.archive
         assert archive is not None, "something has left"
-        turn = bisect_left(self.turns, index)
-        if self.turns[turn : turn + 1] == [index]:
-            return True
+        if self.turns:
+            turn = bisect_left(self.turns, index)
+            if self.turns[turn : turn + 1] == [index]:
+                return True
         if self.borders is None or not archive.first < index <= archive.end:
             return False
         return self.borders[archive.ids[index - 1 - archive.first]]
@@ -333,7 +326,6 @@ class Recall(RecallMemory, RecallTimes):
     def _set_frame(self, ring: RecallRing, schedule: PruneSchedule, tokens: list[int], fetched: Fetched) -> None:
         if tokens == self.frame:
             return
-        device = ring.keys.device
         window = ring.live - ring.pinned
         limit = max(ring.live, self.target)
         drop = max(0, self.sink + len(tokens) + window - limit)
@@ -346,7 +338,7 @@ class Recall(RecallMemory, RecallTimes):
         if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
-        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1).to(device, non_blocking=True)
+        positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1)
         ring.recall(keys, values, positions, drop=drop, shift=shift)
         schedule.hold(ring.live)
         self.frame, self.recalls = tokens, self.recalls + bool(tokens)
@@ -356,7 +348,7 @@ class Recall(RecallMemory, RecallTimes):
         assert archive is not None, "something has left"
         spans = [Span(first, end) for first, end in runs(tokens)]
         if self.turns:
-            spans = [replace(s, turn=int(np.searchsorted(self.turns, s.first, side="right"))) for s in spans]
+            spans = [replace(s, turn=bisect_right(self.turns, s.first)) for s in spans]
         if self.decode is not None:
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]

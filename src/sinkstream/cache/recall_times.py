@@ -91,7 +91,7 @@ class RecallTimes:
         end : int
             The tokens before this one have left the window; the archive may lag behind.
         """
-        if self.archive is None or not self.settings.chooser.foresees or not self._brief(now):
+        if self.archive is None or not self.settings.chooser.foresees or not self.brief(now):
             return False
         self._index_until(end)
         return not self._score(now, end) >= self.settings.gate
@@ -114,9 +114,16 @@ class RecallTimes:
         empties = due and (self.question is not None or (coming is None and now >= self.until))
         every = self.settings.every if filled and not empties else self.settings.empty_every
         surely = every - now % every
-        return min(surely, self.settings.lag) if due and coming is None and self.settings.lag else surely
+        lag = self._least_lag() if due and coming is None else 0
+        return min(surely, lag) if lag else surely
 
-    def _brief(self, now: int) -> bool:
+    def _least_lag(self) -> int:
+        """Tokens from a choice to the frame that it sets, at least, if not at once; 0: surely at once."""
+        settings, archive = self.settings, self.archive
+        large = archive is not None and archive.fetch_bytes(settings.slots) > settings.step_bytes
+        return settings.lag or int(large)
+
+    def brief(self, now: int) -> bool:
         """Whether a choice before token `now`, without a question, is one of the many while nothing is recalled."""
         return self.question is None and now % self.settings.every != 0
 
@@ -181,9 +188,9 @@ class RecallTimes:
         seen = self.log.end
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
         least = self.settings.gate
-        brief = self._brief(now)
+        brief = self.brief(now)
         query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least, brief=brief)
-        return float(self.index.scores(query).max())
+        return self.index.hits(query, query.blocks(self.settings.chooser.block)).best
 
     def _index_until(self, end: int) -> None:
         """See `RecallMemory`."""

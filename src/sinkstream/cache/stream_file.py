@@ -27,7 +27,8 @@ from sinkstream.policies import EvictionPolicy, PruneSchedule
 from sinkstream.records.files import replaced_file
 
 FORMAT = 2
-PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream may have anew
+PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream has anew
+OF_MACHINE = (*PLACE_OF_ARCHIVE, "step_bytes")  # settings of recall that a loaded stream may have otherwise
 FRAMES = ("window", "fixed")  # where the pinned keys of a file lie: right before the window, or at positions 0, 1, …
 ROW_AXIS = {"logits": 0, "log_probs": 0, "seen_ids": 0, "seen_hash": 0}  # of all other tensors: 1
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -206,8 +207,8 @@ def check_fits(
 
 
 def _compared(recall: dict[str, Any] | None) -> dict[str, Any]:
-    """What recall must have in common; the place of the archive is the cache's own."""
-    return {"recall": None} if recall is None else {n: v for n, v in recall.items() if n not in PLACE_OF_ARCHIVE}
+    """What recall must have in common; what the machine says is the cache's own."""
+    return {"recall": None} if recall is None else {n: v for n, v in recall.items() if n not in OF_MACHINE}
 
 
 def check_tensors(

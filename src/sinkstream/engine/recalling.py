@@ -161,6 +161,8 @@ class StreamRecall:
         if not self.memory.due(self.counters.seen):
             return
         if self.counters.pruned and self.memory.chooses:  # before, nothing can come back, and no token need be known
+            if not self.memory.brief(self.counters.seen):  # what is known already need not wait for the latest token
+                self._archive(min(self.counters.first_window, self.memory.log.end))
             self._learn()
             if self.memory.quiet(self.counters.seen, self.counters.first_window):
                 return

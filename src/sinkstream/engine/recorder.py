@@ -78,7 +78,7 @@ class EarlyReader:
     def __init__(self, plan: torch.Tensor):
         self._device, self._stream = plan.device, torch.cuda.Stream(plan.device)
         self._host = torch.empty(plan.shape, dtype=plan.dtype, pin_memory=True)
-        self._due, self._arrived = torch.cuda.Event(), torch.cuda.Event()
+        self._due = torch.cuda.Event()
 
     def due(self) -> None:
         """Called when the rows are planned and before the step of the last one is launched."""
@@ -91,8 +91,7 @@ class EarlyReader:
             self._stream.wait_event(self._due)
             while True:
                 host.copy_(rows, non_blocking=True)
-                self._arrived.record()
-                self._arrived.synchronize()
+                self._stream.synchronize()
                 tokens = host[:, :, TOKEN].tolist()
                 if all(tokens[-1][s] >= 0 for s in active):
                     return tokens

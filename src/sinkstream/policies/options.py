@@ -47,8 +47,13 @@ def option_fields(cls: type) -> list[Field]:
     return [f for f in fields(cls) if "help" in f.metadata]
 
 
-def check_options(instance: Any) -> None:
+def check_options(instance: Any, prefix: str = "") -> None:
     """Check every declared option of a dataclass instance against its type, bounds and choices.
+
+    Parameters
+    ----------
+    prefix : str
+        Of the options' names as the user gives them.
 
     Raises
     ------
@@ -56,18 +61,23 @@ def check_options(instance: Any) -> None:
         Naming the option, the value and what is accepted.
     """
     for f in option_fields(type(instance)):
-        value, spec = getattr(instance, f.name), OptionSpec.of(f)
-        if value is None:
-            if f.default is not None:
-                raise ValueError(f"{f.name} must be given; accepted: {_accepted(f, spec)}")
-            continue
-        right_type = isinstance(value, spec.type) or (spec.type is float and isinstance(value, int))
-        if not right_type or (isinstance(value, bool) and spec.type is not bool):
-            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
-        low, high = f.metadata["minimum"], f.metadata["maximum"]
-        outside = (low is not None and not value >= low) or (high is not None and not value <= high)  # NaN is outside
-        if outside or (spec.choices is not None and value not in spec.choices):
-            raise ValueError(f"{f.name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+        check_option(f, getattr(instance, f.name), prefix)
+
+
+def check_option(f: Field, value: Any, prefix: str = "") -> None:
+    """Check the value of one declared option; as `check_options`."""
+    spec, name = OptionSpec.of(f), prefix + f.name
+    if value is None:
+        if f.default is not None:
+            raise ValueError(f"{name} must be given; accepted: {_accepted(f, spec)}")
+        return
+    right_type = isinstance(value, spec.type) or (spec.type is float and isinstance(value, int))
+    if not right_type or (isinstance(value, bool) and spec.type is not bool):
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+    low, high = f.metadata["minimum"], f.metadata["maximum"]
+    outside = (low is not None and not value >= low) or (high is not None and not value <= high)  # NaN is outside
+    if outside or (spec.choices is not None and value not in spec.choices):
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
 
 
 def _accepted(f: Field, spec: OptionSpec) -> str:

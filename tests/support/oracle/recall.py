@@ -29,6 +29,7 @@ class Recalled:
     distance: int | None = None
     empty_every: int = 1
     lag: int = 0  # tokens from a choice without a question to the frame
+    step_tokens: int = 1_000_000  # tokens that may come back at once; a larger frame comes later
 
 
 class RecallStream(Stream):
@@ -98,18 +99,19 @@ def run_recall(
                 coming = None
         elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
             wanted, coming = recaller(past, t, list(stream.archived), question), None
+            lag = max(options.lag, math.ceil(len(wanted or ()) / options.step_tokens) - 1)
             if question is not None:
                 until = kept = t + options.hold_asked
             elif wanted:
-                until = max(until, t + options.lag + options.hold)
-            if wanted and question is None and options.lag and wanted != stream.frame:
-                coming = (t + options.lag, wanted)
+                until = max(until, t + lag + options.hold)
+            if wanted and question is None and lag and wanted != stream.frame:
+                coming = (t + lag, wanted)
             elif wanted:
                 if wanted != stream.frame:
                     stream.set_frame(wanted, options.distance)
                 frames.append((t, list(wanted)))
-            elif stream.frame and question is None and t >= until and options.lag:
-                coming = (t + options.lag, [])
+            elif stream.frame and question is None and t >= until and lag:
+                coming = (t + lag, [])
             elif stream.frame and (question is not None or t >= until):
                 stream.set_frame([], options.distance)
                 frames.append((t, []))

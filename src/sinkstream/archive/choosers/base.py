@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -73,6 +73,25 @@ class Query:
         return range(self.first // block, -(-self.end // block))
 
 
+class Hits(NamedTuple):
+    """Blocks of the archive, and their scores.
+
+    Attributes
+    ----------
+    blocks : array, (hits,), integers
+        Numbers, ascending.
+    scores : array, (hits,), float64
+    """
+
+    blocks: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def best(self) -> float:
+        """The largest score; 0 without hits."""
+        return float(self.scores.max()) if len(self.scores) else 0.0
+
+
 class Index(ABC):
     """What a chooser remembers of one stream."""
 
@@ -89,6 +108,27 @@ class Index(ABC):
         1 is the level that 1 % of the queries of ordinary text reach: the gate opens at 1. A block of 0 or less is not
         brought back. Of a block below ``query.least`` the score may be any number below it.
         """
+
+    def hits(self, query: Query, blocks: range) -> Hits:
+        """As `scores`, without blocks of score 0; an index that looks at few of the blocks overrides this.
+
+        Parameters
+        ----------
+        blocks : range
+            ``query.blocks(block)``.
+
+        Raises
+        ------
+        ValueError
+            If there is not one score for each block.
+        """
+        scores = np.asarray(self.scores(query), dtype=np.float64)
+        if scores.shape != (len(blocks),):
+            raise ValueError(
+                f"{type(self).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for each"
+                " block of the archive"
+            )
+        return Hits(np.arange(blocks.start, blocks.stop), scores)
 
     def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
         """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""

@@ -19,30 +19,49 @@ SAME = 5e-3  # by how much the signature of a model may differ, relative: half p
 
 
 class HeadKeys:
-    """Unrotated keys of one head, every archived token's, on the device; they are joined when they are asked for."""
+    """Unrotated keys of one head, every archived token's, in a buffer on the device that grows by half when it is full.
+
+    So taking in a token costs as much late in a stream as early, and nothing is copied when the keys are asked for.
+    """
 
     def __init__(self) -> None:
         self.first: int | None = None
-        self._parts: list[torch.Tensor] = []
+        self._buffer: torch.Tensor | None = None
+        self._begin = self._end = 0  # rows of the buffer that are held
 
     def add(self, first: int, keys: torch.Tensor) -> None:
         """Keys ``(tokens, head_dim)`` of the tokens from `first` on."""
         self.first = first if self.first is None else self.first
-        self._parts.append(keys)
+        end = self._end + len(keys)
+        if self._buffer is None or end > len(self._buffer):
+            self._move(len(keys), keys)
+            end = self._end + len(keys)
+        assert self._buffer is not None, "it has been made"
+        self._buffer[self._end : end] = keys
+        self._end = end
 
     def read(self, first: int) -> torch.Tensor:
-        """Keys ``(tokens, head_dim)`` of the tokens from `first` on; those before are forgotten."""
-        assert self.first is not None, "something was added"
-        joined = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        joined = joined[first - self.first :] if first > self.first else joined
-        self.first, self._parts = first, [joined]
-        return joined
+        """Keys ``(tokens, head_dim)`` of the tokens from `first` on, a view; those before are forgotten."""
+        assert self.first is not None and self._buffer is not None, "something was added"
+        if first > self.first:
+            self._begin, self.first = self._begin + first - self.first, first
+        return self._buffer[self._begin : self._end]
 
     def copy(self) -> "HeadKeys":
-        """The same keys, to go on independently."""
+        """The same keys, to go on independently: a full buffer, so that the next keys go to another one."""
         other = HeadKeys()
-        other.first, other._parts = self.first, list(self._parts)
+        other.first, other._begin, other._end = self.first, self._begin, self._end
+        other._buffer = None if self._buffer is None else self._buffer[: self._end]
         return other
+
+    def _move(self, more: int, like: torch.Tensor) -> None:
+        """Go on in a new buffer, with room for so many more keys, and half as many again."""
+        held = self._end - self._begin
+        with torch.inference_mode(False):
+            buffer = torch.empty((held + more) * 3 // 2, like.shape[1], dtype=like.dtype, device=like.device)
+        if self._buffer is not None:
+            buffer[:held] = self._buffer[self._begin : self._end]
+        self._buffer, self._begin, self._end = buffer, 0, held
 
 
 def attention(query: Query, head: Head, keys: torch.Tensor) -> torch.Tensor:

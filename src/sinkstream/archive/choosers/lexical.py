@@ -10,42 +10,64 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Index, Query
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Hits, Index, Query
 from sinkstream.policies.options import option
 
 SATURATION = 1.2  # of the count of a term in a block, as in BM25
 FEW_BLOCKS = 2  # a term in so few blocks is rare, however small the archive is
 SWEPT = 4  # ids whose postings are looked through for every token that leaves the archive
 ROUNDING = 1e-6  # of a sum of scores, by which a bound is not missed
-NONE = np.zeros(0, dtype=np.int64)
+NONE = np.zeros(0, dtype=np.int32)
 
 
 class _Posting:
-    """Where one id stands: `places`, and the numbers of the blocks that they are in, each ascending.
+    """Where one id stands: `places`, the numbers of the blocks that they are in, and how many are in each, ascending.
 
-    `latest` of the places are in the last block; no block has ever had more than `most`.
+    No block has ever had more than `most`.
     """
 
-    __slots__ = ("blocks", "latest", "most", "places")
+    __slots__ = ("blocks", "counts", "most", "places")
 
     def __init__(self) -> None:
-        self.places, self.blocks = array("i"), array("i")
-        self.latest = self.most = 0
+        self.places, self.blocks, self.counts = array("i"), array("i"), array("i")
+        self.most = 0
+
+    def add(self, place: int, block: int) -> None:
+        """Note a place behind all others, and the number of its block."""
+        blocks, counts = self.blocks, self.counts
+        self.places.append(place)
+        if not blocks or blocks[-1] != block:
+            blocks.append(block)
+            counts.append(0)
+        counts[-1] += 1
+        if counts[-1] > self.most:
+            self.most = counts[-1]
+
+    def drop(self, before: int, block: int) -> None:
+        """Drop the places before this one; blocks of `block` tokens."""
+        del self.places[: bisect_left(self.places, before)]
+        gone = bisect_left(self.blocks, self.places[0] // block)
+        del self.blocks[:gone], self.counts[:gone]
+        self.counts[0] = bisect_left(self.places, (self.blocks[0] + 1) * block)
 
     def copy(self) -> "_Posting":
         """Places of its own."""
         other = _Posting()
-        other.places, other.blocks = self.places[:], self.blocks[:]
-        other.latest, other.most = self.latest, self.most
+        other.places, other.blocks, other.counts = self.places[:], self.blocks[:], self.counts[:]
+        other.most = self.most
         return other
 
 
 class _Term(NamedTuple):
-    """A term of the query in the archive: places `low` to `high` of its posting, blocks, inverse document frequency."""
+    """A term of the query: places `low` to `high` of its posting, which are in `blocks` blocks from block `first` on.
+
+    `idf` is its inverse document frequency in the archive.
+    """
 
     posting: _Posting
     low: int
     high: int
+    first: int
     blocks: int
     idf: float
 
@@ -54,13 +76,30 @@ class _Term(NamedTuple):
         """``(places,)``, int32, ascending; a view, which must be gone before tokens are added."""
         return np.frombuffer(self.posting.places, dtype=np.int32)[self.low : self.high]
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Numbers of the blocks, ``(blocks,)``, int32, ascending; a view, as `places`."""
+        return np.frombuffer(self.posting.blocks, dtype=np.int32)[self.first : self.first + self.blocks]
+
+    def counts(self, block: int) -> np.ndarray:
+        """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32; often a view."""
+        posting, last = self.posting, self.first + self.blocks - 1
+        counts = np.frombuffer(posting.counts, dtype=np.int32)[self.first : last + 1]
+        if self.low or self.high < len(posting.places):  # the archive holds a part of the first block, or of the last
+            behind = (posting.blocks[self.first] + 1) * block
+            counts = counts.copy()
+            counts[0] = bisect_left(posting.places, behind, self.low, self.high) - self.low
+            counts[-1] = self.high - bisect_left(posting.places, posting.blocks[last] * block, self.low, self.high)
+        return counts
+
 
 class LexicalIndex(Index):
     """Places of every token id, ascending.
 
-    A token costs as much late in a stream as early. Taking it in appends to two arrays, and giving it up lets a few ids
-    be looked through for places that are gone. A query looks at the postings of its rarest terms alone: without one of
-    them a block cannot reach ``query.least``, and of the others only those blocks are looked up.
+    A token costs as much late in a stream as early. Taking it in appends to three arrays, and giving it up lets a few
+    ids be looked through for places that are gone. A query looks at the postings of its rarest terms alone: without one
+    of them a block cannot reach ``query.least``, and of the others only those blocks are looked up. Of other blocks
+    nothing is written.
     """
 
     def __init__(self, chooser: "Lexical"):
@@ -77,14 +116,7 @@ class LexicalIndex(Index):
             posting = postings.get(token)
             if posting is None:
                 posting = postings[token] = _Posting()
-            posting.places.append(index)
-            number = index // block
-            if not posting.blocks or posting.blocks[-1] != number:
-                posting.blocks.append(number)
-                posting.latest = 0
-            posting.latest += 1
-            if posting.latest > posting.most:
-                posting.most = posting.latest
+            posting.add(index, index // block)
 
     def forget(self, before: int) -> None:
         """Drop places that are gone, of a few ids for every token that has left; the next calls come to the others."""
@@ -100,14 +132,21 @@ class LexicalIndex(Index):
                 self._trim(token, before)
 
     def _trim(self, token: int, before: int) -> None:
-        places, blocks = self.postings[token].places, self.postings[token].blocks
-        if places[-1] < before:
+        posting = self.postings[token]
+        if posting.places[-1] < before:
             del self.postings[token]
-        elif places[0] < before:
-            del places[: bisect_left(places, before)]
-            del blocks[: bisect_left(blocks, places[0] // self.chooser.block)]
+        elif posting.places[0] < before:
+            posting.drop(before, self.chooser.block)
 
     def scores(self, query: Query) -> np.ndarray:
+        """As `hits`; of the other blocks 0."""
+        blocks = query.blocks(self.chooser.block)
+        numbers, found = self.hits(query, blocks)
+        scores = np.zeros(len(blocks))
+        scores[numbers - blocks.start] = found
+        return scores
+
+    def hits(self, query: Query, blocks: range) -> Hits:
         """The largest of three scores of a block, each in units of its own level: shared terms, words in a row, a run.
 
         Shared terms: the sum over the rare terms of the query of idf to a power, times their saturated count in the
@@ -115,31 +154,31 @@ class LexicalIndex(Index):
         from each other as in the query; it counts for the block in which the text would go on. A run: the same, but
         without a gap, and common terms count too. A brief query is answered by runs alone.
         """
-        chooser, blocks = self.chooser, query.blocks(self.chooser.block)
-        found, total = np.zeros(len(blocks)), len(blocks)
+        chooser, total, found = self.chooser, len(blocks), list[Hits]()
         once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
         if not query.asked:
             level = chooser.run_level * once
-            self._note(found, query, *self._runs(query, total, query.least * level), level)
+            found.append(self._blocks(query, self._runs(query, total, query.least * level), level))
         if query.brief:
-            return found
+            return _best(found)
         terms = {token: term for token in dict.fromkeys(query.ids) if (term := self._term(token, query, total))}
         most = max(FEW_BLOCKS, chooser.rare * total)
         level = chooser.level * once**chooser.idf_power
         numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
-        np.maximum.at(found, numbers - blocks.start, score / level)
+        found.append(Hits(numbers, score / level))
         if not query.asked:
             most, level = max(FEW_BLOCKS, chooser.row_rare * total), chooser.row_level * once
             latest = reversed(query.ids[max(0, len(query.ids) - chooser.row_tokens) :])
             row = [(terms[token], back) for back, token in enumerate(latest, 1) if token in terms]
-            goes_on, score = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
-            self._note(found, query, goes_on, score, level)
-        return found
+            goes_on = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
+            found.append(self._blocks(query, goes_on, level))
+        return _best(found)
 
-    def _note(self, found: np.ndarray, query: Query, goes_on: np.ndarray, score: np.ndarray, level: float) -> None:
-        """Put scores of places at which the text would go on into those of their blocks."""
-        inside, block = goes_on < query.end, self.chooser.block
-        np.maximum.at(found, goes_on[inside] // block - query.first // block, score[inside] / level)
+    def _blocks(self, query: Query, found: tuple[np.ndarray, np.ndarray], level: float) -> Hits:
+        """The blocks of ascending places at which the text would go on, and their scores in units of a level."""
+        goes_on, score = found
+        inside = int(goes_on.searchsorted(query.end))
+        return Hits(goes_on[:inside] // self.chooser.block, score[:inside] / level)
 
     def _runs(self, query: Query, total: int, needed: float) -> tuple[np.ndarray, np.ndarray]:
         """Where the latest tokens stand without a gap: the places at which the text goes on, and the sums of idf.
@@ -159,11 +198,10 @@ class LexicalIndex(Index):
                 break
         if not held or sure < needed - ROUNDING:
             return NONE, NONE
-        rarest = min(range(len(held)), key=lambda i: held[i].high - held[i].low)
-        goes_on = held[rarest].places.astype(np.int64) + rarest + 1
-        for back, term in enumerate(held, 1):
-            if back != rarest + 1:
-                goes_on = goes_on[_stands(term, goes_on - back)]
+        fewest = sorted(range(len(held)), key=lambda i: held[i].high - held[i].low)
+        goes_on = held[fewest[0]].places + np.int32(fewest[0] + 1)
+        for i in fewest[1:]:
+            goes_on = goes_on[_stands(held[i], goes_on - np.int32(i + 1))]
             if not len(goes_on):
                 return NONE, NONE
         score, going = np.full(len(goes_on), sure), np.ones(len(goes_on), dtype=bool)
@@ -171,7 +209,7 @@ class LexicalIndex(Index):
             term = self._term(token, query, total)
             if term is None:
                 break
-            going &= _stands(term, goes_on - back)
+            going &= _stands(term, goes_on - np.int32(back))
             if not going.any():
                 break
             score[going] += term.idf
@@ -182,13 +220,15 @@ class LexicalIndex(Index):
         posting = self.postings.get(token)
         if posting is None:
             return None
-        places, block = posting.places, self.chooser.block
-        low, high = bisect_left(places, query.first), bisect_left(places, query.end)
-        if low == high:
-            return None
-        first = bisect_left(posting.blocks, places[low] // block)
-        blocks = bisect_left(posting.blocks, places[high - 1] // block, first) + 1 - first
-        return _Term(posting, low, high, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
+        places, numbers, low, high = posting.places, posting.blocks, 0, len(posting.places)
+        first, blocks = 0, len(numbers)
+        if places[0] < query.first or places[-1] >= query.end:
+            low, high = bisect_left(places, query.first), bisect_left(places, query.end)
+            if low == high:
+                return None
+            first = bisect_left(numbers, places[low] // self.chooser.block)
+            blocks = bisect_left(numbers, places[high - 1] // self.chooser.block, first) + 1 - first
+        return _Term(posting, low, high, first, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
 
     def _shared(self, terms: list[_Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
         """Blocks that can reach `needed` by the terms that they share with the query: numbers and scores."""
@@ -197,19 +237,20 @@ class LexicalIndex(Index):
         order, rare = _rarest(bounds, needed)
         if not rare:
             return NONE, NONE
-        weights = np.array([terms[i].idf ** power for i in order])
-        keys = [terms[i].places // block * np.int64(rare) + n for n, i in enumerate(order[:rare])]
-        pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
-        numbers, score = _sums(pairs // rare, weights[pairs % rare] * _saturated(counts))
+        rarest, weights = [terms[i] for i in order[:rare]], [terms[i].idf ** power for i in order]
+        counts = np.concatenate([term.counts(block) for term in rarest])
+        weight = np.repeat(weights[:rare], [term.blocks for term in rarest])
+        numbers, score = _each([term.numbers for term in rarest], weight * _saturated(counts), np.add)
         rest = sum(bounds[i] for i in order[rare:])
         for n, i in enumerate(order[rare:], rare):
             numbers, score = _able(numbers, score, needed - rest)
             if not len(numbers):
                 break
-            places, begin = terms[i].places, (numbers * block).astype(np.int32)  # a search converts neither
-            score += weights[n] * _saturated(places.searchsorted(begin + np.int32(block)) - places.searchsorted(begin))
+            held, place = terms[i].numbers, terms[i].numbers.searchsorted(numbers)
+            there = held.take(place, mode="clip") == numbers
+            score += weights[n] * _saturated(terms[i].counts(block).take(place, mode="clip") * there)
             rest -= bounds[i]
-        return numbers, score
+        return _able(numbers, score, needed)
 
     def copy(self) -> Self:
         """Places of its own."""
@@ -247,23 +288,25 @@ def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, 
     order, rare = _rarest([term.idf for term, _ in row], needed)
     if not rare:
         return NONE, NONE
-    keys = [(row[i][0].places + row[i][1]) * np.int64(rare) + n for n, i in enumerate(order[:rare])]
-    pairs, weights = np.sort(np.concatenate(keys)), np.array([row[i][0].idf for i in order])
-    goes_on, score = _sums(pairs // rare, weights[pairs % rare])
+    rarest = [row[i] for i in order[:rare]]
+    weight = np.repeat([term.idf for term, _ in rarest], [term.high - term.low for term, _ in rarest])
+    goes_on, score = _each([term.places + np.int32(back) for term, back in rarest], weight, np.add)
     rest = sum(row[i][0].idf for i in order[rare:])
     for term, back in (row[i] for i in order[rare:]):
         goes_on, score = _able(goes_on, score, needed - rest)
         if not len(goes_on):
             break
-        score += term.idf * _stands(term, goes_on - back)
+        score += term.idf * _stands(term, goes_on - np.int32(back))
         rest -= term.idf
-    return goes_on, score
+    return _able(goes_on, score, needed)
 
 
 def _stands(term: _Term, indices: np.ndarray) -> np.ndarray:
-    """Whether a term stands at each index of the archive: ``(indices,)``, bool."""
-    places, wanted = term.places, indices.astype(np.int32)  # a search converts neither
-    return places[np.minimum(places.searchsorted(wanted), len(places) - 1)] == wanted
+    """Whether a term stands at each index of the archive: ``(indices,)``, bool; of indices in int32."""
+    places = term.places
+    return (
+        places.take(places.searchsorted(indices), mode="clip") == indices
+    )  # both are int32: a search converts neither
 
 
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -272,10 +315,20 @@ def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.nda
     return numbers[able], score[able]
 
 
-def _sums(numbers: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each of the ascending numbers once, and the sum of its weights."""
-    first = np.flatnonzero(np.diff(numbers, prepend=-1))
-    return numbers[first], np.add.reduceat(weights, first)
+def _best(found: list[Hits]) -> Hits:
+    """Each block once, ascending, and the largest of its scores."""
+    return _each([hits.blocks for hits in found], np.concatenate([hits.scores for hits in found]), np.maximum)
+
+
+def _each(numbers: list[np.ndarray], values: np.ndarray, reduce: np.ufunc) -> Hits:
+    """Each number of several ascending lists once, ascending, and its values, which are reduced list by list."""
+    joined = np.concatenate(numbers)
+    if not len(joined):
+        return Hits(NONE, values)
+    order = joined.argsort(kind="stable")
+    joined = joined[order]
+    first = np.concatenate([[0], np.flatnonzero(joined[1:] != joined[:-1]) + 1])
+    return Hits(joined[first], reduce.reduceat(values[order], first))
 
 
 @CHOOSERS.register("lexical")

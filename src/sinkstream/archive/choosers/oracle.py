@@ -50,10 +50,10 @@ class Oracle(Chooser):
         try:
             told = tuple(tuple(int(n) for n in row) for row in self.told)
         except (TypeError, ValueError):
-            raise ValueError(f"told={self.told!r} is not accepted; accepted: rows of {TOLD}") from None
+            raise ValueError(f"recall_told={self.told!r} is not accepted; accepted: rows of {TOLD}") from None
         wrong = next((row for row in told if len(row) != 4 or row[0] >= row[1] or not 0 <= row[2] < row[3]), None)
         if wrong is not None:
-            raise ValueError(f"told row {wrong} is not accepted; accepted: {TOLD}")
+            raise ValueError(f"recall_told row {wrong} is not accepted; accepted: {TOLD}")
         object.__setattr__(self, "told", told)
 
     def wanted(self, begin: int, end: int, query: Query) -> bool:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.decoders import Decoder
 from sinkstream.measure.memory import held_mb
-from sinkstream.measure.timing import distribution, timed
+from sinkstream.measure.timing import TokenClock, distribution
 from sinkstream.studies.facts.asking import Answer, Asking, Exam, Question, Report
 from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.run import ExamBatch
@@ -39,7 +39,10 @@ class ReplyRecord(AnswersRecord):
 
     @property
     def windows(self) -> list[dict[str, Any]]:
-        """Timed windows, the earliest first: first token, tokens, mean, p50, p90 and p99 in milliseconds a token."""
+        """Timed windows, the earliest first: first token, tokens, mean, p50, p90 and p99 in milliseconds a token.
+
+        Where they were counted, also ``frames``: how many recall set in the window; None without recall.
+        """
         return self.summary["windows"]
 
     @property
@@ -146,6 +149,7 @@ class Replying(Asking):
         super().__init__(*args)
         self.design = design
         self.seconds: dict[int, list[float]] = {window.start: [] for window in design.windows}
+        self.frames: dict[int, int | None] = dict.fromkeys(self.seconds)  # that were set in each timed window
         self.samples: list[dict[str, Any]] = []
         self._every = max(1, design.tokens // SAMPLES)
 
@@ -160,13 +164,20 @@ class Replying(Asking):
         for window in self.design.windows:
             if self.done <= window.start < end:
                 yield from super()._read(decoder, ids, window.start)
-                while self.done < window.stop:
-                    token = ids[self.done : self.done + 1]
-                    _, seconds = timed(decoder.step, token, device=ids.device)
-                    self.seconds[window.start].append(seconds)
-                    self.done += 1
+                self._decode(decoder, ids, window)
                 yield
         yield from super()._read(decoder, ids, end)
+
+    def _decode(self, decoder: Decoder, ids: torch.Tensor, window: range) -> None:
+        """Time the tokens of a window one by one, as the benchmark does: the host does not wait between them."""
+        clock, before = TokenClock(ids.device), _frames(decoder)
+        clock.start()
+        for token in ids[window.start : window.stop].split(1):
+            decoder.step(token)
+            clock.tick()
+        self.done = window.stop
+        self.seconds[window.start] = clock.seconds().tolist()
+        self.frames[window.start] = None if before is None else (_frames(decoder) or 0) - before
 
     def _sample(self, decoder: Decoder) -> dict[str, Any]:
         counts = decoder.counts()
@@ -177,10 +188,20 @@ class Replying(Asking):
     def summary(self) -> dict[str, Any]:
         """The timed windows and the readings of memory."""
         windows = [
-            {"first": first, "tokens": len(seconds), **distribution(1e3 * np.array(seconds))}
+            {
+                "first": first,
+                "tokens": len(seconds),
+                "frames": self.frames[first],
+                **distribution(1e3 * np.array(seconds)),
+            }
             for first, seconds in self.seconds.items()
         ]
         return {"windows": windows, "samples": self.samples}
+
+
+def _frames(decoder: Decoder) -> int | None:
+    """How many frames recall has set so far, emptied ones included; None without recall."""
+    return None if decoder.frames is None else len(decoder.frames.tokens)
 
 
 @dataclass

@@ -30,21 +30,24 @@ def reply_table(records: Sequence[ReplyRecord], title: str | None = None) -> Tab
         cells = [accuracy_text(accuracy(answers)), *shares, held_text(answers, everything)]
         rows.append([record.label, *cells, *_times(record), _bytes(first, last), _host_bytes(last)])
     bands_named = [*(f"up to {band:g} ×" for band in BANDS), "beyond"]
-    header = ["Policy", "Right answers", *bands_named, "Brought back", "TPOT first / last (ms)", "ratio"]
+    header = ["Policy", "Right answers", *bands_named, "Brought back", "TPOT first / last (ms)"]
+    header += ["ratio of means; of medians", "Frames set first / last"]
     return Table([*header, "Cache first / last (MiB)", "Archive (bytes a token)"], rows, title, [footnote(records)])
 
 
-def tpot_ratio(record: ReplyRecord) -> float | None:
-    """Mean time a token in the last timed window over that in the first; None without both."""
-    windows = [window["mean"] for window in record.windows]
+def tpot_ratio(record: ReplyRecord, figure: str = "mean") -> float | None:
+    """Mean time a token in the last timed window over that in the first, or the median ("p50"); None without both."""
+    windows = [window[figure] for window in record.windows]
     return windows[-1] / windows[0] if len(windows) > 1 and None not in (windows[0], windows[-1]) else None
 
 
 def _times(record: ReplyRecord) -> list[str]:
-    ratio = tpot_ratio(record)
-    if ratio is None:
-        return [EMPTY, EMPTY]
-    return [f"{record.windows[0]['mean']:.2f} / {record.windows[-1]['mean']:.2f}", f"{ratio:.3f}"]
+    ratio, median = tpot_ratio(record), tpot_ratio(record, "p50")
+    if ratio is None or median is None:
+        return [EMPTY, EMPTY, EMPTY]
+    first, last = record.windows[0], record.windows[-1]
+    frames = EMPTY if first.get("frames") is None else f"{first['frames']} / {last['frames']}"
+    return [f"{first['mean']:.2f} / {last['mean']:.2f}", f"{ratio:.3f}; {median:.3f}", frames]
 
 
 def _bytes(first: dict, last: dict) -> str:
@@ -68,7 +71,8 @@ def footnote(records: Sequence[ReplyRecord]) -> str:
         f"One reply of {data['tokens']:,} tokens ({data['source']}), given and not drawn; each fact is said once and"
         f" asked once, at a distance of {protocol['cap']:,} tokens (the cap) or more. Right answers: the likeliest of"
         " ten, with the 95 % Wilson interval, by the distance in multiples of the cap. TPOT: mean of"
-        f" {tokens:,} tokens decoded one by one, after {windows[0]['first'] if windows else 0:,} tokens and at the end."
+        f" {tokens:,} tokens decoded one by one, after {windows[0]['first'] if windows else 0:,} tokens and at the end;"
+        " frames: how often recalled tokens were exchanged meanwhile."
     )
 
 
