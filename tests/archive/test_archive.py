@@ -56,6 +56,26 @@ def test_what_goes_in_comes_out_and_the_oldest_is_lost_first(at_once):
         archive.read([5], torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind", ["kv", "kv and a file", "text", "text of a few tokens"])
+@pytest.mark.parametrize("at_once", [1, 7, 200])
+def test_what_will_be_lost_is_known_before(kind, at_once, tmp_path):
+    def archive(name):
+        if kind.startswith("text"):
+            return TextArchive(4, sinks=[], reread=entries, budget_bytes=5_000 if kind == "text" else 40)
+        file = BlockFile(tmp_path / name, 2 * BLOCK_BYTES, BLOCK_SHAPE, torch.float32) if "file" in kind else None
+        return KVArchive(4, budget_bytes=BLOCK_BYTES, file=file)
+
+    before, after = archive("before"), archive("after")
+    fill(before, 150)
+    ends = [before.end + more for more in (0, 1, 63, 64, 150, 1_150, 2_500)]
+    foreseen = [before.first_after(end - before.end) for end in ends]
+    fill(after, 150)
+    for end, first in zip(ends, foreseen, strict=True):
+        fill(after, end, at_once)
+        assert after.first == first and after.first_after(0) == first
+    assert foreseen[-1] > foreseen[0]
+
+
 def test_a_fork_goes_on_by_itself():
     archive = KVArchive(0, budget_bytes=10 * BLOCK_BYTES)
     fill(archive, 100)

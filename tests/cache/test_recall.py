@@ -86,12 +86,14 @@ def test_forty_choices_of_a_long_stream_agree():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_announced_tokens_are_fed_up_to_the_next_choice_that_changes_something(policy):
     model, ids, options = build("llama"), repetitive(480), {"recall": "lexical", **SMALL, **WORDS}
+    options["recall_bytes"] = 128 * token_bytes(model)  # from token 250 on the archive loses its oldest
     ids[320:460] = torch.arange(140) % 97  # nothing is found for a while
     step = StreamingCache.for_model(model, **POLICIES[policy], **options)
     wanted = feed(model, step, ids[None])
     cache = StreamingCache.for_model(model, **POLICIES[policy], **options)
     found, forwards = foreseen(model, cache, ids[None])
     assert frames_of(cache) == frames_of(step) and worst(found, wanted) < 2e-5
+    assert cache.stats()["archive_lost"] == step.stats()["archive_lost"] > 0
     assert forwards < len(ids) / 4, "while nothing is recalled, there is a choice before every token"
     cache.announce(ids[None])
     with pytest.raises(ValueError, match="other tokens came than were announced"):

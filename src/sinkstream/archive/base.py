@@ -50,8 +50,8 @@ class Archive(ABC):
         return 0
 
     @abstractmethod
-    def room(self) -> int:
-        """How many tokens it takes in before it loses one, at least."""
+    def first_after(self, tokens: int) -> int:
+        """What `first` is once so many more tokens have been taken in, in whatever pieces."""
 
     @abstractmethod
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:

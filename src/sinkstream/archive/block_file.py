@@ -63,6 +63,11 @@ class BlockFile:
         self._checksums = [0] * slots
         self._written = 0
 
+    @property
+    def slots(self) -> int:
+        """How many blocks it holds."""
+        return len(self._map)
+
     def append(self, block: torch.Tensor) -> bool:
         """Write a block; returns whether the oldest one was overwritten. Raises ValueError if the file was cut."""
         data = block.contiguous().view(torch.uint8).flatten().numpy()

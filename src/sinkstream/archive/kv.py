@@ -180,10 +180,12 @@ class KVArchive(Archive):
         """As `Archive.fetch_bytes`."""
         return tokens * self._token_bytes
 
-    def room(self) -> int:
-        """As `Archive.room`; of host memory alone, once a block has been kept."""
-        blocks = self.budget_bytes // self._block_bytes - len(self._blocks) if self._block_bytes else 0
-        return max(0, blocks * BLOCK - sum(t.shape[3] for t in self._latest))
+    def first_after(self, tokens: int) -> int:
+        """As `Archive.first_after`."""
+        waiting = sum(t.shape[3] for t in self._latest)
+        blocks = self._in_file + len(self._blocks) + (waiting + tokens) // BLOCK
+        held = self.budget_bytes // (self._token_bytes * BLOCK) + (0 if self.file is None else self.file.slots)
+        return self.first + max(0, blocks - held) * BLOCK
 
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """As `Archive.append`. Raises WriteError if the file cannot be written."""

@@ -44,17 +44,18 @@ class TextArchive(Archive):
         """Of the ids."""
         return len(self.ids) * BYTES
 
-    def room(self) -> int:
-        """As `Archive.room`."""
-        return max(0, self.budget_bytes // BYTES - len(self.ids))
+    def first_after(self, tokens: int) -> int:
+        """As `Archive.first_after`."""
+        most = self.budget_bytes // BYTES
+        lost_at_once = min(LOST_AT_ONCE, most + 1)
+        over = max(0, len(self.ids) + tokens - most)
+        return self.first + -(-over // lost_at_once) * lost_at_once
 
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """As `Archive.append`; keys and values are let go."""
         self.ids.extend(ids)
         self.end += len(ids)
-        over = len(self.ids) - self.budget_bytes // BYTES
-        if over > 0:
-            self._lose(min(len(self.ids), max(over, LOST_AT_ONCE)))
+        self._lose(self.first_after(0) - self.first)
 
     def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`, by one forward of the sinks and the tokens."""

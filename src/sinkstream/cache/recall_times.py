@@ -178,7 +178,7 @@ class RecallTimes:
         first, coming = self._coming
         known = first + len(coming) - schedule.seen if first <= schedule.seen else 0
         window = schedule.cached - self.sink - len(self.frame)
-        return min(known, window // 2, self.archive.room())
+        return min(known, window // 2)
 
     def _score(self, now: int, end: int) -> float:
         """Of the best block, at a choice that is to come before token `now`, when the tokens before `end` have left."""
@@ -189,7 +189,10 @@ class RecallTimes:
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
         least = self.settings.gate
         brief = self.brief(now)
-        query = Query(now=now, ids=ids, asked=False, first=archive.first, end=end, least=least, brief=brief)
+        held_from = archive.first_after(max(0, end - archive.end))
+        if held_from >= end:
+            return 0.0
+        query = Query(now=now, ids=ids, asked=False, first=held_from, end=end, least=least, brief=brief)
         return self.index.hits(query, query.blocks(self.settings.chooser.block)).best
 
     def _index_until(self, end: int) -> None:
