@@ -553,14 +553,19 @@ def test_policies_over_strict_are_the_worse_of_two_shapes(tmp_path):
     assert render_bench(tmp_path)["bench-policies"] == NONE_YET, "only two that took turns with nobody else"
 
 
-def plant_recall(folder, archive, gate_open=0.03):
+def plant_recall(folder, archive, gate_open=0.03, slow=1.0, **options):
     """Strict with and without recall, which took turns on each of two shapes."""
     for model, dtype, tpot_ms in (("random:pythia-2.8b", "float16", 2.02), ("random:llama-3.2-1b", "bfloat16", 1.0)):
-        kind, name = archive or ("text" if "pythia" in model else "kv"), f"{archive}-{gate_open}-{dtype}"
+        kind, name = (
+            archive or ("text" if "pythia" in model else "kv"),
+            f"{archive}-{gate_open}-{dtype}{''.join(options)}",
+        )
         more = {"model": model, "dtype": dtype, "turn": name, "chunks": 200, "p99_over_p50": tpot_ms}
         strict = make_bench_record(name, policy="strict", tpot_ms=tpot_ms / 1.01, **more)
-        recall = make_bench_record(f"{name}-recall", policy=f"strict {kind}", tpot_ms=tpot_ms, **more)
-        recall["policy"]["options"] = {"recall": "lexical", **({} if kind == "kv" else {"recall_archive": kind})}
+        recall = make_bench_record(f"{name}-recall", policy=f"strict {kind}", tpot_ms=slow * tpot_ms, **more)
+        recall["policy"]["options"] = (
+            options | {"recall": "lexical"} | ({} if kind == "kv" else {"recall_archive": kind})
+        )
         recall["recall"] = {"gate_open": gate_open}
         for record in (strict, recall):
             BenchRecord.write(record, folder)
@@ -573,6 +578,7 @@ def test_recall_over_strict_is_the_worse_of_two_shapes_with_the_gate_live(tmp_pa
         write_summary(tmp_path).missing
     )
     plant_recall(tmp_path, None)
+    plant_recall(tmp_path, None, slow=1.5, recall_lag=2)  # newer, and not what recall does by default
     found = write_summary(tmp_path).headlines
     assert found["recall.tpot_over_strict"]["value"] == pytest.approx(1.01)
     assert found["recall.p99_over_p50"] == {"value": 2.02, "record": "None-0.03-float16-recall"}
