@@ -424,7 +424,7 @@ def test_existing_directory_wins_over_a_hub_id(tmp_path, monkeypatch):
         ("random:pythia-3b", {}, "unknown random shape 'random:pythia-3b'; accepted: random:pythia-14m, "),
         ("random:", {}, "unknown random shape 'random:'"),
         ("random:pythia-14m", {"dtype": torch.int8}, "dtype torch.int8 cannot hold weights"),
-        ("random:pythia-14m", {"seed": -1}, "seed -1 is negative"),
+        ("random:pythia-14m", {"seed": -1}, "seed=-1 is not accepted; accepted: 0 to"),
     ],
 )
 def test_bad_option_is_named(spec, options, message):

@@ -172,7 +172,8 @@ def test_an_address_that_does_not_answer_is_said_in_seconds(tmp_path, capsys):
 )
 def test_wrong_options_are_refused(tmp_path, capsys, given, words):
     device = [] if "--device" in given else ["--device", "cpu"]
-    assert main(["serve", "--ray", "--port", "0", "--spill", str(tmp_path), *device, *given]) == 2
+    spill = [] if "--no-spill" in given else ["--spill", str(tmp_path)]
+    assert main(["serve", "--ray", "--port", "0", *spill, *device, *given]) == 2
     assert words in capsys.readouterr().err
 
 
