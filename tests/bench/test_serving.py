@@ -221,6 +221,10 @@ def test_a_record_lacks_no_figure(tmp_path):
     [
         (["--serve", "dance"], "'dance' is no part; accepted: turns, overhead, sessions, soak, restart"),
         (["--serve", "turns", "--turns", "1"], "--turns 1 with --serve; accepted: at least 4"),
+        (
+            ["--serve", "soak", "--soak-seconds", "nan"],
+            "--soak-seconds: 'nan' is not accepted; accepted: a finite number",
+        ),
         (["--serve", "turns", "--streams", "1,2"], "--serve times one stream and does not take --streams"),
     ],
 )

@@ -320,7 +320,7 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"policy": "strikt"}, "", r"policy 'strikt' is not known \(did you mean 'strict'\?\); accepted: full"),
     ({"policy": "lazy:compres_every=3"}, "", r"\(did you mean 'compress_every'\?\); accepted: OPTION=VALUE"),
     ({"policy": "strict:recall=lexcal"}, "", r"unknown chooser 'lexcal' \(did you mean 'lexical'\?\); accepted"),
-    ({"policy": "strict:recall=lexical:recall_gate=nan"}, "", "gate=nan is not accepted; accepted: a number"),
+    ({"policy": "strict:recall=lexical:recall_gate=nan"}, "", "'recall_gate=nan' in .*accepted: a finite number"),
     ({"policy": "strict,lazy", "cap": 35}, "", "policy 'lazy': cap=35 is too small"),
     ({"policy": "strict:evict=turns"}, "", "sink and window only, and compress_every=1 is given; accepted: without"),
     ({"text": ""}, "", "the text is empty; accepted: builtin, pg19, wikitext, or a file"),
@@ -462,7 +462,10 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("verdict --criteria binary.txt", "sinkstream verdict: error: binary.txt: not in UTF-8: byte 0 is invalid"),
         ("demo --out text.txt", "sinkstream demo: error: --out text.txt: cannot be written: File exists"),
         ("probe-heads nosuch", "sinkstream probe-heads: error: model 'nosuch' is neither here nor"),
-        ("bench --tokens 8 --seconds nan", "sinkstream bench: error: seconds=nan is not accepted; accepted: a number"),
+        (
+            "bench --seconds -1",
+            "sinkstream bench: error: seconds=-1.0 is not accepted; accepted: a finite number above 0",
+        ),
         ("bench --cap 0", "sinkstream bench: error: --cap 0 is not accepted; accepted: whole numbers of at least 1"),
         ("bench --streams 2,0", "sinkstream bench: error: --streams 2,0 is not accepted; accepted: whole numbers"),
         ("bench --prefill ''", "sinkstream bench: error: --prefill '' is not accepted; accepted: whole numbers"),
@@ -475,7 +478,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ),
         ("chat --url ''", "sinkstream chat: error: --url '' is not accepted; accepted: an address"),
         ("chat --remote-model x", "sinkstream chat: error: --remote-model x goes with --url, which is not given"),
-        ("chat --temperature nan", "sinkstream chat: error: --temperature nan is not accepted; accepted: a number"),
+        ("chat --temperature -1", "sinkstream chat: error: --temperature -1.0 is not accepted; accepted: a number"),
         ("matrix m.toml --gpus-per-point 1", "sinkstream matrix: error: --gpus-per-point 1.0 goes with --ray"),
     ],
 )
@@ -484,6 +487,18 @@ def test_mistakes_of_the_other_commands(cli, here, monkeypatch, line, message):
     done = cli(line)
     assert done.code == 2
     assert re.fullmatch(message + ".*\n", done.err), done.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_number_with_a_fraction_is_nan_or_infinite(cli, here, command):
+    parser = build_parser()._subparsers._group_actions[0].choices[command].load()
+    for action in parser._actions:
+        if action.type in (float, "float") or "RATIO" in str(action.metavar):
+            option = action.option_strings[0]
+            for typed in ("nan", "inf", "-inf"):
+                done = cli(f"{command} {option}={typed}")
+                assert done.code == 2
+                assert f"argument {option}: '{typed}' is not accepted; accepted: a finite number" in done.err
 
 
 # ---- runs that end early ----

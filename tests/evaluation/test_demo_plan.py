@@ -203,9 +203,9 @@ def test_what_would_be_too_late_is_left_out_and_resumed(demo, monkeypatch):
     [
         ("--seconds 0", "--seconds 0 is not accepted; accepted: a number above 0"),
         ("--seconds -3", "--seconds -3 is not accepted"),
-        ("--seconds nan", "--seconds nan is not accepted"),
-        ("--seconds inf", "--seconds inf is not accepted"),
-        ("--seconds soon", "argument --seconds: 'soon' is not accepted; accepted: a number"),
+        ("--seconds nan", "argument --seconds: 'nan' is not accepted; accepted: a finite number"),
+        ("--seconds inf", "argument --seconds: 'inf' is not accepted"),
+        ("--seconds soon", "argument --seconds: 'soon' is not accepted; accepted: a finite number"),
         ("--seconds 9 --tokens 300", "argument --tokens: not allowed with argument --seconds"),
         ("--cap 7000", "the text has 6144 tokens and 7000 of them are prefill"),
         ("--sample-every 0", "sample_every=0 is not accepted"),

@@ -60,9 +60,10 @@ REFUSED = [
     ({"cap": 99, "adaptive": "top1", "adaptive_max": 8}, "adaptive_min <= adaptive_every <= adaptive_max"),
     (
         {"cap": 99, "adaptive": "top1", "adaptive_quantile": 0.2},
-        r"adaptive_quantile=0\.2 .*a number from 0\.5 to 0\.99",
+        r"adaptive_quantile=0\.2 .*a finite number from 0\.5 to 0\.99",
     ),
     ({"cap": 99, "adaptive": "top1", "adaptive_quantile": float("nan")}, "adaptive_quantile=nan is not accepted"),
+    ({"cap": 99, "adaptive": "top1", "adaptive_smoothing": float("inf")}, "smoothing=inf .*a finite number from 0"),
     ({"cap": 99, "adaptive": "top1", "adaptive_smoothing": 1}, "adaptive_smoothing=1 is not accepted"),
 ]
 

@@ -240,7 +240,7 @@ def test_the_command_runs_the_grid_and_takes_it_apart(here, capsys):
     [
         ({"tokens": 1200}, "has 1200 tokens .*fills 1087 of them; accepted: at least 1600 tokens"),
         ({"tokens": 9000}, "too short: it has 4000 tokens"),
-        ({"caps": "1,x"}, "--caps: '1,x' is not accepted; accepted: a number, or several"),
+        ({"caps": "1,x"}, "--caps: '1,x' is not accepted; accepted: a finite number, or several"),
         ({"compress-every": "2.5"}, "--compress-every: '2.5' is not accepted; accepted: a whole number"),
         ({"compress-every": "1"}, "compress_every=1 is not accepted"),
         ({"positions": "nosuch"}, "--positions: invalid choice: 'nosuch'"),

@@ -1,5 +1,6 @@
 """Configurations and protocol of the benchmark, and the arithmetic of the byte floor."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,8 +52,8 @@ class Protocol:
             raise ValueError(f"tokens={self.tokens} is not accepted; accepted: a whole number of at least 2")
         if self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is not accepted; accepted: a whole number of at least 1")
-        if self.seconds is not None and not self.seconds > 0:  # NaN is refused too
-            raise ValueError(f"seconds={self.seconds} is not accepted; accepted: a number above 0")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds={self.seconds} is not accepted; accepted: a finite number above 0")
 
     @property
     def chunk_tokens(self) -> int:

@@ -4,6 +4,7 @@ A user's mistake ends with one message on stderr and exit code 2, an interrupt w
 """
 
 import argparse
+import math
 import os
 import sys
 import textwrap
@@ -38,14 +39,26 @@ COMMANDS = {
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def _number(kind: type[int] | type[float], words: str) -> Callable[[str], int | float]:
-    """A parser of one number, for an option's ``type``; `words` say what is accepted."""
+#: Kind of a number on the command line -> what is accepted.
+NUMBERS = {int: "a whole number", float: "a finite number"}
+
+
+def read_number(kind: type[int] | type[float], text: str) -> int | float:
+    """A number as typed. Raises ValueError for anything else; NaN and infinity are no numbers of an option."""
+    number = kind(text)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{text!r} is not finite")
+    return number
+
+
+def _number(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A parser of one number, for an option's ``type``."""
 
     def parse(text: str) -> int | float:
         try:
-            return kind(text)
+            return read_number(kind, text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; accepted: {words}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; accepted: {NUMBERS[kind]}") from None
 
     return parse
 
@@ -55,8 +68,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.register("type", int, _number(int, "a whole number"))
-        self.register("type", float, _number(float, "a number"))
+        for kind in NUMBERS:
+            self.register("type", kind, _number(kind))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")

@@ -1,7 +1,6 @@
 """``sinkstream chat``."""
 
 import argparse
-import math
 import os
 
 from rich.console import Console
@@ -60,5 +59,5 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--url '' is not accepted; accepted: an address as in http://127.0.0.1:8000/v1")
     if args.remote_model is not None and args.url is None:
         raise ValueError(f"--remote-model {args.remote_model} goes with --url, which is not given")
-    if args.temperature is not None and not 0 <= args.temperature < math.inf:
+    if args.temperature is not None and args.temperature < 0:
         raise ValueError(f"--temperature {args.temperature} is not accepted; accepted: a number of at least 0")

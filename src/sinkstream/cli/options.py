@@ -9,6 +9,7 @@ from typing import Any
 from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
 from sinkstream.archive.choosers.heads import known_heads
 from sinkstream.cache import POSITIONS
+from sinkstream.cli import NUMBERS, read_number
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.runner import Request
@@ -22,7 +23,6 @@ from sinkstream.registry import did_you_mean
 
 RANDOM_TEXT = "random"
 HEADS = PREFIX + "heads"
-NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def policy_option_specs() -> Iterator[OptionSpec]:
@@ -254,7 +254,7 @@ def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
 
     def parse(text: str) -> list:
         try:
-            return [kind(part) for part in text.split(",") if part.strip()]
+            return [read_number(kind, part) for part in text.split(",") if part.strip()]
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not accepted; accepted: {NUMBERS[kind]}, or several, separated by commas"
@@ -288,7 +288,8 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
                 f"{part!r} in {text!r}{meant}; accepted: OPTION=VALUE with {', '.join(types)}"
             )
         try:
-            options[option] = types[option](value)
+            kind = types[option]
+            options[option] = read_number(kind, value) if kind in NUMBERS else kind(value)
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{part!r} in {text!r}: {value!r} is not accepted; accepted: {NUMBERS[types[option]]}"

@@ -3,6 +3,7 @@
 The command line, the error messages and the doc tables are made from these fields, so an option is written down once.
 """
 
+import math
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -75,7 +76,8 @@ def check_option(f: Field, value: Any, prefix: str = "") -> None:
     if not right_type or (isinstance(value, bool) and spec.type is not bool):
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
     low, high = f.metadata["minimum"], f.metadata["maximum"]
-    outside = (low is not None and not value >= low) or (high is not None and not value <= high)  # NaN is outside
+    outside = (low is not None and value < low) or (high is not None and value > high)
+    outside = outside or (isinstance(value, float) and not math.isfinite(value))
     if outside or (spec.choices is not None and value not in spec.choices):
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
 
@@ -84,7 +86,9 @@ def _accepted(f: Field, spec: OptionSpec) -> str:
     if spec.choices is not None:
         return ", ".join(spec.choices)
     low, high = f.metadata["minimum"], f.metadata["maximum"]
-    words = {"int": "a whole number", "float": "a number", "str": "a name", "bool": "true or false"}[spec.type.__name__]
+    words = {"int": "a whole number", "float": "a finite number", "str": "a name", "bool": "true or false"}[
+        spec.type.__name__
+    ]
     if low is not None and high is not None:
         return f"{words} from {low} to {high}"
     return f"{words} of at least {low}" if low is not None else words
