@@ -72,6 +72,11 @@ class ServeSettings:
                 f"pinned={self.pinned} is not accepted; accepted: at most {self.cap // 2}, half of the {self.cap} slots"
                 " of a session"
             )
+        if self.max_tokens > self.max_tokens_limit:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} with max_tokens_limit={self.max_tokens_limit} is not accepted: a request"
+                f" that does not say would be refused; accepted: max_tokens of at most {self.max_tokens_limit}"
+            )
         if self.shared and (self.spill is None or self.write != "turn"):
             raise ValueError(
                 f"servers that share their sessions find them in files: spill={self.spill} and write={self.write!r} are"
