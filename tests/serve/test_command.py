@@ -67,7 +67,7 @@ def test_the_backend_of_a_cpu():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="evict='pages'"):
         ServeSettings(evict="pages")
-    with pytest.raises(ValueError, match="max_tokens=9 with max_tokens_limit=8 .* accepted: max_tokens of at most 8"):
+    with pytest.raises(ValueError, match=r"max_tokens=9 with max_tokens_limit=8 .* accepted: max_tokens of at most 8"):
         ServeSettings(max_tokens=9, max_tokens_limit=8)
     assert ServeSettings(max_tokens=8, max_tokens_limit=8).max_tokens == 8
     assert ServeSettings.of({"cap": 64, "colour": "red", "queue": None}).cap == 64

@@ -212,6 +212,15 @@ def test_a_full_disk_is_told_and_older_files_stay(tmp_path, monkeypatch):
     assert [s.id for s in SessionFiles(tmp_path, 10**9).sessions()] == [session.id]
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_end_of_a_server_alarms_only_where_sessions_were_to_be_kept(tmp_path, caplog, folder):
+    with served(make_service(spill=tmp_path if folder else None, disk_mb=0)) as address:
+        client = client_of(address)
+        say(client, opened(client), "Hello you")
+    lost = [record for record in caplog.records if "could not be spilled and is lost" in record.getMessage()]
+    assert len(lost) == folder
+
+
 def test_nobody_waits_for_a_disk_that_is_written(tmp_path, monkeypatch):
     files = SessionFiles(tmp_path, 10**9)
     go, spill, session = slow_disk(monkeypatch, files), Spill(files, 6), Session("me")

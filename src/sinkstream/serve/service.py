@@ -272,7 +272,11 @@ class Service:
 
     def _spill_all(self) -> None:
         self.post.deliver()
-        for session_id in self.residence.spill_all():
+        left = self.residence.spill_all()
+        if self.settings.spill is None:  # asked for: nothing is lost that was to be kept
+            log.info("%d sessions end with the server, which has no spill folder", len(left))
+            return
+        for session_id in left:
             log.warning("session %s… could not be spilled and is lost", session_id[:9])
 
 
