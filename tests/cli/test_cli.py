@@ -352,8 +352,8 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
         for policy in ("strict", "lazy", "recompute", "strict,recompute")
     ),
     ({"cap": 64, "tokens": 1100, "policy": "strict,full"}, "", "full cache of 1100 tokens .*1024 .*accepted: --tokens"),
-    ({"tokens": 0}, "", "tokens 0 is too small; accepted: 1 and above"),
-    ({"tokens": -1}, "", "tokens -1 is too small"),
+    ({"tokens": 0}, "", "tokens=0 is not accepted; accepted: a whole number of at least 1"),
+    ({"tokens": -1}, "", "tokens=-1 is not accepted"),
     ({"tokens": 5000}, "", "text 'text' is too short: it has 1200 tokens, 5000 were asked for"),
     ({"tokens": CAP + 1}, "", f"has {CAP + 1} tokens and {CAP} of them .*accepted: at least {CAP + 2} tokens"),
     ({"tokens": None, "text": "short.txt"}, "", "the text has 3 tokens .*smaller --cap or --prefill"),
@@ -451,7 +451,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
     [
         ("", "sinkstream: error: .*COMMAND"),
         ("nosuch", "sinkstream: error: .*'nosuch' .choose from .*'eval'"),
-        ("demo --tokens -4", "sinkstream demo: error: tokens -4 is too small"),
+        ("demo --tokens -4", "sinkstream demo: error: tokens=-4 is not accepted"),
         ("demo --cap 3", "sinkstream demo: error: cap=3 is too small: .*accepted: cap of at least"),
         ("demo --sample-every 0", "sinkstream demo: error: sample_every=0 is not accepted"),
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),

@@ -311,7 +311,7 @@ def test_short_text_names_both_counts(tokenizer):
 
 @pytest.mark.parametrize("wanted", [0, -3])
 def test_less_than_one_token_is_refused(tokenizer, wanted):
-    with pytest.raises(ValueError, match=f"tokens {wanted} is too small"):
+    with pytest.raises(ValueError, match=f"tokens={wanted} is not accepted"):
         tokenize(text_of("abc"), tokenizer, wanted)
 
 
@@ -355,5 +355,5 @@ def test_random_tokens_follow_their_seed():
     assert (int(first.ids.min()), int(first.ids.max())) == (0, 49)
     assert first.record()["source"] == "uniform below 50, seed 1"
     for vocab_size, count in ((0, 5), (5, 0)):
-        with pytest.raises(ValueError, match="is too small"):
+        with pytest.raises(ValueError, match="is not accepted; accepted: a whole number of at least 1"):
             random_tokens(vocab_size, count)

@@ -15,7 +15,7 @@ from induction import InductionDecoder
 from rich.console import Console
 
 from sinkstream.cli import main
-from sinkstream.data import TokenStream
+from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.backends import HfBackend
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
@@ -90,9 +90,9 @@ def test_strict_answers_inside_its_window_only(stream, tmp_path, monkeypatch):
     ("wrong", "message"),
     [
         ({"facts": 0}, "facts=0 is not accepted"),
-        ({"forms": ("cue", "riddle")}, "form 'riddle' is not accepted; accepted: cue, open, paraphrase"),
+        ({"forms": ("cue", "riddle")}, "--forms cue,riddle is not accepted; accepted: cue, open, paraphrase"),
         ({"forms": ()}, "accepted: cue, open"),
-        ({"ratios": ()}, "no distance is given"),
+        ({"ratios": ()}, "--distances '' is not accepted"),
     ],
 )
 def test_wrong_designs_are_refused(wrong, message):
@@ -105,7 +105,7 @@ def test_what_there_is_not_enough_of_is_told():
         FactsDesign(CAP, (4.0,), 257, ("paraphrase",)).facts_of(tiny_model.tokenizer())
 
     def short(tokens):
-        raise ValueError("the text is too short")
+        raise ShortTextError("the text is too short", "another one")
 
     with pytest.raises(ValueError, match=r"too short \(facts at 12 places\); accepted: a longer text"):
         DESIGN.streams(short, tiny_model.tokenizer())
@@ -249,7 +249,7 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
     [
         ({"tokens": 100}, "reply_tokens=100 is not accepted; accepted: at least"),
         ({"facts": 0}, "facts=0 is not accepted"),
-        ({"forms": ("paraphrase",)}, "forms paraphrase are not accepted; accepted: cue, open"),
+        ({"forms": ("paraphrase",)}, "--forms paraphrase is not accepted; accepted: cue, open"),
     ],
 )
 def test_wrong_replies_are_refused(wrong, message):

@@ -344,13 +344,13 @@ def test_ctrl_c_keeps_the_answers(here, monkeypatch, capsys):
 
 MISTAKES = [
     ({"cap": None}, "", "give --cap SLOTS"),
-    ({"distances": "0"}, "", "distance 0 is not accepted"),
-    ({"distances": "2,2"}, "", "name one twice"),
-    ({"distances": ","}, "", "no distance is given"),
+    ({"distances": "0"}, "", "--distances 0 is not accepted"),
+    ({"distances": "2,2"}, "", "--distances 2,2 names one twice"),
+    ({"distances": ","}, "", "--distances '' is not accepted"),
     ({"every": 1}, "", "every=1 is not accepted; accepted: a whole number of at least 2"),
     ({"questions": 0}, "", "questions=0 is not accepted"),
     ({"seed": -1}, "", "seed=-1 is not accepted"),
-    ({"forms": "cue,paraphrase"}, "", "form 'paraphrase' is not accepted; accepted: cue, open"),
+    ({"forms": "cue,paraphrase"}, "", "--forms cue,paraphrase is not accepted; accepted: one or more of cue, open"),
     ({"policy": "strict,recompute"}, "", "'recompute' .*accepted: full, or an eviction policy"),
     ({"policy": "full", "distances": "900"}, "", "full cache of the nearest question .*shorter --distances"),
     ({"recall": "nosuch"}, "", "invalid choice: 'nosuch'"),

@@ -45,12 +45,26 @@ class TokenStream:
         }
 
 
+class ShortTextError(ValueError):
+    """A text has fewer tokens than were asked for.
+
+    Attributes
+    ----------
+    reason : str
+        The message without what is accepted, which a caller with options of its own says itself.
+    """
+
+    def __init__(self, reason: str, accepted: str):
+        super().__init__(f"{reason}; accepted: {accepted}")
+        self.reason = reason
+
+
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int | None = None) -> TokenStream:
     """The first token ids of a text, special tokens as the tokenizer itself adds them.
 
     Without `tokens` there are as many as the text's `default_tokens`; all, if that is None.
 
-    Raises ValueError if the text has fewer tokens, if `tokens` is below 1, or without a tokenizer.
+    Raises `ShortTextError` if the text has fewer tokens, and ValueError if `tokens` is below 1, or without a tokenizer.
     """
     if tokenizer is None:
         raise ValueError(
@@ -59,12 +73,12 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None, tokens: int 
         )
     wanted = text.default_tokens if tokens is None else tokens
     if wanted is not None and wanted < 1:
-        raise ValueError(f"tokens {wanted} is too small; accepted: 1 and above")
+        raise ValueError(f"tokens={wanted} is not accepted; accepted: a whole number of at least 1")
     ids = _ids(tokenizer, text.text) if wanted is None else _first_ids(tokenizer, text.text, wanted)
     if not ids or (wanted is not None and len(ids) < wanted):
-        raise ValueError(
-            f"text {text.name!r} is too short: it has {len(ids)} tokens, {wanted or 1} were asked for; accepted: a"
-            " longer text, or fewer tokens"
+        raise ShortTextError(
+            f"text {text.name!r} is too short: it has {len(ids)} tokens, {wanted or 1} were asked for",
+            "a longer text, or fewer tokens",
         )
     return TokenStream.of(ids[:wanted], name=text.name, source=text.source, text_sha256=text.sha256)
 
@@ -73,7 +87,7 @@ def random_tokens(vocab_size: int, tokens: int, seed: int = 0) -> TokenStream:
     """Return uniformly random ids in [0, vocab_size), for models without a tokenizer. Raises ValueError below 1."""
     for option, value in (("vocab_size", vocab_size), ("tokens", tokens)):
         if value < 1:
-            raise ValueError(f"{option} {value} is too small; accepted: 1 and above")
+            raise ValueError(f"{option}={value} is not accepted; accepted: a whole number of at least 1")
     ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
     return TokenStream.of(ids, name="random", source=f"uniform below {vocab_size}, seed {seed}", text_sha256=None)
 

@@ -47,11 +47,11 @@ def cliff_settings(
     Raises ValueError: an option out of range, or a text that leaves fewer than `LEAST_SCORED` tokens, or two times R,
     to score.
     """
-    for name, given in (("caps", caps), ("compress_every", strides), ("positions", positions)):
+    for name, given in (("caps", caps), ("compress-every", strides), ("positions", positions)):
         if not given or len(set(given)) < len(given):
-            raise ValueError(f"{name}: {', '.join(map(str, given)) or 'nothing'}; accepted: one or more, each once")
+            raise ValueError(f"--{name} {_typed(given)} is not accepted; accepted: one or more, each once")
     if not all(0 < cap <= 16 for cap in caps):
-        raise ValueError(f"caps {', '.join(map(str, caps))}; accepted: above 0 and at most 16 trained lengths")
+        raise ValueError(f"--caps {_typed(caps)} is not accepted; accepted: above 0 and at most 16 trained lengths")
     if min(strides) < 2:
         raise ValueError(
             f"compress_every={min(strides)} is not accepted; accepted: at least 2 (1 is strict, always run)"
@@ -74,3 +74,8 @@ def cliff_settings(
             f" least {needed} tokens, or smaller --caps or --compress-every"
         )
     return [replace(run, prefill=prefill) for run in settings]
+
+
+def _typed(values: Sequence[float | str]) -> str:
+    """A list as it is typed on the command line."""
+    return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values) or "''"

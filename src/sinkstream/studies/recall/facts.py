@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sinkstream.data import TokenStream
+from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.studies.facts.asking import Answer, Exam, Question
 from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.statements import FORMS, SOURCES, Fact, FactTokenizer, TokenizedFact
@@ -45,7 +45,9 @@ class FactsDesign:
             raise ValueError(f"facts={self.facts} is not accepted; accepted: a whole number of at least 1")
         unknown = [form for form in self.forms if form not in FORMS]
         if unknown or not self.forms:
-            raise ValueError(f"form {''.join(unknown[:1])!r} is not accepted; accepted: {', '.join(FORMS)}")
+            raise ValueError(
+                f"--forms {','.join(self.forms) or repr('')} is not accepted; accepted: {', '.join(FORMS)}"
+            )
         self._layout(SMALLEST_PASSAGE)
 
     def _layout(self, size: int) -> RecallDesign:
@@ -82,9 +84,9 @@ class FactsDesign:
         length = max(place.second for place in places) + size
         try:
             text = tokens(length)
-        except ValueError as error:
+        except ShortTextError as error:
             raise ValueError(
-                f"{error} (facts at {len(places)} places); accepted: a longer text, or fewer --facts or smaller"
+                f"{error.reason} (facts at {len(places)} places); accepted: a longer text, or fewer --facts or smaller"
                 " --distances"
             ) from error
         ids, asked = text.ids.clone(), []

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sinkstream.data import TokenStream
+from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.decoders import Frames
 from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
 from sinkstream.evaluation.run import RunResult, check_run, run
@@ -60,16 +60,17 @@ class RecallDesign:
                     f"{name}={getattr(self, name)} is not accepted; accepted: a whole number of at least {least}"
                 )
         if not self.ratios:
-            raise ValueError("no distance is given; accepted: one or more multiples of the cap")
+            raise ValueError("--distances '' is not accepted; accepted: one or more multiples of the cap")
         for ratio in self.ratios:
             if not (np.isfinite(ratio) and self.distance(ratio) >= self.passage_tokens):
                 raise ValueError(
-                    f"distance {ratio:g} × cap {self.cap} is less than a passage of {self.passage_tokens} tokens, whose"
-                    f" two occurrences would overlap; accepted: at least {self.passage_tokens / self.cap:.3g}"
+                    f"--distances {ratio:g}: {ratio:g} × cap {self.cap} is less than a passage of"
+                    f" {self.passage_tokens} tokens, whose two occurrences would overlap; accepted: at least"
+                    f" {self.passage_tokens / self.cap:.3g}"
                 )
         if len(set(self.ratios)) < len(self.ratios):
             raise ValueError(
-                f"distances {', '.join(f'{r:g}' for r in self.ratios)} name one twice; accepted: each once"
+                f"--distances {','.join(f'{r:g}' for r in self.ratios)} names one twice; accepted: each once"
             )
 
     def distance(self, ratio: float) -> int:
@@ -101,10 +102,10 @@ class RecallDesign:
         length = max(place.second for place in places) + size
         try:
             text = tokens(length + len(places) * size)
-        except ValueError as error:
+        except ShortTextError as error:
             raise ValueError(
-                f"{error} (a stream of {length} and {len(places)} passages of {size}); accepted: a longer text, or"
-                " fewer --passages, smaller --distances, --passage-tokens or --cap"
+                f"{error.reason} (a stream of {length} and {len(places)} passages of {size}); accepted: a longer text,"
+                " or fewer --passages, smaller --distances, --passage-tokens or --cap"
             ) from error
         control = text.ids[:length].clone()
         passages = text.ids[length:].view(-1, size)

@@ -59,18 +59,18 @@ class StreamEvalDesign:
                     f"{name}={getattr(self, name)} is not accepted; accepted: a whole number of at least {least}"
                 )
         if not self.distances:
-            raise ValueError("no distance is given; accepted: one or more numbers of lines")
+            raise ValueError("--distances '' is not accepted; accepted: one or more numbers of lines")
         for distance in self.distances:
             if distance < 1:
-                raise ValueError(f"distance {distance} is not accepted; accepted: a number of lines of at least 1")
+                raise ValueError(
+                    f"--distances {distance} is not accepted; accepted: a whole number of lines of at least 1"
+                )
         if len(set(self.distances)) < len(self.distances):
-            raise ValueError(f"distances {', '.join(map(str, self.distances))} name one twice; accepted: each once")
+            raise ValueError(f"--distances {','.join(map(str, self.distances))} names one twice; accepted: each once")
         accepted = [form for form in FORMS if form != "paraphrase"]  # there are too few of those for a long stream
-        for form in self.forms:
-            if form not in accepted:
-                raise ValueError(f"form {form!r} is not accepted; accepted: {', '.join(accepted)}")
-        if not self.forms:
-            raise ValueError(f"no form is given; accepted: one or more of {', '.join(accepted)}")
+        if not self.forms or not set(self.forms) <= set(accepted):
+            given = ",".join(self.forms) or "''"
+            raise ValueError(f"--forms {given} is not accepted; accepted: one or more of {', '.join(accepted)}")
 
     def plan(self) -> list["PlannedLine"]:
         """All lines of the stream."""

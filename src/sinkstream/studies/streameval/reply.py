@@ -71,7 +71,7 @@ class ReplyDesign:
                 f" {self.facts} facts and a cap of {self.cap}"
             )
         if not set(self.forms) <= {"cue", "open"} or not self.forms:
-            raise ValueError(f"forms {', '.join(self.forms)} are not accepted; accepted: cue, open")
+            raise ValueError(f"--forms {','.join(self.forms) or repr('')} is not accepted; accepted: cue, open")
 
     @property
     def windows(self) -> list[range]:
