@@ -477,6 +477,11 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
             "sinkstream serve: error: --spill text.txt: cannot be written: File exists; accepted: a folder",
         ),
         ("chat --url ''", "sinkstream chat: error: --url '' is not accepted; accepted: an address"),
+        (
+            "chat --url http://127.0.0.1:1/v1 --system x --cap 3 --tf32",
+            "sinkstream chat: error: --cap 3 changes nothing about the server at --url; accepted together with --url: ",
+        ),
+        ("chat --url=http://127.0.0.1:1/v1 --tf32 --cap=3", "sinkstream chat: error: --tf32 changes nothing"),
         ("chat --remote-model x", "sinkstream chat: error: --remote-model x goes with --url, which is not given"),
         ("chat --temperature -1", "sinkstream chat: error: --temperature -1.0 is not accepted; accepted: a number"),
         ("matrix m.toml --gpus-per-point 1", "sinkstream matrix: error: --gpus-per-point 1.0 goes with --ray"),

@@ -490,7 +490,10 @@ def test_mistakes_are_told_in_one_line(cli, tmp_path, line, message):
     ("line", "message"),
     [
         ("empty", "empty: there are no run records; accepted: records that sinkstream eval or diagnose wrote"),
-        ("empty --out=x --cap 64", "--cap changes nothing about runs that are records already; accepted together with"),
+        (
+            "empty --out=x --cap 64",
+            "--cap 64 changes nothing about runs that are records already; accepted together with",
+        ),
         ("nosuch.json", "nosuch.json: there is no such record"),
         (
             "notes.json",

@@ -5,10 +5,11 @@ import os
 
 from rich.console import Console
 
-from sinkstream.cli.options import add_model_options
+from sinkstream.cli.options import add_model_options, unused_option
 from sinkstream.cli.serve import KEY_VARIABLE, add_serve_settings, make_service
 from sinkstream.models.gguf_file import cache_dir
 
+BESIDE_URL = ("--url", "--remote-model", "--system", "--temperature")
 SYSTEM = "You are a helpful assistant. Answer briefly."
 
 
@@ -57,6 +58,12 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that are wrong or do not go together."""
     if args.url == "":
         raise ValueError("--url '' is not accepted; accepted: an address as in http://127.0.0.1:8000/v1")
+    unused = None if args.url is None else unused_option(args, BESIDE_URL)
+    if unused is not None:
+        raise ValueError(
+            f"{unused} changes nothing about the server at --url; accepted together with --url:"
+            f" {', '.join(BESIDE_URL[1:])}"
+        )
     if args.remote_model is not None and args.url is None:
         raise ValueError(f"--remote-model {args.remote_model} goes with --url, which is not given")
     if args.temperature is not None and args.temperature < 0:

@@ -1,7 +1,6 @@
 """``sinkstream diagnose``."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the policies and their controls, or read their records; write the diagnosis."""
     console = wide_console()
     if args.records:
-        _check_alone(args.argv)
+        _check_alone(args)
         return _write(args, _given_records(args.records), None, console)
     protocol = {
         "prefill": args.prefill,
@@ -73,13 +72,12 @@ def run(args: argparse.Namespace) -> int:
     return _write(args, records, texts, console)
 
 
-def _check_alone(argv: Sequence[str]) -> None:
+def _check_alone(args: argparse.Namespace) -> None:
     """Raise ValueError if an option is given that the records have settled already."""
-    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    unused = [option for option in given if option not in BESIDE_RECORDS]
-    if unused:
+    unused = options.unused_option(args, BESIDE_RECORDS)
+    if unused is not None:
         raise ValueError(
-            f"{unused[0]} changes nothing about runs that are records already; accepted together with RECORD:"
+            f"{unused} changes nothing about runs that are records already; accepted together with RECORD:"
             f" {', '.join(BESIDE_RECORDS)}"
         )
 

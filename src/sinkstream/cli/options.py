@@ -1,7 +1,7 @@
 """Command-line options that several commands share; policy options come from the registries."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,16 @@ def check_with_ray(args: argparse.Namespace, *names: str) -> None:
     given = next((name for name in names if getattr(args, name) is not None), None)
     if args.ray is None and given is not None:
         raise ValueError(f"--{given.replace('_', '-')} {getattr(args, given)} goes with --ray, which is not given")
+
+
+def unused_option(args: argparse.Namespace, accepted: Sequence[str]) -> str | None:
+    """The first option of the command line that is not among the accepted ones, with its value, as typed; else None."""
+    for word, following in zip(args.argv, [*args.argv[1:], ""]):
+        option, equals, _ = word.partition("=")
+        if option.startswith("--") and option not in accepted:
+            switch = isinstance(getattr(args, option[2:].replace("-", "_"), None), bool)
+            return word if equals or switch else f"{word} {following}"
+    return None
 
 
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
