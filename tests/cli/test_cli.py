@@ -506,6 +506,15 @@ def test_no_number_with_a_fraction_is_nan_or_infinite(cli, here, command):
                 assert f"argument {option}: '{typed}' is not accepted; accepted: a finite number" in done.err
 
 
+def test_texts_and_position_modes_are_listed_with_commas_or_spaces(here):
+    Path("a,b.txt").write_text("A text.")
+    for typed in (["x.txt,y.txt,builtin"], ["x.txt, y.txt", "builtin"], ["x.txt", "y.txt", "builtin"]):
+        assert build_parser().parse_args(["recall", "--text", *typed]).text == ["x.txt", "y.txt", "builtin"]
+    assert build_parser().parse_args(["recall", "--text", "a,b.txt"]).text == ["a,b.txt"], "a file of that name"
+    for typed in (["cache,original"], ["cache", "original"]):
+        assert build_parser().parse_args(["cliff", "--positions", *typed]).positions == ["cache", "original"]
+
+
 # ---- runs that end early ----
 
 

@@ -243,7 +243,7 @@ def test_the_command_runs_the_grid_and_takes_it_apart(here, capsys):
         ({"caps": "1,x"}, "--caps: '1,x' is not accepted; accepted: a finite number, or several"),
         ({"compress-every": "2.5"}, "--compress-every: '2.5' is not accepted; accepted: a whole number"),
         ({"compress-every": "1"}, "compress_every=1 is not accepted"),
-        ({"positions": "nosuch"}, "--positions: invalid choice: 'nosuch'"),
+        ({"positions": "nosuch"}, "--positions: position mode 'nosuch' is not known; accepted: cache, original"),
         ({"cap": 3}, "unknown argument '--cap=3'"),
     ],
 )

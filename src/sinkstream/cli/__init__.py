@@ -94,7 +94,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or action.default == []:
             return action.help
         if isinstance(action.default, list):
-            typed = (" " if action.nargs == "+" else ",").join(map(str, action.default))
+            typed = ",".join(map(str, action.default))
             return f"{action.help} (default: {typed})".replace("%", "%%")
         return super()._get_help_string(action)
 

@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="R of the lazy runs; strict (R = 1) is always run",
     )
     group.add_argument(
-        "--positions", nargs="+", default=list(POSITIONS), choices=POSITIONS, help="one or both position modes"
+        "--positions",
+        nargs="+",
+        type=options.names_of(POSITIONS, "position mode"),
+        action=options.Pooled,
+        default=list(POSITIONS),
+        metavar="MODE",
+        help=f"one or both of {', '.join(POSITIONS)}, with a comma or a space between them",
     )
     group.add_argument("--sink", type=int, default=SINK, help="first tokens, never evicted")
     options.add_block_tokens(group)

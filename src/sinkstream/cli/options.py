@@ -259,6 +259,19 @@ def names_of(registry: Iterable[str], kind: str) -> Callable[[str], list[str]]:
     return parse
 
 
+class Pooled(argparse.Action):
+    """The one list of an option with ``nargs="+"`` whose ``type`` gives a list: commas, spaces, or both separate."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        setattr(namespace, self.dest, [value for part in values for value in part])
+
+
+def texts(text: str) -> list[str]:
+    """Texts separated by commas; the name of a file may hold commas."""
+    found = any(Path(name).expanduser().exists() for name in (text, text.rpartition(":")[0] or text))
+    return [text] if found else [part.strip() for part in text.split(",")]
+
+
 def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
     """A parser of numbers separated by commas, for an option's ``type``."""
 

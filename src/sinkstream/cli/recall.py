@@ -24,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recall_options(parser)
     group = parser.add_argument_group("recall study")
     group.add_argument(
-        "--text", nargs="+", default=["builtin"], help="pg19, wikitext, builtin, or a text file; several are pooled"
+        "--text",
+        nargs="+",
+        type=options.texts,
+        action=options.Pooled,
+        default=["builtin"],
+        metavar="TEXT",
+        help="pg19, wikitext, builtin, or a text file; several, with commas or spaces between them, are pooled",
     )
     group.add_argument(
         "--distances",
