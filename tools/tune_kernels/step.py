@@ -90,7 +90,7 @@ class RandomStep(FusedDecode):
     @property
     def sizes(self) -> Sizes:
         """What plans are fitted to; without a GPU an H100's sizes."""
-        sizes = plan_sizes(self.weights, self.state)
+        sizes = plan_sizes(self.state)
         return sizes if self.cuda else replace(sizes, **H100)
 
     def run(self, op: str, layer: int) -> None:

@@ -56,12 +56,10 @@ class DrawSession(PolicySession[DrawRecord]):
         self._check_engine(runs, self.backend)
 
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
-        policy, device = self._policy(run), self.loaded.model.device
-        options = self._options(run) | {"tokenizer": self.loaded.tokenizer}
-        engine = Engine(self.loaded.model, policy, backend=self.backend, **options)
-        try:
-            engine.prefill(self._ids(policy.peak))
-            seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        device = self.loaded.model.device
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        with self._open_engine(run, self.backend) as engine:
+            engine.prefill(self._ids(self._policy(run).peak))
             for options in WAYS.values():
                 self._generate(engine, self.warmup, options)
             for done in range(self.repeats):
@@ -69,8 +67,6 @@ class DrawSession(PolicySession[DrawRecord]):
                 for name, options in WAYS.items():
                     seconds[name].append(timed(self._generate, engine, self.tokens, options, device=device)[1])
             report(self.repeats, self.repeats)
-        finally:
-            engine.close()
         return [partial(self._record, run, seconds)]
 
     def _generate(self, engine: Engine, tokens: int, options: dict[str, Any]) -> None:

@@ -1,7 +1,11 @@
-"""`PolicySession`: what ``bench --prefill``, ``--late`` and ``--sampling`` share: one record a policy, resumable."""
+"""`PolicySession`: one resumable record a policy.
+
+The base of ``bench --prefill``, ``--late``, ``--generate``, ``--sampling`` and ``--snapshot``.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -53,6 +57,16 @@ class PolicySession(ABC, Generic[R]):
         """Raise ValueError if the engine does not serve a policy."""
         for run in runs:
             Engine.check(self.loaded.model, self._policy(run), backend=backend, **self._options(run))
+
+    @contextmanager
+    def _open_engine(self, run: RunSettings, backend: str) -> Iterator[Engine]:
+        """An engine under the run's policy, closed at the end."""
+        options = self._options(run) | {"tokenizer": self.loaded.tokenizer}
+        engine = Engine(self.loaded.model, self._policy(run), backend=backend, **options)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
     def run(self, runs: Sequence[RunSettings], console: Console) -> list[R]:
         """Time all policies; one record each. Raises as `check` and `Runner.run`."""

@@ -87,9 +87,8 @@ class PromptSession(PolicySession[PromptRecord]):
 
     @torch.no_grad()
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
-        model, options = self.loaded.model, self._options(run)
         ids = self._ids(max(self.lengths) + 1)
-        cache = StreamingCache.for_model(model, policy=self._policy(run), **options)
+        cache = StreamingCache.for_model(self.loaded.model, policy=self._policy(run), **self._options(run))
         ways = {
             "forward": partial(self._forward, ids),
             "dynamic": partial(self._generate, ids, None),
@@ -106,13 +105,9 @@ class PromptSession(PolicySession[PromptRecord]):
         cache.close()
         del cache
         gc.collect()
-        options |= {"tokenizer": self.loaded.tokenizer}
-        engine = Engine(model, self._policy(run), backend=self.backend, **options)
-        try:
+        with self._open_engine(run, self.backend) as engine:
             times["engine"], memory = self._engine(engine, ids, lambda i: report(done + i, self._timings))
             append = self._append(engine, ids)
-        finally:
-            engine.close()
         report(self._timings, self._timings)
         return [partial(self._record, run, times, append, memory)]
 

@@ -12,7 +12,6 @@ from typing import Any
 from sinkstream.bench.policy_session import PolicySession
 from sinkstream.bench.snapshot_records import WAYS, SnapshotRecord
 from sinkstream.data import TokenStream
-from sinkstream.engine import Engine
 from sinkstream.evaluation.runner import Report, Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.timing import timed
@@ -48,12 +47,10 @@ class SnapshotSession(PolicySession[SnapshotRecord]):
         self._check_engine(runs, self.backend)
 
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
-        policy, device = self._policy(run), self.loaded.model.device
-        options = self._options(run) | {"tokenizer": self.loaded.tokenizer}
-        engine = Engine(self.loaded.model, policy, backend=self.backend, **options)
+        device = self.loaded.model.device
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        try:
-            engine.prefill(self._ids(policy.peak))
+        with self._open_engine(run, self.backend) as engine:
+            engine.prefill(self._ids(self._policy(run).peak))
             with tempfile.TemporaryDirectory(dir=self.request.out, prefix=".snapshot-") as folder:
                 file, plain = Path(folder) / "stream.safetensors", Path(folder) / "plain"
                 engine.snapshot(file)  # the first one computes the model's hash
@@ -70,8 +67,6 @@ class SnapshotSession(PolicySession[SnapshotRecord]):
                         os.sync()  # nothing of another way is still on its way to the disk
                         seconds[way].append(timed(ways[way], device=device)[1])
             report(self.repeats, self.repeats)
-        finally:
-            engine.close()
         return [partial(self._record, run, len(data), seconds)]
 
     def _own_identity(self, run: RunSettings) -> dict[str, Any]:

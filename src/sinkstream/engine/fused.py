@@ -51,7 +51,7 @@ from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multip
 MAX_GROUP = 16  # query heads of one key-value head
 
 
-def plan_sizes(weights: PackedWeights, state: StreamSpan) -> Sizes:
+def plan_sizes(state: StreamSpan) -> Sizes:
     """What a plan is fitted to: sizes of the model and its cache, and of the device."""
     g, spec, device = state.geometry, state.spec, state.device
     config: Any = spec.decoder.config
@@ -66,7 +66,7 @@ def default_plan(weights: PackedWeights, state: StreamSpan) -> dict[str, OpLaunc
     neox = weights.family == NEOX
     if not has_dependent_launch(state.device):
         return {op: OpLaunch() for op in (*(NEOX_OPS if neox else LLAMA_OPS), "head")}
-    sizes = plan_sizes(weights, state)
+    sizes = plan_sizes(state)
     if state.streams > 1:
         return several_plan(neox, sizes, state.streams)
     return measured_plan(neox, sizes) | persistent_plan(weights, state)

@@ -11,7 +11,6 @@ from sinkstream.kernels.runtime import jit, tl  # noqa: F401  (the interpreter l
 
 FRACTION = 24  # bits behind the point of keys: base-2 logarithms of probabilities
 ONE = 1 << FRACTION
-WEIGHT = 40  # bits behind the point of weights; the likeliest token weighs 2^40
 LIMIT = (1 << 30) - 1  # the largest key: 64 halvings below the likeliest token
 
 
@@ -55,7 +54,7 @@ def log2_ratio(v):
 
 
 def weight_of(key, exp2):
-    """2^-key of a key in [0, LIMIT], Q40 int64; `exp2` is `exp2_minus`."""
+    """2^-key of a key in [0, LIMIT], Q40 int64: the likeliest token weighs 2^40; `exp2` is `exp2_minus`."""
     return (exp2((key & 16777215) << 8) << 10) >> (key >> 24)
 
 
