@@ -49,10 +49,10 @@ class LinearDecode(OpsDecode):
         plain.begin_channels(self.state, self._row)
 
     def _accumulate(self) -> None:
-        """PyTorch's attention has added it up."""
+        """Nothing is left to add up: `plain.attend` has observed the attention of the step."""
 
     def _how(self, op: str, *, early: bool = True) -> dict:
-        """An op after PyTorch's attention may not start early: PyTorch's need not end in a kernel."""
+        """As in the fused step; the op after PyTorch's attention may not start early, see there."""
         return super()._how(op, early=early and op not in ("out", "o"))
 
     def _attention_up(self, i: int) -> None:

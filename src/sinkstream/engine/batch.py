@@ -112,7 +112,7 @@ class StreamBatch:
         return value, top[:count]
 
     def _note_log_probs(self) -> None:
-        """Before a step: note as many log-probabilities as the member asks for that asks for most."""
+        """Before a step: note the log-probabilities of as many likeliest tokens as any member asks for."""
         counts = [count for count in self._members.values() if count is not None]
         if not counts:
             self._log_probs = None

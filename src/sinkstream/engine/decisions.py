@@ -192,7 +192,7 @@ class Decisions:
                 )
 
     def discard(self) -> None:
-        """The plan is discarded, and everything in it is counted or forgotten."""
+        """Forget the present plan, once its steps are counted or its stream is cleared."""
         self._ahead, self._kept, self._kept_rows, self._counted = {}, [], 0, 0
 
     def _count(self, active: tuple[int, ...], risks: list) -> None:

@@ -274,7 +274,8 @@ class FusedDecode:
         """Options of one launch; `early`: whether it may start before the previous kernel has ended.
 
         The first op of layer 0 may not: attention, one kernel later, reads the scalars before its wait. Nor may an op
-        after one of PyTorch's, which need not end in a kernel: more than `MAX_STREAMS` streams take PyTorch's ops.
+        after one of PyTorch's, whose last piece of work need not be a kernel. More than `MAX_STREAMS` streams take
+        PyTorch's ops, so that none of their launches is early.
         """
         plan = self.plan[op]
         return {"config": plan.config, "pdl": plan.pdl and early and self.state.streams <= MAX_STREAMS}

@@ -26,7 +26,7 @@ class HeldStreams(StreamCounts):
         self._spans: dict[Block, StreamSpan] = {}
 
     def policy_of(self, sink: int | None) -> EvictionPolicy:
-        """The policy of a stream of so many sinks; None: the state's own. Raises ValueError."""
+        """The policy of a stream with `sink` sinks; None: as many as the state's policy has. Raises ValueError."""
         least, most = self.policy.sink, self.geometry.sink
         if sink is None or sink == least:
             return self.policy

@@ -32,7 +32,7 @@ class Leaving:
         self.restart(first)
 
     def restart(self, first: int) -> None:
-        """Begin anew with a token: the stream is another one."""
+        """Begin at token `first` of another stream, without copies."""
         self.end = first
         self._base = self.state.counters[0].base  # token index of window position 0 when the latest were copied
         self._parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # first token, keys and values, oldest first
@@ -60,23 +60,27 @@ class Leaving:
             self.end = first
 
     def turned_back(self, first: int, count: int) -> torch.Tensor:
-        """Rotations that undo those of positions in a row, out of a table that lasts: a copy takes few kernels."""
+        """Rotations that undo those of positions `first` to `first + count - 1`, from a table that is kept."""
         if self._table is None or self._table.shape[-2] < first + count:
             positions = torch.arange(-(-(first + count) // TABLE) * TABLE, device=self.state.device)
             self._table = self.state.spec.rope.phases(-positions)
         return self._table.narrow(-2, first, count)
 
     def renew(self) -> None:
-        """After a rebase, let copies of window tokens go: no bit of the archive depends on when it was copied."""
+        """After a rebase, drop copies of tokens that are still in the window.
+
+        They are copied again from the rebased ring, so that the archive has the same bits whenever a copy was made.
+        """
         counters = self.state.counters[0]
         if self._base != counters.base:
             self.cut(counters.first_window)
             self._base = counters.base
 
     def pop(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give away the oldest tokens, from `first` on and before `end`, at least one.
+        """Remove the oldest copied tokens from `first` on, at least one and none from `end` on; gives their entries.
 
-        ``(layers, 1, kv_heads, tokens, head_dim)``; of an archive of ids alone any entries, as many.
+        Keys and values, ``(layers, 1, kv_heads, tokens, head_dim)`` each. An archive of token ids reads only how many
+        there are, and gets entries of the ring that mean nothing.
         """
         if not self.keeps:
             entries = self.state.keys[:, :1, :, : end - first]
@@ -89,7 +93,7 @@ class Leaving:
         return keys[..., :count, :], values[..., :count, :]
 
     def cut(self, end: int) -> None:
-        """Let the tokens from `end` on go, which were taken back."""
+        """Drop the copies of tokens from `end` on."""
         self.end = min(self.end, end)
         held = [(first, k[..., : end - first, :], v[..., : end - first, :]) for first, k, v in self._parts]
         self._parts = [part for part in held if part[0] < end]

@@ -38,7 +38,7 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """The sum of all parts, in bytes."""
         return self.streams + self.prompt + self.workspace
 
     @classmethod
@@ -102,7 +102,7 @@ class MemoryNeed:
 
 
 def _read_bytes(policy: EvictionPolicy, spec: ModelSpec, vocab: int, slots: int) -> int:
-    """What is held beside a chunk while its logits or its attention are read."""
+    """Bytes of the temporary tensors in which the logits or the attention of a chunk are read, float32."""
     logits = 3 * READ_TILE * vocab * 4 if {"risk", "nll", "entropy"} & policy.needs else 0
     scores = 3 * SCORES_TILE * spec.query_heads * slots * 4 if "accumulated" in policy.needs else 0
     return logits + scores

@@ -153,7 +153,7 @@ def note_token(state, row: Row) -> None:
 
 
 def begin_channels(state, row: Row) -> None:
-    """Fill the channels of the token that is appended; attention that its slot was given is that of another token."""
+    """Fill the channels of the appended token; its slot starts with no attention, whatever the slot held before."""
     note_token(state, row)
     if "accumulated" in state.channels:
         received = state.channels["accumulated"]  # a number would be copied from the host, which a capture refuses

@@ -33,7 +33,7 @@ class RingQueries(QueryLog):
         self.first = 0
 
     def commit(self, tokens: int) -> None:
-        """Nothing: the queries are in the state."""
+        """Nothing is to be kept: the queries are in the state."""
 
     def read(self, count: int) -> dict[tuple[int, int], torch.Tensor]:
         """As `QueryLog.read`; of all tokens of the stream."""
@@ -51,13 +51,13 @@ class RingQueries(QueryLog):
         self._older = self._kept
 
     def rewind(self, tokens: int) -> None:
-        """Forget the latest ones; before the stream does."""
+        """Forget the queries of the latest `tokens` tokens; called before the stream takes these back."""
         self._kept = self._latest()
         super().rewind(tokens)
         self._older, self.first = self._kept, self._state.counters[0].seen - tokens
 
     def hold(self) -> None:
-        """Read all now, before a rebase turns them: each is rotated back once, whenever it is asked for."""
+        """Read the kept queries before a rebase turns them: a query is rotated back, and rounded, once."""
         self._older, self.first = self._latest(), self._state.counters[0].seen
 
     def _latest(self) -> dict[int, torch.Tensor]:

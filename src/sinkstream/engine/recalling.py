@@ -148,7 +148,7 @@ class StreamRecall:
 
     @staticmethod
     def watching(memory: Recall, state: StreamState) -> Recall:
-        """A memory, whose chooser reads the queries that the state keeps, if it reads any."""
+        """The same memory; a chooser that reads queries reads those of the state from now on."""
         chooser = memory.settings.chooser
         if chooser.heads:
             memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)

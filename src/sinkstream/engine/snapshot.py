@@ -265,7 +265,10 @@ def _set_frame(recall: StreamRecall, saved: SavedStream, recalled: slice, shift:
 
 
 def _as_pruned(state: StreamState, stream: int) -> Counters:
-    """The counters of a stream; if its pinned tokens were chosen for a step that then failed, as after that prune."""
+    """The counters of a stream, for its file.
+
+    Where the pinned tokens were chosen for a step that then failed, the counters are those after that prune.
+    """
     counters = Counters(**vars(state.counters[stream]))
     if counters.refreshed_at == counters.seen:
         drop = state.schedules[stream].plan(1)[0].drop

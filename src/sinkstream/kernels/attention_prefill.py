@@ -31,7 +31,7 @@ from sinkstream.kernels.runtime import (
 )
 
 TILE = {"cpu": 64}  # queries of one tile of the twin, by kind of device
-DEFAULT_TILE = 512  # fewer and larger tiles where launching a kernel costs more than what a tile computes for nothing
+DEFAULT_TILE = 512  # elsewhere a launch takes longer than the masked part of a larger tile
 
 
 @jit

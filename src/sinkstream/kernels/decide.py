@@ -77,7 +77,10 @@ def _decide_kernel(
     ORIGINAL: tl.constexpr, FIELDS: tl.constexpr, FIRST: tl.constexpr, LENGTH: tl.constexpr, FRAME: tl.constexpr,
     COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a stream. SIGNAL 0: the risk is given. No two operations may be fused into one."""
+    """One program a stream. SIGNAL 0: the risk is given. ``row + n`` is column n of the table (`ACTIVE` is 0 …).
+
+    No multiplication and addition may be fused: the host computes the same float64 operations one by one.
+    """
     stream, streams = tl.program_id(0), tl.num_programs(0)
     row = table_ptr + stream * COLUMNS
     if PDL:

@@ -25,7 +25,7 @@ except ImportError:
     tl = SimpleNamespace(constexpr=object)
 
     def jit(function=None, **_):
-        """Leave the function alone: it is never called without Triton."""
+        """The function as it is: without Triton no kernel is called."""
         return function or jit
 
 
