@@ -46,15 +46,22 @@ class Conversations:
     def run(self, call: Call, emit: Emit) -> Work:
         """Serve one call; what happens is told to `emit`. Raises APIError."""
         branch: list[tuple[Session, Turn]] = []
-        while (plan := self.planner.plan(call, branch)) is None:
-            yield WAITING
+        try:
+            while (plan := self.planner.plan(call, branch)) is None:
+                yield WAITING
+        except BaseException:
+            for copy, _ in branch:
+                self.planner.forget(copy)
+            raise
         session = plan.session
         try:
             emit(Started(session.id))
             done = yield from (self._serve(call, plan, emit) if plan.pinning is None else self._pin(plan, emit))
         finally:
             session.used = time.time()
-            if not call.keep or (session.sink is None and session.found_by != "id"):
+            unknown = bool(branch) and session.response != call.response  # a copy that no client can name
+            unknown = unknown or session.id not in self.planner.store.sessions  # abandoned meanwhile
+            if not call.keep or unknown or (session.sink is None and session.found_by != "id"):
                 self.planner.forget(session)
             else:
                 self.residence.release(session)
@@ -88,9 +95,7 @@ class Conversations:
         for index in reversed(range(options.choices)):  # the session goes on with choice 0
             if index < options.choices - 1:
                 lane.undump(start)
-            prompt = torch.tensor(
-                fed, dtype=torch.int64
-            )  # on the host: on a device its copy would wait for the forward
+            prompt = torch.tensor(fed, dtype=torch.int64)  # on the host: a copy to a device would wait for the forward
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
             if call.begins:
                 emit(TextPiece(index, call.begins))
@@ -98,6 +103,12 @@ class Conversations:
                 yield from reply.run()
                 if rest := self._rest(call, reply):
                     emit(TextPiece(index, rest))
+            except BaseException:
+                if index:  # choice 0, with which the session goes on, has not begun: it stays empty
+                    lane.undump(start)
+                    empty = Reply(lane, prompt, options, 0, self.loaded.tokenizer, self.ends, emit)
+                    self._note_reply(call, session, lane, empty)
+                raise
             finally:  # a reply whose client has gone stays as far as it was written
                 texts[index] = self._text(call, reply)
                 written += reply.tokens
@@ -122,8 +133,9 @@ class Conversations:
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane
         if call.prompt is not None:
+            opening = self.template.encode(plan.opening or "")
             ids = self.template.encode(call.prompt) if isinstance(call.prompt, str) else list(call.prompt)
-            yield from self._prefill(lane, ids, [0], fed)
+            yield from self._prefill(lane, [*opening, *ids], [len(opening)], fed)
             return
         ids, begins = self.template.encode(plan.opening or ""), list[int]()
         turns = self._turns_of(session, plan)

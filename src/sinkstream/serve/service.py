@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from sinkstream.models import LoadedModel
@@ -174,6 +175,17 @@ class Service:
 
         return self.scheduler.call(work)
 
+    def abandon(self, session_id: str) -> None:
+        """Delete a session whose client was not told its id; one that is in use, once its request has ended."""
+
+        def work() -> None:
+            session = self.store.sessions.pop(session_id, None)
+            if session is not None and session.id not in self.residence.busy:
+                self.planner.forget(session)
+
+        with suppress(APIError):  # a server that is stopping
+            self.scheduler.call(work)
+
     def with_session(self, owner: str, session_id: str, work: Callable[[Session], Any]) -> "Future[Any]":
         """Do something with an idle session. The future raises APIError 404, or 409 for a session that is in use."""
 
@@ -255,7 +267,7 @@ class Service:
                 self.store.spill.write_soon(copy, data)
                 self.store.spill.wait()
         except SpillFull:
-            self.store.sessions.pop(copy.id, None)
+            self.planner.forget(copy)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None
 
     def _step(self) -> None:

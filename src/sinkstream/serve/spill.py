@@ -6,6 +6,7 @@ The disk is written and read by a thread of its own, so that nobody who decodes 
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sinkstream.serve.files import SessionFiles, SpillFull
@@ -146,16 +147,15 @@ class Spill:
 
     def to_disk(self) -> list[str]:
         """Write everything that is in RAM to disk, and wait; returns the ids for which there was no room."""
-        left = []
+        self._settle()
+        self._refused = False  # an earlier refusal must not cost a stream: each is written now or lost
         for session_id, (session, data) in list(self._ram.items()):
-            try:
+            with suppress(SpillFull):
                 if session_id not in self._current and session_id not in self._writing:
                     self._write(session, data)
                 del self._ram[session_id]
-            except SpillFull:
-                left.append(session_id)
         self.wait()
-        return left + list(self._ram)
+        return list(self._ram)
 
     def wait(self) -> None:
         """Wait until everything is written, and what was dropped is deleted."""
