@@ -138,7 +138,7 @@ class Conversations:
             yield from self._prefill(lane, [*opening, *ids], [len(opening)], fed)
             return
         ids, begins = self.template.encode(plan.opening or ""), list[int]()
-        turns = self._turns_of(session, plan)
+        turns = _turns_of(session, plan)
         question = max((i for i, piece in enumerate(plan.pieces) if piece.turn), default=None)
         for i, piece in enumerate(plan.pieces):
             own = self.template.encode(piece.text)
@@ -209,22 +209,6 @@ class Conversations:
             if first + len(part) < len(ids):
                 yield
 
-    def _turns_of(self, session: Session, plan: Plan) -> Iterator[Turn]:
-        """The turns that the pieces begin, without their start; digests where they are known."""
-        begun = sum(piece.turn for piece in plan.pieces)
-        users = [i for i, message in enumerate(plan.new) if message["role"] == "user"]
-        if begun != len(users):
-            for _ in range(begun):
-                yield Turn(0, "", "", [], None)
-            return
-        digests = [session.digest]
-        for message in plan.new:
-            digests.append(digest_of(digests[-1], message))
-        for place, i in enumerate(users):
-            earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
-            before = session.response if place == 0 else None
-            yield Turn(0, digests[i], digests[i + 1], list(earlier), before, text=plan.new[i]["content"][:TOLD])
-
     # ---- what the stream holds then ----
 
     def _note_messages(self, session: Session, new: list[Message], held: str | None) -> None:
@@ -283,3 +267,20 @@ class Conversations:
         )
         emit(context)
         return context
+
+
+def _turns_of(session: Session, plan: Plan) -> Iterator[Turn]:
+    """The turns that the pieces begin, without their start; digests where they are known."""
+    begun = sum(piece.turn for piece in plan.pieces)
+    users = [i for i, message in enumerate(plan.new) if message["role"] == "user"]
+    if begun != len(users):
+        for _ in range(begun):
+            yield Turn(0, "", "", [], None)
+        return
+    digests = [session.digest]
+    for message in plan.new:
+        digests.append(digest_of(digests[-1], message))
+    for place, i in enumerate(users):
+        earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
+        before = session.response if place == 0 else None
+        yield Turn(0, digests[i], digests[i + 1], list(earlier), before, text=plan.new[i]["content"][:TOLD])

@@ -132,18 +132,8 @@ class Service:
             )
         timed = self.metrics.timed(emit)
         if self.settings.log_text:
-            timed = self._logged(call, timed)
+            timed = _logged(call, timed)
         return self.scheduler.submit(self._work(call, timed), lambda: timed(Failed(CANCELLED)))
-
-    def _logged(self, call: Call, emit: Emit) -> Emit:
-        log.info("%s asks: %s", call.response, call.messages or call.prompt)
-
-        def logging_emit(event: Event) -> None:
-            if isinstance(event, Done):
-                log.info("%s says: %s", call.response, event.texts)
-            emit(event)
-
-        return logging_emit
 
     def _work(self, call: Call, emit: Emit) -> Work:
         try:
@@ -302,3 +292,15 @@ def check_model(service: Service, name: str) -> None:
     """Refuse another model's name. Raises APIError 404."""
     if name != model_name(service.loaded):
         raise not_found("model", name)
+
+
+def _logged(call: Call, emit: Emit) -> Emit:
+    """The same `emit`, with what is asked and said written to the log."""
+    log.info("%s asks: %s", call.response, call.messages or call.prompt)
+
+    def logging_emit(event: Event) -> None:
+        if isinstance(event, Done):
+            log.info("%s says: %s", call.response, event.texts)
+        emit(event)
+
+    return logging_emit
