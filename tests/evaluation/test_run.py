@@ -345,6 +345,16 @@ def test_ctrl_c_in_blocks(healthy):
     assert rows > 50
 
 
+def test_ctrl_c_between_runs_in_turn_names_the_token_that_all_have(healthy, monkeypatch):
+    """One of the two runs is a token ahead of the other."""
+    for steps in (20, 22):  # the order of the runs changes from token to token
+        monkeypatch.setattr(run_module, "timed", interrupt_after(steps + 1, repeat=-1))
+        both = [settings_of(method) for method in ("full", "strict")]
+        for result in run_module.run_interleaved(healthy, text_ids(), both):
+            assert (result.status, result.reason) == ("partial", f"interrupted after token {CAP + steps // 2}")
+            assert len(result.arrays["index"]) == steps // 2
+
+
 def test_ctrl_c_in_the_prefill(healthy, monkeypatch):
     def press(*args):
         raise KeyboardInterrupt

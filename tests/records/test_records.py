@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from record_factory import make_arrays, make_record
 
 from sinkstream.matrix.record import PointRecord
-from sinkstream.records.files import WriteError
+from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.records.pairing import paired_delta
 from sinkstream.records.pairs import PAIRS_FILE
 from sinkstream.records.plain import new_record_id, plain_json, scrub_paths, short_name
@@ -283,3 +286,27 @@ def test_no_absolute_path_enters_a_record(tmp_path):
 def test_plain_json_has_no_nan():
     value = {"a": np.float32("nan"), 2: [np.int64(3), float("inf")], "c": np.arange(2), "d": True}
     assert plain_json(value) == {"a": None, "2": [3, None], "c": [0, 1], "d": True}
+
+
+def test_threads_that_write_leave_the_umask_as_it_was(tmp_path, monkeypatch):
+    """Between reading the umask, which sets it to 0, and restoring it no other thread reads it."""
+    umask, set_to_0 = os.umask, threading.Event()
+
+    def slow(mask: int) -> int:
+        found = umask(mask)
+        if mask == 0 and not set_to_0.is_set():
+            set_to_0.set()
+            time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(os, "umask", slow)
+    before = umask(0o027)
+    try:
+        first = threading.Thread(target=write_atomically, args=(tmp_path / "first", b"1"))
+        first.start()
+        assert set_to_0.wait(60)
+        write_atomically(tmp_path / "second", b"2")
+        first.join()
+        assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("first", "second")] == [0o640, 0o640]
+    finally:
+        assert umask(before) == 0o027

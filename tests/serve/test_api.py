@@ -7,10 +7,11 @@ import time
 import httpx2 as httpx
 import pytest
 from openai import APIStatusError
-from serving import BIAS, CAP, SYSTEM, client_of, loaded, make_service, served, user
+from serving import BIAS, CAP, SYSTEM, TEMPLATE, client_of, loaded, make_service, served, user
 
 from sinkstream.engine import Engine
 
+REFUSES = "{% for m in messages if m['content'] == 'refused' %}{{ raise_exception('no') }}{% endfor %}" + TEMPLATE
 KEYS = ("key-of-ann", "key-of-bo")
 ERROR_FIELDS = {"message", "type", "param", "code"}
 
@@ -280,3 +281,33 @@ def test_a_client_that_goes_away_frees_its_step(model):
         while running(address):
             time.sleep(0.01)
         assert post(address, "/v1/chat/completions", {"messages": HI, "max_tokens": 2}).status_code == 200
+
+
+def test_a_session_that_could_not_be_fed_is_not_left_behind(model):
+    """Its client has no id of it, and a session with an id is never given up."""
+    service = make_service(loaded(template=REFUSES), sessions=2)
+    with served(service) as address:
+        client = client_of(address)
+        for _ in range(3):
+            with pytest.raises(APIStatusError) as error:
+                client.post("/sessions", body={"messages": [SYSTEM, user("refused")]}, cast_to=object)
+            assert error.value.status_code == 400
+        assert not client.get("/sessions", cast_to=object)["data"]
+        assert client.post("/sessions", body={"messages": [SYSTEM, user("y")]}, cast_to=object)["turns"]["seen"] == 1
+
+
+def test_a_completion_that_begins_a_session_comes_after_its_system_prompt(model):
+    with served(make_service(model)) as address:
+        client = client_of(address)
+        session = client.post("/sessions", body={"messages": [SYSTEM]}, cast_to=object)["id"]
+        more = {"max_tokens": 8, "temperature": 0, "logit_bias": BIAS, "model": "tiny-llama"}
+        text = client.completions.create(prompt="Hi", **more, extra_body={"session_id": session}).choices[0].text
+        whole = f"<s>{SYSTEM['content']}\n"
+        assert text == client.completions.create(prompt=whole + "Hi", **more).choices[0].text
+        assert client.get(f"/sessions/{session}", cast_to=object)["tokens"]["pinned"] == len(whole)
+
+
+def test_a_bias_of_a_token_id_of_very_many_digits_is_refused(client):
+    with pytest.raises(APIStatusError) as error:
+        client.completions.create(model="tiny-llama", prompt="x", logit_bias={"1" * 5000: 1})
+    assert error.value.status_code == 400

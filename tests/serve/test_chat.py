@@ -86,6 +86,24 @@ def test_turns_are_taken_back_and_written_anew(talk, model):
     assert "error" in chat(talk, "/undo", "/undo", "/undo")
 
 
+def test_every_reply_that_is_written_anew_has_a_seed_of_its_own(talk, monkeypatch):
+    seeds: list[int | None] = []
+    monkeypatch.setattr(talk, "reply", lambda text: iter([str(seeds.append(talk.options.get("seed")))]))
+    monkeypatch.setattr(talk, "undo", lambda: None)
+    chat(talk, "one", "/regen", "/regen")
+    assert seeds == [None, 1, 2] and "seed" not in talk.options
+    talk.options["seed"] = 5
+    chat(talk, "two", "/regen", "/regen", "three", "/regen")
+    assert seeds[3:] == [5, 6, 7, 5, 6] and talk.options["seed"] == 5
+
+
+def test_a_conversation_that_is_loaded_has_its_own_system_prompt(talk):
+    chat(talk, "one", "/save first", "/system Another one.", "two", "/load first")
+    assert talk.system == SYSTEM_TEXT
+    chat(talk, "/pin x is 3", "three")
+    assert talk.system == f"{SYSTEM_TEXT}\nx is 3"
+
+
 def test_a_pinned_text_is_never_evicted_and_the_turns_that_are_there_stay(talk, model):
     talk.options["max_tokens"] = 8
     chat(talk, "one", "two", "/pin x is 3")

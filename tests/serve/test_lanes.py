@@ -205,3 +205,21 @@ def test_a_reply_begins_with_the_step_of_its_prompts_last_chunk(model, monkeypat
     work = service.conversations.run(call, lambda event: None)
     assert [next(work) for _ in units] == units
     work.close()
+
+
+def test_a_session_goes_on_as_asked_once_when_a_request_for_several_choices_is_cancelled(model):
+    """Choices are written last one first: what was written of another choice is no part of the session."""
+    service = make_service(model, resident=1)
+    service.start()
+    try:
+        told, first = Told(), [SYSTEM, user("one")]
+        options = ReplyOptions(sampler=Sampler(logit_bias=BIAS), max_tokens=5000, choices=2)
+        job = service.submit(Call("me", tuple(first), reply=options), told)
+        while not any(isinstance(event, TextPiece) for event in told.events):
+            told.ended.wait(0.001)
+        job.cancel()
+        assert told.ended.wait(60) and told.events[-1].error.code == "cancelled"
+        assert ask(service, first, 12).text == Alone(model).say("one")
+        assert len(service.store.sessions) == 1, "the same session, asked again"
+    finally:
+        service.stop()

@@ -168,6 +168,29 @@ def test_too_many_jobs_and_a_stopped_scheduler_are_refused():
     assert error.value.status == 503
 
 
+def test_a_scheduler_that_has_failed_refuses_what_it_cannot_do():
+    begun, fails = threading.Event(), threading.Event()
+
+    def step():
+        begun.set()
+        assert fails.wait(30)
+        raise RuntimeError("broken")
+
+    scheduler = Scheduler(4, step=step)
+    scheduler.start()
+    scheduler.submit(_ for _ in range(10**9))
+    assert begun.wait(30)
+    waiting = scheduler.call(lambda: 5)
+    fails.set()
+    with pytest.raises(APIError) as error:
+        waiting.result(30)
+    assert error.value.status == 503 and not scheduler.counts()["waiting"]
+    for ask in (lambda: scheduler.submit(iter(())), lambda: scheduler.call(lambda: 5)):
+        with pytest.raises(APIError) as error:
+            ask()
+        assert error.value.status == 503
+
+
 def test_a_cancelled_job_is_closed_and_a_failed_one_hurts_nobody(scheduler):
     closed, failed = threading.Event(), threading.Event()
 

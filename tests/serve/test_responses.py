@@ -81,3 +81,23 @@ def test_what_is_not_known_or_served_is_refused(client):
         with pytest.raises(APIStatusError) as error:
             client.responses.create(model="tiny-llama", input="x", **wrong)
         assert error.value.status_code == 400
+
+
+def test_a_branch_that_writes_no_reply_leaves_no_session(model, monkeypatch):
+    service = make_service(model, resident=2)
+    with served(service) as address:
+        client = client_of(address)
+        first = respond(client, "one")
+        respond(client, "two", first.id)
+        before = set(service.store.sessions)
+
+        def fails(*_):
+            raise RuntimeError("out of luck")
+
+        for owner, name in ((service.conversations, "_feed"), (service.planner, "rewind")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fails)
+                with pytest.raises(APIStatusError) as error:
+                    respond(client, "three", first.id)
+                assert error.value.status_code == 500 and set(service.store.sessions) == before
+        assert respond(client, "three", first.id).status and len(service.store.sessions) == 2

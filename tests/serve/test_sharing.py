@@ -27,6 +27,7 @@ from serving import (
 from sinkstream.records.files import WriteError
 from sinkstream.serve import heartbeats
 from sinkstream.serve.files import SessionFiles
+from sinkstream.serve.health import health_of_all
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
 
@@ -206,3 +207,38 @@ def test_a_full_disk_is_no_silence(tmp_path, monkeypatch):
     one.stop()
     other.stop()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_session_that_is_written_while_the_folder_is_listed_is_not_taken_for_deleted(tmp_path, monkeypatch):
+    """The thread of the disk writes it after the listing, and frees its claim."""
+    files, session = SessionFiles(tmp_path, 10**9, shared=True), Session("me")
+    scan = os.scandir
+
+    def listed_before(folder):
+        found = list(scan(folder))
+        monkeypatch.setattr(os, "scandir", scan)
+        files.write(session, b"data")
+        return iter(found)
+
+    monkeypatch.setattr(os, "scandir", listed_before)
+    assert files.changes() == ([], [])
+    assert files.changes() == ([], []) and files.current(session.id)
+
+
+def test_a_copy_for_which_there_is_no_room_leaves_nothing_in_memory(model, tmp_path):
+    service = make_service(model, resident=2, spill=tmp_path, shared=True, disk_mb=0)
+    with served(service) as address:
+        client = client_of(address)
+        session = opened(client)
+        say(client, session, "one")
+        with pytest.raises(APIStatusError) as error:
+            client.post(f"/sessions/{session}/fork", cast_to=object)
+        assert error.value.status_code == 429
+        assert service.store.spill.counts().ram == 0 and list(service.store.sessions) == [session]
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"state": "serves"}', "no JSON"])
+def test_what_another_release_tells_of_its_health_is_a_replica_that_failed(text):
+    beats = type("Beats", (), {"read": lambda self, ending: [heartbeats.Heartbeat("a", text, 0.0)]})()
+    found = health_of_all(beats, 1)
+    assert found.status == "failed" and found.about["replicas"][0]["state"] == "failed"

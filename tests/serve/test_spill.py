@@ -26,9 +26,12 @@ from serving import (
     user,
 )
 
+from sinkstream.serve.errors import APIError
 from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.spill import Spill
+
+HEADER_WITHOUT_HASH = '{"session": {"owner": "me", "turns": []}, "stream": "S"}'
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,49 @@ def test_a_damaged_file_is_told_and_the_server_goes_on(model, tmp_path):
         assert say(client, healthy, "z")
         assert client.delete(f"/sessions/{damaged}", cast_to=object)["deleted"]
         assert not list(tmp_path.glob(f"{damaged}*"))
+
+
+@pytest.mark.parametrize("change", ["another cap", "no stream"])
+def test_a_session_whose_stream_does_not_fit_or_is_gone_is_told_as_damaged(model, tmp_path, change):
+    with served(make_service(model, spill=tmp_path)) as address:
+        session = opened(client_of(address))
+        say(client_of(address), session, "x")
+    cap = 2 * CAP if change == "another cap" else CAP
+    for path in tmp_path.glob(f"{session}.*.safetensors") if change == "no stream" else ():
+        path.unlink()
+    with served(make_service(model, spill=tmp_path, cap=cap, resident=1)) as address:
+        client = client_of(address)
+        with pytest.raises(APIStatusError) as error:
+            say(client, session, "y")
+        assert (error.value.status_code, error.value.code) == (409, "session_damaged")
+        assert say(client, opened(client), "z"), "the lane is not lost"
+
+
+@pytest.mark.parametrize("header", ["[]", "{}", '{"session": []}', HEADER_WITHOUT_HASH])
+def test_a_header_that_lacks_something_is_damaged(tmp_path, header):
+    (tmp_path / "sess_a.json").write_text(header)
+    (tmp_path / "S").write_bytes(b"")
+    files = SessionFiles(tmp_path, 10**9)
+    assert len(files.sessions()) == (header == HEADER_WITHOUT_HASH)
+    with pytest.raises(APIError) as error:
+        files.read("sess_a")
+    assert error.value.status == 409
+
+
+def test_when_a_server_ends_an_earlier_refusal_costs_no_stream_and_each_lost_one_is_told_once(tmp_path, monkeypatch):
+    files = SessionFiles(tmp_path, 8)
+    spill, kept, large = Spill(files, 100), Session("me"), Session("me")
+    store = files.store
+
+    def refused(*_):
+        raise SpillFull
+
+    monkeypatch.setattr(files, "store", refused)
+    assert spill.write_soon(kept, b"kept")
+    spill.wait()
+    monkeypatch.setattr(files, "store", store)
+    spill.put(large, b"too large")
+    assert spill.to_disk() == [large.id] and SessionFiles(tmp_path, 8).read(kept.id)[1] == b"kept"
 
 
 def test_when_nothing_can_be_spilled_the_answer_is_429_and_nothing_is_lost(model, tmp_path):

@@ -86,7 +86,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
             _, attempt.times["total"] = timed(attempt.decode, device=device)
 
     with PeakMemory(device) as memory:
-        status, reason = _status_of(decode_all, attempts)
+        status, reason = _status_of(decode_all, lambda: _last_token(attempts))
     arrays = row_arrays(attempts[0].rows)
     complete = [row_arrays(attempt.rows)["seconds"] for attempt in attempts if "total" in attempt.times]
     if len(complete) > 1:
@@ -126,8 +126,8 @@ def run_interleaved(
 
     with ExitStack() as stack:
         decoders = [stack.enter_context(closing(open_decoder(loaded, one))) for one in settings]
-        status, reason = _status_of(decode_in_turn, attempts[:1])
-    shortest = min(len(attempt.rows) for attempt in attempts)
+        status, reason = _status_of(decode_in_turn, lambda: _last_token([_slowest(attempts)]))
+    shortest = len(_slowest(attempts).rows)
     results = []
     for attempt in attempts:
         arrays = {name: array[:shortest] for name, array in row_arrays(attempt.rows).items()}
@@ -257,18 +257,23 @@ def _told(which: str):
         raise NonFiniteLogits(f"the logits {which} are not finite") from None
 
 
-def _status_of(decode: Callable[[], None], attempts: list[Attempt]) -> tuple[str, str | None]:
-    """Decode; returns the status of the run and, unless it is complete, the reason."""
+def _status_of(decode: Callable[[], None], place: Callable[[], str]) -> tuple[str, str | None]:
+    """Decode; returns the status of the run and, unless it is complete, the reason; `place` says where it ended."""
     try:
         decode()
     except KeyboardInterrupt:
-        return "partial", f"interrupted {_last_token(attempts)}"
+        return "partial", f"interrupted {place()}"
     except NonFiniteLogits as error:
         return "failed", str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         first_line = next(iter(str(error).splitlines()), "")
-        return "failed", f"out of memory {_last_token(attempts)}: {first_line}".rstrip(": ")
+        return "failed", f"out of memory {place()}: {first_line}".rstrip(": ")
     return "complete", None
+
+
+def _slowest(attempts: list[Attempt]) -> Attempt:
+    """Of attempts that take turns, the one with the fewest tokens."""
+    return min(attempts, key=lambda attempt: len(attempt.rows))
 
 
 def _last_token(attempts: list[Attempt]) -> str:

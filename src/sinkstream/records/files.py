@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import BinaryIO
 
 class WriteError(OSError):
     """A file could not be written; the message says where, and how many bytes were wanted."""
+
+
+_UMASK = threading.Lock()  # a thread that read the umask while another one has set it to 0 would keep it at 0
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> Path:
@@ -50,6 +54,7 @@ def replaced_file(path: Path | str, size: int) -> Iterator[BinaryIO]:
 
 def _umask() -> int:
     """The process's umask; mkstemp ignores it, and a record must be as readable as any other file."""
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -46,15 +46,22 @@ class Conversations:
     def run(self, call: Call, emit: Emit) -> Work:
         """Serve one call; what happens is told to `emit`. Raises APIError."""
         branch: list[tuple[Session, Turn]] = []
-        while (plan := self.planner.plan(call, branch)) is None:
-            yield WAITING
+        try:
+            while (plan := self.planner.plan(call, branch)) is None:
+                yield WAITING
+        except BaseException:
+            for copy, _ in branch:
+                self.planner.forget(copy)
+            raise
         session = plan.session
         try:
             emit(Started(session.id))
             done = yield from (self._serve(call, plan, emit) if plan.pinning is None else self._pin(plan, emit))
         finally:
             session.used = time.time()
-            if not call.keep or (session.sink is None and session.found_by != "id"):
+            unknown = bool(branch) and session.response != call.response  # a copy that no client can name
+            unknown = unknown or session.id not in self.planner.store.sessions  # abandoned meanwhile
+            if not call.keep or unknown or (session.sink is None and session.found_by != "id"):
                 self.planner.forget(session)
             else:
                 self.residence.release(session)
@@ -88,9 +95,7 @@ class Conversations:
         for index in reversed(range(options.choices)):  # the session goes on with choice 0
             if index < options.choices - 1:
                 lane.undump(start)
-            prompt = torch.tensor(
-                fed, dtype=torch.int64
-            )  # on the host: on a device its copy would wait for the forward
+            prompt = torch.tensor(fed, dtype=torch.int64)  # on the host: a copy to a device would wait for the forward
             reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
             if call.begins:
                 emit(TextPiece(index, call.begins))
@@ -98,6 +103,12 @@ class Conversations:
                 yield from reply.run()
                 if rest := self._rest(call, reply):
                     emit(TextPiece(index, rest))
+            except BaseException:
+                if index:  # choice 0, with which the session goes on, has not begun: it stays empty
+                    lane.undump(start)
+                    empty = Reply(lane, prompt, options, 0, self.loaded.tokenizer, self.ends, emit)
+                    self._note_reply(call, session, lane, empty)
+                raise
             finally:  # a reply whose client has gone stays as far as it was written
                 texts[index] = self._text(call, reply)
                 written += reply.tokens
@@ -122,11 +133,12 @@ class Conversations:
     def _feed(self, call: Call, plan: Plan, fed: list[int]) -> Work:
         session, lane = plan.session, plan.lane
         if call.prompt is not None:
+            opening = self.template.encode(plan.opening or "")
             ids = self.template.encode(call.prompt) if isinstance(call.prompt, str) else list(call.prompt)
-            yield from self._prefill(lane, ids, [0], fed)
+            yield from self._prefill(lane, [*opening, *ids], [len(opening)], fed)
             return
         ids, begins = self.template.encode(plan.opening or ""), list[int]()
-        turns = self._turns_of(session, plan)
+        turns = _turns_of(session, plan)
         question = max((i for i, piece in enumerate(plan.pieces) if piece.turn), default=None)
         for i, piece in enumerate(plan.pieces):
             own = self.template.encode(piece.text)
@@ -197,22 +209,6 @@ class Conversations:
             if first + len(part) < len(ids):
                 yield
 
-    def _turns_of(self, session: Session, plan: Plan) -> Iterator[Turn]:
-        """The turns that the pieces begin, without their start; digests where they are known."""
-        begun = sum(piece.turn for piece in plan.pieces)
-        users = [i for i, message in enumerate(plan.new) if message["role"] == "user"]
-        if begun != len(users):
-            for _ in range(begun):
-                yield Turn(0, "", "", [], None)
-            return
-        digests = [session.digest]
-        for message in plan.new:
-            digests.append(digest_of(digests[-1], message))
-        for place, i in enumerate(users):
-            earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
-            before = session.response if place == 0 else None
-            yield Turn(0, digests[i], digests[i + 1], list(earlier), before, text=plan.new[i]["content"][:TOLD])
-
     # ---- what the stream holds then ----
 
     def _note_messages(self, session: Session, new: list[Message], held: str | None) -> None:
@@ -271,3 +267,20 @@ class Conversations:
         )
         emit(context)
         return context
+
+
+def _turns_of(session: Session, plan: Plan) -> Iterator[Turn]:
+    """The turns that the pieces begin, without their start; digests where they are known."""
+    begun = sum(piece.turn for piece in plan.pieces)
+    users = [i for i, message in enumerate(plan.new) if message["role"] == "user"]
+    if begun != len(users):
+        for _ in range(begun):
+            yield Turn(0, "", "", [], None)
+        return
+    digests = [session.digest]
+    for message in plan.new:
+        digests.append(digest_of(digests[-1], message))
+    for place, i in enumerate(users):
+        earlier = session.turn if place == 0 else plan.new[users[place - 1] : i]
+        before = session.response if place == 0 else None
+        yield Turn(0, digests[i], digests[i + 1], list(earlier), before, text=plan.new[i]["content"][:TOLD])

@@ -15,6 +15,7 @@ from sinkstream.serve.sessions import Session
 from sinkstream.serve.sharing import Claims
 
 FORMAT = 1
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised where a file is not what was written
 Stamp = tuple[int, int, int]  # inode, time and size of a file: a file that was replaced has another one
 
 
@@ -125,9 +126,10 @@ class SessionFiles:
             header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
             data = (self.folder / header["stream"]).read_bytes()
             session = Session.of(header["session"])
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = header["format"] == FORMAT and header["sha256"] == hashlib.sha256(data).hexdigest()
+        except DAMAGE:
             raise damaged(key) from None
-        if header["format"] != FORMAT or hashlib.sha256(data).hexdigest() != header["sha256"]:
+        if not whole:
             raise damaged(key)
         return session, data
 
@@ -137,7 +139,7 @@ class SessionFiles:
         for path in sorted(self.folder.glob("sess_*.json")) if self.folder else []:
             try:
                 found.append(Session.of(json.loads(path.read_text(encoding="utf-8"))["session"]))
-            except (OSError, ValueError, KeyError, TypeError):
+            except DAMAGE:
                 continue
         return found
 
@@ -168,21 +170,22 @@ class SessionFiles:
         """Sessions that other servers have written since the last time, and the ids of those that they have deleted."""
         if not self.shared or self.folder is None:
             return [], []
+        known = list(self._stamps)  # before the folder is listed: the thread of the disk writes sessions meanwhile
         found: dict[str, Stamp] = {}
         for entry in os.scandir(self.folder):
             if entry.name.endswith(".json"):
                 with suppress(OSError):  # deleted meanwhile
                     found[entry.name.removesuffix(".json")] = _stamp(entry.stat())
-        gone = [key for key in self._stamps if key not in found and not self.claims.holds(key)]
+        gone = [key for key in known if key not in found and not self.claims.holds(key)]
         for key in gone:
-            del self._stamps[key]
+            self._stamps.pop(key, None)
             self.sizes.pop(key, None)
         written = []
         for key, stamp in found.items():
             if self._stamps.get(key) == stamp or self.claims.holds(key):
                 continue
             self._stamps[key] = stamp
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(*DAMAGE):
                 header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
                 self.sizes[key] = (self.folder / header["stream"]).stat().st_size
                 written += [Session.of(header["session"])] if key.startswith("sess_") else []

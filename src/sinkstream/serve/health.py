@@ -61,8 +61,9 @@ def health_of_all(beats: Heartbeats, expected: int) -> Health:
 
 def _replica(beat: Heartbeat) -> dict[str, Any]:
     try:
-        found = json.loads(beat.text)
-    except ValueError:  # another release's
+        told_by_it = json.loads(beat.text)
+        found = {name: told_by_it[name] for name in ("state", "running", "waiting")}
+    except (ValueError, TypeError, KeyError):  # another release's
         found = {"state": FAILED}
     state = GONE if beat.gone else found["state"]
     return {"replica": beat.name, **found, "state": state, "heard_seconds": round(beat.seconds, 1)}

@@ -9,6 +9,7 @@ from sinkstream.serve.reply import ReplyOptions
 from sinkstream.serve.schemas import ResponseRequest, Sampling
 from sinkstream.serve.settings import ServeSettings
 
+DIGITS = 18  # of a token id, at most: Python refuses to read very long numbers
 API_TEMPERATURE = 1.0  # what OpenAI's API draws with where a request does not say
 
 
@@ -63,7 +64,7 @@ def _seed(given: int | None) -> int:
 def _bias(given: dict[str, float], vocab: int) -> dict[int, float]:
     bias = {}
     for token, value in given.items():
-        if not token.isascii() or not token.isdigit() or int(token) >= vocab:
+        if not (token.isascii() and token.isdigit() and len(token) <= DIGITS) or int(token) >= vocab:
             raise invalid(f"logit_bias for {token!r} is not accepted; accepted: token ids below {vocab}", "logit_bias")
         bias[int(token)] = float(value)
     return bias

@@ -223,7 +223,12 @@ class Planner:
         if session is not None and session.sink is not None:
             lane = self.residence.acquire(session)
             return None if lane is None else Plan(session, lane, [])
-        return self._begin(session or Session(call.owner, kind="text", found_by=call.found_by), LEAST_SINK)
+        if session is None:
+            return self._begin(Session(call.owner, kind="text", found_by=call.found_by), LEAST_SINK)
+        pinned = bool(session.head or session.tools)
+        opening = self.template.pinned(session.head, session.tools) if pinned else ""
+        plan = self._begin(session, self.sink_of(opening))
+        return plan and replace(plan, opening=opening)
 
     def _begin(self, session: Session, sink: int) -> Plan | None:
         known = session.id in self.store.sessions
@@ -234,7 +239,8 @@ class Planner:
                 self.store.add(session, self.residence.busy, self.forget)
         except BaseException:
             session.sink = before
-            self.residence.drop(session.id)
+            if not known:
+                self.residence.drop(session.id)
             raise
         if lane is None:
             session.sink = before

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from sinkstream.serve.errors import APIError, busy
-from sinkstream.serve.files import SpillFull
+from sinkstream.serve.files import SpillFull, damaged
 from sinkstream.serve.lanes import Lane, Lanes
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.spill import Spill
@@ -72,8 +72,9 @@ class Residence:
                 " for them; accepted: a new session, or a server with --pinned as before",
                 code="session_pins_too_much",
             )
-        known = session.counts["seen"] > 0 and session.id not in self._held
-        spilled = known and self.spill.where(session.id) is not None
+        spilled = session.counts["seen"] > 0 and session.id not in self._held
+        if spilled and self.spill.where(session.id) is None:
+            raise damaged(session.id)
         if spilled and not wait and not self.spill.ready(session.id):
             return None
         if session.id in self._held:
@@ -86,9 +87,11 @@ class Residence:
             try:
                 if spilled:
                     lane.undump(self.spill.get(session.id))
-            except BaseException:
+            except BaseException as error:
                 lane.reset()
                 self._free.append(lane)
+                if isinstance(error, ValueError):  # a stream of another model, policy or cap
+                    raise damaged(session.id) from error
                 raise
         self.spill.changes(session.id)
         self._held[session.id] = session, lane

@@ -138,6 +138,17 @@ class Scheduler:
     # ---- the thread ----
 
     def _run(self) -> None:
+        try:
+            self._rounds()
+        except BaseException:
+            log.exception("the scheduler has failed; the server answers no further request")
+        with self._changed:
+            self._stopping, calls = True, [*self._calls]
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(stopping())
+
+    def _rounds(self) -> None:
         while True:
             self._wait()
             with self._changed:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from sinkstream.models import LoadedModel
@@ -131,18 +132,8 @@ class Service:
             )
         timed = self.metrics.timed(emit)
         if self.settings.log_text:
-            timed = self._logged(call, timed)
+            timed = _logged(call, timed)
         return self.scheduler.submit(self._work(call, timed), lambda: timed(Failed(CANCELLED)))
-
-    def _logged(self, call: Call, emit: Emit) -> Emit:
-        log.info("%s asks: %s", call.response, call.messages or call.prompt)
-
-        def logging_emit(event: Event) -> None:
-            if isinstance(event, Done):
-                log.info("%s says: %s", call.response, event.texts)
-            emit(event)
-
-        return logging_emit
 
     def _work(self, call: Call, emit: Emit) -> Work:
         try:
@@ -173,6 +164,17 @@ class Service:
             return self.view(session)
 
         return self.scheduler.call(work)
+
+    def abandon(self, session_id: str) -> None:
+        """Delete a session whose client was not told its id; one that is in use, once its request has ended."""
+
+        def work() -> None:
+            session = self.store.sessions.pop(session_id, None)
+            if session is not None and session.id not in self.residence.busy:
+                self.planner.forget(session)
+
+        with suppress(APIError):  # a server that is stopping
+            self.scheduler.call(work)
 
     def with_session(self, owner: str, session_id: str, work: Callable[[Session], Any]) -> "Future[Any]":
         """Do something with an idle session. The future raises APIError 404, or 409 for a session that is in use."""
@@ -255,7 +257,7 @@ class Service:
                 self.store.spill.write_soon(copy, data)
                 self.store.spill.wait()
         except SpillFull:
-            self.store.sessions.pop(copy.id, None)
+            self.planner.forget(copy)
             raise APIError(429, "there is no room for one more session", code="server_busy", retry_after=30) from None
 
     def _step(self) -> None:
@@ -294,3 +296,15 @@ def check_model(service: Service, name: str) -> None:
     """Refuse another model's name. Raises APIError 404."""
     if name != model_name(service.loaded):
         raise not_found("model", name)
+
+
+def _logged(call: Call, emit: Emit) -> Emit:
+    """The same `emit`, with what is asked and said written to the log."""
+    log.info("%s asks: %s", call.response, call.messages or call.prompt)
+
+    def logging_emit(event: Event) -> None:
+        if isinstance(event, Done):
+            log.info("%s says: %s", call.response, event.texts)
+        emit(event)
+
+    return logging_emit

@@ -27,7 +27,11 @@ async def open_session(body: SessionRequest, request: Request, who: Owner, servi
         raise invalid("system messages come first in a session", "messages")
     view = await asyncio.wrap_future(service.open_session(who, head, tools_of(body.tools, None)))
     if len(messages) > len(head):
-        await _feed(service, request, who, view["id"], messages[len(head) :])
+        try:
+            await _feed(service, request, who, view["id"], messages[len(head) :])
+        except BaseException:  # the client has no id of the session
+            service.abandon(view["id"])
+            raise
         view = await asyncio.wrap_future(service.with_session(who, view["id"], service.view))
     return view
 

@@ -147,6 +147,8 @@ class Spill:
 
     def to_disk(self) -> list[str]:
         """Write everything that is in RAM to disk, and wait; returns the ids for which there was no room."""
+        self._settle()
+        self._refused = False  # an earlier refusal must not cost a stream: each is written now or lost
         for session_id, (session, data) in list(self._ram.items()):
             with suppress(SpillFull):  # it stays in RAM then
                 if session_id not in self._current and session_id not in self._writing:

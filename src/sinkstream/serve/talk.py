@@ -260,10 +260,11 @@ class RemoteTalk(Talk):
 
     def load(self, name: str) -> str:
         try:
-            self._messages = json.loads(self._path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            messages = json.loads(self._path(name).read_text(encoding="utf-8"))
+            system = "\n".join(m["content"] for m in messages if m["role"] == "system") or None
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TalkError(f"{name!r} cannot be loaded: {error}") from None
-        self.last = None
+        self._messages, self.system, self.last, self.context = messages, system, None, None
         return f"{name!r}: {len(self._messages)} messages"
 
     def stats(self) -> dict[str, Any]:

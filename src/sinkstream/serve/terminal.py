@@ -36,6 +36,7 @@ class Terminal:
 
     def __init__(self, talk: Talk, console: Console):
         self.talk, self.console, self._forgets = talk, console, False
+        self._anew = 0  # how often the latest reply was written anew
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "stats": self._stats,
@@ -62,6 +63,7 @@ class Terminal:
         """Carry out a command, or send a message."""
         try:
             if not text.startswith("/"):
+                self._anew = 0
                 self._say(text)
                 return
             name, _, rest = text[1:].partition(" ")
@@ -110,12 +112,15 @@ class Terminal:
         if text is None:
             raise TalkError("there is no reply yet that could be written anew")
         self.talk.undo()
-        seed = self.talk.options.get("seed", 0)
-        self.talk.options["seed"] = seed + 1  # the same one would write the same
+        options, given = self.talk.options, self.talk.options.get("seed")
+        self._anew += 1
+        options["seed"] = (given or 0) + self._anew  # an earlier seed would write an earlier reply
         try:
             self._say(text)
         finally:
-            self.talk.options["seed"] = seed
+            del options["seed"]
+            if given is not None:
+                options["seed"] = given
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
