@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ def _ratio_interval(
     how: Bootstrap, tops: bytes, top_dtype: str, bottoms: bytes, bottom_dtype: str
 ) -> tuple[float, float]:
     """As `Bootstrap.ratio_interval`, from the bytes of the arrays: a report asks for one interval in several tables."""
+    from scipy import stats  # slow to import
+
     found = stats.bootstrap(
         (np.frombuffer(tops, top_dtype), np.frombuffer(bottoms, bottom_dtype)),
         lambda top, bottom, axis=-1: top.sum(axis=axis) / bottom.sum(axis=axis),
