@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrize import is_parametrized
-from transformers.activations import ACT2FN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +100,8 @@ def check_modules(model: PreTrainedModel) -> None:
             "a global forward hook (torch.nn.modules.module.register_module_forward_hook) is not served by the engine,"
             " whose steps call no module; remove it"
         )
+    from transformers.activations import ACT2FN  # slow to import
+
     activation = type(ACT2FN[model.config.hidden_act])
     for part in parts(model):
         _check_calls(part)
