@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import Cache
 
@@ -302,10 +303,8 @@ def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=No
             input_ids, next_sequence_length, more = cache.begin_prompt(input_ids, next_sequence_length, kwargs)
             kwargs |= more
     more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
-    from transformers import GenerationMixin
-
     of_all = cache is not None and cache.spec.drops_long_caches  # the method of the class would drop this very cache
-    prepare = getattr(GenerationMixin if of_all else type(self), _PREPARE)
+    prepare = getattr(transformers.GenerationMixin if of_all else type(self), _PREPARE)
     return prepare(self, input_ids, *args, next_sequence_length=next_sequence_length, **more)
 
 
