@@ -23,9 +23,9 @@ import torch
 from record_factory import make_arrays, make_record
 
 import sinkstream.cli as cli_package
-import sinkstream.cli.report as report_command
 import sinkstream.evaluation.run as run_module
 import sinkstream.records.files as files_module
+import sinkstream.report.documents as documents
 from sinkstream import __version__
 from sinkstream.cli import COMMANDS, build_parser, main
 from sinkstream.cli.options import policy_option_specs
@@ -705,20 +705,40 @@ def named(word: str, text: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) is not None
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "nosuch"])
-def test_what_needs_no_command_imports_none(line):
-    """Torch and transformers take seconds to import; a command's own help does need them, for its choices."""
-    program = """
-import sys
+IMPORTS_PROBE = """
+import contextlib, importlib, io, sys
 from sinkstream.cli import main
-try:
-    main([LINE])
-except SystemExit:
-    pass
-print(sorted({"torch", "transformers", "numpy", "sinkstream.cli.eval"} & set(sys.modules)))
-""".replace("LINE", repr(line))
+for line in LINES:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(line.split())
+print(sorted(SLOW & set(sys.modules)))
+for module in CONTROL:
+    importlib.import_module(module)
+print(sorted(SLOW & set(sys.modules)))
+"""
+
+
+def slow_imports(lines: list[str], slow: set[str], control: tuple[str, ...] = ()) -> list[str]:
+    """Which of the modules `slow` command lines import in a fresh interpreter, and which are there after `control`."""
+    program = IMPORTS_PROBE.replace("LINES", repr(lines)).replace("SLOW", repr(slow)).replace("CONTROL", repr(control))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_what_needs_no_command_imports_none():
+    """Torch and transformers take seconds to import; the records and their pages need neither before they are read."""
+    slow = {"torch", "transformers", "sinkstream.cli.eval"}
+    lines = [f"{command} {option}" for command in ("env", "report", "verdict") for option in ("--help", "--nosuch")]
+    assert slow_imports(["--help", "--version", "nosuch"], slow | {"numpy"})[0] == slow_imports(lines, slow)[0] == "[]"
+
+
+def test_help_and_usage_errors_import_no_model():
+    """A command's own help does need torch, for its choices, and neither models nor a compiler nor statistics."""
+    slow = {"transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo", "sympy", "scipy.stats"}
+    lines = [f"{command} {option}" for command in COMMANDS for option in ("--help", "--nosuch")]
+    found, after = slow_imports(lines, slow, control=tuple(slow))
+    assert (found, after) == ("[]", str(sorted(slow)))
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
@@ -769,7 +789,7 @@ def test_the_sources_of_texts_and_models_can_be_found(cli):
 def test_report_writes_the_summary_and_the_tables(cli, here, monkeypatch):
     record = make_record("demo-run", command=("sinkstream", "demo"))
     write_record(record, make_arrays(), here / "results" / "foundation")
-    monkeypatch.setattr(report_command, "render_tables", lambda results, pairs: {"figures": "| new |"})
+    monkeypatch.setattr(documents, "render_tables", lambda results, pairs: {"figures": "| new |"})
     done = cli("report")
     assert (done.code, done.err) == (0, "")
     summary = json.loads((here / "results" / "summary.json").read_text())

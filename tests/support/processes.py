@@ -23,7 +23,9 @@ from typing import TextIO
 import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sinkstream.cli.eval", "sinkstream.cli.matrix", "sinkstream.cli.serve", "uvicorn"])
+COMMANDS = ["sinkstream.cli.eval", "sinkstream.cli.matrix", "sinkstream.cli.serve", "uvicorn"]
+MODELS = ["transformers.modeling_utils", "transformers.generation.utils", "transformers.models.auto.modeling_auto"]
+CONTEXT.set_forkserver_preload([*COMMANDS, *MODELS])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sinkstream.archive import CHOOSERS, PREFIX, RecallSettings
 from sinkstream.bench.rungs import open_timed, prompt_tokens
@@ -272,6 +272,8 @@ def generate_static(run: TimedRun, loaded: LoadedModel, source: Source) -> None:
     The loop of generate() is one chunk; a logits processor marks the clock. `warmup_sec` includes prefill and
     compilation.
     """
+    from transformers import GenerationMixin
+
     model, device, protocol = loaded.model, source.table.device, run.protocol
     assert isinstance(model, GenerationMixin), "transformers generates with every causal language model"
     prompt = prompt_tokens(protocol, run.config)

@@ -1,14 +1,17 @@
 """Configurations and protocol of the benchmark, and the arithmetic of the byte floor."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from sinkstream.cache import describe
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.timing import WARMUP_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STEADY_TOKENS = 600
 CAP = 2052

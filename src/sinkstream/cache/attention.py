@@ -4,21 +4,24 @@ It goes in through transformers' public attention interface, for the life of the
 that crosses prunes. Nothing happens on import, and in a forward of anybody else it is sdpa itself.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from sinkstream.cache.chunks import TwoFrames
 from sinkstream.compat import attention_implementation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SINKSTREAM_SDPA = "sinkstream_sdpa"
 
@@ -139,6 +142,9 @@ def switch_attention(decoder: PreTrainedModel, user: object) -> None:
         users = _users.setdefault(decoder, set())
         users.add(user)
         if not is_switched(decoder):
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import sdpa_mask
+
             AttentionInterface.register(SINKSTREAM_SDPA, _sinkstream_sdpa)
             AttentionMaskInterface.register(SINKSTREAM_SDPA, sdpa_mask)
             decoder.set_attn_implementation(SINKSTREAM_SDPA)

@@ -5,13 +5,14 @@ new tokens; then that one copies them. So a system prompt is fed once and held o
 with it.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream.cache.batched import BatchedCache
 from sinkstream.cache.hooks import attach
@@ -23,6 +24,9 @@ from sinkstream.cache.stream import Stream
 from sinkstream.cache.stream_file import check_fits, fingerprint, identity, read_stream, saved_policy, write_stream
 from sinkstream.policies import EvictionPolicy
 from sinkstream.policies.eviction import option_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POLICY_OPTIONS = ("policy", "cap", "cap_accounting")  # beside those of `option_names`
 

@@ -5,22 +5,29 @@ looks for a streaming cache among the arguments of a call and acts only on a cac
 The hooks are plain functions of this module, so that a model with hooks can be copied and pickled.
 """
 
+from __future__ import annotations
+
+import functools
 import sys
 import threading
 import types
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache
 
 from sinkstream import compat
 from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.padding import call_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class HookedCache(Cache):
@@ -45,7 +52,7 @@ class HookedCache(Cache):
 
     spec: ModelSpec
     chunk_user: object
-    model: "weakref.ref[nn.Module] | None" = None
+    model: weakref.ref[nn.Module] | None = None
     checked_frequencies: tuple[torch.Tensor, ...] = ()
     checked_weights: tuple | None = None
     compiled = False
@@ -142,7 +149,7 @@ class _Hooked:
             handle.remove()
 
 
-_hooked: "weakref.WeakKeyDictionary[nn.Module, _Hooked]" = weakref.WeakKeyDictionary()
+_hooked: weakref.WeakKeyDictionary[nn.Module, _Hooked] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # re-entrant: a cache may be collected, and detached, while another one is attached
 
 
@@ -205,7 +212,7 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
 def _register(module: nn.Module, *, is_decoder: bool, untraced: bool) -> list[Any]:
     before, after = (_before_decoder, _after_decoder) if is_decoder else (_before_model, _after_model)
     if untraced:
-        before, after = (_UNTRACED[hook] for hook in (before, after))
+        before, after = (_untraced(hook) for hook in (before, after))
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -240,7 +247,7 @@ def _shed(module: Any) -> None:
             module.set_attn_implementation("sdpa")
 
 
-def _detach(modules: "list[weakref.ref[nn.Module]]", user: object, chunk_user: object) -> None:
+def _detach(modules: list[weakref.ref[nn.Module]], user: object, chunk_user: object) -> None:
     decoder: Any = modules[0]()
     with _lock:
         for module in (ref() for ref in modules):
@@ -297,7 +304,7 @@ def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=No
             kwargs |= more
     more = kwargs if inputs_embeds is None else kwargs | {"inputs_embeds": inputs_embeds}
     of_all = cache is not None and cache.spec.drops_long_caches  # the method of the class would drop this very cache
-    prepare = getattr(GenerationMixin if of_all else type(self), _PREPARE)
+    prepare = getattr(transformers.GenerationMixin if of_all else type(self), _PREPARE)
     return prepare(self, input_ids, *args, next_sequence_length=next_sequence_length, **more)
 
 
@@ -391,21 +398,20 @@ def _after_model(module, args, kwargs=None, output=None):
         cache.commit_forward(output.logits if hasattr(output, "logits") else output[0])
 
 
+@functools.cache
 def _untraced(hook: Callable) -> Callable:
     """As `hook`, but cutting a compiled graph, between two modules, instead of being traced into it."""
-    called = torch.compiler.disable(hook)
+    called = torch.compiler.disable(hook)  # which imports the compiler, for seconds: not before a model is compiled
     called.__name__ = called.__qualname__ = f"{hook.__name__}_untraced"  # by which pickle finds it
     return called
 
 
-_before_decoder_untraced, _after_decoder_untraced = _untraced(_before_decoder), _untraced(_after_decoder)
-_before_model_untraced, _after_model_untraced = _untraced(_before_model), _untraced(_after_model)
-_UNTRACED = {
-    _before_decoder: _before_decoder_untraced,
-    _after_decoder: _after_decoder_untraced,
-    _before_model: _before_model_untraced,
-    _after_model: _after_model_untraced,
-}
+def __getattr__(name: str) -> Callable:
+    """An untraced hook, for pickle."""
+    for hook in (_before_decoder, _after_decoder, _before_model, _after_model):
+        if name == f"{hook.__name__}_untraced":
+            return _untraced(hook)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _check_attention(made_for: str, now: str | None) -> None:

@@ -1,12 +1,13 @@
 """`RecallingCache`: a cache whose evicted tokens can come back; see `cache.recall`."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream import compat
 from sinkstream.archive import PREFIX, Chooser, RecallSettings
@@ -18,6 +19,9 @@ from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
 from sinkstream.policies.triggers import Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SENTENCE_END = 2.0  # structural weight of a token that ends a sentence or a line, at least
 

@@ -5,18 +5,19 @@ a soft ring or in a static one, at any token. The header says which model, polic
 every tensor has a checksum there.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load as tensors_of_bytes
-from transformers import PreTrainedModel
 
 from sinkstream import __version__
 from sinkstream.archive import RecallSettings
@@ -25,6 +26,9 @@ from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.tensor_file import checksum, write_tensors
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 from sinkstream.records.files import replaced_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 2
 PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream has anew
@@ -120,7 +124,7 @@ class SavedStream:
         """A tensor by name; where the file has none, one of the shape `empty`, which has no elements."""
         return self.tensors[name] if name in self.tensors else torch.zeros(empty, dtype=dtype)
 
-    def row(self, index: int) -> "SavedStream":
+    def row(self, index: int) -> SavedStream:
         """One row of a batch, as a stream of its own."""
         if self.recall is not None:  # which serves one row
             return self

@@ -8,13 +8,14 @@ tokens are coming and put positions and masks right; they act on calls with this
 `Stream` is what the cache holds between two forwards, `PendingForward` is one forward.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from sinkstream.archive import PREFIX, Chooser
 from sinkstream.cache.attention import release_attention, running
@@ -29,6 +30,9 @@ from sinkstream.cache.stream import Stream
 from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
 from sinkstream.policies import EvictionPolicy, Step, structural_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POSITIONS = ("cache", "original")
 CHUNK = 2_048  # tokens of one forward of a prompt
@@ -70,7 +74,7 @@ class StreamingCache(RecallingCache):
         block_tokens: int = 0,
         recall: str | Chooser | None = None,
         **options: Any,
-    ) -> "StreamingCache":
+    ) -> StreamingCache:
         """Make a cache for one model.
 
         Parameters

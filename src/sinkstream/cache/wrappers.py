@@ -4,10 +4,14 @@ A wrapper hands its calls to the model inside, and often `generate()` as well. T
 that model, however it is called.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ACCEPTED = "a transformers model, alone or inside PeftModel, torch.compile, DataParallel or DistributedDataParallel"
 
@@ -21,6 +25,8 @@ def inner_model(model: Any) -> PreTrainedModel:
         If no transformers model is found, a wrapper spreads its calls over several devices, or the active PEFT method
         adds virtual tokens of its own (prompt and prefix tuning).
     """
+    from transformers import PreTrainedModel
+
     found = model
     while not isinstance(found, PreTrainedModel):
         if isinstance(found, nn.DataParallel) and len(found.device_ids) > 1:
@@ -62,6 +68,8 @@ def _check_virtual_tokens(wrapper: Any) -> None:
 
 def is_compiled(model: Any) -> bool:
     """Whether calls of a model, or of a wrapper of it, run through torch.compile."""
+    from transformers import PreTrainedModel
+
     while isinstance(model, nn.Module):
         own = vars(model)
         if "_orig_mod" in model._modules or own.get("_compiled_call_impl") is not None:

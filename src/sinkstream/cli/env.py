@@ -2,9 +2,6 @@
 
 import argparse
 
-from sinkstream.measure.environment import environment, format_environment
-from sinkstream.models import resolve_device
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
@@ -13,5 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment."""
+    from sinkstream.measure.environment import environment, format_environment  # slow to import, as torch is
+    from sinkstream.models import resolve_device
+
     print(format_environment(environment(resolve_device(args.device))))
     return 0

@@ -7,9 +7,6 @@ from sinkstream.cli import EXIT_FAILED
 from sinkstream.cli.show import wide_console
 from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
-from sinkstream.report.docs import generated_names, update_document
-from sinkstream.report.documents import render_tables
-from sinkstream.report.summary import summary_is_current, write_summary
 from sinkstream.show.progress import say
 
 
@@ -25,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, or write (or check) summary and tables."""
+    # slow to import, as torch is
+    from sinkstream.report.docs import generated_names, update_document
+    from sinkstream.report.documents import render_tables
+    from sinkstream.report.summary import summary_is_current, write_summary
+
     if args.output is not None:
         return _page(args)
     for name in ("records", "criteria"):

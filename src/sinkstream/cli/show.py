@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -13,14 +13,16 @@ from sinkstream.show.comparison import comparison_table
 from sinkstream.show.plots import memory_and_quality
 from sinkstream.show.progress import say
 from sinkstream.show.table import Table
-from sinkstream.studies.recall.facts import FactsRecord
-from sinkstream.studies.recall.record import RecallRecord
-from sinkstream.studies.streameval.record import StreamEvalRecord
-from sinkstream.studies.streameval.reply import ReplyRecord
+
+if TYPE_CHECKING:  # the studies import torch, which is slow
+    from sinkstream.studies.recall.facts import FactsRecord
+    from sinkstream.studies.recall.record import RecallRecord
+    from sinkstream.studies.streameval.record import StreamEvalRecord
+    from sinkstream.studies.streameval.reply import ReplyRecord
 
 PIPE_WIDTH = 170
 PICTURE = "nll.png"
-AnyRun = TypeVar("AnyRun", Record, RecallRecord, FactsRecord, StreamEvalRecord, ReplyRecord)
+AnyRun = TypeVar("AnyRun", Record, "RecallRecord", "FactsRecord", "StreamEvalRecord", "ReplyRecord")
 
 
 def wide_console() -> Console:

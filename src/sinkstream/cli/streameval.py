@@ -1,8 +1,9 @@
 """``sinkstream streameval``."""
 
-import argparse
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+import argparse
+from typing import TYPE_CHECKING
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
@@ -22,6 +23,9 @@ from sinkstream.studies.streameval.record import StreamEvalRecord
 from sinkstream.studies.streameval.reply import FACTS, ReplyBatch, ReplyDesign, ReplyRecord, reply_stream
 from sinkstream.studies.streameval.reply_tables import draw_reply, reply_table
 from sinkstream.studies.streameval.tables import draw_streameval, streameval_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PICTURE, REPLY_PICTURE = "streameval.png", "reply.png"
 

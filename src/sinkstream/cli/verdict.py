@@ -7,7 +7,6 @@ from pathlib import Path
 from sinkstream.cli import EXIT_FAILED
 from sinkstream.cli.show import wide_console
 from sinkstream.records.files import write_atomically
-from sinkstream.report.ledger import counts, read_ledger
 from sinkstream.show.progress import say
 
 
@@ -21,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write (or check) the ledger."""
+    from sinkstream.report.ledger import counts, read_ledger  # slow to import, as torch is
+
     console = wide_console()
     page, found = read_ledger(args.criteria, args.results)
     before = args.ledger.read_text(encoding="utf-8") if args.ledger.is_file() else ""

@@ -1,12 +1,17 @@
 """Token ids of a text, exactly as the whole text would give them, without tokenizing more of it than needed."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from sinkstream.data.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST_CHARACTERS_PER_TOKEN = 6
 SPARE_TOKENS = 64
@@ -25,7 +30,7 @@ class TokenStream:
     text_sha256: str | None  # hash of the text; None for random ids
 
     @classmethod
-    def of(cls, ids: list[int] | torch.Tensor, *, name: str, source: str, text_sha256: str | None) -> "TokenStream":
+    def of(cls, ids: list[int] | torch.Tensor, *, name: str, source: str, text_sha256: str | None) -> TokenStream:
         """Hash and keep `ids`."""
         tensor = torch.as_tensor(ids, dtype=torch.int64)
         digest = hashlib.sha256(tensor.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,11 +1,13 @@
 """Decoding for transformers' generate(): its logits processors and stopping criteria around the engine's steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream import compat
@@ -13,6 +15,10 @@ from sinkstream.cache.padding import default_positions
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import Writer, feed, write
 from sinkstream.engine.recorder import CopyInFlight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerateDecoderOnlyOutput
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what generate() passes on for its own decoding loop: checked below, or of no meaning to the engine
@@ -104,6 +110,8 @@ class ProcessorsWriter(Writer):
         sequences = self._ids[:, : self._length].clone()
         if not self._config.return_dict_in_generate:
             return sequences
+        from transformers.generation import GenerateDecoderOnlyOutput
+
         scores, logits = (cast(Any, None if kept is None else tuple(kept)) for kept in (self._scores, self._logits))
         return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), scores=scores, logits=logits)
 

@@ -1,10 +1,11 @@
 """`StreamDecoder`: the streams of one model, in static memory, under any eviction policy: tokens in, logits out."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec, inner_model
 from sinkstream.cache.stream import default_rebase
@@ -25,6 +26,9 @@ from sinkstream.engine.steps import STEPS
 from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StreamDecoder(StreamKeeper):

@@ -5,13 +5,14 @@ engine.prefill(prompt_ids)
 out = engine.generate([], max_new_tokens=1000)
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream import compat
@@ -23,6 +24,10 @@ from sinkstream.engine.inputs import Ids, encoded
 from sinkstream.engine.memory import check_weights
 from sinkstream.models import check_dtype, load_model, resolve_device, resolve_dtype, weight_bytes
 from sinkstream.policies import EvictionPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerateDecoderOnlyOutput
 
 
 class Engine(StreamDecoder):
@@ -52,7 +57,7 @@ class Engine(StreamDecoder):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         **more: Any,
-    ) -> "Engine":
+    ) -> Engine:
         """Load a model and make an engine of it.
 
         Parameters

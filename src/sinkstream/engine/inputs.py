@@ -1,10 +1,14 @@
 """What callers of an engine give it: streams, token ids and prompts, checked before anything is touched."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Ids = torch.Tensor | Sequence[int]
 

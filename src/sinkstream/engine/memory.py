@@ -1,9 +1,11 @@
 """The memory that an engine needs, computed before anything is allocated, and the memory that is free."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
@@ -13,6 +15,9 @@ from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.kernels.observed_chunk import TILE as SCORES_TILE
 from sinkstream.measure.memory import free_bytes
 from sinkstream.policies import EvictionPolicy, PruneSchedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CUDA_WORKSPACE = 2 * 32 * 2**20  # cuBLAS takes 32 MiB on recent GPUs, and as much again while a graph is captured
 
@@ -55,7 +60,7 @@ class MemoryNeed:
         recall_slots: int = 0,
         recall_queries: int = 0,
         reread_tokens: int = 0,
-    ) -> "MemoryNeed":
+    ) -> MemoryNeed:
         """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
 
         Parameters

@@ -5,16 +5,19 @@ else than its class does from plain weights (an adapter, a quantised projection,
 the two disagree without a word. So each is refused by path, class and way out.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEOX = "gpt_neox"
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -97,6 +100,8 @@ def check_modules(model: PreTrainedModel) -> None:
             "a global forward hook (torch.nn.modules.module.register_module_forward_hook) is not served by the engine,"
             " whose steps call no module; remove it"
         )
+    from transformers.activations import ACT2FN  # slow to import
+
     activation = type(ACT2FN[model.config.hidden_act])
     for part in parts(model):
         _check_calls(part)

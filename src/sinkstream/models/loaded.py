@@ -1,13 +1,18 @@
 """What loading a model gives, what it takes, and the registry of places that models come from."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkstream.compat import attention_implementation
 from sinkstream.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class LoadedModel:
     @classmethod
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, name: str, source: str, hash: str
-    ) -> "LoadedModel":
+    ) -> LoadedModel:
         """Put `model` in eval mode without gradients and fill in the figures that follow from it."""
         model = model.eval().requires_grad_(False)
         parameters = list(model.parameters())

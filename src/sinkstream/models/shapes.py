@@ -5,14 +5,18 @@ arXiv 2502.02737).
 Weights are drawn on the target device in the wanted dtype; nothing is ever held in float32 beside them.
 """
 
+from __future__ import annotations
+
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from sinkstream.models.hashing import sha256_of_json
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel, LoadRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFIX = "random:"
 RESIDUAL_WRITERS = ("attention.dense", "mlp.dense_4h_to_h", "self_attn.o_proj", "mlp.down_proj")
@@ -101,6 +105,8 @@ def shape_config(name: str) -> PreTrainedConfig:
         raise ValueError(
             f"unknown random shape {PREFIX + name!r}; accepted: {', '.join(PREFIX + key for key in SHAPES)}"
         )
+    from transformers import AutoConfig  # slow to import, as all models of transformers are
+
     fields = dict(SHAPES[name])
     fields["rope_parameters"] = dict(fields["rope_parameters"])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -111,6 +117,9 @@ def shape_sizes(name: str) -> tuple[int, int]:
 
     Raises ValueError for an unknown name.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     config = shape_config(name)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
@@ -133,6 +142,9 @@ def load_random(spec: str, request: LoadRequest) -> LoadedModel:
 
 def empty_model(config: PreTrainedConfig, request: LoadRequest) -> PreTrainedModel:
     """A model of a configuration whose weights are allocated and not initialised; `fill_random` draws them."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     with torch.device(request.device), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config, dtype=request.dtype, attn_implementation=request.attn_implementation

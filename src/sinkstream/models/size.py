@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
 
 from sinkstream.models.checkpoint import weight_files
 from sinkstream.models.load import source_name
@@ -29,6 +28,8 @@ def weight_bytes(spec: str, dtype: torch.dtype) -> int | None:
     """
     source = source_name(spec)
     if source == "random":
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape_config(spec.removeprefix(PREFIX)), dtype=dtype)
         return sum(p.nbytes for p in model.parameters())

@@ -1,8 +1,9 @@
 """Lanes: the streams of one decoder, each with the stream of one session; those that write are stepped together."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
-from transformers import PreTrainedModel
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.decoder import StreamDecoder
@@ -14,6 +15,9 @@ from sinkstream.models import LoadedModel
 from sinkstream.policies import EvictionPolicy
 from sinkstream.serve.captures import Count, capture_at_start
 from sinkstream.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEAST_SINK = 4  # without the first tokens of a stream models collapse
 PREFILL_TOKENS = {"cpu": 128}  # of a prompt, between two steps
@@ -28,7 +32,7 @@ class Lane:
     stream : int
     """
 
-    def __init__(self, lanes: "Lanes", stream: int):
+    def __init__(self, lanes: Lanes, stream: int):
         self._lanes, self._decoder, self.stream = lanes, lanes.decoder, stream
 
     # ---- what it holds ----

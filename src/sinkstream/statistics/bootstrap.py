@@ -1,9 +1,9 @@
 """Figures with their intervals, and the percentile bootstrap of a ratio of sums (by scipy) that gives these."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,30 @@ class Bootstrap:
 
     def ratio_interval(self, tops: np.ndarray, bottoms: np.ndarray) -> tuple[float, float]:
         """Percentile interval of sum(tops) / sum(bottoms), each (pairs,), the pairs resampled together."""
-        found = stats.bootstrap(
-            (tops, bottoms),
-            lambda top, bottom, axis=-1: top.sum(axis=axis) / bottom.sum(axis=axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=self.resamples,
-            batch=self.batch,
-            confidence_level=self.confidence,
-            method="percentile",
-            rng=np.random.default_rng(self.seed),
-        ).confidence_interval
-        return float(found.low), float(found.high)
+        return _ratio_interval(
+            self, *(part for array in (tops, bottoms) for part in (array.tobytes(), array.dtype.str))
+        )
+
+
+@lru_cache(maxsize=4096)
+def _ratio_interval(
+    how: Bootstrap, tops: bytes, top_dtype: str, bottoms: bytes, bottom_dtype: str
+) -> tuple[float, float]:
+    """As `Bootstrap.ratio_interval`, from the bytes of the arrays: a report asks for one interval in several tables."""
+    from scipy import stats  # slow to import
+
+    found = stats.bootstrap(
+        (np.frombuffer(tops, top_dtype), np.frombuffer(bottoms, bottom_dtype)),
+        lambda top, bottom, axis=-1: top.sum(axis=axis) / bottom.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=how.resamples,
+        batch=how.batch,
+        confidence_level=how.confidence,
+        method="percentile",
+        rng=np.random.default_rng(how.seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 DEFAULT = Bootstrap()

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from sinkstream.statistics.bootstrap import Bootstrap
 
@@ -63,6 +62,8 @@ def time_against_bytes(sizes: Sequence[float], milliseconds: Sequence[float]) ->
     """The least-squares line of time against bytes; None with fewer than three different sizes."""
     if len(set(sizes)) < 3:
         return None
+    from scipy import stats  # slow to import
+
     gb = np.asarray(sizes, dtype=np.float64) / 1e9
     found = stats.linregress(gb, np.asarray(milliseconds, dtype=np.float64))
     slope = float(found.slope)

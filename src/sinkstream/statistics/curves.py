@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sinkstream.statistics.bootstrap import DEFAULT, Bootstrap, Estimate
 from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS
@@ -165,6 +164,8 @@ def event_curve(
 
 def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: int) -> dict[str, Any]:
     """Peak, width and area of the excess `(lags,)`, from its resamples `(resamples, lags)`."""
+    from scipy import stats  # slow to import
+
     error = drawn.std(axis=0, ddof=1) * math.sqrt(n_blocks / (n_blocks - 1))
     away = np.abs(drawn - excess)
     largest = np.divide(away, error, out=np.zeros_like(away), where=error > 0).max(axis=1)
@@ -183,5 +184,7 @@ def _spike(excess: np.ndarray, drawn: np.ndarray, confidence: float, n_blocks: i
 
 def _widened(confidence: float, n_blocks: int) -> tuple[float, float]:
     """Quantiles of a bootstrap whose interval has the length of Student's."""
+    from scipy import stats  # slow to import
+
     tail = stats.t.ppf((1 - confidence) / 2, n_blocks - 1) * math.sqrt(n_blocks / (n_blocks - 1))
     return float(stats.norm.cdf(tail)), float(stats.norm.sf(tail))

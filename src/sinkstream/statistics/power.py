@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from sinkstream.statistics.delta import BLOCK_TOKENS, MIN_BLOCKS, block_sums
 
@@ -37,6 +36,8 @@ class Resolution:
         """
         if delta_percent <= -100 or delta_percent == 0:
             raise ValueError(f"delta_percent={delta_percent} is not accepted; accepted: above -100, and not 0")
+        from scipy import stats  # slow to import
+
         quantiles = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
         return math.ceil((quantiles * self.noise / math.log1p(delta_percent / 100)) ** 2)
 

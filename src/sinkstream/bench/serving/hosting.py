@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sinkstream.bench.serving.client import WAITING, Plan
 from sinkstream.models import LoadedModel
@@ -35,6 +34,8 @@ def with_tokenizer(loaded: LoadedModel) -> LoadedModel:
     """The same model; random weights get a tokenizer of words, w0, w1 …, and a chat template."""
     if loaded.tokenizer is not None:
         return loaded
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {f"w{i}": i for i in range(loaded.model.config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -3,11 +3,13 @@
 A model that is not on the list is refused by name: with the wrong positions or masks it would be silently wrong.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.families.base import FAMILY, FULL, SLIDING, Family
@@ -15,6 +17,9 @@ from sinkstream.cache.families.spec import ModelSpec, SlidingLayers
 from sinkstream.cache.families.unserved import UNSERVED
 from sinkstream.cache.rope import Rope
 from sinkstream.compat import attention_implementation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BOUNDED_ROPE_TYPES = ("dynamic", "longrope")  # constant inside the original length only
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", *BOUNDED_ROPE_TYPES)

@@ -1,13 +1,18 @@
 """`ModelSpec`: what the cache must know of a model, and which policies the model bears."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from sinkstream.cache.rope import Rope
 from sinkstream.policies import EvictionPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEADROOM = 8  # the share of a bounded length that is left free, so that a key is set back a few times only
 

@@ -11,13 +11,18 @@ A question is judged where its alternatives begin to differ: the answer is right
 of all alternatives, and exact if no token at all is likelier.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sinkstream.studies.facts.words import ADJECTIVES, HIDING_PLACES, PEOPLE, PLACES, RELATIONS, THINGS, TOWNS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMS = {
     "cue": "the answer begins with the words of the statement",

@@ -6,14 +6,15 @@ The layout is that of the passages: a statement at the first place, its question
 many questions of each form; the answers are chosen among ten.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.studies.facts.asking import Answer, Exam, Question
@@ -21,6 +22,9 @@ from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.statements import FORMS, SOURCES, Fact, FactTokenizer, TokenizedFact
 from sinkstream.studies.recall.record import Placement
 from sinkstream.studies.recall.run import SMALLEST_PASSAGE, RecallDesign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class FactsDesign:
             columns.append(column)
         return [fact for row in zip(*columns) for fact in row]
 
-    def streams(self, tokens: Callable[[int], TokenStream], tokenizer: PreTrainedTokenizerBase) -> "FactsStream":
+    def streams(self, tokens: Callable[[int], TokenStream], tokenizer: PreTrainedTokenizerBase) -> FactsStream:
         """Write the facts into a text, of which `tokens` gives the first so many tokens.
 
         Raises ValueError as `facts_of`, and if the text is too short.

@@ -10,17 +10,21 @@ No fact is said or asked twice. The distances take turns: the next question is a
 the fewest times, among those that the stream is long enough for. The stream ends when every distance has its questions.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sinkstream.data import TokenStream
 from sinkstream.studies.facts.asking import Answer, Exam, Question
 from sinkstream.studies.facts.statements import FORMS, FactTokenizer, TokenizedFact, named_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DISTANCES = (20, 200, 2_000, 20_000)
 EVERY = 8
@@ -72,7 +76,7 @@ class StreamEvalDesign:
             given = ",".join(self.forms) or "''"
             raise ValueError(f"--forms {given} is not accepted; accepted: one or more of {', '.join(accepted)}")
 
-    def plan(self) -> list["PlannedLine"]:
+    def plan(self) -> list[PlannedLine]:
         """All lines of the stream."""
         rng = np.random.default_rng(self.seed)
         asked = dict.fromkeys(sorted(self.distances), 0)
@@ -115,7 +119,7 @@ class FactStream:
     distances: Sequence[int]  # in lines, of every question
 
     @classmethod
-    def write(cls, design: StreamEvalDesign, tokenizer: PreTrainedTokenizerBase) -> "FactStream":
+    def write(cls, design: StreamEvalDesign, tokenizer: PreTrainedTokenizerBase) -> FactStream:
         """Write the stream. Raises ValueError if the tokenizer does not tell the answers apart."""
         facts, tokenize = named_facts(design.seed), FactTokenizer(tokenizer)
         lines = design.plan()

@@ -7,14 +7,15 @@ forward. In a few windows, near the beginning and at the end among them, it is d
 is read at regular distances. No statement, question or answer lies in a timed window.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.decoders import Decoder
@@ -24,6 +25,9 @@ from sinkstream.studies.facts.asking import Answer, Asking, Exam, Question, Repo
 from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.run import ExamBatch
 from sinkstream.studies.facts.statements import FactTokenizer, named_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FACTS = 64
 FIRST_WINDOW, WINDOW = 4_096, 512  # token where the first timed window begins, and tokens of a window
@@ -99,7 +103,7 @@ class ReplyDesign:
                     free[max(0, at - size) : at + size] = False
         return places
 
-    def write(self, text: TokenStream, tokenizer: PreTrainedTokenizerBase) -> "ReplyStream":
+    def write(self, text: TokenStream, tokenizer: PreTrainedTokenizerBase) -> ReplyStream:
         """Write the reply over a text, which begins anew where it is too short."""
         tokenize = FactTokenizer(tokenizer)
         forms = [self.forms[i % len(self.forms)] for i in range(self.facts)]
