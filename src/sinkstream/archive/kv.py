@@ -162,8 +162,12 @@ class KVArchive(Archive):
         self._blocks: list[_Block] = []
         self._in_file = 0  # blocks of the file; they are older than those in memory
         self._latest: list[torch.Tensor] = []  # (2, layers, kv_heads, tokens, head_dim) each, on the device
-        self._block_bytes = self._token_bytes = 0
+        self._token_bytes = 0  # once something has come
         self._transfers: _Transfers | None = None  # once something comes from a GPU
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._token_bytes * BLOCK
 
     @property
     def bytes(self) -> int:
@@ -184,7 +188,7 @@ class KVArchive(Archive):
         """As `Archive.first_after`."""
         waiting = sum(t.shape[3] for t in self._latest)
         blocks = self._in_file + len(self._blocks) + (waiting + tokens) // BLOCK
-        held = self.budget_bytes // (self._token_bytes * BLOCK) + (0 if self.file is None else self.file.slots)
+        held = self.budget_bytes // self._block_bytes + (0 if self.file is None else self.file.slots)
         return self.first + max(0, blocks - held) * BLOCK
 
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -203,7 +207,6 @@ class KVArchive(Archive):
         self._latest = [joined[:, :, :, waiting - rest :].clone()] if rest else []
 
     def _keep(self, block: torch.Tensor) -> None:
-        self._block_bytes = block.numel() * block.element_size()
         if block.is_cuda and self._transfers is None:
             self._transfers = _Transfers(block.device)
         self._blocks.append(_Block(block.contiguous(), self._transfers if block.is_cuda else None))

@@ -6,10 +6,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from sinkstream import registry
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies.options import check_option, check_options, option, option_fields
+from sinkstream.registry import did_you_mean
 
 BUDGET_BYTES = 2 << 30
 STEP_BYTES = 16 << 20
@@ -118,7 +118,7 @@ class RecallSettings:
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             names = [PREFIX + name for name in sorted(own | known)]
-            accepted = ", ".join(names) + registry.did_you_mean(PREFIX + unknown, names)
+            accepted = ", ".join(names) + did_you_mean(PREFIX + unknown, names)
             raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
         for f in option_fields(CHOOSERS[recall]) if isinstance(recall, str) else ():
             if f.name in given:

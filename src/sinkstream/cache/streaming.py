@@ -30,6 +30,7 @@ from sinkstream.cache.stream import Stream
 from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
 from sinkstream.policies import EvictionPolicy, Step, structural_weights
+from sinkstream.policies.options import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -310,12 +311,6 @@ def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> Evicti
     if not isinstance(policy, EvictionPolicy):
         raise ValueError(f"policy={policy!r} is not accepted; accepted: an EvictionPolicy")
     return policy
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless an argument is a whole number of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not accepted; accepted: a whole number of at least {least}")
 
 
 def _check_arguments(positions: str, rebase_at: int | None, block_tokens: int) -> None:

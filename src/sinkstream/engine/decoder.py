@@ -26,6 +26,7 @@ from sinkstream.engine.steps import STEPS
 from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy
+from sinkstream.policies.options import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -295,10 +296,8 @@ def checked_cache(
 ) -> CheckedCache:
     """The empty cache with the engine's settings, after every check of the engine. Raises ValueError."""
     step = STEPS[backend]
-    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
-        raise ValueError(f"streams={streams!r} is not accepted; accepted: a whole number of at least 1")
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens!r} is not accepted; accepted: a whole number of at least 1")
+    check_whole("streams", streams, 1)
+    check_whole("chunk_tokens", chunk_tokens, 1)
     model = inner_model(model)
     check_packable(model)
     cache = cast(CheckedCache, CheckedCache.for_model(model, policy=policy, **options))

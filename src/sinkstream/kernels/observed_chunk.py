@@ -41,9 +41,8 @@ def accumulate_chunk(
         part = slice(begin, min(begin + TILE, band.rows))
         token = torch.arange(part.start, part.stop, device=keys.device)
         first, counts = band.table[SCALARS + part.start : SCALARS + part.stop], token < tokens
-        window = torch.where(
-            counts[:, None], queries[part].transpose(0, 1).float() * scaling, 0.0
-        )  # padding is no number
+        scaled = queries[part].transpose(0, 1).float() * scaling
+        window = torch.where(counts[:, None], scaled, 0.0)  # padding may be no number
         frame = window if band.rotation is None else turned(window, band.rotation[part])
         scores = window.reshape(kv_heads, -1, dim) @ held.mT
         scores[..., :pinned_slots] = frame.reshape(kv_heads, -1, dim) @ held[:, :pinned_slots].mT

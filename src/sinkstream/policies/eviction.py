@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sinkstream.policies.options import check_options, option, option_fields
+from sinkstream.policies.options import check_options, check_whole, option, option_fields
 from sinkstream.policies.scorers import SCORERS, Scorer
 from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger, Turns
 from sinkstream.registry import Registry, did_you_mean
@@ -99,8 +99,7 @@ class EvictionPolicy:
 
     @classmethod
     def _for_cap(cls, cap: int, cap_accounting: str, parts: dict[str, Any]) -> "EvictionPolicy":
-        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
-            raise ValueError(f"cap={cap!r} is not accepted; accepted: a whole number of at least 1")
+        check_whole("cap", cap, 1)
         smallest = cls(window=1, **parts)
         growth = CAP_ACCOUNTING[cap_accounting](smallest.growth)
         window = cap - (smallest.sink + smallest.refresh + smallest.overlap + growth)

@@ -82,6 +82,12 @@ def check_option(f: Field, value: Any, prefix: str = "") -> None:
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless an argument is a whole number of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: a whole number of at least {least}")
+
+
 def _accepted(f: Field, spec: OptionSpec) -> str:
     if spec.choices is not None:
         return ", ".join(spec.choices)

@@ -303,10 +303,8 @@ def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, 
 
 def _stands(term: _Term, indices: np.ndarray) -> np.ndarray:
     """Whether a term stands at each index of the archive: ``(indices,)``, bool; of indices in int32."""
-    places = term.places
-    return (
-        places.take(places.searchsorted(indices), mode="clip") == indices
-    )  # both are int32: a search converts neither
+    places = term.places  # int32 too: the search converts neither
+    return places.take(places.searchsorted(indices), mode="clip") == indices
 
 
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
