@@ -10,7 +10,7 @@ from streams import small_policy
 
 from sinkstream.engine import Engine
 from sinkstream.engine.batch import StreamBatch
-from sinkstream.engine.capturing import blocks_of
+from sinkstream.engine.capturing import blocks_of, forwards_of
 from sinkstream.engine.sampling import Sampler, StreamSampler
 
 STREAMS = 5
@@ -40,6 +40,15 @@ def test_the_blocks_are_those_of_all_sets_of_streams(streams):
     state = engine("ring", streams).state
     assert set(blocks_of(state)) == {state.block_of(active) for active in some(streams)}
     assert all(state.block_of(pair) == block for block, pair in blocks_of(state).items())
+
+
+@pytest.mark.parametrize(
+    ("policy", "forwards"), [("lazy", 1), ("refresh-window-attention", 1), ("adaptive-entropy", 0)]
+)
+def test_short_chunks_are_found_under_every_kind_of_policy(policy, forwards):
+    """Foreseen chunks, under adaptive policies, are never short ones: they go through no graph."""
+    e = Engine(build("llama", layers=1), backend="ring", **small_policy(policy))
+    assert len(forwards_of(e._append)) == forwards
 
 
 def test_no_step_captures_after_it_and_every_token_is_the_same(monkeypatch):

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from sinkstream.engine.prompt import PromptForward
+from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.recalling import StreamRecall
 from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.engine.span import Block
@@ -63,7 +64,9 @@ def blocks_of(state: StreamState) -> dict[Block, tuple[int, int]]:
 
 
 def forwards_of(append: Callable[[torch.Tensor, int], None]) -> Sequence[PromptForward]:
-    """The forwards of what feeds prompts; none where these go through the model's modules."""
+    """The forwards whose short chunks are captured, of what feeds prompts; none where every prune is foreseen."""
     if isinstance(append, StreamRecall):
         return append.prompts
+    if isinstance(append, EventPrompts):
+        return [] if append.state.signals else [append.forward]
     return [append] if isinstance(append, PromptForward) else []

@@ -92,7 +92,7 @@ class MemoryNeed:
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
         if captures and not foresees:  # sizes are captured in any order: the pool holds up to twice the largest
-            forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # each with a pool and a stream of its own
+            forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # counted as if each had its own pool and stream
             kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
             workspace *= 1 + forwards
         cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
