@@ -1,7 +1,8 @@
 """Prompts under policies that look: where the next prune comes, or what stays pinned at it, is not known beforehand.
 
-A scorer must be asked at every prune, so a chunk ends before the next one, and what stays pinned is chosen between two
-chunks. When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under
+A scorer must be asked at every prune. Where it looks at attention alone, a chunk crosses the prunes, and what stays
+pinned is chosen in each layer (`prompt_choices`); otherwise a chunk ends before the next prune, and what stays pinned
+is chosen between two chunks. When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under
 foreseen prunes, and nothing of it is written. Its own risks then say which prunes there are: every token up to the
 first one that was foreseen wrongly has seen what it should, and is kept. The risks of the others, which saw almost the
 right window, foresee the prunes of the next chunk: as a rule all of them.
@@ -10,6 +11,13 @@ right window, foresee the prunes of the next chunk: as a rule all of them.
 import torch
 
 from sinkstream.engine.prompt import Chunk, Coming, PromptForward
+from sinkstream.engine.prompt_choices import (
+    ACCUMULATED_TOKENS,
+    FEWEST_PRUNES,
+    ChoosingChunk,
+    chooses_in_chunk,
+    prunes_within,
+)
 from sinkstream.engine.refresh import refresh_if_due
 
 FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
@@ -30,6 +38,9 @@ class EventPrompts:
         self.foreseen_tokens = min(FORESEEN_TOKENS, forward.chunk_tokens)
         self.fewest = FEWEST.get(self.state.device.type, self.foreseen_tokens)
         self._size = self.foreseen_tokens  # of the next forward
+        self.choosing_tokens = forward.chunk_tokens if chooses_in_chunk(self.state) else 0
+        if "accumulated" in self.state.channels:
+            self.choosing_tokens = min(self.choosing_tokens, ACCUMULATED_TOKENS)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -42,7 +53,23 @@ class EventPrompts:
                 if risks:
                     fed += self._foresee(ids[fed:], stream, risks)
                 else:
-                    fed += self._until_prune(ids[fed:], stream)
+                    fed += self._across_prunes(ids[fed:], stream) or self._until_prune(ids[fed:], stream)
+
+    def _across_prunes(self, ids: torch.Tensor, stream: int) -> int:
+        """Append one chunk in which pinned tokens are chosen; returns how many tokens, 0 where no such chunk comes."""
+        state, forward = self.state, self.forward
+        ids, schedule = ids[: self.choosing_tokens], state.schedules[stream].copy()
+        steps = schedule.advance(len(ids)) if len(ids) else None
+        if steps is None or len(prunes_within(steps.drop)) < FEWEST_PRUNES:
+            return 0
+        if not (state.counters[stream].pruned or steps.drop[0]):
+            return 0  # the first prune also fills the pinned slots
+        forward.rebase(stream)
+        coming = Coming(state, stream, steps, chooses=True)
+        chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)
+        forward.predict(forward.layers(ids, chunk), coming.band)
+        coming.count(schedule)
+        return len(ids)
 
     def _until_prune(self, ids: torch.Tensor, stream: int) -> int:
         """Append the tokens up to the next prune, whose place is known; returns how many."""
