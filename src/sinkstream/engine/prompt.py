@@ -305,9 +305,7 @@ class Chunk:
         else:
             self.store(layer, query, key, value)
 
-    def pinned_sets(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> SetColumns | None:
+    def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns | None:
         """Pinned tokens that change within the chunk; None: all are those of the state. Arguments as in `store`."""
         return None
 
