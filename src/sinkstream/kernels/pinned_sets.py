@@ -10,6 +10,7 @@ ones before it, or all since the prune before.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Groups:
 
     Attributes
     ----------
-    host : list of tuple of int
+    host : sequence of tuple of int
         For each group: first query and how many, in `Layer.queries`; the window entry of the first query's own token;
         oldest window entry that they see; how many of the oldest entries leave then; where their sums lie.
     table : Tensor, (groups, 6), int32
@@ -48,7 +49,7 @@ class Groups:
         what its group gives it.
     """
 
-    host: list[tuple[int, ...]]
+    host: Sequence[tuple[int, ...]]
     table: torch.Tensor
     shift: torch.Tensor
     frame: torch.Tensor
@@ -221,8 +222,8 @@ def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets
     heads = layer.queries.to(work).unflatten(0, (kv_heads, -1))
     window, sinks, scale = layer.window.to(work), layer.sinks.to(work), scaling / math.log(2)
     chosen = [torch.arange(pinned, device=window.device).expand(kv_heads, -1)]
-    kept = [] if layer.totals is None else [layer.totals[:, :pinned]]
-    totals, sums = list(kept), list[torch.Tensor]()
+    received = layer.sources.new_zeros(layer.sources.shape[:2]) if layer.totals is None else layer.totals
+    before, totals, sums = received[:, pinned:], [received[:, :pinned]], list[torch.Tensor]()
     for index, (begin, count, own, first, leaving, _) in enumerate(groups.host):
         query = heads[:, :, begin : begin + count]
         frame = turned(query, groups.shift[index : index + 1])
@@ -247,7 +248,7 @@ def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets
             entry = torch.arange(first, first + leaving, device=device)
             seen = entry <= own - begin + torch.arange(begin + count, device=device)[:, None]
             given = (z - whole).exp2().masked_fill(~seen, 0.0).sum(2).mean(1)
-            score = torch.cat([totals[-1], layer.totals[:, pinned + first :][:, :leaving] + given], -1)
+            score = torch.cat([totals[-1], before[:, first : first + leaving] + given], -1)
         best = _best(score, pinned)
         entries = torch.arange(pinned + first, pinned + first + leaving, device=device).expand(kv_heads, -1)
         chosen.append(torch.cat([chosen[-1], entries], -1).gather(-1, best))

@@ -10,7 +10,8 @@ def _queries(ptr, start, index, row, valid, shift_ptr, back: tl.constexpr, strid
              C: tl.constexpr, RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """Queries `start + index` of query heads `row % G` in column chunks, where they stand or turned back."""
     place = ptr + (row % G).to(tl.int64)[:, None] * stride + (start + index)[:, None] * D
-    columns, chunks = tl.arange(0, C)[None, :], ()
+    columns = tl.arange(0, C)[None, :]
+    chunks = ()
     for c in tl.static_range(D // C):
         if back:
             x = rotated(place, c * C + columns, valid[:, None], shift_ptr, place, 0.0, D, RD, False, C)
