@@ -41,7 +41,7 @@ policies() {
 }
 prompts() {
   both --policy strict --prefill 512,2048,8192,32768
-  both --policy "$LOOKING" --prefill 2048,8192
+  both --policy "$LOOKING" --prefill 2048,8192 --engine-only
 }
 snapshots() { both --policy strict --snapshot; }
 sampling() { both --policy strict --sampling; }

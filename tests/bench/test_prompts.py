@@ -113,7 +113,12 @@ def test_the_command_shows_and_records(tmp_path, capsys):
     assert main([*common, "--prefill", "20,40", "--text", "random", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "engine" in shown and "a turn on a full stream" in shown
-    assert len(PromptRecord.below(tmp_path / "out")) == 1
+    assert [p["drop_in_ms"] > 0 for p in PromptRecord.below(tmp_path / "out")[0].prompts] == [True, True]
+    common[common.index("strict")] = "adaptive-entropy:adaptive_min=4:adaptive_every=8:adaptive_max=12"
+    assert main([*common, "--prefill", "40", "--engine-only", "--text", "random", "--out", str(tmp_path / "own")]) == 0
+    (record,) = PromptRecord.below(tmp_path / "own")
+    assert record.over("drop_in", "dynamic", 40) is None and record.over("engine", "forward", 40) > 0
+    assert "| – | – |" in prompt_table([record]).markdown()
     for more, says in [
         (["--prefill", "0"], "--prefill"),
         (["--prefill", "9", "--backend", "hf"], "one of the engine's"),

@@ -36,8 +36,8 @@ def prompt_table(records: Sequence[PromptRecord], title: str | None = None) -> T
                     f"{forward:.2f}",
                     f"{engine:.2f}",
                     f"{engine / forward:.3f}",
-                    f"{drop_in:.2f}",
-                    f"{drop_in / dynamic:.3f}",
+                    "–" if drop_in is None else f"{drop_in:.2f}",
+                    "–" if drop_in is None else f"{drop_in / dynamic:.3f}",
                     f"{p['floor_ms']:.2f}",
                     f"{engine / p['floor_ms']:.2f}",
                 ]
