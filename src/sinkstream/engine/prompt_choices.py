@@ -10,6 +10,7 @@ import torch
 
 from sinkstream.engine.inputs import to_device
 from sinkstream.engine.prompt import Chunk, Coming
+from sinkstream.engine.short_chunks import computed_by_kernels
 from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.band import SetColumns
@@ -25,7 +26,8 @@ FEWEST_PRUNES = 2  # of such a chunk; with fewer, cut at the prune, its forwards
 def chooses_in_chunk(state: StreamState) -> bool:
     """Whether the policy's choices follow from attention alone, with prunes that are known, at positions in the cache.
 
-    Pinned tokens at their original positions may stand any number of positions before the chunk.
+    Pinned tokens at their original positions may stand any number of positions before the chunk. On a GPU kernels must
+    compute the choices: in plain PyTorch they launch more than the forwards of chunks that are cut.
     """
     scorer = state.policy.scorer
     return (
@@ -34,6 +36,7 @@ def chooses_in_chunk(state: StreamState) -> bool:
         and scorer.per_head
         and not state.signals
         and not state.geometry.original
+        and (not state.keys.is_cuda or (computed_by_kernels(state) and state.spec.head_dim % 16 == 0))
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
 from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
@@ -150,9 +151,10 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     totals = torch.empty(chosen.shape, device=device)
     width = pinned + max(one[LEAVING] for one in groups.host)
     scores = torch.empty(kv_heads, width, device=device)
+    frame = F.pad(groups.frame, (0, 0, 0, 0, 0, -pinned % TILE))  # the kernel reads whole tiles of it
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
-        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
+        frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
         groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=tile, ADDS=groups.accumulates, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
