@@ -3,7 +3,7 @@
 #
 #   scripts/gpu_records.sh OUT PART…
 #
-# PARTS: speed ladder shapes caps streams long precision blocks diagnosis recall cliff tests sanitizer
+# PARTS: speed ladder shapes caps streams policies prompts snapshots sampling long precision blocks diagnosis recall cliff tests sanitizer
 # MODELS (default: builtin) are what precision, blocks, diagnosis, recall and cliff run on, and TEXTS (pg19 and wikitext; files work
 # too) what they read. A part that was cut off goes on when called again with the same OUT. Copy what OUT holds to results/, without
 # the runs/ folders of diagnosis, and write the tables: sinkstream report --results results --docs docs/*.md README.md
@@ -29,6 +29,22 @@ shapes() {
 }
 caps() { bench --policy strict --cap 512,1024,2052,4096,8192,16384,32768; }
 streams() { bench --policy strict --streams 1,2,4,8; }
+both() {  # the same of both shapes that the engine is judged by
+  bench --shape pythia-2.8b --cap 2052 "$@"
+  bench --shape llama-3.2-1b --dtype bfloat16 --cap 2052 "$@"
+}
+REFRESHED=compress_every=64:refresh=64
+LOOKING=refresh-window-attention:$REFRESHED,refresh-accumulated-attention:$REFRESHED,adaptive-entropy
+policies() {
+  both --tokens 20000 --seconds 30 --policy "strict,$LOOKING,refresh-uniform:$REFRESHED,refresh-key-norm:$REFRESHED"
+  both --tokens 20000 --seconds 30 --policy strict,max-drop:compress_every=64:max_drop=8,slack:slack=16
+}
+prompts() {
+  both --policy strict --prefill 512,2048,8192,32768
+  both --policy "$LOOKING" --prefill 2048,8192 --engine-only
+}
+snapshots() { both --policy strict --snapshot; }
+sampling() { both --policy strict --sampling; }
 long() { bench --model "${models%% *}" --text "$first_text" --policy strict --cap 1024 --tokens 1000000; }
 precision_of() {
   local shared=(--model "$1" --text "$first_text" --tokens 20000 --cap 512 --policy lazy:compress_every=64 --out "$out/precision")
@@ -74,7 +90,7 @@ SANITIZED='triton and (agree or rings or every_way or combined or negative or cu
  float64 and way6 or float64 and sizes4 or schedules and staged or splits and 8-band7 or bands and band11 or
  head_sizes and sizes6 or 520-65-dtype0-1- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or
  products and 3-200 or activations and 48 or against_float64 and 9-72 or twin_draws and (together or tiles or options3) or
- full_width and 8.0-50257'
+ full_width and 8.0-50257 or choices and sizes5 or own_set and 2-triton'
 sanitizer() {  # every kernel, few shapes: each is compiled and watched
   local tool
   for tool in memcheck racecheck; do
@@ -89,7 +105,7 @@ mkdir -p "$out"
 for part in "$@"; do
   case $part in
     precision | blocks | diagnosis | recall | cliff) on_models "${part}_of" ;;
-    speed | ladder | shapes | caps | streams | long | tests | sanitizer) $part ;;
+    speed | ladder | shapes | caps | streams | policies | prompts | snapshots | sampling | long | tests | sanitizer) $part ;;
     *) echo "part '$part' is not known; accepted: those in the head of $0" >&2; exit 2 ;;
   esac
   echo "$part: ended with $? after $SECONDS s"

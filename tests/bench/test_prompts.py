@@ -92,7 +92,10 @@ def test_the_headlines_are_the_worse_of_two_shapes(tmp_path):
     assert headlines["engine.append_50_over_step"] == {"value": 2.25, "record": "b"}
     tables = render_prompts(tmp_path)
     assert set(tables) == set(PROMPT_TABLES) and NONE_YET not in tables.values()
-    assert "| llama-3.2-1b bfloat16 | strict | 8,192 | 100.00 | 110.00 | 1.100 |" in tables["bench-prompts"]
+    row = "| llama-3.2-1b bfloat16 | strict | 8,192 | 100.00 | 110.00 | 1.100 | 150.00 | 1.250 | 60.00 | 1.83 | "
+    assert row + "– |" in tables["bench-prompts"]
+    PromptRecord.write(make_prompt_record("d", engine_ms=110.0, **LLAMA), tmp_path)
+    assert row + "1.100 |" in render_prompts(tmp_path)["bench-prompts"], "the measurement before"
 
 
 def test_no_record_no_figure(tmp_path):
@@ -113,7 +116,12 @@ def test_the_command_shows_and_records(tmp_path, capsys):
     assert main([*common, "--prefill", "20,40", "--text", "random", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "engine" in shown and "a turn on a full stream" in shown
-    assert len(PromptRecord.below(tmp_path / "out")) == 1
+    assert [p["drop_in_ms"] > 0 for p in PromptRecord.below(tmp_path / "out")[0].prompts] == [True, True]
+    common[common.index("strict")] = "adaptive-entropy:adaptive_min=4:adaptive_every=8:adaptive_max=12"
+    assert main([*common, "--prefill", "40", "--engine-only", "--text", "random", "--out", str(tmp_path / "own")]) == 0
+    (record,) = PromptRecord.below(tmp_path / "own")
+    assert record.over("drop_in", "dynamic", 40) is None and record.over("engine", "forward", 40) > 0
+    assert "| – | – |" in prompt_table([record]).markdown()
     for more, says in [
         (["--prefill", "0"], "--prefill"),
         (["--prefill", "9", "--backend", "hf"], "one of the engine's"),

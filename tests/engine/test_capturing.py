@@ -10,8 +10,10 @@ from streams import small_policy
 
 from sinkstream.engine import Engine
 from sinkstream.engine.batch import StreamBatch
-from sinkstream.engine.capturing import blocks_of, forwards_of
+from sinkstream.engine.capturing import blocks_of, chunks_of
+from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.sampling import Sampler, StreamSampler
+from sinkstream.engine.short_chunks import ShortChunks
 
 STREAMS = 5
 
@@ -43,12 +45,12 @@ def test_the_blocks_are_those_of_all_sets_of_streams(streams):
 
 
 @pytest.mark.parametrize(
-    ("policy", "forwards"), [("lazy", 1), ("refresh-window-attention", 1), ("adaptive-entropy", 0)]
+    ("policy", "kind"),
+    [("lazy", ShortChunks), ("refresh-window-attention", ShortChunks), ("adaptive-entropy", ForeseenChunks)],
 )
-def test_short_chunks_are_found_under_every_kind_of_policy(policy, forwards):
-    """Foreseen chunks, under adaptive policies, are never short ones: they go through no graph."""
+def test_the_chunks_that_are_captured_are_found_under_every_kind_of_policy(policy, kind):
     e = Engine(build("llama", layers=1), backend="ring", **small_policy(policy))
-    assert len(forwards_of(e._append)) == forwards
+    assert [type(chunks) for chunks in chunks_of(e._append)] == [kind]
 
 
 def test_no_step_captures_after_it_and_every_token_is_the_same(monkeypatch):

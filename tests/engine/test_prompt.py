@@ -1,5 +1,7 @@
 """Prompts through the packed weights against the oracle: chunks of any size, full streams, wrapped rings, streams."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from streams import TOLERANCE, FakeTokenizer, oracle_run, small_policy
 
 from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
+from sinkstream.engine.foreseen_chunks import ForeseenChunk, ForeseenChunks
 from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.prompt import PromptForward, keep_queries
+from sinkstream.engine.prompt_choices import ChoosingChunk
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
 from sinkstream.kernels.band import Band
@@ -195,13 +199,16 @@ def forwards(e: Engine, monkeypatch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("policy", LOOKING)
 def test_a_policy_that_looks_takes_a_forward_a_prune_at_the_most(policy, monkeypatch):
-    """A scorer is asked between two forwards; the prunes of an adaptive trigger are foreseen, many in a forward."""
+    """A scorer of anything but attention is asked between two forwards; the others cross prunes, many in a forward."""
     ids, options = token_ids(600), small_policy(policy)
     e = Engine(build("llama", layers=2), **options, tokenizer=FakeTokenizer())
     sizes = forwards(e, monkeypatch)
     e.prefill(ids)
     events = e.stats()["events"]
     assert events > 30
+    if "attention" in policy or "last-query" in policy:
+        assert len(sizes) < 5 and sum(tokens for tokens, _ in sizes) == 600
+        return
     if "adaptive" not in policy:
         assert len(sizes) == events + 1 and sum(tokens for tokens, _ in sizes) == 600
         return
@@ -256,9 +263,59 @@ def test_a_chunk_keeps_the_queries_that_steps_would_keep(past, tokens, rows):
     assert torch.equal(kept, wanted)
 
 
+CROSSING = {  # refresh by attention: queries of several prunes; staged drops and overlap; more pinned than leave
+    "many queries": {"compress_every": 5, "refresh": 6, "scorer": "window-attention", "observation": 14},
+    "staged": {"compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8, "refresh": 9, "scorer": "last-query"},
+    "accumulated": {"compress_every": 4, "max_drop": 2, "refresh": 13, "scorer": "accumulated-attention"},
+}
+
+
+@pytest.mark.parametrize(("policy", "family"), list(zip(CROSSING, ("llama", "gpt_neox", "qwen3"))))
+def test_chunks_cross_prunes_at_which_pinned_tokens_are_chosen(policy, family, monkeypatch):
+    """Two streams in pieces, with a rebase and steps between them; then wrong choices, which would show."""
+    model, texts = build(family, layers=2), [token_ids(180, seed=s) for s in range(2)]
+    options = {"sink": 3, "window": 31, **CROSSING[policy]}
+    expected = [oracle_run(model, ids, options).nll for ids in texts]
+    crossed, made = [], ChoosingChunk.__init__
+    monkeypatch.setattr(ChoosingChunk, "__init__", lambda chunk, *a: crossed.append(a[2]) or made(chunk, *a))
+
+    def worst() -> float:
+        e, found = Engine(model, **options, streams=2, rebase_at=60, chunk_tokens=70), []
+        for first, end in ((0, 20), (20, 110), (111, 165)):
+            for stream, ids in enumerate(texts):
+                logits = e.prefill(ids[first:end], stream=stream)
+                found.append(-logits.double().log_softmax(-1)[ids[end]] - expected[stream][end - 1])
+                if end == 110:
+                    e.step(ids[end : end + 1], streams=[stream])
+        for stream, ids in enumerate(texts):
+            found += list(e.score(ids[165:], stream=stream).double() - expected[stream][164:])
+        return torch.stack(found).abs().max().item()
+
+    assert worst() < TOLERANCE and len(crossed) >= 4
+    best = importlib.import_module("sinkstream.kernels.pinned_sets")._best
+    monkeypatch.setattr("sinkstream.kernels.pinned_sets._best", lambda scores, keep: best(-scores, keep))
+    assert worst() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "signal"), [("llama", "entropy"), ("gpt_neox", "top1")])
+def test_foreseen_chunks_at_fixed_addresses_are_exact(family, signal, monkeypatch):
+    """Padded as for a CUDA graph, but run as they are; two streams in turn through the same addresses."""
+    monkeypatch.setattr(ForeseenChunks, "captures", lambda chunks: True)
+    monkeypatch.setattr(ForeseenChunk, "capture", lambda chunk: None)
+    model, texts = build(family, layers=2), [token_ids(180, seed=s) for s in range(2)]
+    options = small_policy("adaptive-entropy") | {"adaptive": signal}
+    expected = [oracle_run(model, ids, options).nll for ids in texts]
+    e = Engine(model, **options, streams=2, rebase_at=60, chunk_tokens=96)
+    for first, end in ((0, 30), (30, 150), (150, 170)):
+        for stream, ids in enumerate(texts):
+            logits = e.prefill(ids[first:end], stream=stream)
+            found = -logits.double().log_softmax(-1)[ids[end]]
+            assert (found - expected[stream][end - 1]).abs() < TOLERANCE
+    assert e._append.foreseen.due() == [], "control: each size has been used"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
+@pytest.mark.parametrize(("shape", "dtype"), [("pythia-160m", torch.float16), ("smollm2-135m", torch.bfloat16)])
 def test_on_a_gpu_the_engine_and_the_cache_predict_the_same(shape, dtype):
     """Kernels in both: chunks of a full stream against single steps of the engine's own."""
     model = load_model(f"random:{shape}", dtype=dtype, device="cuda").model
@@ -281,8 +338,18 @@ def test_on_a_gpu_the_engine_and_the_cache_predict_the_same(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", [{}, *({"compress_every": 40, "refresh": 40, "scorer": s} for s in SCORED)], ids=str)
-@pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
+@pytest.mark.parametrize(
+    ("shape", "policy"),
+    [
+        ("pythia-160m", {}),
+        ("smollm2-135m", {}),
+        *(
+            (shape, {"compress_every": 40, "refresh": 40, "scorer": scorer})
+            for shape, scorer in zip(("pythia-160m", "smollm2-135m", "smollm2-135m"), SCORED)
+        ),
+    ],
+    ids=str,
+)
 def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape, policy):
     """Beginnings, turns behind a full stream, two streams, in sizes that are captured in any order."""
     model = load_model(f"random:{shape}", dtype=torch.float16, device="cuda").model

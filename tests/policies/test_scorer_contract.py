@@ -13,7 +13,7 @@ from streams import TOLERANCE, FakeTokenizer, feed, make_cache, nll_of, oracle_r
 
 from sinkstream.cache import POSITIONS, pinned
 from sinkstream.engine import Engine
-from sinkstream.policies import PRESETS, SCORERS, Candidates, Scorer
+from sinkstream.policies import PRESETS, SCORERS, Candidates, Scorer, scored_field
 
 TOKENS = 160
 RULE = {"sink": 3, "window": 12, "refresh": 7, "compress_every": 5}
@@ -104,3 +104,20 @@ def test_scores_of_a_wrong_shape_are_refused(per_head_choice, axes, words, monke
         by_cache(build("llama", layers=2), token_ids(60), options)
     with pytest.raises(ValueError, match=words):
         Engine(build("llama", layers=2), **options).score(token_ids(60))
+
+
+def test_a_scorer_that_changes_the_scores_of_another_is_asked():
+    """A prompt chooses inside a chunk by the field alone; a subclass with scores of its own must not be passed over."""
+    window = SCORERS["window-attention"]
+
+    class Reversed(window):
+        def score(self, candidates):
+            return -super().score(candidates)
+
+    fields_of = {name: scored_field(SCORERS[name]()) for name in SCORERS.names()}
+    assert {name: field for name, field in fields_of.items() if field} == {
+        "window-attention": "attention",
+        "last-query": "attention",
+        "accumulated-attention": "accumulated",
+    }
+    assert scored_field(Reversed()) is None and scored_field(None) is None

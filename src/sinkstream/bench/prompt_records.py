@@ -24,7 +24,7 @@ PROMPT_REQUIRED: dict[str, Any] = {
     "memory": dict.fromkeys(("held_mb", "peak_mb")),
 }
 
-#: Milliseconds of each prompt; what the names mean is in `protocol`.
+#: Milliseconds of each prompt; what the names mean is in `protocol`. None under ``drop_in``: it was left out.
 PROMPT_TIMES = ("forward", "dynamic", "drop_in", "engine")
 
 
@@ -58,4 +58,6 @@ class PromptRecord(StatusRecord):
     def over(self, name: str, base: str, tokens: int) -> float | None:
         """Ratio of two times of the prompt of that many tokens; None if it was not timed."""
         found = next((prompt for prompt in self.prompts if prompt["tokens"] == tokens), None)
-        return None if found is None else found[f"{name}_ms"] / found[f"{base}_ms"]
+        if found is None or found[f"{name}_ms"] is None or found[f"{base}_ms"] is None:
+            return None
+        return found[f"{name}_ms"] / found[f"{base}_ms"]

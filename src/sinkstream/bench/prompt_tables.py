@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sinkstream.bench.prompt_records import PromptRecord
-from sinkstream.bench.two_shapes import newest_on_gpu, shape_name, worse_of_two
+from sinkstream.bench.two_shapes import before, newest_on_gpu, shape_name, worse_of_two
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
-from sinkstream.show.table import NONE_YET, Table
+from sinkstream.show.table import EMPTY, NONE_YET, Table
 
 #: Generated tables of the documents: name -> function of all prompt records, oldest first.
 PROMPT_TABLES: Registry[Callable[[Sequence[PromptRecord]], str]] = Registry("prompt table")
@@ -19,13 +19,22 @@ HEADER = [
     *("shape", "policy", "prompt", "plain forward (ms)", "engine (ms)", "engine / forward", "generate(), drop-in (ms)"),
     *("drop-in / dynamic cache", "floor (ms)", "engine / floor"),
 ]
+BEFORE = "engine / forward, the measurement before"
 APPEND_HEADER = ["shape", "policy", "appended", "ms", "step (ms)", "steps"]
 
 
-def prompt_table(records: Sequence[PromptRecord], title: str | None = None) -> Table:
-    """One row a prompt."""
-    rows = []
-    for record in records:
+def prompt_table(
+    records: Sequence[PromptRecord], title: str | None = None, earlier: Sequence[PromptRecord | None] = ()
+) -> Table:
+    """One row a prompt.
+
+    Parameters
+    ----------
+    earlier : sequence of PromptRecord or None
+        For each record the one before it, shown beside it; default: none is shown.
+    """
+    rows, header = [], [*HEADER, *[BEFORE][: len(earlier)]]
+    for record, older in zip(records, earlier or [None] * len(records)):
         for p in record.prompts:
             times = [p[f"{name}_ms"] for name in ("forward", "engine", "drop_in", "dynamic")]
             forward, engine, drop_in, dynamic = times
@@ -36,14 +45,17 @@ def prompt_table(records: Sequence[PromptRecord], title: str | None = None) -> T
                     f"{forward:.2f}",
                     f"{engine:.2f}",
                     f"{engine / forward:.3f}",
-                    f"{drop_in:.2f}",
-                    f"{drop_in / dynamic:.3f}",
+                    EMPTY if drop_in is None else f"{drop_in:.2f}",
+                    EMPTY if drop_in is None else f"{drop_in / dynamic:.3f}",
                     f"{p['floor_ms']:.2f}",
                     f"{engine / p['floor_ms']:.2f}",
                 ]
             )
+            if earlier:
+                ratio = None if older is None else older.over("engine", "forward", p["tokens"])
+                rows[-1].append(EMPTY if ratio is None else f"{ratio:.3f}")
     caption = "TTFT: prompt in, logits of its last token out; floor: operations at the measured rate of matrix products"
-    return Table(HEADER, rows, title, [caption], 2)
+    return Table(header, rows, title, [caption], 2)
 
 
 def append_table(records: Sequence[PromptRecord], title: str | None = None) -> Table:
@@ -72,7 +84,9 @@ def render_prompts(results: Path) -> dict[str, str]:
 def prompts_table(records: Sequence[PromptRecord]) -> str:
     """Prompts through the engine and the drop-in against a plain forward, 2,052 slots, newest record a policy."""
     found = newest_on_gpu(records)
-    return f"{_origin(found)}\n\n{prompt_table(found).markdown()}" if found else NONE_YET
+    if not found:
+        return NONE_YET
+    return f"{_origin(found)}\n\n{prompt_table(found, earlier=[before(r, records) for r in found]).markdown()}"
 
 
 @PROMPT_TABLES.register("bench-append")

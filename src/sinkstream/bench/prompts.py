@@ -70,6 +70,7 @@ class PromptSession(PolicySession[PromptRecord]):
     name: str  # the same in all records of one command
     repeats: int = REPEATS
     repeat_seconds: float = REPEAT_SECONDS
+    drop_in: bool = True  # whether generate() with a StreamingCache is timed
     _of_module: dict[str, list[float]] = field(default_factory=dict)  # times that no policy changes, measured once
 
     def check(self, runs: Sequence[RunSettings]) -> None:
@@ -88,12 +89,11 @@ class PromptSession(PolicySession[PromptRecord]):
     @torch.no_grad()
     def _measure(self, run: RunSettings, report: Report) -> list[Callable[[], dict[str, Any]]]:
         ids = self._ids(max(self.lengths) + 1)
-        cache = StreamingCache.for_model(self.loaded.model, policy=self._policy(run), **self._options(run))
-        ways = {
-            "forward": partial(self._forward, ids),
-            "dynamic": partial(self._generate, ids, None),
-            "drop_in": partial(self._generate, ids, cache),
-        }
+        ways = {"forward": partial(self._forward, ids), "dynamic": partial(self._generate, ids, None)}
+        cache = None
+        if self.drop_in:
+            cache = StreamingCache.for_model(self.loaded.model, policy=self._policy(run), **self._options(run))
+            ways["drop_in"] = partial(self._generate, ids, cache)
         times, done = dict(self._of_module), len(self._of_module) * len(self.lengths)
         for name in [name for name in ways if name not in times]:
             times[name] = []
@@ -102,8 +102,9 @@ class PromptSession(PolicySession[PromptRecord]):
                 times[name].append(self._median(partial(ways[name], tokens)))
                 done += 1
         self._of_module = {name: times[name] for name in ("forward", "dynamic")}
-        cache.close()
-        del cache
+        if cache is not None:
+            cache.close()
+        del cache, ways
         gc.collect()
         with self._open_engine(run, self.backend) as engine:
             times["engine"], memory = self._engine(engine, ids, lambda i: report(done + i, self._timings))
@@ -169,7 +170,7 @@ class PromptSession(PolicySession[PromptRecord]):
     @property
     def _timings(self) -> int:
         """How many medians a record takes: every length in every way, and the appended turn."""
-        return len(PROMPT_TIMES) * len(self.lengths) + 1
+        return (len(PROMPT_TIMES) - (not self.drop_in)) * len(self.lengths) + 1
 
     def _median(self, call: Callable[[], object]) -> float:
         """Median milliseconds of a call, after one that is not timed."""
@@ -181,13 +182,14 @@ class PromptSession(PolicySession[PromptRecord]):
     # ---- what it is ----
 
     def _own_identity(self, run: RunSettings) -> dict[str, Any]:
-        return {"lengths": list(self.lengths), "backend": self.backend}
+        left_out = {} if self.drop_in else {"drop_in": False}
+        return {"lengths": list(self.lengths), "backend": self.backend, **left_out}
 
     def _record(self, run: RunSettings, times: dict[str, list[float]], append: dict, memory: dict) -> dict[str, Any]:
         policy, prompts = self._policy(run), []
         for i, tokens in enumerate(self.lengths):
             flops = prompt_flops(self.loaded, policy, tokens)
-            found = {f"{name}_ms": values[i] for name, values in times.items()}
+            found = {f"{name}_ms": times[name][i] if name in times else None for name in PROMPT_TIMES}
             prompts.append({"tokens": tokens, "flops": flops, "floor_ms": self.ceiling.milliseconds(flops), **found})
         return self._record_of(
             run,

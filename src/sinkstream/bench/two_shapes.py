@@ -21,8 +21,22 @@ def shape_name(record: Any) -> str:
 
 def newest_on_gpu(records: Sequence[R]) -> list[R]:
     """The latest record on a GPU of every shape, dtype and policy at the cap of the ladder."""
-    chosen = [r for r in records if r.protocol["device"] == "cuda" and r.protocol["cap"] == CAP]
-    return list({(shape_name(r), r.policy["label"], r.environment["gpu"]["name"]): r for r in chosen}.values())
+    return list({_kind(r): r for r in _on_gpu(records)}.values())
+
+
+def before(record: R, records: Sequence[R]) -> R | None:
+    """Of records, oldest first, that of the same kind before one of them; None: it is the first."""
+    alike = [r for r in _on_gpu(records) if _kind(r) == _kind(record)]
+    at = next(i for i, other in enumerate(alike) if other is record)
+    return alike[at - 1] if at else None
+
+
+def _on_gpu(records: Sequence[R]) -> list[R]:
+    return [r for r in records if r.protocol["device"] == "cuda" and r.protocol["cap"] == CAP]
+
+
+def _kind(record: Any) -> tuple[str, str, str]:
+    return shape_name(record), record.policy["label"], record.environment["gpu"]["name"]
 
 
 def worse_of_two(

@@ -93,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time prompts of these lengths instead, and a turn of 50 tokens, as in 512,2048,8192,32768",
     )
     group.add_argument(
+        "--engine-only",
+        action="store_true",
+        help="with --prefill: leave generate() with the drop-in out, which feeds adaptive policies token by token",
+    )
+    group.add_argument(
         "--late",
         type=options.numbers(int),
         help="time tokens of generate() with a StreamingCache instead, after so many, as in 1000,200000",
@@ -162,7 +167,8 @@ def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
     say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
 
     def session(loaded: LoadedModel, text: TokenStream, name: str) -> PromptSession:
-        return PromptSession(loaded, text, args.prefill, backend, ceiling, options.request(args), name)
+        request, drop_in = options.request(args), not args.engine_only
+        return PromptSession(loaded, text, args.prefill, backend, ceiling, request, name, drop_in=drop_in)
 
     tables = {"prompts": prompt_table, "a turn on a full stream": append_table}
     return _time_policies(args, models, console, dtype, device, session, tables)

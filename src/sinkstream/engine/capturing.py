@@ -5,10 +5,12 @@ from functools import partial
 
 import torch
 
+from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.recalling import StreamRecall
 from sinkstream.engine.sampling import Sampler, StreamSampler
+from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.span import Block
 from sinkstream.engine.state import StreamState
 from sinkstream.engine.steps import StepFunction
@@ -17,17 +19,17 @@ from sinkstream.engine.steps import StepFunction
 @torch.no_grad()
 def capture_ahead(
     step: StepFunction,
-    forwards: Sequence[PromptForward],
+    chunks: Sequence[ShortChunks | ForeseenChunks],
     samplers: Sequence[Sampler],
     told: Callable[[int, int], None],
 ) -> None:
-    """Capture the step of every block of streams for every kind of draw, and the forward of every short chunk.
+    """Capture the step of every block of streams for every kind of draw, and the forward of every size of chunk.
 
     Parameters
     ----------
     step : StepFunction
         Of a state whose streams may hold tokens; they do not notice.
-    forwards : sequence of PromptForward
+    chunks : sequence of ShortChunks or ForeseenChunks
     samplers : sequence of Sampler
         One for each kind of draw: what a draw needs is the same for all values of its options.
     told : callable
@@ -41,13 +43,13 @@ def capture_ahead(
     state = step.state
     if state.sampling.kernels is not None:
         raise ValueError("a stream draws at present; accepted: capture() before or after it")
-    chunks = [partial(forward.short.table, size) for forward in forwards for size in forward.short.due()]
+    sizes = [partial(kind.ready, size) for kind in chunks for size in kind.due()]
     kinds = {None if sampler.bare else sampler.kernels: sampler for sampler in samplers} if step.captures else {}
     blocks, done = blocks_of(state), 0
-    total = len(chunks) + len(kinds) * len(blocks)
+    total = len(sizes) + len(kinds) * len(blocks)
     with torch.cuda.device_of(state.logits):  # Triton launches on the current device
-        for chunk in chunks:
-            chunk()
+        for ready in sizes:
+            ready()
             told(done := done + 1, total)
         for sampler in kinds.values():
             with state.sampling.using({0: StreamSampler(sampler, seed=0)}):
@@ -63,10 +65,10 @@ def blocks_of(state: StreamState) -> dict[Block, tuple[int, int]]:
     return dict(sorted(found.items(), key=lambda one: (-one[0].streams, one[0].first)))
 
 
-def forwards_of(append: Callable[[torch.Tensor, int], None]) -> Sequence[PromptForward]:
-    """The forwards whose short chunks are captured, of what feeds prompts; none where every prune is foreseen."""
+def chunks_of(append: Callable[[torch.Tensor, int], None]) -> Sequence[ShortChunks | ForeseenChunks]:
+    """The chunks of prompts that are captured, of what feeds prompts."""
     if isinstance(append, StreamRecall):
-        return append.prompts
+        return [forward.short for forward in append.prompts]
     if isinstance(append, EventPrompts):
-        return [] if append.state.signals else [append.forward]
-    return [append] if isinstance(append, PromptForward) else []
+        return [append.foreseen if append.state.signals else append.forward.short]
+    return [append.short] if isinstance(append, PromptForward) else []

@@ -7,7 +7,7 @@ import torch
 
 from sinkstream.cache.recall import RecallEvent
 from sinkstream.engine import snapshot as snapshots
-from sinkstream.engine.capturing import capture_ahead, forwards_of
+from sinkstream.engine.capturing import capture_ahead, chunks_of
 from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.inputs import check_stream
 from sinkstream.engine.packing import PackedWeights
@@ -31,7 +31,7 @@ class StreamKeeper(WatchedModel):
     def capture(
         self, samplers: Sequence[Sampler] = (), told: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Capture now every CUDA graph of steps that take the likeliest token, and of short chunks of prompts.
+        """Capture now every CUDA graph of steps that take the likeliest token, and of chunks of prompts.
 
         Without it a graph is captured when it is first needed, and that step or prompt waits for it. Streams that hold
         tokens do not notice. Nothing happens with backends that capture nothing.
@@ -49,7 +49,7 @@ class StreamKeeper(WatchedModel):
         ValueError
             If a stream draws at present.
         """
-        capture_ahead(self._step, forwards_of(self._append), [Sampler(), *samplers], told)
+        capture_ahead(self._step, chunks_of(self._append), [Sampler(), *samplers], told)
 
     @property
     def captures(self) -> GraphCaptures:

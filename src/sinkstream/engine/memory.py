@@ -14,7 +14,7 @@ from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.kernels.observed_chunk import TILE as SCORES_TILE
 from sinkstream.measure.memory import free_bytes
-from sinkstream.policies import EvictionPolicy, PruneSchedule
+from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,19 +91,32 @@ class MemoryNeed:
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
-        if captures and not foresees:  # sizes are captured in any order: the pool holds up to twice the largest
+        if captures:  # sizes are captured in any order: the pool holds up to twice the largest
             forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # counted as if each had its own pool and stream
-            kept = 2 * short_chunk_sizes(chunk_tokens)[-1] * forwards
+            largest = min(chunk, FORESEEN_TOKENS) if foresees else short_chunk_sizes(chunk_tokens)[-1]
+            kept = 2 * largest * forwards
             workspace *= 1 + forwards
         cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
         if foresees:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
-            cached += chunk * spec.layers * heads * spec.head_dim * size
+            cached += (2 if captures else 1) * chunk * spec.layers * heads * spec.head_dim * size
+        if not foresees and scored_field(policy.scorer) is not None:  # the window once more, and not rotated, twice
+            entries = policy.peak + chunk
+            cached += entries * spec.kv_heads * spec.head_dim * (3 * size + 3 * 4)
+            cached += chunk * spec.query_heads * spec.head_dim * size
+            cached += 4 * policy.refresh * _most_prunes(policy, chunk) * spec.kv_heads * spec.head_dim * 4
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
+
+
+def _most_prunes(policy: EvictionPolicy, tokens: int) -> int:
+    """Prunes that fall into so many tokens of a full stream."""
+    schedule = PruneSchedule(policy)
+    schedule.advance(policy.peak)
+    return 1 + int((schedule.advance(tokens).drop > 0).sum())
 
 
 def _read_bytes(policy: EvictionPolicy, spec: ModelSpec, vocab: int, slots: int) -> int:

@@ -21,7 +21,7 @@ from sinkstream.engine.span import Block, StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
-from sinkstream.kernels.band import PAST, POSITION, TOKENS, Band, Columns
+from sinkstream.kernels.band import PAST, POSITION, TOKENS, Band, Columns, SetColumns
 from sinkstream.kernels.observed_chunk import accumulate_chunk
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
@@ -175,20 +175,36 @@ class Coming:
         What the policy does at each of them.
     table : Tensor or None
         Where the band is written; as for `Band`.
+    chooses : bool
+        Whether what stays pinned is chosen in the forward; the band then ends with the sinks.
+
+    Attributes
+    ----------
+    oldest, turn : array, (tokens,)
+        Of each token, as in `Band`; no turn with original positions.
     """
 
-    def __init__(self, state: StreamState, stream: int, steps: Steps, table: torch.Tensor | None = None):
+    def __init__(
+        self,
+        state: StreamState,
+        stream: int,
+        steps: Steps,
+        table: torch.Tensor | None = None,
+        *,
+        chooses: bool = False,
+    ):
         self.state, self.stream, self.steps = state, stream, steps
         self.counters, g = state.counters[stream], state.geometry
         seen, base, first_window = self.counters.seen, self.counters.base, self.counters.first_window
         tokens, dropped = len(steps), steps.drop.cumsum()
-        assert not g.refresh or dropped[0] == dropped[-1], "what stays pinned is chosen before the forward"
-        refreshed = g.refresh if self.counters.pruned or dropped[-1] else 0
+        assert chooses or not g.refresh or dropped[0] == dropped[-1], "what stays pinned is chosen before the forward"
+        refreshed = g.refresh if not chooses and (self.counters.pruned or dropped[-1]) else 0
         oldest = first_window + np.where(dropped > 0, dropped + self.counters.leaving(0), 0) - seen
         at = np.arange(seen - base, seen - base + tokens)
+        self.oldest, self.turn = oldest, None if g.original else at - (steps.visible - 1)
         self.band = Band(
             oldest,
-            None if g.original else at - (steps.visible - 1),
+            self.turn,
             state.spec.rope.frequencies(state.device),
             past=seen,
             start=self.counters.ring_index(first_window),
@@ -275,6 +291,7 @@ class Chunk:
             values[:, :, ring],
             key.transpose(0, 1)[None],
             value.transpose(0, 1)[None],
+            self.pinned_sets(layer, query, key, value),
         )
         attention_prefill(
             query.transpose(0, 1)[None],
@@ -288,6 +305,10 @@ class Chunk:
         else:
             self.store(layer, query, key, value)
 
+    def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns | None:
+        """Pinned tokens that change within the chunk; None: all are those of the state. Arguments as in `store`."""
+        return None
+
     def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write what stays of the chunk to its slots, and what the policy reads of its queries.
 
@@ -300,7 +321,13 @@ class Chunk:
         if state.queries is not None and query is not None:
             keep_queries(state.queries[layer], query, self.band)
         store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots)
-        if "accumulated" in state.channels and query is not None:
+        if query is not None:
+            self.accumulate(layer, query)
+
+    def accumulate(self, layer: int, query: torch.Tensor) -> None:
+        """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""
+        state, g = self.state, self.state.geometry
+        if "accumulated" in state.channels:
             accumulate_chunk(
                 query,
                 state.keys[layer],

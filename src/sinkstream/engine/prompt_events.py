@@ -1,15 +1,26 @@
 """Prompts under policies that look: where the next prune comes, or what stays pinned at it, is not known beforehand.
 
-A scorer must be asked at every prune, so a chunk ends before the next one, and what stays pinned is chosen between two
-chunks. When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under
-foreseen prunes, and nothing of it is written. Its own risks then say which prunes there are: every token up to the
-first one that was foreseen wrongly has seen what it should, and is kept. The risks of the others, which saw almost the
-right window, foresee the prunes of the next chunk: as a rule all of them.
+A scorer must be asked at every prune. Where it looks at attention alone, a chunk crosses the prunes, and what stays
+pinned is chosen in each layer (`prompt_choices`); otherwise a chunk ends before the next prune, and what stays pinned
+is chosen between two chunks.
+
+When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under foreseen
+prunes, and nothing of it is written. Its own risks then say which prunes there are: every token up to the first one
+that was foreseen wrongly has seen what it should, and is kept. The risks of the others, which saw almost the right
+window, foresee the prunes of the next chunk: as a rule all of them.
 """
 
 import torch
 
-from sinkstream.engine.prompt import Chunk, Coming, PromptForward
+from sinkstream.engine.foreseen_chunks import ForeseenChunks
+from sinkstream.engine.prompt import Coming, PromptForward
+from sinkstream.engine.prompt_choices import (
+    ACCUMULATED_TOKENS,
+    FEWEST_PRUNES,
+    ChoosingChunk,
+    chooses_in_chunk,
+    prunes_within,
+)
 from sinkstream.engine.refresh import refresh_if_due
 
 FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
@@ -30,6 +41,12 @@ class EventPrompts:
         self.foreseen_tokens = min(FORESEEN_TOKENS, forward.chunk_tokens)
         self.fewest = FEWEST.get(self.state.device.type, self.foreseen_tokens)
         self._size = self.foreseen_tokens  # of the next forward
+        self.foreseen = ForeseenChunks(
+            forward, self.foreseen_tokens, capture=forward.short.capture and bool(forward.short.sizes)
+        )
+        self.choosing_tokens = forward.chunk_tokens if chooses_in_chunk(self.state) else 0
+        if "accumulated" in self.state.channels:
+            self.choosing_tokens = min(self.choosing_tokens, ACCUMULATED_TOKENS)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -42,7 +59,23 @@ class EventPrompts:
                 if risks:
                     fed += self._foresee(ids[fed:], stream, risks)
                 else:
-                    fed += self._until_prune(ids[fed:], stream)
+                    fed += self._across_prunes(ids[fed:], stream) or self._until_prune(ids[fed:], stream)
+
+    def _across_prunes(self, ids: torch.Tensor, stream: int) -> int:
+        """Append one chunk in which pinned tokens are chosen; returns how many tokens, 0 where no such chunk comes."""
+        state, forward = self.state, self.forward
+        ids, schedule = ids[: self.choosing_tokens], state.schedules[stream].copy()
+        steps = schedule.advance(len(ids)) if len(ids) else None
+        if steps is None or len(prunes_within(steps.drop)) < FEWEST_PRUNES:
+            return 0
+        if not (state.counters[stream].pruned or steps.drop[0]):
+            return 0  # the first prune also fills the pinned slots
+        forward.rebase(stream)
+        coming = Coming(state, stream, steps, chooses=True)
+        chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)
+        forward.predict(forward.layers(ids, chunk), coming.band)
+        coming.count(schedule)
+        return len(ids)
 
     def _until_prune(self, ids: torch.Tensor, stream: int) -> int:
         """Append the tokens up to the next prune, whose place is known; returns how many."""
@@ -67,22 +100,18 @@ class EventPrompts:
         if state.policy.scorer is not None and steps.drop[1:].any():
             steps = steps[: 1 + int((steps.drop[1:] > 0).argmax())]
         ids, all_of_them = ids[: len(steps)], len(steps) == len(ids)
-        coming = Coming(state, stream, steps)
-        chunk = Chunk(forward.span, coming.band, forward.weights.rope_factor, holds=True)
-        x = forward.layers(ids, chunk)
-        read = forward.reader.read(ids, x, coming.band)
-        found = dict(zip(read.risks, torch.stack([*read.risks.values()]).tolist()))
+        chunk = self.foreseen.of(len(ids))
+        coming = Coming(state, stream, steps, chunk.bands[0])
+        computed = chunk.compute(ids, coming)
+        found = dict(zip(computed.read.risks, computed.risks[:, : len(ids)].tolist()))
         after = schedule.fork()
         kept = after.follow(steps, found)
-        if kept < len(steps):
-            coming = Coming(state, stream, steps[:kept])
-        stored = Chunk(forward.span, coming.band, forward.weights.rope_factor)
-        for layer, (query, key, value) in enumerate(chunk.held):
-            stored.store(layer, None if query is None else query[:kept], key[:kept], value[:kept])
-        if read.channels:
-            forward.reader.note(read, coming.band)
+        coming = Coming(state, stream, steps[:kept], chunk.bands[1])
+        chunk.store(coming)
+        if computed.read.channels:
+            forward.reader.note(computed.read, coming.band)
         if forward.reader.draws or (all_of_them and kept == len(steps)):
-            forward.predict(x, coming.band)
+            forward.predict(computed.x, coming.band)
         coming.count(after)
         for signal, values in found.items():
             risks[signal] = values[kept:] + risks[signal][len(steps) :]

@@ -49,15 +49,20 @@ class ShortChunks:
 
     def size(self, tokens: int) -> int | None:
         """The size that a chunk is padded to; None for a chunk that is not short, or that no kernel computes."""
-        if self.capture and not self._kernels():
+        if self.capture and not computed_by_kernels(self.state):
             return None
         return next((size for size in self.sizes if size >= tokens), None)
 
     def table(self, size: int) -> torch.Tensor:
         """Where the band of the coming chunk of a size is written; captures the forward of that size before, once."""
-        if self.capture and size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+        if self.capture:
+            self.ready(size)
         return self._buffers(size)[1]
+
+    def ready(self, size: int) -> None:
+        """Capture the forward of a size, unless it is captured."""
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
 
     def due(self, tokens: int | None = None) -> list[int]:
         """Sizes of chunks of up to so many tokens that are not captured yet; the largest first, whose memory fits all.
@@ -67,7 +72,7 @@ class ShortChunks:
         tokens : int or None
             Default: all sizes.
         """
-        if not (self.capture and self._kernels()):
+        if not (self.capture and computed_by_kernels(self.state)):
             return []
         largest = None if tokens is None else self.size(tokens)
         return [s for s in reversed(self.sizes) if s not in self._graphs and (largest is None or s <= largest)]
@@ -75,7 +80,7 @@ class ShortChunks:
     def prepare(self, tokens: int | None = None) -> None:
         """Capture the forwards of chunks of up to so many tokens now, so that no chunk waits for a capture."""
         for size in self.due(tokens):
-            self.table(size)
+            self.ready(size)
 
     def __call__(self, ids: torch.Tensor, band: Band) -> None:
         """Append token ids ``(tokens,)`` as a band in the table of their size says."""
@@ -85,11 +90,6 @@ class ShortChunks:
             self._graphs[band.rows].replay()
         else:
             self.forward(padded, band)
-
-    def _kernels(self) -> bool:
-        """Whether kernels compute the forward: their twins are cut up by the host, so a graph cannot hold them."""
-        keys = self.state.keys
-        return keys.is_cuda and keys.dtype in HALF_DTYPES and use_triton(None, keys)
 
     def _buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids ``(size,)`` int64 and the table of the band; padding is any token."""
@@ -115,6 +115,11 @@ class ShortChunks:
         finally:
             for part, held in zip(written, before):
                 part.copy_(held)
+
+
+def computed_by_kernels(state: StreamState) -> bool:
+    """Whether kernels compute a forward: their twins are cut up by the host, so a graph cannot hold them."""
+    return state.keys.is_cuda and state.keys.dtype in HALF_DTYPES and use_triton(None, state.keys)
 
 
 def short_chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:

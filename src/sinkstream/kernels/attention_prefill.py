@@ -80,17 +80,20 @@ def _see_tile(
     return top, s, a, b
 
 
-@jit(do_not_specialize=["pinned_slots", "ring", "query_rows"])
+@jit(do_not_specialize=["pinned_slots", "ring", "query_rows", "set_size"])
 def _attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, pinned_k_ptr, pinned_v_ptr, past_k_ptr, past_v_ptr, band_ptr, turn_ptr, out_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     pk_batch, pk_head, pk_row, pv_batch, pv_head, pv_row, rk_batch, rk_head, rk_row, rv_batch, rv_head, rv_row,
-    out_batch, out_head, out_row, pinned_slots, ring, groups, scale, stats_ptr, query_rows,
+    out_batch, out_head, out_row, pinned_slots, ring, groups, scale, stats_ptr, query_rows, set_k_ptr, set_v_ptr,
+    set_ptr, set_head, set_size,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, RD: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, KIND: tl.constexpr, SCALARS: tl.constexpr,
-    PDL: tl.constexpr,
+    SETS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, query head, row of the batch and split); the tiles with most keys come first.
+
+    With SETS every query also sees one of several sets of `set_size` pinned keys, of the only row of the batch.
 
     With splits, `out_ptr` is a float32 buffer (batch, heads, query_rows, SPLITS, D) of sums that are not normalised,
     and `stats_ptr` one of their maxima and weights (batch, heads, query_rows, SPLITS, 2).
@@ -162,6 +165,20 @@ def _attention_prefill_kernel(
         m, s, a, b = _see_tile(
             ta, tb, own_keys, own_values, index, usable, seen, k_row, v_row, scale, m, s, a, b, D, DA, DB, KIND, False
         )  # fmt: skip
+    if SETS:  # those of all queries of the tile lie one after the other
+        lowest = tl.load(set_ptr + tl.minimum(begin, tokens - 1))
+        highest = tl.load(set_ptr + tl.minimum(begin + BM, tokens) - 1)
+        which = tl.load(set_ptr + held)
+        end = tl.where(used, (highest + 1) * set_size, 0)
+        if SPLITS > 1:
+            end = tl.where(split == 0, end, 0)
+        keys, values = set_k_ptr + kv * set_head, set_v_ptr + kv * set_head
+        for c in tl.range(lowest * set_size, end, BN):
+            index = c + columns
+            seen = (index < end)[None, :] & ((index // set_size)[None, :] == which[:, None])
+            m, s, a, b = _see_tile(
+                ta, tb, keys, values, index, index < end, seen, D, D, scale, m, s, a, b, D, DA, DB, KIND, False
+            )  # fmt: skip
     # the past, in its ring: tiles at the edge of the band, and then those that all queries see, up to the end
     keys, values = past_k_ptr + kept_row * rk_batch + kv * rk_head, past_v_ptr + kept_row * rv_batch + kv * rv_head
     latest_first = tl.load(band_ptr + SCALARS + tl.minimum(begin + BM, tokens) - 1)
@@ -302,6 +319,8 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
             raise ValueError(f"row={band.row}; accepted: 0 to {len(keys) - batch}, {batch} fewer than {name} has")
     if band.rows != tokens:
         raise ValueError(f"a band of {band.rows} tokens for {tokens} queries; accepted: as many")
+    if columns.sets is not None:
+        columns.sets.check(query, kv_heads)
     if not 0 <= band.length <= columns.past_keys.shape[2]:
         raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
@@ -324,13 +343,17 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
             query.new_empty((batch, heads, tokens, splits, width), dtype=torch.float32) for width in (dim, 2)
         )
     out_strides = out.stride(0), out.stride(2), out.stride(1)
+    sets = columns.sets
+    several = (band.table, band.table, band.table, 0, 1)
+    if sets is not None:
+        several = (sets.keys, sets.values, sets.which, sets.keys.stride(0), sets.size)
     launch(
         _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch * splits), *parts, band.table,
         band.table if rotation is None else rotation, sums, *strides, *out_strides, columns.pinned_keys.shape[2],
-        columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634, stats, tokens,
+        columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634, stats, tokens, *several,
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
         BM=config.rows, BN=config.columns, STAGES=config.stages, SPLITS=splits, KIND=dot_kind(query.dtype),
-        SCALARS=SCALARS, num_warps=config.warps, pdl=False,
+        SCALARS=SCALARS, SETS=sets is not None, num_warps=config.warps, pdl=False,
     )  # fmt: skip
     if splits > 1:
         launch(
@@ -350,8 +373,7 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
     kv_heads, tokens = columns.keys.shape[1], band.tokens
     device, size = query.device, TILE.get(query.device.type, DEFAULT_TILE)
     pinned_keys, pinned_values = (part.to(work) for part in columns.pinned(band))
-    pinned = pinned_keys.shape[2]
-    pinned_columns = torch.arange(pinned, device=device)
+    pinned_columns = torch.arange(pinned_keys.shape[2], device=device)
     for begin in range(0, tokens, size):
         end = min(begin + size, tokens)
         oldest = min(max(band.host_first[begin], -band.length), end)
@@ -359,14 +381,22 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
         rows = torch.arange(begin, end, device=device)[:, None]
         index = torch.arange(oldest, end, device=device)
         seen = (index >= band.device_first[begin:end, None]) & (index <= rows)
-        seen = torch.cat([pinned_columns <= band.past + rows, seen], 1)
+        beside = [pinned_columns <= band.past + rows]
+        tile_keys, tile_values = pinned_keys, pinned_values
+        if columns.sets is not None:
+            more_keys, more_values, theirs = columns.sets.tile(begin, end)
+            tile_keys = torch.cat([pinned_keys, more_keys.to(work)], 2)
+            tile_values = torch.cat([pinned_values, more_values.to(work)], 2)
+            beside.append(theirs)
+        pinned = tile_keys.shape[2]
+        seen = torch.cat([*beside, seen], 1)
         window_query = query[:, :, begin:end].to(work) * scaling
         pinned_query = window_query if band.rotation is None else turned(window_query, band.rotation[begin:end])
         grouped = (q.reshape(batch, kv_heads, -1, dim) for q in (pinned_query, window_query))
-        scores = torch.cat([q @ k.mT for q, k in zip(grouped, (pinned_keys, keys))], -1)
+        scores = torch.cat([q @ k.mT for q, k in zip(grouped, (tile_keys, keys))], -1)
         scores = scores.view(batch, heads, end - begin, -1).masked_fill_(~seen, float("-inf"))
         weights = scores.softmax(-1).view(batch, kv_heads, -1, scores.shape[-1])
-        found = weights[..., :pinned] @ pinned_values + weights[..., pinned:] @ values
+        found = weights[..., :pinned] @ tile_values + weights[..., pinned:] @ values
         out[:, begin:end] = found.view(batch, heads, end - begin, dim).transpose(1, 2).to(query.dtype)
     return out
 

@@ -6,6 +6,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sinkstream.kernels.runtime import check_tensor
+
 SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
 TOKENS, PAST, SLOT, ROW, POSITION, SINKS = 0, 1, 5, 6, 7, 8  # where six of them are
 ALL_PINNED = 2**31 - 1  # as `sinks`: every pinned entry
@@ -134,6 +136,45 @@ class Band:
 
 
 @dataclass(frozen=True)
+class SetColumns:
+    """Sets of pinned tokens, of which each query of a chunk sees one: what stays pinned changes within the chunk.
+
+    Attributes
+    ----------
+    keys, values : Tensor, (kv_heads, sets * size, head_dim)
+        One set after the other, in the frame of pinned keys.
+    which : Tensor, (tokens,), int32, never falling
+        The set that a query sees.
+    size : int
+        Tokens of a set.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    which: torch.Tensor
+    size: int
+
+    def check(self, query: torch.Tensor, kv_heads: int) -> None:
+        """Refuse what no chunk of these queries, ``(1, query_heads, tokens, head_dim)``, can see. Raises ValueError."""
+        if len(query) != 1:
+            raise ValueError(f"sets of pinned tokens with {len(query)} rows of queries; accepted: 1")
+        shape = (kv_heads, None, query.shape[3])
+        for name, part in (("keys", self.keys), ("values", self.values)):
+            check_tensor(f"sets.{name}", part, shape, dtypes=(query.dtype,), device=query.device)
+        check_tensor("sets.which", self.which, (query.shape[2],), dtypes=(torch.int32,), device=query.device)
+        if self.size < 1 or self.keys.shape[1] % self.size:
+            raise ValueError(f"sets of {self.size} tokens, {self.keys.shape[1]} in all; accepted: a multiple of it")
+
+    def tile(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values, ``(1, kv_heads, any, head_dim)``, of queries `begin` to `end` - 1, and which each sees."""
+        which = self.which[begin:end]
+        lowest, highest = int(which[0]), int(which[-1])
+        part = slice(lowest * self.size, (highest + 1) * self.size)
+        index = torch.arange(part.start, part.stop, device=which.device) // self.size
+        return self.keys[None, :, part], self.values[None, :, part], index == which[:, None]
+
+
+@dataclass(frozen=True)
 class Columns:
     """Keys and values of one layer that a chunk sees. All may be strided, but for the last axis.
 
@@ -145,6 +186,8 @@ class Columns:
         A ring of window entries, rotated as the chunk's own are; the band says which of its rows and slots are used.
     keys, values : Tensor, (batch, kv_heads, tokens, head_dim)
         Of the chunk itself.
+    sets : SetColumns or None
+        Pinned tokens that change within the chunk, beside those that do not.
     """
 
     pinned_keys: torch.Tensor
@@ -153,6 +196,7 @@ class Columns:
     past_values: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    sets: SetColumns | None = None
 
     def window(self, band: Band, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of window tokens `first` to `end` - 1, ``(batch, kv_heads, end - first, head_dim)``."""

@@ -3,7 +3,7 @@
 from sinkstream.policies.eviction import CAP_ACCOUNTING, EvictionPolicy, option_names
 from sinkstream.policies.presets import PRESETS, preset_options
 from sinkstream.policies.schedule import PruneSchedule, Step, Steps
-from sinkstream.policies.scorers import SCORERS, Candidates, Scorer, select, structural_weights
+from sinkstream.policies.scorers import SCORERS, Candidates, Scorer, scored_field, select, structural_weights
 from sinkstream.policies.triggers import SIGNALS, TRIGGERS, Trigger
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Trigger",
     "option_names",
     "preset_options",
+    "scored_field",
     "select",
     "structural_weights",
 ]

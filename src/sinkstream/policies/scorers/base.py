@@ -81,6 +81,23 @@ class Scorer(ABC):
         """One score per candidate, same axes; higher stays."""
 
 
+@dataclass(frozen=True)
+class FieldScorer(Scorer):
+    """A scorer whose scores are one field of the candidates as it is: the only one that it `needs`."""
+
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        (name,) = self.needs
+        return collected(getattr(candidates, name))
+
+
+def scored_field(scorer: Scorer | None) -> str | None:
+    """The field of the candidates that a scorer's scores are, as it is; None where they are anything else."""
+    if scorer is None or type(scorer).score is not FieldScorer.score:
+        return None
+    (name,) = scorer.needs
+    return name
+
+
 def select(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Indices of the `keep` highest scores, in their original order; of equal scores the more recent stays.
 

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from sinkstream.policies.options import option
-from sinkstream.policies.scorers.base import SCORERS, Candidates, Scorer, collected
+from sinkstream.policies.scorers.base import SCORERS, FieldScorer
 
 
 @SCORERS.register("window-attention")
 @dataclass(frozen=True)
-class WindowAttention(Scorer):
+class WindowAttention(FieldScorer):
     """Keep, per layer and kv head, the tokens that the latest queries attend to most.
 
     Source: SnapKV (Li et al., arXiv:2404.14469). Deviations: applied again at every prune instead of once after the
@@ -26,6 +24,3 @@ class WindowAttention(Scorer):
     @property
     def observed_queries(self) -> int:
         return self.observation
-
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        return collected(candidates.attention)

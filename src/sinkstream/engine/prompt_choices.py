@@ -1,0 +1,155 @@
+"""Chunks of a prompt that cross prunes at which pinned tokens are chosen.
+
+Where the prunes are is known. Which tokens stay pinned in a layer follows from what the queries of that layer look at,
+so the layers are computed one after the other over the whole chunk, and in each of them the choice goes prune by prune
+(`kernels.pinned_sets`). Weights are read once a chunk, not once a prune.
+"""
+
+import numpy as np
+import torch
+
+from sinkstream.engine.inputs import to_device
+from sinkstream.engine.prompt import Chunk, Coming
+from sinkstream.engine.short_chunks import computed_by_kernels
+from sinkstream.engine.span import StreamSpan
+from sinkstream.engine.state import StreamState
+from sinkstream.kernels.band import SetColumns
+from sinkstream.kernels.pinned_sets import Groups, Layer, PinnedSets, pinned_sets, window_received
+from sinkstream.policies import scored_field
+
+# most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
+# up at the prune, one after the other; what came before the chunk is known
+ACCUMULATED_TOKENS = 512
+FEWEST_PRUNES = 2  # of such a chunk; with fewer, cut at the prune, its forwards are captured
+
+
+def chooses_in_chunk(state: StreamState) -> bool:
+    """Whether the policy's choices follow from attention alone, with prunes that are known, at positions in the cache.
+
+    Pinned tokens at their original positions may stand any number of positions before the chunk. On a GPU kernels must
+    compute the choices: in plain PyTorch they launch more than the forwards of chunks that are cut.
+    """
+    scorer = state.policy.scorer
+    return (
+        scored_field(scorer) in ("attention", "accumulated")
+        and scorer is not None
+        and scorer.per_head
+        and not state.signals
+        and not state.geometry.original
+        and (not state.keys.is_cuda or (computed_by_kernels(state) and state.spec.head_dim % 16 == 0))
+    )
+
+
+def prunes_within(coming_drops: np.ndarray) -> np.ndarray:
+    """Tokens, counted from the chunk's first, before which something is dropped, the first one left out."""
+    return np.flatnonzero(coming_drops[1:]) + 1
+
+
+class ChoosingChunk(Chunk):
+    """What the layers do with the tokens of one forward in which pinned tokens are chosen.
+
+    Parameters
+    ----------
+    span : StreamSpan
+        All streams of `state`.
+    state : StreamState
+    coming : Coming
+        Made with ``chooses``. The pinned slots are in use at its first token, and what stays there has been chosen.
+    rope_factor : float
+        What rotated dimensions are multiplied by.
+    """
+
+    def __init__(self, span: StreamSpan, state: StreamState, coming: Coming, rope_factor: float):
+        super().__init__(span, coming.band, rope_factor)
+        g, band, device = state.geometry, coming.band, state.device
+        self.whole, self.coming = state, coming
+        self.accumulates = "accumulated" in state.channels
+        self.refreshed = slice(g.sink, g.pinned_slots)
+        entries = torch.arange(band.length + band.tokens, device=device)
+        self.slots = g.pinned_slots + (band.start + entries) % g.ring
+        first_entry = band.past - band.length
+        self.entry_angles = state.spec.rope.angles(first_entry - coming.counters.base + entries)
+        self.before = min(state.observed_queries, band.past)  # queries of earlier tokens that may be read
+        latest = torch.arange(band.past - self.before, band.past, device=device)
+        self.places = latest % max(1, state.observed_queries)
+        prunes = prunes_within(coming.steps.drop)
+        which = np.searchsorted(prunes, np.arange(band.tokens), side="right").astype(np.int32)
+        self.which = to_device(torch.from_numpy(which), device)
+        self.groups = self._groups(prunes)
+        self.found: tuple[Layer, PinnedSets, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def _groups(self, prunes: np.ndarray) -> Groups:
+        """The queries that each choice reads."""
+        state, coming, length, tokens = self.whole, self.coming, self.band.length, self.band.tokens
+        ends = [int(at) for at in prunes] + [tokens] * self.accumulates
+        host, start, sums = [], 0, 0
+        for end in ends:
+            oldest = int(coming.oldest[end - 1])
+            count = end - start if self.accumulates else min(state.observed_queries, end - oldest)
+            leaving = int(coming.steps.drop[end]) if end < tokens else 0
+            host.append((self.before + end - count, count, length + end - count, oldest + length, leaving, sums))
+            start, sums = end, sums + count
+        assert coming.turn is not None, "original positions have no frame of their own"
+        turn = torch.tensor([[int(coming.turn[end - 1]), 0] for end in ends], dtype=torch.int32)
+        table = to_device(torch.cat([torch.tensor(host, dtype=torch.int32), turn], 1), state.device)
+        cos, sin = state.spec.rope.angles(table[:, -2])
+        g, rope = state.geometry, state.spec.rope
+        frame = torch.stack(rope.angles(torch.arange(g.sink, g.pinned_slots, device=state.device)), 1)
+        fields = table[:, :-2].contiguous()
+        return Groups(host, fields, torch.stack([cos, -sin], 1), frame, len(prunes), self.accumulates)
+
+    def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns:
+        """Choose the pinned tokens of one layer; arguments as in `store`."""
+        state, row, rope = self.whole, self.band.row, self.whole.spec.rope
+        keys, values, pinned_keys = state.keys[layer, row], state.values[layer, row], state.pinned_keys[layer, row]
+        window = torch.cat([keys.index_select(1, self.slots[: self.band.length]), key.transpose(0, 1)], 1)
+        own = values[:, self.refreshed], values.index_select(1, self.slots[: self.band.length]), value.transpose(0, 1)
+        cos, sin = self.entry_angles
+        sources = torch.cat([pinned_keys[:, self.refreshed], rope.unrotate(window, cos, sin)], 1)
+        queries = query.transpose(0, 1)
+        if state.queries is not None:
+            queries = torch.cat([state.queries[layer, row].index_select(1, self.places), queries], 1)
+        held = Layer(queries.contiguous(), keys[:, : self.refreshed.start], window, sources, self._totals(layer))
+        found = pinned_sets(held, self.groups, scaling=state.spec.head_dim**-0.5)
+        size = found.chosen.shape[2]
+        index = found.chosen.flatten(1).long()[..., None].expand(-1, -1, key.shape[2])
+        raw, chosen_values = sources.gather(1, index), torch.cat(own, 1).gather(1, index)
+        cos, sin = self.groups.frame.unbind(1)
+        chosen_keys = rope.rotate(raw.unflatten(1, (-1, size)), cos, sin).flatten(1, 2).to(key.dtype)
+        self.found = held, found, raw[:, -size:], chosen_keys[:, -size:], chosen_values[:, -size:]
+        return SetColumns(chosen_keys, chosen_values, self.which, size)
+
+    def _totals(self, layer: int) -> torch.Tensor | None:
+        """Attention that pinned tokens, window and chunk have received, ``(kv_heads, …)``; None where none is read."""
+        if not self.accumulates:
+            return None
+        totals = self.whole.channels["accumulated"][layer, self.band.row]
+        past = totals.index_select(1, self.slots[: self.band.length])
+        return torch.cat([totals[:, self.refreshed], past, past.new_zeros(len(past), self.band.tokens)], 1)
+
+    def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        """As of any chunk, and the tokens that are pinned in the end go to the pinned slots."""
+        super().store(layer, query, key, value)
+        assert self.found is not None, "chosen in this layer, before"
+        _, found, raw, keys, values = self.found
+        state, row, refreshed = self.whole, self.band.row, self.refreshed
+        state.keys[layer, row, :, refreshed] = keys
+        state.values[layer, row, :, refreshed] = values
+        state.pinned_keys[layer, row, :, refreshed] = raw
+        source, positions = found.chosen[:, -1].long(), state.pinned_positions[layer, row]
+        size, first_entry = source.shape[1], self.band.past - self.band.length
+        older = positions.gather(1, source.clamp(max=size - 1))
+        positions.copy_(torch.where(source < size, older, first_entry + source - size))
+
+    def accumulate(self, layer: int, query: torch.Tensor) -> None:
+        """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
+        if not self.accumulates:
+            return
+        assert self.found is not None, "chosen in this layer, before"
+        held, found, *_ = self.found
+        assert held.totals is not None
+        totals = self.whole.channels["accumulated"][layer, self.band.row]
+        first, size = self.band.length + int(self.coming.oldest[-1]), found.chosen.shape[2]
+        given = window_received(held, found.sums, first, scaling=self.whole.spec.head_dim**-0.5)
+        totals[:, self.slots[first:]] = held.totals[:, size + first :] + given
+        totals[:, self.refreshed] = found.totals[:, -1]

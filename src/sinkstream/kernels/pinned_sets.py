@@ -1,0 +1,281 @@
+"""Which tokens stay pinned at every prune inside a chunk of a prompt, of one layer.
+
+What stays pinned in a layer follows from the queries and keys of that layer alone, and where the prunes are is known.
+So a chunk crosses them: its products are computed once, and between them only this choice goes prune by prune. All
+that does not depend on it, the softmax over the window, is computed beforehand for all queries at once.
+
+Entries of the window are counted from its oldest token before the chunk on, the chunk's own tokens behind; sources are
+the pinned tokens before the chunk and then these entries. Queries are read in groups, one for each prune: the latest
+ones before it, or all since the prune before.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sinkstream.kernels.attention_prefill import turned
+from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
+from sinkstream.kernels.runtime import HALF_DTYPES, check_tensor, dot_kind, launch, triton, use_triton
+
+ROWS = 64  # queries of one tile, those of several query heads
+TILE = 64  # keys of one tile
+TWIN_TILE = 256  # the same of the twin
+COLUMNS = 64  # widest column chunk
+BEGIN, COUNT, OWN, FIRST, LEAVING, SUMS = range(6)  # columns of the table of groups
+FIELDS = 6
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Queries that are read before each prune of a chunk; of several layers the same.
+
+    Attributes
+    ----------
+    host : sequence of tuple of int
+        For each group: first query and how many, in `Layer.queries`; the window entry of the first query's own token;
+        oldest window entry that they see; how many of the oldest entries leave then; where their sums lie.
+    table : Tensor, (groups, 6), int32
+        The same on the device.
+    shift : Tensor, (groups, 2, rotary_dim / 2), float32
+        Cosine and sine that turn their queries back to where they stand in the frame of the pinned keys.
+    frame : Tensor, (pinned, 2, rotary_dim / 2), float32
+        Cosine and sine of the place of every pinned token in that frame.
+    prunes : int
+        Groups that end with a prune: all of them, or all but the last.
+    accumulates : bool
+        Whether a candidate is judged by what all queries gave it, the groups being all queries of the chunk; else by
+        what its group gives it.
+    """
+
+    host: Sequence[tuple[int, ...]]
+    table: torch.Tensor
+    shift: torch.Tensor
+    frame: torch.Tensor
+    prunes: int
+    accumulates: bool
+
+    @property
+    def most_queries(self) -> int:
+        """Of one group."""
+        return max(group[COUNT] for group in self.host)
+
+    @property
+    def rows(self) -> int:
+        """Sums of one query head."""
+        return self.host[-1][SUMS] + self.host[-1][COUNT]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer holds of a stream while a chunk is computed.
+
+    Attributes
+    ----------
+    queries : Tensor, (query_heads, any, head_dim)
+        Rotated for the window.
+    sinks : Tensor, (kv_heads, sinks, head_dim)
+        In the frame of pinned keys. May be strided, but for the last axis.
+    window : Tensor, (kv_heads, entries, head_dim)
+        Rotated for the window.
+    sources : Tensor, (kv_heads, pinned + entries, head_dim), float32
+        The same, not rotated, behind the pinned tokens.
+    totals : Tensor or None, (kv_heads, pinned + entries), float32
+        Attention that the sources received before the chunk, where it accumulates.
+    """
+
+    queries: torch.Tensor
+    sinks: torch.Tensor
+    window: torch.Tensor
+    sources: torch.Tensor
+    totals: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PinnedSets:
+    """What stays pinned in the course of a chunk.
+
+    Attributes
+    ----------
+    chosen : Tensor, (kv_heads, prunes + 1, pinned), int32
+        Sources, oldest first: before the chunk, and after each prune.
+    totals : Tensor, (kv_heads, prunes + 1, pinned), float32
+        What these had received when they were chosen; of the last set at the end of the chunk. Only where it
+        accumulates.
+    sums : Tensor, (kv_heads, rows, group), float32
+        Logarithm, base 2, of the sum of the softmax of every query.
+    """
+
+    chosen: torch.Tensor
+    totals: torch.Tensor
+    sums: torch.Tensor
+
+
+def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation: str | None = None) -> PinnedSets:
+    """Choose the pinned tokens of every prune of a chunk, as `select` does by the attention that candidates receive.
+
+    Parameters
+    ----------
+    layer : Layer
+    groups : Groups
+        Where it accumulates, the queries are those of the chunk, all of them.
+    scaling : float
+        Of the scores.
+    implementation : {"auto", "triton", "torch"}, optional
+        float32, and heads whose size is no multiple of 16, take the twin.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that the op cannot serve and what is accepted.
+    """
+    kernel = _checked(layer, groups, implementation)
+    kv_heads, entries, dim = layer.window.shape
+    heads, queries, pinned = len(layer.queries), layer.queries.shape[1], len(groups.frame)
+    group, device = heads // kv_heads, layer.window.device
+    if not kernel:
+        return pinned_sets_twin(layer, groups, scaling)
+    shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
+    common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "num_warps": 4, "pdl": False}
+    tile = min(ROWS, max(16, triton.next_power_of_2(groups.most_queries * group)))
+    scale = scaling / math.log(2)
+    sums = torch.empty(kv_heads, groups.rows, group, device=device)
+    launch(
+        window_sums_kernel, (len(groups.host), kv_heads, -(-groups.most_queries * group // tile)), layer.queries,
+        layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
+        layer.sinks.stride(0), groups.rows, scale, BM=tile, **common,
+    )  # fmt: skip
+    chosen = torch.empty(kv_heads, groups.prunes + 1, pinned, dtype=torch.int32, device=device)
+    totals = torch.empty(chosen.shape, device=device)
+    width = pinned + max(one[LEAVING] for one in groups.host)
+    scores = torch.empty(kv_heads, width, device=device)
+    frame = F.pad(groups.frame, (0, 0, 0, 0, 0, -pinned % TILE))  # the kernel reads whole tiles of it
+    launch(
+        choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
+        frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
+        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=tile, ADDS=groups.accumulates, **common,
+    )  # fmt: skip
+    return PinnedSets(chosen, totals, sums)
+
+
+def window_received(
+    layer: Layer, sums: torch.Tensor, first: int, *, scaling: float, implementation: str | None = None
+) -> torch.Tensor:
+    """What the queries of a chunk give to the window entries from `first` on, which all of them see from themselves on.
+
+    Parameters
+    ----------
+    layer : Layer
+        The queries are those of the chunk.
+    sums : Tensor, (kv_heads, queries, group), float32
+        As `PinnedSets.sums`.
+
+    Returns
+    -------
+    Tensor, (kv_heads, entries - first), float32
+        Mean over the query heads of a kv head.
+    """
+    (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
+    if not _kernel(layer, implementation):
+        return window_received_twin(layer, sums, first, scaling)
+    out = torch.empty(kv_heads, entries - first, device=sums.device)
+    group = heads // kv_heads
+    launch(
+        window_received_kernel, (-(-(entries - first) // TILE), kv_heads), layer.queries, layer.window, sums, out,
+        queries, entries, entries - queries, first, scaling / math.log(2), G=group, D=dim, C=min(dim & -dim, COLUMNS),
+        BM=ROWS, BT=TILE, KIND=dot_kind(layer.window.dtype), num_warps=4, pdl=False,
+    )  # fmt: skip
+    return out
+
+
+def _kernel(layer: Layer, implementation: str | None) -> bool:
+    window = layer.window
+    return use_triton(implementation, window) and window.shape[2] % 16 == 0 and window.dtype in HALF_DTYPES
+
+
+def _checked(layer: Layer, groups: Groups, implementation: str | None) -> bool:
+    """Check the arguments; whether the kernel computes them."""
+    window, kv_heads = layer.window, len(layer.window)
+    dtypes, device, dim = (*HALF_DTYPES, torch.float32, torch.float64), window.device, window.shape[2]
+    check_tensor("window", window, (None, None, None), dtypes=dtypes, device=device)
+    check_tensor("queries", layer.queries, (None, None, dim), dtypes=(window.dtype,), device=device)
+    sinks = (kv_heads, None, dim)
+    check_tensor("sinks", layer.sinks, sinks, dtypes=(window.dtype,), device=device, contiguous=False)
+    known = (kv_heads, len(groups.frame) + window.shape[1], dim)
+    check_tensor("sources", layer.sources, known, dtypes=(torch.float32, torch.float64), device=device)
+    if len(layer.queries) % kv_heads:
+        raise ValueError(f"{len(layer.queries)} query heads and {kv_heads} kv heads; accepted: a multiple")
+    if groups.accumulates:
+        if layer.totals is None:
+            raise ValueError("totals is None; accepted: those of the sources, where attention is accumulated")
+        check_tensor("totals", layer.totals, known[:2], dtypes=(torch.float32, torch.float64), device=device)
+    return _kernel(layer, implementation)
+
+
+# ---- twins ----
+
+
+def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets:
+    """The twin of the kernels: plain PyTorch in float32 (float64 for float64 inputs), prune by prune."""
+    work = torch.float64 if layer.window.dtype == torch.float64 else torch.float32
+    kv_heads, pinned, adds = len(layer.window), len(groups.frame), groups.accumulates
+    heads = layer.queries.to(work).unflatten(0, (kv_heads, -1))
+    window, sinks, scale = layer.window.to(work), layer.sinks.to(work), scaling / math.log(2)
+    chosen = [torch.arange(pinned, device=window.device).expand(kv_heads, -1)]
+    received = layer.sources.new_zeros(layer.sources.shape[:2]) if layer.totals is None else layer.totals
+    before, totals, sums = received[:, pinned:], [received[:, :pinned]], list[torch.Tensor]()
+    for index, (begin, count, own, first, leaving, _) in enumerate(groups.host):
+        query = heads[:, :, begin : begin + count]
+        frame = turned(query, groups.shift[index : index + 1])
+        raw = _taken(layer.sources, chosen[-1]).to(work)
+        keys = turned(raw, groups.frame).to(layer.window.dtype).to(work)
+        end, device = own + count, window.device
+        seen = torch.arange(first, end, device=device) <= own + torch.arange(count, device=device)[:, None]
+        parts = [frame @ part[:, None].mT for part in (sinks, keys)]
+        parts.append((query @ window[:, None, first:end].mT).masked_fill(~seen, float("-inf")))
+        z = torch.cat(parts, -1) * scale
+        whole = torch.logsumexp(z * math.log(2), -1, keepdim=True) / math.log(2)
+        sums.append(whole[..., 0].transpose(1, 2))
+        given = (z - whole).exp2().sum(2).mean(1)[:, sinks.shape[1] :]
+        score = given[:, : pinned + leaving]
+        if adds:
+            totals[-1] = totals[-1] + given[:, :pinned]
+        if index == groups.prunes:
+            break
+        if adds:
+            query, whole = heads[:, :, : begin + count], torch.cat(sums, 1).transpose(1, 2)[..., None]
+            z = query @ window[:, None, first : first + leaving].mT * scale
+            entry = torch.arange(first, first + leaving, device=device)
+            seen = entry <= own - begin + torch.arange(begin + count, device=device)[:, None]
+            given = (z - whole).exp2().masked_fill(~seen, 0.0).sum(2).mean(1)
+            score = torch.cat([totals[-1], before[:, first : first + leaving] + given], -1)
+        best = _best(score, pinned)
+        entries = torch.arange(pinned + first, pinned + first + leaving, device=device).expand(kv_heads, -1)
+        chosen.append(torch.cat([chosen[-1], entries], -1).gather(-1, best))
+        totals.append(score.gather(-1, best))
+    return PinnedSets(torch.stack(chosen, 1).int(), torch.stack(totals, 1), torch.cat(sums, 1))
+
+
+def window_received_twin(layer: Layer, sums: torch.Tensor, first: int, scaling: float) -> torch.Tensor:
+    """The twin of the kernel, a tile of window entries at a time."""
+    (kv_heads, entries, _), queries = layer.window.shape, layer.queries.shape[1]
+    heads, found = layer.queries.to(sums.dtype).unflatten(0, (kv_heads, -1)), []
+    own = entries - queries + torch.arange(queries, device=sums.device)[:, None]
+    for begin in range(first, entries, TWIN_TILE):
+        entry = torch.arange(begin, min(begin + TWIN_TILE, entries), device=sums.device)
+        z = heads @ layer.window[:, None, begin : begin + len(entry)].to(sums.dtype).mT * (scaling / math.log(2))
+        given = (z - sums.transpose(1, 2)[..., None]).exp2().masked_fill(entry > own, 0.0)
+        found.append(given.sum(2).mean(1))
+    return torch.cat(found, -1)
+
+
+def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices of the `keep` highest scores, ascending; of equal ones the later, as policies select."""
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return (scores.shape[-1] - 1 - order).sort(dim=-1).values
+
+
+def _taken(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.gather(1, index.long()[..., None].expand(-1, -1, rows.shape[2]))

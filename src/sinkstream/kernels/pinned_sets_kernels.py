@@ -1,0 +1,217 @@
+"""Kernels of `pinned_sets`: the softmax of queries over the window, the choice prune by prune, and what is received."""
+
+# ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
+from sinkstream.kernels.online_softmax import rotated
+from sinkstream.kernels.runtime import jit, tl
+
+
+@jit
+def _queries(ptr, start, index, row, valid, shift_ptr, back: tl.constexpr, stride, G: tl.constexpr, D: tl.constexpr,
+             C: tl.constexpr, RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """Queries `start + index` of query heads `row % G` in column chunks, where they stand or turned back."""
+    place = ptr + (row % G).to(tl.int64)[:, None] * stride + (start + index)[:, None] * D
+    columns = tl.arange(0, C)[None, :]
+    chunks = ()
+    for c in tl.static_range(D // C):
+        if back:
+            x = rotated(place, c * C + columns, valid[:, None], shift_ptr, place, 0.0, D, RD, False, C)
+        else:
+            x = tl.load(place + c * C + columns, mask=valid[:, None], other=0.0).to(tl.float32)
+        chunks = chunks + (x.to(KIND),)
+    return chunks
+
+
+@jit
+def _key_scores(q, rows, valid, scale, C: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr):
+    """Scores, base 2, of keys at pointers `rows` (TILE, 1)."""
+    columns = tl.arange(0, C)[None, :]
+    z = tl.dot(q[0], tl.trans(tl.load(rows + columns, mask=valid[:, None], other=0.0).to(KIND)))
+    for c in tl.static_range(1, D // C):
+        z = tl.dot(q[c], tl.trans(tl.load(rows + c * C + columns, mask=valid[:, None], other=0.0).to(KIND)), z)
+    return z * scale
+
+
+@jit
+def _pinned_scores(q, rows, valid, angles, scale, C: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
+                   KIND: tl.constexpr):  # fmt: skip
+    """As `_key_scores`, of keys that are rotated by `angles` (TILE, 1) first, and rounded as they are kept."""
+    columns = tl.arange(0, C)[None, :]
+    k = rotated(rows, columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
+    z = tl.dot(q[0], tl.trans(k.to(KIND)))
+    for c in tl.static_range(1, D // C):
+        k = rotated(rows, c * C + columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
+        z = tl.dot(q[c], tl.trans(k.to(KIND)), z)
+    return z * scale
+
+
+@jit
+def _joined(z, m, s):
+    """Maxima and sums, base 2, with one tile of scores more."""
+    top = tl.maximum(m, tl.max(z, 1))
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    return top, s * tl.exp2(m - safe) + tl.sum(tl.exp2(z - safe[:, None]), 1)
+
+
+@jit(do_not_specialize=["queries", "entries", "sinks", "rows"])
+def window_sums_kernel(
+    query_ptr, sink_ptr, window_ptr, table_ptr, shift_ptr, out_ptr, queries, entries, sinks, sink_head, rows, scale,
+    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    FIELDS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (group, key-value head, tile of its queries)."""
+    group, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    fields = table_ptr + group * FIELDS
+    begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    here, index = row < count * G, row // G
+    stride = queries.to(tl.int64) * D
+    heads, turn = query_ptr + head * G * stride, shift_ptr + group * RD
+    frame = _queries(heads, begin, index, row, here, turn, True, stride, G, D, C, RD, KIND)
+    q = _queries(heads, begin, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+    m, s = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    column = tl.arange(0, BT)
+    for at in range(0, sinks, BT):
+        entry = at + column
+        z = _key_scores(frame, sink_ptr + head * sink_head + entry[:, None] * D, entry < sinks, scale, C, D, KIND)
+        m, s = _joined(tl.where((entry < sinks)[None, :], z, -float("inf")), m, s)
+    last, end = own + index, tl.minimum(own + count, own + (tl.program_id(2) * BM + BM - 1) // G + 1)
+    keys = window_ptr + head * entries * D
+    for at in range(first, end, BT):
+        entry = at + column
+        z = _key_scores(q, keys + entry.to(tl.int64)[:, None] * D, entry < end, scale, C, D, KIND)
+        seen = (entry < end)[None, :] & (entry[None, :] <= last[:, None])
+        m, s = _joined(tl.where(seen, z, -float("inf")), m, s)
+    place = (head * rows + tl.load(fields + 5)) * G + row
+    tl.store(out_ptr + place, m + tl.log2(s), mask=here)
+
+
+@jit(do_not_specialize=["groups", "prunes", "queries", "entries", "rows", "pinned", "width"])
+def choose_sets_kernel(
+    query_ptr, window_ptr, source_ptr, table_ptr, shift_ptr, frame_ptr, sums_ptr, before_ptr, score_ptr, chosen_ptr,
+    totals_ptr, groups, prunes, queries, entries, rows, pinned, width, scale, G: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr,
+    ADDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (key-value head), prune by prune; a barrier stands where threads read what others have written."""
+    head = tl.program_id(0).to(tl.int64)
+    stride = queries.to(tl.int64) * D
+    heads, keys = query_ptr + head * G * stride, window_ptr + head * entries * D
+    sources = source_ptr + head * (pinned + entries) * D
+    before = before_ptr + head * (pinned + entries)
+    sums, scores = sums_ptr + head * rows * G, score_ptr + head * width
+    chosen, totals = chosen_ptr + head * (prunes + 1) * pinned, totals_ptr + head * (prunes + 1) * pinned
+    column, index_in = tl.arange(0, BT), tl.arange(0, BM)
+    for at in range(0, pinned, BT):
+        entry = at + column
+        tl.store(chosen + entry, entry, mask=entry < pinned)
+        if ADDS:
+            tl.store(totals + entry, tl.load(before + entry, mask=entry < pinned, other=0.0), mask=entry < pinned)
+    tl.debug_barrier()
+    for group in range(0, groups):
+        fields, turn = table_ptr + group * FIELDS, shift_ptr + group * RD
+        begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+        leaving, place = tl.load(fields + 4), tl.load(fields + 5) * G
+        now, total = chosen + group * pinned, totals + group * pinned
+        for part in range(0, count * G, BM):
+            row = part + index_in
+            here, index = row < count * G, row // G
+            frame = _queries(heads, begin, index, row, here, turn, True, stride, G, D, C, RD, KIND)
+            m = tl.load(sums + place + row, mask=here, other=0.0)
+            s = tl.full((BM,), 1.0, tl.float32)
+            for at in range(0, pinned, BT):
+                entry = at + column
+                valid = entry < pinned
+                source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
+                angles = frame_ptr + entry[:, None] * RD
+                z = _pinned_scores(frame, sources + source[:, None] * D, valid, angles, scale, C, D, RD, KIND)
+                m, s = _joined(tl.where(valid[None, :], z, -float("inf")), m, s)
+            whole = m + tl.log2(s)
+            if ADDS:
+                tl.store(sums + place + row, whole, mask=here)
+            whole = tl.where(here, whole, float("inf"))  # rows past the queries give nothing
+            for at in range(0, pinned, BT):
+                entry = at + column
+                valid = entry < pinned
+                source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
+                angles = frame_ptr + entry[:, None] * RD
+                z = _pinned_scores(frame, sources + source[:, None] * D, valid, angles, scale, C, D, RD, KIND)
+                given = tl.sum(tl.exp2(z - whole[:, None]), 0) / G
+                if ADDS:
+                    given += tl.load(total + entry, mask=valid, other=0.0)
+                    tl.store(total + entry, given, mask=valid)
+                else:
+                    given += tl.where(part > 0, tl.load(scores + entry, mask=valid, other=0.0), 0.0)
+                tl.store(scores + entry, given, mask=valid)
+            if not ADDS:
+                q = _queries(heads, begin, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+                for at in range(0, leaving, BT):
+                    entry = at + column
+                    valid = entry < leaving
+                    z = _key_scores(q, keys + (first + entry).to(tl.int64)[:, None] * D, valid, scale, C, D, KIND)
+                    seen = (first + entry)[None, :] <= (own + index)[:, None]
+                    given = tl.sum(tl.where(seen, tl.exp2(z - whole[:, None]), 0.0), 0) / G
+                    given += tl.where(part > 0, tl.load(scores + pinned + entry, mask=valid, other=0.0), 0.0)
+                    tl.store(scores + pinned + entry, given, mask=valid)
+            tl.debug_barrier()
+        if group < prunes:
+            if ADDS:
+                for at in range(0, leaving, BT):
+                    entry = first + at + column
+                    valid = at + column < leaving
+                    given = tl.load(before + pinned + entry, mask=valid, other=0.0)
+                    for part in range(0, (begin + count) * G, BM):
+                        row = part + index_in
+                        here, index = row < (begin + count) * G, row // G
+                        q = _queries(heads, 0, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+                        z = _key_scores(q, keys + entry.to(tl.int64)[:, None] * D, valid, scale, C, D, KIND)
+                        whole = tl.load(sums + row, mask=here, other=float("inf"))
+                        seen = entry[None, :] <= (own - begin + index)[:, None]
+                        given += tl.sum(tl.where(seen, tl.exp2(z - whole[:, None]), 0.0), 0) / G
+                    tl.store(scores + pinned + at + column, given, mask=valid)
+            tl.debug_barrier()
+            candidates = pinned + leaving
+            taken = 0
+            for at in range(0, candidates, BT):
+                entry = at + column
+                valid = entry < candidates
+                mine = tl.load(scores + entry, mask=valid, other=-float("inf"))
+                rank = tl.zeros((BT,), tl.int32)
+                for other in range(0, candidates, BT):
+                    rival = other + column
+                    score = tl.load(scores + rival, mask=rival < candidates, other=-float("inf"))
+                    ahead = score[None, :] > mine[:, None]
+                    ahead = ahead | ((score[None, :] == mine[:, None]) & (rival[None, :] > entry[:, None]))
+                    rank += tl.sum((ahead & (rival < candidates)[None, :]).to(tl.int32), 1)
+                stays = (valid & (rank < pinned)).to(tl.int32)
+                where = taken + tl.cumsum(stays, 0) - 1
+                taken += tl.sum(stays, 0)
+                source = tl.load(now + entry, mask=entry < pinned, other=0)
+                source = tl.where(entry < pinned, source, first + entry)  # pinned + first + (entry - pinned)
+                kept = (stays > 0) & (where < pinned)
+                tl.store(now + pinned + where, source, mask=kept)
+                if ADDS:
+                    tl.store(total + pinned + where, mine, mask=kept)
+            tl.debug_barrier()
+
+
+@jit(do_not_specialize=["queries", "entries", "own", "first"])
+def window_received_kernel(
+    query_ptr, window_ptr, sums_ptr, out_ptr, queries, entries, own, first, scale, G: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of window entries, key-value head); the queries are the chunk's."""
+    head = tl.program_id(1).to(tl.int64)
+    entry = first + tl.program_id(0) * BT + tl.arange(0, BT)
+    valid, stride = entry < entries, queries.to(tl.int64) * D
+    heads, keys = query_ptr + head * G * stride, window_ptr + (head * entries + entry)[:, None] * D
+    sums, given = sums_ptr + head * queries * G, tl.zeros((BT,), tl.float32)
+    nearest = tl.maximum(first + tl.program_id(0) * BT - own, 0) * G // BM * BM
+    for part in range(nearest, queries * G, BM):
+        row = part + tl.arange(0, BM)
+        here, index = row < queries * G, row // G
+        q = _queries(heads, 0, index, row, here, sums, False, stride, G, D, C, 2, KIND)
+        z = _key_scores(q, keys, valid, scale, C, D, KIND)
+        whole = tl.load(sums + row, mask=here, other=float("inf"))
+        seen = entry[None, :] <= (own + index)[:, None]
+        given += tl.sum(tl.where(seen, tl.exp2(z - whole[:, None]), 0.0), 0) / G
+    tl.store(out_ptr + head * (entries - first) + entry - first, given, mask=valid)

@@ -1,0 +1,176 @@
+"""Pinned tokens of every prune inside a chunk, against float64 with every query, key and prune one by one."""
+
+import pytest
+import torch
+from ops_cases import DEVICE, HALF, draw, error, on_implementations
+from ring_case import rotate
+
+from sinkstream.kernels.attention_prefill import attention_prefill
+from sinkstream.kernels.band import ALL_PINNED, Band, Columns, SetColumns
+from sinkstream.kernels.config import PrefillConfig
+from sinkstream.kernels.pinned_sets import Groups, Layer, pinned_sets, window_received
+
+CASES = [  # kv_heads, group, dim, rotary, sinks, pinned, past entries, latest queries (0: all), drops before tokens
+    (2, 2, 32, 32, 3, 5, 30, 4, {3: 4, 9: 6, 10: 3, 17: 8}),
+    (2, 1, 48, 16, 4, 70, 90, 0, {2: 9, 40: 70}),
+    (1, 3, 16, 16, 2, 9, 20, 0, {5: 3, 6: 3, 20: 11}),
+    (1, 4, 80, 20, 1, 33, 80, 32, {1: 30, 30: 70}),
+]
+TOKENS = {4: 20, 0: 45, 32: 34}
+TURN = 7  # positions by which the first group's queries are turned back; each prune turns them further
+
+
+class Case:
+    """One layer in the course of a chunk, drawn before rotation; `chosen` and `received` are what float64 says."""
+
+    def __init__(self, dtype, kv_heads, group, dim, rotary, sinks, pinned, past, latest, drops):
+        self.dtype, self.group, self.pinned, self.drops, self.latest = dtype, group, pinned, drops, latest
+        self.tokens, self.past, self.scaling = TOKENS[latest], past, dim**-0.5
+        self.inv_freq = 1e3 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
+        before, entries = (latest, past + self.tokens)
+        self.queries = draw(kv_heads * group, before + self.tokens, dim, scale=2.0, dtype=dtype)
+        self.sinks, self.window = draw(kv_heads, sinks, dim, dtype=dtype), draw(kv_heads, entries, dim, dtype=dtype)
+        self.sources = torch.cat([draw(kv_heads, pinned, dim), draw(kv_heads, entries, dim)], 1)
+        self.totals = draw(kv_heads, pinned + entries).abs()
+        self.totals[:, pinned + past :] = 0.0
+        self.sinks_count, self.first_position = sinks, sinks
+        self.oldest, self.turns, oldest, turn = [], [], 0, TURN
+        for t in range(self.tokens):
+            oldest, turn = oldest + drops.get(t, 0), turn + drops.get(t, 0)
+            self.oldest.append(oldest)
+            self.turns.append(turn)
+
+    def rotation(self, positions: list[int]) -> torch.Tensor:
+        angle = torch.tensor(positions, device=DEVICE).double()[:, None] * self.inv_freq
+        return torch.stack([angle.cos(), angle.sin()], 1).float()
+
+    def layer(self) -> Layer:
+        totals = None if self.latest else self.totals
+        queries = self.queries if self.latest else self.queries[:, : self.tokens]
+        return Layer(queries.contiguous(), self.sinks, self.window, self.sources, totals)
+
+    def groups(self, turn: int = 0) -> Groups:
+        ends, host, start, sums = [*self.drops] + [self.tokens] * (not self.latest), [], 0, 0
+        for end in ends:
+            oldest = self.oldest[end - 1]
+            count = min(self.latest, self.past + end - oldest) if self.latest else end - start
+            drop = self.drops.get(end, 0)
+            host.append((self.latest + end - count, count, self.past + end - count, oldest, drop, sums))
+            start, sums = end, sums + count
+        table = torch.tensor(host, dtype=torch.int32, device=DEVICE)
+        shift = self.rotation([turn - self.turns[end - 1] for end in ends])
+        frame = self.rotation([self.first_position + i for i in range(self.pinned)])
+        return Groups(host, table, shift, frame, len(self.drops), not self.latest)
+
+    def pinned_keys(self, head: int, chosen: list[int]) -> torch.Tensor:
+        """Rotated to their places and rounded as they are kept."""
+        raw = self.sources[head, chosen].double()
+        keys = [rotate(key, self.first_position + i, self.inv_freq) for i, key in enumerate(raw)]
+        return torch.stack(keys).to(self.dtype).double()
+
+    def weights(self, head: int, chosen: list[int], token: int, at: int) -> dict:
+        """What the query of a token gives, before the token `at`: by ("sink", i), ("source", i); mean of the group."""
+        oldest, turn, given = self.oldest[at - 1], self.turns[at - 1], {}
+        entries = range(oldest, self.past + token + 1)
+        names = [("sink", i) for i in range(self.sinks_count)] + [("source", i) for i in chosen]
+        names += [("source", self.pinned + i) for i in entries]
+        frame = torch.cat([self.sinks[head].double(), self.pinned_keys(head, chosen)])
+        for g in range(self.group):
+            query = self.queries[head * self.group + g, self.latest + token].double()
+            back = rotate(query, -turn, self.inv_freq)
+            scores = torch.cat([frame @ back, self.window[head, oldest : self.past + token + 1].double() @ query])
+            for name, weight in zip(names, (scores * self.scaling).softmax(0).tolist()):
+                given[name] = given.get(name, 0.0) + weight / self.group
+        return given
+
+    def expected(self, head: int) -> tuple[list[list[int]], dict[int, float]]:
+        """Sources after each prune, and what every source has received in the end, where attention is added up."""
+        chosen, sets = list(range(self.pinned)), [list(range(self.pinned))]
+        received = dict(enumerate(self.totals[head].tolist()))
+        for t in range(self.tokens):
+            if t in self.drops:
+                score, oldest = received, self.oldest[t - 1]
+                if self.latest:
+                    score = {}
+                    for token in range(t - min(self.latest, self.past + t - oldest), t):
+                        for (_, i), weight in self.weights(head, chosen, token, t).items():
+                            score[i] = score.get(i, 0.0) + weight * (_ == "source")
+                candidates = chosen + [self.pinned + oldest + i for i in range(self.drops[t])]
+                best = sorted(range(len(candidates)), key=lambda i: (score.get(candidates[i], 0.0), i))[-self.pinned :]
+                chosen = [candidates[i] for i in sorted(best)]
+                sets.append(chosen)
+            if not self.latest:
+                for (kind, i), weight in self.weights(head, chosen, t, t + 1).items():
+                    if kind == "source":
+                        received[i] += weight
+        return sets, received
+
+
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=3))
+def test_the_choices_are_those_of_float64(sizes, implementation):
+    case = Case(torch.float16, *sizes)
+    found = pinned_sets(case.layer(), case.groups(), scaling=case.scaling, implementation=implementation)
+    layer, first, entries = case.layer(), case.oldest[-1], case.past + case.tokens
+    for head in range(len(case.window)):
+        sets, received = case.expected(head)
+        assert found.chosen[head].tolist() == sets
+        assert any(max(chosen) >= case.pinned for chosen in sets) and any(min(s) < case.pinned for s in sets[1:])
+        if not case.latest:
+            last = torch.tensor([received[i] for i in sets[-1]])
+            assert error(found.totals[head, -1].cpu(), last) < 2e-3
+            given = window_received(layer, found.sums, first, scaling=case.scaling, implementation=implementation)
+            wanted = [received[case.pinned + i] - case.totals[head, case.pinned + i] for i in range(first, entries)]
+            assert error(given[head].cpu(), torch.tensor(wanted)) < 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), on_implementations(HALF, quick=2))
+def test_queries_that_are_turned_wrongly_choose_otherwise(dtype, implementation):
+    case = Case(dtype, *CASES[0])
+    right = pinned_sets(case.layer(), case.groups(), scaling=case.scaling, implementation=implementation).chosen
+    wrong = pinned_sets(case.layer(), case.groups(turn=3), scaling=case.scaling, implementation=implementation).chosen
+    assert right[0].tolist() == case.expected(0)[0] and not torch.equal(right, wrong)
+
+
+def test_of_equal_scores_the_later_stays():
+    case = Case(torch.float32, *CASES[2])
+    case.queries.zero_()
+    case.totals.fill_(1.0)
+    case.totals[:, case.pinned + case.past :] = 0.0
+    found = pinned_sets(case.layer(), case.groups(), scaling=case.scaling)
+    sets, _ = case.expected(0)
+    assert found.chosen[0, 1].tolist() == sets[1] and sets[1][-1] == case.pinned + 2
+
+
+@pytest.mark.parametrize(("splits", "implementation"), on_implementations([1, 2], quick=2))
+def test_every_query_sees_its_own_set(splits, implementation):
+    """Against the same attention in pieces, each with one set as its pinned keys."""
+    tokens, size, dim = 40, 6, 32
+    inv_freq = 1e3 ** (-torch.arange(8, device=DEVICE).double() / 8)
+    query, own, values = (draw(1, heads, tokens, dim, dtype=torch.float16) for heads in (4, 2, 2))
+    pinned, past = (draw(2, 2, n, dim, dtype=torch.float16) for n in (3, 20))
+    sets = draw(2, 2, 3 * size, dim, dtype=torch.float16)
+    which = torch.tensor([0] * 11 + [1] * 3 + [2] * 26, dtype=torch.int32, device=DEVICE)
+    first = (torch.arange(tokens) - 20).clamp(max=8).numpy()
+    turn = (torch.arange(tokens) // 3 + 5).numpy()
+    config = PrefillConfig(rows=16, columns=16, warps=4, stages=1, splits=splits)
+
+    def run(frame_keys, frame_values, several=None):
+        band = Band(first, turn, inv_freq, past=100, length=20, sinks=ALL_PINNED)
+        columns = Columns(frame_keys[None], frame_values[None], past[:1], past[1:], own, values, several)
+        return attention_prefill(query, columns, band, scaling=0.2, config=config, implementation=implementation)
+
+    found = run(*pinned, SetColumns(*sets, which, size))
+    for i in range(3):
+        here = slice(size * i, size * (i + 1))
+        alone = run(*(torch.cat([p, s[:, here]], 1) for p, s in zip(pinned, sets)))
+        assert error(found[:, which == i], alone[:, which == i]) < 2e-3
+        assert error(found[:, which != i], alone[:, which != i]) > 1e-2, "control: another set"
+
+
+def test_mistakes_are_named():
+    case = Case(torch.float16, *CASES[1])
+    layer, groups = case.layer(), case.groups()
+    with pytest.raises(ValueError, match="totals is None"):
+        pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.sources), groups, scaling=1.0)
+    with pytest.raises(ValueError, match="sources has shape"):
+        pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.window.float()), groups, scaling=1.0)
