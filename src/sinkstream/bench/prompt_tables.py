@@ -31,8 +31,9 @@ def prompt_table(
     Parameters
     ----------
     earlier : sequence of PromptRecord or None
-        For each record the one before it, shown beside it; default: none is shown.
+        For each record the one before it, shown beside it where at least one record has one.
     """
+    earlier = earlier if any(earlier) else ()
     rows, header = [], [*HEADER, *[BEFORE][: len(earlier)]]
     for record, older in zip(records, earlier or [None] * len(records)):
         for p in record.prompts:
