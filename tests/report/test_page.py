@@ -11,7 +11,7 @@ from page_case import PLAN, make_point, write_points
 from record_factory import make_arrays
 
 from sinkstream.cli import main
-from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.matrix.record import PointRecord, load_points, point_delta
 from sinkstream.show.table import Table
 
 LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
@@ -79,6 +79,29 @@ def test_groups_are_by_what_a_pareto_shares(tmp_path):
     assert {label for label, value in values.items() if value["outlier"]} == {"recompute", "window-only"}
     fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
     assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
+
+
+def test_a_choice_pairs_the_fastest_rule_with_the_one_that_loses_least(tmp_path):
+    """Both against recompute have wide intervals; the interval of their own difference is narrow, and shows it."""
+    (section,) = (s for s in sections(read_evidence(write_points(tmp_path))) if s.id == "choice")
+    (_, table), found = section.tables[0], load_points(tmp_path)
+    row = next(row for row in table.rows if row[1].startswith("pg19"))
+    best, fast = (next(p for p in found if p.label == row[at].partition(" (")[0]) for at in (3, 4))
+    delta = point_delta(fast, best)
+    assert delta.low > 0 and row[5] == f"{delta.delta_percent:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"
+
+
+def test_memory_that_holds_what_other_points_left_is_not_shown(tmp_path):
+    """Control: the same points with a memory of their own have a section."""
+    own, process = (tmp_path / name for name in ("own", "process"))
+    own.mkdir()
+    for at in range(len(PLAN)):
+        content = make_point(at)
+        PointRecord.write(content, own)
+        content["speed"]["memory_kind"] = "cuda_allocated"
+        PointRecord.write(content, process)
+    shown = [{s.id for s in sections(read_evidence(folder))} for folder in (own, process)]
+    assert "memory" in shown[0] and "memory" not in shown[1]
 
 
 def test_the_page_is_one_file_below_three_megabytes(tmp_path):

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sinkstream.measure.memory import OWN
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.schema import REQUIRED
@@ -77,6 +78,11 @@ class PointRecord(StatusRecord):
     def tpot_ms(self) -> float | None:
         """Steady TPOT in milliseconds, median over the repeats; None where speed was not measured."""
         return self.speed["tpot_ms"] if self.speed else None
+
+    @property
+    def peak_mb(self) -> float | None:
+        """Peak memory in MB of 2**20 bytes of what ran; None where the figure holds what other points had left."""
+        return self.speed["peak_mb"] if self.speed and self.speed["memory_kind"] == OWN else None
 
     @cached_property
     def blocks(self) -> Blocks | None:

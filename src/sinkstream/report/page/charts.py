@@ -112,7 +112,7 @@ def _value(dot: Dot, most_loss: float, most_time: float) -> dict[str, Any]:
         "ppl": point.ppl,
         "tpot": speed["tpot_ms"],
         "total": dot.total_seconds(),
-        "memory": speed["peak_mb"],
+        "memory": point.peak_mb,
         **{name: latency[name] for name in ("p50", "p90", "p99")},
         "configuration": configuration(point.policy["options"]),
         "backends": f"quality {point.quality['backend']}, speed {speed['backend']}" if point.quality else "",
@@ -242,7 +242,7 @@ def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
         alt.Tooltip("over:Q", title="times the floor", format=".2f"),
         alt.Tooltip("record:N", title="record"),
     ]
-    across = alt.X("ms:Q", title="ms a token; the line is the floor: a copy of the bytes that a step must read")
+    across = alt.X("ms:Q", title="ms a token")
     bars = chart.mark_bar(color=BLUE, height=15).encode(y=rows, x=across, tooltip=tips)
     text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
         y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")
@@ -263,7 +263,7 @@ def lines(
     colour = alt.Color(
         "line:N",
         title=None,
-        scale=alt.Scale(scheme="tableau10"),
+        scale=alt.Scale(scheme="tableau20"),
         legend=alt.Legend(orient="top", columns=legend_columns(alt), labelLimit=260, symbolOpacity=1),
     )
     tips = [
