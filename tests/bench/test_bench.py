@@ -698,14 +698,17 @@ def bench(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench, tmp_path):
+def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench, tmp_path, monkeypatch):
     tiny_model.save_model(tmp_path / "tiny")
+    read, load = [], command.load_text
+    monkeypatch.setattr(command, "load_text", lambda spec: read.append(spec) or load(spec))
     done = bench(
         "--model tiny --cap 16,24,32 --tokens 5 --warmup 1 --policy strict,lazy:compress_every=4"
         " --backend ring,hf --text builtin --streams 1 --out out"
     )
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("CPU: host memcpy 10.0 GB/s") and "R² " in done.out and "records: out" in done.out
+    assert read == ["builtin"], "a pipe can be read once only"
     records = BenchRecord.below(tmp_path / "out")
     assert len(records) == 12 and {r.session for r in records} == {records[0].session}
     assert records[0].rung["name"] == "hf", "transformers first: it must not see packed weights"
