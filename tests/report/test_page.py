@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 from page_case import PLAN, make_point, write_points
-from record_factory import make_arrays
+from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
 from sinkstream.matrix.record import PointRecord, load_points, point_delta
 from sinkstream.show.table import Table
+from sinkstream.studies.recall.record import RecallRecord
 
 LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
 if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
@@ -89,6 +90,24 @@ def test_a_choice_pairs_the_fastest_rule_with_the_one_that_loses_least(tmp_path)
     best, fast = (next(p for p in found if p.label == row[at].partition(" (")[0]) for at in (3, 4))
     delta = point_delta(fast, best)
     assert delta.low > 0 and row[5] == f"{delta.delta_percent:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"
+
+
+def test_recall_on_different_streams_is_in_different_pictures(tmp_path):
+    """Perplexities of two texts, and passages of two texts, share no axis."""
+    columns = {"ratio": [0.5, 1.0], "distance": [256, 512], "first": [0, 9], "second": [256, 521]}
+    columns |= {"nll_unseen": [4.0, 4.0], "nll_again": [1.0, 3.0]}
+    for label, text in (("strict", "a"), ("lazy", "a"), ("strict", "b"), ("slack", "b"), ("overlap", "c")):
+        content = make_record(f"{label}-{text}", label, cap=512)
+        content["data"] = content["data"] | {"sha256": text, "name": text}
+        content["protocol"]["control_sha256"], content["passages"] = text, columns
+        RecallRecord.write({name: part for name, part in content.items() if name != "tokens_file"}, tmp_path)
+    (section,) = sections(read_evidence(tmp_path))
+    drawn = [
+        (picture.caption, sorted({value.get("line") or value["label"] for value in picture.spec["data"]["values"]}))
+        for picture in section.pictures + section.folded
+    ]
+    assert [labels for _, labels in drawn] == [["lazy", "strict"]] * 2 + [["slack", "strict"]] * 2
+    assert " on a, " in drawn[0][0] and " on b, " in drawn[2][0], "one policy alone is no comparison"
 
 
 def test_memory_that_holds_what_other_points_left_is_not_shown(tmp_path):

@@ -262,12 +262,10 @@ def speed_section(evidence: Evidence) -> Section | None:
 def recall_section(evidence: Evidence) -> Section | None:
     """What is left of a passage, by distance, and against perplexity."""
     pictures = []
-    models = {r.model["name"]: r.model["n_params"] for r in evidence.recalls}
-    for model in sorted(models, key=lambda name: -models[name]):
-        newest = {r.policy["label"]: r for r in evidence.recalls if r.model["name"] == model and r.status == "complete"}
-        cap = next(iter(newest.values())).protocol["cap"]
-        same = {label: record for label, record in newest.items() if record.protocol["cap"] == cap}
-        pictures += [Picture(spec, f"{model}, {cap:,} slots; {said}") for spec, said in _recall_pictures(same)]
+    for same in _recalls_by_stream(evidence):
+        first = next(iter(same.values()))
+        named = f"{first.model['name']} on {first.data['name']}, {first.protocol['cap']:,} slots"
+        pictures += [Picture(spec, f"{named}; {said}") for spec, said in _recall_pictures(same)]
     if not pictures:
         return None
     lead = (
@@ -275,6 +273,20 @@ def recall_section(evidence: Evidence) -> Section | None:
         " time. Zero is forgotten. Up is better."
     )
     return Section("recall", "What is remembered", lead, pictures[:2], folded=pictures[2:])
+
+
+def _recalls_by_stream(evidence: Evidence) -> list[dict[str, RecallRecord]]:
+    """The newest record of each policy by its label, a dict for each model, pair of streams and cap with several.
+
+    The largest model comes first, of it the streams with the most policies.
+    """
+    found: dict[tuple, dict[str, RecallRecord]] = {}
+    for record in evidence.recalls:
+        if record.status == "complete":
+            streams = record.data["sha256"], record.protocol.get("control_sha256")
+            found.setdefault((record.model["hash"], *streams, record.protocol["cap"]), {})[record.label] = record
+    several = [same for same in found.values() if len(same) > 1]
+    return sorted(several, key=lambda same: (-next(iter(same.values())).model["n_params"], -len(same)))
 
 
 def _recall_pictures(records: dict[str, RecallRecord]) -> list[tuple[dict[str, Any], str]]:
