@@ -98,7 +98,7 @@ def test_recall_on_different_streams_is_in_different_pictures(tmp_path):
     columns |= {"nll_unseen": [4.0, 4.0], "nll_again": [1.0, 3.0]}
     for label, text in (("strict", "a"), ("lazy", "a"), ("strict", "b"), ("slack", "b"), ("overlap", "c")):
         content = make_record(f"{label}-{text}", label, cap=512)
-        content["data"] = content["data"] | {"sha256": text, "name": text}
+        content["data"], content["policy"]["label"] = content["data"] | {"sha256": text, "name": text}, label
         content["protocol"]["control_sha256"], content["passages"] = text, columns
         RecallRecord.write({name: part for name, part in content.items() if name != "tokens_file"}, tmp_path)
     (section,) = sections(read_evidence(tmp_path))
