@@ -370,7 +370,7 @@ def choice_section(evidence: Evidence) -> Section | None:
         )
     if not rows:
         return None
-    header = ["model", "text", "slots", "least loss", "fastest", "ΔPPL % of the fastest against the least loss [95 %]"]
+    header = ["model", "text", "slots", "least loss", "fastest", "between, ΔPPL % [95 %]"]
     lead = (
         "A text that fits into the slots needs no rule: nothing is dropped. For longer ones, by model and text: the"
         " rule that loses least against the baseline, the rule that is fastest, and what the fastest loses against the"
