@@ -659,6 +659,12 @@ def test_tables_of_the_documents_show_the_records(tmp_path):
     assert "(3,000 GB/s, R² 1.0000)" in tables["bench-caps"]
     assert "| 4 | 1,333 |" in tables["bench-streams"]
     assert slope_lines([]) == []
+    assert "its best day\\*" in tables["readme-speed"] and "Reported, not a committed record" in tables["readme-speed"]
+    BenchRecord.write(
+        make_bench_record("day", "hf-static", "full", tpot_ms=4.0, created="2026-02-02T00:00:00+00:00"), tmp_path
+    )
+    better = render_bench(tmp_path)["readme-speed"]
+    assert "best day; evicts" in better and "4.00 | 2.0" in better and "Reported" not in better
 
 
 def test_precision_compares_half_with_single_on_the_same_tokens(tmp_path):
@@ -698,14 +704,17 @@ def bench(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench, tmp_path):
+def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench, tmp_path, monkeypatch):
     tiny_model.save_model(tmp_path / "tiny")
+    read, load = [], command.load_text
+    monkeypatch.setattr(command, "load_text", lambda spec: read.append(spec) or load(spec))
     done = bench(
         "--model tiny --cap 16,24,32 --tokens 5 --warmup 1 --policy strict,lazy:compress_every=4"
         " --backend ring,hf --text builtin --streams 1 --out out"
     )
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("CPU: host memcpy 10.0 GB/s") and "R² " in done.out and "records: out" in done.out
+    assert read == ["builtin"], "a pipe can be read once only"
     records = BenchRecord.below(tmp_path / "out")
     assert len(records) == 12 and {r.session for r in records} == {records[0].session}
     assert records[0].rung["name"] == "hf", "transformers first: it must not see packed weights"

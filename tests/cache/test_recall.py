@@ -247,7 +247,7 @@ def test_text_is_read_again_and_comes_back_in_its_own_company():
             "^recall_lag=-1 is not accepted; accepted: a whole number of at least",
         ),
         ({"recall": "lexical", "recall_level": "x"}, "^recall_level='x' is not accepted; accepted: a finite number"),
-        ({"recall": "lexical", "recall_rarity": 1}, "unknown option 'recall_rarity'"),
+        ({"recall": "lexical", "recall_rarity": 1}, "'recall_rarity' (did you mean 'recall_rare'[?]); accepted"),
         ({"recall": "lexical", "recall_archive": "disk"}, "^recall_archive='disk' is not accepted; accepted: kv, text"),
         ({"recall": "lexical", "recall_archive": "text", "recall_file": "a"}, "recall_file goes with"),
         ({"recall": "lexical", "refresh": 4, "scorer": "uniform"}, "recall and a policy that pins tokens"),

@@ -149,8 +149,9 @@ def test_a_model_or_text_that_replaces_another_does_not_bear_its_name(here):
         (HEAD + "[[grid\n", ("m.toml: not valid TOML", "at line 11")),
         (HEAD + '[[grid]]\npolicy = "lazy"\nwidow = 3\n', ("[[grid]] 1: unknown key 'widow'", "compress_every", *KEYS)),
         (HEAD + '[[grid]]\npolicy = { name = "lazy", cup = 3 }\n', ("unknown key 'cup'", "max_drop")),
+        (HEAD + "[[grid]]\nslak = 4\n", ("unknown key 'slak' (did you mean 'slack'?); accepted: model",)),
         ("title = 3\n" + HEAD, ("m.toml: unknown key 'title'", "defaults, grid, point")),
-        (HEAD + '[[grid]]\npolicy = "lezy"\n', ("policy='lezy' is not known", "strict")),
+        (HEAD + '[[grid]]\npolicy = "lezy"\n', ("policy='lezy' is not known (did you mean 'lazy'?)", "strict")),
         (HEAD + '[[grid]]\npolicy = "lazy"\ncap = [40, "x"]\n', ("cap='x' is not accepted", "a whole number")),
         (HEAD + '[[grid]]\npolicy = "lazy"\nmax_drop = true\n', ("max_drop=True is not accepted", "a whole number")),
         (
@@ -295,6 +296,25 @@ def test_a_failing_point_is_recorded_and_the_others_go_on(matrix, monkeypatch):
     retried = matrix(content, "--retry-failed")
     assert retried.code == 0 and by_label(retried.points)["full"].status == "complete"
     assert by_label(retried.points)["strict"] == points["strict"]
+
+
+def test_a_lost_device_ends_the_run_and_fails_only_the_point_that_lost_it(matrix, monkeypatch):
+    """A dead context would fail every later point of the process too."""
+    content = HEAD + QUALITY + '[[grid]]\npolicy = ["full", "strict"]\n'
+
+    def lose(self, point, *more):
+        raise RuntimeError("an illegal memory access was encountered\nlater calls fail too")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(measuring.Workbench, "_score", lose)
+        broken.setattr(measuring, "device_works", lambda device: False)
+        done = matrix(content)
+    (failed,) = done.points
+    assert done.code == 2 and failed.label == "full" and failed.status == "failed"
+    assert failed.status_reason == "RuntimeError: an illegal memory access was encountered"
+    assert "refuses all further work of this process; call the command again for the other points" in done.err
+    went_on = matrix(content)
+    assert went_on.code == 1 and by_label(went_on.points)["strict"].status == "complete"
 
 
 def test_non_finite_logits_and_untrained_positions_fail_a_point(matrix, here):

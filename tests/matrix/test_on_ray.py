@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import tiny_model
 
 import sinkstream
 from sinkstream.cli import main
+from sinkstream.matrix import measure, on_ray
 from sinkstream.matrix.record import load_points
 
 TOKENS, CAP = 240, 40
@@ -78,6 +80,80 @@ def test_two_workers_give_the_same_records_and_a_dead_ones_point_is_measured_aga
         assert point.status == "complete" and point.baselines == theirs[name].baselines
         assert point.quality["blocks"] == theirs[name].quality["blocks"]
         assert (point.spike is None) == (theirs[name].spike is None)
+
+
+class WorkerEnded(Exception):
+    """Of a worker that has ended itself; Ray then gives its task to another one."""
+
+
+class OneWorkerAtATime:
+    """In place of Ray: tasks run in this process when they are waited for, in workers that may end."""
+
+    exceptions = SimpleNamespace(RayError=WorkerEnded)
+
+    def __init__(self):
+        self.workers, self.tasks = 1, []
+
+    def remote(self, function):
+        def begin(*work):
+            self.tasks.append((function, work))
+            return len(self.tasks) - 1
+
+        return SimpleNamespace(options=lambda **more: SimpleNamespace(remote=begin))
+
+    def wait(self, tasks):
+        return tasks[:1], tasks[1:]
+
+    def get(self, task):
+        function, work = self.tasks[task]
+        for _ in range(on_ray.RETRIES + 1):
+            try:
+                return function(*work)
+            except WorkerEnded:
+                self.new_worker()
+        raise WorkerEnded
+
+    def new_worker(self):
+        """What a worker remembers is gone."""
+        self.workers += 1
+        on_ray._lost.clear()
+        on_ray._benches.clear()
+
+    def shutdown(self):
+        self.new_worker()
+
+
+@pytest.mark.parametrize("losing", ["once", "always"])
+def test_a_worker_that_lost_its_device_ends_and_its_point_is_measured_elsewhere(here, monkeypatch, losing):
+    """Control: a point that loses every device is recorded with its reason, and the others are complete."""
+    ray, ended, lost = OneWorkerAtATime(), [], []
+    score = measure.Workbench._score
+
+    def exit_worker(code):
+        ended.append(code)
+        raise WorkerEnded
+
+    def lose(self, point, *more):
+        if point.settings.method == "recompute" and (losing == "always" or not lost):
+            lost.append(point)
+            raise RuntimeError("an illegal memory access was encountered")
+        return score(self, point, *more)
+
+    monkeypatch.setattr(measure.Workbench, "_score", lose)
+    monkeypatch.setattr(measure, "device_works", lambda device: False)
+    monkeypatch.setattr(on_ray, "ray_package", lambda: ray)
+    monkeypatch.setattr(on_ray, "connect", lambda *more: None)
+    monkeypatch.setattr(on_ray.os, "_exit", exit_worker)
+    monkeypatch.setattr(on_ray.threading, "Timer", lambda *more: SimpleNamespace(start=lambda: None))
+    code = main(["matrix", "m.toml", "--ray", "--device", "cpu", "--out", "ray"])
+    statuses = {point.label: point.status for point in load_points("ray")}
+    assert ended and ray.workers > 2, "the worker ended itself before it took another point"
+    if losing == "always":
+        (failed,) = (point for point in load_points("ray") if point.status == "failed")
+        assert code == 1 and failed.label == "recompute" and len(lost) == on_ray.RETRIES + 1
+        assert failed.status_reason == "RuntimeError: an illegal memory access was encountered"
+    else:
+        assert code == 0 and set(statuses.values()) == {"complete"}
 
 
 def test_an_address_that_does_not_answer_is_said_in_seconds(here, capsys):

@@ -23,6 +23,8 @@ def test_a_row_names_the_best_policy_of_each_kind_and_its_planted_difference(tmp
     value = float(row["best refresh against strict"].split(": ")[1].split()[0])
     assert value == pytest.approx(-5.0, abs=0.3), "0.001 + 0.05 nats below strict"
     assert row["TPOT lazy ÷ strict"] == "1.000" and row["cap"] == "512"
+    ids = row["records"].replace("`", "").split(", ")
+    assert len(ids) == len(set(ids)) == 5 and "point-better" in ids and "point-strict-512" in ids
 
 
 def test_what_is_not_there_is_an_empty_cell_and_nothing_without_strict(tmp_path):

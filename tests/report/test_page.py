@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 from page_case import PLAN, make_point, write_points
-from record_factory import make_arrays
+from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
-from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.matrix.record import PointRecord, load_points, point_delta
 from sinkstream.show.table import Table
+from sinkstream.studies.recall.record import RecallRecord
 
 LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
 if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
@@ -79,6 +80,47 @@ def test_groups_are_by_what_a_pareto_shares(tmp_path):
     assert {label for label, value in values.items() if value["outlier"]} == {"recompute", "window-only"}
     fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
     assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
+
+
+def test_a_choice_pairs_the_fastest_rule_with_the_one_that_loses_least(tmp_path):
+    """Both against recompute have wide intervals; the interval of their own difference is narrow, and shows it."""
+    (section,) = (s for s in sections(read_evidence(write_points(tmp_path))) if s.id == "choice")
+    (_, table), found = section.tables[0], load_points(tmp_path)
+    row = next(row for row in table.rows if row[1].startswith("pg19"))
+    best, fast = (next(p for p in found if p.label == row[at].partition(" (")[0]) for at in (3, 4))
+    delta = point_delta(fast, best)
+    assert delta.low > 0 and row[5] == f"{delta.delta_percent:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"
+
+
+def test_recall_on_different_streams_is_in_different_pictures(tmp_path):
+    """Perplexities of two texts, and passages of two texts, share no axis."""
+    columns = {"ratio": [0.5, 1.0], "distance": [256, 512], "first": [0, 9], "second": [256, 521]}
+    columns |= {"nll_unseen": [4.0, 4.0], "nll_again": [1.0, 3.0]}
+    for label, text in (("strict", "a"), ("lazy", "a"), ("strict", "b"), ("slack", "b"), ("overlap", "c")):
+        content = make_record(f"{label}-{text}", label, cap=512)
+        content["data"], content["policy"]["label"] = content["data"] | {"sha256": text, "name": text}, label
+        content["protocol"]["control_sha256"], content["passages"] = text, columns
+        RecallRecord.write({name: part for name, part in content.items() if name != "tokens_file"}, tmp_path)
+    (section,) = sections(read_evidence(tmp_path))
+    drawn = [
+        (picture.caption, sorted({value.get("line") or value["label"] for value in picture.spec["data"]["values"]}))
+        for picture in section.pictures + section.folded
+    ]
+    assert [labels for _, labels in drawn] == [["lazy", "strict"]] * 2 + [["slack", "strict"]] * 2
+    assert " on a, " in drawn[0][0] and " on b, " in drawn[2][0], "one policy alone is no comparison"
+
+
+def test_memory_that_holds_what_other_points_left_is_not_shown(tmp_path):
+    """Control: the same points with a memory of their own have a section."""
+    own, process = (tmp_path / name for name in ("own", "process"))
+    own.mkdir()
+    for at in range(len(PLAN)):
+        content = make_point(at)
+        PointRecord.write(content, own)
+        content["speed"]["memory_kind"] = "cuda_allocated"
+        PointRecord.write(content, process)
+    shown = [{s.id for s in sections(read_evidence(folder))} for folder in (own, process)]
+    assert "memory" in shown[0] and "memory" not in shown[1]
 
 
 def test_the_page_is_one_file_below_three_megabytes(tmp_path):

@@ -180,6 +180,9 @@ def test_texts_are_pooled_and_the_curve_with_them(tmp_path):
     brought = replace(newest[0], policy=newest[0].policy | {"options": {"recall": "lexical"}})
     assert select_recalls([records[0], brought], model="tiny", cap=64) == records[:1], "recall has a table of its own"
     assert select_recalls([brought], model="tiny", cap=64) == [brought]
+    lazy = replace(records[0], policy=records[0].policy | {"label": "lazy"})
+    fullest = [records[0], lazy]
+    assert select_recalls([*fullest, *newest], model="tiny", cap=64) == fullest, "one policy elsewhere hides no table"
     (both,) = pooled_passages(records)
     assert len(both.passages["ratio"]) == 12 and both.summary["ppl"] is None and len(both.curve["gains"]) == 12
     late = curve_of(both, 8, 16, [2.0])

@@ -218,11 +218,13 @@ LAYOUT = {"ratios": [0.5, 2.0], "passages": 8, "passage_tokens": 64, "control_sh
 
 
 def test_recall_of_rivals_stands_beside_ours_on_the_same_streams(tmp_path):
-    """A policy that ran on other streams is not in the table; one row a rival, with the reason where it cannot run."""
-    for name, found in (("shift", measured(shift=0.0)), ("broken", None)):
+    """A table a pair of streams; one row a rival, with the reason where it cannot run."""
+    other = {"control_sha256": "another"}
+    one = measured(shift=0.0)
+    for name, found, streams in (("shift", one, {}), ("broken", None, {}), ("b", one, other)):
         content = rival(name, "context shift", found)
         del content["summary"], content["blocks"]
-        content["protocol"] |= LAYOUT
+        content["protocol"] |= LAYOUT | streams
         content["passages"] = recall_of(2.5) if found else {column: [] for column in recall_of(0.0)}
         RivalRecallRecord.write(content, tmp_path)
     for label, control in (("strict", "of the control"), ("lazy", "another")):
@@ -231,7 +233,9 @@ def test_recall_of_rivals_stands_beside_ours_on_the_same_streams(tmp_path):
         own["protocol"] |= LAYOUT | {"control_sha256": control}
         RecallRecord.write({name: part for name, part in own.items() if name != "tokens_file"}, tmp_path)
     table = render_tables(tmp_path)["rivals-recall"]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[4:]]
+    tables = [[line.strip("| ").split(" | ") for line in one.splitlines()[2:]] for one in table.split("\n\n")[1::2]]
+    alone, rows = sorted(tables, key=len)
+    assert [row[0] for row in alone] == ["kvpress b", "**sinkstream** `lazy`"]
     assert [row[0] for row in rows] == ["kvpress shift", "**sinkstream** `strict`", "kvpress broken"]
     assert rows[0][2].lstrip("+").startswith("2.5") and rows[1][2].lstrip("+").startswith("1.5")
     assert rows[2][1].startswith("cannot run")

@@ -55,7 +55,7 @@ def make_point(
         "speed": {
             **{"backend": "fused", "feed": "greedy", "text": "random", "warmup_tokens": 64, "steady_tokens": 600},
             **{"tpot_ms": tpot, "tpot_ms_range": [tpot, tpot], "latency_ms": latency, "floor_ms": 1.97},
-            **{"over_floor": tpot / 1.97, "peak_mb": memory, "memory_kind": "cuda_allocated"},
+            **{"over_floor": tpot / 1.97, "peak_mb": memory, "memory_kind": "process_rss_sampled"},
             "repeats": [{"record": "b", "tpot_ms": tpot, "setup": setup}],
         },
         "spike": None,

@@ -118,8 +118,8 @@ class RecallSettings:
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             names = [PREFIX + name for name in sorted(own | known)]
-            accepted = ", ".join(names) + did_you_mean(PREFIX + unknown, names)
-            raise ValueError(f"unknown option '{PREFIX}{unknown}'; accepted: {accepted}")
+            meant = did_you_mean(PREFIX + unknown, names)
+            raise ValueError(f"unknown option '{PREFIX}{unknown}'{meant}; accepted: {', '.join(names)}")
         for f in option_fields(CHOOSERS[recall]) if isinstance(recall, str) else ():
             if f.name in given:
                 check_option(f, given[f.name], PREFIX)

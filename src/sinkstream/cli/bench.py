@@ -26,7 +26,7 @@ from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, spe
 from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, bench_serve, options
 from sinkstream.cli.options import RANDOM_TEXT
 from sinkstream.cli.show import wide_console
-from sinkstream.data import TokenStream, load_text, random_tokens, repeating_tokens, tokenize
+from sinkstream.data import Text, TokenStream, load_text, random_tokens, repeating_tokens, tokenize
 from sinkstream.engine import STEPS
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
@@ -127,10 +127,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure the ceiling, then every model; print the tables, write the records."""
-    models, protocol = _checked(args)
+    models, protocol, given = _checked(args)
     mode = _mode(args)
     if mode is not None:
-        return MODES[mode](args, models)
+        return MODES[mode](args, models, given)
     console, device, dtype = _prepared(args)
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
     for rung in () if args.ladder else rungs:
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     for model in models:
         load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
         loaded, seconds = timed(load, attn_implementation=args.attention, device=device)
-        text = _text(args, loaded)
+        text = _text(args, loaded, given)
         session = BenchSession(
             loaded, text, protocol, ceiling, seconds, options.request(args), name, lenient=args.ladder
         )
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(outcomes)
 
 
-def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
+def _time_prompts(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--prefill``: measure the rate of products, then every model; print the tables, write the records."""
     console, device, dtype = _prepared(args)
     backend = _engine_backend(args, models, dtype, device, _largest_turn(args) + max(args.prefill))
@@ -171,10 +171,10 @@ def _time_prompts(args: argparse.Namespace, models: list[str]) -> int:
         return PromptSession(loaded, text, args.prefill, backend, ceiling, request, name, drop_in=drop_in)
 
     tables = {"prompts": prompt_table, "a turn on a full stream": append_table}
-    return _time_policies(args, models, console, dtype, device, session, tables)
+    return _time_policies(args, models, given, console, dtype, device, session, tables)
 
 
-def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
+def _time_late_tokens(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--late``: time every model under every policy; print the tables, write the records."""
     console, device, dtype = _prepared(args)
     check_writable(args.out)
@@ -182,10 +182,10 @@ def _time_late_tokens(args: argparse.Namespace, models: list[str]) -> int:
     def session(loaded: LoadedModel, text: TokenStream, name: str) -> LateSession:
         return LateSession(loaded, text, args.late, options.request(args), name)
 
-    return _time_policies(args, models, console, dtype, device, session, {"tokens of generate()": late_table})
+    return _time_policies(args, models, given, console, dtype, device, session, {"tokens of generate()": late_table})
 
 
-def _time_generate(args: argparse.Namespace, models: list[str]) -> int:
+def _time_generate(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--generate``: time every model under every policy; print the tables, write the records."""
     console, device, dtype = _prepared(args)
     for model in models:
@@ -195,10 +195,11 @@ def _time_generate(args: argparse.Namespace, models: list[str]) -> int:
     def session(loaded: LoadedModel, text: TokenStream, name: str) -> GenerateSession:
         return GenerateSession(loaded, text, args.tokens, args.warmup, options.request(args), name)
 
-    return _time_policies(args, models, console, dtype, device, session, {"tokens of generate()": generate_table})
+    tables = {"tokens of generate()": generate_table}
+    return _time_policies(args, models, given, console, dtype, device, session, tables)
 
 
-def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
+def _time_draws(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--sampling``: measure every model; print the tables, write the records."""
     console, device, dtype = _prepared(args)
     backend = _engine_backend(args, models, dtype, device, _largest_turn(args))
@@ -207,10 +208,10 @@ def _time_draws(args: argparse.Namespace, models: list[str]) -> int:
     def session(loaded: LoadedModel, text: TokenStream, name: str) -> DrawSession:
         return DrawSession(loaded, text, args.tokens, args.warmup, backend, options.request(args), name)
 
-    return _time_policies(args, models, console, dtype, device, session, {"ways of drawing a token": draw_table})
+    return _time_policies(args, models, given, console, dtype, device, session, {"ways of drawing a token": draw_table})
 
 
-def _time_snapshots(args: argparse.Namespace, models: list[str]) -> int:
+def _time_snapshots(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--snapshot``: time every model under every policy; print the tables, write the records."""
     console, device, dtype = _prepared(args)
     backend = _engine_backend(args, models, dtype, device, _largest_turn(args))
@@ -219,17 +220,18 @@ def _time_snapshots(args: argparse.Namespace, models: list[str]) -> int:
     def session(loaded: LoadedModel, text: TokenStream, name: str) -> SnapshotSession:
         return SnapshotSession(loaded, text, backend, options.request(args), name)
 
-    return _time_policies(args, models, console, dtype, device, session, {"a stream to its file": snapshot_table})
+    tables = {"a stream to its file": snapshot_table}
+    return _time_policies(args, models, given, console, dtype, device, session, tables)
 
 
-#: Option -> what times something else than steps: one stream, one record a model and policy.
-def _measure_server(args: argparse.Namespace, models: list[str]) -> int:
+def _measure_server(args: argparse.Namespace, models: list[str], given: Text | None) -> int:
     """``--serve``: see `bench_serve`."""
     bench_serve.check(args)
     return bench_serve.measure(args, models, *_prepared(args))
 
 
-MODES: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+#: Option -> what times something else than steps: one stream, one record a model and policy.
+MODES: dict[str, Callable[[argparse.Namespace, list[str], Text | None], int]] = {
     "prefill": _time_prompts,
     "late": _time_late_tokens,
     "generate": _time_generate,
@@ -266,6 +268,7 @@ def _engine_backend(
 def _time_policies(
     args: argparse.Namespace,
     models: list[str],
+    given: Text | None,
     console: Console,
     dtype: torch.dtype,
     device: torch.device,
@@ -276,7 +279,7 @@ def _time_policies(
     name = new_record_id("bench")
     for model in models:
         loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
-        session = begin(loaded, _text(args, loaded), name)
+        session = begin(loaded, _text(args, loaded, given), name)
         records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
         for title, table in tables.items():
             console.print(table(records, f"{loaded.name}: {title}"))
@@ -320,8 +323,8 @@ def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int)
         )
 
 
-def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
-    """The models and the protocol, once everything that needs no model is found to be right."""
+def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol, Text | None]:
+    """The models, the protocol and the text that is given, once all that needs no model is found to be right."""
     if args.shape and args.model:
         raise ValueError("--shape and --model exclude each other; accepted: --shape NAME, or --model random:NAME")
     _check_mode(args)
@@ -339,12 +342,12 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol]:
         )
     for name in ("streams", "cap"):
         _check_least(args, name, 1)
-    if args.text not in (None, RANDOM_TEXT, REPEATS):
-        load_text(args.text)  # a wrong one is told before a model is loaded
+    # read once, as a pipe can be, and before a model is loaded
+    given = None if args.text in (None, RANDOM_TEXT, REPEATS) else load_text(args.text)
     for cap in args.cap:
         options.policy_settings(args, cap=cap)
     forced, caps = args.text is not None, PROMPT_CAPS if args.text == REPEATS else 1
-    return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile, caps)
+    return models, Protocol(args.tokens, args.warmup, args.seconds, forced, args.profile, caps), given
 
 
 def _check_mode(args: argparse.Namespace) -> None:
@@ -402,15 +405,15 @@ def _largest_turn(args: argparse.Namespace) -> int:
     return max(args.cap) * (max(args.streams) + 1) * len(args.policy)
 
 
-def _text(args: argparse.Namespace, loaded: LoadedModel) -> TokenStream:
-    """What is fed: a text, or random ids for prompts."""
+def _text(args: argparse.Namespace, loaded: LoadedModel, given: Text | None) -> TokenStream:
+    """What is fed: the text that is given, or random ids for prompts."""
     if args.text == REPEATS:
         tokens = PROMPT_CAPS * max(args.cap) + args.warmup + args.tokens
         back = max(args.cap) * 3 // 2  # half a cap after it has left the cache
         return repeating_tokens(loaded.model.config.vocab_size, tokens, back=back, seed=args.seed)
-    if args.text in (None, RANDOM_TEXT):
+    if given is None:
         return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
-    return tokenize(load_text(args.text), loaded.tokenizer)
+    return tokenize(given, loaded.tokenizer)
 
 
 def _exit_code(outcomes: list[Outcome]) -> int:

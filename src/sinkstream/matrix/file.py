@@ -13,6 +13,7 @@ from sinkstream.models.placement import DTYPES
 from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
 from sinkstream.policies.options import OptionSpec, option_fields
 from sinkstream.records.toml_files import read_toml
+from sinkstream.registry import did_you_mean
 
 TABLES = ("name", "description", "models", "texts", "defaults", "grid", "point")
 #: Key of a point -> (type, accepted names or None). Keys of policies come from the registries.
@@ -146,7 +147,8 @@ def _rank(other: Point, point: Point, name: str) -> tuple[int, int, int] | None:
 def _check_names(table: Mapping[str, Any], accepted: Sequence[str], where: str) -> None:
     for key in table:
         if key not in accepted:
-            raise ValueError(f"{where}: unknown key {key!r}; accepted: {', '.join(accepted)}")
+            meant = did_you_mean(key, accepted)
+            raise ValueError(f"{where}: unknown key {key!r}{meant}; accepted: {', '.join(accepted)}")
 
 
 def _origins(content: Mapping[str, Any], kind: str, path: Path, given: Sequence[str]) -> dict[str, Origin]:
@@ -243,7 +245,8 @@ def _policy(value: Any, options: Mapping[str, type], where: str) -> dict[str, An
     table = {"name": value} if isinstance(value, str) else value
     if not isinstance(table, Mapping) or table.get("name") not in method_names():
         name = table.get("name") if isinstance(table, Mapping) else table
-        raise ValueError(f"{where}: policy={name!r} is not known; accepted: {', '.join(method_names())}")
+        meant = did_you_mean(str(name), method_names())
+        raise ValueError(f"{where}: policy={name!r} is not known{meant}; accepted: {', '.join(method_names())}")
     given = {key: one for key, one in table.items() if key != "name"}
     _check_names(given, list(options), f"{where}: policy {table['name']!r}")
     return {"name": table["name"], "options": {k: _value(k, v, options, where) for k, v in given.items()}}

@@ -42,6 +42,14 @@ class PointFailed(RuntimeError):
     """A point ended without its figures; the message is the reason that its record keeps."""
 
 
+class DeviceLost(OSError):
+    """The device refuses all further work of this process; `content` is the record of the point that found it so."""
+
+    def __init__(self, reason: str, content: dict[str, Any]):
+        super().__init__(reason)
+        self.content = content
+
+
 class Workbench:
     """Measures points one after the other; the latest model and the texts are kept between them.
 
@@ -67,8 +75,10 @@ class Workbench:
     def measure(self, point: Point, baselines: Mapping[str, Point | None]) -> dict[str, Any]:
         """The content of a point's record, failed points included.
 
-        Raises KeyboardInterrupt after Ctrl-C, and WriteError if a run cannot be written: the point is not to blame.
+        Raises KeyboardInterrupt after Ctrl-C, WriteError if a run cannot be written (the point is not to blame), and
+        DeviceLost if nothing else can be measured in this process.
         """
+        here = environment(resolve_device(point.device))
         parts: dict[str, Any] = dict.fromkeys(("quality", "speed", "spike"))
         seconds: dict[str, float | None] = dict.fromkeys(("quality", "speed"))
         loaded, stream, reason = None, None, None
@@ -91,7 +101,9 @@ class Workbench:
             first_line = next(iter(str(error).strip().splitlines()), "")
             reason = f"{type(error).__name__}: {first_line}".rstrip(": ")
             if not device_works(point.device):
-                raise RuntimeError(f"{point.name}: the device does not work any more: {reason}") from error
+                content = self._content(point, baselines, loaded, stream, parts, seconds, reason, here)
+                message = f"{point.name}: {reason}; {point.device} refuses all further work of this process"
+                raise DeviceLost(message, content) from error
         return self._content(point, baselines, loaded, stream, parts, seconds, reason)
 
     def failed(self, point: Point, baselines: Mapping[str, Point | None], reason: str) -> dict[str, Any]:
@@ -192,7 +204,9 @@ class Workbench:
         parts: Mapping[str, Any],
         seconds: Mapping[str, float | None],
         reason: str | None,
+        here: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        """All fields of a record; `here` is the environment where the device can no longer be asked."""
         run, policy, configuration = point.settings, point.settings.policy(), point.configuration
         unknown = dict.fromkeys(REQUIRED["model"]) | {"name": point.model.name}
         numeric = numeric_protocol(loaded) if loaded else {"dtype": point.dtype, "device": point.device, "tf32": False}
@@ -205,7 +219,7 @@ class Workbench:
             "created": utc_now(),
             "command": self.command,
             "arguments": self.arguments,
-            "environment": environment(resolve_device(point.device)),
+            "environment": here or environment(resolve_device(point.device)),
             "model": (loaded.record() if loaded else unknown) | {"key": point.model.name},
             "data": (stream.record() if stream else {"name": point.text.name, "sha256": None, "tokens": None})
             | {"key": point.text.name},

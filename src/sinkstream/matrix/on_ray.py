@@ -1,6 +1,9 @@
 """The points of a matrix as Ray tasks, on this machine or on a cluster: the same records."""
 
+import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,16 @@ from rich.console import Console
 
 from sinkstream.evaluation.settings import BASELINES
 from sinkstream.matrix.file import Matrix
-from sinkstream.matrix.measure import Workbench
+from sinkstream.matrix.measure import DeviceLost, Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.run import Measure
 from sinkstream.ray_cluster import check_address, connect, ray_package
 from sinkstream.records.files import WriteError
 
-RETRIES = 3  # of a point whose worker died; what a point raises is its record, and is not tried again
+RETRIES = 3  # of a point whose worker died or lost its device; what else a point raises is its record
+REPLY_SEC = 1.0  # that a worker which has lost its device lives on, so that its reply arrives
 _benches: dict[tuple[str, str], Workbench] = {}  # of a worker: the model of its latest point stays loaded
+_lost = threading.Event()  # of a worker: its device refuses all work
 
 
 def on_ray(
@@ -50,18 +55,26 @@ def on_ray(
         bench = Workbench(out, matrix.name, arguments, command, Console(quiet=True))
         try:
             task = ray.remote(_measure).options(max_retries=RETRIES, num_cpus=1, num_gpus=gpus if on_gpu else 0)
+            losses: Counter[str] = Counter()
+
+            def begin(point: Point) -> Any:
+                return task.remote(point, matrix.baselines(point), out.resolve(), matrix.name, arguments, command)
+
             for wave in _waves(points):
-                open_tasks = {}
-                for point in wave:
-                    work = (point, matrix.baselines(point), out.resolve(), matrix.name, arguments, command)
-                    open_tasks[task.remote(*work)] = point
+                open_tasks = {begin(point): point for point in wave}
                 while open_tasks:
                     (done,), _ = ray.wait(list(open_tasks))
                     point = open_tasks.pop(done)
                     try:
-                        yield point, *ray.get(done)
+                        content, seconds, lost = ray.get(done)
                     except ray.exceptions.RayError as error:
                         yield point, bench.failed(point, matrix.baselines(point), _reason(error)), 0.0
+                        continue
+                    losses[point.id] += lost
+                    if lost and losses[point.id] <= RETRIES:
+                        open_tasks[begin(point)] = point
+                    else:
+                        yield point, content, seconds
         finally:
             ray.shutdown()
 
@@ -75,13 +88,24 @@ def _measure(
     experiment: str,
     arguments: dict[str, Any],
     command: list[str],
-) -> tuple[dict[str, Any], float]:
-    """What a worker does: the content of a point's record, and its seconds."""
+) -> tuple[dict[str, Any], float, bool]:
+    """What a worker does: the content of a point's record, its seconds, and whether the device was lost.
+
+    A worker that has lost its device ends, so that Ray gives its GPU to a new one.
+    """
+    if _lost.is_set():
+        os._exit(1)  # Ray gives the point to another worker
     bench = _benches.setdefault(
         (str(out), experiment), Workbench(out, experiment, arguments, command, Console(quiet=True))
     )
     start = time.perf_counter()
-    return bench.measure(point, baselines), time.perf_counter() - start
+    try:
+        content = bench.measure(point, baselines)
+    except DeviceLost as error:
+        content = error.content
+        _lost.set()
+        threading.Timer(REPLY_SEC, os._exit, (1,)).start()
+    return content, time.perf_counter() - start, _lost.is_set()
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,8 @@ from sinkstream.records.schema import REQUIRED
 from sinkstream.statistics import PairedDelta, delta_of_blocks
 
 LATENCY = ("p50", "p90", "p99", "max")
+#: Kind of a peak memory that holds what earlier points of the process left on a GPU: 32 MiB of cuBLAS for every engine.
+WITH_OTHERS = "cuda_allocated"
 
 #: Required keys, as in `schema.REQUIRED`; docs/matrix.md says what they hold.
 POINT_REQUIRED: dict[str, Any] = {
@@ -77,6 +79,11 @@ class PointRecord(StatusRecord):
     def tpot_ms(self) -> float | None:
         """Steady TPOT in milliseconds, median over the repeats; None where speed was not measured."""
         return self.speed["tpot_ms"] if self.speed else None
+
+    @property
+    def peak_mb(self) -> float | None:
+        """Peak memory in MB of 2**20 bytes; None where the figure holds what other points had left."""
+        return self.speed["peak_mb"] if self.speed and self.speed["memory_kind"] != WITH_OTHERS else None
 
     @cached_property
     def blocks(self) -> Blocks | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from sinkstream.evaluation.runner import check_writable, save_or_rescue, uninterrupted
 from sinkstream.matrix.estimate import Remaining, in_words
 from sinkstream.matrix.file import Matrix
-from sinkstream.matrix.measure import Workbench
+from sinkstream.matrix.measure import DeviceLost, Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.record import PointRecord
 from sinkstream.show.progress import say
@@ -104,13 +104,18 @@ def run_points(
 
 
 def one_by_one(matrix: Matrix, bench: Workbench) -> Measure:
-    """Measures on this machine, in order."""
+    """Measures on this machine, in order; a lost device ends it, with the record of the point that found it lost."""
 
     def measure(points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any], float]]:
         for point in points:
-            start = time.perf_counter()
-            content = bench.measure(point, matrix.baselines(point))
+            start, lost = time.perf_counter(), None
+            try:
+                content = bench.measure(point, matrix.baselines(point))
+            except DeviceLost as error:
+                content, lost = error.content, error
             yield point, content, time.perf_counter() - start
+            if lost is not None and point is not points[-1]:
+                raise OSError(f"{lost}; call the command again for the other points") from lost
 
     return measure
 

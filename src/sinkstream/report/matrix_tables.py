@@ -22,7 +22,7 @@ from sinkstream.show.table import EMPTY, NONE_YET, Table
 
 HEADER = (
     *("model", "text", "cap", "PPL strict", "strict against recompute", "lazy R=64 against strict"),
-    *("best without refresh against strict", "best refresh against strict", "TPOT lazy ÷ strict"),
+    *("best without refresh against strict", "best refresh against strict", "TPOT lazy ÷ strict", "records"),
 )
 SWEEP_HEADER = (*("matrix", "model", "text", "cap", "policies", "ΔPPL against strict, best", "worst", "TPOT ÷ strict"),)
 
@@ -72,7 +72,7 @@ def _time_over_strict(point: PointRecord, strict_points: Iterable[PointRecord]) 
 
 
 def _row(group: list[PointRecord]) -> list[str] | None:
-    """One row of comparable points; None without strict streaming among them."""
+    """One row of comparable points, the ids of its points last; None without strict streaming among them."""
     strict = baseline(group, "strict")
     if strict is None or strict.ppl is None:
         return None
@@ -82,6 +82,9 @@ def _row(group: list[PointRecord]) -> list[str] | None:
     others += [p for p in group if is_lazy(p)]
     refreshes = [p for p in named(group, None) if p.policy["name"].startswith("refresh")]
     ratio = _time_over_strict(lazy, [p for p in group if p.label == "strict"]) if lazy else None
+    best = [_best(others, strict), _best(refreshes, strict)]
+    used = [strict, recomputed and recomputed.other, lazy, *(found and found.point for found in best)]
+    ids = dict.fromkeys(f"`{point.id}`" for point in used if point is not None)
     return [
         strict.model["key"],
         strict.data["key"],
@@ -89,17 +92,15 @@ def _row(group: list[PointRecord]) -> list[str] | None:
         f"{strict.ppl:.2f}",
         _delta(recomputed),
         _delta(compared(lazy, strict) if lazy else None),
-        _best(others, strict),
-        _best(refreshes, strict),
+        *(EMPTY if found is None else f"{found.point.label}: {_delta(found)}" for found in best),
         EMPTY if ratio is None else f"{ratio:.3f}",
+        ", ".join(ids),
     ]
 
 
-def _best(points: Iterable[PointRecord], strict: PointRecord) -> str:
-    """The policy with the lowest upper end of its interval, with its ΔPPL."""
-    found = [c for p in points if (c := compared(p, strict)) is not None]
-    best = min(found, key=lambda c: c.high, default=None)
-    return EMPTY if best is None else f"{best.point.label}: {_delta(best)}"
+def _best(points: Iterable[PointRecord], strict: PointRecord) -> Compared | None:
+    """The policy with the lowest upper end of its interval."""
+    return min((c for p in points if (c := compared(p, strict)) is not None), key=lambda c: c.high, default=None)
 
 
 def _delta(found: Compared | None) -> str:

@@ -76,13 +76,14 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
         return NONE_YET
     static, lazy, recompute = tpots
     ours = engine.steady["tpot_ms"]
-    best_static = min(static, REPORTED_STATIC_MS)
+    reported = static > REPORTED_STATIC_MS  # else the best day is a committed record, and needs no note
+    mark = "\\*" if reported else ""
     rows = [
         ["sinkstream engine, evicting at every token", f"**{ours:.2f}**", f"{engine.steady['over_floor']:.2f}", "1"],
         _row(
             engine,
-            "transformers, compiled static cache, its best day\\*; evicts nothing, ends at its length",
-            best_static,
+            f"transformers, compiled static cache, its best day{mark}; evicts nothing, ends at its length",
+            REPORTED_STATIC_MS if reported else static,
         ),
         _row(engine, "transformers with `StreamingCache`, evicting every 64 tokens", lazy),
         _row(engine, "transformers, sliding-window recompute, SDPA", recompute),
@@ -97,7 +98,7 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
         f" process with {REPORTED_ENGINE_MS:.2f} ms of the engine: {REPORTED_STATIC_MS / REPORTED_ENGINE_MS:.2f} × as"
         f" long. The committed record has {static:.2f} ms."
     )
-    table = Table(["way of decoding", "ms a token", "÷ floor", "× the engine"], rows, notes=[note])
+    table = Table(["way of decoding", "ms a token", "÷ floor", "× the engine"], rows, notes=[note] if reported else [])
     return f"{origin}\n\n{table.markdown()}"
 
 

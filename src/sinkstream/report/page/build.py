@@ -136,16 +136,17 @@ def cards(evidence: Evidence) -> list[Card]:
     """The figures of the first screen: quality, the control without sinks, speed."""
     found = []
     points = next((g for g in groups_of(evidence.points) if "pg19" in g.title.lower().replace("-", "")), None)
-    deltas = {}
+    deltas, where = {}, ""
     if points is not None and points.baseline.policy["name"] == "recompute":
         deltas = {d.point.label: d.delta for d in points.dots() if d.delta is not None}
+        where = f"; {points.points[0].model['name']}, {points.slots} slots, a novel"
     if "strict" not in deltas:
         runs = comparable_runs(evidence.runs, model="SmolLM2-135M", text="pg19", cap=512, device="cuda")
         deltas = {run.record.label: run.delta for run in compared_runs(runs) if run.delta} if runs else {}
     if (strict := deltas.get("strict")) and strict.delta_percent is not None:
         between = "" if strict.low is None else f" (95 %: {strict.low:+.2f} to {strict.high:+.2f})"
         words = f"perplexity when every step drops the oldest token, against reading the window anew each time{between}"
-        found.append(Card(f"{strict.delta_percent:+.2f} %", words))
+        found.append(Card(f"{strict.delta_percent:+.2f} %", words + where))
     if (control := deltas.get("window-only")) and control.delta_percent is not None:
         words = "perplexity with the same memory, when the first four tokens are not kept"
         found.append(Card(f"{control.delta_percent:+.0f} %", words))

@@ -112,7 +112,7 @@ def _value(dot: Dot, most_loss: float, most_time: float) -> dict[str, Any]:
         "ppl": point.ppl,
         "tpot": speed["tpot_ms"],
         "total": dot.total_seconds(),
-        "memory": speed["peak_mb"],
+        "memory": point.peak_mb,
         **{name: latency[name] for name in ("p50", "p90", "p99")},
         "configuration": configuration(point.policy["options"]),
         "backends": f"quality {point.quality['backend']}, speed {speed['backend']}" if point.quality else "",
@@ -127,9 +127,9 @@ def configuration(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, 0, False)) or "none"
 
 
-def tooltip(alt: Any) -> list[Any]:
-    """What a point says when the pointer is on it."""
-    return [
+def tooltip(alt: Any, *, memory: bool) -> list[Any]:
+    """What a point says when the pointer is on it; its memory where that is known."""
+    shown = [
         alt.Tooltip("label:N", title="policy"),
         alt.Tooltip("configuration:N", title="options"),
         alt.Tooltip("y:Q", title="ΔPPL %", format="+.3f"),
@@ -144,6 +144,7 @@ def tooltip(alt: Any) -> list[Any]:
         alt.Tooltip("backends:N", title="measured with"),
         alt.Tooltip("record:N", title="record"),
     ]
+    return [one for one in shown if memory or one.shorthand != "memory:Q"]
 
 
 def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = None) -> dict[str, Any]:
@@ -186,11 +187,12 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     left = half.transform_filter(f"datum.x <= {middle}").mark_text(align="left", dx=9, **style)
     right = half.transform_filter(f"datum.x > {middle}").mark_text(align="right", dx=-9, **style)
     zero = level(chart).mark_rule(color="#111827", strokeWidth=1).encode(y=alt.datum(0))
+    remembered = any(value["memory"] is not None for value in values)
     layered = alt.layer(
         zero,
         line.encode(x=across, y=up, order="x:Q"),
         bars,
-        dots.encode(x=across, y=up, color=colour, tooltip=tooltip(alt)),
+        dots.encode(x=across, y=up, color=colour, tooltip=tooltip(alt, memory=remembered)),
         left.encode(x=across, y=up, text="label:N"),
         right.encode(x=across, y=up, text="label:N"),
     )
@@ -242,7 +244,7 @@ def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
         alt.Tooltip("over:Q", title="times the floor", format=".2f"),
         alt.Tooltip("record:N", title="record"),
     ]
-    across = alt.X("ms:Q", title="ms a token; the line is the floor: a copy of the bytes that a step must read")
+    across = alt.X("ms:Q", title="ms a token")
     bars = chart.mark_bar(color=BLUE, height=15).encode(y=rows, x=across, tooltip=tips)
     text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
         y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")
@@ -263,7 +265,7 @@ def lines(
     colour = alt.Color(
         "line:N",
         title=None,
-        scale=alt.Scale(scheme="tableau10"),
+        scale=alt.Scale(scheme="tableau20"),
         legend=alt.Legend(orient="top", columns=legend_columns(alt), labelLimit=260, symbolOpacity=1),
     )
     tips = [

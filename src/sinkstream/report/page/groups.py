@@ -70,10 +70,20 @@ class Group:
     def title(self) -> str:
         """Model, text, cap, precision, machine and commit, in words."""
         p = self.points[0]
-        text = f"{p.data['name']}, {p.data['tokens']:,} tokens"
-        slots = f"{p.protocol['cap']:,} slots" + ("" if p.protocol["cap_accounting"] == "peak" else " and growth")
         where = f"{SHARED['machine'](p)}, commit {SHARED['commit'](p)}"
-        return f"{p.model['name']} on {text}, {slots}, {p.protocol['dtype']}, {where}"
+        return f"{p.model['name']} on {self.text}, {self.slots} slots, {p.protocol['dtype']}, {where}"
+
+    @property
+    def text(self) -> str:
+        """The text and its length, in words."""
+        data = self.points[0].data
+        return f"{data['name']}, {data['tokens']:,} tokens"
+
+    @property
+    def slots(self) -> str:
+        """The KV slots, and whether growth is on top of them."""
+        protocol = self.points[0].protocol
+        return f"{protocol['cap']:,}" + ("" if protocol["cap_accounting"] == "peak" else " + growth")
 
     @property
     def baseline(self) -> PointRecord:

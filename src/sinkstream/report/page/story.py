@@ -6,7 +6,7 @@ from typing import Any
 
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import LADDER_SHAPE, comparable, select, together
-from sinkstream.matrix.record import PointRecord
+from sinkstream.matrix.record import PointRecord, point_delta
 from sinkstream.records.origin import text_and_machine
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_TEXTS, has_text
@@ -20,6 +20,8 @@ from sinkstream.studies.recall.tables import recall_curve
 from sinkstream.studies.rivals.compare import comparisons
 from sinkstream.studies.rivals.record import RivalRecord
 from sinkstream.studies.rivals.tables import origin, quality_table
+
+FAR_PPL = 1.3  # times the least perplexity: a policy above it is off the chart of recall, named below it
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def pareto_section(evidence: Evidence) -> Section | None:
     pictures = []
     for group in groups:
         values = charts.pareto_values(group)
-        pictures.append(Picture(charts.pareto(values, group.baseline.label), group.title + charts.hidden(values)))
+        caption = group.title + charts.hidden(values) + _noise(group)
+        pictures.append(Picture(charts.pareto(values, group.baseline.label), caption))
     return Section(
         "pareto",
         "Quality against speed",
@@ -78,6 +81,14 @@ def pareto_section(evidence: Evidence) -> Section | None:
         [(g.title, point_table(g)) for g in groups],
         pictures[2:],
     )
+
+
+def _noise(group: Group) -> str:
+    """How far the times of one rule lie apart, where a rule was timed more than once."""
+    ranges = [p.speed["tpot_ms_range"] for p in group.points if p.speed and len(p.speed["repeats"]) > 1]
+    if not ranges:
+        return ""
+    return f". Times of one rule lie up to {100 * max(high / low - 1 for low, high in ranges):.1f} % apart"
 
 
 def point_table(group: Group) -> Table:
@@ -91,7 +102,7 @@ def point_table(group: Group) -> Table:
         if speed is not None:
             latency = [f"{speed['latency_ms'][name]:.3f}" for name in ("p50", "p90", "p99")]
             over = EMPTY if speed["over_floor"] is None else f"{speed['over_floor']:.3f}"
-            memory = EMPTY if speed["peak_mb"] is None else f"{speed['peak_mb']:,.0f}"
+            memory = EMPTY if point.peak_mb is None else f"{point.peak_mb:,.0f}"
             times = [f"{speed['tpot_ms']:.3f}", *latency, over, memory]
         rows.append([point.label, EMPTY if point.ppl is None else f"{point.ppl:.3f}", delta, *times])
     return Table(header, rows)
@@ -111,7 +122,10 @@ def memory_section(evidence: Evidence) -> Section | None:
             pictures.append(Picture(spec, group.title + charts.hidden(values)))
     if not pictures:
         return None
-    lead = "The same dots against the most memory that was held while decoding. Down and left are better."
+    lead = (
+        "The same dots against the most memory that was held while decoding, weights included. Down and left are"
+        " better."
+    )
     return Section("memory", "Quality against memory", lead, pictures[:2], folded=pictures[2:])
 
 
@@ -191,7 +205,7 @@ def control_section(evidence: Evidence) -> Section | None:
                 values.append({"label": entry["label"], "kind": kind, **delta, "text": text})
         values.sort(key=lambda value: value["y"])
         caption = text_and_machine(diagnosis).replace("`", "")
-        pictures.append(Picture(charts.whiskers(values, "ΔPPL, % against strict streaming"), caption))
+        pictures.append(Picture(charts.whiskers(values, "ΔPPL, % against strict"), caption))
         rows = [[v["label"], v["kind"], v["text"]] for v in values]
         tables.append((caption, Table(["policy", "kind", "ΔPPL % against strict [95 %]"], rows, left=2)))
     if not pictures:
@@ -218,7 +232,7 @@ def speed_section(evidence: Evidence) -> Section | None:
         for r in rows
     ]
     best = rows[0]
-    header = ["way", "policy", "ms a token", "P50", "P90", "P99", "times the floor", "GB/s", "peak memory, MB"]
+    header = ["way", "policy", "ms a token", "P50", "P90", "P99", "times the floor", "GB/s"]
     cells = [
         [
             *(r.rung["name"], r.policy["label"], f"{r.steady['tpot_ms']:.3f}"),
@@ -226,11 +240,14 @@ def speed_section(evidence: Evidence) -> Section | None:
                 EMPTY if r.latency_ms["all"][n] is None else f"{r.latency_ms['all'][n]:.3f}"
                 for n in ("p50", "p90", "p99")
             ),
-            *(f"{r.steady['over_floor']:.2f}", f"{r.steady['gbs']:,.0f}", f"{r.memory['peak_mb']:,.0f}"),
+            *(f"{r.steady['over_floor']:.2f}", f"{r.steady['gbs']:,.0f}"),
         ]
         for r in rows
     ]
-    machine = f"Pythia-2.8B shape (random weights), float16, batch 1, 2,052 slots, {best.hardware}"
+    machine = (
+        f"Pythia-2.8B shape (random weights), float16, batch 1, 2,052 slots, {best.hardware}; the red line is the"
+        " floor, a copy of the bytes that a step must read"
+    )
     lead = (
         f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token:"
         f" {best.steady['over_floor']:.2f} times the time of a copy of the bytes that one step must read. Nothing"
@@ -245,12 +262,10 @@ def speed_section(evidence: Evidence) -> Section | None:
 def recall_section(evidence: Evidence) -> Section | None:
     """What is left of a passage, by distance, and against perplexity."""
     pictures = []
-    models = {r.model["name"]: r.model["n_params"] for r in evidence.recalls}
-    for model in sorted(models, key=lambda name: -models[name]):
-        newest = {r.policy["label"]: r for r in evidence.recalls if r.model["name"] == model and r.status == "complete"}
-        cap = next(iter(newest.values())).protocol["cap"]
-        same = {label: record for label, record in newest.items() if record.protocol["cap"] == cap}
-        pictures += [Picture(spec, f"{model}, {cap:,} slots; {said}") for spec, said in _recall_pictures(same)]
+    for same in _recalls_by_stream(evidence):
+        first = next(iter(same.values()))
+        named = f"{first.model['name']} on {first.data['name']}, {first.protocol['cap']:,} slots"
+        pictures += [Picture(spec, f"{named}; {said}") for spec, said in _recall_pictures(same)]
     if not pictures:
         return None
     lead = (
@@ -258,6 +273,20 @@ def recall_section(evidence: Evidence) -> Section | None:
         " time. Zero is forgotten. Up is better."
     )
     return Section("recall", "What is remembered", lead, pictures[:2], folded=pictures[2:])
+
+
+def _recalls_by_stream(evidence: Evidence) -> list[dict[str, RecallRecord]]:
+    """The newest record of each policy by its label, a dict for each model, pair of streams and cap with several.
+
+    The largest model comes first, of it the streams with the most policies.
+    """
+    found: dict[tuple, dict[str, RecallRecord]] = {}
+    for record in evidence.recalls:
+        if record.status == "complete":
+            streams = record.data["sha256"], record.protocol.get("control_sha256")
+            found.setdefault((record.model["hash"], *streams, record.protocol["cap"]), {})[record.label] = record
+    several = [same for same in found.values() if len(same) > 1]
+    return sorted(several, key=lambda same: (-next(iter(same.values())).model["n_params"], -len(same)))
 
 
 def _recall_pictures(records: dict[str, RecallRecord]) -> list[tuple[dict[str, Any], str]]:
@@ -280,12 +309,16 @@ def _recall_pictures(records: dict[str, RecallRecord]) -> list[tuple[dict[str, A
         for p in curve
         if p.ratio == 1 and records[label].summary["ppl"] is not None and p.gain.value is not None
     ]
+    far = FAR_PPL * min((v["x"] for v in back), default=0.0)
+    off = "; ".join(f"{v['label']} (perplexity {v['x']:.1f}, {v['text']})" for v in back if v["x"] > far)
+    back = [v for v in back if v["x"] <= far]
     front = frontier([v["x"] for v in back], [-v["y"] for v in back])
     back = [value | {"front": bool(best)} for value, best in zip(back, front)]
     found = [(spec, "bars are 95 % intervals")]
     if len(back) > 1:
         pareto = charts.recall_pareto(back, "perplexity", "recall one window back, nats a token")
-        found.append((pareto, "up and left are better; the dashed line joins what nothing beats on both"))
+        said = "up and left are better; the dashed line joins what nothing beats on both"
+        found.append((pareto, said + (f". Off the chart: {off}" if off else "")))
     return found
 
 
@@ -323,18 +356,28 @@ def choice_section(evidence: Evidence) -> Section | None:
         candidates = [v for v in values if not v["kind"].startswith(("recompute", "full"))]
         if not candidates:
             continue
+        points = {point.id: point for point in group.points}
         best = min(candidates, key=lambda v: v["y"])
         fast = min(candidates, key=lambda v: v["tpot"])
-        alike = best["low"] is not None and best["low"] <= fast["y"] <= best["high"]
-        said = "no difference in quality that this text can show" if alike else f"{fast['y'] - best['y']:+.2f} % PPL"
+        between = "the same rule"
+        if fast is not best:
+            between = _delta_text(point_delta(points[fast["record"]], points[best["record"]]))
         rows.append(
-            [group.title, f"{best['label']} ({best['y']:+.2f} %)", f"{fast['label']} ({fast['tpot']:.3f} ms)", said]
+            [
+                *(group.points[0].model["name"], group.text, group.slots),
+                *(f"{best['label']} ({best['y']:+.2f} %)", f"{fast['label']} ({fast['tpot']:.3f} ms)", between),
+            ]
         )
     if not rows:
         return None
-    header = ["model, text, slots", "least loss", "fastest", "the fastest against the least loss"]
-    lead = "For each model and text: the rule that loses least, the rule that is fastest, and what lies between them."
-    return Section("choice", "What to choose", lead, tables=[("", Table(header, rows, left=4))])
+    header = ["model", "text", "slots", "least loss", "fastest", "between, ΔPPL % [95 %]"]
+    lead = (
+        "A text that fits into the slots needs no rule: nothing is dropped. For longer ones, by model and text: the"
+        " rule that loses least against the baseline, the rule that is fastest, and what the fastest loses against the"
+        " other. An interval that holds zero says that the text shows no difference. The best of many rules was chosen"
+        " on the text that judges it."
+    )
+    return Section("choice", "What to choose", lead, tables=[("", Table(header, rows, left=5))])
 
 
 def short(record: Any) -> str:

@@ -164,7 +164,8 @@ class CliffLine:
     """A run of the newest grid with its ΔPPL and, with growth outside the cap, the decomposition of its loss."""
 
     run: CliffRun
-    # against strict at the same cap and positions; None for the control itself, or without one
+    # against strict at the same cap and positions, of strict itself with positions in the cache; None for that, or
+    # without a control
     delta: PairedDelta | None
     is_control: bool
     shares: CliffShares | None

@@ -95,6 +95,11 @@ class RecallRecord(StatusRecord):
     passages: dict[str, np.ndarray]
     curve: dict[str, Any] | None = None  # gain by token index in the passage, see `token_curve`; older records: None
 
+    @property
+    def label(self) -> str:
+        """The policy with its options, for tables."""
+        return str(self.policy["label"])
+
     @classmethod
     def check_own(cls, content: Mapping[str, Any], where: str) -> None:
         check_passages(content, where)

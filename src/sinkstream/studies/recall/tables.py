@@ -244,8 +244,8 @@ def select_recalls(
 ) -> list[RecallRecord]:
     """The newest complete record of each policy of a model at a cap, full cache first.
 
-    On the streams of the newest record, of those on which nothing was recalled if there are any; or with `pooled_at`,
-    of all texts with the layout of the newest record that has passages at that distance over cap.
+    On the streams with the most policies, the newest of equals, of those on which nothing was recalled if there are
+    any; or with `pooled_at`, of all texts with the layout of the newest record that has passages at that distance.
     """
     runs = [
         record
@@ -259,6 +259,10 @@ def select_recalls(
     else:
         recalled = {record.data["sha256"] for record in runs if "recall" in record.policy["options"]}
         plain = [record for record in runs if record.data["sha256"] not in recalled] or runs
-        kept = [record for record in plain if record.data["sha256"] == plain[-1].data["sha256"]]
+        streams: dict[str, set[str]] = {}
+        for record in reversed(plain):
+            streams.setdefault(record.data["sha256"], set()).add(record.label)
+        fullest = max(streams, key=lambda sha256: len(streams[sha256]), default=None)
+        kept = [record for record in plain if record.data["sha256"] == fullest]
     newest = {(record.policy["label"], record.data["name"]): record for record in kept}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")

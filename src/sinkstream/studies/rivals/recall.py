@@ -41,7 +41,7 @@ class RivalRecallRecord(StatusRecord):
 
 
 def rival_recall_table(rivals: Sequence[RivalRecallRecord], ours: Sequence[RecallRecord]) -> str:
-    """Markdown: the gain of a passage by distance, rivals and our policies on the streams of the newest rival.
+    """Markdown: the gain of a passage by distance, rivals and our policies, a table for each pair of streams.
 
     Parameters
     ----------
@@ -49,10 +49,13 @@ def rival_recall_table(rivals: Sequence[RivalRecallRecord], ours: Sequence[Recal
         All records, oldest first.
     """
     found = [r for r in rivals if has_model(r, MODEL) and r.protocol["cap"] == CAP]
-    if not any(r.status == "complete" for r in found):
-        return NONE_YET
-    streams = _streams(next(r for r in reversed(found) if r.status == "complete"))
-    newest = {r.rival["label"]: r for r in found if _streams(r) == streams}
+    streams = dict.fromkeys(_streams(r) for r in found if r.status == "complete")
+    return "\n\n".join(_table(one, found, ours) for one in streams) or NONE_YET
+
+
+def _table(streams: tuple[str, str, str], rivals: Sequence[RivalRecallRecord], ours: Sequence[RecallRecord]) -> str:
+    """Markdown of the newest record of each rival and of each of our policies on a pair of streams."""
+    newest = {r.rival["label"]: r for r in rivals if _streams(r) == streams}
     own = {r.policy["label"]: r for r in ours if r.status == "complete" and _streams(r) == streams}
     complete = [r for r in newest.values() if r.status == "complete"]
     shown: list[RivalRecallRecord | RecallRecord] = [*complete, *own.values()]

@@ -17,7 +17,6 @@ RIVAL_TABLES: Registry[Callable[[Sequence[Comparison]], str]] = Registry("table 
 RIVAL_HEADLINES: Registry[Callable[[Sequence[Comparison]], Headline | None]] = Registry("headline of rivals")
 
 MODEL, CAP = "SmolLM2-135M", 512
-PARENTS_TOO = "process_rss_peak"  # kind of a peak memory to which the process that starts a rival added its own
 HEADER = ["way", "positions", "peak slots", "PPL", f"ΔPPL of `{CONTROL}` against it, % [95 %]", "peak memory (MB)"]
 CPU_HEADER = [
     *("way", "computes in", "tokens", "load average", "ms a token, mean", "P50", "P90", "P99"),
@@ -77,9 +76,9 @@ def _rival_row(rival: RivalRecord, comparison: Comparison) -> list[str]:
 
 
 def _memory(record: Record | RivalRecord) -> str:
-    """Peak memory in MB; a dash where it is not known, or was taken of a process and of its parent before it."""
+    """Peak memory in MB; a dash where it is not known."""
     memory = record.summary["peak_memory_mb"]
-    return EMPTY if memory is None or record.summary["peak_memory_kind"] == PARENTS_TOO else f"{memory:,.0f}"
+    return EMPTY if memory is None else f"{memory:,.0f}"
 
 
 def _own_row(run: Record) -> list[str]:
@@ -136,7 +135,7 @@ def speed_tables(rivals: Sequence[RivalRecord]) -> str:
             [
                 rival.label,
                 *(f"{rival.summary['steady_tpot_ms'][name]:.2f}" for name in ("mean", "p50", "p90", "p99")),
-                f"{rival.summary['peak_memory_mb']:,.0f}",
+                _memory(rival),
             ]
             for rival in timed
         ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sinkstream.data import TokenStream
+from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.decoders import Decoder
 from sinkstream.measure.memory import held_mb
 from sinkstream.measure.timing import TokenClock, distribution
@@ -221,9 +221,9 @@ class ReplyBatch(ExamBatch[ReplyRecord]):
 def reply_stream(
     design: ReplyDesign, tokens: Callable[[int | None], TokenStream], tokenizer: PreTrainedTokenizerBase
 ) -> ReplyStream:
-    """Write a reply; `tokens` gives all tokens of a text, or the first so many, or raises ValueError if it is short."""
+    """Write a reply; `tokens` gives all tokens of a text, or the first so many, or raises ShortTextError."""
     try:
         text = tokens(design.tokens)
-    except ValueError:
+    except ShortTextError:
         text = tokens(None)
     return design.write(text, tokenizer)
