@@ -163,6 +163,7 @@ WRONG = [
     ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("/v1/chat/completions", {"messages": HI, "tool_choice": "required"}, 400, "tool_choice"),
     ("/v1/chat/completions", {"messages": HI, "colour": "red"}, 400, "colour"),
+    ("/v1/chat/completions", {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs"),
     ("/v1/chat/completions", {"messages": HI, "session_id": "sess_x"}, 404, None),
     ("/v1/chat/completions", b"{", 400, None),
     ("/v1/chat/completions", b"\xff\xfe", 400, None),
