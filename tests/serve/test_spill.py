@@ -43,7 +43,7 @@ def model():
 
 
 def wait_until(true: Callable[[], object]) -> None:
-    """Wait for something that other threads bring about; pytest's own limit ends a wait in vain."""
+    """Wait for something that other threads bring about."""
     while not true():
         time.sleep(0.01)
 
