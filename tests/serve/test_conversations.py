@@ -137,6 +137,18 @@ def test_the_first_eviction_is_told_once(client):
     assert len(told) == 1 and told[0][1] > 0
 
 
+def test_the_first_eviction_is_told_in_a_whole_reply_too(client):
+    """Also where the prompt itself pushes tokens out, before the reply."""
+    messages = [{"role": "system", "content": "Tell all"}, user("a long message " * 12)]
+    contexts = []
+    for _ in range(2):
+        answer = chat(client, messages)
+        contexts.append(answer.usage.model_extra["context"])
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user("again")]
+    assert [context["first_eviction"] for context in contexts] == [True, False]
+    assert contexts[0]["evicted"] > 0
+
+
 def test_without_a_system_prompt_the_first_tokens_are_the_sink(client, model):
     alone, messages = Alone(model, None), []
     for text in TEXTS[:6]:
