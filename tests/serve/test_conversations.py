@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from openai import NotFoundError
 from serving import BIAS, CAP, SYSTEM, Alone, client_of, loaded, make_service, served, user
 
 TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"] * 3
@@ -183,3 +184,17 @@ def test_fewer_pinned_slots_are_reserved_where_the_server_is_told_so():
             chat(client, [{"role": "system", "content": "x" * few}, user("hi")])
     with pytest.raises(ValueError, match=f"pinned=49 is not accepted; accepted: at most {CAP // 2}, half of the"):
         make_service(pinned=49)
+
+
+def test_a_session_that_was_found_by_its_messages_goes_on_by_its_id(client, model):
+    """Its id is told in `usage`; the last turn must not be taken for one that is asked again."""
+    first = chat(client, [SYSTEM, user("one")])
+    session = first.usage.model_extra["context"]["session"]
+    alone = Alone(model)
+    assert first.choices[0].message.content == alone.say("one")
+    second = chat(client, [user("two")], extra_body={"session_id": session})
+    assert second.choices[0].message.content == alone.say("two")
+    assert second.usage.model_extra["context"]["reused"] > len("<s>" + SYSTEM["content"]) + 8
+    assert session in [found["id"] for found in client.get("/sessions", cast_to=object)["data"]]
+    with pytest.raises(NotFoundError, match="previous response"):
+        client.responses.create(model=model.name, input="x", previous_response_id=chat(client, [user("z")]).id)

@@ -23,7 +23,7 @@ class ServeSettings:
     pinned: int | None = option(
         None,
         "most tokens of a session's system prompt and tools; their slots are beside the rest of the cap in every"
-        " resident session, and each step looks at them (default: half of the cap)",
+        " resident session (default: half of the cap)",
         minimum=4,
     )
     evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
