@@ -1,5 +1,7 @@
 """`attention_decode` against float64, token by token from unrotated keys: two frames, wrapped rings, query groups."""
 
+import copy
+
 import pytest
 import torch
 from ops_cases import HALF, IMPLEMENTATIONS, NEEDS_TRITON, TOLERANCE, error, on_implementations
@@ -125,3 +127,44 @@ def test_many_queries_are_combined_in_turns(implementation):
                 **ring((4, 128, 4, 7, 120)))  # fmt: skip
     expected, _ = case.expected()
     assert error(case.run(implementation, splits=16, tile=16, columns=64), expected) < TOLERANCE[torch.float16]
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("values", [*RINGS[:1], RINGS[3], RINGS[4], (4, 33, 0, 0, 1)])
+@pytest.mark.parametrize(("heads", "config"), [(NEOX, {"splits": 2}), (LLAMA, {"splits": 3, "stages": 2})])
+def test_visible_slots_alone_are_divided(values, heads, config):
+    case = Case(torch.float16, **heads, head_dim=64, rotary=16, **ring(values))
+    case.options["most_visible"] = values[2] + values[4]
+    expected, key = case.expected()
+    assert error(case.run("triton", tile=16, **config), expected) < TOLERANCE[torch.float16]
+    assert error(case.keys[:, :, case.slot], key) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_streams_that_see_more_or_less_share_a_grid(implementation):
+    """One is full, one has just begun, one sits the step out; alone and together they give the same bits."""
+    case = Case(torch.float16, **LLAMA, head_dim=64, rotary=16, **ring((20, 40, 4, 30, 36)), streams=3)
+    case.scalars[1] = torch.tensor([2, 2, 2, 3, 0, 0, 0, 0])
+    case.scalars[2] = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
+    case.keys.nan_to_num_(0.5), case.values.nan_to_num_(0.5)
+    case.options["most_visible"] = 40
+    full, before = case.expected()[0][0], (case.keys.clone(), case.values.clone())
+    together = case.run(implementation, splits=2, tile=16)
+    assert error(together[0], full) < TOLERANCE[torch.float16] and together.isfinite().all()
+    rows = ("qkv", "scalars", "rope")
+    for stream in range(3):
+        alone = copy.copy(case)
+        alone.keys, alone.values = (part[stream : stream + 1].clone() for part in before)
+        for name in rows:
+            setattr(alone, name, getattr(case, name)[stream : stream + 1])
+        assert torch.equal(alone.run(implementation, splits=2, tile=16)[0], together[stream])
+
+
+def test_too_few_visible_slots_are_noticed():
+    case = Case(torch.float16, **LLAMA, head_dim=64, rotary=64, **ring((4, 20, 4, 3, 20)))
+    case.options["most_visible"] = 25
+    with pytest.raises(ValueError, match="most_visible=25; accepted: 1 to 24"):
+        case.run("torch")
+    case.options["most_visible"] = 23
+    with pytest.raises(AssertionError, match="more than 23 slots"):
+        case.run("torch")

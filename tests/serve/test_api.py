@@ -147,6 +147,7 @@ def test_tokens_health_and_metrics(client, address):
 # ---- mistakes ----
 
 HI = [{"role": "user", "content": "hi"}]
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 WRONG = [
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", {}, 400, "messages"),
@@ -163,6 +164,9 @@ WRONG = [
     ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("/v1/chat/completions", {"messages": HI, "tool_choice": "required"}, 400, "tool_choice"),
     ("/v1/chat/completions", {"messages": HI, "colour": "red"}, 400, "colour"),
+    ("/v1/chat/completions", {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {"messages": [IMAGE]}, 400, "messages.0.content.0.type"),
+    ("/v1/chat/completions", {"messages": HI, "stop": ["x", ""]}, 400, "stop.1"),
     ("/v1/chat/completions", {"messages": HI, "session_id": "sess_x"}, 404, None),
     ("/v1/chat/completions", b"{", 400, None),
     ("/v1/chat/completions", b"\xff\xfe", 400, None),

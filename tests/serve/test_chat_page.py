@@ -81,9 +81,11 @@ def test_a_conversation_by_keyboard(address, browser, look):
     assert (int(red) + int(green) + int(blue) < 200) == (scheme == "dark")
     if folder := os.environ.get("SINKSTREAM_SCREENSHOTS"):
         tab.screenshot(path=str(Path(folder) / f"chat-{look}.png"))
-    count = tab.locator("article").count()
+    count, figures = tab.locator("article").count(), tab.inner_text("#figures")
     tab.click("#undo")
     _expect(tab.locator("article")).to_have_count(count - 2)
+    _expect(tab.locator("#figures")).not_to_have_text(figures)
+    assert "of 160 slots" in tab.inner_text("#figures") and " sent" not in tab.inner_text("#figures")
     tab.click("#reset")
     assert tab.locator("article").count() == 0
     assert not errors and all(url.startswith(address) for url in asked), "nobody but this server is asked"

@@ -69,5 +69,7 @@ def test_settings_are_checked():
         ServeSettings(evict="pages")
     with pytest.raises(ValueError, match=r"max_tokens=9 with max_tokens_limit=8 .* accepted: max_tokens of at most 8"):
         ServeSettings(max_tokens=9, max_tokens_limit=8)
-    assert ServeSettings(max_tokens=8, max_tokens_limit=8).max_tokens == 8
+    assert ServeSettings(max_tokens=8, max_tokens_limit=8).default_max_tokens == 8
+    assert ServeSettings(max_tokens_limit=100).default_max_tokens == 100, "a lower limit alone is accepted"
+    assert ServeSettings().default_max_tokens == 1024
     assert ServeSettings.of({"cap": 64, "colour": "red", "queue": None}).cap == 64

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from openai import NotFoundError
 from serving import BIAS, CAP, SYSTEM, Alone, client_of, loaded, make_service, served, user
 
 TEXTS = ["Hello you", "And then what?", "x", "Tell me about 12 foxes", "Why?", "a longer message, of some words"] * 3
@@ -137,6 +138,18 @@ def test_the_first_eviction_is_told_once(client):
     assert len(told) == 1 and told[0][1] > 0
 
 
+def test_the_first_eviction_is_told_in_a_whole_reply_too(client):
+    """Also where the prompt itself pushes tokens out, before the reply."""
+    messages = [{"role": "system", "content": "Tell all"}, user("a long message " * 12)]
+    contexts = []
+    for _ in range(2):
+        answer = chat(client, messages)
+        contexts.append(answer.usage.model_extra["context"])
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user("again")]
+    assert [context["first_eviction"] for context in contexts] == [True, False]
+    assert contexts[0]["evicted"] > 0
+
+
 def test_without_a_system_prompt_the_first_tokens_are_the_sink(client, model):
     alone, messages = Alone(model, None), []
     for text in TEXTS[:6]:
@@ -171,3 +184,17 @@ def test_fewer_pinned_slots_are_reserved_where_the_server_is_told_so():
             chat(client, [{"role": "system", "content": "x" * few}, user("hi")])
     with pytest.raises(ValueError, match=f"pinned=49 is not accepted; accepted: at most {CAP // 2}, half of the"):
         make_service(pinned=49)
+
+
+def test_a_session_that_was_found_by_its_messages_goes_on_by_its_id(client, model):
+    """Its id is told in `usage`; the last turn must not be taken for one that is asked again."""
+    first = chat(client, [SYSTEM, user("one")])
+    session = first.usage.model_extra["context"]["session"]
+    alone = Alone(model)
+    assert first.choices[0].message.content == alone.say("one")
+    second = chat(client, [user("two")], extra_body={"session_id": session})
+    assert second.choices[0].message.content == alone.say("two")
+    assert second.usage.model_extra["context"]["reused"] > len("<s>" + SYSTEM["content"]) + 8
+    assert session in [found["id"] for found in client.get("/sessions", cast_to=object)["data"]]
+    with pytest.raises(NotFoundError, match="previous response"):
+        client.responses.create(model=model.name, input="x", previous_response_id=chat(client, [user("z")]).id)

@@ -209,6 +209,16 @@ def test_a_full_disk_is_no_silence(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_server_that_has_ended_tells_nothing(tmp_path):
+    """/health may be asked while the server ends: the others would take it for one that is gone, for two minutes."""
+    beats = heartbeats.Heartbeats(tmp_path, lambda name: {"health": name})
+    beats.start()
+    assert [beat.name for beat in beats.read("health")] == [beats.name] and list(tmp_path.iterdir())
+    beats.stop()
+    assert [beat.text for beat in beats.read("health")] == [beats.name]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_session_that_is_written_while_the_folder_is_listed_is_not_taken_for_deleted(tmp_path, monkeypatch):
     """The thread of the disk writes it after the listing, and frees its claim."""
     files, session = SessionFiles(tmp_path, 10**9, shared=True), Session("me")

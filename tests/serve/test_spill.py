@@ -5,6 +5,9 @@ import os
 import signal
 import threading
 import time
+import weakref
+from collections.abc import Callable
+from http.client import HTTPConnection
 
 import processes
 import pytest
@@ -37,6 +40,12 @@ HEADER_WITHOUT_HASH = '{"session": {"owner": "me", "turns": []}, "stream": "S"}'
 @pytest.fixture(scope="module")
 def model():
     return loaded()
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    """Wait for something that other threads bring about."""
+    while not true():
+        time.sleep(0.01)
 
 
 def state(client, session: str) -> str:
@@ -279,6 +288,41 @@ def test_nobody_waits_for_a_disk_that_is_written(tmp_path, monkeypatch):
     spill.wait()
     assert spill.written(session.id) and files.read(session.id)[1] == b"123456"
     assert not spill.ready(session.id) or spill.get(session.id) == b"123456"
+
+
+def test_what_was_read_for_a_request_that_was_cancelled_is_let_go(model, tmp_path, monkeypatch):
+    class Data(bytearray):
+        """Bytes that a weak reference may be kept of."""
+
+    service = make_service(model, spill=tmp_path, resident=1, ram_mb=0)
+    files, read, asked, go, kept = service.store.spill.files, service.store.spill.files.read, [], threading.Event(), []
+
+    def slowly(key):
+        asked.append(key)
+        go.wait()
+        found = read(key)
+        if kept:
+            return found
+        data = Data(found[1])
+        kept.append(weakref.ref(data))
+        return found[0], data
+
+    with served(service) as address:
+        client = client_of(address)
+        session, other = opened(client), opened(client)
+        say(client, session, "one")
+        say(client, other, "two")  # the first session goes to disk
+        monkeypatch.setattr(files, "read", slowly)
+        gone = HTTPConnection(address.removeprefix("http://"))
+        body = {"messages": [user("three")], "session_id": session}
+        gone.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        wait_until(lambda: asked)
+        gone.close()
+        wait_until(lambda: not sum(service.scheduler.counts().values()))
+        go.set()
+        wait_until(lambda: kept)
+        wait_until(lambda: kept[0]() is None)  # a stream that nobody asks for is not in memory
+        assert say(client, session, "three") and asked == [session] * 2
 
 
 def test_a_stream_that_went_on_is_written_again(tmp_path):

@@ -51,6 +51,12 @@ from sinkstream.kernels.runtime import HALF_DTYPES, has_dependent_launch, multip
 MAX_GROUP = 16  # query heads of one key-value head
 
 
+def most_visible(state: StreamSpan) -> int | None:
+    """For `attention_decode`: where slots are often empty, because streams differ or sinks are reserved; else None."""
+    observed = state.queries is not None or state.scores is not None
+    return None if observed or (state.streams == 1 and not state.geometry.reserved) else state.geometry.most_visible
+
+
 def plan_sizes(state: StreamSpan) -> Sizes:
     """What a plan is fitted to: sizes of the model and its cache, and of the device."""
     g, spec, device = state.geometry, state.spec, state.device
@@ -97,6 +103,7 @@ class FusedDecode:
         self.ops = NEOX_OPS if self.neox else LLAMA_OPS
         self.paired = self.neox and 1 < state.streams <= MAX_STREAMS  # qkv and up-projection in one product
         self.use(default_plan(weights, state) if plan is None else plan)
+        self.most_visible = most_visible(state)
         spec, config = self.spec, cast(Any, self.spec.decoder.config)
         self.qkv_rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
         self.inv_freq = spec.rope.inv_freq.to(state.device)
@@ -192,7 +199,7 @@ class FusedDecode:
             attention_decode(
                 self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope,
                 query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots, order="per-head",
-                observed=self._observed[i], out=self.context, workspace=self.workspace,
+                most_visible=self.most_visible, observed=self._observed[i], out=self.context, workspace=self.workspace,
                 prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
                 **self._how("attention_up"),
             )  # fmt: skip
@@ -201,8 +208,8 @@ class FusedDecode:
             self.first, self.state.keys[i], self.state.values[i], self.state.scalars, self.rope, self.hidden,
             layer.weight_in[up], query_heads=self.spec.query_heads, pinned_slots=self.state.geometry.pinned_slots,
             order="per-head", norm_weight=layer.mlp_norm.weight, norm_bias=layer.mlp_norm.bias, eps=layer.mlp_norm.eps,
-            bias=layer.bias_in[up], observed=self._observed[i], out=self.context, linear_out=self.middle,
-            workspace=self.workspace, wait=self.rows_wait,
+            bias=layer.bias_in[up], most_visible=self.most_visible, observed=self._observed[i], out=self.context,
+            linear_out=self.middle, workspace=self.workspace, wait=self.rows_wait,
             prefetch=Prefetch.of_rows(layer.weight_out, self.plan["attention_up"].prefetch),
             **self._how("attention_up"),
         )  # fmt: skip
@@ -225,8 +232,9 @@ class FusedDecode:
         )
         attention_decode(
             self.first, state.keys[i], state.values[i], state.scalars, self.rope, query_heads=spec.query_heads,
-            pinned_slots=state.geometry.pinned_slots, order="blocks", observed=self._observed[i], out=self.context,
-            workspace=self.workspace, prefetch=self._gate_up_rows("attention", i), **norms, **self._how("attention"),
+            pinned_slots=state.geometry.pinned_slots, order="blocks", most_visible=self.most_visible,
+            observed=self._observed[i], out=self.context, workspace=self.workspace,
+            prefetch=self._gate_up_rows("attention", i), **norms, **self._how("attention"),
         )  # fmt: skip
 
     def _o(self, i: int) -> None:

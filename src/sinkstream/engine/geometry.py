@@ -43,6 +43,8 @@ class Geometry:
         Whether positions are indices in the stream instead of places in the cache.
     framed : int
         Slots of the frame of recalled tokens, its copies of the sinks included; 0 without recall.
+    reserved : int
+        Those of `sink` that the policy itself does not use: a stream with more sinks sees as much less of the ring.
     """
 
     sink: int
@@ -50,6 +52,7 @@ class Geometry:
     ring: int
     original: bool
     framed: int = 0
+    reserved: int = 0
 
     @classmethod
     def of(
@@ -64,7 +67,8 @@ class Geometry:
         """
         sink = policy.sink if max_sink is None else max_sink
         framed = sink + recall_slots if recall_slots else 0
-        return cls(sink, policy.refresh, max(1, policy.peak - policy.sink), positions == "original", framed)
+        ring, original = max(1, policy.peak - policy.sink), positions == "original"
+        return cls(sink, policy.refresh, ring, original, framed, sink - policy.sink)
 
     @property
     def bare(self) -> "Geometry":
@@ -75,6 +79,11 @@ class Geometry:
     def pinned_slots(self) -> int:
         """Slots in front of the ring."""
         return self.framed + self.sink + self.refresh
+
+    @property
+    def most_visible(self) -> int:
+        """The most slots that a query sees."""
+        return self.slots - self.reserved
 
     @property
     def slots(self) -> int:

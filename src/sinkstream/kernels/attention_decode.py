@@ -10,11 +10,13 @@ import math
 
 import torch
 
+from sinkstream.kernels.attention_decode_twin import attention_decode_twin
 from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
     count_programs,
     default_attention,
+    live_programs,
     several_attention,
 )
 from sinkstream.kernels.observed import NOT_OBSERVED, Observed
@@ -62,90 +64,103 @@ def attend_split(
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, LIVE: tl.constexpr, NEXT: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What program (split, key-value head, stream) does. Its G queries share every key and value that is read.
 
     The first `ring_programs` splits serve the ring, the others the pinned slots; the last one also the new token.
+    LIVE: the slots that are visible are divided, oldest first, instead of all slots; programs that are left over end.
     QUERIES: the first one keeps the rotated queries. SCORES: every program keeps the scores of its slots.
     """
     which = stream * kv_heads + head
     if PDL and not LATE:
         gdc_launch_dependents()
-    in_ring = split < ring_programs
     slot, pinned = tl.load(scalar_ptr + stream * 8), tl.load(scalar_ptr + stream * 8 + 3)
     first, length = tl.load(scalar_ptr + stream * 8 + 4), tl.load(scalar_ptr + stream * 8 + 5)
-    first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
-    offset = tl.where(in_ring, pinned_slots, 0)
-    size = tl.where(in_ring, ring, pinned_slots)
-    base = which.to(tl.int64) * slots
-    keys, values = key_ptr + (base + offset) * D, value_ptr + (base + offset) * D
-    start = (split - tl.where(in_ring, 0, ring_programs)) * per
-    end, skip = tl.minimum(start + per, size), slot - offset
-    k, v, seen = load_slots(
-        keys, values, start, end if STAGES == 0 else start, first, length, size, skip, C, D, BT
-    )  # fmt: skip
-    if NEXT:
-        share = (which * programs + split).to(tl.int64)
-        prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
-        prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
-    if PDL:
-        gdc_wait()
-    row = qkv_ptr + stream * qkv_stride
-    window = rope_ptr + stream * 2 * RD
-    rope = window + tl.where(in_ring, 0, RD)
-    QR: tl.constexpr = 16 if DOT else 1
-    q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
-    new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
-    if QUERIES:  # noqa: SIM102  (known when the kernel is compiled)
-        if split == 0:
-            place = tl.maximum(tl.load(scalar_ptr + stream * 8 + 7), 0)
-            g, columns = tl.arange(0, QR)[:, None], tl.arange(0, C)[None, :]
-            kept_query = query_ptr + ((which.to(tl.int64) * G + g) * kept + place) * D + columns
-            for c in tl.static_range(D // C):
-                tl.store(kept_query + c * C, q[c].to(query_ptr.dtype.element_ty), mask=(g < G) & (columns < D))
-    score_row = score_ptr
-    if SCORES:
-        score_row = score_ptr + which.to(tl.int64) * G * slots + offset
-    newest = split == programs - 1
-    if DOT:  # loaded along with the query; without matrix units registers are too few for that
-        new_k, kept_k, new_v = load_newest(
-            new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
+    if LIVE:
+        of_ring = tl.cdiv(length, per)
+        live = of_ring + tl.maximum(tl.cdiv(pinned, per), 1)
+    else:
+        of_ring, live = ring_programs, programs
+    alive = split < live if LIVE else True
+    if alive:
+        in_ring = split < of_ring
+        first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
+        offset = tl.where(in_ring, pinned_slots, 0)
+        size = tl.where(in_ring, ring, pinned_slots)
+        base = which.to(tl.int64) * slots
+        keys, values = key_ptr + (base + offset) * D, value_ptr + (base + offset) * D
+        start = (split - tl.where(in_ring, 0, of_ring)) * per
+        end, skip = tl.minimum(start + per, length if LIVE else size), slot - offset
+        k, v, seen = load_slots(
+            keys, values, start, end if STAGES == 0 else start, first, length, size, skip, C, D, BT, LIVE
         )  # fmt: skip
-    m, s, a = online_softmax_init(16 if DOT else BT, C, D)
-    m, s, a = online_softmax_run(
-        k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, score_row, slots, G, C, D,
-        BT, TILES, STAGES, DOT, KIND, SCORES,
-    )  # fmt: skip
-    if PDL and LATE:
-        gdc_launch_dependents()
-    if not DOT:
-        m, s, a = gather_rows(m, s, a)
-    if newest:
-        if not DOT:
+        if NEXT:
+            share = (which * programs + split).to(tl.int64)
+            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
+            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
+        if PDL:
+            gdc_wait()
+        row = qkv_ptr + stream * qkv_stride
+        window = rope_ptr + stream * 2 * RD
+        rope = window + tl.where(in_ring, 0, RD)
+        QR: tl.constexpr = 16 if DOT else 1
+        q = load_rotated(row + head * G * Q_STEP, G, Q_STEP, rope, qn_ptr, eps, KIND, QR, C, D, RD, NORM, SIZE)
+        new_key, new_value = row + K_BASE + head * KV_STEP, row + V_BASE + head * KV_STEP
+        if QUERIES:  # noqa: SIM102  (known when the kernel is compiled)
+            if split == 0:
+                place = tl.maximum(tl.load(scalar_ptr + stream * 8 + 7), 0)
+                g, columns = tl.arange(0, QR)[:, None], tl.arange(0, C)[None, :]
+                kept_query = query_ptr + ((which.to(tl.int64) * G + g) * kept + place) * D + columns
+                for c in tl.static_range(D // C):
+                    tl.store(kept_query + c * C, q[c].to(query_ptr.dtype.element_ty), mask=(g < G) & (columns < D))
+        score_row = score_ptr
+        if SCORES:
+            score_row = score_ptr + which.to(tl.int64) * G * slots + offset
+        newest = split == live - 1
+        if DOT:  # loaded along with the query; without matrix units registers are too few for that
             new_k, kept_k, new_v = load_newest(
                 new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
             )  # fmt: skip
-        place = (base + slot) * D + tl.arange(0, C)[None, :]
-        for c in tl.static_range(D // C):
-            tl.store(key_ptr + place + c * C, kept_k[c].to(key_ptr.dtype.element_ty))
-            tl.store(value_ptr + place + c * C, new_v[c].to(value_ptr.dtype.element_ty))
-        z = newest_scores(q, new_k, scale)
-        if SCORES:
-            g = tl.arange(0, QR)
-            tl.store(score_ptr + (which.to(tl.int64) * G + g) * slots + slot, z, mask=g < G)
-        m, s, a = online_softmax_update_new(z, new_v, m, s, a)
-    part = part_ptr + which.to(tl.int64) * programs * (G * D + 2 * G)
-    store_partial(part + split * (G * D + 2 * G), m, s, a, QR, G, C, D)
-    tl.debug_barrier()
-    if tl.atomic_add(count_ptr + which, 1, sem="acq_rel") == programs - 1:
+        m, s, a = online_softmax_init(16 if DOT else BT, C, D)
+        m, s, a = online_softmax_run(
+            k, v, seen, keys, values, start, end, first, length, size, skip, q, scale, m, s, a, score_row, slots,
+            G, C, D, BT, TILES, STAGES, DOT, KIND, SCORES, LIVE,
+        )  # fmt: skip
+        if PDL and LATE:
+            gdc_launch_dependents()
+        if not DOT:
+            m, s, a = gather_rows(m, s, a)
+        if newest:
+            if not DOT:
+                new_k, kept_k, new_v = load_newest(
+                    new_key, new_value, newest, rope, window, kn_ptr, eps, C, D, RD, NORM, SIZE
+                )  # fmt: skip
+            place = (base + slot) * D + tl.arange(0, C)[None, :]
+            for c in tl.static_range(D // C):
+                tl.store(key_ptr + place + c * C, kept_k[c].to(key_ptr.dtype.element_ty))
+                tl.store(value_ptr + place + c * C, new_v[c].to(value_ptr.dtype.element_ty))
+            z = newest_scores(q, new_k, scale)
+            if SCORES:
+                g = tl.arange(0, QR)
+                tl.store(score_ptr + (which.to(tl.int64) * G + g) * slots + slot, z, mask=g < G)
+            m, s, a = online_softmax_update_new(z, new_v, m, s, a)
+        part = part_ptr + which.to(tl.int64) * programs * (G * D + 2 * G)
+        store_partial(part + split * (G * D + 2 * G), m, s, a, QR, G, C, D)
         tl.debug_barrier()
-        sums = sum_ptr
-        if SCORES:
-            sums = sum_ptr + which * G
-        combine(part, out_ptr + stream * out_stride + head * G * D, sums, programs, G, GC, D, SP, SIZE, SCORES)
-        tl.store(count_ptr + which, 0)
+        if tl.atomic_add(count_ptr + which, 1, sem="acq_rel") == live - 1:
+            tl.debug_barrier()
+            sums = sum_ptr
+            if SCORES:
+                sums = sum_ptr + which * G
+            combine(part, out_ptr + stream * out_stride + head * G * D, sums, live, G, GC, D, SP, SIZE, SCORES)
+            tl.store(count_ptr + which, 0)
+    else:
+        if NEXT:
+            share = (which * programs + split).to(tl.int64)
+            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
+            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
 
 
 @jit
@@ -156,8 +171,8 @@ def _attention_decode_kernel(
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, Q_STEP: tl.constexpr, K_BASE: tl.constexpr,
     V_BASE: tl.constexpr, KV_STEP: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, SP: tl.constexpr, SIZE: tl.constexpr, GC: tl.constexpr,
-    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, NEXT: tl.constexpr, LATE: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, QUERIES: tl.constexpr, SCORES: tl.constexpr, LIVE: tl.constexpr, NEXT: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, key-value head, stream)."""
     attend_split(
@@ -166,7 +181,7 @@ def _attention_decode_kernel(
         query_ptr, score_ptr, sum_ptr, kept, qkv_stride, out_stride, slots, pinned_slots, ring, per, ring_programs,
         scale, eps, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
         G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, QUERIES,
-        SCORES, NEXT, LATE, PDL,
+        SCORES, LIVE, NEXT, LATE, PDL,
     )  # fmt: skip
 
 
@@ -198,6 +213,7 @@ def attention_decode(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    most_visible: int | None = None,
     out: torch.Tensor | None = None,
     observed: Observed = NOT_OBSERVED,
     workspace: Workspace | None = None,
@@ -229,6 +245,9 @@ def attention_decode(
         Of `qkv`: q, k, v of head 0, of head 1, ... (GPT-NeoX), or all q, all k, all v.
     q_norm, k_norm : Tensor, (head_dim,), optional
         RMSNorm of queries and keys before the rotation, with `eps` (Qwen3).
+    most_visible : int, optional
+        The most slots that a query sees, the new token's included. With it the programs divide what a stream sees now
+        instead of all slots, so that slots that hold nothing cost nothing; not together with `observed`.
     out : Tensor, (streams, query_heads * head_dim), optional
     observed : Observed
         What is kept of the queries and their attention; default: nothing.
@@ -254,9 +273,10 @@ def attention_decode(
         "out", out, (streams, query_heads * head_dim), dtypes=FLOAT_DTYPES, device=keys.device, contiguous=False
     )
     observed.check(keys, query_heads)
+    check_most_visible(most_visible, keys, observed)
     rest = (query_heads, pinned_slots, order, q_norm, k_norm, eps)
     if not use_triton(implementation, qkv):
-        return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest, observed))
+        return out.copy_(attention_decode_twin(qkv, keys, values, scalars, rope, *rest, observed, most_visible))
     if config is None:
         sizes = head_dim, slots - pinned_slots, pinned_slots
         if streams > 1 and query_heads == kv_heads:
@@ -264,11 +284,11 @@ def attention_decode(
         else:
             config = default_attention(query_heads // kv_heads, *sizes)
     grid, arguments, constants = launch_arguments(
-        qkv, keys, values, scalars, rope, *rest, out, observed, workspace, config
+        qkv, keys, values, scalars, rope, *rest, out, observed, workspace, config, most_visible
     )
     launch(
         _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
-        NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+        LIVE=most_visible is not None, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -307,58 +327,19 @@ def check_inputs(qkv, keys, values, scalars, rope, query_heads, pinned_slots, or
             check_tensor(name, weight, (head_dim,), dtypes=FLOAT_DTYPES, device=device)
 
 
+def check_most_visible(most_visible: int | None, keys: torch.Tensor, observed: Observed) -> None:
+    """Check `most_visible` for an op on these keys. Raises ValueError."""
+    if most_visible is None:
+        return
+    if not 1 <= most_visible <= keys.shape[2]:
+        raise ValueError(f"most_visible={most_visible}; accepted: 1 to {keys.shape[2]}, the slots that there are")
+    if any(observed.constants.values()):
+        raise ValueError("most_visible where attention is observed; accepted: None, so that every slot is written")
+
+
 def slot_stride(keys: torch.Tensor) -> int:
     """From one head of keys (streams, kv_heads, slots, head_dim) to the next, in slots."""
     return keys.shape[2] if keys.is_contiguous() else keys.stride(1) // keys.shape[3]
-
-
-def split_qkv(qkv, query_heads: int, kv_heads: int, head_dim: int, order: str):
-    """Views of queries (streams, query_heads, head_dim), keys and values (streams, kv_heads, head_dim)."""
-    if order == "per-head":
-        return qkv.unflatten(1, (query_heads, 3, head_dim)).unbind(2)
-    return qkv.unflatten(1, (-1, head_dim)).split((query_heads, kv_heads, kv_heads), 1)
-
-
-def attention_decode_twin(
-    qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, q_norm, k_norm, eps, observed=NOT_OBSERVED
-) -> torch.Tensor:
-    """The twin of the kernel: plain PyTorch in float32 (float64 for float64 inputs), result in that precision."""
-    work = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    streams, kv_heads, slots, head_dim = keys.shape
-    q, k, v = (part.to(work) for part in split_qkv(qkv, query_heads, kv_heads, head_dim, order))
-    if q_norm is not None:
-        q, k = (
-            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * w.to(work) for x, w in ((q, q_norm), (k, k_norm))
-        )
-    window, frame = (tuple(rope[:, i, j, None].to(work) for j in (0, 1)) for i in (0, 1))
-    which, slot = torch.arange(streams, device=keys.device), scalars[:, 0].long()
-    keys[which, :, slot] = _rotate(k, *window).to(keys.dtype)
-    values[which, :, slot] = v.to(values.dtype)
-    index = torch.arange(slots, device=keys.device)
-    ring = slots - pinned_slots
-    age = (index - pinned_slots - scalars[:, 4:5]) % ring
-    seen = torch.where(index < pinned_slots, index < scalars[:, 3:4], age < scalars[:, 5:6])
-    seen = seen | (index == slot[:, None])
-    wide = keys.to(work)
-    scores = torch.cat(
-        [
-            _rotate(q, *angles).unflatten(1, (kv_heads, -1)) @ part.transpose(2, 3)
-            for angles, part in ((frame, wide[:, :, :pinned_slots]), (window, wide[:, :, pinned_slots:]))
-        ],
-        dim=-1,
-    )
-    scores = (scores * head_dim**-0.5).masked_fill(~seen[:, None, None], float("-inf"))
-    observed.keep(_rotate(q, *window), scores, scalars)
-    weights = scores.softmax(-1)
-    visible = values.to(work).masked_fill(~seen[:, None, :, None], 0.0)
-    return (weights @ visible).flatten(1)
-
-
-def _rotate(x, cos, sin):
-    """Rotate the first 2 * len(cos) columns: pairs are (i, i + half)."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def launch_arguments(
@@ -377,6 +358,7 @@ def launch_arguments(
     observed,
     workspace,
     config,
+    most_visible=None,
 ) -> tuple[tuple[int, int, int], list, dict]:
     """Grid (splits, key-value heads, streams), arguments and constants of `attend_split`, prefetches left out.
 
@@ -406,6 +388,8 @@ def launch_arguments(
         raise ValueError(f"head_dim={head_dim}; accepted by the kernel: multiples of 16")
     per, ring_programs, pinned_programs = count_programs(config.splits, ring, pinned_slots)
     programs = ring_programs + pinned_programs
+    if most_visible is not None:
+        programs = min(programs, live_programs(per, most_visible))
     if programs > MAX_SPLITS:
         raise ValueError(
             f"{programs} programs for {ring} ring and {pinned_slots} pinned slots; accepted: at most {MAX_SPLITS},"

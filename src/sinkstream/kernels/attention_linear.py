@@ -57,7 +57,7 @@ def _attention_linear_kernel(
             scale, head_eps,
             next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
             G, D, C, RD, Q_STEP, K_BASE, V_BASE, KV_STEP, NORM, BT, TILES, STAGES, DOT, SP, SIZE, GC, KIND, QUERIES,
-            SCORES, False, LATE, PDL,
+            SCORES, False, False, LATE, PDL,
         )  # fmt: skip
     else:
         norm_linear_tiles(
@@ -89,6 +89,7 @@ def attention_linear(
     eps: float = 1e-5,
     norm: str = "layer",
     activation: str = "gelu",
+    most_visible: int | None = None,
     out: torch.Tensor | None = None,
     linear_out: torch.Tensor | None = None,
     observed: Observed = NOT_OBSERVED,
@@ -108,6 +109,8 @@ def attention_linear(
     x, weight, norm_weight, norm_bias, bias, eps, norm
         As in `norm_linear`.
     activation : {"none", "gelu"}
+    most_visible : int, optional
+        As in `attention_decode`, of several streams. One stream divides all slots: the kernel has no registers left.
     linear_out : Tensor, (streams, rows), optional
         Result of the linear layer.
     wait : bool
@@ -130,8 +133,9 @@ def attention_linear(
         raise ValueError(f"activation={activation!r} in a kernel with attention; accepted: none, gelu")
     if len(qkv) > 1 or not use_triton(implementation, qkv):
         out = attention_decode(
-            qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order, out=out,
-            observed=observed, workspace=workspace, pdl=pdl, implementation=implementation,
+            qkv, keys, values, scalars, rope, query_heads=query_heads, pinned_slots=pinned_slots, order=order,
+            most_visible=most_visible, out=out, observed=observed, workspace=workspace, pdl=pdl,
+            implementation=implementation,
         )  # fmt: skip
         linear_out = norm_linear(
             x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, eps=eps, norm=norm,

@@ -335,6 +335,11 @@ def count_programs(splits: int, ring: int, pinned_slots: int) -> tuple[int, int,
     return per, -(-ring // per), max(1, -(-pinned_slots // per))
 
 
+def live_programs(per: int, most_visible: int) -> int:
+    """Programs of `per` slots for any `most_visible` slots: the last one of ring, and of pinned slots, is not full."""
+    return -(-most_visible // per) + 1
+
+
 def default_prefill(tokens: int, heads: int, head_dim: int, processors: int) -> PrefillConfig:
     """What `attention_prefill` uses: tall tiles where they fill the device; a short chunk splits the keys instead.
 

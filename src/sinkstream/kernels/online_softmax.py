@@ -56,14 +56,23 @@ def load_newest(
 
 
 @jit
-def load_slots(keys, values, start, end, first, length, ring, skip, C: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
+def load_slots(
+    keys, values, start, end, first, length, ring, skip, C: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
+    LIVE: tl.constexpr,
+):  # fmt: skip
     """Keys and values of BT slots in column chunks (BT, C), and which slots are visible; others are not read.
 
-    A slot is visible if (slot - first) mod ring < length; `skip` is where the new token is being written.
+    A slot is visible if (slot - first) mod ring < length; `skip` is where the new token is being written. `start` and
+    `end` are slots; with LIVE they are visible ones, counted from the oldest on.
     """
-    slots = start + tl.arange(0, BT)
-    age = tl.where(slots < first, slots - first + ring, slots - first)
-    seen = (slots < end) & (age < length) & (slots != skip)
+    index = start + tl.arange(0, BT)
+    if LIVE:
+        slots = tl.where(index < ring - first, index + first, index + first - ring)
+        seen = (index < end) & (slots != skip)
+    else:
+        slots = index
+        age = tl.where(slots < first, slots - first + ring, slots - first)
+        seen = (slots < end) & (age < length) & (slots != skip)
     place = slots[:, None] * D + tl.arange(0, C)[None, :]
     k = ()
     v = ()
@@ -174,7 +183,7 @@ def keep_scores(row, z, first, end, skip, stride, G: tl.constexpr, BT: tl.conste
 def online_softmax_run(
     k, v, seen, keys, values, start, end, first, length, ring, skip, q, scale, m, s, a, score_row, score_stride,
     G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, KIND: tl.constexpr, SCORES: tl.constexpr,
+    DOT: tl.constexpr, KIND: tl.constexpr, SCORES: tl.constexpr, LIVE: tl.constexpr,
 ):  # fmt: skip
     """All tiles of one program. Without STAGES k and v hold the first tile, and the next one is in flight.
 
@@ -182,7 +191,7 @@ def online_softmax_run(
     """
     if STAGES > 0:
         for t in tl.range(0, TILES, num_stages=STAGES):
-            k, v, seen = load_slots(keys, values, start + t * BT, end, first, length, ring, skip, C, D, BT)
+            k, v, seen = load_slots(keys, values, start + t * BT, end, first, length, ring, skip, C, D, BT, LIVE)
             z = tile_scores(q, k, seen, scale, DOT, KIND)
             if SCORES:
                 keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)
@@ -191,7 +200,9 @@ def online_softmax_run(
         for t in tl.static_range(TILES):
             old_k, old_v, old_seen = k, v, seen
             if t + 1 < TILES:
-                k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
+                k, v, seen = load_slots(
+                    keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT, LIVE
+                )
             z = tile_scores(q, old_k, old_seen, scale, DOT, KIND)
             if SCORES:
                 keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)
@@ -199,7 +210,7 @@ def online_softmax_run(
     else:
         for t in tl.range(0, TILES):
             old_k, old_v, old_seen = k, v, seen
-            k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT)
+            k, v, seen = load_slots(keys, values, start + (t + 1) * BT, end, first, length, ring, skip, C, D, BT, LIVE)
             z = tile_scores(q, old_k, old_seen, scale, DOT, KIND)
             if SCORES:
                 keep_scores(score_row, z, start + t * BT, end, skip, score_stride, G, BT, DOT)

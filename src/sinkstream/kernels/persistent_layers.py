@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkstream.kernels.attention_decode import attention_decode_twin
+from sinkstream.kernels.attention_decode_twin import attention_decode_twin
 from sinkstream.kernels.config import PersistentConfig, count_programs
 from sinkstream.kernels.norm_linear import norm_linear_twin
 from sinkstream.kernels.persistent_kernel import persistent_layers_kernel

@@ -2,7 +2,8 @@
 
 import torch
 
-from sinkstream.kernels.attention_decode import ORDERS, split_qkv
+from sinkstream.kernels.attention_decode import ORDERS
+from sinkstream.kernels.attention_decode_twin import split_qkv
 from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
 TOKENS = 16  # of one program

@@ -116,6 +116,21 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
+def _furthest(errors: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Place and message of the first error; of a field of several types, what is wrong with the type that fits best."""
+    if errors[0]["type"] == "json_invalid":
+        return "", errors[0]["msg"]
+    places = [[str(part) for part in error["loc"] if not _is_type(part)] for error in errors]
+    same = [i for i, place in enumerate(places) if place[: len(places[0])] == places[0]]
+    best = max(same, key=lambda i: len(places[i]))
+    return ".".join(places[best]), errors[best]["msg"]
+
+
+def _is_type(part: str | int) -> bool:
+    """Whether a part of an error's place names a type of several and not a field."""
+    return part == "body" or (isinstance(part, str) and (part.removeprefix("constrained-") == "str" or "[" in part))
+
+
 def _add_errors(app: FastAPI) -> None:
     def response(error: APIError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
@@ -126,10 +141,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        invalid_json = first["type"] == "json_invalid"
-        place = "" if invalid_json else ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{place or 'the body'}: {first['msg']}"
+        place, said = _furthest(error.errors())
+        message = f"{place or 'the body'}: {said}"
         return response(invalid(message, place or None, "invalid_request"))
 
     @app.exception_handler(HTTPException)

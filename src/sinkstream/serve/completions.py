@@ -31,6 +31,8 @@ async def chat_completions(body: ChatRequest, request: Request, who: Owner, serv
         check_model(service, body.model)
     if body.response_format and body.response_format.get("type") != "text":
         raise invalid("response_format is not served; accepted: text", "response_format", "unsupported_value")
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs without logprobs; accepted: with logprobs=true", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     reply = reply_options(body, service.settings, service.vocab, logprobs)
     call = Call(
@@ -210,7 +212,7 @@ def usage_of(done: list[Done]) -> dict[str, Any]:
 async def _answer(shape: Shape, body: Sampling, calls: list[Call], request: Request, service: Service):
     listener = Listener(service, calls, whole=not body.stream)
     try:
-        await listener.first()
+        await listener.first(request)
         if not body.stream:
             return shape.whole(await listener.all(request))
     except BaseException:

@@ -85,9 +85,9 @@ class Conversations:
             self._unfeed(session, lane, reused, turns)
             raise
         self._note_messages(session, plan.new, "" if call.reply is None else None)
-        context = self._tell(plan, len(fed), reused, emit)
+        before = self._tell(plan, len(fed), reused, emit)
         if call.reply is None:
-            return Done(reused + len(fed), reused, 0, context)
+            return Done(reused + len(fed), reused, 0, before)
         if not lane.seen:
             raise invalid("the prompt is empty; accepted: at least one token", "prompt")
         options, texts, written = call.reply, {}, 0
@@ -115,6 +115,7 @@ class Conversations:
                 if index == 0:
                     self._note_reply(call, session, lane, reply)
         context = self._tell(plan, len(fed), reused, emit)
+        context = replace(context, first_eviction=before.first_eviction or context.first_eviction)
         return Done(reused + len(fed), reused, written, context, texts)
 
     def _pin(self, plan: Plan, emit: Emit) -> Generator[str | None, None, Done]:

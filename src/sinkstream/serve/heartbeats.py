@@ -59,7 +59,7 @@ class Heartbeats:
     def __init__(self, folder: Path, tell: Callable[[str], dict[str, str]]):
         self.name = secrets.token_hex(4)
         self._folder, self._tell = folder, tell
-        self._ends = threading.Event()
+        self._ends, self._files = threading.Event(), threading.Lock()
         self._writer: threading.Thread | None = None
 
     def start(self) -> None:
@@ -73,8 +73,9 @@ class Heartbeats:
         self._ends.set()
         if self._writer is not None:
             self._writer.join()
-        for path in self._folder.glob(f"{self.name}.*"):
-            path.unlink(missing_ok=True)
+        with self._files:
+            for path in self._folder.glob(f"{self.name}.*"):
+                path.unlink(missing_ok=True)
 
     def read(self, ending: str) -> list[Heartbeat]:
         """What all servers have told, this one first, which tells it now; also those that are gone, for a while."""
@@ -104,13 +105,16 @@ class Heartbeats:
             self._write()
 
     def _write(self) -> dict[str, str]:
-        """Write what is to be told now; returns it."""
+        """Write what is to be told now, but for a server that has ended; returns it."""
         texts = self._tell(self.name)
-        for ending, text in texts.items():
-            try:
-                write_atomically(self._path(ending), text)
-            except WriteError as error:
-                log.warning("what this server tells the others could not be written: %s", error)
-                with suppress(OSError):  # what was written last is told again: a full disk is no silence
-                    os.utime(self._path(ending))
+        with self._files:
+            if self._ends.is_set():
+                return texts
+            for ending, text in texts.items():
+                try:
+                    write_atomically(self._path(ending), text)
+                except WriteError as error:
+                    log.warning("what this server tells the others could not be written: %s", error)
+                    with suppress(OSError):  # what was written last is told again: a full disk is no silence
+                        os.utime(self._path(ending))
         return texts

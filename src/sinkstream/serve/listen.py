@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from starlette.requests import Request
 
@@ -50,9 +51,13 @@ class Listener:
         for job in self._jobs:
             job.cancel()
 
-    async def first(self) -> Event:
-        """The first event. Raises APIError if the request is refused."""
-        await self._some()
+    async def first(self, request: Request) -> Event:
+        """The first event. Raises APIError if the request is refused, or its client goes away before."""
+        try:
+            await _unless_gone(request, self._some())
+        except BaseException:
+            self.cancel()
+            raise
         event = self._pending.popleft()
         if isinstance(event, Failed):
             self.cancel()
@@ -77,7 +82,6 @@ class Listener:
 
     async def all(self, request: Request) -> list[Event]:
         """All events, unless the client goes away meanwhile. Raises APIError if the request fails."""
-        gone = asyncio.create_task(_disconnected(request))
         heard: list[Event] = []
 
         async def hear() -> None:
@@ -86,16 +90,10 @@ class Listener:
                     raise events[-1].error
                 heard.extend(events)
 
-        hearing = asyncio.create_task(hear())
         try:
-            await asyncio.wait({gone, hearing}, return_when=asyncio.FIRST_COMPLETED)
-            if not hearing.done():
-                raise APIError(499, "the client has gone", code="client_gone")
-            hearing.result()
+            await _unless_gone(request, hear())
             return heard
         finally:
-            gone.cancel()
-            hearing.cancel()
             self.cancel()
 
     # ---- in the event loop ----
@@ -144,6 +142,19 @@ def joined(pieces: Sequence[TextPiece]) -> TextPiece:
         return pieces[0]
     text, logprobs = "".join(piece.text for piece in pieces), tuple(one for piece in pieces for one in piece.logprobs)
     return TextPiece(pieces[0].index, text, logprobs)
+
+
+async def _unless_gone(request: Request, hearing: Coroutine[Any, Any, None]) -> None:
+    """Hear something. Raises APIError if the client goes away meanwhile."""
+    gone, heard = asyncio.create_task(_disconnected(request)), asyncio.create_task(hearing)
+    try:
+        await asyncio.wait({gone, heard}, return_when=asyncio.FIRST_COMPLETED)
+        if not heard.done():
+            raise APIError(499, "the client has gone", code="client_gone")
+        heard.result()
+    finally:
+        gone.cancel()
+        heard.cancel()
 
 
 async def _disconnected(request: Request) -> None:

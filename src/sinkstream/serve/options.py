@@ -37,7 +37,7 @@ def reply_options(request: Sampling, settings: ServeSettings, vocab: int, logpro
     """How the reply to a chat or completion is written."""
     fields = request.model_dump()
     stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
-    most = fields.get("max_completion_tokens") or request.max_tokens or settings.max_tokens
+    most = fields.get("max_completion_tokens") or request.max_tokens or settings.default_max_tokens
     return ReplyOptions(
         sampler=sampler_of(fields, vocab),
         max_tokens=most,
@@ -52,7 +52,7 @@ def reply_options(request: Sampling, settings: ServeSettings, vocab: int, logpro
 def response_options(request: ResponseRequest, settings: ServeSettings, vocab: int) -> ReplyOptions:
     """How a response is written."""
     fields = {"temperature": request.temperature, "top_p": request.top_p}
-    most = request.max_output_tokens or settings.max_tokens
+    most = request.max_output_tokens or settings.default_max_tokens
     return ReplyOptions(sampler=sampler_of(fields, vocab), max_tokens=most, seed=_seed(None))
 
 

@@ -141,6 +141,7 @@ class Planner:
         if lane is None:
             return None
         try:
+            self._note_known(call, session)
             place = {digest: i for i, digest in enumerate(digests)}
             if turn is not None:
                 return self._plan_again(session, lane, turn, messages, replies)
@@ -161,6 +162,11 @@ class Planner:
         if call.previous is not None:
             return self.store.by_response(call.owner, call.previous)
         return self.store.find(call.owner, digests, self.residence.busy, call.found_by), None
+
+    def _note_known(self, call: Call, session: Session) -> None:
+        """A client that names a session sends what is new from now on, whatever it sent before."""
+        if call.session is not None:
+            session.found_by = "id"
 
     def _branch(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
         """A copy of a session, to go on before one of its turns."""
@@ -222,7 +228,10 @@ class Planner:
         session = self.store.get(call.owner, call.session) if call.session else None
         if session is not None and session.sink is not None:
             lane = self.residence.acquire(session)
-            return None if lane is None else Plan(session, lane, [])
+            if lane is None:
+                return None
+            self._note_known(call, session)
+            return Plan(session, lane, [])
         if session is None:
             return self._begin(Session(call.owner, kind="text", found_by=call.found_by), LEAST_SINK)
         pinned = bool(session.head or session.tools)

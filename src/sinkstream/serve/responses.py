@@ -50,7 +50,7 @@ async def responses(body: ResponseRequest, request: Request, who: Owner, service
     listener = Listener(service, [call], whole=not body.stream)
     shape = _Response(body, call.response, model_name(service.loaded), form)
     try:
-        await listener.first()
+        await listener.first(request)
         if not body.stream:
             return shape.whole(await listener.all(request))
     except BaseException:

@@ -264,6 +264,7 @@ class Service:
         """The end of a round: what it has told is handed over while the device computes the step."""
         self.lanes.step(self.post.deliver)
         self.post.deliver()  # of a round without a step
+        self.store.spill.forget_unasked()
 
     def _give_up(self, busy_ids: set[str]) -> bool:
         least = self.store.least(busy_ids)

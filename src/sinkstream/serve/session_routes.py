@@ -110,6 +110,6 @@ async def _feed(service: Service, request: Request, who: str, session_id: str, m
 async def _done(service: Service, request: Request, call: Call) -> None:
     """Carry out a call without a reply. Raises APIError."""
     listener = Listener(service, [call])
-    await listener.first()
+    await listener.first(request)
     events = await listener.all(request)
     assert isinstance(events[-1], Done), "a call ends with Done"

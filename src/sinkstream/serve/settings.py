@@ -6,6 +6,8 @@ from typing import Any
 
 from sinkstream.policies.options import check_options, option
 
+DEFAULT_MAX_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -21,7 +23,7 @@ class ServeSettings:
     pinned: int | None = option(
         None,
         "most tokens of a session's system prompt and tools; their slots are beside the rest of the cap in every"
-        " resident session, and each step looks at them (default: half of the cap)",
+        " resident session (default: half of the cap)",
         minimum=4,
     )
     evict: str = option("turns", "what leaves a full cache", choices=lambda: ["turns", "tokens"])
@@ -49,7 +51,11 @@ class ServeSettings:
         "turn", "when a session is written to disk, for a server that is killed", choices=lambda: ["turn", "idle"]
     )
     body_mb: int = option(8, "most MB of a request's body", minimum=1)
-    max_tokens: int = option(1024, "tokens of a reply whose request does not say", minimum=1)
+    max_tokens: int | None = option(
+        None,
+        f"tokens of a reply whose request does not say (default: {DEFAULT_MAX_TOKENS}, or the limit if it is lower)",
+        minimum=1,
+    )
     max_tokens_limit: int = option(65536, "most tokens of one reply", minimum=1)
     rate: int = option(0, "most requests a minute of one key; 0: no limit", minimum=0)
     idle_seconds: int = option(
@@ -72,7 +78,7 @@ class ServeSettings:
                 f"pinned={self.pinned} is not accepted; accepted: at most {self.cap // 2}, half of the {self.cap} slots"
                 " of a session"
             )
-        if self.max_tokens > self.max_tokens_limit:
+        if (self.max_tokens or 0) > self.max_tokens_limit:
             raise ValueError(
                 f"max_tokens={self.max_tokens} with max_tokens_limit={self.max_tokens_limit} is not accepted: a request"
                 f" that does not say would be refused; accepted: max_tokens of at most {self.max_tokens_limit}"
@@ -87,6 +93,11 @@ class ServeSettings:
     def most_pinned(self) -> int:
         """The most tokens that a session pins."""
         return self.pinned or self.cap // 2
+
+    @property
+    def default_max_tokens(self) -> int:
+        """Tokens of a reply whose request does not say."""
+        return self.max_tokens or min(DEFAULT_MAX_TOKENS, self.max_tokens_limit)
 
     @property
     def recalled(self) -> int:

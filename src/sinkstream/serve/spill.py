@@ -53,6 +53,7 @@ class Spill:
         self._ram: dict[str, tuple[Session, bytes]] = {}  # oldest first
         self._writing: dict[str, Writing] = {}
         self._reading: dict[str, Future[bytes]] = {}
+        self._asked: set[str] = set()  # whether they are ready, since the latest `forget_unasked`
         self._current = set(files.sizes)  # whose file is what its stream is
         self._refused = False  # whether the disk refused the latest write
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="sinkstream-disk")
@@ -71,10 +72,17 @@ class Spill:
         self._settle()
         if session_id in self._ram or session_id in self._writing:
             return True
+        self._asked.add(session_id)
         if session_id not in self._reading:
             self._reading[session_id] = self._disk.submit(lambda: self.files.read(session_id)[1])
             self._reading[session_id].add_done_callback(lambda _: self._settled())
         return self._reading[session_id].done()
+
+    def forget_unasked(self) -> None:
+        """Let go of what was read for requests that have ended: whoever waits for a file asks again in every round."""
+        if self._reading:
+            self._reading = {key: reading for key, reading in self._reading.items() if key in self._asked}
+        self._asked.clear()
 
     def on_disk(self, session_id: str) -> bool:
         """Whether a session's file is what its stream is, or will be once it is written."""

@@ -92,7 +92,7 @@ class SessionStore:
         """
         self.sync()
         for session in self.sessions.values():
-            if session.owner == owner:
+            if session.owner == owner and session.found_by != "messages":  # those are not kept for their responses
                 if session.response == response:
                     return session, None
                 for turn in session.turns:

@@ -128,7 +128,7 @@ class LocalTalk(Talk):
         try:
             options = ReplyOptions(
                 sampler=sampler_of(given, self._service.vocab),
-                max_tokens=given.get("max_tokens", self._service.settings.max_tokens),
+                max_tokens=given.get("max_tokens", self._service.settings.default_max_tokens),
                 seed=given.get("seed", 0),
             )
             message = {"role": "user", "content": text}
