@@ -26,6 +26,11 @@ from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")
 HALF_TOLERANCE = 0.02  # nats a token, on average: two orders of rounding in float16
+ONE_KERNEL = [  # policies under which one kernel may serve all layers
+    pytest.param({"policy": "lazy"}, id="lazy"),
+    pytest.param({"policy": "refresh-uniform"}, id="refresh"),
+    pytest.param({"policy": "strict", "recall": "random", "recall_slots": 9, "recall_hold": 2}, id="recall"),
+]
 SERVED_ON_GPU = ("gpt_neox", "llama", "qwen2")  # head_dim 16; the tiny qwen3 has 24
 
 
@@ -76,18 +81,23 @@ def test_a_snapshot_goes_on_in_another_backend(policy, tmp_path):
 
 
 def one_kernel(e: Engine) -> Engine:
-    """The engine, its layers in one persistent kernel."""
+    """The engine, its layers in one persistent kernel, with and without recalled tokens."""
     plan = default_plan(e.weights, e.state.span()) | {"layers": OpLaunch(PersistentConfig())}
-    e._step.decodes[0, 1] = FusedDecode(e.weights, e.state.span(), plan)
+    for block in (Block(0, 1), Block(0, 1, framed=True))[: 1 + (e.state.geometry.framed > 0)]:
+        e._step.decodes[block] = FusedDecode(e.weights, e.state.span(block), plan)
     return e
 
 
-@pytest.mark.parametrize("policy", ["lazy", "refresh-uniform"])
-def test_all_layers_in_one_op_say_what_their_ops_say(policy):
+@pytest.mark.parametrize("options", ONE_KERNEL)
+def test_all_layers_in_one_op_say_what_their_ops_say(options, monkeypatch):
+    steps, op = [], fused.persistent_layers
+    monkeypatch.setattr(fused, "persistent_layers", lambda *given: steps.append(1) or op(*given))
     model, ids = build("llama", layers=3), token_ids(120)
-    ring, one = engine(model=model, policy=policy, backend="ring"), one_kernel(engine(model=model, policy=policy))
+    ring, one = engine(model=model, **options, backend="ring"), one_kernel(engine(model=model, **options))
     assert worst(ring.score(ids)[1:], one.score(ids)[1:]) < 1e-4
     assert one.stats() == ring.stats() | {"persistent_layers": 1} and one.stats()["events"] >= 3
+    assert one.recall_events == ring.recall_events and one.stats().get("recalls", 4) >= 4
+    assert len(steps) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,6 @@ def test_all_layers_in_one_op_say_what_their_ops_say(policy):
         ("gpt_neox", {}, "gpt_neox; accepted by the persistent kernel: Llama-like"),
         ("qwen2", {}, "qwen2 with biases or norms of queries and keys; accepted"),
         ("llama", {"policy": "refresh-window-attention"}, "observes queries or attention; accepted"),
-        ("llama", {"recall": "lexical", "recall_slots": 16}, "slots of recalled tokens; accepted"),
     ],
 )
 def test_what_the_persistent_kernel_does_not_serve(family, options, words, monkeypatch):
@@ -266,15 +275,16 @@ def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["strict", "lazy", "refresh-uniform"])
-def test_all_layers_in_one_kernel(policy, monkeypatch):
+@pytest.mark.parametrize("options", ONE_KERNEL)
+def test_all_layers_in_one_kernel(options, monkeypatch):
     """The plan chooses the persistent kernel; with it a graph says, bit for bit, what single launches say."""
     model, ids = build("llama", torch.float16).cuda(), token_ids(400).cuda()
-    apart = engine(policy=policy, model=model, rebase_at=60, backend="fused-ops").score(ids)[1:]
+    apart = engine(**options, model=model, rebase_at=60, backend="fused-ops").score(ids)[1:]
     monkeypatch.setitem(PERSISTENT_PLANS, model.config.hidden_size, PersistentConfig())
-    replayed, launched = (engine(policy=policy, model=model, rebase_at=60, backend=b) for b in ("fused", "kernels"))
+    replayed, launched = (engine(**options, model=model, rebase_at=60, backend=b) for b in ("fused", "kernels"))
     found = replayed.score(ids)[1:]
     assert torch.equal(found, launched.score(ids)[1:]) and replayed.stats()["persistent_layers"] == 1
+    assert replayed.recall_events == launched.recall_events and replayed.stats().get("recalls", 9) >= 9
     other = engine(policy="window-only", model=model, backend="ring").score(ids)[1:]
     assert (apart - found).abs().mean() < HALF_TOLERANCE < (apart - other).abs().mean()
 

@@ -11,6 +11,8 @@ from streams import TOLERANCE, FakeTokenizer, feed
 
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
+from sinkstream.kernels.config import PersistentConfig
+from sinkstream.kernels.plans import PERSISTENT_PLANS
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), ("ring", "kernels") * 2, strict=True))
 PARTS = (1, 40, 129, 20)  # prefilled, stepped, prefilled …
@@ -244,12 +246,15 @@ def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, arch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["graph", "fused"])
-def test_on_a_gpu_a_gate_that_stays_shut_changes_nothing(backend):
+@pytest.mark.parametrize(("backend", "one_kernel"), [("graph", 0), ("fused", 0), ("fused", 1)])
+def test_on_a_gpu_a_gate_that_stays_shut_changes_nothing(backend, one_kernel, monkeypatch):
     model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
+    if one_kernel:
+        monkeypatch.setitem(PERSISTENT_PLANS, model.config.hidden_size, PersistentConfig())
     bare = Engine(model, **STRICT, backend=backend)
     shut = Engine(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9, backend=backend)
     assert torch.equal(stepped(bare, ids), stepped(shut, ids))
+    assert bare.stats().get("persistent_layers", 0) == shut.stats().get("persistent_layers", 0) == one_kernel
     written = [engine.generate([], max_new_tokens=300, stop_tokens=(), temperature=0.8) for engine in (bare, shut)]
     assert written[0].tokens == written[1].tokens and shut.stats()["archived"] > 600
 

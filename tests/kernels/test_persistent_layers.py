@@ -12,10 +12,16 @@ HEADS, KV_HEADS, DIM, HIDDEN, MIDDLE, EPS = 4, 2, 16, 40, 72, 1e-5
 SMALL = PersistentConfig(slots=32) if DEVICE.type == "cuda" else PersistentConfig(warps=16, per_sm=4, slots=32)  # 3 SMs
 
 
+def _behind(front, slots):
+    """The same slots, the last of a buffer that has others in front of them, which hold NaN."""
+    others = torch.full((*slots.shape[:2], front, slots.shape[3]), float("nan"), dtype=slots.dtype, device=DEVICE)
+    return torch.cat([others, slots], 2)[:, :, front:]
+
+
 class Layers:
     """Random layers over rings that are filled alike, one new token, and what the step must give."""
 
-    def __init__(self, dtype, count=2, **ring):
+    def __init__(self, dtype, count=2, front=0, **ring):
         options = {"pinned_slots": 4, "ring": 41, "pinned": 4, "first": 30, "length": 33} | ring
         rows = (HEADS + 2 * KV_HEADS) * DIM
         self.layers, self.cases = [], []
@@ -24,6 +30,7 @@ class Layers:
                 dtype, query_heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, rotary=DIM, order="blocks", streams=1,
                 **options,
             )  # fmt: skip
+            case.keys, case.values = (_behind(front, slots) for slots in (case.keys, case.values))
             self.cases.append(case)
             weights = ((rows, HIDDEN), (HIDDEN, HEADS * DIM), (2 * MIDDLE, HIDDEN), (HIDDEN, MIDDLE))
             qkv, o, gate_up, down = (draw(*shape, scale=shape[1] ** -0.5, dtype=dtype) for shape in weights)
@@ -59,7 +66,7 @@ class Layers:
 @pytest.mark.parametrize(
     ("dtype", "count", "ring"),
     [
-        pytest.param(torch.bfloat16, 1, {}, id="ring"),
+        pytest.param(torch.bfloat16, 1, {"front": 6}, id="ring"),
         pytest.param(torch.float16, 2, {"ring": 20, "pinned": 3, "first": 0, "length": 0, "sink_slot": 2}, id="sink"),
     ],
 )

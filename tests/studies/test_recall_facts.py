@@ -127,6 +127,8 @@ def test_records_say_what_recall_held(stream, chooser, least, most):
     plain = Asking(tiny_model.loaded(), stream.exam, blocks("strict"))
     answer_all(plain)
     assert all(answer.held is None for answer in plain.answers)
+    assert len(asking.ttft) == 12 and asking.summary()["ttft_ms"] == round(1e3 * np.median(asking.ttft), 3) > 0
+    assert plain.summary() == {"ttft_ms": None}  # its questions stand in longer feeds
     changed = [a.log_prob != b.log_prob for a, b in zip(asking.answers, plain.answers)]
     assert any(changed) or chooser == "recent"
 
@@ -239,6 +241,7 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
         assert all(w["tokens"] == WINDOW and w["mean"] > 0 for w in record.windows)
         assert len(record.answers["correct"]) == 4 and tpot_ratio(record) > 0
         late = [s["cache_bytes"] for s in record.samples if s["token"] > 4_000]
+        assert record.summary["ttft_ms"] > 0
         assert record.samples[-1]["token"] == 20_000 and max(late) <= 1.5 * min(late)
     assert [[w["frames"] for w in record.windows] for record in records] == [[None] * 4, [1] * 4]
     assert records[1].samples[-1]["archived"] > 19_000 and records[0].samples[-1]["archived"] is None

@@ -157,6 +157,10 @@ class FakeTokenizer:
         """One piece a row of one id."""
         return [self.pieces[token % len(self.pieces)] for (token,) in rows]
 
+    def decode(self, ids: list[int]) -> str:
+        """All pieces in a row."""
+        return "".join(self.batch_decode([[token] for token in ids]))
+
     @staticmethod
     def weight(token: int) -> int:
         """3 newline, 2 sentence end, 1 quotation mark, 0 otherwise."""

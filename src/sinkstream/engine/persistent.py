@@ -29,8 +29,6 @@ def pack_layers(weights: PackedWeights, state: StreamSpan, config: PersistentCon
     """
     if state.streams != 1:
         raise ValueError(f"{state.streams} streams; accepted by the persistent kernel: one")
-    if state.recalls:
-        raise ValueError("slots of recalled tokens; accepted by the persistent kernel: an engine without recall")
     if state.queries is not None or state.scores is not None:
         raise ValueError("a policy that observes queries or attention; accepted by the persistent kernel: others")
     layers, spec = [], state.spec

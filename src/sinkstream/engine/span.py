@@ -65,11 +65,6 @@ class StreamSpan:
         self.cursor, self.scalars = state.cursor[which], state.scalars[which]
 
     @property
-    def recalls(self) -> bool:
-        """Whether there are slots of recalled tokens, read now or not."""
-        return self._state.geometry.framed > 0
-
-    @property
     def draws(self) -> Draws | None:
         """How these streams draw now; None while every stream of the state takes the likeliest token."""
         draws = self._state.sampling.draws

@@ -209,10 +209,10 @@ def _combine(part, context, head, D: tl.constexpr, S: tl.constexpr, SP: tl.const
     tl.store(context + head * D + columns, y.to(context.dtype.element_ty))
 
 
-@jit(do_not_specialize=["first_layer", "end_layer", "layers", "pinned_slots", "ring", "per", "ring_programs"])
+@jit(do_not_specialize=["first_layer", "end_layer", "layers", "pinned_slots", "ring", "per", "ring_programs", "stride"])
 def persistent_layers_kernel(
     even_ptr, odd_ptr, table_ptr, scalar_ptr, rope_ptr, buffer_ptr, part_ptr, count_ptr, first_layer, end_layer, layers,
-    eps, pinned_slots, ring, per, ring_programs, scale,
+    eps, pinned_slots, ring, per, ring_programs, stride, scale,
     H: tl.constexpr, M: tl.constexpr, QH: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
     BQ: tl.constexpr, BO: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
@@ -221,7 +221,7 @@ def persistent_layers_kernel(
 
     Counters, a line each: steps done, then tiles of each phase, then splits of each head. Everything that a phase
     overwrites was read by programs whose later tiles the phase has waited for. PHASE: only this one, without waiting;
-    -1 for all.
+    -1 for all. `stride`: slots from one kv head to the next.
     """
     pid = tl.program_id(0)
     QKV: tl.constexpr = (QH + 2 * KVH) * D
@@ -247,7 +247,7 @@ def persistent_layers_kernel(
     in_ring = split < ring_programs
     first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
     offset, extent = tl.where(in_ring, pinned_slots, 0), tl.where(in_ring, ring, pinned_slots)
-    own = (head // GROUP).to(tl.int64) * (pinned_slots + ring) * D  # the head's keys in a layer
+    own = (head // GROUP).to(tl.int64) * stride * D  # the head's keys in a layer
     start = (split - tl.where(in_ring, 0, ring_programs)) * per
     end = tl.where(attends, tl.minimum(start + per, extent), 0)
     fetch_start = (own + (offset + start) * D) * 2

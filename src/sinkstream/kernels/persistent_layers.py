@@ -30,7 +30,7 @@ LINE = 32  # int32 values of a cache line: every counter has its own
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What the kernel reads of one layer, and the layer's slots; all contiguous.
+    """What the kernel reads of one layer, and the layer's slots; all contiguous, but for the heads of keys and values.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class LayerTensors:
         Of half precision: ((query_heads + 2 * kv_heads) * head_dim, hidden), (hidden, query_heads * head_dim),
         (2 * intermediate, hidden) with all gate rows first, and (hidden, intermediate).
     keys, values : Tensor, (1, kv_heads, slots, head_dim)
-        As in `attention_decode`.
+        As in `attention_decode`: the last slots of a larger buffer, or all of them.
     """
 
     norm: torch.Tensor
@@ -118,6 +118,7 @@ class PersistentLayers:
         self.layers, self.query_heads, self.pinned_slots, self.eps = tuple(layers), query_heads, pinned_slots, eps
         self.config, layer = config, self.layers[0]
         _, self.kv_heads, self.slots, self.head_dim = layer.keys.shape
+        self.stride = layer.keys.stride(1) // self.head_dim  # slots from one kv head to the next
         self.hidden, self.intermediate = layer.down.shape
         check_layers(self.layers, query_heads)
         grid = grid_of(layer, query_heads, pinned_slots, config)
@@ -150,7 +151,15 @@ def check_layers(layers: tuple[LayerTensors, ...], query_heads: int) -> None:
         raise ValueError(f"head_dim={dim}; accepted by the persistent kernel: powers of two from 16 on")
     for i, layer in enumerate(layers):
         for name, tensor, shape in zip(names, layer.tensors, shapes, strict=True):
-            check_tensor(f"{name} of layer {i}", tensor, shape, dtypes=(one.qkv.dtype,), device=one.qkv.device)
+            check_tensor(
+                f"{name} of layer {i}", tensor, shape, dtypes=(one.qkv.dtype,), device=one.qkv.device,
+                contiguous=len(shape) < 4,
+            )  # fmt: skip
+            if len(shape) == 4 and (tensor.stride() != one.keys.stride() or tensor.stride(2) != dim):
+                raise ValueError(
+                    f"{name} of layer {i} has strides {tensor.stride()}; accepted: slots of {dim} values in a row, and"
+                    f" the strides of the keys of layer 0, {one.keys.stride()}"
+                )
             if tensor.data_ptr() % 16 or shape[-1] % 8:
                 raise ValueError(
                     f"{name} of layer {i} has rows of {shape[-1]} values at an address {tensor.data_ptr() % 16} bytes"
@@ -217,7 +226,7 @@ def _launch(hidden, other, layers, scalars, rope, first_layer, end_layer, phase)
     launch(
         persistent_layers_kernel, (grid.programs,), hidden, other, layers.table, scalars, rope, layers.buffer,
         layers.partials, layers.counters, first_layer, end_layer, len(layers.layers), layers.eps, layers.pinned_slots,
-        ring, grid.slots, grid.ring_programs, math.log2(math.e) / math.sqrt(dim),
+        ring, grid.slots, grid.ring_programs, layers.stride, math.log2(math.e) / math.sqrt(dim),
         H=layers.hidden, M=layers.intermediate, QH=layers.query_heads, KVH=layers.kv_heads, D=dim, BK=256,
         BQ=grid.rows[0], BO=grid.rows[1], BG=grid.rows[2], BD=grid.rows[3], BT=_power(grid.slots), S=grid.splits,
         SP=_power(grid.splits), PHASE=phase, AHEAD=config.ahead and not INTERPRETED, COMPILED=not INTERPRETED,

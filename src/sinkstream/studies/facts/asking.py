@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from sinkstream.evaluation.backends import open_decoder
 from sinkstream.evaluation.decoders import Decoder, ModuleDecoder
 from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 from sinkstream.studies.facts.statements import TokenizedFact
 
@@ -94,11 +96,16 @@ class Asking:
         self.loaded, self.exam = loaded, exam
         self.settings = told(settings, exam.questions)
         self.answers: list[Answer] = []
+        self.ttft: list[float] = []  # seconds, of every question that is a feed of its own
         self.done = 0  # tokens that have been fed
 
     def summary(self) -> dict[str, Any]:
-        """What a record says beyond the answers: nothing."""
-        return {}
+        """What a record says beyond the answers.
+
+        ``ttft_ms`` is the median time from a question to the logits of its answer, None where questions stand in longer
+        feeds. With recall it includes the choice, the fetch, and the question computed over the new frame.
+        """
+        return {"ttft_ms": round(1e3 * median(self.ttft), 3) if self.ttft else None}
 
     @torch.inference_mode()
     def run(self, report: Report = lambda done: None) -> None:
@@ -120,7 +127,8 @@ class Asking:
         """Every question is a feed of its own."""
         for question in (q for q in self.exam.questions if q.first >= self.done):
             yield from self._read(decoder, ids, question.first)
-            logits = decoder.ask(ids[question.first : question.judged])
+            logits, seconds = timed(decoder.ask, ids[question.first : question.judged], device=ids.device)
+            self.ttft.append(seconds)
             self.done = question.judged
             self.answers.append(self._judge(question, logits[0], decoder))
             yield

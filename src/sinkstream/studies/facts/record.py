@@ -103,6 +103,18 @@ def accuracy_text(share: Estimate) -> str:
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
+def ttft_text(record: AnswersRecord) -> str:
+    """Median time from a question to the logits of its answer, in ms; a dash where it was not measured."""
+    ttft = record.summary.get("ttft_ms")
+    return EMPTY if ttft is None else f"{ttft:,.1f}"
+
+
+TTFT_NOTE = (
+    "TTFT: median time from a question to the logits of its answer; the choice, the fetch and the question computed"
+    " over what came back are included."
+)
+
+
 def held_text(answers: Mapping[str, np.ndarray], where: np.ndarray) -> str:
     """Mean share of a statement that recall held while its question was answered; a dash without recall."""
     held = answers["held"][where]

@@ -7,7 +7,7 @@ from sinkstream.records.selection import has_model
 from sinkstream.show.table import Table
 from sinkstream.statistics import Estimate
 from sinkstream.studies.facts.pictures import CHANCE, draw_shares
-from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text, pooled
+from sinkstream.studies.facts.record import TTFT_NOTE, accuracy, accuracy_text, forms_of, held_text, pooled, ttft_text
 from sinkstream.studies.facts.statements import FORMS
 from sinkstream.studies.recall.facts import FactsRecord
 
@@ -25,9 +25,9 @@ def facts_table(records: Sequence[FactsRecord], title: str | None = None) -> Tab
             far = of_form & (answers["ratio"] >= FAR)
             cells = [accuracy_text(accuracy(answers, of_form & (answers["ratio"] == ratio))) for ratio in ratios]
             both = [accuracy_text(accuracy(answers, far, column)) for column in ("correct", "exact")]
-            rows.append([record.label, form, *cells, *both, held_text(answers, far)])
+            rows.append([record.label, form, *cells, *both, held_text(answers, far), ttft_text(record)])
     header = ["Policy", "Form", *(f"{ratio:g} ×" for ratio in ratios)]
-    header += [f"all from {FAR:g} ×", f"exact from {FAR:g} ×", "Brought back"]
+    header += [f"all from {FAR:g} ×", f"exact from {FAR:g} ×", "Brought back", "TTFT (ms)"]
     return Table(header, rows, title, [footnote(records)], left=2)
 
 
@@ -42,7 +42,7 @@ def footnote(records: Sequence[FactsRecord]) -> str:
         f" multiples of the cap ({protocol['cap']:,} slots): {protocol['facts']} facts a distance and form in each of"
         f" {', '.join(texts)}; the answer is the likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}."
         " Exact: no token of the vocabulary is likelier. Brought back: share of the statement that recall held while"
-        " the question was answered."
+        f" the question was answered. {TTFT_NOTE}"
     )
 
 

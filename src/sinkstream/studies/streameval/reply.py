@@ -190,7 +190,7 @@ class Replying(Asking):
         return {"token": self.done, "device_mb": device_mb, "cache_bytes": counts.get("bytes"), **archive}
 
     def summary(self) -> dict[str, Any]:
-        """The timed windows and the readings of memory."""
+        """As `Asking.summary`, with the timed windows and the readings of memory."""
         windows = [
             {
                 "first": first,
@@ -200,7 +200,7 @@ class Replying(Asking):
             }
             for first, seconds in self.seconds.items()
         ]
-        return {"windows": windows, "samples": self.samples}
+        return super().summary() | {"windows": windows, "samples": self.samples}
 
 
 def _frames(decoder: Decoder) -> int | None:

@@ -7,7 +7,7 @@ from sinkstream.records.selection import has_model
 from sinkstream.show.table import Table
 from sinkstream.statistics import Estimate
 from sinkstream.studies.facts.pictures import CHANCE, draw_shares
-from sinkstream.studies.facts.record import accuracy, accuracy_text, forms_of, held_text
+from sinkstream.studies.facts.record import TTFT_NOTE, accuracy, accuracy_text, forms_of, held_text, ttft_text
 from sinkstream.studies.facts.statements import FORMS
 from sinkstream.studies.streameval.record import StreamEvalRecord
 
@@ -27,9 +27,10 @@ def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = No
             cells = [accuracy_text(accuracy(answers, of_form & (answers["lines"] == lines))) for lines in distances]
             farthest = of_form & (answers["lines"] == max(distances))
             exact = accuracy_text(accuracy(answers, farthest, "exact"))
-            rows.append([record.label, form, *cells, exact, held_text(answers, farthest), f"{seconds:,.0f}"])
+            more = held_text(answers, farthest), ttft_text(record), f"{seconds:,.0f}"
+            rows.append([record.label, form, *cells, exact, *more])
     header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances)]
-    header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "Seconds"]
+    header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "TTFT (ms)", "Seconds"]
     return Table(header, rows, title, [footnote(records)], left=2)
 
 
@@ -42,8 +43,8 @@ def footnote(records: Sequence[StreamEvalRecord]) -> str:
         f" of {data['tokens']:,} tokens ({data['source']}), every {protocol['every']} lines a question, the answer the"
         f" likeliest of {CHANCE} ({100 / CHANCE:.0f} % by chance). {forms}. Exact: no token of the"
         f" vocabulary is likelier. Brought back: share of the statement that"
-        " recall held while the question was answered, at the longest distance. The full cache is shown where it fits"
-        " the trained positions."
+        f" recall held while the question was answered, at the longest distance. {TTFT_NOTE} The full cache is shown"
+        " where it fits the trained positions."
     )
 
 
