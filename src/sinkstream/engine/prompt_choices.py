@@ -154,6 +154,7 @@ class ChoosingChunk(Chunk):
         size = source.shape[1]
         older = positions.gather(1, source.clamp(max=size - 1))
         positions.copy_(torch.where(source < size, older, self.first_entry + source - size))
+        self.found = None  # the sets of one layer are held at a time
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
