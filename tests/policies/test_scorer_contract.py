@@ -13,7 +13,8 @@ from streams import TOLERANCE, FakeTokenizer, feed, make_cache, nll_of, oracle_r
 
 from sinkstream.cache import POSITIONS, pinned
 from sinkstream.engine import Engine
-from sinkstream.policies import PRESETS, SCORERS, Candidates, Scorer, scored_field
+from sinkstream.policies import PRESETS, SCORERS, Candidates, EvictionPolicy, Scorer, scored_field
+from sinkstream.policies.scorers.base import FieldScorer
 
 TOKENS = 160
 RULE = {"sink": 3, "window": 12, "refresh": 7, "compress_every": 5}
@@ -121,3 +122,25 @@ def test_a_scorer_that_changes_the_scores_of_another_is_asked():
         "accumulated-attention": "accumulated",
     }
     assert scored_field(Reversed()) is None and scored_field(None) is None
+
+
+def test_what_a_scorer_of_somebody_else_lacks_is_said_when_it_is_made():
+    @dataclass(frozen=True)
+    class Unasked(FieldScorer):
+        needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @dataclass(frozen=True)
+    class Torn(FieldScorer):
+        needs: ClassVar[frozenset[str]] = frozenset({"nll", "entropy"})
+
+    @dataclass(frozen=True)
+    class Nameless(FieldScorer):
+        needs: ClassVar[frozenset[str]] = frozenset({"nll"})
+
+    with pytest.raises(ValueError, match=r"Unasked needs attention, .*observed_queries is 0; accepted: at least 1"):
+        Unasked()
+    with pytest.raises(ValueError, match=r"Torn is .* needs are \['entropy', 'nll'\]; accepted: one field"):
+        Torn()
+    policy = EvictionPolicy(sink=3, window=12, refresh=7, scorer=Nameless())
+    with pytest.raises(ValueError, match=r"Nameless has no name .* accepted: a class that @SCORERS.register"):
+        policy.record()

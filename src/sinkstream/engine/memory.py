@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkstream.cache import ModelSpec
+from sinkstream.engine.prompt_choices import SET_TOKENS, choosing_tokens
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes
 from sinkstream.engine.state import REBASE_AT, StreamState
 from sinkstream.kernels.observed_chunk import TILE as SCORES_TILE
 from sinkstream.measure.memory import free_bytes
-from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,11 +102,13 @@ class MemoryNeed:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
             cached += (2 if captures else 1) * chunk * spec.layers * heads * spec.head_dim * size
-        if not foresees and scored_field(policy.scorer) is not None:  # the window once more, and not rotated, twice
-            entries = policy.peak + chunk
+        choosing = choosing_tokens(policy, chunk)
+        if choosing:  # the window once more, and not rotated, twice
+            entries = policy.peak + choosing
             cached += entries * spec.kv_heads * spec.head_dim * (3 * size + 3 * 4)
-            cached += chunk * spec.query_heads * spec.head_dim * size
-            cached += 4 * policy.refresh * _most_prunes(policy, chunk) * spec.kv_heads * spec.head_dim * 4
+            cached += choosing * spec.query_heads * spec.head_dim * size
+            chosen = min(policy.refresh * _most_prunes(policy, choosing), SET_TOKENS)
+            cached += 4 * chosen * spec.kv_heads * spec.head_dim * 4
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size

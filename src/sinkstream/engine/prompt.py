@@ -28,6 +28,7 @@ from sinkstream.kernels.store_window import store_window
 from sinkstream.policies import PruneSchedule, Steps
 
 CHUNK_TOKENS = 2048
+FAR = 2**30  # tokens of a stream from which on the tables of bands, which are int32, hold a smaller number
 
 
 class PromptForward:
@@ -164,6 +165,18 @@ def keep_queries(kept: torch.Tensor, queries: torch.Tensor, band: Band) -> None:
     kept.index_copy_(0, row, torch.where((token >= past)[:, None], new, older)[None])
 
 
+def past_of(seen: int, places: int) -> int:
+    """Tokens of a stream before a chunk as its band counts them: up to `FAR` all; beyond, fewer at the same place.
+
+    Parameters
+    ----------
+    seen : int
+    places : int
+        Queries that are kept, the query of token t in place ``t % places``; 0: none.
+    """
+    return seen if seen < FAR else FAR + (seen - FAR) % max(1, places)
+
+
 class Coming:
     """Tokens that a stream is about to append in one forward, as the policy and the ring have it.
 
@@ -206,7 +219,7 @@ class Coming:
             oldest,
             self.turn,
             state.spec.rope.frequencies(state.device),
-            past=seen,
+            past=past_of(seen, state.observed_queries),
             start=self.counters.ring_index(first_window),
             length=self.counters.window,
             stays=min(max(int(oldest[-1]), 0), tokens),

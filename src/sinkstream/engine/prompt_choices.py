@@ -15,26 +15,38 @@ from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.band import SetColumns
 from sinkstream.kernels.pinned_sets import Groups, Layer, PinnedSets, pinned_sets, window_received
-from sinkstream.policies import scored_field
+from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
 
 # most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
 # up at the prune, one after the other; what came before the chunk is known
 ACCUMULATED_TOKENS = 512
 FEWEST_PRUNES = 2  # of such a chunk; with fewer, cut at the prune, its forwards are captured
+SET_TOKENS = 32_768  # most pinned tokens of one chunk, those of every prune counted: each layer gathers all of them
+
+
+def choosing_tokens(policy: EvictionPolicy, chunk_tokens: int) -> int:
+    """Most tokens of such a chunk; 0 where the choices of a policy do not follow from attention alone."""
+    scorer, field = policy.scorer, scored_field(policy.scorer)
+    if scorer is None or field not in ("attention", "accumulated") or not scorer.per_head:
+        return 0
+    if PruneSchedule(policy).signals():
+        return 0
+    return min(chunk_tokens, ACCUMULATED_TOKENS) if field == "accumulated" else chunk_tokens
+
+
+def most_prunes(policy: EvictionPolicy) -> int:
+    """Prunes within such a chunk at the most."""
+    return SET_TOKENS // policy.refresh - 1
 
 
 def chooses_in_chunk(state: StreamState) -> bool:
-    """Whether the policy's choices follow from attention alone, with prunes that are known, at positions in the cache.
+    """Whether pinned tokens can be chosen in a chunk: the policy looks at attention alone, at positions in the cache.
 
     Pinned tokens at their original positions may stand any number of positions before the chunk. On a GPU kernels must
     compute the choices: in plain PyTorch they launch more than the forwards of chunks that are cut.
     """
-    scorer = state.policy.scorer
     return (
-        scored_field(scorer) in ("attention", "accumulated")
-        and scorer is not None
-        and scorer.per_head
-        and not state.signals
+        choosing_tokens(state.policy, 1) > 0
         and not state.geometry.original
         and (not state.keys.is_cuda or (computed_by_kernels(state) and state.spec.head_dim % 16 == 0))
     )
@@ -67,10 +79,12 @@ class ChoosingChunk(Chunk):
         self.refreshed = slice(g.sink, g.pinned_slots)
         entries = torch.arange(band.length + band.tokens, device=device)
         self.slots = g.pinned_slots + (band.start + entries) % g.ring
-        first_entry = band.past - band.length
-        self.entry_angles = state.spec.rope.angles(first_entry - coming.counters.base + entries)
-        self.before = min(state.observed_queries, band.past)  # queries of earlier tokens that may be read
-        latest = torch.arange(band.past - self.before, band.past, device=device)
+        seen = coming.counters.seen
+        self.first_entry = seen - band.length  # index in the stream of the oldest window token
+        self.entry_angles = state.spec.rope.angles(self.first_entry - coming.counters.base + entries)
+        # queries of earlier tokens that may be read; what those gave is known where attention is added up
+        self.before = 0 if self.accumulates else min(state.observed_queries, seen)
+        latest = torch.arange(seen - self.before, seen, device=device)
         self.places = latest % max(1, state.observed_queries)
         prunes = prunes_within(coming.steps.drop)
         which = np.searchsorted(prunes, np.arange(band.tokens), side="right").astype(np.int32)
@@ -107,7 +121,7 @@ class ChoosingChunk(Chunk):
         cos, sin = self.entry_angles
         sources = torch.cat([pinned_keys[:, self.refreshed], rope.unrotate(window, cos, sin)], 1)
         queries = query.transpose(0, 1)
-        if state.queries is not None:
+        if self.before and state.queries is not None:
             queries = torch.cat([state.queries[layer, row].index_select(1, self.places), queries], 1)
         held = Layer(queries.contiguous(), keys[:, : self.refreshed.start], window, sources, self._totals(layer))
         found = pinned_sets(held, self.groups, scaling=state.spec.head_dim**-0.5)
@@ -137,9 +151,10 @@ class ChoosingChunk(Chunk):
         state.values[layer, row, :, refreshed] = values
         state.pinned_keys[layer, row, :, refreshed] = raw
         source, positions = found.chosen[:, -1].long(), state.pinned_positions[layer, row]
-        size, first_entry = source.shape[1], self.band.past - self.band.length
+        size = source.shape[1]
         older = positions.gather(1, source.clamp(max=size - 1))
-        positions.copy_(torch.where(source < size, older, first_entry + source - size))
+        positions.copy_(torch.where(source < size, older, self.first_entry + source - size))
+        self.found = None  # the sets of one layer are held at a time
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""

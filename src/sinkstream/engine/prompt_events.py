@@ -15,10 +15,11 @@ import torch
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import Coming, PromptForward
 from sinkstream.engine.prompt_choices import (
-    ACCUMULATED_TOKENS,
     FEWEST_PRUNES,
     ChoosingChunk,
     chooses_in_chunk,
+    choosing_tokens,
+    most_prunes,
     prunes_within,
 )
 from sinkstream.engine.refresh import refresh_if_due
@@ -44,9 +45,8 @@ class EventPrompts:
         self.foreseen = ForeseenChunks(
             forward, self.foreseen_tokens, capture=forward.short.capture and bool(forward.short.sizes)
         )
-        self.choosing_tokens = forward.chunk_tokens if chooses_in_chunk(self.state) else 0
-        if "accumulated" in self.state.channels:
-            self.choosing_tokens = min(self.choosing_tokens, ACCUMULATED_TOKENS)
+        tokens = choosing_tokens(self.state.policy, forward.chunk_tokens)
+        self.choosing_tokens = tokens if chooses_in_chunk(self.state) else 0
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -64,13 +64,18 @@ class EventPrompts:
     def _across_prunes(self, ids: torch.Tensor, stream: int) -> int:
         """Append one chunk in which pinned tokens are chosen; returns how many tokens, 0 where no such chunk comes."""
         state, forward = self.state, self.forward
-        ids, schedule = ids[: self.choosing_tokens], state.schedules[stream].copy()
-        steps = schedule.advance(len(ids)) if len(ids) else None
-        if steps is None or len(prunes_within(steps.drop)) < FEWEST_PRUNES:
+        ids = ids[: self.choosing_tokens]
+        if not len(ids):
             return 0
-        if not (state.counters[stream].pruned or steps.drop[0]):
+        steps = state.schedules[stream].plan(len(ids))
+        prunes = prunes_within(steps.drop)[: 1 + most_prunes(state.policy)]
+        if len(prunes) > most_prunes(state.policy):
+            ids, prunes = ids[: prunes[-1]], prunes[:-1]
+        if len(prunes) < FEWEST_PRUNES or not (state.counters[stream].pruned or steps.drop[0]):
             return 0  # the first prune also fills the pinned slots
         forward.rebase(stream)
+        schedule = state.schedules[stream].copy()
+        steps = schedule.advance(len(ids))
         coming = Coming(state, stream, steps, chooses=True)
         chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)
         forward.predict(forward.layers(ids, chunk), coming.band)

@@ -28,7 +28,8 @@ class Band:
     inv_freq : Tensor, (rotary_dim / 2,), float64, on the device of the queries
         Radians per position.
     past : int
-        Tokens of the stream before the chunk: pinned entry i is seen by queries from token ``i - past`` on.
+        Tokens of the stream before the chunk, below 2**31: pinned entry i is seen by queries from token ``i - past``
+        on.
     start, length : int
         Slot of the oldest window entry of the past in its ring, and how many there are; the latest is the token before
         the chunk.

@@ -105,7 +105,7 @@ class PinnedSets:
         What these had received when they were chosen; of the last set at the end of the chunk. Only where it
         accumulates.
     sums : Tensor, (kv_heads, rows, group), float32
-        Logarithm, base 2, of the sum of the softmax of every query.
+        Logarithm, base 2, of the sum of the softmax of every query. Only where it accumulates.
     """
 
     chosen: torch.Tensor

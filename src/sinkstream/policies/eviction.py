@@ -162,13 +162,24 @@ class EvictionPolicy:
         return self.scorer is None and all(t.sure_growth == t.growth for t in self.triggers)
 
     def record(self) -> dict[str, Any]:
-        """All options, JSON-able, for run records."""
+        """All options, JSON-able, for run records. Raises ValueError if the scorer has no name."""
         flat = {f.name: getattr(self, f.name) for f in option_fields(type(self))}
         for trigger in self.triggers:
             flat |= asdict(trigger)
         if self.scorer is not None:
-            flat |= {"scorer": next(n for n, c in SCORERS.items() if c is type(self.scorer)), **asdict(self.scorer)}
+            flat |= {"scorer": _name_of(self.scorer), **asdict(self.scorer)}
         return flat | {"growth": self.growth, "peak": self.peak}
+
+
+def _name_of(scorer: Scorer) -> str:
+    """The name under which a scorer is registered. Raises ValueError."""
+    for name, cls in SCORERS.items():
+        if cls is type(scorer):
+            return name
+    raise ValueError(
+        f"{type(scorer).__name__} has no name that a record or a snapshot could hold; accepted: a class that"
+        " @SCORERS.register(NAME) has registered"
+    )
 
 
 def option_names() -> set[str]:

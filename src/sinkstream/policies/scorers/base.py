@@ -70,6 +70,11 @@ class Scorer(ABC):
 
     def __post_init__(self):
         check_options(self)
+        if "attention" in self.needs and self.observed_queries < 1:
+            raise ValueError(
+                f"{type(self).__name__} needs attention, and its observed_queries is {self.observed_queries};"
+                " accepted: at least 1, the queries that attention is read of"
+            )
 
     @property
     def observed_queries(self) -> int:
@@ -84,6 +89,13 @@ class Scorer(ABC):
 @dataclass(frozen=True)
 class FieldScorer(Scorer):
     """A scorer whose scores are one field of the candidates as it is: the only one that it `needs`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.needs) != 1:
+            raise ValueError(
+                f"{type(self).__name__} is a FieldScorer, and its needs are {sorted(self.needs)}; accepted: one field"
+            )
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         (name,) = self.needs
