@@ -217,20 +217,26 @@ def test_a_question_that_cannot_be_one_is_refused_before_anything_is_fed():
         StreamingCache.for_model(model, **STRICT).recall_ask = 5
 
 
-def test_text_is_read_again_and_comes_back_in_its_own_company():
-    """A text archive: keys of the tokens behind the sinks alone, from a plain forward of brute force."""
+@pytest.mark.parametrize("behind", [0, 6])
+def test_text_is_read_again_and_comes_back_in_its_own_company(behind):
+    """A text archive: keys of the tokens behind the sinks and the latest tokens, from a plain forward of brute force."""
     model, ids = build("llama"), repetitive()
-    cache = StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL, **WORDS, recall_archive="text")
+    options = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": "text", "recall_behind": behind}
+    cache = StreamingCache.for_model(model, **STRICT, **options)
     feed(model, cache, ids[None])
     ring, recall = cache.stream.ring, cache.stream.recall
     if not recall.frame:
         recall.ask(ids[-20:].tolist())
         model(ids[None, :1], past_key_values=cache)
         ring = cache.stream.ring
-    read = torch.cat([ids[:4], ids[torch.tensor(recall.frame)]])
+    now = recall.events[-1].token
+    read = torch.cat([ids[:4], ids[now - behind : now], ids[torch.tensor(recall.frame)]])
     alone = run(Network(model), read).past
-    found, wanted = ring.pinned_keys[:, 0, :, 4:].double(), alone.keys[:, 0, :, 4:]
+    found, wanted = ring.pinned_keys[:, 0, :, 4:].double(), alone.keys[:, 0, :, 4 + behind :]
     assert len(recall.frame) and worst(found, wanted) < 1e-5
+    if behind:
+        bare = run(Network(model), torch.cat([ids[:4], ids[torch.tensor(recall.frame)]])).past
+        assert worst(found, bare.keys[:, 0, :, 4:]) > 1e-3, "the text in front changes them"
     assert cache.stats()["archive_bytes"] == 4 * cache.stats()["archived"]
 
 
@@ -247,9 +253,10 @@ def test_text_is_read_again_and_comes_back_in_its_own_company():
             "^recall_lag=-1 is not accepted; accepted: a whole number of at least",
         ),
         ({"recall": "lexical", "recall_level": "x"}, "^recall_level='x' is not accepted; accepted: a finite number"),
-        ({"recall": "lexical", "recall_rarity": 1}, "'recall_rarity' (did you mean 'recall_rare'[?]); accepted"),
+        ({"recall": "lexical", "recall_rarity": 1}, "'recall_rarity' (did you mean 'recall_rare'[?]"),
         ({"recall": "lexical", "recall_archive": "disk"}, "^recall_archive='disk' is not accepted; accepted: kv, text"),
         ({"recall": "lexical", "recall_archive": "text", "recall_file": "a"}, "recall_file goes with"),
+        ({"recall": "lexical", "recall_behind": 8}, "^recall_behind=8 goes with recall_archive='text', not with 'kv'"),
         ({"recall": "lexical", "refresh": 4, "scorer": "uniform"}, "recall and a policy that pins tokens"),
         ({"recall": "lexical", "evict": "turns"}, "recall and evict='turns' exclude each other"),
         ({"recall": "lexical", "positions": "original"}, "recall and positions='original' exclude each other"),

@@ -13,7 +13,7 @@ from sinkstream.engine import Engine
 
 KINDS = {
     "kv": {"recall": "lexical", **WORDS},
-    "text": {"recall": "lexical", **WORDS, "recall_archive": "text", "recall_distance": 9},
+    "text": {"recall": "lexical", **WORDS, "recall_archive": "text", "recall_distance": 9, "recall_behind": 5},
     "heads": {"recall": "union", "recall_heads": [(0, 1), (2, 0)], "recall_row_level": 0.15, "recall_query_tokens": 8},
     "file": {"recall": "recent"},
 }

@@ -81,7 +81,7 @@ def test_forty_choices_agree_with_the_drop_in_token_for_token(archive):
     """Rebases on the way, and an archive of keys and values that loses its oldest tokens."""
     model, ids = build("gpt_neox" if archive == "kv" else "llama", layers=2), token_ids(440)
     options = {"recall": "random", **SMALL, "recall_distance": 6, "recall_seed": 3, "recall_archive": archive}
-    options |= {"recall_bytes": 100_000 if archive == "kv" else 4_000}
+    options |= {"recall_bytes": 100_000} if archive == "kv" else {"recall_bytes": 4_000, "recall_behind": 5}
     engine = Engine(model, **STRICT, **options, rebase_at=90)
     found = stepped(engine, ids)
     cache = StreamingCache.for_model(model, **STRICT, **options)

@@ -17,7 +17,7 @@ from sinkstream.engine import Engine
 from sinkstream.records.files import WriteError
 
 AT = 262  # tokens before a snapshot: the frame is open then, keys and values have been copied out of the ring ahead
-TEXT = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": "text"}
+TEXT = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": "text", "recall_behind": 5, "recall_lag": 2}
 KINDS = {
     "strict": {"recall": "lexical", **SMALL, **WORDS, "recall_distance": 9},
     "slack": TEXT,

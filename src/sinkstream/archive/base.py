@@ -65,8 +65,15 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens of the stream, ascending, as `append` took them.
+
+        Parameters
+        ----------
+        behind : sequence of int
+            Ids of the text behind which a text archive reads them.
 
         Raises
         ------
@@ -78,9 +85,9 @@ class Archive(ABC):
         """Bytes that so many tokens take on their way to the device."""
         return 0
 
-    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+    def fetch(self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()) -> Fetched:
         """Begin to read, and give what waits for it and gives what `read` does; the archive may lose them meanwhile."""
-        read = self.read(indices, device)
+        read = self.read(indices, device, behind)
         return lambda: read
 
     def blocks(self) -> list[torch.Tensor]:

@@ -236,11 +236,13 @@ class KVArchive(Archive):
         if self.lost:
             raise self._too_large(len(ids), self.budget_bytes)
 
-    def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Archive.read`."""
         return self._come(indices, device, later=False)()
 
-    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+    def fetch(self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()) -> Fetched:
         """As `Archive.fetch`; from host memory to a GPU by a thread."""
         return self._come(indices, device, later=True)
 

@@ -56,6 +56,9 @@ class RecallSettings:
         65, "positions from the query to the nearest recalled token; 0: right behind the sinks", minimum=0
     )
     archive: str = option("kv", "what is kept of evicted tokens", choices=ARCHIVES.names)
+    behind: int = option(
+        0, "latest tokens of the window that a text archive reads again in front of what comes back", minimum=0
+    )
     bytes: int = option(BUDGET_BYTES, "host memory of the archive", minimum=1)
     file: str | None = option(None, "file for what does not fit the host memory; made, and deleted in the end")
     file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
@@ -64,6 +67,8 @@ class RecallSettings:
         check_options(self, PREFIX)
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
+        if self.behind and self.archive != "text":
+            raise ValueError(f"recall_behind={self.behind} goes with recall_archive='text', not with {self.archive!r}")
         if self.empty_every is None:
             object.__setattr__(self, "empty_every", 1 if self.chooser.foresees else self.every)
         if self.every % self.empty_every:

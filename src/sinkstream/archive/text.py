@@ -20,8 +20,9 @@ Reread = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 class TextArchive(Archive):
     """Token ids, 4 bytes each: what is wanted is read through the model again, behind the sinks.
 
-    The keys and values are those of the wanted tokens in each other's company, not those that left. So they cost a
-    forward of as many tokens as come back, and differ from those of the KV archive.
+    The keys and values are those of the wanted tokens in each other's company, behind a part of the present text if
+    that is asked for, not those that left. So they cost a forward of as many tokens as are read, and differ from those
+    of the KV archive.
 
     Parameters
     ----------
@@ -57,18 +58,21 @@ class TextArchive(Archive):
         self.end += len(ids)
         self._lose(self.first_after(0) - self.first)
 
-    def read(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Archive.read`, by one forward of the sinks and the tokens."""
-        return self.fetch(indices, device)()
+    def read(
+        self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Archive.read`, by one forward of the sinks, the text behind which they are read, and the tokens."""
+        return self.fetch(indices, device, behind)()
 
-    def fetch(self, indices: Sequence[int], device: torch.device) -> Fetched:
+    def fetch(self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()) -> Fetched:
         """As `Archive.fetch`; the forward takes place when it is waited for."""
         self._check_held(indices)
-        return partial(self._read, [*self.sinks, *(self.ids[index - self.first] for index in indices)])
+        front = [*self.sinks, *behind]
+        return partial(self._read, front, [self.ids[index - self.first] for index in indices])
 
-    def _read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.reread(ids)
-        own = slice(len(self.sinks), None)
+    def _read(self, front: list[int], ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.reread(front + ids)
+        own = slice(len(front), None)
         return keys[..., own, :], values[..., own, :]
 
     def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:

@@ -266,12 +266,19 @@ class Recall(RecallMemory, RecallTimes):
         if not tokens and not (self.frame and (asked is not None or now >= self.until)):
             return
         cause = "question" if asked is not None else "gate" if tokens else "closed"
+        behind = self._behind(now) if tokens else []
         if lag:
-            fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
-            self.coming = Coming(now + lag, tokens, RecallEvent(now + lag, cause, score, self._spans(tokens)), fetched)
+            event = RecallEvent(now + lag, cause, score, self._spans(tokens))
+            self.coming = Coming.of(archive, tokens, behind, event, device)
         else:  # what the device needs comes first: the texts of the spans are decoded while it works
-            self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device))
+            self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device, behind))
             self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
+
+    def _behind(self, now: int) -> list[int]:
+        """Ids of the latest tokens of the window before token `now`, behind which a text archive reads."""
+        archive, count = self.archive, self.settings.behind
+        assert archive is not None, "something has left"
+        return list(self.log.read(max(self.sink, archive.end, now - count), now)) if count else []
 
     def _best(self, now: int, asked: tuple[list[int], dict[Head, torch.Tensor]] | None) -> tuple[float, list[int]]:
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""

@@ -6,7 +6,6 @@ The index of a chooser is not written: it is made again of the archived ids, and
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,8 @@ def recall_record(recall: Recall, *, begun: bool, shift: int) -> tuple[dict[str,
         if recall.question[1]:
             tensors["recall_question"] = torch.stack([recall.question[1][head] for head in chooser.heads])
     if recall.coming is not None:
-        record["coming"] = {"tokens": recall.coming.tokens, "event": asdict(recall.coming.event)}
+        coming = recall.coming
+        record["coming"] = {"tokens": coming.tokens, "behind": coming.behind, "event": asdict(coming.event)}
     record |= {
         "log": log.first,
         "frame": recall.frame,
@@ -188,9 +188,7 @@ def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec,
 
 
 def _coming(archive: Archive, saved: dict[str, Any], device: torch.device) -> Coming:
-    event, tokens = _event(saved["event"]), list(saved["tokens"])
-    fetched = archive.fetch(tokens, device) if tokens else partial(archive.read, tokens, device)
-    return Coming(event.token, tokens, event, fetched)
+    return Coming.of(archive, list(saved["tokens"]), list(saved["behind"]), _event(saved["event"]), device)
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -40,7 +41,8 @@ class Coming:
     Attributes
     ----------
     at : int
-    tokens : list of int
+    tokens, behind : list of int
+        Which tokens, and the ids of the text behind which a text archive reads them.
     event : RecallEvent
     fetched : callable
         Waits for their keys and values.
@@ -48,8 +50,17 @@ class Coming:
 
     at: int
     tokens: list[int]
+    behind: list[int]
     event: RecallEvent
     fetched: Fetched
+
+    @classmethod
+    def of(
+        cls, archive: Archive, tokens: list[int], behind: list[int], event: RecallEvent, device: torch.device
+    ) -> "Coming":
+        """A frame whose keys and values begin to be read."""
+        read = archive.fetch(tokens, device, behind) if tokens else partial(archive.read, tokens, device)
+        return cls(event.token, tokens, behind, event, read)
 
 
 class RecallTimes:

@@ -273,10 +273,10 @@ def recall_queries(cache: CheckedCache) -> int:
 
 
 def reread_tokens(cache: CheckedCache) -> int:
-    """The most tokens that are read again at once, sinks included; 0 where keys and values are kept."""
+    """The most tokens that are read again at once, with those in front of what comes back; 0 where entries are kept."""
     recall = cache.stream.recalling
     kept = recall is None or ARCHIVES[recall.settings.archive].keeps_entries
-    return 0 if kept or recall is None else recall.sink + recall.settings.slots
+    return 0 if kept or recall is None else recall.sink + recall.settings.behind + recall.settings.slots
 
 
 def check_recall(cache: CheckedCache, streams: int, max_sink: int | None) -> None:
