@@ -219,7 +219,7 @@ def test_a_question_that_cannot_be_one_is_refused_before_anything_is_fed():
 
 @pytest.mark.parametrize("behind", [0, 6])
 def test_text_is_read_again_and_comes_back_in_its_own_company(behind):
-    """A text archive: keys of the tokens behind the sinks and the latest tokens, from a plain forward of brute force."""
+    """A text archive: keys of tokens behind the sinks and the latest tokens, from a plain forward of brute force."""
     model, ids = build("llama"), repetitive()
     options = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": "text", "recall_behind": behind}
     cache = StreamingCache.for_model(model, **STRICT, **options)
