@@ -595,7 +595,7 @@ def test_headlines_are_computed_from_the_records(tmp_path):
             "engine.adaptive_over_strict": 1.02,
             "engine.window_attention_over_strict": 1.2,
             "engine.p99_over_p50": 1.03,
-            "engine.speedup_over_hf_lazy": 11.0,
+            "engine.speedup_over_hf": 11.0,
             "engine.speedup_over_recompute_sdpa": 13.0,
             "engine.speedup_over_static_compile": 2.5,
             "engine.llama_1b_tpot_over_floor": 1.1,
@@ -622,9 +622,11 @@ def test_a_rival_of_other_conditions_is_none(tmp_path):
     planted(tmp_path)
     records = {r.id: r for r in BenchRecord.below(tmp_path)}
     everything = list(records.values())
-    assert rival(everything, records["strict"], "hf").id == "hf-lazy", "of the same command, and lazy"
+    assert rival(everything, records["strict"], "hf").id == "hf-lazy", "of the same command, and the faster policy"
     assert rival(everything, records["bf16"], "hf") is None
     assert rival(everything, records["cap-512"], "hf-static") is None
+    BenchRecord.write(make_bench_record("quick", "hf", tpot_ms=24.1, created=records["hf-strict"].created), tmp_path)
+    assert rival(BenchRecord.below(tmp_path), records["strict"], "hf").id == "quick", "strict, where that is faster"
 
 
 def test_what_is_compared_comes_from_one_command(tmp_path):
@@ -634,7 +636,7 @@ def test_what_is_compared_comes_from_one_command(tmp_path):
     BenchRecord.write(again, tmp_path)
     after = write_summary(tmp_path).headlines
     assert render_bench(tmp_path)["bench-ladder"] == ladder and "| 2.200 |" in ladder
-    assert after["engine.speedup_over_hf_lazy"] == before["engine.speedup_over_hf_lazy"]
+    assert after["engine.speedup_over_hf"] == before["engine.speedup_over_hf"]
     assert after["engine.tpot_over_floor"]["record"] == "again", "compared with nothing, so the newest"
 
 
