@@ -622,9 +622,11 @@ def test_a_rival_of_other_conditions_is_none(tmp_path):
     planted(tmp_path)
     records = {r.id: r for r in BenchRecord.below(tmp_path)}
     everything = list(records.values())
-    assert rival(everything, records["strict"], "hf").id == "hf-lazy", "of the same command, and lazy"
+    assert rival(everything, records["strict"], "hf").id == "hf-lazy", "of the same command, and the faster policy"
     assert rival(everything, records["bf16"], "hf") is None
     assert rival(everything, records["cap-512"], "hf-static") is None
+    BenchRecord.write(make_bench_record("quick", "hf", tpot_ms=24.1, created=records["hf-strict"].created), tmp_path)
+    assert rival(BenchRecord.below(tmp_path), records["strict"], "hf").id == "quick", "strict, where that is faster"
 
 
 def test_what_is_compared_comes_from_one_command(tmp_path):

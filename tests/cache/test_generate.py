@@ -199,7 +199,7 @@ REFUSED = {
     beams: "batch of 2",
     own_positions: "the next 3 tokens take 50 to 52",
     own_mask: "attention_mask of 4 dimensions",
-    nothing_new: "50 tokens seen and at least one new one",
+    nothing_new: "has 50 tokens, and the cache has seen 50: none is new; .*50 tokens seen and at least one new one",
     too_long: "logits_to_keep=1",
     no_tokens: "0 tokens",
     other_batch: "batch of 2, but this cache holds 1 streams",

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -123,11 +125,22 @@ def test_wrapping_after_the_cache_was_made_changes_nothing():
 @pytest.mark.parametrize("policy", ["strict", "refresh-window-attention"])
 @torch.no_grad()
 def test_compiling_after_the_cache_was_made_is_right(policy):
-    options, model = small_policy(policy), build("llama", layers=2)
-    wanted = feed(model, make_cache(model, options), ids[:, :50], (6,))
-    cache = make_cache(model, options)
-    found = feed(compiled(model), cache, ids[:, :50], (6,))
+    """Nothing is compiled again when another model, whose cache is older, dies."""
+    from torch._dynamo.utils import counters
+
+    options, other, model = small_policy(policy), build("llama", layers=1), build("llama", layers=2)
+    others = [other, make_cache(other, options)]
+    wanted = feed(model, make_cache(model, options), ids[:, :51], (6,))
+    cache, dead = make_cache(model, options), weakref.ref(other)
+    wrapped = compiled(model)
+    found = feed(wrapped, cache, ids[:, :50], (6,))
+    del other
+    others.clear()
+    gc.collect()
+    counters.clear()
+    found = torch.cat([found, feed(wrapped, cache, ids[:, 50:51])], 1)
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    assert dead() is None and not counters["frames"]["total"]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 from record_factory import make_arrays, make_record
 
 from sinkstream.matrix.record import PointRecord
+from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import WriteError, write_atomically
 from sinkstream.records.pairing import paired_delta
 from sinkstream.records.pairs import PAIRS_FILE
@@ -310,3 +311,9 @@ def test_threads_that_write_leave_the_umask_as_it_was(tmp_path, monkeypatch):
         assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("first", "second")] == [0o640, 0o640]
     finally:
         assert umask(before) == 0o027
+
+
+def test_the_middle_of_a_shorter_last_block_lies_inside_the_text():
+    """Of 60 tokens from index 100 on, in blocks of 25: 25, 25 and 10 tokens."""
+    blocks = Blocks(25, 100, 159, np.zeros(3), np.array([25, 25, 10]), True)
+    assert blocks.centres.tolist() == [112.5, 137.5, 155.0]

@@ -118,6 +118,7 @@ def test_growing_error_is_seen(store):
 def test_noise_is_a_go(store):
     entry = diagnosed(store, lazy_arrays())
     assert entry["verdict"]["outcome"] == "go" and not entry["spike"]["strict"]["found"]
+    assert "not shown to be worse" in entry["verdict"]["line"]
     assert all(share is None for share in entry["attribution"]["shares"].values())
     assert set(VERDICTS) >= {entry["verdict"]["outcome"]}
 

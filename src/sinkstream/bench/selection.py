@@ -100,14 +100,13 @@ def pairs(records: Sequence[BenchRecord]) -> list[tuple[BenchRecord, BenchRecord
 def rival(records: Sequence[BenchRecord], record: BenchRecord, rung: str) -> BenchRecord | None:
     """The fastest record of another rung under the same conditions, cap and streams; of the same command if it has one.
 
-    Of a rung that ran under several policies, lazy ones only: that is where pruning costs that rung least.
+    Of a rung that ran under several policies, the fastest policy's.
     """
     found = [
         r
         for r in select(records, rung=rung, device=record.protocol["device"])
         if conditions(r) == conditions(record)
         and (r.protocol["cap"], r.protocol["streams"]) == (record.protocol["cap"], record.protocol["streams"])
-        and r.policy["name"] != "strict"
     ]
     same_session = [r for r in found if r.session == record.session]
     return min(same_session or found, key=lambda r: r.steady["tpot_ms"], default=None)

@@ -95,11 +95,18 @@ class BatchedCache(AppendOnlyCache):
         return {"input_ids": input_ids, "attention_mask": mask}
 
     def check_conversation(self, input_ids: torch.Tensor) -> None:
-        """Raise ValueError unless a conversation ``(batch, tokens)`` begins with the tokens that the cache has seen."""
-        seen_ids = self.stream.seen_ids
-        # another batch is refused when the decoder is called
-        if seen_ids and seen_ids.complete and len(input_ids) == self.stream.batch:
-            check_beginning(input_ids, self.seen_tokens, seen_ids)
+        """Raise ValueError unless a conversation ``(batch, tokens)`` is what the cache has seen and something new."""
+        seen, seen_ids, tokens = self.seen_tokens, self.stream.seen_ids, input_ids.shape[1]
+        if seen_ids is None or len(input_ids) != self.stream.batch:
+            return  # another batch is refused when the decoder is called
+        if tokens <= seen:
+            raise ValueError(
+                f"the conversation has {tokens} tokens, and the cache has seen {seen}: none is new; accepted: the"
+                f" {seen} tokens seen and at least one new one; new tokens only, with"
+                " generate(**cache.continuation(new_ids), …); any conversation after cache.reset()"
+            )
+        if seen_ids.complete:
+            check_beginning(input_ids, seen, seen_ids)
 
     def unseen(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What each row of a padded conversation has that the cache has not seen.

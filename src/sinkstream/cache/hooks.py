@@ -24,6 +24,7 @@ from transformers import Cache
 from sinkstream import compat
 from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.hooked import HOOKED, Hooked, hooked_of
 from sinkstream.cache.padding import call_tokens
 
 if TYPE_CHECKING:
@@ -125,31 +126,6 @@ class HookedCache(Cache):
         """The forward raised: its tokens never came."""
 
 
-class _Hooked:
-    """The hooks of one module and the caches that need them.
-
-    Attributes
-    ----------
-    weights : tuple
-        Of a decoder, as `_weights_of`, when the hooks were put on or after the latest ``load_state_dict()``.
-    untraced : bool
-        Whether the hooks are those that a compiler calls and does not trace, which take 0.1 ms longer.
-    """
-
-    def __init__(self) -> None:
-        self.users: set[object] = set()
-        self.handles: list[Any] = []
-        self.weights: tuple = ()
-        self.untraced = False
-
-    def take_off(self) -> None:
-        """Remove the hooks."""
-        handles, self.handles = self.handles, []
-        for handle in handles:
-            handle.remove()
-
-
-_hooked: weakref.WeakKeyDictionary[nn.Module, _Hooked] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # re-entrant: a cache may be collected, and detached, while another one is attached
 
 
@@ -191,7 +167,8 @@ def attach(cache: HookedCache, model: PreTrainedModel, *, attention: bool) -> Ca
     with _lock:
         for module in modules:
             _shed(module)
-            hooked = _hooked.setdefault(module, _Hooked())
+            hooked = hooked_of(module) or Hooked()
+            setattr(module, HOOKED, hooked)
             hooked.users.add(user)
             if cache.compiled and not hooked.untraced:  # a compiler must not look into the hooks of other caches either
                 hooked.untraced = True
@@ -226,14 +203,14 @@ def _weights_of(module: nn.Module) -> tuple:
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    hooked = _hooked.get(module)
+    hooked = hooked_of(module)
     if hooked is not None:
         hooked.weights = _weights_of(module)
 
 
 def _shed(module: Any) -> None:
     """Take off what a copy of a hooked model has brought along: hooks and a switched attention of no cache of it."""
-    if module in _hooked:
+    if hooked_of(module) is not None:
         return
     with _lock:
         ours = (_before_decoder, _after_decoder, _before_model, _after_model)
@@ -251,13 +228,13 @@ def _detach(modules: list[weakref.ref[nn.Module]], user: object, chunk_user: obj
     decoder: Any = modules[0]()
     with _lock:
         for module in (ref() for ref in modules):
-            hooked = None if module is None else _hooked.get(module)
+            hooked = hooked_of(module)
             if module is None or hooked is None:
                 continue
             hooked.users.discard(user)
             if not hooked.users:
-                hooked.untraced = False
                 hooked.take_off()
+                delattr(module, HOOKED)
                 _unwatch_prompts(module)
         if decoder is not None:
             release_attention(decoder, user)
@@ -439,7 +416,7 @@ def _check_frequencies(cache: HookedCache, rotary: nn.Module) -> None:
 
 def _check_weights(cache: HookedCache, decoder: nn.Module) -> None:
     """Refuse weights that ``load_state_dict()`` has put into a model under a stream; compared after a load only."""
-    hooked = _hooked.get(decoder)
+    hooked = hooked_of(decoder)
     if hooked is None or cache.checked_weights is hooked.weights:
         return
     if cache.seen_tokens and cache.checked_weights not in (None, hooked.weights):

@@ -107,7 +107,6 @@ def call_tokens(named: dict[str, Any], seen: list[int], batch: int, tokens: int)
         first = seen[0]
         raise ValueError(
             f"position_ids of the caller's own are not supported: the next {tokens} tokens take {first} to"
-            f" {first + tokens - 1}; give no position_ids, and give generate() the whole conversation: the {first}"
-            " tokens seen and at least one new one"
+            f" {first + tokens - 1}; give no position_ids"
         )
     return None if own == [tokens] * batch else own

@@ -60,8 +60,9 @@ class Blocks:
 
     @property
     def centres(self) -> np.ndarray:
-        """Index in the text of the middle of each block (blocks,)."""
-        return self.first + self.tokens * (np.arange(len(self.sums)) + 0.5)
+        """Index in the text of the middle of each block (blocks,); the last block may be a shorter one."""
+        starts = self.first + self.tokens * np.arange(len(self.sums))
+        return (starts + np.minimum(starts + self.tokens, self.last + 1)) / 2
 
     def pairs_with(self, other: "Blocks") -> bool:
         """Whether the differences of the sums are the sums of the differences: both score the same tokens."""

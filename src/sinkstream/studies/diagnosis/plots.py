@@ -45,7 +45,8 @@ def nll_with_marks(record: Record, control: Record, entry: dict[str, Any]) -> An
     for run, name, style in runs:
         index, nll = run.arrays["index"], run.arrays["nll"]
         starts, sums, counts = block_sums(nll, index, BLOCK_TOKENS)
-        whole.plot(starts + BLOCK_TOKENS / 2, sums / counts, label=name, **{"linewidth": 1.2, **style})
+        middles = (starts + np.minimum(starts + BLOCK_TOKENS, index[-1] + 1)) / 2  # the last block may be a shorter one
+        whole.plot(middles, sums / counts, label=name, **{"linewidth": 1.2, **style})
         shown = (index >= first) & (index <= last)
         zoom.plot(index[shown], nll[shown], **{"linewidth": 1, **style})
     index, nll, control_nll = common_tokens(record, control)

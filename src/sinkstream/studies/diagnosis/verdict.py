@@ -6,7 +6,7 @@ from sinkstream.statistics import Estimate, EventCurve, PairedDelta
 from sinkstream.studies.diagnosis.attribution import PARTS, Attribution
 
 VERDICTS = {
-    "go": "PPL is not worse than strict streaming's: the interval of ΔPPL does not lie above zero",
+    "go": "PPL is not shown to be worse than strict streaming's: the interval of ΔPPL does not lie above zero",
     "no-go: spike": "PPL is worse and there is a spike after the events: treat it (overlap, max_drop, refresh)",
     "no-go: drift": "PPL is worse without a spike: look at drift and positions first",
     "undecided": "too little text for an interval",
@@ -24,7 +24,7 @@ def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> 
     figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {high}]"
     spike = _spike(curve)
     if delta.low <= 0:
-        return {"outcome": "go", "line": f"go: {figure} is not worse than strict; {spike}"}
+        return {"outcome": "go", "line": f"go: {figure} is not shown to be worse than strict; {spike}"}
     if curve.found:
         return {"outcome": "no-go: spike", "line": f"no-go: {figure} and {spike}: treat the spike first"}
     line = f"no-go: {figure}, {spike}: look at drift and positions first; {_largest(attribution.parts)}"
