@@ -407,5 +407,5 @@ def test_a_question_of_a_prompt_without_new_tokens_is_refused():
     cache = StreamingCache.for_model(model, cap=16, recall="lexical")
     cache.prefill(model, token_ids(40)[None])
     cache.recall_ask = 3
-    with pytest.raises(ValueError, match="recall_ask=3, and the prompt has no new tokens"):
+    with pytest.raises(ValueError, match="the conversation has 30 tokens, and the cache has seen 40: none is new"):
         model.generate(token_ids(30)[None], max_new_tokens=1, **with_cache(model, cache))
