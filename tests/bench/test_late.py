@@ -55,7 +55,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "tokens of generate()" in capsys.readouterr().out and len(LateRecord.below(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("more", [["--late", "1"], ["--late", "50", "--prefill", "20"], ["--late", "50", "--ladder"]])
+@pytest.mark.parametrize(
+    "more", [["--late", "1"], ["--late", "50", "--prefill", "20"], ["--late", "50", "--ladder"], ["--engine-only"]]
+)
 def test_what_does_not_go_together_is_refused(more, capsys):
     assert main(["bench", "--model", "random:pythia-14m", "--device", "cpu", "--cap", "32", *more]) == 2
     assert "accepted:" in capsys.readouterr().err

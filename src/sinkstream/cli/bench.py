@@ -356,6 +356,8 @@ def _check_mode(args: argparse.Namespace) -> None:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; accepted: one of {', --'.join(['', *MODES])[2:]}")
     mode = _mode(args)
+    if args.engine_only and mode != "prefill":
+        raise ValueError("--engine-only leaves a part of --prefill out; accepted: with --prefill LENGTH,LENGTH")
     if mode is None:
         return
     if mode in LEAST:
