@@ -32,10 +32,12 @@ def _key_scores(q, rows, valid, scale, C: tl.constexpr, D: tl.constexpr, KIND: t
 
 
 @jit
-def _pinned_scores(q, rows, valid, angles, scale, C: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
-                   KIND: tl.constexpr):  # fmt: skip
-    """As `_key_scores`, of keys that are rotated by `angles` (TILE, 1) first, and rounded as they are kept."""
-    columns = tl.arange(0, C)[None, :]
+def _pinned_scores(q, now, sources, frame_ptr, entry, pinned, scale, C: tl.constexpr, D: tl.constexpr,
+                   RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """As `_key_scores`, of the pinned keys `entry` of a set, rotated to their slots and rounded as they are kept."""
+    columns, valid = tl.arange(0, C)[None, :], entry < pinned
+    source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
+    rows, angles = sources + source[:, None] * D, frame_ptr + entry[:, None] * RD
     k = rotated(rows, columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
     z = tl.dot(q[0], tl.trans(k.to(KIND)))
     for c in tl.static_range(1, D // C):
@@ -121,9 +123,7 @@ def choose_sets_kernel(
             for at in range(0, pinned, BT):
                 entry = at + column
                 valid = entry < pinned
-                source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
-                angles = frame_ptr + entry[:, None] * RD
-                z = _pinned_scores(frame, sources + source[:, None] * D, valid, angles, scale, C, D, RD, KIND)
+                z = _pinned_scores(frame, now, sources, frame_ptr, entry, pinned, scale, C, D, RD, KIND)
                 m, s = _joined(tl.where(valid[None, :], z, -float("inf")), m, s)
             whole = m + tl.log2(s)
             if ADDS:
@@ -132,9 +132,7 @@ def choose_sets_kernel(
             for at in range(0, pinned, BT):
                 entry = at + column
                 valid = entry < pinned
-                source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
-                angles = frame_ptr + entry[:, None] * RD
-                z = _pinned_scores(frame, sources + source[:, None] * D, valid, angles, scale, C, D, RD, KIND)
+                z = _pinned_scores(frame, now, sources, frame_ptr, entry, pinned, scale, C, D, RD, KIND)
                 given = tl.sum(tl.exp2(z - whole[:, None]), 0) / G
                 if ADDS:
                     given += tl.load(total + entry, mask=valid, other=0.0)
