@@ -33,9 +33,9 @@ def test_the_driver_is_asked_once_for_a_carve_out(monkeypatch):
     kernel = Kernel()
     runtime.launch(kernel, (1,), pdl=False)
     assert asked == [], "the control, a launch that says nothing"
-    for percent in (45, 45, 60, 60):
+    for percent in (45, 45, 60, 60, 0, 0):
         runtime.launch(kernel, (1,), pdl=False, carveout=percent)
-    assert asked == [(7, 45), (7, 60)] and kernel.launches == 5
+    assert asked == [(7, 45), (7, 60), (7, -1)] and kernel.launches == 7, "0 leaves it to the driver again"
 
 
 def test_a_driver_that_refuses_is_named(monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver
+_ANY_CARVEOUT = -1  # as the driver likes; 0 would ask for as much L1 as there is
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
@@ -85,7 +86,8 @@ def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
 def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, carveout: int = 0, **meta) -> None:
     """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch).
 
-    `carveout`: what `prefer_shared` asks for, from the second launch on; 0: nothing.
+    `carveout`: what `prefer_shared` asks for, from the second launch on; 0: as the driver likes, also where an earlier
+    launch of the same kernel asked for more.
     """
     if INTERPRETED:
         kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
@@ -95,15 +97,15 @@ def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, carveout: int =
         return
     compiled = kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
     if getattr(compiled, "carveout", 0) != carveout:
-        prefer_shared(compiled.function, carveout)
+        prefer_shared(compiled.function, carveout or _ANY_CARVEOUT)
         compiled.carveout = carveout
 
 
 def prefer_shared(function: int, percent: int) -> None:
     """Ask the driver to leave `percent` of a multiprocessor's memory to shared memory under a kernel, the rest to L1.
 
-    Loads to registers are in flight through L1. Beside kernels that need much shared memory the driver would leave
-    little of it. Changes speed only.
+    -1: as it likes. Loads to registers are in flight through L1. Beside kernels that need much shared memory the driver
+    would leave little of it. Changes speed only.
 
     Raises
     ------
