@@ -12,17 +12,21 @@ from sinkstream.kernels.config import (
     FEW_TILES,
     MAX_SPLITS,
     MULTI_STREAM,
+    OWN_BYTES,
     MultiStreamConfig,
     count_programs,
     default_multi_stream,
+    fit_held,
     fit_multi_stream,
     multi_stream_bytes,
     several_attention,
+    stream_columns,
 )
 from sinkstream.kernels.multi_stream_linear import multi_stream_linear, norm_rows
 
 SMALL = MultiStreamConfig(columns=32, stages=3, per_sm=1, parts=1)
 WIDE = MultiStreamConfig(rows=32, columns=64, warps=4, per_sm=2, late=False, ahead=64)
+HELD = MultiStreamConfig(columns=64, stages=3, per_sm=1, parts=2, held=True)
 PARTS = MultiStreamConfig(columns=64, warps=4, stages=3, per_sm=1, parts=4)
 
 
@@ -74,6 +78,24 @@ def test_norms_of_rows(norm, with_beta, hidden):
     assert out.dtype == torch.float16 and error(out, expected) < TOLERANCE[torch.float16]
 
 
+@NEEDS_TRITON
+@pytest.mark.parametrize("config", [HELD, replace(HELD, rows=32, columns=128, warps=4, parts=4, late=False)])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("streams", "n", "rows"), [(2, 256, 48), (8, 200, 90), (16, 72, 130)])
+def test_inputs_that_stay_with_a_program(streams, n, rows, dtype, config):
+    """Several tiles a program, rows and values that fill no tile and no chunk."""
+    wide, weight = draw(streams, n + 8, dtype=dtype), draw(rows, n, scale=n**-0.5, dtype=dtype)
+    a, bias, residual = wide[:, 8:], draw(rows, scale=0.2, dtype=dtype), draw(streams, rows, dtype=dtype)
+    out = torch.full((streams + 1, rows), 7.0, dtype=dtype, device=DEVICE)
+    expected = a.double() @ weight.double().T
+    for terms in ({}, {"bias": bias, "residual": residual}):
+        multi_stream_linear(a, weight, out[:streams], config=config, **terms)
+        more = sum(term.double() for term in terms.values())
+        assert error(out[:streams], expected + more) < TOLERANCE[dtype]
+    assert error(out[:streams], expected) > 5 * TOLERANCE[dtype], "the control, no bias, is not told apart"
+    assert (out[streams] == 7.0).all(), "a stream that is not there was written"
+
+
 def test_what_is_refused():
     x, weight = draw(17, 64, dtype=torch.float16), draw(32, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="17 streams; accepted by the kernel: at most 16"):
@@ -82,6 +104,9 @@ def test_what_is_refused():
         multi_stream_linear(x[:2], weight.float(), draw(2, 32))
     with pytest.raises(ValueError, match="rows=24 in the configuration; accepted: a power of two"):
         multi_stream_linear(x[:2], weight, draw(2, 32), config=MultiStreamConfig(rows=24))
+    for more in ({"activation": "gelu"}, {"f": x[:2]}, {"second": (x[:2], draw(2, 16))}):
+        with pytest.raises(ValueError, match="held=True in the configuration; accepted: for one input, one layer"):
+            multi_stream_linear(x[:2], draw(32, 64, dtype=torch.float16), draw(2, 32), config=HELD, **more)
     with pytest.raises(ValueError, match="8 rows and 128 columns in 2 parts; accepted: at least 16"):
         MultiStreamConfig(rows=8)
 
@@ -107,6 +132,18 @@ def test_defaults_fit(gated, streams, shared_bytes):
     assert fit_multi_stream(deep, gated, streams, shared_bytes).stages < 20, "control: so many stages fit nowhere"
     roomy = [default_multi_stream(rows, gated, streams, 1 << 20, 132) for rows in (2048, 50000)]
     assert roomy == [FEW_TILES, MULTI_STREAM]
+
+
+@pytest.mark.parametrize(("streams", "width", "shared_bytes"), [(2, 2048, 99 * 1024), (8, 2000, 228 * 1024)])
+def test_inputs_stay_where_there_is_room(streams, width, shared_bytes):
+    roomy = MultiStreamConfig(16, 512, 4, 9, 4, parts=4, held=True)
+    fitted = fit_held(roomy, streams, width, shared_bytes)
+    bytes_each = ((fitted.stages - 1) * 16 + stream_columns(streams, fitted)) * 2048 * 2 + OWN_BYTES
+    assert 2 <= fitted.stages < 9 and fitted.per_sm * bytes_each <= shared_bytes < bytes_each + 16 * 2048 * 2
+    assert fit_held(fitted, streams, width, shared_bytes) == fitted, "what fits is left as it is"
+    assert fit_held(roomy, 9, width, shared_bytes) is None, "control: too many streams"
+    assert fit_held(roomy, streams, 2049, shared_bytes) is None, "control: too long rows"
+    assert fit_held(roomy, streams, width, 64 * 1024) is None, "control: no room for one tile"
 
 
 @pytest.mark.parametrize(("streams", "heads", "waves"), [(2, 32, 1), (4, 32, 1), (8, 32, 4), (2, 3, 1), (64, 64, 99)])

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
-from sinkstream.kernels.config import MultiStreamConfig, multi_stream_bytes
+from sinkstream.kernels.config import MultiStreamConfig, fit_held, multi_stream_bytes
 from tune_kernels.shapes import Shape
 
 Config = LinearConfig | AttentionConfig | AttentionLinearConfig
@@ -79,7 +79,13 @@ def several_candidates(shape: Shape, op: str) -> list:
         fits = per_sm * multi_stream_bytes(config, gated, shape.streams) < 227_000 and per_sm * warps <= 32
         if fits and 60_000 < flying < 170_000 and shape.widths[op][1] >= columns and ahead <= 2 * shape.widths[op][1]:
             found.append(config)
-    return spread(found, 44)
+    width, staying = shape.widths[op][1], []
+    if op in ("o", "head"):  # inputs that stay with a program, whole rows in flight
+        for columns, warps, stages, late in product((512, width), (4, 8), (2, 3), (False, True)):
+            config = MultiStreamConfig(16, columns, warps, stages, 1, late=late, parts=warps, held=True)
+            if not columns & (columns - 1) and fit_held(config, shape.streams, width, 228 * 1024) == config:
+                staying.append(config)
+    return staying + spread(found, 44)
 
 
 def changed(config, **changes):

@@ -44,7 +44,7 @@ from sinkstream.kernels.runtime import (
     jit,
     launch,
     multiprocessors,
-    prefetch_l2,
+    prefetch_next,
     tl,
     triton,
     use_triton,
@@ -97,9 +97,7 @@ def attend_split(
             keys, values, start, end if STAGES == 0 else start, first, length, size, skip, C, D, BT, LIVE
         )  # fmt: skip
         if NEXT:
-            share = (which * programs + split).to(tl.int64)
-            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
-            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
+            prefetch_next(which * programs + split, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
         if PDL:
             gdc_wait()
         row = qkv_ptr + stream * qkv_stride
@@ -158,9 +156,7 @@ def attend_split(
             tl.store(count_ptr + which, 0)
     else:
         if NEXT:
-            share = (which * programs + split).to(tl.int64)
-            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
-            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
+            prefetch_next(which * programs + split, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
 
 
 @jit
@@ -288,7 +284,8 @@ def attention_decode(
     )
     launch(
         _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
-        LIVE=most_visible is not None, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps, pdl=pdl,
+        LIVE=most_visible is not None, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps,
+        carveout=config.carveout, pdl=pdl,
     )  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ from sinkstream.kernels.runtime import (
     jit,
     launch,
     multiprocessors,
-    prefetch_l2,
+    prefetch_next,
     shared_bytes,
     tl,
     use_triton,
@@ -66,9 +66,7 @@ def _attention_linear_kernel(
             K, BN, BK, LAYER, ACT, False, HAS_BIAS, HAS_BETA, EVEN, EVICT, ROW_STAGES, HOLD, FILL, ROWS_LATE, PDL, WAIT,
         )  # fmt: skip
         if NEXT:
-            share = (pid - attending).to(tl.int64)
-            prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
-            prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
+            prefetch_next(pid - attending, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
 
 
 def attention_linear(

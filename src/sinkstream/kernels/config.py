@@ -6,6 +6,8 @@ Measured plans of whole steps are in `plans`. A configuration that is passed to 
 from dataclasses import dataclass, replace
 
 MAX_STREAMS = 16  # streams of one product: the narrowest tile of the matrix units
+MAX_HELD_STREAMS = 8  # streams whose inputs a program keeps in registers
+MAX_HELD_WIDTH = 2048  # values of such an input
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
 OWN_BYTES = 2048  # shared memory of a program outside its pipeline: 1 KB of the driver, and room for reductions
 
@@ -72,6 +74,9 @@ class AttentionConfig:
         Widest column chunk of a tile (a power of two, at least 16); the widest that divides head_dim is used.
     late : bool
         Trigger the launch of the next kernel when the slots have been read instead of at once.
+    carveout : int
+        Percent of a multiprocessor's memory that the driver is asked to leave to shared memory, the rest to L1, through
+        which the loads of slots are in flight; 0: as the driver likes.
     """
 
     splits: int = 16
@@ -81,6 +86,7 @@ class AttentionConfig:
     dot: bool = False
     columns: int = 16
     late: bool = False
+    carveout: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ class MultiStreamConfig:
         Trigger the launch of the next kernel when this kernel's rows are done instead of at once.
     parts : int
         Parts of a chunk, a power of two, each added up by warps of its own; their sums are added at the end of a tile.
+    held : bool
+        Keep the inputs of all streams with a program, so that only weights go through the pipeline. Its stages hold
+        whole rows, which are in flight before the wait for the previous kernel; `ahead` has no effect.
     """
 
     rows: int = 16
@@ -137,6 +146,7 @@ class MultiStreamConfig:
     ahead: int = 1024
     late: bool = True
     parts: int = 2
+    held: bool = False
 
     def __post_init__(self):
         if min(self.rows, self.columns // self.parts) < 16:
@@ -275,6 +285,23 @@ def fit_multi_stream(config: MultiStreamConfig, gated: bool, streams: int, share
         config = replace(config, stages=config.stages - 1)
     fitting = shared_bytes // multi_stream_bytes(config, gated, streams)
     return replace(config, per_sm=max(1, min(config.per_sm, fitting)))
+
+
+def fit_held(config: MultiStreamConfig, streams: int, width: int, shared_bytes: int) -> MultiStreamConfig | None:
+    """A configuration that keeps the inputs with fewer programs, then stages, so that it fits a multiprocessor.
+
+    None where it does not, or where the inputs of more than 8 streams, or rows longer than those that were measured,
+    would take too many registers: the op's own default then.
+    """
+    if streams > MAX_HELD_STREAMS or width > MAX_HELD_WIDTH:
+        return None
+    padded = -(-width // config.columns) * config.columns
+    row, tile = stream_columns(streams, config) * padded * 2, config.rows * padded * 2
+    for stages in range(config.stages, 1, -1):
+        size = (stages - 1) * tile + row + OWN_BYTES
+        if size <= shared_bytes:
+            return replace(config, stages=stages, per_sm=min(config.per_sm, shared_bytes // size))
+    return None
 
 
 def default_multi_stream(

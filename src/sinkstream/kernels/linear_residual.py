@@ -33,6 +33,7 @@ from sinkstream.kernels.runtime import (
     launch,
     multiprocessors,
     prefetch_l2,
+    prefetch_next,
     shared_bytes,
     tl,
     use_triton,
@@ -109,9 +110,7 @@ def _linear_residual_kernel(
     if PDL and LATE:
         gdc_launch_dependents()
     if NEXT:
-        pid = tl.program_id(0)
-        prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
-        prefetch_l2(next_b, pid.to(tl.int64) * next_b_share, next_b_end, next_b_share)
+        prefetch_next(tl.program_id(0), next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
 
 
 def linear_residual(
@@ -130,7 +129,7 @@ def linear_residual(
     """out = weight · [a, f] + bias + residual.
 
     One stream runs the kernel. Up to 16 run another, which reads the weight once for all of them; more run PyTorch's
-    matmul. `prefetch` is for one stream.
+    matmul, without `prefetch`.
 
     Parameters
     ----------
@@ -178,7 +177,9 @@ def linear_residual(
         return linear_residual_library(a, weight, f, bias, residual, out)
     if streams > 1:
         own = config if isinstance(config, MultiStreamConfig) else None
-        return multi_stream_linear(a, weight, out, f=f, bias=bias, residual=residual, config=own, pdl=pdl)
+        return multi_stream_linear(
+            a, weight, out, f=f, bias=bias, residual=residual, config=own, prefetch=prefetch, pdl=pdl
+        )
     if not isinstance(config, LinearConfig):
         config = default_linear_residual(n, m, shared_bytes(a.device))
     _launch(a, weight, f, bias, residual, out, config, prefetch, pdl)

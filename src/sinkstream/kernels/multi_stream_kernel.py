@@ -1,7 +1,7 @@
 """Kernels of linear layers of several streams, see `multi_stream_linear`: norms, and products on the matrix units."""
 
 from sinkstream.kernels.chunks import activated, load_chunks, normalise
-from sinkstream.kernels.runtime import gdc_launch_dependents, gdc_wait, jit, prefetch_l2, tl
+from sinkstream.kernels.runtime import gdc_launch_dependents, gdc_wait, jit, prefetch_l2, prefetch_next, tl
 
 
 @jit
@@ -97,11 +97,11 @@ def sum_parts(acc, PARTS: tl.constexpr):
 @jit
 def multi_stream_linear_kernel(
     a_ptr, f_ptr, w_ptr, b_ptr, r_ptr, y_ptr, z_ptr, rows, streams, a_stride, f_stride, w_stride, r_stride, y_stride,
-    z_stride, plain, ahead,
+    z_stride, plain, ahead, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     KA: tl.constexpr, KF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
     PAIR: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, LATE: tl.constexpr,
-    PDL: tl.constexpr,
+    NEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles pid, pid + programs, ... of the outputs. `rows` counts these; up rows begin at `rows`.
 
@@ -133,6 +133,9 @@ def multi_stream_linear_kernel(
                 y, up, f_ptr, f_stride, streams, w_ptr + KA, w_up, r, rows, w_stride, KF, BK, S, PARTS, STAGES, False,
                 EVEN, EVICT, KIND,
             )  # fmt: skip
+        if NEXT:  # noqa: SIM102 - known when this is compiled, unlike the next condition
+            if tile + tl.num_programs(0) >= tl.cdiv(rows, BN):
+                prefetch_next(start, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
         y = sum_parts(y, PARTS)
         if GATED:
             up = sum_parts(up, PARTS)

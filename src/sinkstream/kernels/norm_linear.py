@@ -33,6 +33,7 @@ from sinkstream.kernels.runtime import (
     launch,
     multiprocessors,
     prefetch_l2,
+    prefetch_next,
     shared_bytes,
     tl,
     use_triton,
@@ -142,8 +143,7 @@ def _norm_linear_kernel(
         True,
     )  # fmt: skip
     if NEXT:
-        prefetch_l2(next_a, pid.to(tl.int64) * next_a_share, next_a_end, next_a_share)
-        prefetch_l2(next_b, pid.to(tl.int64) * next_b_share, next_b_end, next_b_share)
+        prefetch_next(pid, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share)
 
 
 def norm_linear(
@@ -165,7 +165,7 @@ def norm_linear(
     """y = act(weight · norm(x) + bias).
 
     One stream runs the kernel. Up to 16 run a kernel of the norm and one of the product, which reads the weight once
-    for all of them; more run PyTorch's norm, matmul and activation. `prefetch` is for one stream.
+    for all of them; more run PyTorch's norm, matmul and activation, without `prefetch`.
 
     Parameters
     ----------
@@ -215,7 +215,9 @@ def norm_linear(
     if streams > 1:
         normed = norm_rows(x, norm_weight, norm_bias, eps, norm, weight.dtype, pdl)
         own = config if isinstance(config, MultiStreamConfig) else None
-        return multi_stream_linear(normed, weight, out, bias=bias, activation=activation, config=own, pdl=pdl)
+        return multi_stream_linear(
+            normed, weight, out, bias=bias, activation=activation, config=own, prefetch=prefetch, pdl=pdl
+        )
     if not isinstance(config, LinearConfig):
         config = default_norm_linear(hidden, activation == "swiglu", shared_bytes(x.device))
     _launch(x, weight, norm_weight, norm_bias, bias, *kind, out, config, prefetch, pdl)

@@ -5,11 +5,14 @@ TRITON_INTERPRET=1 set before Triton is imported, ``implementation="triton"`` ru
 is for tests, and slow.
 """
 
+import ctypes
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver
+_ANY_CARVEOUT = -1  # as the driver likes; 0 would ask for as much L1 as there is
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
@@ -80,15 +83,38 @@ def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
     return runnable if name == "triton" else tensor.is_cuda and runnable
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None:
-    """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch)."""
+def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, carveout: int = 0, **meta) -> None:
+    """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch).
+
+    `carveout`: what `prefer_shared` asks for, from the second launch on; 0: as the driver likes, also where an earlier
+    launch of the same kernel asked for more.
+    """
     if INTERPRETED:
         kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
         return
     if _settings.compile_only:
         kernel.warmup(*arguments, PDL=pdl, grid=grid, launch_pdl=pdl, **meta)
         return
-    kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
+    compiled = kernel[grid](*arguments, PDL=pdl, launch_pdl=pdl, **meta)
+    if getattr(compiled, "carveout", 0) != carveout:
+        prefer_shared(compiled.function, carveout or _ANY_CARVEOUT)
+        compiled.carveout = carveout
+
+
+def prefer_shared(function: int, percent: int) -> None:
+    """Ask the driver to leave `percent` of a multiprocessor's memory to shared memory under a kernel, the rest to L1.
+
+    -1: as it likes. Loads to registers are in flight through L1. Beside kernels that need much shared memory the driver
+    would leave little of it. Changes speed only.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses.
+    """
+    error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, percent)
+    if error:
+        raise RuntimeError(f"the driver refuses a carve-out of {percent} percent for shared memory: error {error}")
 
 
 def has_dependent_launch(device: torch.device) -> bool:
@@ -149,6 +175,14 @@ def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
         is_pure=False,
         pack=1,
     )
+
+
+@jit
+def prefetch_next(program, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share):
+    """Prefetch a program's share of what the next kernel reads first: the arguments of `Prefetch`."""
+    share = program.to(tl.int64)
+    prefetch_l2(next_a, share * next_a_share, next_a_end, next_a_share)
+    prefetch_l2(next_b, share * next_b_share, next_b_end, next_b_share)
 
 
 def check_tensor(
