@@ -9,7 +9,6 @@ from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.show.progress import say
 
-
 CRITERIA_HELP = "criteria whose verdicts the page shows (default: experiments/criteria.toml beside RECORDS, if there)"
 
 
