@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
-from sinkstream.measure.memory import PeakMemory, held_mb
+from sinkstream.measure.memory import OWN, PeakMemory, free_unused, held_mb
 from sinkstream.measure.metrics import summarise
 from sinkstream.measure.timing import distribution, latency_summary, timed
 from sinkstream.records.files import WriteError, write_atomically
@@ -237,6 +237,48 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatc
         write_atomically(target, "x" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert target.read_text() == "old"
+
+
+def test_on_a_gpu_nothing_is_freed_that_a_captured_graph_may_write_to(monkeypatch):
+    """Without a graph the workspaces go, and the kind of the peak says so; with one they stay, and it does not."""
+    freed = []
+
+    class Graph:
+        """In place of a captured graph."""
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("pool"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: freed.append("workspaces"), raising=False)
+    assert free_unused("cuda") and freed == ["workspaces", "pool"]
+    assert PeakMemory("cuda", alone=True).kind == OWN
+    freed.clear()
+    graph = Graph()
+    assert not free_unused("cuda") and freed == ["pool"] and graph
+    assert PeakMemory("cuda").kind == "cuda_allocated"
+    freed.clear()
+    assert not free_unused("cpu") and not freed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_memory_of_a_run_does_not_grow_with_the_runs_before_it():
+    """Graphs on streams of their own, each with a product: every one leaves a workspace of cuBLAS."""
+
+    def capture() -> torch.cuda.CUDAGraph:
+        graph, matrix = torch.cuda.CUDAGraph(), torch.ones(256, 256, device="cuda")
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            torch.mm(matrix, matrix)
+        return graph
+
+    capture()
+    assert free_unused("cuda"), "control: the graph is gone"
+    first = held_mb("cuda")
+    graphs = [capture() for _ in range(4)]
+    assert not free_unused("cuda"), "a graph is alive"
+    graphs.clear()
+    for _ in range(4):
+        capture()
+    assert free_unused("cuda") and held_mb("cuda") <= first
 
 
 @pytest.mark.gpu

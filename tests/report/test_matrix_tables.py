@@ -15,7 +15,7 @@ def cells(results, table="matrix-answers", header=HEADER) -> list[dict[str, str]
 
 
 def test_a_row_names_the_best_policy_of_each_kind_and_its_planted_difference(tmp_path):
-    assert render_matrix(tmp_path / "nosuch") == {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET}
+    assert set(render_matrix(tmp_path / "nosuch").values()) == {NONE_YET}
     better = point("better", "refresh-key-norm", shift=-0.05, label="refresh-key-norm R=64")
     (row,) = cells(write(tmp_path, *small_matrix(), better))
     assert row["best without refresh against strict"].startswith("slack slack=16: +0.3"), row

@@ -19,6 +19,7 @@ LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
 if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
     pytest.skip(f"the extra `report` is not installed: {', '.join(absent)}", allow_module_level=True)
 
+from sinkstream.report.answers import speed_table  # noqa: E402
 from sinkstream.report.page import charts  # noqa: E402
 from sinkstream.report.page.build import latex, read_evidence, write_page  # noqa: E402
 from sinkstream.report.page.groups import Group, frontier, groups_of  # noqa: E402
@@ -121,6 +122,23 @@ def test_memory_that_holds_what_other_points_left_is_not_shown(tmp_path):
         PointRecord.write(content, process)
     shown = [{s.id for s in sections(read_evidence(folder))} for folder in (own, process)]
     assert "memory" in shown[0] and "memory" not in shown[1]
+
+
+def test_points_that_are_timed_only_have_a_table_and_no_pareto(tmp_path):
+    """A shape with random weights has no quality; its page still opens, with a column a number of slots."""
+    for cap in (128, 512):
+        for at in (0, 1, 3):
+            content = make_point(at, model="shape", cap=cap) | {"quality": None}
+            content["configuration"] = content["configuration"] | {"quality": None}
+            PointRecord.write(content, tmp_path)
+    found = load_points(tmp_path)
+    assert groups_of(found) == []
+    table = speed_table(found)
+    assert table.header[1:] == [
+        *("ms a token (÷ strict), 128 slots", "ms a token (÷ strict), 512 slots", "peak MB, 128", "peak MB, 512")
+    ]
+    assert list(table.rows[2]) == ["lazy R=64", "2.141 (1.00)", "2.141 (1.00)", "6,007", "6,007"]
+    assert sections(read_evidence(tmp_path)) == [], "no picture of quality"
 
 
 def test_the_page_is_one_file_below_three_megabytes(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 from record_factory import GPU, make_arrays, make_record
 
 from sinkstream.matrix.record import PointRecord
+from sinkstream.measure.memory import OWN
 from sinkstream.records.blocks import Blocks
 
 #: Policy, its label and options -> loss against recompute in nats, milliseconds a token, MB.
@@ -55,7 +56,7 @@ def make_point(
         "speed": {
             **{"backend": "fused", "feed": "greedy", "text": "random", "warmup_tokens": 64, "steady_tokens": 600},
             **{"tpot_ms": tpot, "tpot_ms_range": [tpot, tpot], "latency_ms": latency, "floor_ms": 1.97},
-            **{"over_floor": tpot / 1.97, "peak_mb": memory, "memory_kind": "process_rss_sampled"},
+            **{"over_floor": tpot / 1.97, "peak_mb": memory, "memory_kind": OWN},
             "repeats": [{"record": "b", "tpot_ms": tpot, "setup": setup}],
         },
         "spike": None,

@@ -1,6 +1,5 @@
 """A list of configurations over one model: checked first, timed in turns, recorded one by one."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ from sinkstream.evaluation.backends import BACKENDS, EngineBackend, StaticBacken
 from sinkstream.evaluation.record import numeric_protocol, provenance, work_identity
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
-from sinkstream.measure.memory import PeakMemory, free_bytes
+from sinkstream.measure.memory import PeakMemory, free_bytes, free_unused
 from sinkstream.models import LoadedModel
 from sinkstream.records.files import WriteError
 from sinkstream.records.plain import new_record_id
@@ -128,16 +127,14 @@ class BenchSession:
             outcome.failed.append((_names(group), f"{type(error).__name__}: {first_line}"))
             return []
         finally:
-            gc.collect()  # frees the memory of closed decoders
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_unused(self.loaded.model.device)
 
     def _time(self, group: Sequence[BenchConfig], report: Report) -> list[Callable]:
         protocol = fitted(self.protocol, group[0])
         ids = [self._begun(config) or new_record_id("bench", self.loaded.name, config.label) for config in group]
         runs = [TimedRun(config, protocol, record_id, ids[0], len(group)) for config, record_id in zip(group, ids)]
         source = Source(self.text.ids.to(self.loaded.model.device), group[0].streams)
-        with PeakMemory(self.loaded.model.device) as memory:
+        with PeakMemory(self.loaded.model.device, alone=free_unused(self.loaded.model.device)) as memory:
             if BACKENDS[group[0].rung] is StaticBackend:
                 generate_static(runs[0], self.loaded, source)
                 torch.compiler.reset()

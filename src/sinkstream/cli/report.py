@@ -9,12 +9,14 @@ from sinkstream.records.files import write_atomically
 from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.show.progress import say
 
+CRITERIA_HELP = "criteria whose verdicts the page shows (default: experiments/criteria.toml beside RECORDS, if there)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("records", type=Path, nargs="?", help="folder of records for the page of -o")
     parser.add_argument("-o", "--output", type=Path, help="write one self-contained HTML page of RECORDS, nothing else")
-    parser.add_argument("--criteria", type=Path, help="file of criteria whose verdicts the page shows")
+    parser.add_argument("--criteria", type=Path, help=CRITERIA_HELP)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     parser.add_argument("--docs", type=Path, nargs="*", default=[], help="Markdown files with generated tables")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
@@ -56,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _page(args: argparse.Namespace) -> int:
     """Write the page of a folder."""
+    from sinkstream.report.evidence import CRITERIA
     from sinkstream.report.page.build import write_page  # which needs the libraries of the extra `report`
 
     if args.docs or args.check:
         raise ValueError("-o writes the page and nothing else; accepted: without --docs and --check")
     folder = args.results if args.records is None else args.records
-    size = write_page(folder, args.output, args.criteria)
+    beside = folder.resolve().parent / CRITERIA
+    size = write_page(folder, args.output, args.criteria or (beside if beside.is_file() else None))
     say(wide_console(), f"{args.output}: {size / 1e6:.2f} MB")
     return 0
 

@@ -6,14 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sinkstream.measure.memory import OWN
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.schema import REQUIRED
 from sinkstream.statistics import PairedDelta, delta_of_blocks
 
 LATENCY = ("p50", "p90", "p99", "max")
-#: Kind of a peak memory that holds what earlier points of the process left on a GPU: 32 MiB of cuBLAS for every engine.
-WITH_OTHERS = "cuda_allocated"
 
 #: Required keys, as in `schema.REQUIRED`; docs/matrix.md says what they hold.
 POINT_REQUIRED: dict[str, Any] = {
@@ -82,8 +81,8 @@ class PointRecord(StatusRecord):
 
     @property
     def peak_mb(self) -> float | None:
-        """Peak memory in MB of 2**20 bytes; None where the figure holds what other points had left."""
-        return self.speed["peak_mb"] if self.speed and self.speed["memory_kind"] != WITH_OTHERS else None
+        """Peak memory in MB of 2**20 bytes of what ran; None where the figure holds what other points had left."""
+        return self.speed["peak_mb"] if self.speed and self.speed["memory_kind"] == OWN else None
 
     @cached_property
     def blocks(self) -> Blocks | None:

@@ -15,6 +15,7 @@ from sinkstream.bench.tables import render_bench
 from sinkstream.cache import ATTENTION, BOUNDED_ROPE_TYPES, FAMILIES, FAMILY, POSITIONS, ROPE_TYPES, UNSERVED
 from sinkstream.data import TEXTS
 from sinkstream.engine.modules import ACTIVATIONS
+from sinkstream.matrix.record import load_points
 from sinkstream.measure.environment import hardware
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
@@ -29,6 +30,7 @@ from sinkstream.records.selection import (
     select,
 )
 from sinkstream.registry import Registry
+from sinkstream.report.answers import answer_table
 from sinkstream.report.archive import render_archive
 from sinkstream.report.matrix_tables import render_matrix
 from sinkstream.report.overviews import cliff_overview, diagnosis_overview, recall_overview
@@ -42,6 +44,7 @@ from sinkstream.studies.diagnosis.tables import DIAGNOSIS_TABLES, render_diagnos
 from sinkstream.studies.recall import tables as recall
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.rivals.chat import ChatRecord, chat_table
+from sinkstream.studies.rivals.compare import comparisons
 from sinkstream.studies.rivals.recall import RivalRecallRecord, rival_recall_table
 from sinkstream.studies.rivals.record import RivalRecord
 from sinkstream.studies.rivals.tables import render_rivals
@@ -61,9 +64,12 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     tables |= {name: render(recalls) for name, render in RECALL_TABLES.items()}
     speed = render_bench(results) | render_prompts(results) | render_draws(results) | render_generate(results)
     speed |= render_snapshots(results) | render_serve(results)
-    rivals = render_rivals(records, RivalRecord.below(results) if there else [])
+    rival_records = RivalRecord.below(results) if there else []
+    rivals = render_rivals(records, rival_records)
     rivals["rivals-recall"] = rival_recall_table(RivalRecallRecord.below(results) if there else [], recalls)
     rivals["rivals-chat"] = chat_table(ChatRecord.below(results) if there else [])
+    points = load_points(results) if there else []
+    rivals["matrix-questions"] = answer_table(points, recalls, comparisons(records, rival_records))
     return tables | render_diagnoses(results) | render_archive(results) | speed | rivals | render_matrix(results)
 
 

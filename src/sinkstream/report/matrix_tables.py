@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sinkstream.matrix.record import PointRecord, load_points
 from sinkstream.records.origin import machine
+from sinkstream.report.answers import speed_table
 from sinkstream.report.criteria import Evidence
 from sinkstream.report.verdicts import (
     Compared,
@@ -32,12 +33,21 @@ def render_matrix(results: Path) -> dict[str, str]:
     points = [p for p in load_points(results) if p.status == "complete"] if results.is_dir() else []
     rows = [row for model in groups(Evidence(points, [], [])).values() for group in model if (row := _row(group))]
     if not rows:
-        return {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET}
+        return {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET, "matrix-speed": _speed(points)}
     head = f"{len(points)} points; {machine(points)}"
     return {
         "matrix-answers": f"{head}\n\n{Table(HEADER, rows, left=2).markdown()}",
         "matrix-sweeps": Table(SWEEP_HEADER, _sweeps(points), left=3).markdown(),
+        "matrix-speed": _speed(points),
     }
+
+
+def _speed(points: Sequence[PointRecord]) -> str:
+    table = speed_table(points)
+    if table is None:
+        return NONE_YET
+    timed = [point for point in points if point.quality is None]
+    return f"{timed[-1].model['name']}, {timed[-1].protocol['dtype']}, {machine(timed)}\n\n{table.markdown()}"
 
 
 def _sweeps(points: Sequence[PointRecord]) -> list[list[str]]:

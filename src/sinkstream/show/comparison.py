@@ -79,7 +79,8 @@ def footnotes(runs: Sequence[ComparedRun]) -> list[str]:
     missing = sorted({run.delta.reason for run in runs if run.delta and run.delta.reason})
     notes += [f"No interval: {reason}." for reason in missing]
     kinds = sorted({kind for run in runs if (kind := run.record.summary["peak_memory_kind"])})
-    return notes + ([f"Peak memory: {', '.join(kinds).replace('_', ' ')}."] if kinds else [])
+    held = "weights, prefill and what earlier runs of the process left included"
+    return notes + ([f"Peak memory: {', '.join(kinds).replace('_', ' ')}, {held}."] if kinds else [])
 
 
 def comparison_table(records: Sequence[Record], title: str | None = None) -> Table:

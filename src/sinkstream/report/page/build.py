@@ -14,6 +14,7 @@ from sinkstream.records.files import write_atomically
 from sinkstream.records.json_files import family_of
 from sinkstream.records.pairs import PAIRS_FILE
 from sinkstream.records.records import SUMMARY_FILE, load_records
+from sinkstream.report.answers import Answer, answers
 from sinkstream.report.criteria import Evidence as Judged
 from sinkstream.report.criteria import read_criteria
 from sinkstream.report.ledger import judge_all
@@ -25,6 +26,7 @@ from sinkstream.show.comparison import compared_runs
 from sinkstream.show.table import Table
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.recall.record import RecallRecord
+from sinkstream.studies.rivals.compare import comparisons
 from sinkstream.studies.rivals.record import RivalRecord
 
 MOST_BYTES = 3_000_000
@@ -32,8 +34,15 @@ TITLE = "A language model that streams for ever in fixed memory"
 LEAD = (
     "A language model keeps notes on every token (word piece) that it has read, so that its memory grows until it is"
     " full. sinkstream keeps the first few tokens and a window of the latest ones instead. This page measures what"
-    " that costs in quality, what it brings in speed, and which rule for what to keep is worth choosing. Quality is"
-    " perplexity: how unsure the model is of the next token, lower is better."
+    " that costs in quality, what it brings in speed, and which rule (policy) for what to keep is worth choosing."
+    " Quality is perplexity: how unsure the model is of the next token, lower is better."
+)
+RULES = (
+    "A slot is room for one token. strict keeps the first tokens (sinks) and a window of the latest, and drops the"
+    " window's oldest token at every step; lazy drops R tokens at once, every R tokens; max-drop, overlap, slack and"
+    " adaptive vary when and how many; refresh also keeps B older tokens, chosen by the attention that they received"
+    " or by another measure; window-only keeps no first tokens; recompute reads the whole window anew for every token."
+    " Brackets are 95 % intervals."
 )
 
 
@@ -114,6 +123,8 @@ def render(evidence: Evidence) -> str:
         title=TITLE,
         lead=LEAD,
         cards=cards(evidence),
+        answers=questions(evidence),
+        rules=RULES,
         sections=parts,
         latex=latex,
         script=charts.bundle().replace("</script", "<\\/script"),
@@ -139,24 +150,33 @@ def cards(evidence: Evidence) -> list[Card]:
     deltas, where = {}, ""
     if points is not None and points.baseline.policy["name"] == "recompute":
         deltas = {d.point.label: d.delta for d in points.dots() if d.delta is not None}
-        where = f"; {points.points[0].model['name']}, {points.slots} slots, a novel"
+        where = f". {points.points[0].model['name']} on a novel ({points.text}), room for {points.slots} tokens"
     if "strict" not in deltas:
         runs = comparable_runs(evidence.runs, model="SmolLM2-135M", text="pg19", cap=512, device="cuda")
         deltas = {run.record.label: run.delta for run in compared_runs(runs) if run.delta} if runs else {}
     if (strict := deltas.get("strict")) and strict.delta_percent is not None:
-        between = "" if strict.low is None else f" (95 %: {strict.low:+.2f} to {strict.high:+.2f})"
-        words = f"perplexity when every step drops the oldest token, against reading the window anew each time{between}"
-        found.append(Card(f"{strict.delta_percent:+.2f} %", words + where))
+        between, said = "", ""
+        if strict.low is not None and strict.high is not None:
+            between = f" (95 % interval: {strict.low:+.2f} to {strict.high:+.2f}"
+            said = "; it holds zero, so no loss is shown)" if strict.low <= 0 <= strict.high else ")"
+        words = "perplexity when every step drops the oldest token, against reading the window anew for every token"
+        found.append(Card(f"{strict.delta_percent:+.2f} %", words + between + said + where))
     if (control := deltas.get("window-only")) and control.delta_percent is not None:
-        words = "perplexity with the same memory, when the first four tokens are not kept"
+        words = "perplexity of the same model with as much room, when the first four tokens are not kept"
         found.append(Card(f"{control.delta_percent:+.0f} %", words))
     if (speed := tpot_over_floor(evidence.bench)) is not None:
         record = next(r for r in evidence.bench if r.id == speed.record)
-        words = f"for one token of a 2.8-billion-parameter model on an {record.hardware}, dropping at every step"
-        found.append(Card(f"{record.steady['tpot_ms']:.2f} ms", words))
-        words = "that time over the time of a copy of the bytes that must be read: 1 is the limit of the hardware"
+        room = f"float16, room for {record.protocol['cap']:,} tokens"
+        words = f"for one token in the shape of Pythia-2.8B (random weights, {room}) on an {record.hardware},"
+        found.append(Card(f"{record.steady['tpot_ms']:.2f} ms", f"{words} dropping at every step"))
+        words = "the time that the GPU takes to copy the bytes that a step must read: 1 is the limit of the hardware"
         found.append(Card(f"{speed.value:.2f} ×", words))
     return found
+
+
+def questions(evidence: Evidence) -> list[Answer]:
+    """The questions that all of it was measured for, with their answers."""
+    return answers(evidence.points, evidence.recalls, comparisons(evidence.runs, evidence.rivals))
 
 
 def origins(evidence: Evidence) -> list[Origin]:

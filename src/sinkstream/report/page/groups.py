@@ -104,7 +104,7 @@ class Group:
 
 
 def groups_of(points: Sequence[PointRecord]) -> list[Group]:
-    """The complete points, grouped by what a Pareto must share; the newest of each label.
+    """The complete points, grouped by what a Pareto must share, where quality was measured; the newest of each label.
 
     The largest model comes first, of it the cap of the headline figures, and PG19 before other texts.
     """
@@ -114,7 +114,10 @@ def groups_of(points: Sequence[PointRecord]) -> list[Group]:
             key = tuple(fact(point) for fact in SHARED.values())
             found.setdefault(key, {})[point.label] = point
     groups = [Group(tuple(labelled.values())) for labelled in found.values()]
-    with_base = [g for g in groups if len(g.points) > 1 and any(p.policy["name"] in BASELINES for p in g.points)]
+    scored = [[p for p in g.points if p.blocks is not None] for g in groups]
+    with_base = [
+        g for g, own in zip(groups, scored) if len(own) > 1 and any(p.policy["name"] in BASELINES for p in own)
+    ]
     return sorted(with_base, key=_place)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import LADDER_SHAPE, comparable, select, together
 from sinkstream.matrix.record import PointRecord, point_delta
+from sinkstream.measure.environment import hardware
 from sinkstream.records.origin import text_and_machine
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_TEXTS, has_text
+from sinkstream.report.answers import speed_table
 from sinkstream.report.page import charts
 from sinkstream.report.page.groups import Group, frontier, groups_of
 from sinkstream.show.table import EMPTY, Table, with_interval
@@ -254,9 +256,17 @@ def speed_section(evidence: Evidence) -> Section | None:
         " that reads all weights once a token can be faster than that."
     )
     spec = charts.ladder(values, best.floor["ms"])
-    return Section(
-        "speed", "Speed against the floor", lead, [Picture(spec, machine)], [(machine, Table(header, cells, left=2))]
-    )
+    tables = [(machine, Table(header, cells, left=2))]
+    if (by_cap := speed_table(evidence.points)) is not None:
+        tables.append((_without_quality(evidence), by_cap))
+    return Section("speed", "Speed against the floor", lead, [Picture(spec, machine)], tables)
+
+
+def _without_quality(evidence: Evidence) -> str:
+    """What the points share that are timed only."""
+    point = next(p for p in reversed(evidence.points) if p.quality is None and p.speed is not None)
+    machine = hardware(point.environment)
+    return f"Every rule at several numbers of slots: {point.model['name']}, {point.protocol['dtype']}, {machine}"
 
 
 def recall_section(evidence: Evidence) -> Section | None:
