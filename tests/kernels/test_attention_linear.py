@@ -70,3 +70,6 @@ def test_what_is_refused():
         call(case, linear, activation="swiglu")
     with pytest.raises(ValueError, match=r"2 warps for attention and 4 .* accepted: as many"):
         AttentionLinearConfig(AttentionConfig(warps=2), LinearConfig(warps=4))
+    for own in ({"carveout": 45}, {"registers": 96}):
+        with pytest.raises(ValueError, match="carveout or registers for attention in a kernel with a linear layer"):
+            AttentionLinearConfig(AttentionConfig(warps=4, **own), LinearConfig(warps=4))

@@ -15,12 +15,13 @@ class Kernel:
     """A kernel that counts its launches and compiles once."""
 
     def __init__(self):
-        self.compiled, self.launches = SimpleNamespace(function=7), 0
+        self.compiled, self.launches, self.options = SimpleNamespace(function=7), 0, {}
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
             self.launches += 1
-            assert "carveout" not in options, "of the launch, not of the kernel"
+            self.options = options
+            assert not {"carveout", "registers"} & options.keys(), "of the launch, not of the kernel"
             return self.compiled
 
         return run
@@ -36,6 +37,15 @@ def test_the_driver_is_asked_once_for_a_carve_out(monkeypatch):
     for percent in (45, 45, 60, 60, 0, 0):
         runtime.launch(kernel, (1,), pdl=False, carveout=percent)
     assert asked == [(7, 45), (7, 60), (7, -1)] and kernel.launches == 7, "0 leaves it to the driver again"
+
+
+def test_the_most_registers_of_a_thread_are_the_compilers_option(monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    kernel = Kernel()
+    runtime.launch(kernel, (1,), pdl=False, registers=96, num_warps=4)
+    assert kernel.options.items() >= {"maxnreg": 96, "num_warps": 4}.items()
+    runtime.launch(kernel, (1,), pdl=False, num_warps=4)
+    assert "maxnreg" not in kernel.options, "the control: the compiler's own choice"
 
 
 def test_a_driver_that_refuses_is_named(monkeypatch):

@@ -285,7 +285,7 @@ def attention_decode(
     launch(
         _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
         LIVE=most_visible is not None, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps,
-        carveout=config.carveout, pdl=pdl,
+        carveout=config.carveout, registers=config.registers, pdl=pdl,
     )  # fmt: skip
     return out
 

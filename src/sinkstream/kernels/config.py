@@ -77,6 +77,9 @@ class AttentionConfig:
     carveout : int
         Percent of a multiprocessor's memory that the driver is asked to leave to shared memory, the rest to L1, through
         which the loads of slots are in flight; 0: as the driver likes.
+    registers : int
+        The most registers of a thread: fewer than the compiler would take, so that more programs fit a multiprocessor,
+        or more, so that more loads are in flight; 0: as the compiler likes.
     """
 
     splits: int = 16
@@ -87,6 +90,7 @@ class AttentionConfig:
     columns: int = 16
     late: bool = False
     carveout: int = 0
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class AttentionLinearConfig:
                 f"{self.attention.warps} warps for attention and {self.linear.warps} for the linear layer in the"
                 " same kernel; accepted: as many"
             )
+        if self.attention.carveout or self.attention.registers:
+            raise ValueError("carveout or registers for attention in a kernel with a linear layer; accepted: 0")
 
 
 @dataclass(frozen=True)

@@ -83,15 +83,17 @@ def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
     return runnable if name == "triton" else tensor.is_cuda and runnable
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, carveout: int = 0, **meta) -> None:
+def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, carveout: int = 0, registers: int = 0, **meta) -> None:
     """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch).
 
     `carveout`: what `prefer_shared` asks for, from the second launch on; 0: as the driver likes, also where an earlier
-    launch of the same kernel asked for more.
+    launch of the same kernel asked for more. `registers`: the most of a thread; 0: as the compiler likes.
     """
     if INTERPRETED:
         kernel[grid](*arguments, PDL=False, **{k: v for k, v in meta.items() if k != "num_warps"}, num_warps=4)
         return
+    if registers:
+        meta["maxnreg"] = registers
     if _settings.compile_only:
         kernel.warmup(*arguments, PDL=pdl, grid=grid, launch_pdl=pdl, **meta)
         return
