@@ -25,8 +25,8 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def told_frames(cache: StreamingCache):
     """A recaller that repeats what a cache chose, so that only attention and positions are judged."""
-    frames = {token: tokens or None for token, tokens in frames_of(cache)}
-    return lambda past, t, archived, question: frames.get(t)
+    frames = frames_of(cache)
+    return lambda past, t, archived, question: next((tokens for token, tokens in frames[::-1] if token <= t), None)
 
 
 def cut(cache: StreamingCache):

@@ -7,7 +7,7 @@ no token stands there, also before a multiple of `empty_every`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class Recalled:
     distance: int | None = None
     empty_every: int = 1
     lag: int = 0  # tokens from a choice without a question to the frame
+    openings: int = 0  # of the gate per 1,000 tokens; every one raises it by a tenth, as long as they come sooner; 0: none
     step_tokens: int = 1_000_000  # tokens that may come back at once; a larger frame comes later
 
 
@@ -79,7 +80,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until, kept, coming = RecallStream(rule), [], 0, 0, None
+    stream, frames, until, kept, coming, calm = RecallStream(rule), [], 0, 0, None, 0
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,12 @@ def run_recall(
                 frames.append((t, list(coming[1])))
                 coming = None
         elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
-            wanted, coming = recaller(past, t, list(stream.archived), question), None
+            judge = recaller
+            if options.openings:
+                judge = replace(recaller, gate=recaller.gate * (1 + 0.1 * max(0, calm - t) / (1_000 / options.openings)))
+            wanted, coming = judge(past, t, list(stream.archived), question), None
+            if options.openings and wanted and question is None and not stream.frame:
+                calm = max(calm, t) + 1_000 // options.openings
             lag = max(options.lag, math.ceil(len(wanted or ()) / options.step_tokens) - 1)
             if question is not None:
                 until = kept = t + options.hold_asked
@@ -107,9 +113,11 @@ def run_recall(
             if wanted and question is None and lag and wanted != stream.frame:
                 coming = (t + lag, wanted)
             elif wanted:
-                if wanted != stream.frame:
+                changed = wanted != stream.frame
+                if changed:
                     stream.set_frame(wanted, options.distance)
-                frames.append((t, list(wanted)))
+                if changed or question is not None:
+                    frames.append((t, list(wanted)))
             elif stream.frame and question is None and t >= until and lag:
                 coming = (t + lag, [])
             elif stream.frame and (question is not None or t >= until):
