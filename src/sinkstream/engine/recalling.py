@@ -20,7 +20,7 @@ from sinkstream.engine.state import StreamState
 from sinkstream.engine.step_ids import StepIds
 from sinkstream.policies import PruneSchedule
 
-COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
+COPIED = 64  # tokens that are copied out of the ring at once, where the window has so many
 
 
 class StreamRecall:
