@@ -29,7 +29,9 @@ class Recalled:
     distance: int | None = None
     empty_every: int = 1
     lag: int = 0  # tokens from a choice without a question to the frame
-    openings: int = 0  # of the gate per 1,000 tokens; every one raises it by a tenth, as long as they come sooner; 0: none
+    openings: int = (
+        0  # of the gate per 1,000 tokens; each raises it by a tenth until that many tokens are over; 0: none
+    )
     step_tokens: int = 1_000_000  # tokens that may come back at once; a larger frame comes later
 
 
@@ -101,7 +103,8 @@ def run_recall(
         elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
             judge = recaller
             if options.openings:
-                judge = replace(recaller, gate=recaller.gate * (1 + 0.1 * max(0, calm - t) / (1_000 / options.openings)))
+                too_soon = max(0, calm - t) / (1_000 / options.openings)
+                judge = replace(recaller, gate=recaller.gate * (1 + 0.1 * too_soon))
             wanted, coming = judge(past, t, list(stream.archived), question), None
             if options.openings and wanted and question is None and not stream.frame:
                 calm = max(calm, t) + 1_000 // options.openings
