@@ -38,10 +38,10 @@ class RecallSettings:
     gate: float = option(
         1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
     )
-    openings: int = option(
+    alarms: int = option(
         None,
-        "openings of the gate per 1,000 tokens from which on it rises, so that a text that repeats itself opens it no"
-        " more often; 0: it never rises; default: the chooser's",
+        "false alarms per 1,000 tokens from which on the gate rises: frames that were emptied without a score of twice"
+        " the gate; 0: it never rises; default: the chooser's",
         minimum=0,
         maximum=1000,
     )
@@ -78,8 +78,8 @@ class RecallSettings:
             raise ValueError(f"recall_behind={self.behind} goes with recall_archive='text', not with {self.archive!r}")
         if self.empty_every is None:
             object.__setattr__(self, "empty_every", 1 if self.chooser.foresees else self.every)
-        if self.openings is None:
-            object.__setattr__(self, "openings", self.chooser.openings)
+        if self.alarms is None:
+            object.__setattr__(self, "alarms", self.chooser.alarms)
         if self.every % self.empty_every:
             raise ValueError(
                 f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every="

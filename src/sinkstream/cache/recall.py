@@ -39,7 +39,7 @@ from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
-COUNTS = ("recalls", "until", "asked_until", "chosen_at", "calm_at", "indexed")
+COUNTS = ("recalls", "until", "asked_until", "chosen_at", "calm_at", "sure", "indexed")
 
 
 class RecallMemory:
@@ -75,6 +75,8 @@ class RecallMemory:
         The token before which the chooser was asked last.
     calm_at : int
         The gate is at its lowest again before this token; see `RecallTimes.gate`.
+    sure : int
+        1 where what stands in the frame is no false alarm.
     indexed : int
         A chooser that foresees has taken in the tokens before this one.
     question : (ids, queries by head) or None
@@ -104,7 +106,8 @@ class RecallMemory:
         self.turns: list[int] = []
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
-        self.until, self.asked_until, self.chosen_at, self.calm_at, self.indexed = 0, 0, -1, 0, 0
+        self.until, self.asked_until, self.chosen_at, self.indexed = 0, 0, -1, 0
+        self.calm_at = self.sure = 0
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
@@ -148,7 +151,7 @@ class RecallMemory:
 
     def set_counts(self, counts: Mapping[str, int]) -> None:
         """As another memory has them. Raises KeyError if one is missing."""
-        counts = {"calm_at": 0, **counts}  # files did not always have it
+        counts = {"calm_at": 0, "sure": 0, **counts}  # files did not always have them
         for name in COUNTS:
             setattr(self, name, int(counts[name]))
 
@@ -266,11 +269,10 @@ class Recall(RecallMemory, RecallTimes):
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
             self.until = max(now + late + settings.hold, self.until)
-            if not self.frame:
-                self._opened(now)
-        if asked is None and (tokens == self.frame or (not tokens and now < self.until)):
-            return
-        if not tokens and not self.frame:
+        empties = not tokens and bool(self.frame) and (asked is not None or now >= self.until)
+        if tokens or empties:
+            self._judge(now, score, filled=bool(tokens), asked=asked is not None)
+        if not (tokens or empties) or (asked is None and tokens == self.frame):
             return
         cause = "question" if asked is not None else "gate" if tokens else "closed"
         behind = self._behind(now) if tokens else []

@@ -11,7 +11,8 @@ from sinkstream.archive.choosers.base import Head
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
-RISE = 0.1  # of the gate, for every opening that came too soon
+RISE = 0.1  # of the gate, for every false alarm that came too soon
+SURE = 2.0  # a score of so many times the gate is no false alarm
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RecallTimes:
     asked_until: int
     chosen_at: int
     calm_at: int
+    sure: int
     question: tuple[list[int], dict[Head, torch.Tensor]] | None
     coming: Coming | None
     _room: tuple[int, int] | None
@@ -100,16 +102,29 @@ class RecallTimes:
     def gate(self, now: int) -> float:
         """The score that opens the gate before token `now`.
 
-        Every opening raises it by a tenth, which ``1,000 / openings`` tokens take back: a threshold at a rate of false
-        alarms that does not change with the text.
+        Every false alarm raises it by a tenth, which ``1,000 / alarms`` tokens take back: a threshold at a constant
+        rate of false alarms, as of a radar, whatever the text.
         """
-        too_soon = max(0, self.calm_at - now) * self.settings.openings / 1_000
+        too_soon = max(0, self.calm_at - now) * self.settings.alarms / 1_000
         return self.settings.gate * (1 + RISE * too_soon)
 
-    def _opened(self, now: int) -> None:
-        """Count an opening of the gate before token `now`."""
-        if self.settings.openings:
-            self.calm_at = max(self.calm_at, now) + 1_000 // self.settings.openings
+    def _judge(self, now: int, score: float, *, filled: bool, asked: bool) -> None:
+        """Count a false alarm when the frame of the gate is emptied, unless its score was ever sure.
+
+        Parameters
+        ----------
+        now : int
+            The token before which the choice is made.
+        filled : bool
+            Whether the choice fills the frame.
+        asked : bool
+            Whether a question was asked.
+        """
+        alarms = self.settings.alarms
+        if filled or asked:
+            self.sure = int(asked or score >= SURE * self.settings.gate or (self.sure and bool(self.frame)))
+        elif alarms and not self.sure:
+            self.calm_at = max(self.calm_at, now) + 1_000 // alarms
 
     def quiet(self, now: int, end: int) -> bool:
         """Whether a choice before token `now` is a brief one that changes nothing.

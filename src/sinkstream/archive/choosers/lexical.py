@@ -354,7 +354,7 @@ class Lexical(Chooser):
     """
 
     foresees: ClassVar[bool] = True
-    openings: ClassVar[int] = 4
+    alarms: ClassVar[int] = 4
 
     rare: float = option(0.03, "a term in a larger share of the blocks is not shared", minimum=0.0, maximum=1.0)
     idf_power: float = option(2.0, "power of the inverse document frequency of shared terms", minimum=0.0)
