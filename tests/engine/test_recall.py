@@ -47,7 +47,7 @@ def test_every_token_sees_what_brute_force_sees(policy, family, backend):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
     lag = 3 if backend == "kernels" else 0
     step_tokens = 5 if policy == "slack" else 12  # of at most 12: two tokens late, or at once
-    alarms = 40 if policy == "lazy" else 0
+    alarms = 4 if policy == "lazy" else 0
     rules = Recalled(8, hold=8, distance=9, lag=lag, step_tokens=step_tokens, alarms=alarms)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)

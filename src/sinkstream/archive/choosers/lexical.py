@@ -210,7 +210,8 @@ class LexicalIndex(Index):
             sure += term.idf
             if sure >= needed - ROUNDING:
                 break
-        if not held or sure < needed - ROUNDING:
+        threes = zip(latest[2 : len(held)], latest[1:], latest)
+        if not held or sure < needed - ROUNDING or not all(self.trigrams.has(*three) for three in threes):
             return NONE, NONE
         fewest = sorted(range(len(held)), key=lambda i: held[i].high - held[i].low)
         goes_on = held[fewest[0]].places + np.int32(fewest[0] + 1)

@@ -1,4 +1,4 @@
-"""`Trigrams`: whether three ids have ever stood in a row, in about a byte a token."""
+"""`Trigrams`: whether three ids have ever stood in a row, in one to five bytes a token."""
 
 import copy
 from collections.abc import Sequence
@@ -6,18 +6,30 @@ from typing import Self
 
 FIRST, GROWTH, LARGEST = 1 << 12, 4, 1 << 22  # tokens of a part; each is larger than the one before, up to the largest
 FACTORS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd, of the multiplicative hash
-SHIFT = 9  # the low bits of a product are mixed least
+SHIFT, AGAIN = 9, 0x9E3779B97F4A7C15  # the low bits of a product are mixed least
 
 
 class _Part:
-    """The trigrams of so many tokens: 8 bits each, one of which is set."""
+    """The trigrams of so many tokens: 8 bits each, two of which are set."""
 
     def __init__(self, tokens: int):
         self.bits, self.mask, self.room, self.end = bytearray(tokens), 8 * tokens - 1, tokens, 0
 
+    def add(self, places: tuple[int, int]) -> None:
+        """Set both bits."""
+        for place in places:
+            at = place & self.mask
+            self.bits[at >> 3] |= 1 << (at & 7)
+        self.room -= 1
+
+    def has(self, place: int) -> int:
+        """Whether one bit is set."""
+        at = place & self.mask
+        return self.bits[at >> 3] >> (at & 7) & 1
+
 
 class Trigrams:
-    """A Bloom filter of one hash that grows: what was taken in is always found, of the rest at most an eighth is too.
+    """A Bloom filter of two hashes that grows: what was taken in is always found, of the rest one in twenty in a part.
 
     Source: Bloom (1970); parts that grow, Almeida et al. (2007).
     """
@@ -34,20 +46,13 @@ class Trigrams:
             if not self._parts or not self._parts[-1].room:
                 size = GROWTH * len(self._parts[-1].bits) if self._parts else FIRST
                 self._parts.append(_Part(min(size, LARGEST)))
-            part, place = self._parts[-1], _hash(a, b, c)
-            place &= part.mask
-            part.bits[place >> 3] |= 1 << (place & 7)
-            part.room -= 1
-            part.end = end
+            self._parts[-1].add(_places(a, b, c))
+            self._parts[-1].end = end
 
     def has(self, a: int, b: int, c: int) -> bool:
         """Whether the three may have stood in a row; False is sure."""
-        place = _hash(a, b, c)
-        for part in self._parts:
-            at = place & part.mask
-            if part.bits[at >> 3] >> (at & 7) & 1:
-                return True
-        return False
+        first, second = _places(a, b, c)
+        return any(part.has(first) and part.has(second) for part in self._parts)
 
     def forget(self, before: int) -> None:
         """Let go what holds only tokens before this index."""
@@ -63,5 +68,6 @@ class Trigrams:
         return other
 
 
-def _hash(a: int, b: int, c: int) -> int:
-    return a * FACTORS[0] + b * FACTORS[1] + c * FACTORS[2] >> SHIFT
+def _places(a: int, b: int, c: int) -> tuple[int, int]:
+    place = a * FACTORS[0] + b * FACTORS[1] + c * FACTORS[2] >> SHIFT
+    return place, place * AGAIN >> 24
