@@ -160,7 +160,7 @@ class RecallMemory:
         archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
         return {"recalled": len(self.frame), "recalls": self.recalls} | archive.stats()
 
-    def append(self, ids: torch.Tensor) -> None:
+    def append(self, ids: torch.Tensor | list[int]) -> None:
         """New tokens ``(tokens,)`` of the stream, whose forward has been shown to `queries`."""
         if self.queries is not None:
             self.queries.commit(len(ids))

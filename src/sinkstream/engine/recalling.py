@@ -132,7 +132,7 @@ class StreamRecall:
             prompts = self.prompts[bool(self.counters.recalled)]
             with torch.cuda.device_of(ids):  # Triton launches on the current device
                 prompts.append(ids[part], stream, part.stop == len(known))
-            self.memory.append(torch.tensor(known[part]))
+            self.memory.append(known[part])
             done += size
 
     def _forward_size(self, rest: int) -> int:
@@ -206,7 +206,7 @@ class StreamRecall:
         """Take in the ids of the tokens before this one."""
         count = end - self.memory.log.end
         if count > 0:
-            self.memory.append(torch.tensor(self._ids.take(count)))
+            self.memory.append(self._ids.take(count))
 
     def _archive(self, end: int | None = None) -> None:
         """Put what has left the window into the archive, up to a token."""
