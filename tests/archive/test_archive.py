@@ -13,6 +13,7 @@ from oracle.recall import Words
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, Hits, KVArchive, Query, TextArchive, chosen_tokens, runs
 from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
+from sinkstream.archive.choosers.trigrams import Trigrams
 from sinkstream.archive.kv import BLOCK
 from sinkstream.records.files import WriteError
 
@@ -307,3 +308,21 @@ def test_every_chooser_is_registered_with_a_source():
     for name, chooser in CHOOSERS.items():
         assert "Source:" in chooser.__doc__, name
         assert CHOOSERS.summary(name)
+
+
+def test_trigrams_that_were_taken_in_are_found_and_few_others():
+    rng, trigrams = np.random.default_rng(0), Trigrams()
+    ids = rng.integers(0, 50_000, 40_000).tolist()
+    for first in range(0, 40_000, 500):
+        trigrams.add(first, ids[first : first + 1])
+        trigrams.add(first + 1, ids[first + 1 : first + 500])
+    assert all(trigrams.has(*three) for three in zip(ids, ids[1:], ids[2:]))
+    others = rng.integers(0, 50_000, (5_000, 3)).tolist()
+    assert 0 < sum(trigrams.has(*three) for three in others) < 0.15 * len(others)
+    fork = trigrams.copy()
+    fork.add(40_000, [1, 2, 3])
+    assert fork.has(1, 2, 3) and not trigrams.has(1, 2, 3)
+    held = sum(len(part.bits) for part in trigrams._parts)
+    trigrams.forget(25_000)
+    assert held < 3 * 40_000 and sum(len(part.bits) for part in trigrams._parts) < held
+    assert all(trigrams.has(*three) for three in zip(ids[25_000:], ids[25_001:], ids[25_002:]))

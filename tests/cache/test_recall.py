@@ -25,8 +25,8 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def told_frames(cache: StreamingCache):
     """A recaller that repeats what a cache chose, so that only attention and positions are judged."""
-    frames = {token: tokens or None for token, tokens in frames_of(cache)}
-    return lambda past, t, archived, question: frames.get(t)
+    frames = frames_of(cache)
+    return lambda past, t, archived, question: next((tokens for token, tokens in frames[::-1] if token <= t), None)
 
 
 def cut(cache: StreamingCache):
@@ -56,11 +56,13 @@ def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
     more = {"recall_distance": distance or 0, "recall_lag": lag}
     step_tokens = 5 if policy in ("strict", "slack") and not lag else 12  # of at most 12: two tokens late, or at once
     more["recall_step_bytes"] = step_tokens * token_bytes(model)
-    rules = Recalled(8, hold=8, distance=distance, lag=lag, step_tokens=step_tokens)
+    alarms = 4 if policy == "lazy" else 0
+    more["recall_alarms"] = alarms
+    rules = Recalled(8, hold=8, distance=distance, lag=lag, step_tokens=step_tokens, alarms=alarms)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     for way in ("single", "chunks", "generate"):
-        cache = StreamingCache.for_model(model, **options, recall="lexical", **SMALL, **WORDS, **more)
+        cache = StreamingCache.for_model(model, **options, recall="lexical", **SMALL | WORDS | more)
         if way == "generate":
             logits = generate_text(model, cache, ids[None])
             logits = torch.cat([logits, logits[:, -1:]], 1)
@@ -86,6 +88,7 @@ def test_forty_choices_of_a_long_stream_agree():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_announced_tokens_are_fed_up_to_the_next_choice_that_changes_something(policy):
     model, ids, options = build("llama"), repetitive(480), {"recall": "lexical", **SMALL, **WORDS}
+    options["recall_alarms"] = 20
     options["recall_bytes"] = 128 * token_bytes(model)  # from token 250 on the archive loses its oldest
     ids[320:460] = torch.arange(140) % 97  # nothing is found for a while
     step = StreamingCache.for_model(model, **POLICIES[policy], **options)

@@ -17,6 +17,7 @@ KINDS = {
     "heads": {"recall": "union", "recall_heads": [(0, 1), (2, 0)], "recall_row_level": 0.15, "recall_query_tokens": 8},
     "file": {"recall": "recent"},
 }
+COUNTED = ("calm_at", "sure")
 AT = 263  # tokens fed before a save: the frame is open then, a block of the archive is not full
 
 
@@ -63,6 +64,28 @@ def test_a_frame_that_is_coming_is_in_the_file(tmp_path):
     loaded = StreamingCache.load(model, path, rebase_at=90)
     assert torch.equal(*(feed(model, one, ids[None, at : at + 20]) for one in (cache, loaded)))
     assert frames_of(loaded) == frames_of(cache) and at <= cache.recall_events[-1].token
+
+
+def test_what_the_gate_counts_is_in_the_file_and_an_older_file_has_a_gate_that_does_not_rise(tmp_path):
+    model, path = build("llama"), tmp_path / "stream.safetensors"
+    cache = opened(model, repetitive(), AT, **KINDS["kv"])
+    assert cache.stream.recall.sure, "what comes back is a passage"
+    cache.stream.recall.calm_at = 999
+    cache.save(path)
+    recall = StreamingCache.load(model, path).stream.recall
+    assert (recall.calm_at, recall.sure) == (999, 1)
+
+    def older(header):
+        for said, names in (
+            (header["recall"]["settings"], ("alarms", "behind")),
+            (header["recall"]["counts"], COUNTED),
+        ):
+            for name in names:
+                del said[name]
+
+    rewrite(path, header=older)
+    recall = StreamingCache.load(model, path).stream.recall
+    assert (recall.calm_at, recall.sure, recall.settings.alarms) == (0, 0, 0)
 
 
 class Own(Recent):

@@ -47,11 +47,13 @@ def test_every_token_sees_what_brute_force_sees(policy, family, backend):
     model, ids, options = build(family), repetitive(), POLICIES[policy]
     lag = 3 if backend == "kernels" else 0
     step_tokens = 5 if policy == "slack" else 12  # of at most 12: two tokens late, or at once
-    rules = Recalled(8, hold=8, distance=9, lag=lag, step_tokens=step_tokens)
+    alarms = 4 if policy == "lazy" else 0
+    rules = Recalled(8, hold=8, distance=9, lag=lag, step_tokens=step_tokens, alarms=alarms)
     expected, frames = run_recall(Network(model), ids, Rule(**options), WORDS_AGAIN, rules)
     assert sum(bool(tokens) for _, tokens in frames) >= 8 and any(not tokens for _, tokens in frames)
     more = {"recall_distance": 9, "recall_lag": lag, "recall_step_bytes": step_tokens * token_bytes(model)}
-    engine = Engine(model, **options, recall="lexical", **SMALL, **WORDS, **more, backend=backend)
+    more["recall_alarms"] = alarms
+    engine = Engine(model, **options, recall="lexical", **SMALL | WORDS | more, backend=backend)
     assert worst(engine.score(ids)[1:], expected.nll) < TOLERANCE
     assert frames_of(engine) == frames and engine.stats()["kept"] <= engine.policy.peak
     engine.reset()
@@ -106,6 +108,18 @@ def test_a_gate_that_stays_shut_changes_nothing(family, backend):
     assert {name: stats[name] for name in theirs if name != "bytes"} == {
         name: theirs[name] for name in theirs if name != "bytes"
     }
+
+
+def test_a_text_is_read_again_in_padded_forwards_whose_bands_are_kept():
+    model, ids = build("llama"), token_ids(40)
+    engine = Engine(model, **STRICT, recall="lexical", **SMALL, recall_archive="text", recall_behind=20)
+    reader, exact = engine.recall.memory.reread, StreamingCache.for_model(model, **STRICT, recall="lexical", **SMALL)
+    reader.prompts.short.capture, reader.prompts.short.sizes = False, (16, 32, 64)
+    for first, count in ((0, 14), (9, 30), (20, 14), (3, 14), (0, 36)):
+        text = ids[first : first + count].tolist()
+        found, wanted = reader(text), exact.stream.recall.reread(text)
+        assert worst(found[0], wanted[0]) < 1e-5 and worst(found[1], wanted[1]) < 1e-5
+    assert set(reader._bands) == {14, 30, 36}
 
 
 def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():

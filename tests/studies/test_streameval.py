@@ -309,13 +309,14 @@ def line(more: str = "", **options) -> list[str]:
 
 
 def test_the_command_writes_records_and_picture_and_resumes(here, capsys):
-    assert main(line(policy="full,strict,lazy:compress_every=8")) == 0
+    assert main(line(policy="full,strict,lazy:compress_every=8", backend="ring")) == 0
     records = StreamEvalRecord.below("out")
     assert [r.policy["label"] for r in records] == ["full", "strict", "lazy R=8"]
+    assert [r.protocol["backend"] for r in records] == ["hf", "ring", "ring"], "no engine runs a baseline"
     assert (here / "out" / "streameval.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "lazy R=8" in shown and "5 lines" in shown and max(map(len, shown.splitlines())) <= PIPE_WIDTH
-    assert main(line("--resume", policy="strict,window-only")) == 0
+    assert main(line("--resume", policy="strict,window-only", backend="ring")) == 0
     assert len(StreamEvalRecord.below("out")) == 4 and "strict: taken from streameval-tiny" in capsys.readouterr().out
     assert main(line(policy="strict", distances="2,9")) == 0
     found = select_streamevals(StreamEvalRecord.below("out"), model="tiny")

@@ -16,7 +16,7 @@ POLICIES = {
     "no-sink+overlap+max-drop": {"sink": 0, "window": 40, "compress_every": 11, "overlap": 4, "max_drop": 3},
     "slack": {"sink": 2, "window": 33, "slack": 9},
 }
-SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8}
+SMALL = {"recall_every": 8, "recall_block": 4, "recall_slots": 12, "recall_hold": 8, "recall_alarms": 0}
 WORDS = {"recall_level": 3.0, "recall_row_level": 2.6, "recall_run_level": 2.4}
 WORDS |= {"recall_rare": 0.1, "recall_row_rare": 0.2}
 WORDS_AGAIN = Words(4, 12, query=32, rare=0.1, level=3.0, row_rare=0.2, row_level=2.6, run_level=2.4)

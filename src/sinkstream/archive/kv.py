@@ -161,7 +161,8 @@ class KVArchive(Archive):
         self.budget_bytes, self.file = budget_bytes, file
         self._blocks: list[_Block] = []
         self._in_file = 0  # blocks of the file; they are older than those in memory
-        self._latest: list[torch.Tensor] = []  # (2, layers, kv_heads, tokens, head_dim) each, on the device
+        self._open: torch.Tensor | None = None  # a block that is not full, on the device
+        self._waiting = 0  # tokens in it
         self._token_bytes = 0  # once something has come
         self._transfers: _Transfers | None = None  # once something comes from a GPU
 
@@ -172,8 +173,7 @@ class KVArchive(Archive):
     @property
     def bytes(self) -> int:
         """Of blocks on the host and of tokens that wait for their block on the device."""
-        waiting = sum(t.numel() * t.element_size() for t in self._latest)
-        return len(self._blocks) * self._block_bytes + waiting
+        return len(self._blocks) * self._block_bytes + self._waiting * self._token_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -186,8 +186,7 @@ class KVArchive(Archive):
 
     def first_after(self, tokens: int) -> int:
         """As `Archive.first_after`."""
-        waiting = sum(t.shape[3] for t in self._latest)
-        blocks = self._in_file + len(self._blocks) + (waiting + tokens) // BLOCK
+        blocks = self._in_file + len(self._blocks) + (self._waiting + tokens) // BLOCK
         held = self.budget_bytes // self._block_bytes + (0 if self.file is None else self.file.slots)
         return self.first + max(0, blocks - held) * BLOCK
 
@@ -195,16 +194,26 @@ class KVArchive(Archive):
         """As `Archive.append`. Raises WriteError if the file cannot be written."""
         self.ids.extend(ids)
         self.end += len(ids)
-        self._latest.append(torch.stack([keys[:, 0].to(values.dtype), values[:, 0]]))
-        self._token_bytes = _token_bytes(self._latest[-1])
-        waiting = sum(t.shape[3] for t in self._latest)
-        if waiting < BLOCK:
-            return
-        joined = torch.cat(self._latest, 3)
-        for first in range(0, waiting - BLOCK + 1, BLOCK):
-            self._keep(joined[:, :, :, first : first + BLOCK])
-        rest = waiting % BLOCK
-        self._latest = [joined[:, :, :, waiting - rest :].clone()] if rest else []
+        self._fill(keys[:, 0], values[:, 0])
+
+    def _fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write tokens ``(layers, kv_heads, tokens, head_dim)`` to the open block, and keep it when it is full."""
+        layers, heads, count, dim = keys.shape
+        done = 0
+        while done < count:
+            if self._open is None:
+                with torch.inference_mode(False):
+                    self._open = values.new_empty(2, layers, heads, BLOCK, dim)
+                self._token_bytes = _token_bytes(self._open)
+            size = min(BLOCK - self._waiting, count - done)
+            place, part = slice(self._waiting, self._waiting + size), slice(done, done + size)
+            self._open[0, :, :, place] = keys[:, :, part]
+            self._open[1, :, :, place] = values[:, :, part]
+            self._waiting += size
+            done += size
+            if self._waiting == BLOCK:
+                full, self._open, self._waiting = self._open, None, 0
+                self._keep(full)
 
     def _keep(self, block: torch.Tensor) -> None:
         if block.is_cuda and self._transfers is None:
@@ -221,7 +230,7 @@ class KVArchive(Archive):
         """As `Archive.blocks`: ``(2, layers, kv_heads, at most BLOCK, head_dim)`` each; all but the last are full."""
         in_file = [] if self.file is None else [self.file.read(number, copy=False) for number in range(self._in_file)]
         held = in_file + [block.tensor for block in self._blocks]
-        return held + ([torch.cat(self._latest, 3)] if self._latest else [])
+        return held if self._open is None else [*held, self._open[:, :, :, : self._waiting]]
 
     def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
         """As `Archive.refill`. Raises WriteError if the file cannot be written."""
@@ -232,7 +241,7 @@ class KVArchive(Archive):
             if block.shape[3] == BLOCK:
                 self._keep(block)
             else:
-                self._latest = [block.to(device, copy=True)]
+                self._fill(*block.to(device))
         if self.lost:
             raise self._too_large(len(ids), self.budget_bytes)
 
@@ -274,7 +283,8 @@ class KVArchive(Archive):
             return self.file.read(number)
         if number < self._in_file + len(self._blocks):
             return self._blocks[number - self._in_file]
-        return torch.cat(self._latest, 3)
+        assert self._open is not None, "the token is held"
+        return self._open
 
     def fork(self, file: str | None = None) -> Self:
         """As `Archive.fork`; blocks in memory are shared."""
@@ -283,7 +293,7 @@ class KVArchive(Archive):
             assert file is not None, "a fork has a file of its own"
             other.file = self.file.copy(file)
         other.ids = self.ids[:]
-        other._blocks, other._latest = list(self._blocks), list(self._latest)
+        other._blocks, other._open = list(self._blocks), None if self._open is None else self._open.clone()
         return other
 
     def close(self) -> None:

@@ -38,6 +38,13 @@ class RecallSettings:
     gate: float = option(
         1.0, "score that opens the gate, in units of the chooser's 1 % false-alarm level; 0: always open", minimum=0.0
     )
+    alarms: int = option(
+        None,
+        "false alarms per 1,000 tokens from which on the gate rises: frames that were emptied without a score of twice"
+        " the gate; 0: it never rises; default: the chooser's",
+        minimum=0,
+        maximum=1000,
+    )
     lag: int = option(
         0, "tokens from a choice of the gate to the frame that it sets, so that no step waits for it", minimum=0
     )
@@ -71,6 +78,8 @@ class RecallSettings:
             raise ValueError(f"recall_behind={self.behind} goes with recall_archive='text', not with {self.archive!r}")
         if self.empty_every is None:
             object.__setattr__(self, "empty_every", 1 if self.chooser.foresees else self.every)
+        if self.alarms is None:
+            object.__setattr__(self, "alarms", self.chooser.alarms)
         if self.every % self.empty_every:
             raise ValueError(
                 f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every="

@@ -39,7 +39,7 @@ from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
 EVENTS = 1_024  # the latest ones are kept
-COUNTS = ("recalls", "until", "asked_until", "chosen_at", "indexed")
+COUNTS = ("recalls", "until", "asked_until", "chosen_at", "calm_at", "sure", "indexed")
 
 
 class RecallMemory:
@@ -73,6 +73,10 @@ class RecallMemory:
         What a question brought back is held for the tokens before this one.
     chosen_at : int
         The token before which the chooser was asked last.
+    calm_at : int
+        The gate is at its lowest again before this token; see `RecallTimes.gate`.
+    sure : int
+        1 where what stands in the frame is no false alarm.
     indexed : int
         A chooser that foresees has taken in the tokens before this one.
     question : (ids, queries by head) or None
@@ -103,6 +107,7 @@ class RecallMemory:
         self.events: deque[RecallEvent] = deque(maxlen=EVENTS)
         self.recalls = 0
         self.until, self.asked_until, self.chosen_at, self.indexed = 0, 0, -1, 0
+        self.calm_at = self.sure = 0
         self._room: tuple[int, int] | None = None  # tokens seen, and what `room` said then
         self._coming: tuple[int, list[int]] = (0, [])  # index of the first of the tokens that were announced, and they
         self.question: tuple[list[int], dict[Head, torch.Tensor]] | None = None
@@ -146,6 +151,7 @@ class RecallMemory:
 
     def set_counts(self, counts: Mapping[str, int]) -> None:
         """As another memory has them. Raises KeyError if one is missing."""
+        counts = {"calm_at": 0, "sure": 0, **counts}  # files did not always have them
         for name in COUNTS:
             setattr(self, name, int(counts[name]))
 
@@ -154,7 +160,7 @@ class RecallMemory:
         archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
         return {"recalled": len(self.frame), "recalls": self.recalls} | archive.stats()
 
-    def append(self, ids: torch.Tensor) -> None:
+    def append(self, ids: torch.Tensor | list[int]) -> None:
         """New tokens ``(tokens,)`` of the stream, whose forward has been shown to `queries`."""
         if self.queries is not None:
             self.queries.commit(len(ids))
@@ -263,7 +269,10 @@ class Recall(RecallMemory, RecallTimes):
             self.until = self.asked_until = now + settings.hold_asked
         elif tokens:
             self.until = max(now + late + settings.hold, self.until)
-        if not tokens and not (self.frame and (asked is not None or now >= self.until)):
+        empties = not tokens and bool(self.frame) and (asked is not None or now >= self.until)
+        if tokens or empties:
+            self._judge(now, score, filled=bool(tokens), asked=asked is not None)
+        if not (tokens or empties) or (asked is None and tokens == self.frame):
             return
         cause = "question" if asked is not None else "gate" if tokens else "closed"
         behind = self._behind(now) if tokens else []
@@ -284,7 +293,7 @@ class Recall(RecallMemory, RecallTimes):
         """Score of the best block, and the tokens to bring back; none while the gate is shut."""
         archive, chooser, settings = self.archive, self.settings.chooser, self.settings
         assert archive is not None, "something has left"
-        end = archive.end
+        end, gate = archive.end, self.gate(now)
         if asked is not None and chooser.foresees:  # what is in the window competes, and comes back to nowhere
             end = now
             self._index_until(end)
@@ -300,19 +309,19 @@ class Recall(RecallMemory, RecallTimes):
             end=end,
             queries=queries,
             scaling=1.0 if self.queries is None else self.queries.scaling,
-            least=0.0 if asked is not None else settings.gate,
+            least=0.0 if asked is not None else gate,
             brief=asked is None and self.brief(now),
         )
         hits = self.index.hits(query, query.blocks(chooser.block))
         best = hits.best
-        if not query.asked and not best >= settings.gate:
+        if not query.asked and not best >= gate:
             return best, []
         tokens = chosen_tokens(
             hits,
             chooser.block,
             held=range(archive.first, archive.end),
             budget=settings.slots,
-            least=settings.share * best if query.asked else settings.gate,
+            least=settings.share * best if query.asked else gate,
             border=self._border,
             whole=query.asked,
         )

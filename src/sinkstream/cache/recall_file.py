@@ -16,7 +16,7 @@ from sinkstream.archive.kv import BLOCK
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.recall import EVENTS, Recall
 from sinkstream.cache.recall_times import Coming, RecallEvent
-from sinkstream.cache.stream_file import PLACE_OF_ARCHIVE, SavedStream
+from sinkstream.cache.stream_file import NOT_SAID, PLACE_OF_ARCHIVE, SavedStream
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -25,7 +25,7 @@ def recall_options(saved: SavedStream, path: str | Path, options: dict[str, Any]
     """Options of a cache, and where they have no ``recall`` those of the file. Raises ValueError if nobody knows it."""
     if saved.recall is None or "recall" in options:
         return options
-    found = saved.recall.get("settings", {})
+    found = NOT_SAID | saved.recall.get("settings", {})
     if found.get("recall") not in CHOOSERS:
         raise ValueError(
             f"{str(path)!r} was saved with a chooser of its user's own, {found.get('recall')}; give recall=CHOOSER"

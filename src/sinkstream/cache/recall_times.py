@@ -11,6 +11,9 @@ from sinkstream.archive.choosers.base import Head
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
+RISE = 0.1  # of the gate, for every false alarm that came too soon
+SURE = 2.0  # a score of so many times the gate is no false alarm
+
 
 @dataclass(frozen=True)
 class RecallEvent:
@@ -75,6 +78,8 @@ class RecallTimes:
     until: int
     asked_until: int
     chosen_at: int
+    calm_at: int
+    sure: int
     question: tuple[list[int], dict[Head, torch.Tensor]] | None
     coming: Coming | None
     _room: tuple[int, int] | None
@@ -94,6 +99,33 @@ class RecallTimes:
         """Whether what is due is a choice, and not the frame of an earlier one."""
         return self.coming is None or self.question is not None
 
+    def gate(self, now: int) -> float:
+        """The score that opens the gate before token `now`.
+
+        Every false alarm raises it by a tenth, which ``1,000 / alarms`` tokens take back: a threshold at a constant
+        rate of false alarms, as of a radar, whatever the text.
+        """
+        too_soon = max(0, self.calm_at - now) * self.settings.alarms / 1_000
+        return self.settings.gate * (1 + RISE * too_soon)
+
+    def _judge(self, now: int, score: float, *, filled: bool, asked: bool) -> None:
+        """Count a false alarm when the frame of the gate is emptied, unless its score was ever sure.
+
+        Parameters
+        ----------
+        now : int
+            The token before which the choice is made.
+        filled : bool
+            Whether the choice fills the frame.
+        asked : bool
+            Whether a question was asked.
+        """
+        alarms = self.settings.alarms
+        if filled or asked:
+            self.sure = int(asked or score >= SURE * self.settings.gate or (self.sure and bool(self.frame)))
+        elif alarms and not self.sure:
+            self.calm_at = max(self.calm_at, now) + 1_000 // alarms
+
     def quiet(self, now: int, end: int) -> bool:
         """Whether a choice before token `now` is a brief one that changes nothing.
 
@@ -105,7 +137,7 @@ class RecallTimes:
         if self.archive is None or not self.settings.chooser.foresees or not self.brief(now):
             return False
         self._index_until(end)
-        return not self._score(now, end) >= self.settings.gate
+        return not self._score(now, end) >= self.gate(now)
 
     @property
     def _every(self) -> int:
@@ -180,7 +212,7 @@ class RecallTimes:
             return False
         end = now - (cached - self.sink - len(self.frame))
         self._index_until(end)
-        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.settings.gate
+        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.gate(now)
 
     def _foreseen(self, schedule: PruneSchedule) -> int:
         """How many of the coming tokens are known, and what leaves before them is in the log already."""
@@ -198,7 +230,7 @@ class RecallTimes:
         first, coming = self._coming
         seen = self.log.end
         ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
-        least = self.settings.gate
+        least = self.gate(now)
         brief = self.brief(now)
         held_from = archive.first_after(max(0, end - archive.end))
         if held_from >= end:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream has anew
+NOT_SAID = {"behind": 0, "alarms": 0}  # settings of recall that files did not always say
 OF_MACHINE = (*PLACE_OF_ARCHIVE, "step_bytes")  # settings of recall that a loaded stream may have otherwise
 FRAMES = ("window", "fixed")  # where the pinned keys of a file lie: right before the window, or at positions 0, 1, …
 ROW_AXIS = {"logits": 0, "log_probs": 0, "seen_ids": 0, "seen_hash": 0}  # of all other tensors: 1
@@ -192,7 +193,7 @@ def check_fits(
         )
     )
     found = {"model": saved.model, "policy": saved.policy, "positions": {"positions": saved.positions}}
-    found["recall"] = _compared(None if saved.recall is None else saved.recall.get("settings"))
+    found["recall"] = _compared(None if saved.recall is None else NOT_SAID | saved.recall.get("settings", {}))
     for what, known in mine.items():
         theirs = found[what]
         names = [*known, *sorted(theirs.keys() - known.keys())]

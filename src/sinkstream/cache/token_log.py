@@ -21,17 +21,25 @@ class TokenLog:
         """Tokens appended since the beginning of the stream."""
         return self.first + len(self._ids) + self._count
 
-    def append(self, ids: torch.Tensor) -> None:
-        """Take in new tokens, ``(tokens,)``; nothing waits for them."""
+    def append(self, ids: torch.Tensor | list[int]) -> None:
+        """Take in new tokens, ``(tokens,)``; nothing waits for those of a tensor."""
+        if isinstance(ids, list):
+            self._arrive()
+            self._ids.extend(ids)
+            return
         self._coming.append(ids)
         self._count += len(ids)
 
     def read(self, first: int, end: int) -> Sequence[int]:
         """Ids of tokens; waits for those that are still on the device."""
-        if self._coming and end > self.first + len(self._ids):
+        if end > self.first + len(self._ids):
+            self._arrive()
+        return self._ids[max(0, first - self.first) : end - self.first]
+
+    def _arrive(self) -> None:
+        if self._coming:
             self._ids.extend(torch.cat(self._coming).tolist())
             self._coming, self._count = [], 0
-        return self._ids[max(0, first - self.first) : end - self.first]
 
     def forget(self, before: int) -> None:
         """Tokens before this index are not asked for any more."""

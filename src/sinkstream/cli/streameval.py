@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sinkstream.cli import options
@@ -92,9 +93,13 @@ def _reply(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> list[RunSettings]:
-    return options.policy_settings(
+    """Settings of every policy; beside policies that an engine runs, a baseline is run by the model itself."""
+    settings = options.policy_settings(
         args, evaluate="blocks", block_tokens=options.block_tokens(args), backend=args.backend
     )
+    if len(settings) == 1:
+        return settings
+    return [replace(one, backend="hf") if one.method in options.BASELINES else one for one in settings]
 
 
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ chat turn, go through the same forward at fixed addresses (`ShortChunks`). Under
 says what a chunk may be.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class PromptForward:
         Whether the forwards of short chunks are captured in CUDA graphs, where kernels compute them.
     framed : bool
         Whether recalled tokens stand in the frame of the streams.
+    predicts : bool
+        Whether the forward of a short chunk computes the logits after the last token.
     """
 
     def __init__(
@@ -57,10 +60,11 @@ class PromptForward:
         *,
         capture: bool = True,
         framed: bool = False,
+        predicts: bool = True,
     ):
         self.weights, self.state, self.spec, self.chunk_tokens = weights, state, state.spec, chunk_tokens
         self.span = state.span(Block(0, state.streams, framed))
-        self.short = ShortChunks(state, self._append, short_sizes, capture=capture)
+        self.short = ShortChunks(state, partial(self._append, logits=predicts), short_sizes, capture=capture)
         self.reader = TokenReader(weights, state)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from sinkstream.engine.state import StreamState
 from sinkstream.engine.step_ids import StepIds
 from sinkstream.policies import PruneSchedule
 
-COPIED = 256  # tokens that are copied out of the ring at once, where the window has so many
+COPIED = 64  # tokens that are copied out of the ring at once, where the window has so many
 
 
 class StreamRecall:
@@ -73,11 +73,24 @@ class StreamRecall:
         else:
             self._choose()
         self._leaving.renew()
+        self._between_choices()
         schedule, target = self.schedule, self.state.policy.target
         if schedule.sure_steps() < 1:
-            end = self.counters.first_window + schedule.cached + 1 - target
-            if end > self._leaving.end:
-                self._leaving.copy(min(end + COPIED - 1, self.counters.seen))
+            self._copy(self.counters.first_window + schedule.cached + 1 - target)
+
+    def _between_choices(self) -> None:
+        """Do what a choice would need soon, so that no step waits for all of it: archive in one, copy in another."""
+        memory, every = self.memory, self.memory.settings.every
+        phase = self.counters.seen % every
+        if phase == every // 2 and memory.archive is not None and not memory.settings.lag:
+            self._archive(min(self.counters.first_window, memory.log.end))
+        if phase == every // 4 and self.counters.pruned:
+            self._copy(self.counters.first_window + every)
+
+    def _copy(self, end: int) -> None:
+        """Copy the window tokens before this one out of the ring, and some more, if they have not been copied."""
+        if end > self._leaving.end:
+            self._leaving.copy(min(end + COPIED - 1, self.counters.seen))
 
     def planned(self) -> None:
         """The rows of the plan have no token ids yet."""
@@ -119,7 +132,7 @@ class StreamRecall:
             prompts = self.prompts[bool(self.counters.recalled)]
             with torch.cuda.device_of(ids):  # Triton launches on the current device
                 prompts.append(ids[part], stream, part.stop == len(known))
-            self.memory.append(torch.tensor(known[part]))
+            self.memory.append(known[part])
             done += size
 
     def _forward_size(self, rest: int) -> int:
@@ -193,7 +206,7 @@ class StreamRecall:
         """Take in the ids of the tokens before this one."""
         count = end - self.memory.log.end
         if count > 0:
-            self.memory.append(torch.tensor(self._ids.take(count)))
+            self.memory.append(self._ids.take(count))
 
     def _archive(self, end: int | None = None) -> None:
         """Put what has left the window into the archive, up to a token."""

@@ -7,7 +7,7 @@ no token stands there, also before a multiple of `empty_every`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class Recalled:
     distance: int | None = None
     empty_every: int = 1
     lag: int = 0  # tokens from a choice without a question to the frame
+    alarms: int = 0  # of the gate per 1,000 tokens; each raises it by a tenth until that many tokens are over; 0: none
     step_tokens: int = 1_000_000  # tokens that may come back at once; a larger frame comes later
 
 
@@ -79,7 +80,7 @@ def run_recall(
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until, kept, coming = RecallStream(rule), [], 0, 0, None
+    stream, frames, until, kept, coming, calm, sure = RecallStream(rule), [], 0, 0, None, 0, False
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:
@@ -98,18 +99,31 @@ def run_recall(
                 frames.append((t, list(coming[1])))
                 coming = None
         elif stream.archived and (question is not None or (t % between == 0 and t >= kept)):
-            wanted, coming = recaller(past, t, list(stream.archived), question), None
+            judge = recaller
+            if options.alarms:
+                too_soon = max(0, calm - t) / (1_000 / options.alarms)
+                judge = replace(recaller, gate=recaller.gate * (1 + 0.1 * too_soon))
+            wanted, coming = judge(past, t, list(stream.archived), question), None
+            best = 0.0 if not options.alarms else recaller.best(past, t, list(stream.archived))
             lag = max(options.lag, math.ceil(len(wanted or ()) / options.step_tokens) - 1)
             if question is not None:
                 until = kept = t + options.hold_asked
             elif wanted:
                 until = max(until, t + lag + options.hold)
+            if wanted:
+                sure = (sure and bool(stream.frame)) or question is not None or best >= 2
+            elif question is not None:
+                sure = True
+            elif stream.frame and t >= until and options.alarms and not sure:
+                calm = max(calm, t) + 1_000 // options.alarms
             if wanted and question is None and lag and wanted != stream.frame:
                 coming = (t + lag, wanted)
             elif wanted:
-                if wanted != stream.frame:
+                changed = wanted != stream.frame
+                if changed:
                     stream.set_frame(wanted, options.distance)
-                frames.append((t, list(wanted)))
+                if changed or question is not None:
+                    frames.append((t, list(wanted)))
             elif stream.frame and question is None and t >= until and lag:
                 coming = (t + lag, [])
             elif stream.frame and (question is not None or t >= until):
@@ -205,6 +219,11 @@ class Words:
                 score = max(0.0 if brief else score / self.row_level, run / self.run_level) / once
                 scores[place // self.block] = max(scores[place // self.block], score)
         return scores
+
+    def best(self, past: Past, t: int, archived: list[int]) -> float:
+        """The score of the best block without a question."""
+        ids = past.ids[0].tolist()
+        return max(self.scores(ids, archived, ids[max(0, t - self.query) : t], False, t % self.every != 0).values())
 
     def __call__(
         self, past: Past, t: int, archived: list[int], question: Sequence[int] | None, borders: Sequence[int] = ()

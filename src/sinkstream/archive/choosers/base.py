@@ -154,10 +154,13 @@ class Chooser(ABC):
         ``query.end`` only. Then a prompt is fed in long chunks, up to the next choice that changes something.
     heads : tuple of (layer, kv_head)
         Whose unrotated keys and queries the index must be given.
+    alarms : int
+        False alarms per 1,000 tokens from which on the gate rises, unless a user says otherwise; 0: it never rises.
     """
 
     foresees: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ()
+    alarms: ClassVar[int] = 0
 
     block: int = option(16, "tokens of a block of the archive", minimum=1)
     query_tokens: int = option(32, "latest tokens that a query is made of", minimum=1)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Hits, Index, Query
+from sinkstream.archive.choosers.trigrams import Trigrams
 from sinkstream.policies.options import option
 
 SATURATION = 1.2  # of the count of a term in a block, as in BM25
@@ -18,6 +19,7 @@ FEW_BLOCKS = 2  # a term in so few blocks is rare, however small the archive is
 SWEPT = 4  # ids whose postings are looked through for every token that leaves the archive
 ROUNDING = 1e-6  # of a sum of scores, by which a bound is not missed
 NONE = np.zeros(0, dtype=np.int32)
+NOTHING = Hits(NONE, np.zeros(0))
 
 
 class _Posting:
@@ -105,6 +107,7 @@ class LexicalIndex(Index):
     def __init__(self, chooser: "Lexical"):
         self.chooser = chooser
         self.postings: dict[int, _Posting] = {}
+        self.trigrams = Trigrams()
         self._first: int | None = None  # tokens before this one are gone
         self._sweep: Iterator[int] = iter(())
 
@@ -117,6 +120,7 @@ class LexicalIndex(Index):
             if posting is None:
                 posting = postings[token] = _Posting()
             posting.add(index, index // block)
+        self.trigrams.add(evicted.first, evicted.ids)
 
     def forget(self, before: int) -> None:
         """Drop places that are gone, of a few ids for every token that has left; the next calls come to the others."""
@@ -124,6 +128,7 @@ class LexicalIndex(Index):
         if gone <= 0:
             return
         self._first = before
+        self.trigrams.forget(before)
         for _ in range(min(SWEPT * gone, len(self.postings))):
             token = next(self._sweep, None)
             if token is None:
@@ -154,9 +159,12 @@ class LexicalIndex(Index):
         from each other as in the query; it counts for the block in which the text would go on. A run: the same, but
         without a gap, and common terms count too. A brief query is answered by runs alone.
         """
+        able = not query.asked and self._can_run(query)
+        if query.brief and not able:
+            return NOTHING
         chooser, total, found = self.chooser, len(blocks), list[Hits]()
         once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
-        if not query.asked:
+        if able:
             level = chooser.run_level * once
             found.append(self._blocks(query, self._runs(query, total, query.least * level), level))
         if query.brief:
@@ -173,6 +181,12 @@ class LexicalIndex(Index):
             goes_on = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
             found.append(self._blocks(query, goes_on, level))
         return _best(found)
+
+    def _can_run(self, query: Query) -> bool:
+        """Whether the latest tokens may stand in the archive in a row that is long enough."""
+        if query.least * self.chooser.run_level <= 2 + ROUNDING:  # no idf is above that of a term in one block
+            return True
+        return len(query.ids) > 2 and self.trigrams.has(*query.ids[-3:])
 
     def _blocks(self, query: Query, found: tuple[np.ndarray, np.ndarray], level: float) -> Hits:
         """The blocks of ascending places at which the text would go on, and their scores in units of a level."""
@@ -196,7 +210,8 @@ class LexicalIndex(Index):
             sure += term.idf
             if sure >= needed - ROUNDING:
                 break
-        if not held or sure < needed - ROUNDING:
+        threes = zip(latest[2 : len(held)], latest[1:], latest)
+        if not held or sure < needed - ROUNDING or not all(self.trigrams.has(*three) for three in threes):
             return NONE, NONE
         fewest = sorted(range(len(held)), key=lambda i: held[i].high - held[i].low)
         goes_on = held[fewest[0]].places + np.int32(fewest[0] + 1)
@@ -256,7 +271,7 @@ class LexicalIndex(Index):
         """Places of its own."""
         other = copy.copy(self)
         other.postings = {token: posting.copy() for token, posting in self.postings.items()}
-        other._sweep = iter(())
+        other.trigrams, other._sweep = self.trigrams.copy(), iter(())
         return other
 
 
@@ -340,6 +355,7 @@ class Lexical(Chooser):
     """
 
     foresees: ClassVar[bool] = True
+    alarms: ClassVar[int] = 4
 
     rare: float = option(0.03, "a term in a larger share of the blocks is not shared", minimum=0.0, maximum=1.0)
     idf_power: float = option(2.0, "power of the inverse document frequency of shared terms", minimum=0.0)
