@@ -79,6 +79,8 @@ def test_groups_are_by_what_a_pareto_shares(tmp_path):
     assert values["lazy R=256"]["y"] == pytest.approx(100 * np.expm1((here - base).mean()), abs=1e-3)
     assert values["lazy R=256"]["low"] < values["lazy R=256"]["y"] < values["lazy R=256"]["high"]
     assert {label for label, value in values.items() if value["outlier"]} == {"recompute", "window-only"}
+    far = {value["label"] for value in charts.pareto_values(groups[0], by_time=False) if value["outlier"]}
+    assert far == {"window-only"}, "a picture without times hides no slow point"
     fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
     assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
 

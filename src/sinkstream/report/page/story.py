@@ -118,7 +118,7 @@ def memory_section(evidence: Evidence) -> Section | None:
     """ΔPPL against peak memory."""
     pictures = []
     for group in groups_of(evidence.points):
-        values = [v for v in charts.pareto_values(group) if v["memory"] is not None]
+        values = [v for v in charts.pareto_values(group, by_time=False) if v["memory"] is not None]
         if len(values) > 1:
             spec = charts.pareto(values, group.baseline.label, x="memory")
             pictures.append(Picture(spec, group.title + charts.hidden(values)))
