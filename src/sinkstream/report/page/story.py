@@ -14,6 +14,7 @@ from sinkstream.records.selection import DIAGNOSED_TEXTS, has_text
 from sinkstream.report.answers import speed_table
 from sinkstream.report.page import charts
 from sinkstream.report.page.groups import Group, frontier, groups_of
+from sinkstream.report.page.windows import window_pictures
 from sinkstream.show.table import EMPTY, Table, with_interval
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import PARTS
@@ -139,16 +140,18 @@ def lazy_section(evidence: Evidence) -> Section | None:
             options = entry["policy"]["options"]
             if entry["policy"]["name"] == "lazy" and (delta := _delta(entry)):
                 values.append({"line": short(diagnosis), "r": options["compress_every"], **delta})
-    if len(values) < 2:
-        return None
-    spec = charts.lines(
-        values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="ΔPPL, % against R = 1"
-    )
-    lead = (
-        "Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak"
-        f" the cache then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
-    )
-    return Section("lazy", "Window and lazy pruning", lead, [Picture(spec, _origin_of(evidence))])
+    pictures = [Picture(*picture) for picture in window_pictures(evidence.points)]
+    lead = "Perplexity by the number of slots, with sinks (the first tokens) and without." if pictures else ""
+    if len(values) > 1:
+        spec = charts.lines(
+            values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="ΔPPL, % against R = 1"
+        )
+        pictures.append(Picture(spec, _origin_of(evidence)))
+        lead += (
+            " Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak"
+            f" the cache then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
+        )
+    return Section("lazy", "Window and lazy pruning", lead.strip(), pictures) if pictures else None
 
 
 def _largest(values: Sequence[dict[str, Any]]) -> str:
@@ -363,7 +366,7 @@ def choice_section(evidence: Evidence) -> Section | None:
     rows = []
     for group in groups_of(evidence.points):
         values = [v for v in charts.pareto_values(group) if not v["outlier"]]
-        candidates = [v for v in values if not v["kind"].startswith(("recompute", "full"))]
+        candidates = [v for v in values if not v["kind"].startswith(("recompute", "full", "no sinks"))]
         if not candidates:
             continue
         points = {point.id: point for point in group.points}
