@@ -362,9 +362,14 @@ def verdict_section(evidence: Evidence) -> Section | None:
 
 
 def choice_section(evidence: Evidence) -> Section | None:
-    """What a user should choose, from the points: of each group the frontier in words."""
-    rows = []
+    """What a user should choose, from the points: the frontier in words, a row for each model, text and slots."""
+    rows: list[list[str]] = []
+    largest: dict[tuple[str, ...], Group] = {}
     for group in groups_of(evidence.points):
+        point = group.points[0]
+        key = (point.model["hash"], point.data["sha256"], group.slots)
+        largest[key] = max(largest.get(key, group), group, key=lambda one: len(one.points))
+    for group in largest.values():
         values = [v for v in charts.pareto_values(group) if not v["outlier"]]
         candidates = [v for v in values if not v["kind"].startswith(("recompute", "full", "no sinks"))]
         if not candidates:
