@@ -251,7 +251,8 @@ def speed_section(evidence: Evidence) -> Section | None:
     ]
     machine = (
         f"Pythia-2.8B shape (random weights), float16, batch 1, 2,052 slots, {best.hardware}; the red line is the"
-        " floor, a copy of the bytes that a step must read"
+        " floor, a copy of the bytes that a step must read. Ways: hf is transformers' loop (full, static: nothing is"
+        " dropped; cut: keys are cut and rotated anew; recompute), fused is the engine, the others are steps towards it"
     )
     lead = (
         f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token:"
@@ -420,8 +421,9 @@ def _delta(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 def _origin_of(evidence: Evidence) -> str:
     """What the diagnoses share."""
-    first = _newest_diagnoses(evidence)[0]
-    return f"{first.protocol['cap']:,} slots, growth inside; bars are 95 % intervals"
+    found = _newest_diagnoses(evidence)
+    machines = sorted({f"{d.protocol['dtype']} on {hardware(d.environment)}" for d in found})
+    return f"{found[0].protocol['cap']:,} slots, growth inside, {', '.join(machines)}; bars are 95 % intervals"
 
 
 SECTIONS: list[Callable[[Evidence], Section | None]] = [
