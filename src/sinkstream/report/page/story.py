@@ -69,6 +69,8 @@ def pareto_section(evidence: Evidence) -> Section | None:
     groups = [g for g in groups_of(evidence.points) if sum(p.speed is not None for p in g.points) > 1]
     if not groups:
         return None
+    first = {group.text: group for group in reversed(groups)}  # the first of each text leads
+    groups.sort(key=lambda group: group is not first[group.text])
     pictures = []
     for group in groups:
         values = charts.pareto_values(group)
