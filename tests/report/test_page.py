@@ -24,6 +24,7 @@ from sinkstream.report.page import charts  # noqa: E402
 from sinkstream.report.page.build import latex, read_evidence, write_page  # noqa: E402
 from sinkstream.report.page.groups import Group, frontier, groups_of  # noqa: E402
 from sinkstream.report.page.story import sections  # noqa: E402
+from sinkstream.report.page.windows import window_pictures  # noqa: E402
 
 WIDTHS = {"laptop": (1366, 768), "phone": (390, 844)}
 
@@ -79,6 +80,8 @@ def test_groups_are_by_what_a_pareto_shares(tmp_path):
     assert values["lazy R=256"]["y"] == pytest.approx(100 * np.expm1((here - base).mean()), abs=1e-3)
     assert values["lazy R=256"]["low"] < values["lazy R=256"]["y"] < values["lazy R=256"]["high"]
     assert {label for label, value in values.items() if value["outlier"]} == {"recompute", "window-only"}
+    far = {value["label"] for value in charts.pareto_values(groups[0], by_time=False) if value["outlier"]}
+    assert far == {"window-only"}, "a picture without times hides no slow point"
     fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
     assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
 
@@ -91,6 +94,34 @@ def test_a_choice_pairs_the_fastest_rule_with_the_one_that_loses_least(tmp_path)
     best, fast = (next(p for p in found if p.label == row[at].partition(" (")[0]) for at in (3, 4))
     delta = point_delta(fast, best)
     assert delta.low > 0 and row[5] == f"{delta.delta_percent:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"
+
+
+def test_a_control_is_no_choice(tmp_path):
+    """A window without sinks is fastest and loses nothing here: it is still a control, and not among the rules."""
+    PointRecord.write(make_point(0), tmp_path)
+    for at in (1, 3):
+        PointRecord.write(make_point(at), tmp_path)
+    control = make_point(1) | {"id": "control"}
+    control["policy"] = {"name": "window-only", "label": "window-only", "options": {"sink": 0}}
+    control["speed"] = control["speed"] | {"tpot_ms": 2.0}
+    PointRecord.write(control, tmp_path)
+    (section,) = (s for s in sections(read_evidence(tmp_path)) if s.id == "choice")
+    assert "window-only" not in str(section.tables[0][1].rows)
+
+
+def test_the_pictures_of_the_window_need_three_numbers_of_slots_and_of_sinks(tmp_path):
+    for cap in (128, 256, 512):
+        for at in (0, 1, 8):
+            PointRecord.write(make_point(at, cap=cap), tmp_path)
+    (slots,) = window_pictures(load_points(tmp_path))
+    drawn = {(v["line"], v["slots"]): v["y"] for v in slots[0]["data"]["values"]}
+    assert len(drawn) == 6 and drawn["window without sinks", 128] > drawn["strict: sinks and window", 128]
+    for sinks in (1, 2):
+        content = make_point(1, cap=512) | {"id": f"sinks-{sinks}"}
+        content["policy"] = {"name": "strict", "label": f"strict S={sinks}", "options": {"sink": sinks}}
+        PointRecord.write(content, tmp_path)
+    _, (sinks, said) = window_pictures(load_points(tmp_path))
+    assert [value["sinks"] for value in sinks["data"]["values"]] == [1, 2, 4] and "Without sinks: +" in said
 
 
 def test_recall_on_different_streams_is_in_different_pictures(tmp_path):

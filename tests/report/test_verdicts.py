@@ -7,9 +7,11 @@ from point_factory import point, small_matrix, write
 from record_factory import GPU, make_bench_record
 
 from sinkstream.cli import main
+from sinkstream.matrix.record import load_points
 from sinkstream.report.criteria import KINDS, OUTCOMES, Evidence, read_criteria
 from sinkstream.report.ledger import counts, judge_all, read_ledger
 from sinkstream.report.summary import write_summary
+from sinkstream.report.verdicts import conditions, timed_beside
 
 CRITERIA = Path(__file__).resolve().parents[2] / "experiments" / "criteria.toml"
 
@@ -64,6 +66,15 @@ def test_points_that_are_not_comparable_are_not_compared(tmp_path):
     outside = point("outside", "recompute", sample_every=4, accounting="published")
     results = write(tmp_path, point("recompute-512", "recompute", sample_every=4), other_machine, outside)
     assert outcomes(results)["strict-against-recompute", ""] == "not measured"
+
+
+def test_quality_is_compared_between_gpus_of_the_same_arithmetic_and_times_are_not(tmp_path):
+    base, strict = point("recompute-512", "recompute", sample_every=4), point("other", "strict", shift=0.001)
+    for content, name in ((base, "NVIDIA H100 80GB HBM3"), (strict, "NVIDIA H200")):
+        content["environment"] = content["environment"] | {"gpu": GPU | {"name": name}}
+    found = load_points(write(tmp_path, base, strict))
+    assert conditions(found[0]) == conditions(found[1])
+    assert timed_beside(found[0], found) == [found[0]]
 
 
 def test_failed_and_scattered_points_stop(tmp_path):

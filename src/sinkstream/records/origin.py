@@ -17,8 +17,9 @@ def text_and_machine(record: Any) -> str:
 
 
 def machine(records: Sequence[Any], *more: str) -> str:
-    """Hardware and releases of the newest record, commits of all; `more` stands after the hardware."""
+    """Hardware and commits of all records, releases of the newest; `more` stands after the hardware."""
     newest = max(records, key=lambda record: record.created).environment
+    machines = " and ".join(sorted({hardware(record.environment) for record in records}))
     commits = sorted({(record.environment["git"]["commit"] or "unknown")[:10] for record in records})
     releases = [f"{name} {newest['versions'][name]}" for name in ("torch", "transformers")]
-    return ", ".join([hardware(newest), *more, *releases, f"commit {', '.join(f'`{c}`' for c in commits)}"]) + "."
+    return ", ".join([machines, *more, *releases, f"commit {', '.join(f'`{c}`' for c in commits)}"]) + "."

@@ -116,6 +116,7 @@ def render(evidence: Evidence) -> str:
     except ImportError as error:
         raise ImportError("the page needs jinja2; install it with: pip install 'sinkstream[report]'") from error
     parts = sections(evidence)
+    templates, placed = _specs(parts)
     template = Environment(loader=PackageLoader("sinkstream.report.page", ""), autoescape=True).get_template(
         "page.html.j2"
     )
@@ -128,19 +129,35 @@ def render(evidence: Evidence) -> str:
         sections=parts,
         latex=latex,
         script=charts.bundle().replace("</script", "<\\/script"),
-        specs=json.dumps(_specs(parts), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"),
+        templates=_json(templates),
+        charts=_json(placed),
         origins=origins(evidence),
         count=f"{len(evidence.all()):,}",
     )
 
 
-def _specs(parts: Sequence[Section]) -> dict[str, Any]:
-    """Every chart's specification, by the id of its place."""
+def _json(content: Any) -> str:
+    """JSON that may stand in a script."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _specs(parts: Sequence[Section]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Specifications of charts without their data, and of every chart, by the id of its place, which one, and its data.
+
+    Charts of one kind differ in little but their data.
+    """
     found: dict[str, Any] = {}
     for part in parts:
         found |= {f"{part.id}-{n}": picture.spec for n, picture in enumerate(part.pictures, 1)}
         found |= {f"{part.id}-more-{n}": picture.spec for n, picture in enumerate(part.folded, 1)}
-    return found
+    templates: list[dict[str, Any]] = []
+    placed = {}
+    for place, spec in found.items():
+        bare = {name: one for name, one in spec.items() if name != "data"}
+        if bare not in templates:
+            templates.append(bare)
+        placed[place] = [templates.index(bare), spec["data"]]
+    return templates, placed
 
 
 def cards(evidence: Evidence) -> list[Card]:

@@ -62,12 +62,16 @@ def colours(values: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return [name for name, _ in pairs], [colour for _, colour in pairs]
 
 
-def pareto_values(group: Group) -> list[dict[str, Any]]:
-    """One entry a point that has both quality and speed; whether a frontier holds it, and whether it is an outlier."""
+def pareto_values(group: Group, *, by_time: bool = True) -> list[dict[str, Any]]:
+    """One entry a point that has both quality and speed; whether a frontier holds it, and whether it is an outlier.
+
+    `by_time`: whether a point may be an outlier by its time, which a picture without times does not ask.
+    """
     dots = [dot for dot in group.dots() if dot.point.speed is not None]
     losses = [abs(dot.y) for dot in dots if dot.delta is not None]
     loss = FAR_LOSS * max(0.5, median(losses)) if losses else inf
-    time = FAR_TIME * median([dot.point.speed["tpot_ms"] for dot in dots if dot.point.speed]) if dots else inf
+    times = [dot.point.speed["tpot_ms"] for dot in dots if dot.point.speed]
+    time = FAR_TIME * median(times) if times and by_time else inf
     values = [_value(dot, loss, time) for dot in dots]
     for x in ("tpot", "total", "memory"):
         known = [value for value in values if value[x] is not None]
@@ -122,6 +126,12 @@ def _value(dot: Dot, most_loss: float, most_time: float) -> dict[str, Any]:
     }
 
 
+def _slim(value: dict[str, Any]) -> dict[str, Any]:
+    """Six digits of every number, and nothing that is null or false, which charts read as they read what is absent."""
+    known = {name: one for name, one in value.items() if one is not None and one is not False}
+    return {name: float(f"{one:.6g}") if isinstance(one, float) else one for name, one in known.items()}
+
+
 def configuration(options: dict[str, Any]) -> str:
     """The options of a policy that are on, in one line."""
     return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, 0, False)) or "none"
@@ -151,7 +161,7 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     """ΔPPL against time, or against the field `x`; with the frontier and every interval."""
     alt = library()
     names, shades = colours(values)
-    params, chart = [], alt.Chart(alt.Data(values=list(values)))
+    params, chart = [], alt.Chart(alt.Data(values=[_slim(value) for value in values]))
     if any(value["outlier"] for value in values):
         shown = alt.param("controls", value=False, bind=alt.binding_checkbox(name="show those that are far off "))
         params.append(shown)

@@ -106,7 +106,8 @@ class Group:
 def groups_of(points: Sequence[PointRecord]) -> list[Group]:
     """The complete points, grouped by what a Pareto must share, where quality was measured; the newest of each label.
 
-    The largest model comes first, of it the cap of the headline figures, and PG19 before other texts.
+    The largest model comes first, of it the cap of the headline figures, and PG19 before other texts; the newest of
+    groups that differ in their machine or commit alone.
     """
     found: dict[tuple, dict[str, PointRecord]] = {}
     for point in points:
@@ -118,6 +119,7 @@ def groups_of(points: Sequence[PointRecord]) -> list[Group]:
     with_base = [
         g for g, own in zip(groups, scored) if len(own) > 1 and any(p.policy["name"] in BASELINES for p in own)
     ]
+    with_base.sort(key=lambda group: max(point.created for point in group.points), reverse=True)
     return sorted(with_base, key=_place)
 
 

@@ -14,6 +14,7 @@ from sinkstream.records.selection import DIAGNOSED_TEXTS, has_text
 from sinkstream.report.answers import speed_table
 from sinkstream.report.page import charts
 from sinkstream.report.page.groups import Group, frontier, groups_of
+from sinkstream.report.page.windows import window_pictures
 from sinkstream.show.table import EMPTY, Table, with_interval
 from sinkstream.studies.diagnosis.record import Diagnosis
 from sinkstream.studies.diagnosis.tables import PARTS
@@ -68,6 +69,8 @@ def pareto_section(evidence: Evidence) -> Section | None:
     groups = [g for g in groups_of(evidence.points) if sum(p.speed is not None for p in g.points) > 1]
     if not groups:
         return None
+    first = {group.text: group for group in reversed(groups)}  # the first of each text leads
+    groups.sort(key=lambda group: group is not first[group.text])
     pictures = []
     for group in groups:
         values = charts.pareto_values(group)
@@ -118,7 +121,7 @@ def memory_section(evidence: Evidence) -> Section | None:
     """ΔPPL against peak memory."""
     pictures = []
     for group in groups_of(evidence.points):
-        values = [v for v in charts.pareto_values(group) if v["memory"] is not None]
+        values = [v for v in charts.pareto_values(group, by_time=False) if v["memory"] is not None]
         if len(values) > 1:
             spec = charts.pareto(values, group.baseline.label, x="memory")
             pictures.append(Picture(spec, group.title + charts.hidden(values)))
@@ -139,16 +142,18 @@ def lazy_section(evidence: Evidence) -> Section | None:
             options = entry["policy"]["options"]
             if entry["policy"]["name"] == "lazy" and (delta := _delta(entry)):
                 values.append({"line": short(diagnosis), "r": options["compress_every"], **delta})
-    if len(values) < 2:
-        return None
-    spec = charts.lines(
-        values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="ΔPPL, % against R = 1"
-    )
-    lead = (
-        "Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak"
-        f" the cache then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
-    )
-    return Section("lazy", "Window and lazy pruning", lead, [Picture(spec, _origin_of(evidence))])
+    pictures = [Picture(*picture) for picture in window_pictures(evidence.points)]
+    lead = "Perplexity by the number of slots, with sinks (the first tokens) and without." if pictures else ""
+    if len(values) > 1:
+        spec = charts.lines(
+            values, "r", "y", log=True, x_title="R: tokens between two prunes", y_title="ΔPPL, % against R = 1"
+        )
+        pictures.append(Picture(spec, _origin_of(evidence)))
+        lead += (
+            " Pruning every R tokens instead of at every token saves work in an ordinary decode loop. At the same peak"
+            f" the cache then holds up to R − 1 tokens fewer, and R tokens leave at once. {_largest(values)}"
+        )
+    return Section("lazy", "Window and lazy pruning", lead.strip(), pictures) if pictures else None
 
 
 def _largest(values: Sequence[dict[str, Any]]) -> str:
@@ -248,7 +253,8 @@ def speed_section(evidence: Evidence) -> Section | None:
     ]
     machine = (
         f"Pythia-2.8B shape (random weights), float16, batch 1, 2,052 slots, {best.hardware}; the red line is the"
-        " floor, a copy of the bytes that a step must read"
+        " floor, a copy of the bytes that a step must read. Ways: hf is transformers' loop (full, static: nothing is"
+        " dropped; cut: keys are cut and rotated anew; recompute), fused is the engine, the others are steps towards it"
     )
     lead = (
         f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token:"
@@ -359,11 +365,16 @@ def verdict_section(evidence: Evidence) -> Section | None:
 
 
 def choice_section(evidence: Evidence) -> Section | None:
-    """What a user should choose, from the points: of each group the frontier in words."""
-    rows = []
+    """What a user should choose, from the points: the frontier in words, a row for each model, text and slots."""
+    rows: list[list[str]] = []
+    largest: dict[tuple[str, ...], Group] = {}
     for group in groups_of(evidence.points):
+        point = group.points[0]
+        key = (point.model["hash"], point.data["sha256"], group.slots)
+        largest[key] = max(largest.get(key, group), group, key=lambda one: len(one.points))
+    for group in largest.values():
         values = [v for v in charts.pareto_values(group) if not v["outlier"]]
-        candidates = [v for v in values if not v["kind"].startswith(("recompute", "full"))]
+        candidates = [v for v in values if not v["kind"].startswith(("recompute", "full", "no sinks"))]
         if not candidates:
             continue
         points = {point.id: point for point in group.points}
@@ -412,8 +423,9 @@ def _delta(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 def _origin_of(evidence: Evidence) -> str:
     """What the diagnoses share."""
-    first = _newest_diagnoses(evidence)[0]
-    return f"{first.protocol['cap']:,} slots, growth inside; bars are 95 % intervals"
+    found = _newest_diagnoses(evidence)
+    machines = sorted({f"{d.protocol['dtype']} on {hardware(d.environment)}" for d in found})
+    return f"{found[0].protocol['cap']:,} slots, growth inside, {', '.join(machines)}; bars are 95 % intervals"
 
 
 SECTIONS: list[Callable[[Evidence], Section | None]] = [
