@@ -141,9 +141,9 @@ def choose_sets_kernel(
             else:
                 for at in range(0, pinned, BT):
                     entry = at + column
-                    k = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
-                    z = tl.where((entry < pinned)[None, :], _scores(frame, k, scale), -float("inf"))
-                    m, s = _joined(z, m, s)
+                    tile = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
+                    z = _scores(frame, tile, scale)
+                    m, s = _joined(tl.where((entry < pinned)[None, :], z, -float("inf")), m, s)
             whole = m + tl.log2(s)
             if ADDS:
                 tl.store(sums + place + row, whole, mask=here)
@@ -152,8 +152,8 @@ def choose_sets_kernel(
                 entry = at + column
                 valid = entry < pinned
                 if not ONE:
-                    k = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
-                    z = _scores(frame, k, scale)
+                    tile = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
+                    z = _scores(frame, tile, scale)
                 given = tl.sum(tl.exp2(z - whole[:, None]), 0) / G
                 if ADDS:
                     given += tl.load(total + entry, mask=valid, other=0.0)
