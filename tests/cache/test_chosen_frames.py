@@ -81,7 +81,7 @@ def test_a_chunk_that_fails_never_came(scorer, chunks):
     assert len(chunks) >= 5 and (logits[0] - logits[1]).abs().max() < TOLERANCE
 
 
-def test_what_cannot_choose_on_the_way_is_cut(chunks):
+def test_chunks_that_cannot_choose_on_the_way_are_cut(chunks):
     """Rows, original positions, and sets that are too large."""
     model, ids = build("llama", layers=2), token_ids(TOKENS)
     small_cache(model, "window-attention").prefill(model, ids[None].expand(2, -1))
