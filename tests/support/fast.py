@@ -7,6 +7,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "bench/test_draws.py": ("worse_of_two", "no_record_no_figure", "lacks_no_time"),
     "bench/test_generate_speed.py": ("worse_of_two", "no_record_no_figure", "lacks_no_time"),
     "cache/test_against_oracle.py": ("agrees_with_the_oracle[strict-llama-", "off_by_one_would_show[gpt_neox]"),
+    "cache/test_chosen_frames.py": ("are_cut", "no_more_prunes"),
     "cache/test_chunks.py": ("off_by_one", "eager_models"),
     "cache/test_copied_models.py": ("on_disk",),
     "cache/test_every_family.py": ("agrees_with_the_oracle[gemma3-lazy", "agrees_with_the_oracle[smollm3-lazy"),
