@@ -661,12 +661,6 @@ def test_tables_of_the_documents_show_the_records(tmp_path):
     assert "(3,000 GB/s, R² 1.0000)" in tables["bench-caps"]
     assert "| 4 | 1,333 |" in tables["bench-streams"]
     assert slope_lines([]) == []
-    assert "its best day\\*" in tables["readme-speed"] and "Reported, not a committed record" in tables["readme-speed"]
-    BenchRecord.write(
-        make_bench_record("day", "hf-static", "full", tpot_ms=4.0, created="2026-02-02T00:00:00+00:00"), tmp_path
-    )
-    better = render_bench(tmp_path)["readme-speed"]
-    assert "best day; evicts" in better and "4.00 | 2.0" in better and "Reported" not in better
 
 
 def test_precision_compares_half_with_single_on_the_same_tokens(tmp_path):

@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from record_factory import make_arrays, make_record
+from record_factory import make_arrays, make_bench_record, make_record
 from rich.console import Console
 
+from sinkstream.bench.record import BenchRecord
 from sinkstream.records.records import load_record, write_record
 from sinkstream.records.selection import is_plain, select
 from sinkstream.report.block_pairs import BlockPair, block_pairs
 from sinkstream.report.docs import generated_names, update_document
 from sinkstream.report.documents import quality_table
+from sinkstream.report.readme import readme_speed
 from sinkstream.report.summary import HEADLINES, SOURCES, write_summary
 from sinkstream.show import plots
 from sinkstream.show.comparison import compared_runs, comparison_table
@@ -300,6 +302,19 @@ between
 <!-- /generated -->
 end
 """
+
+
+def test_the_readme_names_a_reported_best_day_until_a_record_is_better(tmp_path):
+    ways = (("strict", "fused", "strict", 2.2), ("hf", "hf", "strict", 30.0))
+    ways += (("sdpa", "hf-recompute-sdpa", "recompute", 28.6), ("static", "hf-static", "full", 5.5))
+    for name, rung, policy, ms in ways:
+        BenchRecord.write(make_bench_record(name, rung, policy, tpot_ms=ms), tmp_path)
+    reported = readme_speed(BenchRecord.below(tmp_path))
+    assert "its best day\\*" in reported and "Reported, not a committed record" in reported
+    day = make_bench_record("day", "hf-static", "full", tpot_ms=4.0, created="2026-02-02T00:00:00+00:00")
+    BenchRecord.write(day, tmp_path)
+    better = readme_speed(BenchRecord.below(tmp_path))
+    assert "best day; evicts" in better and "4.00 | 2.0" in better and "Reported" not in better
 
 
 def test_document_sections_are_replaced_and_checked(tmp_path):

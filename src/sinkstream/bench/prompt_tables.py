@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.two_shapes import before, newest_on_gpu, shape_name, worse_of_two
+from sinkstream.measure.environment import hardware
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -84,17 +85,21 @@ def render_prompts(results: Path) -> dict[str, str]:
 @PROMPT_TABLES.register("bench-prompts")
 def prompts_table(records: Sequence[PromptRecord]) -> str:
     """Prompts through the engine and the drop-in against a plain forward, 2,052 slots, newest record a policy."""
-    found = newest_on_gpu(records)
-    if not found:
-        return NONE_YET
-    return f"{_origin(found)}\n\n{prompt_table(found, earlier=[before(r, records) for r in found]).markdown()}"
+    return _of_each_machine(records, lambda found: prompt_table(found, earlier=[before(r, records) for r in found]))
 
 
 @PROMPT_TABLES.register("bench-append")
 def appended_table(records: Sequence[PromptRecord]) -> str:
     """A turn of 50 tokens appended to a full stream, against a step."""
-    found = newest_on_gpu(records)
-    return f"{_origin(found)}\n\n{append_table(found).markdown()}" if found else NONE_YET
+    return _of_each_machine(records, append_table)
+
+
+def _of_each_machine(records: Sequence[PromptRecord], table: Callable[[Sequence[PromptRecord]], Table]) -> str:
+    """A table for the records of each kind of machine, so that no row stands beside one of other hardware."""
+    machines: dict[str, list[PromptRecord]] = {}
+    for record in newest_on_gpu(records):
+        machines.setdefault(hardware(record.environment), []).append(record)
+    return "\n\n".join(f"{_origin(found)}\n\n{table(found).markdown()}" for found in machines.values()) or NONE_YET
 
 
 def _origin(records: Sequence[PromptRecord]) -> str:

@@ -32,7 +32,7 @@ from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 APPEND_TOKENS = 50
 REPEATS = 5
-REPEAT_SECONDS = 3.0  # of one length in one way: as many of the repeats as fit, and at least one
+REPEAT_SECONDS = 3.0  # of one length in one way: no repeat begins after so many, and there is at least one
 STEPS_TIMED = 64
 
 DEFINITIONS = {
@@ -173,11 +173,13 @@ class PromptSession(PolicySession[PromptRecord]):
         return (len(PROMPT_TIMES) - (not self.drop_in)) * len(self.lengths) + 1
 
     def _median(self, call: Callable[[], object]) -> float:
-        """Median milliseconds of a call, after one that is not timed."""
+        """Median milliseconds of a call, after one that compiles and captures and is not counted."""
         device = self.loaded.model.device
-        untimed = timed(call, device=device)[1]
-        repeats = max(1, min(self.repeats, int(self.repeat_seconds / untimed)))
-        return 1e3 * statistics.median(timed(call, device=device)[1] for _ in range(repeats))
+        call()
+        times: list[float] = []
+        while not times or (len(times) < self.repeats and sum(times) < self.repeat_seconds):
+            times.append(timed(call, device=device)[1])
+        return 1e3 * statistics.median(times)
 
     # ---- what it is ----
 
