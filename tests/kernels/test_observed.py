@@ -1,13 +1,16 @@
 """What attention keeps of its queries and scores, and attention added up, against float64."""
 
+import numpy as np
 import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error, on_implementations
-from ring_case import NAN, Case
+from ring_case import NAN, Case, rotate
 
 from sinkstream.kernels import attention_linear
+from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.config import AttentionConfig, AttentionLinearConfig, LinearConfig
 from sinkstream.kernels.observed import Observed, accumulate
+from sinkstream.kernels.observed_chunk import accumulate_chunk
 
 NEOX = dict(query_heads=2, kv_heads=2, order="per-head", head_dim=80, rotary=20)
 LLAMA = dict(query_heads=6, kv_heads=2, order="blocks", head_dim=64, rotary=64)
@@ -96,3 +99,47 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="totals of 4 kv heads"):
         totals = torch.zeros(1, 2, 4, whole.scores.shape[-1], device=DEVICE)
         accumulate(whole.scores[None], whole.sums[None], case.scalars, totals)
+
+
+CHUNKS = [  # past, oldest window token, tokens, padding, used pinned slots; the third brings sinks of its own
+    (50, 40, 9, 0, 5),
+    (90, 75, 17, 15, 4),
+    (2, 4, 16, 4, 4),
+]
+
+
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CHUNKS, quick=3))
+@pytest.mark.parametrize("turns", [True, False])
+def test_a_chunk_gives_what_its_queries_give_in_float64(sizes, turns, implementation):
+    (past, oldest, tokens, padding, sinks), kv_heads, group, dim, pinned_slots, ring = sizes, 2, 3, 48, 5, 35
+    inv_freq = 1e3 ** (-torch.arange(8, device=DEVICE).double() / 8)
+    turn = [7 + t // 4 for t in range(tokens)]
+    rows = tokens + padding
+    band = Band(
+        np.full(tokens, oldest - past), np.array(turn) if turns else None, inv_freq, past=past, sinks=sinks, row=1,
+        start=(oldest - 4) % ring, length=max(0, past - oldest), slot=(past - 4) % ring,
+        table=torch.zeros(SCALARS + 2 * rows, dtype=torch.int32, device=DEVICE),
+    )  # fmt: skip
+    band.rotate()
+    keys = draw(3, kv_heads, pinned_slots + ring, dim, dtype=torch.float16)
+    queries = draw(rows, 2 * kv_heads * group, dim, scale=2.0, dtype=torch.float16)[:, kv_heads * group :]
+    queries[tokens:] = NAN
+    totals = draw(3, kv_heads, pinned_slots + ring).abs()
+    slot_of = {t: t if t < sinks else pinned_slots + (t - 4) % ring for t in range(oldest, past + tokens)}
+    slot_of |= {t: t for t in range(sinks)}
+    expected = totals.double().clone()
+    for t in range(past, past + tokens):
+        expected[1, :, [slot_of[t], pinned_slots + (t - 4) % ring]] = 0.0  # a sink's place in the ring is empty
+    for i in range(tokens):
+        seen = sorted({*range(sinks), *range(oldest, past + i + 1)} & set(range(past + i + 1)))
+        for head in range(kv_heads * group):
+            own = queries[i, head].double()
+            frame = rotate(own, -turn[i], inv_freq) if turns else own
+            held = keys[1, head // group].double()
+            scores = torch.stack([(frame if t < sinks else own) @ held[slot_of[t]] for t in seen])
+            weights = (scores * dim**-0.5).softmax(0)
+            expected[1, head // group, [slot_of[t] for t in seen]] += weights / group
+    accumulate_chunk(
+        queries, keys, totals, band, pinned_slots=pinned_slots, scaling=dim**-0.5, implementation=implementation
+    )
+    assert error(totals, expected) < 1e-3

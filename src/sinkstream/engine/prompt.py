@@ -331,11 +331,16 @@ class Chunk:
             Of one layer, rotated.
         """
         state, g = self.state, self.state.geometry
-        if state.queries is not None and query is not None:
-            keep_queries(state.queries[layer], query, self.band)
+        if query is not None:
+            self.keep(layer, query)
         store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots)
         if query is not None:
             self.accumulate(layer, query)
+
+    def keep(self, layer: int, query: torch.Tensor) -> None:
+        """Keep the latest queries ``(tokens, query_heads, head_dim)``, where the policy reads them."""
+        if self.state.queries is not None:
+            keep_queries(self.state.queries[layer], query, self.band)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""

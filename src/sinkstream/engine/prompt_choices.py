@@ -14,6 +14,7 @@ from sinkstream.engine.short_chunks import computed_by_kernels
 from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.band import SetColumns
+from sinkstream.kernels.chunk_entries import read_entries, take_sets
 from sinkstream.kernels.pinned_sets import Groups, Layer, PinnedSets, pinned_sets, window_received
 from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
 
@@ -79,18 +80,21 @@ class ChoosingChunk(Chunk):
         self.refreshed = slice(g.sink, g.pinned_slots)
         entries = torch.arange(band.length + band.tokens, device=device)
         self.slots = g.pinned_slots + (band.start + entries) % g.ring
-        seen = coming.counters.seen
+        seen, kept = coming.counters.seen, state.observed_queries
         self.first_entry = seen - band.length  # index in the stream of the oldest window token
-        self.entry_angles = state.spec.rope.angles(self.first_entry - coming.counters.base + entries)
+        cos, sin = state.spec.rope.angles(self.first_entry - coming.counters.base + entries)
+        self.back = torch.stack([cos, -sin], 1)
         # queries of earlier tokens that may be read; what those gave is known where attention is added up
-        self.before = 0 if self.accumulates else min(state.observed_queries, seen)
-        latest = torch.arange(seen - self.before, seen, device=device)
-        self.places = latest % max(1, state.observed_queries)
+        self.before = 0 if self.accumulates else min(kept, seen)
+        places = torch.arange(seen - self.before, seen + band.tokens, device=device) % max(1, kept)
+        self.older, self.latest = places[: self.before], places[len(places) - min(kept, band.tokens) :]
         prunes = prunes_within(coming.steps.drop)
         which = np.searchsorted(prunes, np.arange(band.tokens), side="right").astype(np.int32)
         self.which = to_device(torch.from_numpy(which), device)
         self.groups = self._groups(prunes)
+        # of the layer that is computed, with raw keys, keys and values of the tokens that are pinned in the end
         self.found: tuple[Layer, PinnedSets, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.last: list[torch.Tensor] = []  # sources of these, of every layer
 
     def _groups(self, prunes: np.ndarray) -> Groups:
         """The queries that each choice reads."""
@@ -114,24 +118,31 @@ class ChoosingChunk(Chunk):
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns:
         """Choose the pinned tokens of one layer; arguments as in `store`."""
-        state, row, rope = self.whole, self.band.row, self.whole.spec.rope
-        keys, values, pinned_keys = state.keys[layer, row], state.values[layer, row], state.pinned_keys[layer, row]
-        window = torch.cat([keys.index_select(1, self.slots[: self.band.length]), key.transpose(0, 1)], 1)
-        own = values[:, self.refreshed], values.index_select(1, self.slots[: self.band.length]), value.transpose(0, 1)
-        cos, sin = self.entry_angles
-        sources = torch.cat([pinned_keys[:, self.refreshed], rope.unrotate(window, cos, sin)], 1)
+        state, row, g = self.whole, self.band.row, self.whole.geometry
+        keys, band = state.keys[layer, row], self.band
+        entries = read_entries(
+            keys,
+            state.values[layer, row],
+            state.pinned_keys[layer, row, :, self.refreshed],
+            key,
+            value,
+            self.back,
+            start=band.start,
+            length=band.length,
+            pinned_slot=g.sink,
+            ring_slot=g.pinned_slots,
+        )
         queries = query.transpose(0, 1)
         if self.before and state.queries is not None:
-            queries = torch.cat([state.queries[layer, row].index_select(1, self.places), queries], 1)
-        held = Layer(queries.contiguous(), keys[:, : self.refreshed.start], window, sources, self._totals(layer))
+            queries = torch.cat([state.queries[layer, row].index_select(1, self.older), queries], 1)
+        held = Layer(queries.contiguous(), keys[:, : g.sink], entries.window, entries.sources, self._totals(layer))
         found = pinned_sets(held, self.groups, scaling=state.spec.head_dim**-0.5)
-        size = found.chosen.shape[2]
-        index = found.chosen.flatten(1).long()[..., None].expand(-1, -1, key.shape[2])
-        raw, chosen_values = sources.gather(1, index), torch.cat(own, 1).gather(1, index)
-        cos, sin = self.groups.frame.unbind(1)
-        chosen_keys = rope.rotate(raw.unflatten(1, (-1, size)), cos, sin).flatten(1, 2).to(key.dtype)
-        self.found = held, found, raw[:, -size:], chosen_keys[:, -size:], chosen_values[:, -size:]
-        return SetColumns(chosen_keys, chosen_values, self.which, size)
+        set_keys, set_values = take_sets(entries, found.chosen, self.groups.frame)
+        size, last = found.chosen.shape[2], found.chosen[:, -1].long()
+        raw = entries.sources.gather(1, last[..., None].expand(-1, -1, key.shape[2]))
+        self.found = held, found, raw, set_keys[:, -size:], set_values[:, -size:]
+        self.last.append(last)
+        return SetColumns(set_keys, set_values, self.which, size)
 
     def _totals(self, layer: int) -> torch.Tensor | None:
         """Attention that pinned tokens, window and chunk have received, ``(kv_heads, …)``; None where none is read."""
@@ -141,20 +152,29 @@ class ChoosingChunk(Chunk):
         past = totals.index_select(1, self.slots[: self.band.length])
         return torch.cat([totals[:, self.refreshed], past, past.new_zeros(len(past), self.band.tokens)], 1)
 
+    def keep(self, layer: int, query: torch.Tensor) -> None:
+        """As of any chunk; where the latest queries go is the same in all layers."""
+        if self.whole.queries is not None:
+            latest = query[len(query) - len(self.latest) :].transpose(0, 1)
+            self.whole.queries[layer, self.band.row].index_copy_(1, self.latest, latest)
+
     def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """As of any chunk, and the tokens that are pinned in the end go to the pinned slots."""
         super().store(layer, query, key, value)
         assert self.found is not None, "chosen in this layer, before"
-        _, found, raw, keys, values = self.found
         state, row, refreshed = self.whole, self.band.row, self.refreshed
+        _, _, raw, keys, values = self.found
         state.keys[layer, row, :, refreshed] = keys
         state.values[layer, row, :, refreshed] = values
         state.pinned_keys[layer, row, :, refreshed] = raw
-        source, positions = found.chosen[:, -1].long(), state.pinned_positions[layer, row]
-        size = source.shape[1]
-        older = positions.gather(1, source.clamp(max=size - 1))
-        positions.copy_(torch.where(source < size, older, self.first_entry + source - size))
         self.found = None  # the sets of one layer are held at a time
+
+    def write_positions(self) -> None:
+        """Write where the tokens stand that are pinned in the end, once all layers have been computed."""
+        positions, source = self.whole.pinned_positions[:, self.band.row], torch.stack(self.last)
+        size = source.shape[2]
+        older = positions.gather(2, source.clamp(max=size - 1))
+        positions.copy_(torch.where(source < size, older, self.first_entry + source - size))
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
@@ -162,7 +182,7 @@ class ChoosingChunk(Chunk):
             return
         assert self.found is not None, "chosen in this layer, before"
         held, found, *_ = self.found
-        assert held.totals is not None
+        assert held.totals is not None, "read before the choice"
         totals = self.whole.channels["accumulated"][layer, self.band.row]
         first, size = self.band.length + int(self.coming.oldest[-1]), found.chosen.shape[2]
         given = window_received(held, found.sums, first, scaling=self.whole.spec.head_dim**-0.5)

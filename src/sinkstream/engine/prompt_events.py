@@ -78,7 +78,9 @@ class EventPrompts:
         steps = schedule.advance(len(ids))
         coming = Coming(state, stream, steps, chooses=True)
         chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)
-        forward.predict(forward.layers(ids, chunk), coming.band)
+        x = forward.layers(ids, chunk)
+        chunk.write_positions()
+        forward.predict(x, coming.band)
         coming.count(schedule)
         return len(ids)
 

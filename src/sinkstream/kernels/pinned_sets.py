@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
 from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
@@ -138,24 +137,24 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     if not kernel:
         return pinned_sets_twin(layer, groups, scaling)
     shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
-    common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "num_warps": 4, "pdl": False}
+    common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
     tile = min(ROWS, max(16, triton.next_power_of_2(groups.most_queries * group)))
     scale = scaling / math.log(2)
     sums = torch.empty(kv_heads, groups.rows, group, device=device)
     launch(
         window_sums_kernel, (len(groups.host), kv_heads, -(-groups.most_queries * group // tile)), layer.queries,
         layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
-        layer.sinks.stride(0), groups.rows, scale, BM=tile, **common,
+        layer.sinks.stride(0), groups.rows, scale, BM=tile, num_warps=4, **common,
     )  # fmt: skip
     chosen = torch.empty(kv_heads, groups.prunes + 1, pinned, dtype=torch.int32, device=device)
     totals = torch.empty(chosen.shape, device=device)
     width = pinned + max(one[LEAVING] for one in groups.host)
     scores = torch.empty(kv_heads, width, device=device)
-    frame = F.pad(groups.frame, (0, 0, 0, 0, 0, -pinned % TILE))  # the kernel reads whole tiles of it
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
-        frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
-        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=tile, ADDS=groups.accumulates, **common,
+        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
+        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=tile, ADDS=groups.accumulates,
+        num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 

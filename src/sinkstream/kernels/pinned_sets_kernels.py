@@ -37,7 +37,8 @@ def _pinned_scores(q, now, sources, frame_ptr, entry, pinned, scale, C: tl.const
     """As `_key_scores`, of the pinned keys `entry` of a set, rotated to their slots and rounded as they are kept."""
     columns, valid = tl.arange(0, C)[None, :], entry < pinned
     source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
-    rows, angles = sources + source[:, None] * D, frame_ptr + entry[:, None] * RD
+    rows = sources + source[:, None] * D
+    angles = frame_ptr + tl.minimum(entry, pinned - 1)[:, None] * RD  # loaded without a mask
     k = rotated(rows, columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
     z = tl.dot(q[0], tl.trans(k.to(KIND)))
     for c in tl.static_range(1, D // C):

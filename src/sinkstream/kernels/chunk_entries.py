@@ -1,0 +1,190 @@
+"""Keys and values of a chunk in the order that choices of pinned tokens are made in, and those of the tokens chosen.
+
+Sources are the pinned tokens before the chunk, then the window from its oldest token on, the chunk's own tokens behind.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sinkstream.kernels.attention_prefill import turned
+from sinkstream.kernels.online_softmax import rotated
+from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
+
+ROWS = 16  # of one program
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Of one layer.
+
+    Attributes
+    ----------
+    window : Tensor, (kv_heads, entries, head_dim)
+        Keys of the window and of the chunk, as they were rotated.
+    sources : Tensor, (kv_heads, pinned + entries, head_dim), float32
+        Keys of all sources, not rotated.
+    values : Tensor, (kv_heads, pinned + entries, head_dim)
+    """
+
+    window: torch.Tensor
+    sources: torch.Tensor
+    values: torch.Tensor
+
+
+@jit(do_not_specialize=["pinned", "length", "entries", "start", "ring", "pinned_slot", "ring_slot"])
+def _read_entries_kernel(
+    keys_ptr, values_ptr, pinned_ptr, key_ptr, value_ptr, angle_ptr, window_ptr, sources_ptr, out_ptr, keys_head,
+    values_head, pinned_head, key_row, key_head, value_row, value_head, pinned, length, entries, start, ring,
+    pinned_slot, ring_slot, D: tl.constexpr, RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of sources, key-value head)."""
+    head = tl.program_id(1).to(tl.int64)
+    source, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
+    entry = source - pinned
+    is_pinned, is_past = source < pinned, (source >= pinned) & (entry < length)
+    is_own = (entry >= length) & (entry < entries)
+    wide = columns < D
+    slot = tl.where(is_pinned, pinned_slot + source, ring_slot + (start + tl.maximum(entry, 0)) % ring)
+    held, own = (is_pinned | is_past)[:, None] & wide, is_own[:, None] & wide
+    row = (entry - length).to(tl.int64)[:, None]
+    value = tl.load(values_ptr + head * values_head + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
+    value = tl.where(
+        own, tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0), value
+    )
+    place = (head * (pinned + entries) + source)[:, None] * D + columns
+    tl.store(out_ptr + place, value, mask=held | own)
+    past = keys_ptr + head * keys_head + slot.to(tl.int64)[:, None] * D
+    mine = key_ptr + row * key_row + head * key_head
+    key = tl.load(past + columns, mask=is_past[:, None] & wide, other=0.0)
+    key = tl.where(own, tl.load(mine + columns, mask=own, other=0.0), key)
+    in_window = (is_past | is_own)[:, None]
+    tl.store(window_ptr + (head * entries + entry)[:, None] * D + columns, key, mask=in_window & wide)
+    angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
+    back = rotated(past, columns, is_past[:, None] & wide, angles, past, 0.0, D, RD, False, SIZE)
+    back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
+    raw = tl.load(pinned_ptr + head * pinned_head + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
+    tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
+
+
+@jit(do_not_specialize=["sources", "rows", "pinned"])
+def _take_sets_kernel(
+    source_ptr, value_ptr, chosen_ptr, frame_ptr, keys_ptr, values_ptr, sources, rows, pinned, D: tl.constexpr,
+    RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of chosen tokens, key-value head)."""
+    head = tl.program_id(1).to(tl.int64)
+    row, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
+    here = (row < rows)[:, None] & (columns < D)
+    source = head * sources + tl.load(chosen_ptr + head * rows + row, mask=row < rows, other=0)
+    angles = frame_ptr + (row % pinned)[:, None] * RD
+    key = rotated(source_ptr + source[:, None] * D, columns, here, angles, source_ptr, 0.0, D, RD, False, SIZE)
+    place = (head * rows + row)[:, None] * D + columns
+    tl.store(keys_ptr + place, key.to(keys_ptr.dtype.element_ty), mask=here)
+    value = tl.load(value_ptr + source[:, None] * D + columns, mask=here, other=0.0)
+    tl.store(values_ptr + place, value, mask=here)
+
+
+def read_entries(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pinned_keys: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: torch.Tensor,
+    *,
+    start: int,
+    length: int,
+    pinned_slot: int,
+    ring_slot: int,
+    implementation: str | None = None,
+) -> Entries:
+    """Put the keys and values of one stream and one layer in order.
+
+    Parameters
+    ----------
+    keys, values : Tensor, (kv_heads, slots, head_dim)
+        Heads may be strided.
+    pinned_keys : Tensor, (kv_heads, pinned, head_dim), float32
+        Not rotated. Heads may be strided.
+    key, value : Tensor, (tokens, kv_heads, head_dim)
+        Of the chunk; may be strided, but for the last axis.
+    angles : Tensor, (entries, 2, rotary_dim / 2), float32
+        Cosine and sine that turn every entry of the window and the chunk back to position 0.
+    start, length : int
+        Where in the ring the oldest entry lies, and how many lie there.
+    pinned_slot, ring_slot : int
+        Slots of the first pinned token and of the ring's first; the ring ends with the slots.
+    implementation : {"auto", "triton", "torch"}, optional
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that the op cannot serve and what is accepted.
+    """
+    (kv_heads, slots, dim), pinned, tokens = keys.shape, pinned_keys.shape[1], len(key)
+    entries, ring = length + tokens, slots - ring_slot
+    for name, part, shape, dtypes in (
+        ("values", values, (kv_heads, slots, dim), (keys.dtype,)),
+        ("pinned_keys", pinned_keys, (kv_heads, None, dim), (torch.float32,)),
+        ("key", key, (None, kv_heads, dim), (keys.dtype,)),
+        ("value", value, (tokens, kv_heads, dim), (keys.dtype,)),
+        ("angles", angles, (entries, 2, None), (torch.float32,)),
+    ):
+        check_tensor(name, part, shape, dtypes=dtypes, device=keys.device, contiguous=False)
+    if not 0 <= length <= ring or not 0 <= start < ring or not 0 <= pinned_slot <= ring_slot - pinned:
+        raise ValueError(
+            f"start={start}, length={length}, pinned_slot={pinned_slot} with {ring} slots of the ring behind"
+            f" {ring_slot}; accepted: start < {ring}, length <= {ring}, {pinned} pinned slots before the ring"
+        )
+    if not use_triton(implementation, keys) or keys.dtype not in FLOAT_DTYPES:
+        index = ring_slot + (start + torch.arange(length, device=keys.device)) % ring
+        window = torch.cat([keys.index_select(1, index), key.transpose(0, 1)], 1)
+        parts = values[:, pinned_slot : pinned_slot + pinned], values.index_select(1, index), value.transpose(0, 1)
+        return Entries(window, torch.cat([pinned_keys, turned(window.float(), angles)], 1), torch.cat(parts, 1))
+    assert all(part.stride(1) == dim for part in (keys, values, pinned_keys)), "the slots of a head are contiguous"
+    window = keys.new_empty(kv_heads, entries, dim)
+    found = keys.new_empty(kv_heads, pinned + entries, dim)
+    sources = torch.empty(found.shape, device=keys.device)
+    launch(
+        _read_entries_kernel, (-(-(pinned + entries) // ROWS), kv_heads), keys, values, pinned_keys, key, value,
+        angles.contiguous(), window, sources, found, keys.stride(0), values.stride(0), pinned_keys.stride(0),
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), pinned, length, entries, start, ring,
+        pinned_slot, ring_slot, D=dim, RD=2 * angles.shape[2], SIZE=triton.next_power_of_2(dim), TM=ROWS, num_warps=4,
+        pdl=False,
+    )  # fmt: skip
+    return Entries(window, sources, found)
+
+
+def take_sets(
+    entries: Entries, chosen: torch.Tensor, frame: torch.Tensor, *, implementation: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys, rotated to their places in the frame of pinned keys, and values of the tokens of several sets.
+
+    Parameters
+    ----------
+    entries : Entries
+    chosen : Tensor, (kv_heads, sets, pinned), int32
+        Sources.
+    frame : Tensor, (pinned, 2, rotary_dim / 2), float32
+        Cosine and sine of the places.
+    implementation : {"auto", "triton", "torch"}, optional
+
+    Returns
+    -------
+    keys, values : Tensor, (kv_heads, sets * pinned, head_dim), in the dtype of the window
+    """
+    kv_heads, sets, pinned = chosen.shape
+    dim, rows, window = entries.window.shape[2], sets * pinned, entries.window
+    check_tensor("chosen", chosen, (len(window), None, len(frame)), dtypes=(torch.int32,), device=window.device)
+    if not use_triton(implementation, window) or window.dtype not in FLOAT_DTYPES:
+        index = chosen.flatten(1).long()[..., None].expand(-1, -1, dim)
+        raw = entries.sources.gather(1, index).unflatten(1, (sets, pinned))
+        return turned(raw, frame).flatten(1, 2).to(window.dtype), entries.values.gather(1, index)
+    keys, values = window.new_empty(kv_heads, rows, dim), window.new_empty(kv_heads, rows, dim)
+    launch(
+        _take_sets_kernel, (-(-rows // ROWS), kv_heads), entries.sources, entries.values, chosen, frame.contiguous(),
+        keys, values, entries.sources.shape[1], rows, pinned, D=dim, RD=2 * frame.shape[2],
+        SIZE=triton.next_power_of_2(dim), TM=ROWS, num_warps=4, pdl=False,
+    )  # fmt: skip
+    return keys, values

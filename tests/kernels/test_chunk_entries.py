@@ -1,0 +1,55 @@
+"""Sources of the choice of pinned tokens, and the tokens that were chosen, one by one in float64."""
+
+import pytest
+import torch
+from ops_cases import DEVICE, TOLERANCE, draw, error, on_implementations
+from ring_case import rotate
+
+from sinkstream.kernels.chunk_entries import read_entries, take_sets
+
+CASES = [  # kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens
+    (2, 32, 32, 3, 5, 20, 14, 11, 9),
+    (2, 80, 20, 4, 7, 9, 3, 9, 30),
+    (1, 24, 12, 0, 1, 6, 5, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=3))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation):
+    kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens = sizes
+    inv_freq = 1e3 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
+    buffers = draw(2, kv_heads, 3, sinks + pinned + ring, dim, dtype=dtype)[:, :, 1]  # heads are strided
+    raw, qkv = draw(kv_heads, sinks + pinned, dim)[:, sinks:], draw(tokens, 3 * kv_heads, dim, dtype=dtype)
+    key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+    angle = torch.arange(50, 50 + length + tokens, device=DEVICE).double()[:, None] * inv_freq
+    angles = torch.stack([angle.cos(), -angle.sin()], 1).float()
+    found = read_entries(
+        *buffers, raw, key, value, angles, start=start, length=length, pinned_slot=sinks, ring_slot=sinks + pinned,
+        implementation=implementation,
+    )  # fmt: skip
+    slots = [sinks + pinned + (start + i) % ring for i in range(length)]
+    window = torch.cat([buffers[0][:, slots], key.transpose(0, 1)], 1)
+    assert torch.equal(found.window, window)
+    values = [buffers[1][:, sinks : sinks + pinned], buffers[1][:, slots], value.transpose(0, 1)]
+    assert torch.equal(found.values, torch.cat(values, 1))
+    back = [rotate(window[:, i].double(), -(50 + i), inv_freq) for i in range(length + tokens)]
+    assert error(found.sources, torch.cat([raw.double(), torch.stack(back, 1)], 1)) < TOLERANCE[torch.float32]
+    chosen = torch.randint(pinned + length + tokens, (kv_heads, 3, pinned), dtype=torch.int32).to(DEVICE)
+    places = torch.arange(sinks, sinks + pinned, device=DEVICE).double()[:, None] * inv_freq
+    frame = torch.stack([places.cos(), places.sin()], 1).float()
+    keys, values = take_sets(found, chosen, frame, implementation=implementation)
+    for head in range(kv_heads):
+        flat = chosen[head].flatten().tolist()
+        expected = [rotate(found.sources[head, s].double(), sinks + i % pinned, inv_freq) for i, s in enumerate(flat)]
+        assert error(keys[head], torch.stack(expected)) < TOLERANCE[dtype]
+        assert torch.equal(values[head], found.values[head, flat])
+
+
+def test_mistakes_are_named():
+    keys, raw, key = draw(1, 9, 16), draw(1, 2, 16), draw(3, 1, 16)
+    angles = torch.zeros(5, 2, 8, device=DEVICE)
+    given = {"start": 0, "length": 2, "pinned_slot": 1, "ring_slot": 3}
+    for change, says in [({"start": 6}, "start=6"), ({"pinned_slot": 2}, "pinned_slot=2"), ({"length": 3}, "angles")]:
+        with pytest.raises(ValueError, match=says):
+            read_entries(keys, keys, raw, key, key, angles, **given | change)
