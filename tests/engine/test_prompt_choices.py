@@ -9,7 +9,8 @@ import torch
 from oracle.models import build, token_ids
 from streams import TOLERANCE
 
-from sinkstream.engine import Engine, memory, prompt_choices
+from sinkstream.cache import choices
+from sinkstream.engine import Engine, memory
 from sinkstream.engine.memory import MemoryNeed
 from sinkstream.engine.prompt import FAR
 from sinkstream.engine.prompt_choices import ChoosingChunk
@@ -62,7 +63,7 @@ def test_queries_that_are_kept_beside_added_attention_are_not_added_again(chunks
 def test_sets_of_pinned_tokens_take_no_more_memory_however_many_prunes_a_chunk_has(chunks, monkeypatch):
     model, ids, options = build("llama", layers=2), token_ids(TOKENS), SIZES | {"scorer": "window-attention"}
     expected = stepped(Engine(model, **options), ids)
-    for module in (prompt_choices, memory):
+    for module in (choices, memory):
         monkeypatch.setattr(module, "SET_TOKENS", 40)
     e = Engine(model, **options)
     assert worst(e.prefill(ids), expected) < TOLERANCE and e.stats()["events"] > 20
@@ -72,7 +73,7 @@ def test_sets_of_pinned_tokens_take_no_more_memory_however_many_prunes_a_chunk_h
     one, other = (b.prompt - a.prompt for a, b in pairwise(needs))
     assert one == other, "control: a chunk of a hundred more tokens has 25 more prunes"
     most = EvictionPolicy.build(**options | {"refresh": 30})
-    assert prompt_choices.most_prunes(most) == 0
+    assert choices.most_prunes(most) == 0
     Engine(model, most).prefill(ids)
     assert len(sizes) == len(chunks), "one set alone is too large: cut at the prunes"
 

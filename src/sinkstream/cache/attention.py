@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sinkstream.cache.chosen_frames import ChosenFrames
 from sinkstream.cache.chunks import TwoFrames
 from sinkstream.compat import attention_implementation
 
@@ -41,7 +42,7 @@ class Forward:
     ----------
     observer : Observer or None
         Is shown the queries of every layer.
-    frames : TwoFrames or None
+    frames : TwoFrames, ChosenFrames or None
         Computes the attention in place of sdpa.
     write : callable or None
         ``write(layer, keys, values)`` puts the new entries into the cache and returns everything visible; given where
@@ -54,7 +55,7 @@ class Forward:
     """
 
     observer: Observer | None = None
-    frames: TwoFrames | None = None
+    frames: TwoFrames | ChosenFrames | None = None
     write: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     rows: Mapping[int, int] = field(default_factory=dict)
     mask: torch.Tensor | None = None

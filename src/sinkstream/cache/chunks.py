@@ -113,6 +113,11 @@ class PinnedCopies:
         return visible[None, None].to(ring.keys.device)
 
 
+def unused_mask(device: torch.device) -> torch.Tensor:
+    """What stands for a mask where attention itself knows who sees what: ``(1, 1, 1, 1)``, bool."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 class TwoFrames:
     """Attention of one chunk that crosses prunes: the window in its frame, the pinned keys in theirs.
 
@@ -132,7 +137,7 @@ class TwoFrames:
         first = max(ring.first_window, ring.sink) + dropped - ring.seen
         self.cached, self.pinned = ring.live, min(ring.frame, ring.live + len(steps))
         still = ring.original_positions or ring.frame == 0
-        device = ring.keys.device
+        self.device = device = ring.keys.device
         self.rope = ring.rope
         self.bands = {
             rope: Band(
@@ -144,11 +149,10 @@ class TwoFrames:
             )
             for rope in ring.rope.kinds
         }
-        self.unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     def mask(self) -> torch.Tensor:
-        """In place of a mask, so that transformers makes none: ``(1, 1, 1, 1)``, bool; `attend` knows who sees what."""
-        return self.unused_mask
+        """In place of a mask, so that transformers makes none; `attend` knows who sees what."""
+        return unused_mask(self.device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float

@@ -11,6 +11,7 @@ import torch
 
 from sinkstream.cache.attention import Forward, running, switch_attention, writing_mask
 from sinkstream.cache.channels import UNCERTAINTY, token_channels
+from sinkstream.cache.chosen_frames import ChosenFrames, chooses
 from sinkstream.cache.chunks import PinnedCopies, Segments, TwoFrames
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.families.base import FULL, SLIDING
@@ -75,13 +76,16 @@ class PendingForward:
         if stream.sliding:
             stream.sliding.make_room(tokens, ring.base)
             stream.sliding.open(tokens)
-        frames = self._crossing if isinstance(self._crossing, TwoFrames) else None
+        frames = self._crossing if isinstance(self._crossing, TwoFrames | ChosenFrames) else None
         if frames is not None:
             switch_attention(stream.spec.decoder, stream.user)
         queries = None if stream.recall is None else stream.recall.queries
         if queries is not None:
             queries.begin(ring)
-        self._attention = Forward(stream.observer or queries, frames, rows=stream.spec.streaming_rows)
+        shown = stream.observer or queries
+        if isinstance(frames, ChosenFrames):
+            shown = None  # they tell the observer themselves
+        self._attention = Forward(shown, frames, rows=stream.spec.streaming_rows)
         running.set(self._attention)
         first = ring.seen - ring.base
         self.positions = torch.arange(first, first + tokens, device=device).expand(batch, -1)
@@ -90,7 +94,8 @@ class PendingForward:
 
     def _observe_attention(self) -> None:
         if self.stream.observer:
-            self.stream.observer.begin(self.tokens, spare=self.tokens - 1 if self.stream.speculates else 0)
+            lets_go = self.stream.speculates and self.stream.schedule.signals()
+            self.stream.observer.begin(self.tokens, spare=self.tokens - 1 if lets_go else 0)
 
     def write_in_attention(self) -> torch.Tensor:
         """Let the switched attention itself call `write`; returns the mask by which it knows."""
@@ -157,7 +162,8 @@ class PendingForward:
         if stream.recall is not None:
             assert self.input_ids is not None, "recall reads token ids"
             stream.recall.append(self.input_ids[0, : self.tokens])
-        self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()) if self.tokens > 1 else 0)
+        choose = self._crossing.refreshed if isinstance(self._crossing, ChosenFrames) else None
+        self.ring.advance(self.tokens, int(self.steps.drop[1:].sum()) if self.tokens > 1 else 0, choose)
         if stream.sliding:
             stream.sliding.advance(self.tokens)
         stream.schedule, stream.last_steps = self.schedule, self.steps
@@ -270,9 +276,11 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
         )
 
 
-def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | TwoFrames | None:
+def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | TwoFrames | ChosenFrames | None:
     """How a chunk crosses the prunes that fall inside it; None if none does."""
-    if len(steps) == 1 or not (stream.policy.plan_known and steps.drop[1:].any()):
+    if len(steps) == 1 or not steps.drop[1:].any():
         return None
+    if not stream.policy.plan_known:  # speculative, or what is pinned is chosen on the way
+        return ChosenFrames(ring, steps, stream.observer) if stream.observer and chooses(ring, stream.policy) else None
     ours = stream.spec.attention == "sdpa" and stream.spec.observable
     return TwoFrames(ring, steps) if ours else PinnedCopies(ring, Segments.of(steps))

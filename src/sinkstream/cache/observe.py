@@ -81,15 +81,23 @@ class AttentionObserver:
         key : Tensor, (batch, kv_heads, visible, head_dim)
             The visible cache, the new entries included.
         """
+        self.see_queries(layer, query, scaling)
+        if self.accumulate:
+            index = torch.arange(key.shape[2], device=key.device)
+            hidden = index > index[key.shape[2] - query.shape[2] :, None]
+            self.add(layer, attention_received(query, key, hidden, scaling))
+
+    def see_queries(self, layer: int, query: torch.Tensor, scaling: float) -> None:
+        """As `see`, where what the queries give is computed elsewhere and told to `add`."""
         self.scaling = scaling
         if self.keep:
             older = self.queries.get(layer)
             joined = query if older is None else torch.cat([older, query], dim=2)
             self._new_queries[layer] = joined[:, :, -(self.keep + self._spare) :].clone()
-        if self.accumulate:
-            index = torch.arange(key.shape[2], device=key.device)
-            hidden = index > index[key.shape[2] - query.shape[2] :, None]
-            self._new_weights[layer] = attention_received(query, key, hidden, scaling)
+
+    def add(self, layer: int, weights: torch.Tensor) -> None:
+        """Attention ``(batch, kv_heads, visible)`` that the entries of a layer receive in the forward."""
+        self._new_weights[layer] = weights
 
     def rebase(self, delta: int) -> None:
         """Move the kept queries with a rebase of the window."""

@@ -117,11 +117,14 @@ class SoftRing(FramedRing):
         self.pinned_values = self._pinned_slots(self.values).clone()
         self._write_pinned()
 
-    def advance(self, tokens: int, drop: int = 0) -> None:
-        """Count the entries that were written at the tail, and drop as many as the policy did among them."""
+    def advance(self, tokens: int, drop: int = 0, choose: Callable[[int], Refreshed] | None = None) -> None:
+        """Count the entries that were written at the tail, and drop as many as the policy did among them.
+
+        `choose`: as for `prune`, where other tokens are pinned then; as many as before.
+        """
         self.tail += tokens
         if drop:
-            self.prune(drop)
+            self.prune(drop, self.pinned - self.sink if choose else 0, choose)
 
     def make_room(self, tokens: int) -> int | None:
         """Ensure that `tokens` entries fit behind the tail; copy the live part back to the front if they do not.

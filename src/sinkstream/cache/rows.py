@@ -16,7 +16,7 @@ import torch
 from sinkstream.cache.observe import AttentionObserver
 from sinkstream.cache.recall import one_row
 from sinkstream.cache.ring import SoftRing
-from sinkstream.cache.stream import Stream
+from sinkstream.cache.stream import Stream, longest_forward
 from sinkstream.policies import Step
 
 CHUNK = 256  # tokens of one forward of a prompt, at the most: copies of pinned keys and a mask grow with its prunes
@@ -99,7 +99,7 @@ class Rows(Stream):
 
     def max_chunk_tokens(self) -> int:
         """The most columns that the next forward may append, whichever rows they are pads of."""
-        return min(self.capacity() - self.kept, *(row.max_chunk_tokens() for row in self.rows))
+        return min(self.capacity() - self.kept, *(longest_forward(row, chooses=False) for row in self.rows))
 
     def make_room(self, tokens: int) -> None:
         """Ensure that `tokens` columns fit behind the tail and that nothing which counts lies there."""

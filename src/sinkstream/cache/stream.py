@@ -8,6 +8,7 @@ import torch
 
 from sinkstream.cache.buffers import RingBuffers
 from sinkstream.cache.channels import kept_channels
+from sinkstream.cache.chosen_frames import chosen_across
 from sinkstream.cache.conversation import SeenTokens
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.observe import AttentionObserver
@@ -182,7 +183,7 @@ class Stream(SharedBuffers):
 
     def max_chunk_tokens(self) -> int:
         """The most tokens that the next forward may append."""
-        return _longest_forward(self)
+        return longest_forward(self)
 
     def allocate(self, batch: int, device: torch.device) -> SoftRing:
         """Make the buffers of a new stream; returns the empty ring."""
@@ -298,8 +299,8 @@ def rewind(stream: Stream, tokens: int) -> None:
         stream.seen_ids.rewind(tokens)
 
 
-def _longest_forward(stream: Stream) -> int:
-    """The most tokens that the next forward may append."""
+def longest_forward(stream: Stream, *, chooses: bool = True) -> int:
+    """The most tokens that the next forward may append; `chooses`: whether it may choose pinned tokens on the way."""
     kept = (
         stream.kept if stream.recall is None else max(stream.kept, stream.policy.target)
     )  # tokens may come back before
@@ -312,9 +313,12 @@ def _longest_forward(stream: Stream) -> int:
         room = min(room, stream.recall.room(stream.schedule))
     if stream.policy.plan_known:
         return room
+    across = 0
+    if chooses and stream.ring is not None and stream.observer is not None and stream.recall is None:
+        across = chosen_across(stream.ring, stream.schedule, room)
     ahead = stream.schedule.copy()
     if stream.recall is not None:
         ahead.hold(max(ahead.cached, stream.policy.target))
     ahead.step()
     sure = ahead.sure_steps()
-    return min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if stream.speculates else sure))
+    return max(across, min(room, 1 + (min(ahead.possible_steps(), sure + SPECULATE) if stream.speculates else sure)))

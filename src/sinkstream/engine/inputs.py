@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinkstream.kernels.runtime import to_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,13 +49,6 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
     ids = ids.to(torch.int64)
     return to_device(ids, device) if own else ids.to(device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host on the device, without waiting for what the device has to do before the copy."""
-    if device.type != "cuda" or not len(tensor):
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def encoded(prompt: Ids | str, tokenizer: Any) -> Ids:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.prompt_choices import SET_TOKENS, choosing_tokens
+from sinkstream.cache.choices import SET_TOKENS, choosing_tokens
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes

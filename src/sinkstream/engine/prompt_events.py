@@ -12,16 +12,10 @@ window, foresee the prunes of the next chunk: as a rule all of them.
 
 import torch
 
+from sinkstream.cache.choices import choosing_tokens, tokens_across
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import Coming, PromptForward
-from sinkstream.engine.prompt_choices import (
-    FEWEST_PRUNES,
-    ChoosingChunk,
-    chooses_in_chunk,
-    choosing_tokens,
-    most_prunes,
-    prunes_within,
-)
+from sinkstream.engine.prompt_choices import FEWEST_PRUNES, ChoosingChunk, chooses_in_chunk
 from sinkstream.engine.refresh import refresh_if_due
 
 FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
@@ -64,17 +58,14 @@ class EventPrompts:
     def _across_prunes(self, ids: torch.Tensor, stream: int) -> int:
         """Append one chunk in which pinned tokens are chosen; returns how many tokens, 0 where no such chunk comes."""
         state, forward = self.state, self.forward
-        ids = ids[: self.choosing_tokens]
-        if not len(ids):
+        if not self.choosing_tokens:
             return 0
-        steps = state.schedules[stream].plan(len(ids))
-        prunes = prunes_within(steps.drop)[: 1 + most_prunes(state.policy)]
-        if len(prunes) > most_prunes(state.policy):
-            ids, prunes = ids[: prunes[-1]], prunes[:-1]
-        if len(prunes) < FEWEST_PRUNES or not (state.counters[stream].pruned or steps.drop[0]):
-            return 0  # the first prune also fills the pinned slots
-        forward.rebase(stream)
         schedule = state.schedules[stream].copy()
+        tokens, prunes = tokens_across(schedule, min(len(ids), self.choosing_tokens))
+        if prunes < FEWEST_PRUNES or not (state.counters[stream].pruned or schedule.plan(1).drop[0]):
+            return 0  # the first prune also fills the pinned slots
+        ids = ids[:tokens]
+        forward.rebase(stream)
         steps = schedule.advance(len(ids))
         coming = Coming(state, stream, steps, chooses=True)
         chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sinkstream.engine.inputs import to_device
 from sinkstream.kernels.fixed_point import LIMIT, ONE
 from sinkstream.kernels.layout import DRAWN, LIKELIEST
+from sinkstream.kernels.runtime import to_device
 from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
 from sinkstream.kernels.sample_table import PLAIN, PROMPT, RACE, THRESHOLD, SampleTable
 

@@ -80,6 +80,13 @@ def use_triton(implementation: str | None, tensor: torch.Tensor) -> bool:
     return runnable if name == "triton" else tensor.is_cuda and runnable
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on the device, without waiting for what the device has to do before the copy."""
+    if device.type != "cuda" or not len(tensor):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, pdl: bool, **meta) -> None:
     """Run one kernel; with `pdl` it may start before its predecessor has ended (programmatic dependent launch)."""
     if INTERPRETED:

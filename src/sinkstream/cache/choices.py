@@ -1,0 +1,204 @@
+"""Chunks that cross prunes at which pinned tokens are chosen by attention: what each layer chooses, and among what.
+
+Where such prunes are is known. Which tokens stay pinned in a layer follows from what the queries of that layer look at,
+so the layers are computed one after the other over the whole chunk, and in each of them the choice goes prune by prune
+(`kernels.pinned_sets`). Weights are read once a chunk, not once a prune.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sinkstream.cache.rope import Rope
+from sinkstream.kernels.band import SetColumns
+from sinkstream.kernels.chunk_entries import Entries, take_sets
+from sinkstream.kernels.pinned_sets import Groups, Layer, PinnedSets, pinned_sets, window_received
+from sinkstream.kernels.runtime import HALF_DTYPES, to_device, use_triton
+from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
+
+# most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
+# up at the prune, one after the other; what came before the chunk is known
+ACCUMULATED_TOKENS = 512
+SET_TOKENS = 32_768  # most pinned tokens of one chunk, those of every prune counted: each layer gathers all of them
+
+
+# ---- which chunks ----
+
+
+def choosing_tokens(policy: EvictionPolicy, chunk_tokens: int) -> int:
+    """Most tokens of such a chunk; 0 where the choices of a policy do not follow from attention alone."""
+    scorer, field = policy.scorer, scored_field(policy.scorer)
+    if scorer is None or field not in ("attention", "accumulated") or not scorer.per_head:
+        return 0
+    if PruneSchedule(policy).signals():
+        return 0
+    return min(chunk_tokens, ACCUMULATED_TOKENS) if field == "accumulated" else chunk_tokens
+
+
+def most_prunes(policy: EvictionPolicy) -> int:
+    """Prunes within such a chunk at the most."""
+    return SET_TOKENS // policy.refresh - 1
+
+
+def prunes_within(coming_drops: np.ndarray) -> np.ndarray:
+    """Tokens, counted from the chunk's first, before which something is dropped, the first one left out."""
+    return np.flatnonzero(coming_drops[1:]) + 1
+
+
+def tokens_across(schedule: PruneSchedule, tokens: int) -> tuple[int, int]:
+    """How many of the next tokens such a chunk takes, `tokens` at the most, and how many prunes are within."""
+    policy = schedule.policy
+    prunes, most = prunes_within(schedule.plan(tokens).drop), most_prunes(policy)
+    return (tokens, len(prunes)) if len(prunes) <= most else (int(prunes[most]), most)
+
+
+def computed_fast(keys: torch.Tensor) -> bool:
+    """Whether such a chunk is worth it: on a GPU only where kernels compute the choices.
+
+    In plain PyTorch the choices launch more than the forwards of chunks that are cut.
+    """
+    return not keys.is_cuda or (keys.dtype in HALF_DTYPES and use_triton(None, keys) and keys.shape[-1] % 16 == 0)
+
+
+# ---- by what ----
+
+
+def set_of_tokens(drop: np.ndarray) -> np.ndarray:
+    """Which set of pinned tokens each token of a chunk sees, ``(tokens,)`` int32; `drop` as in `Steps`."""
+    return np.searchsorted(prunes_within(drop), np.arange(len(drop)), side="right").astype(np.int32)
+
+
+def groups_of(
+    drop: np.ndarray,
+    oldest: np.ndarray,
+    turn: np.ndarray,
+    places: torch.Tensor,
+    rope: Rope,
+    *,
+    length: int,
+    before: int,
+    latest: int,
+    accumulates: bool,
+) -> Groups:
+    """The queries that each choice of a chunk reads.
+
+    Parameters
+    ----------
+    drop : array, (tokens,)
+        Entries dropped before each token, as in `Steps`.
+    oldest, turn : array, (tokens,)
+        As `first` and `turn` of a `Band`.
+    places : Tensor, (pinned,), int64, on the device of the queries
+        Positions of the pinned tokens that change.
+    rope : Rope
+        Of the layer.
+    length : int
+        Window tokens before the chunk.
+    before : int
+        Queries of earlier tokens that stand in front of the chunk's.
+    latest : int
+        Most queries that a choice reads, where it does not accumulate.
+    accumulates : bool
+        As in `Groups`.
+    """
+    prunes, tokens, host, start, sums = prunes_within(drop), len(drop), list[tuple[int, ...]](), 0, 0
+    ends = [int(at) for at in prunes] + [tokens] * accumulates
+    for end in ends:
+        first = int(oldest[end - 1])
+        count = end - start if accumulates else min(latest, end - first)
+        leaving = int(drop[end]) if end < tokens else 0
+        host.append((before + end - count, count, length + end - count, first + length, leaving, sums))
+        start, sums = end, sums + count
+    turns = [[int(turn[end - 1])] for end in ends]
+    table = to_device(torch.cat([torch.tensor(host), torch.tensor(turns)], 1).int(), places.device)
+    cos, sin = rope.angles(table[:, -1])
+    frame = torch.stack(rope.angles(places), 1)
+    return Groups(host, table[:, :-1].contiguous(), torch.stack([cos, -sin], 1), frame, len(prunes), accumulates)
+
+
+# ---- what is chosen ----
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Pinned tokens of one layer in the course of a chunk.
+
+    Attributes
+    ----------
+    layer : Layer
+    found : PinnedSets
+    columns : SetColumns
+    raw : Tensor, (kv_heads, pinned, head_dim), float32
+        Keys that are pinned in the end, not rotated.
+    sources : Tensor, (kv_heads, pinned), int64
+        Which they are.
+    """
+
+    layer: Layer
+    found: PinnedSets
+    columns: SetColumns
+    raw: torch.Tensor
+    sources: torch.Tensor
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys ``(kv_heads, pinned, head_dim)`` that are pinned in the end, rotated to their places: a view."""
+        return self.columns.keys[:, -self.columns.size :]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """As `keys`."""
+        return self.columns.values[:, -self.columns.size :]
+
+    def received(self, first: int, scaling: float, implementation: str | None = None) -> torch.Tensor:
+        """As `window_received`."""
+        return window_received(self.layer, self.found.sums, first, scaling=scaling, implementation=implementation)
+
+
+def choose(
+    layer: Layer,
+    entries: Entries,
+    groups: Groups,
+    which: torch.Tensor,
+    *,
+    scaling: float,
+    implementation: str | None = None,
+) -> Chosen:
+    """Choose the pinned tokens of one layer at every prune of a chunk.
+
+    Parameters
+    ----------
+    layer : Layer
+    entries : Entries
+        Window and sources of the layer, with the values.
+    groups : Groups
+    which : Tensor, (tokens,), int32
+        `set_of_tokens`, on the device.
+    scaling : float
+        Of the scores.
+    implementation : {"auto", "triton", "torch"}, optional
+        As for `pinned_sets`.
+    """
+    found = pinned_sets(layer, groups, scaling=scaling, implementation=implementation)
+    keys, values = take_sets(entries, found.chosen, groups.frame, implementation=implementation)
+    size, last = found.chosen.shape[2], found.chosen[:, -1].long()
+    raw = entries.sources.gather(1, last[..., None].expand(-1, -1, keys.shape[2]))
+    return Chosen(layer, found, SetColumns(keys, values, which, size), raw, last)
+
+
+def positions_of(sources: torch.Tensor, before: torch.Tensor, first_entry: int) -> torch.Tensor:
+    """Indices in the stream of the tokens that are pinned in the end.
+
+    Parameters
+    ----------
+    sources : Tensor, (..., pinned), int64
+        `Chosen.sources`, of one layer or several.
+    before : Tensor, (..., pinned), int64
+        Indices of the tokens that were pinned before the chunk.
+    first_entry : int
+        Index of the oldest window token before the chunk.
+    """
+    size = sources.shape[-1]
+    older = before.gather(-1, sources.clamp(max=size - 1))
+    return torch.where(sources < size, older, first_entry + sources - size)
