@@ -11,10 +11,11 @@ CASES = [  # kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens
     (2, 32, 32, 3, 5, 20, 14, 11, 9),
     (2, 80, 20, 4, 7, 9, 3, 9, 30),
     (1, 24, 12, 0, 1, 6, 5, 1, 1),
+    (1, 16, 16, 2, 3, 0, 0, 0, 4),  # an empty window
 ]
 
 
-@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=3))
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=4))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation):
     kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens = sizes

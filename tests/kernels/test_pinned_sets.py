@@ -14,9 +14,9 @@ CASES = [  # kv_heads, group, dim, rotary, sinks, pinned, past entries, latest q
     (2, 2, 32, 32, 3, 5, 30, 4, {3: 4, 9: 6, 10: 3, 17: 8}),
     (2, 1, 48, 16, 4, 70, 90, 0, {2: 9, 40: 70}),
     (1, 3, 16, 16, 2, 9, 20, 0, {5: 3, 6: 3, 20: 11}),
-    (1, 4, 80, 20, 1, 33, 80, 32, {1: 30, 30: 70}),
+    (1, 4, 80, 20, 1, 33, 80, 40, {1: 30, 30: 70}),  # several tiles of queries
 ]
-TOKENS = {4: 20, 0: 45, 32: 34}
+TOKENS = {4: 20, 0: 45, 40: 34}
 TURN = 7  # positions by which the first group's queries are turned back; each prune turns them further
 
 

@@ -123,7 +123,7 @@ def read_entries(
         Naming the argument that the op cannot serve and what is accepted.
     """
     (kv_heads, slots, dim), pinned, tokens = keys.shape, pinned_keys.shape[1], len(key)
-    entries, ring = length + tokens, slots - ring_slot
+    entries, ring = length + tokens, max(1, slots - ring_slot)  # of no slots, where the window is empty
     for name, part, shape, dtypes in (
         ("values", values, (kv_heads, slots, dim), (keys.dtype,)),
         ("pinned_keys", pinned_keys, (kv_heads, None, dim), (torch.float32,)),
@@ -132,10 +132,11 @@ def read_entries(
         ("angles", angles, (entries, 2, None), (torch.float32,)),
     ):
         check_tensor(name, part, shape, dtypes=dtypes, device=keys.device, contiguous=False)
-    if not 0 <= length <= ring or not 0 <= start < ring or not 0 <= pinned_slot <= ring_slot - pinned:
+    if not 0 <= length <= slots - ring_slot or not 0 <= start < ring or not 0 <= pinned_slot <= ring_slot - pinned:
         raise ValueError(
-            f"start={start}, length={length}, pinned_slot={pinned_slot} with {ring} slots of the ring behind"
-            f" {ring_slot}; accepted: start < {ring}, length <= {ring}, {pinned} pinned slots before the ring"
+            f"start={start}, length={length}, pinned_slot={pinned_slot} with {slots - ring_slot} slots of the ring"
+            f" behind {ring_slot}; accepted: start < {ring}, length <= {slots - ring_slot}, {pinned} pinned slots before"
+            " the ring"
         )
     if not use_triton(implementation, keys) or keys.dtype not in FLOAT_DTYPES:
         index = ring_slot + (start + torch.arange(length, device=keys.device)) % ring

@@ -20,6 +20,7 @@ from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_re
 from sinkstream.kernels.runtime import HALF_DTYPES, check_tensor, dot_kind, launch, triton, use_triton
 
 ROWS = 64  # queries of one tile, those of several query heads
+CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
@@ -138,7 +139,8 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
         return pinned_sets_twin(layer, groups, scaling)
     shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
     common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
-    tile = min(ROWS, max(16, triton.next_power_of_2(groups.most_queries * group)))
+    most = max(16, triton.next_power_of_2(groups.most_queries * group))
+    tile = min(ROWS, most)
     scale = scaling / math.log(2)
     sums = torch.empty(kv_heads, groups.rows, group, device=device)
     launch(
@@ -153,8 +155,8 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
         groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
-        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=tile, ADDS=groups.accumulates,
-        num_warps=8, **common,
+        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=min(CHOOSING_ROWS, most),
+        ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 

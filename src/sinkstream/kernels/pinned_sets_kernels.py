@@ -32,18 +32,25 @@ def _key_scores(q, rows, valid, scale, C: tl.constexpr, D: tl.constexpr, KIND: t
 
 
 @jit
-def _pinned_scores(q, now, sources, frame_ptr, entry, pinned, scale, C: tl.constexpr, D: tl.constexpr,
-                   RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    """As `_key_scores`, of the pinned keys `entry` of a set, rotated to their slots and rounded as they are kept."""
-    columns, valid = tl.arange(0, C)[None, :], entry < pinned
-    source = tl.load(now + entry, mask=valid, other=0).to(tl.int64)
+def _pinned_keys(now, sources, frame_ptr, entry, pinned, C: tl.constexpr, D: tl.constexpr, RD: tl.constexpr,
+                 KIND: tl.constexpr):  # fmt: skip
+    """Pinned keys `entry` of a set in column chunks, rotated to their slots and rounded as they are kept."""
+    columns, valid = tl.arange(0, C)[None, :], (entry < pinned)[:, None]
+    source = tl.load(now + entry, mask=entry < pinned, other=0).to(tl.int64)
     rows = sources + source[:, None] * D
     angles = frame_ptr + tl.minimum(entry, pinned - 1)[:, None] * RD  # loaded without a mask
-    k = rotated(rows, columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
-    z = tl.dot(q[0], tl.trans(k.to(KIND)))
-    for c in tl.static_range(1, D // C):
-        k = rotated(rows, c * C + columns, valid[:, None], angles, rows, 0.0, D, RD, False, C)
-        z = tl.dot(q[c], tl.trans(k.to(KIND)), z)
+    chunks = ()
+    for c in tl.static_range(D // C):
+        chunks = chunks + (rotated(rows, c * C + columns, valid, angles, rows, 0.0, D, RD, False, C).to(KIND),)
+    return chunks
+
+
+@jit
+def _scores(q, k, scale):
+    """Scores, base 2, of queries and keys in column chunks."""
+    z = tl.dot(q[0], tl.trans(k[0]))
+    for c in tl.static_range(1, len(q)):
+        z = tl.dot(q[c], tl.trans(k[c]), z)
     return z * scale
 
 
@@ -93,9 +100,12 @@ def choose_sets_kernel(
     query_ptr, window_ptr, source_ptr, table_ptr, shift_ptr, frame_ptr, sums_ptr, before_ptr, score_ptr, chosen_ptr,
     totals_ptr, groups, prunes, queries, entries, rows, pinned, width, scale, G: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr,
-    ADDS: tl.constexpr, PDL: tl.constexpr,
+    ADDS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (key-value head), prune by prune; a barrier stands where threads read what others have written."""
+    """Program (key-value head), prune by prune; a barrier stands where threads read what others have written.
+
+    ONE: a set is no larger than a tile, so its keys are read once a prune.
+    """
     head = tl.program_id(0).to(tl.int64)
     stride = queries.to(tl.int64) * D
     heads, keys = query_ptr + head * G * stride, window_ptr + head * entries * D
@@ -115,17 +125,25 @@ def choose_sets_kernel(
         begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
         leaving, place = tl.load(fields + 4), tl.load(fields + 5) * G
         now, total = chosen + group * pinned, totals + group * pinned
+        k = ()
+        if ONE:
+            k = _pinned_keys(now, sources, frame_ptr, column, pinned, C, D, RD, KIND)
         for part in range(0, count * G, BM):
             row = part + index_in
             here, index = row < count * G, row // G
             frame = _queries(heads, begin, index, row, here, turn, True, stride, G, D, C, RD, KIND)
             m = tl.load(sums + place + row, mask=here, other=0.0)
             s = tl.full((BM,), 1.0, tl.float32)
-            for at in range(0, pinned, BT):
-                entry = at + column
-                valid = entry < pinned
-                z = _pinned_scores(frame, now, sources, frame_ptr, entry, pinned, scale, C, D, RD, KIND)
-                m, s = _joined(tl.where(valid[None, :], z, -float("inf")), m, s)
+            z = tl.zeros((BM, BT), tl.float32)
+            if ONE:
+                z = _scores(frame, k, scale)
+                m, s = _joined(tl.where((column < pinned)[None, :], z, -float("inf")), m, s)
+            else:
+                for at in range(0, pinned, BT):
+                    entry = at + column
+                    k = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
+                    z = tl.where((entry < pinned)[None, :], _scores(frame, k, scale), -float("inf"))
+                    m, s = _joined(z, m, s)
             whole = m + tl.log2(s)
             if ADDS:
                 tl.store(sums + place + row, whole, mask=here)
@@ -133,7 +151,9 @@ def choose_sets_kernel(
             for at in range(0, pinned, BT):
                 entry = at + column
                 valid = entry < pinned
-                z = _pinned_scores(frame, now, sources, frame_ptr, entry, pinned, scale, C, D, RD, KIND)
+                if not ONE:
+                    k = _pinned_keys(now, sources, frame_ptr, entry, pinned, C, D, RD, KIND)
+                    z = _scores(frame, k, scale)
                 given = tl.sum(tl.exp2(z - whole[:, None]), 0) / G
                 if ADDS:
                     given += tl.load(total + entry, mask=valid, other=0.0)
