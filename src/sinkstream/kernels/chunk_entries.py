@@ -135,8 +135,8 @@ def read_entries(
     if not 0 <= length <= slots - ring_slot or not 0 <= start < ring or not 0 <= pinned_slot <= ring_slot - pinned:
         raise ValueError(
             f"start={start}, length={length}, pinned_slot={pinned_slot} with {slots - ring_slot} slots of the ring"
-            f" behind {ring_slot}; accepted: start < {ring}, length <= {slots - ring_slot}, {pinned} pinned slots before"
-            " the ring"
+            f" behind {ring_slot}; accepted: start < {ring}, length <= {slots - ring_slot}, and {pinned} pinned slots"
+            " before the ring"
         )
     if not use_triton(implementation, keys) or keys.dtype not in FLOAT_DTYPES:
         index = ring_slot + (start + torch.arange(length, device=keys.device)) % ring
