@@ -477,6 +477,12 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
             "sinkstream serve: error: --spill text.txt: cannot be written: File exists; accepted: a folder",
         ),
         ("chat --url ''", "sinkstream chat: error: --url '' is not accepted; accepted: an address"),
+        ("chat --url localhost:8000/v1", "sinkstream chat: error: --url 'localhost:8000/v1' is not accepted; accepted"),
+        (
+            "eval --cap 64 --policy strict:recall=lexical:recall=recent",
+            "sinkstream eval: error: argument --policy: 'recall=recent' in 'strict:recall=lexical:recall=recent':"
+            " recall is given twice; accepted: once",
+        ),
         (
             "chat --url http://127.0.0.1:1/v1 --system x --cap 3 --tf32",
             "sinkstream chat: error: --cap 3 changes nothing about the server at --url; accepted together with --url: ",

@@ -321,6 +321,8 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
             raise argparse.ArgumentTypeError(
                 f"{part!r} in {text!r}{meant}; accepted: OPTION=VALUE with {', '.join(types)}"
             )
+        if option in options:
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r}: {option} is given twice; accepted: once")
         try:
             kind = types[option]
             options[option] = read_number(kind, value) if kind in NUMBERS else kind(value)
