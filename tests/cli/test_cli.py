@@ -457,6 +457,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),
         ("report --results nosuch", "sinkstream report: error: nosuch: not a folder with records"),
         ("report --results foreign", "sinkstream report: error: foreign/notes.json: field 'schema'"),
+        ("report --docs nosuch.md --results foreign", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs binary.txt", "sinkstream report: error: binary.txt: not in UTF-8: byte 0 is invalid"),
         ("verdict --criteria binary.txt", "sinkstream verdict: error: binary.txt: not in UTF-8: byte 0 is invalid"),
