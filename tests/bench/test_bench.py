@@ -765,7 +765,11 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(ben
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(command, "load_model", lambda *a, **k: pytest.fail("nothing may be loaded"))
     done = bench("--shape pythia-14m --cap 128 --out file/x")
-    assert (done.code, done.err) == (2, "sinkstream bench: error: --out file/x: cannot be written: Not a directory\n")
+    assert (done.code, done.err) == (
+        2,
+        "sinkstream bench: error: --out file/x: cannot be written: Not a directory; accepted: a folder with room,"
+        " or one that can be made\n",
+    )
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_made(bench, monkeypatch):

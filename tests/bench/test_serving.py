@@ -152,6 +152,8 @@ def test_early_and_late_turns_are_told_apart():
     assert figures["errors"] == 0
     broken = turn_figures([*turns, {"status": 400}], 5)
     assert broken["errors"] == broken["length_errors"] == 1
+    with pytest.raises(OSError, match="a turn was not answered: no template"):
+        turn_figures([turns[0], {"status": 400, "body": "no template"}], 5)
 
 
 def test_the_first_text_of_a_stream_is_found():

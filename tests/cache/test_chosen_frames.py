@@ -11,6 +11,7 @@ from sinkstream.cache import StreamingCache, choices
 from sinkstream.cache.chosen_frames import ChosenFrames
 from sinkstream.cache.stream import Stream
 from sinkstream.compat import with_cache
+from sinkstream.engine import Engine
 
 SIZES = {"sink": 3, "window": 31}
 CROSSING = {  # several queries and no sinks at once; staged drops and overlap; attention added up
@@ -81,12 +82,16 @@ def test_a_chunk_that_fails_never_came(scorer, chunks):
     assert len(chunks) >= 5 and (logits[0] - logits[1]).abs().max() < TOLERANCE
 
 
-def test_chunks_that_cannot_choose_on_the_way_are_cut(chunks):
-    """Rows, original positions, and sets that are too large."""
+def test_chunks_that_cannot_choose_on_the_way_are_cut(chunks, monkeypatch):
+    """Rows, original positions, and sets that are too large, those of an engine too."""
     model, ids = build("llama", layers=2), token_ids(TOKENS)
     small_cache(model, "window-attention").prefill(model, ids[None].expand(2, -1))
     small_cache(model, "window-attention", positions="original").prefill(model, ids[None])
+    monkeypatch.setattr(choices, "SET_TOKENS", 5)
+    expected = small_cache(model, "window-attention").prefill(model, ids[None])
     assert chunks == []
+    logits = Engine(model, scorer="window-attention", **CROSSING["window-attention"]).prefill(ids.tolist())
+    assert (logits - expected).abs().max() < TOLERANCE
 
 
 def test_a_chunk_has_no_more_prunes_than_its_sets_have_room(chunks, monkeypatch):

@@ -249,7 +249,10 @@ def test_text_is_read_again_and_comes_back_in_its_own_company(behind):
         ({"recall": "lexicon"}, "unknown chooser 'lexicon'"),
         ({"recall": 3}, "recall=3 is not accepted"),
         ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
-        ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens; accepted: 1 to 43"),
+        (
+            {"recall": "lexical", "recall_slots": 44},
+            "recall_slots=44 leave nothing of a window of 44 tokens; accepted: 1 to 43",
+        ),
         ({"recall": "lexical", "recall_slots": 0}, "^recall_slots=0 is not accepted"),
         (
             {"recall": "lexical", "recall_lag": -1},

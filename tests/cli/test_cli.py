@@ -429,7 +429,7 @@ def test_a_full_disk_is_told_before_the_run(cli, here, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     done = cli(eval_line())
     assert done.code == 2
-    assert done.err == "sinkstream eval: error: --out out: cannot be written: No space left on device\n"
+    assert re.fullmatch("sinkstream eval: error: --out out: cannot be written: No space left on device; .+\n", done.err)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -457,6 +457,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),
         ("report --results nosuch", "sinkstream report: error: nosuch: not a folder with records"),
         ("report --results foreign", "sinkstream report: error: foreign/notes.json: field 'schema'"),
+        ("report --docs nosuch.md --results foreign", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs binary.txt", "sinkstream report: error: binary.txt: not in UTF-8: byte 0 is invalid"),
         ("verdict --criteria binary.txt", "sinkstream verdict: error: binary.txt: not in UTF-8: byte 0 is invalid"),
@@ -477,6 +478,12 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
             "sinkstream serve: error: --spill text.txt: cannot be written: File exists; accepted: a folder",
         ),
         ("chat --url ''", "sinkstream chat: error: --url '' is not accepted; accepted: an address"),
+        ("chat --url localhost:8000/v1", "sinkstream chat: error: --url 'localhost:8000/v1' is not accepted; accepted"),
+        (
+            "eval --cap 64 --policy strict:recall=lexical:recall=recent",
+            "sinkstream eval: error: argument --policy: 'recall=recent' in 'strict:recall=lexical:recall=recent':"
+            " recall is given twice; accepted: once",
+        ),
         (
             "chat --url http://127.0.0.1:1/v1 --system x --cap 3 --tf32",
             "sinkstream chat: error: --cap 3 changes nothing about the server at --url; accepted together with --url: ",
@@ -484,6 +491,34 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("chat --url=http://127.0.0.1:1/v1 --tf32 --cap=3", "sinkstream chat: error: --tf32 changes nothing"),
         ("chat --remote-model x", "sinkstream chat: error: --remote-model x goes with --url, which is not given"),
         ("chat --temperature -1", "sinkstream chat: error: --temperature -1.0 is not accepted; accepted: a number"),
+        (
+            "probe-heads tiny --out foreign",
+            "sinkstream probe-heads: error: --out foreign is a folder; accepted: the path",
+        ),
+        ("probe-heads tiny --out text.txt/x.json", "sinkstream probe-heads: error: --out text.txt: cannot be written"),
+        (
+            "recall --cap 64 --forms cue",
+            "sinkstream recall: error: --forms cue goes with --facts N, which is not given",
+        ),
+        (
+            "recall --cap 64 --facts 1 --passages 9",
+            "sinkstream recall: error: --passages 9 is of passages, and --facts",
+        ),
+        ("streameval --cap 64 --facts=3", "sinkstream streameval: error: --facts=3 goes with --reply-tokens N, which"),
+        (
+            "streameval --cap 64 --reply-tokens 99999 --questions 3",
+            "sinkstream streameval: error: --questions 3 is of a stream of facts, not of one reply; accepted: without",
+        ),
+        (
+            "streameval --model nosuch --policy full --backend ring",
+            "sinkstream streameval: error: policy 'full' is a baseline, which --backend ring does not run; accepted",
+        ),
+        ("bench --turns 3", "sinkstream bench: error: --turns 3 goes with --serve PART, which is not given"),
+        (
+            "serve --port 0 --recall none --recall-tokens 8",
+            "sinkstream serve: error: --recall-tokens 8 goes with --recall lexical, not with none",
+        ),
+        ("chat --recall none --recall-slots 8", "sinkstream chat: error: --recall-slots 8 goes with --recall lexical"),
         ("matrix m.toml --gpus-per-point 1", "sinkstream matrix: error: --gpus-per-point 1.0 goes with --ray"),
     ],
 )

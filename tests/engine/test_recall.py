@@ -226,7 +226,7 @@ def test_taken_back_tokens_and_turns():
     [
         ({"recall": "lexical", "streams": 2}, "recall with streams=2 is not served by the engine"),
         ({"recall": "lexical", "max_sink": 6}, "recall and max_sink=6 exclude each other"),
-        ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave no window of 44 tokens"),
+        ({"recall": "lexical", "recall_slots": 44}, "recall_slots=44 leave nothing of a window of 44 tokens"),
         ({"recall_slots": 4}, "recall_slots goes with recall=CHOOSER"),
         ({"recall": "lexical", "adaptive": "top1"}, "recall with adaptive eviction is not served by the engine"),
     ],

@@ -37,8 +37,8 @@ def choosing_tokens(policy: EvictionPolicy, chunk_tokens: int) -> int:
 
 
 def most_prunes(policy: EvictionPolicy) -> int:
-    """Prunes within such a chunk at the most."""
-    return SET_TOKENS // policy.refresh - 1
+    """Prunes within such a chunk at the most; 0 where the sets are too large."""
+    return max(0, SET_TOKENS // policy.refresh - 1)
 
 
 def prunes_within(coming_drops: np.ndarray) -> np.ndarray:

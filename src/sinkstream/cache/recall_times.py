@@ -102,8 +102,8 @@ class RecallTimes:
     def gate(self, now: int) -> float:
         """The score that opens the gate before token `now`.
 
-        Every false alarm raises it by a tenth, which ``1,000 / alarms`` tokens take back: a threshold at a constant
-        rate of false alarms, as of a radar, whatever the text.
+        Every false alarm raises it by a tenth of the user's gate, which ``1,000 / alarms`` tokens take back: a constant
+        false-alarm rate (CFAR, as in radar), whatever the text.
         """
         too_soon = max(0, self.calm_at - now) * self.settings.alarms / 1_000
         return self.settings.gate * (1 + RISE * too_soon)

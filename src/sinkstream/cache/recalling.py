@@ -227,6 +227,6 @@ def _check(settings: RecallSettings, spec: ModelSpec, policy: EvictionPolicy, po
     most = policy.window + policy.overlap - 1
     if settings.slots > most:
         raise ValueError(
-            f"recall_slots={settings.slots} leave no window of {policy.window + policy.overlap} tokens; accepted: 1 to"
-            f" {most}"
+            f"recall_slots={settings.slots} leave nothing of a window of {policy.window + policy.overlap} tokens;"
+            f" accepted: 1 to {most}"
         )

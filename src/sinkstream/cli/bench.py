@@ -358,6 +358,8 @@ def _check_mode(args: argparse.Namespace) -> None:
     mode = _mode(args)
     if args.engine_only and mode != "prefill":
         raise ValueError("--engine-only leaves a part of --prefill out; accepted: with --prefill LENGTH,LENGTH")
+    if mode != "serve":
+        bench_serve.check_unused(args)
     if mode is None:
         return
     if mode in LEAST:

@@ -17,6 +17,8 @@ from sinkstream.models import load_model
 from sinkstream.records.plain import new_record_id
 from sinkstream.show.progress import say
 
+OF_SERVER = ("--turns", "--reply", "--pinned", "--soak-seconds", "--soak-users", "--soak-compare", "--talks")
+
 
 def parts(text: str) -> list[str]:
     """Names of parts, as in turns,soak. Raises ArgumentTypeError for another name."""
@@ -48,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in which its conversations are served again, alone (default: as many as all of them take)",
     )
     group.add_argument("--talks", type=int, default=6, help="chats of --serve recall, side by side, with all its texts")
+
+
+def check_unused(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option of the server is given where none is measured."""
+    options.refuse_options(args, OF_SERVER, "goes with --serve PART, which is not given")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that are wrong or do not go together."""
-    if args.url == "":
-        raise ValueError("--url '' is not accepted; accepted: an address as in http://127.0.0.1:8000/v1")
+    if args.url is not None and not args.url.startswith(("http://", "https://")):
+        raise ValueError(f"--url {args.url!r} is not accepted; accepted: an address as in http://127.0.0.1:8000/v1")
     unused = None if args.url is None else unused_option(args, BESIDE_URL)
     if unused is not None:
         raise ValueError(

@@ -169,12 +169,23 @@ def check_with_ray(args: argparse.Namespace, *names: str) -> None:
 
 def unused_option(args: argparse.Namespace, accepted: Sequence[str]) -> str | None:
     """The first option of the command line that is not among the accepted ones, with its value, as typed; else None."""
+    return next((typed for option, typed in _typed_options(args) if option not in accepted), None)
+
+
+def refuse_options(args: argparse.Namespace, refused: Sequence[str], why: str) -> None:
+    """Raise ValueError if one of the refused options is on the command line, where it would change nothing."""
+    given = next((typed for option, typed in _typed_options(args) if option in refused), None)
+    if given is not None:
+        raise ValueError(f"{given} {why}")
+
+
+def _typed_options(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Every option of the command line, alone and with its value as typed."""
     for word, following in zip(args.argv, [*args.argv[1:], ""]):
         option, equals, _ = word.partition("=")
-        if option.startswith("--") and option not in accepted:
+        if option.startswith("--"):
             switch = isinstance(getattr(args, option[2:].replace("-", "_"), None), bool)
-            return word if equals or switch else f"{word} {following}"
-    return None
+            yield option, word if equals or switch else f"{word} {following}"
 
 
 def add_text(group: argparse._ArgumentGroup, *, random: bool = False, tokens: bool = True) -> None:
@@ -310,6 +321,8 @@ def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
             raise argparse.ArgumentTypeError(
                 f"{part!r} in {text!r}{meant}; accepted: OPTION=VALUE with {', '.join(types)}"
             )
+        if option in options:
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r}: {option} is given twice; accepted: once")
         try:
             kind = types[option]
             options[option] = read_number(kind, value) if kind in NUMBERS else kind(value)

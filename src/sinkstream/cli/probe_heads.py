@@ -8,6 +8,7 @@ from sinkstream.cli import options
 from sinkstream.cli.show import wide_console
 from sinkstream.data import load_text, tokenize
 from sinkstream.evaluation.probe_heads import probe_heads
+from sinkstream.evaluation.runner import check_file_writable
 from sinkstream.records.files import write_atomically
 
 TOKENS = 16_000  # of ordinary text
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Probe, print what was found, write the file."""
     console = wide_console()
+    check_file_writable(args.out)
     text = load_text(args.text)
     loaded = options.load_given_model(args)
     ids = tokenize(text, loaded.tokenizer, TOKENS).ids.tolist()

@@ -14,6 +14,7 @@ from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
 from sinkstream.studies.recall.tables import chooser_table, curve_table, draw_recall, has_recall, recall_table
 
+OF_PASSAGES, OF_FACTS = ("--passages", "--passage-tokens"), ("--forms",)  # options
 PICTURE, FACTS_PICTURE = "recall.png", "facts.png"
 
 
@@ -56,6 +57,12 @@ def run(args: argparse.Namespace) -> int:
     """Run all policies over all texts, print the table, write records and picture."""
     if args.cap is None:
         raise ValueError("distances are multiples of the cap; give --cap SLOTS")
+    if args.facts is None:
+        options.refuse_options(args, OF_FACTS, "goes with --facts N, which is not given")
+    else:
+        options.refuse_options(
+            args, OF_PASSAGES, "is of passages, and --facts asks facts instead; accepted: one of both"
+        )
     return _passages(args) if args.facts is None else _facts(args)
 
 

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("records", "criteria"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name} {getattr(args, name)} is for the page; accepted: with -o PAGE.html")
+    wanted = {path: generated_names(path) for path in args.docs}  # a document that cannot be read costs no time then
     console, pairs = wide_console(), Pairs.load(args.results)
     if not args.check:
         summary = write_summary(args.results, pairs)
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         for key, why in summary.missing.items():
             console.print(f"  {key} is missing: {why}")
     stale, tables = [], render_tables(args.results, pairs)
-    for path in args.docs:
-        sections = {name: _table(tables, name, path) for name in generated_names(path)}
+    for path, names in wanted.items():
+        sections = {name: _table(tables, name, path) for name in names}
         stale += [f"{path}: {name}" for name in update_document(path, sections, check=args.check)]
     if args.check and not summary_is_current(args.results, pairs):
         stale.append(f"{args.results}: summary.json")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinkstream.cli.options import add_model_options, add_ray_option, check_with_ray, load_given_model
+from sinkstream.cli.options import add_model_options, add_ray_option, check_with_ray, load_given_model, refuse_options
 from sinkstream.engine.steps import STEPS
 from sinkstream.models import resolve_device
 from sinkstream.models.gguf_file import cache_dir
@@ -44,8 +44,15 @@ def add_serve_settings(parser: argparse.ArgumentParser, names: tuple[str, ...] =
     )
 
 
+def check_recall(args: argparse.Namespace) -> None:
+    """Raise ValueError if options of recall are given beside ``--recall none``."""
+    if args.recall == "none":
+        refuse_options(args, ("--recall-slots", "--recall-tokens"), "goes with --recall lexical, not with none")
+
+
 def make_service(args: argparse.Namespace, spill: Path | None, *, durable: bool = True, **more: Any) -> Service:
     """The service that the options of `add_model_options` and `add_serve_settings` ask for, and `more` settings."""
+    check_recall(args)
     settings = ServeSettings.of(vars(args) | {"spill": spill} | more)
     loaded = load_given_model(args)
     backend = args.backend or default_backend(args.device)
@@ -133,6 +140,7 @@ def _run_on_ray(
     spill = spill and spill.resolve()
     if Path(args.model).exists():  # replicas have a working directory of their own
         args.model = str(Path(args.model).resolve())
+    check_recall(args)
     settings = ServeSettings.of(vars(args) | {"spill": spill, "shared": True})
     gpus = args.gpus_per_replica
     if gpus is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
+from sinkstream.evaluation.backends import check_method
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
 from sinkstream.studies.facts.run import ExamBatch
@@ -28,6 +29,7 @@ from sinkstream.studies.streameval.tables import draw_streameval, streameval_tab
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OF_STREAM, OF_REPLY = ("--distances", "--every", "--questions"), ("--text", "--facts")  # options
 PICTURE, REPLY_PICTURE = "streameval.png", "reply.png"
 
 
@@ -60,7 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run all policies, print the table, write records and picture."""
-    return _stream(args) if args.reply_tokens is None else _reply(args)
+    if args.reply_tokens is None:
+        options.refuse_options(args, OF_REPLY, "goes with --reply-tokens N, which is not given")
+        return _stream(args)
+    options.refuse_options(
+        args, OF_STREAM, "is of a stream of facts, not of one reply; accepted: without --reply-tokens"
+    )
+    return _reply(args)
 
 
 def _stream(args: argparse.Namespace) -> int:
@@ -98,6 +106,7 @@ def _settings(args: argparse.Namespace) -> list[RunSettings]:
         args, evaluate="blocks", block_tokens=options.block_tokens(args), backend=args.backend
     )
     if len(settings) == 1:
+        check_method(settings[0].method, args.backend)
         return settings
     return [replace(one, backend="hf") if one.method in options.BASELINES else one for one in settings]
 

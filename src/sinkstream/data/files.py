@@ -82,11 +82,15 @@ def _decode(path: Path) -> str:
     if not content:
         raise ValueError(f"text file {str(path)!r} is empty")
     if b"\0" in content:
-        raise ValueError(f"text file {str(path)!r} holds NUL bytes: it is binary, or not in UTF-8")
+        raise ValueError(
+            f"text file {str(path)!r} holds NUL bytes: it is binary, or not in UTF-8; accepted: text in UTF-8"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text file {str(path)!r} is binary or not in UTF-8: byte {error.start} is invalid") from error
+        raise ValueError(
+            f"text file {str(path)!r} is binary or not in UTF-8: byte {error.start} is invalid; accepted: text in UTF-8"
+        ) from error
 
 
 def _parts_of_json(raw: str, path: Path) -> Iterator[tuple[Any, str]]:

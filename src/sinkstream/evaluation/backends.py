@@ -127,11 +127,11 @@ class EngineBackend(Backend):
     takes_streams = evaluates = True
 
     def open(self) -> Decoder:
-        self._check_method()
+        check_method(self.settings.method, self.step)
         return EngineDecoder(self.loaded.model, self.settings, **self._options())
 
     def check(self) -> None:
-        self._check_method()
+        check_method(self.settings.method, self.step)
         Engine.check(self.loaded.model, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -146,12 +146,14 @@ class EngineBackend(Backend):
             **settings.recall,
         }
 
-    def _check_method(self) -> None:
-        if self.settings.method in BASELINES:
-            raise ValueError(
-                f"policy {self.settings.method!r} is a baseline, which --backend {self.step} does not run;"
-                " accepted: --backend hf, or an eviction policy"
-            )
+
+def check_method(method: str, backend: str) -> None:
+    """Raise ValueError if a method is a baseline, and the backend a step of the engine, which evicts."""
+    if method in BASELINES and backend in STEPS:
+        raise ValueError(
+            f"policy {method!r} is a baseline, which --backend {backend} does not run; accepted: --backend hf, or an"
+            " eviction policy"
+        )
 
 
 def _engine_backend(name: str) -> type[EngineBackend]:

@@ -143,7 +143,16 @@ def check_writable(out: Path) -> None:
             probe.write(os.urandom(1 << 16))
             probe.flush()
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written: {error.strerror}") from error
+        raise ValueError(
+            f"--out {out}: cannot be written: {error.strerror}; accepted: a folder with room, or one that can be made"
+        ) from error
+
+
+def check_file_writable(out: Path) -> None:
+    """The same of the folder of a file."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; accepted: the path of a file")
+    check_writable(out.parent)
 
 
 @contextmanager

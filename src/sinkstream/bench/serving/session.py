@@ -257,8 +257,11 @@ def tpot_ms(turn: dict[str, Any]) -> float:
 
 
 def turn_figures(turns: Sequence[dict[str, Any]], reply: int) -> Figures:
-    """What the turns of one conversation say of early and late ones."""
+    """What the turns of one conversation say of early and late ones. Raises OSError if fewer than two were answered."""
     good = [turn for turn in turns if answered(turn) and turn["first"] is not None]
+    if len(good) < 2:
+        check_answered(turns)
+        raise OSError(f"{len(good)} of {len(turns)} turns had a reply with text; early and late ones need two")
     tpots, ttfts = [tpot_ms(turn) for turn in good], [1e3 * (turn["first"] - turn["begin"]) for turn in good]
     edge = min(EDGE_TURNS, len(good) // 2)
     near = min(NEAR_TURNS, len(good) // 2)
