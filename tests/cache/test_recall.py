@@ -14,6 +14,7 @@ from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, promp
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
+from sinkstream.engine import Engine
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=True))
 
@@ -199,6 +200,31 @@ def test_generate_asks_as_ask_does_with_a_chooser_that_reads_queries():
     cache.prefill(model, ids[None, :200])
     cache.ask(model, ids[None, 200:])
     assert found[0] == found[1] == frames_of(cache) != found[2], "what is not asked chooses something else"
+
+
+def test_a_question_is_fed_again_while_a_prune_is_under_way_and_not_under_adaptive_eviction():
+    """Its queries are read first, so it is taken back; a cache that refuses that is as it was."""
+    model, ids = build("llama", layers=2), repetitive()
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8}
+    cache = StreamingCache.for_model(model, **POLICIES["no-sink+overlap+max-drop"], **options)
+    engine = Engine(model, **POLICIES["no-sink+overlap+max-drop"], **options)
+    under_way = 0
+    for first in range(0, 300, 15):
+        cache.prefill(model, ids[None, first : first + 12])
+        engine.prefill(ids[first : first + 12])
+        under_way += cache.stream.schedule.copy().seen > 44 and cache.stream.schedule.pruning
+        wanted, found = cache.ask(model, ids[None, first : first + 3])[0], engine.ask(ids[first : first + 3])
+        assert worst(wanted, found) < 2e-5 and frames_of(cache) == frames_of(engine)
+    assert under_way
+    cache = StreamingCache.for_model(model, sink=4, window=40, adaptive="top1", **options)
+    cache.prefill(model, ids[None, :100])
+    with pytest.raises(ValueError, match=r"under adaptive eviction, and Heads reads .* replay=False"):
+        cache.ask(model, ids[None, :9])
+    cache.recall_ask = 9
+    with pytest.raises(ValueError, match="under adaptive eviction, and Heads reads"):
+        model.generate(**cache.continuation(ids[None, :20]), **with_cache(model, cache), max_new_tokens=1)
+    assert cache.seen_tokens == 100 and cache.stream.recall.log.end == 100
+    cache.ask(model, ids[None, :9], replay=False)
 
 
 def test_a_question_that_cannot_be_one_is_refused_before_anything_is_fed():

@@ -91,11 +91,13 @@ class RecallingCache(CopiedCache):
         Raises
         ------
         ValueError
-            If the cache has no recall; and as `prefill`.
+            If the cache has no recall, or, with `replay`, the chooser reads queries and the policy is adaptive; and as
+            `prefill`.
         """
         recall = self._recall()
         check_ids(question_ids, "question_ids")
         if replay:
+            check_replay(recall.settings, self.policy)
             left = self._choose_by(model, question_ids)
             return self.prefill(model, question_ids[:, question_ids.shape[1] - left :])
         logits = self.prefill(model, question_ids)
@@ -119,6 +121,7 @@ class RecallingCache(CopiedCache):
         if asked > first:
             has = f"{first} new tokens; accepted: at most {first}" if first > 0 else "no new tokens"
             raise ValueError(f"recall_ask={asked}, and the prompt has {has}")
+        check_replay(self._recall().settings, self.policy)
         model = self._attached_model("asked")
         if asked < first:
             self.prefill(model, input_ids[:, tokens - first : tokens - asked])
@@ -158,6 +161,16 @@ class RecallingCache(CopiedCache):
     def prefill(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """See `StreamingCache.prefill`."""
         raise NotImplementedError
+
+
+def check_replay(settings: RecallSettings, policy: EvictionPolicy) -> None:
+    """Raise ValueError unless a question whose queries are read can be taken back, to be fed again."""
+    if settings.chooser.heads and not policy.plan_known:
+        raise ValueError(
+            f"a question cannot be fed again under adaptive eviction, and {type(settings.chooser).__name__} reads its"
+            " queries first; accepted: ask(…, replay=False), recall='lexical', or a policy that knows every prune"
+            " beforehand"
+        )
 
 
 def _in_pieces(asked: int) -> ValueError:
