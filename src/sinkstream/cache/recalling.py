@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkstream import compat
-from sinkstream.archive import PREFIX, Chooser, RecallSettings
+from sinkstream.archive import PREFIX, BlockFile, Chooser, RecallSettings
+from sinkstream.archive.kv import BLOCK
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.padding import check_ids
@@ -201,6 +202,8 @@ def recall_of(
     ------
     ValueError
         If an option is not accepted, or the cache cannot have recall.
+    WriteError
+        If the file of the archive could not be made.
     """
     if recall is None:
         if options:
@@ -243,3 +246,6 @@ def _check(settings: RecallSettings, spec: ModelSpec, policy: EvictionPolicy, po
             f"recall_slots={settings.slots} leave no window of {policy.window + policy.overlap} tokens; accepted: 1 to"
             f" {most}"
         )
+    if settings.file is not None:  # what shows now need not wait until something leaves the window
+        shape = (2, len(spec.full_layers), spec.kv_heads, BLOCK, spec.head_dim)
+        BlockFile.check(settings.file, settings.file_bytes, shape, spec.dtype)
