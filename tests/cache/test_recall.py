@@ -14,6 +14,8 @@ from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, promp
 
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
+from sinkstream.engine import Engine
+from sinkstream.records.files import WriteError
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), strict=True))
 
@@ -71,6 +73,23 @@ def test_every_token_sees_what_brute_force_sees(policy, family, distance, lag):
         assert frames_of(cache) == frames, way
         assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE, way
         assert cache.stats()["kept"] <= cache.policy.peak
+
+
+def test_under_adaptive_eviction_every_token_sees_what_brute_force_sees():
+    """When to prune is the cache's word; what comes back, where it stands and what is seen is brute force's."""
+    model, ids, events = build("llama"), repetitive(), []
+    options = {"adaptive": "entropy", "adaptive_min": 3, "adaptive_every": 6, "adaptive_max": 14}
+    cache = StreamingCache.for_model(model, sink=4, window=34, **options, recall="lexical", **SMALL, **WORDS)
+    logits = feed(model, cache, ids[None], seen=lambda c: events.extend(step.event for step in c.last_steps))
+    assert 20 < sum(events) < 100
+    rule = Rule(sink=4, window=34, adaptive=True, compress_every=14)
+    expected, frames = run_recall(
+        Network(model), ids, rule, WORDS_AGAIN, Recalled(8, hold=8, distance=65), want_prune=lambda t, _: events[t]
+    )
+    assert frames_of(cache) == frames and sum(bool(tokens) for _, tokens in frames) >= 20
+    assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
+    again = StreamingCache.for_model(model, sink=4, window=34, **options, recall="lexical", **SMALL, **WORDS)
+    assert worst(again.prefill(model, ids[None]), logits[:, -1]) < 2e-5 and frames_of(again) == frames
 
 
 def test_forty_choices_of_a_long_stream_agree():
@@ -201,6 +220,31 @@ def test_generate_asks_as_ask_does_with_a_chooser_that_reads_queries():
     assert found[0] == found[1] == frames_of(cache) != found[2], "what is not asked chooses something else"
 
 
+def test_a_question_is_fed_again_while_a_prune_is_under_way_and_not_under_adaptive_eviction():
+    """Its queries are read first, so it is taken back; a cache that refuses that is as it was."""
+    model, ids = build("llama", layers=2), repetitive()
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8}
+    cache = StreamingCache.for_model(model, **POLICIES["no-sink+overlap+max-drop"], **options)
+    engine = Engine(model, **POLICIES["no-sink+overlap+max-drop"], **options)
+    under_way = 0
+    for first in range(0, 300, 15):
+        cache.prefill(model, ids[None, first : first + 12])
+        engine.prefill(ids[first : first + 12])
+        under_way += cache.stream.schedule.copy().seen > 44 and cache.stream.schedule.pruning
+        wanted, found = cache.ask(model, ids[None, first : first + 3])[0], engine.ask(ids[first : first + 3])
+        assert worst(wanted, found) < 2e-5 and frames_of(cache) == frames_of(engine)
+    assert under_way
+    cache = StreamingCache.for_model(model, sink=4, window=40, adaptive="top1", **options)
+    cache.prefill(model, ids[None, :100])
+    with pytest.raises(ValueError, match=r"under adaptive eviction, and Heads reads .* replay=False"):
+        cache.ask(model, ids[None, :9])
+    cache.recall_ask = 9
+    with pytest.raises(ValueError, match="under adaptive eviction, and Heads reads"):
+        model.generate(**cache.continuation(ids[None, :20]), **with_cache(model, cache), max_new_tokens=1)
+    assert cache.seen_tokens == 100 and cache.stream.recall.log.end == 100
+    cache.ask(model, ids[None, :9], replay=False)
+
+
 def test_a_question_that_cannot_be_one_is_refused_before_anything_is_fed():
     model, ids = build("llama", layers=2), token_ids(50)[None]
     cache = StreamingCache.for_model(model, **STRICT, recall="lexical")
@@ -267,11 +311,27 @@ def test_text_is_read_again_and_comes_back_in_its_own_company(behind):
         ({"recall": "lexical", "evict": "turns"}, "recall and evict='turns' exclude each other"),
         ({"recall": "lexical", "positions": "original"}, "recall and positions='original' exclude each other"),
         ({"recall": "oracle", "recall_told": [(5, 3, 0, 2)]}, "recall_told row"),
+        ({"recall": "late-oracle"}, "an oracle must be told what is wanted; accepted: recall_told"),
     ],
 )
 def test_mistakes_are_named(options, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         StreamingCache.for_model(build("llama"), **STRICT, **options)
+
+
+def test_a_file_of_an_archive_that_cannot_be_made_is_refused_before_anything_is_fed(tmp_path):
+    model = build("llama", layers=2)
+    (tmp_path / "taken").write_text("mine")
+    for place, more, words in (
+        ("taken", {}, "recall_file=.*taken' exists; accepted: the name of a file that does not"),
+        ("taken/file", {}, "could not make the archive file .*Not a directory; accepted: a smaller"),
+        ("new", {"recall_file_bytes": 1 << 60}, "No space left on device; accepted: a smaller recall_file_bytes"),
+        ("new", {"recall_file_bytes": 99}, "recall_file_bytes=99 is less than a block; accepted: at least"),
+    ):
+        for kind in (StreamingCache.for_model, Engine):
+            with pytest.raises((ValueError, WriteError), match=words):
+                kind(model, **STRICT, recall="lexical", recall_file=tmp_path / place, **more)
+    assert (tmp_path / "taken").read_text() == "mine" and os.listdir(tmp_path) == ["taken"]
 
 
 def test_hybrid_models_and_batches_are_refused():

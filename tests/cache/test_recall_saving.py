@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle.models import build
-from recall_case import SMALL, STRICT, WORDS, frames_of, repetitive
+from recall_case import SMALL, STRICT, WORDS, frames_of, repetitive, token_bytes
 from stream_files import rewrite
 from streams import feed
 
@@ -64,6 +64,33 @@ def test_a_frame_that_is_coming_is_in_the_file(tmp_path):
     loaded = StreamingCache.load(model, path, rebase_at=90)
     assert torch.equal(*(feed(model, one, ids[None, at : at + 20]) for one in (cache, loaded)))
     assert frames_of(loaded) == frames_of(cache) and at <= cache.recall_events[-1].token
+
+
+@pytest.mark.parametrize("archive", ["kv", "text"])
+def test_a_frame_that_is_coming_is_in_the_file_even_if_its_archive_has_lost_it(archive, tmp_path):
+    """A frame is fetched while it is chosen; until it is set a full archive may lose what it is made of."""
+    model, ids, path = build("llama", layers=2), repetitive(), tmp_path / "stream.safetensors"
+    options = {"recall": "recent", "recall_lag": 100, "recall_archive": archive}
+    options["recall_bytes"] = 64 * token_bytes(model) if archive == "kv" else 40 * 4
+    cache, at = StreamingCache.for_model(model, **STRICT, **SMALL, **options), 0
+    recall = cache.stream.recall
+    while recall.coming is None or recall.coming.tokens[0] >= recall.archive.first:
+        feed(model, cache, ids[None, at : at + 1])
+        at += 1
+    cache.save(path)
+    loaded = StreamingCache.load(model, path, recall_bytes=options["recall_bytes"])
+    assert loaded.stats() == cache.stats()
+    assert torch.equal(*(feed(model, one, ids[None, at:]) for one in (cache, loaded)))
+    assert frames_of(loaded) == frames_of(cache) and cache.recall_events[-1].token > at
+
+
+def test_an_archive_that_has_lost_all_is_loaded(tmp_path):
+    model, ids, path = build("llama", layers=2), repetitive(), tmp_path / "stream.safetensors"
+    cache = opened(model, ids, AT, recall="heads", recall_heads="1.1", recall_archive="text", recall_bytes=1)
+    assert cache.stats()["archive_lost"] == cache.stats()["evicted"] > 0 and not cache.stats()["archived"]
+    cache.save(path)
+    loaded = StreamingCache.load(model, path, recall_bytes=1, rebase_at=90)
+    assert torch.equal(*(feed(model, one, ids[None, AT:]) for one in (cache, loaded)))
 
 
 def test_what_the_gate_counts_is_in_the_file_and_an_older_file_has_a_gate_that_does_not_rise(tmp_path):

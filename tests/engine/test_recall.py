@@ -215,10 +215,19 @@ def test_taken_back_tokens_and_turns():
     assert worst(stepped(engine, ids[100:200]), wanted) < 2e-5
     assert any(span.turn == 1 for event in engine.recall_events for span in event.spans)
     engine = Engine(model, **STRICT, recall="lexical", **SMALL)
-    engine.prefill(ids)  # the chooser has read ahead
-    with pytest.raises(ValueError, match="44 tokens cannot be taken back; accepted: at most"):
-        engine.rewind(44)
+    engine.prefill(ids[:100])
+    engine.ask(ids[:9])  # the chooser has read the window, which competes
+    with pytest.raises(ValueError, match="12 tokens cannot be taken back; accepted: at most 9"):
+        engine.rewind(12)
     engine.rewind(4)
+    engine = Engine(model, **STRICT, recall="heads", **SMALL, recall_heads="1.1", recall_gate=0.0)
+    engine.prefill(ids[:100])
+    recalled = engine.stats()["recalled"]
+    assert recalled, "recalled tokens are no window tokens"
+    with pytest.raises(
+        ValueError, match=f"tokens={45 - recalled} cannot be taken back; accepted: 0 to {44 - recalled}"
+    ):
+        engine.rewind(45 - recalled)
 
 
 @pytest.mark.parametrize(

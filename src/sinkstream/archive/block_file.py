@@ -1,7 +1,9 @@
 """Blocks of one shape in a memory-mapped file of a fixed size; when it is full the oldest is overwritten."""
 
+import errno
 import math
 import os
+import shutil
 import weakref
 import zlib
 from pathlib import Path
@@ -36,14 +38,7 @@ class BlockFile:
     def __init__(self, path: str | Path, file_bytes: int, shape: tuple[int, ...], dtype: torch.dtype):
         self.path, self._shape, self._dtype = Path(path), shape, dtype
         size = math.prod(shape) * dtype.itemsize
-        slots = file_bytes // size
-        if self.path.exists():
-            raise ValueError(
-                f"recall_file={str(path)!r} exists; accepted: the name of a file that does not, which is made and, when"
-                " the stream ends, deleted"
-            )
-        if slots < 1:
-            raise ValueError(f"recall_file_bytes={file_bytes} is less than a block; accepted: at least {size}")
+        slots = self.check(path, file_bytes, shape, dtype)
         finalizer = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +48,32 @@ class BlockFile:
         except OSError as error:
             if finalizer is not None:
                 finalizer()
-            message = (
-                f"could not make the archive file {self.path} ({slots * size:,} bytes): {error.strerror or error};"
-                " accepted: a smaller recall_file_bytes, or a recall_file elsewhere"
-            )
-            raise WriteError(error.errno, message) from error
+            raise _not_made(self.path, slots * size, error.errno, error.strerror or str(error)) from error
         self._finalizer = finalizer
         self._map = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(slots, size))
         self._checksums = [0] * slots
         self._written = 0
+
+    @staticmethod
+    def check(path: str | Path, file_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """How many blocks such a file would hold; makes none. Raises as the constructor for what shows beforehand."""
+        path, size = Path(path), math.prod(shape) * dtype.itemsize
+        slots = file_bytes // size
+        if path.exists():
+            raise ValueError(
+                f"recall_file={str(path)!r} exists; accepted: the name of a file that does not, which is made and, when"
+                " the stream ends, deleted"
+            )
+        if slots < 1:
+            raise ValueError(f"recall_file_bytes={file_bytes} is less than a block; accepted: at least {size}")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise _not_made(path, slots * size, errno.ENOTDIR)
+        if not os.access(folder, os.W_OK):
+            raise _not_made(path, slots * size, errno.EACCES)
+        if shutil.disk_usage(folder).free < slots * size:
+            raise _not_made(path, slots * size, errno.ENOSPC)
+        return slots
 
     @property
     def slots(self) -> int:
@@ -116,6 +128,15 @@ class BlockFile:
     def _whole(self) -> bool:
         """Whether the file has its size still: an access past its end would end the process."""
         return os.fstat(self._descriptor).st_size >= self._map.nbytes
+
+
+def _not_made(path: Path, size: int, number: int | None, reason: str | None = None) -> WriteError:
+    why = reason or os.strerror(number or 0)
+    return WriteError(
+        number,
+        f"could not make the archive file {path} ({size:,} bytes): {why}; accepted: a smaller recall_file_bytes, or a"
+        " recall_file elsewhere",
+    )
 
 
 def _delete(path: Path, descriptor: int) -> None:

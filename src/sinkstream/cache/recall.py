@@ -157,7 +157,9 @@ class RecallMemory:
 
     def stats(self) -> dict[str, int]:
         """Tokens that stand in the frame, frames set so far, and the counts of the archive."""
-        archive = self.archive or TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
+        archive = self.archive
+        if archive is None:
+            archive = TextArchive(0, sinks=(), reread=self.reread, budget_bytes=0)  # of nothing
         return {"recalled": len(self.frame), "recalls": self.recalls} | archive.stats()
 
     def append(self, ids: torch.Tensor | list[int]) -> None:

@@ -79,6 +79,9 @@ def recall_record(recall: Recall, *, begun: bool, shift: int) -> tuple[dict[str,
     if recall.coming is not None:
         coming = recall.coming
         record["coming"] = {"tokens": coming.tokens, "behind": coming.behind, "event": asdict(coming.event)}
+        if archive is not None and coming.tokens and coming.tokens[0] < archive.first:  # the archive has lost some
+            tensors["recall_coming_keys"], tensors["recall_coming_values"] = coming.fetched()
+            record["coming"]["kept"] = True
     record |= {
         "log": log.first,
         "frame": recall.frame,
@@ -115,6 +118,9 @@ def recall_shapes(saved: SavedStream, path: str | Path, spec: ModelSpec) -> Shap
             kept = min(len(record["question"]), record["queries"]["kept"])
             groups = spec.query_heads // spec.kv_heads
             found["recall_question"] = (heads, kept, groups, spec.head_dim), torch.float32
+        if (record.get("coming") or {}).get("kept"):
+            size = len(spec.full_layers), 1, spec.kv_heads, len(record["coming"]["tokens"]), spec.head_dim
+            found["recall_coming_keys"], found["recall_coming_values"] = (size, torch.float32), (size, spec.dtype)
         return found
 
     return _undamaged(shapes, path)
@@ -180,15 +186,19 @@ def _fill(recall: Recall, saved: SavedStream, path: str | Path, spec: ModelSpec,
     archive = recall.open_archive(first, (len(spec.full_layers), 1, spec.kv_heads, 0, spec.head_dim), spec.dtype)
     archive.refill(ids, blocks, device)
     archive.lost = record["archive"]["lost"]
-    keys = saved.tensor("recall_keys", 0).to(device)
+    keys = saved.tensor("recall_keys", len(heads), 0, spec.head_dim).to(device)
     ids += recall.log.read(end, max(end, recall.indexed))
     recall.index.add(Evicted(first, ids, {head: keys[i] for head, i in heads.items()}))
     if record.get("coming") is not None:
-        recall.coming = _undamaged(lambda: _coming(archive, record["coming"], device), path)
+        recall.coming = _undamaged(lambda: _coming(archive, saved, record["coming"], device), path)
 
 
-def _coming(archive: Archive, saved: dict[str, Any], device: torch.device) -> Coming:
-    return Coming.of(archive, list(saved["tokens"]), list(saved["behind"]), _event(saved["event"]), device)
+def _coming(archive: Archive, saved: SavedStream, coming: dict[str, Any], device: torch.device) -> Coming:
+    tokens, behind, event = list(coming["tokens"]), list(coming["behind"]), _event(coming["event"])
+    if not coming.get("kept"):
+        return Coming.of(archive, tokens, behind, event, device)
+    keys, values = (saved.tensors[f"recall_coming_{name}"].to(device) for name in ("keys", "values"))
+    return Coming(event.token, tokens, behind, event, lambda: (keys, values))
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkstream import compat
-from sinkstream.archive import PREFIX, Chooser, RecallSettings
+from sinkstream.archive import PREFIX, BlockFile, Chooser, RecallSettings
+from sinkstream.archive.kv import BLOCK
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.padding import check_ids
@@ -91,11 +92,13 @@ class RecallingCache(CopiedCache):
         Raises
         ------
         ValueError
-            If the cache has no recall; and as `prefill`.
+            If the cache has no recall, or, with `replay`, the chooser reads queries and the policy is adaptive; and as
+            `prefill`.
         """
         recall = self._recall()
         check_ids(question_ids, "question_ids")
         if replay:
+            check_replay(recall.settings, self.policy)
             left = self._choose_by(model, question_ids)
             return self.prefill(model, question_ids[:, question_ids.shape[1] - left :])
         logits = self.prefill(model, question_ids)
@@ -119,6 +122,7 @@ class RecallingCache(CopiedCache):
         if asked > first:
             has = f"{first} new tokens; accepted: at most {first}" if first > 0 else "no new tokens"
             raise ValueError(f"recall_ask={asked}, and the prompt has {has}")
+        check_replay(self._recall().settings, self.policy)
         model = self._attached_model("asked")
         if asked < first:
             self.prefill(model, input_ids[:, tokens - first : tokens - asked])
@@ -160,6 +164,16 @@ class RecallingCache(CopiedCache):
         raise NotImplementedError
 
 
+def check_replay(settings: RecallSettings, policy: EvictionPolicy) -> None:
+    """Raise ValueError unless a question whose queries are read can be taken back, to be fed again."""
+    if settings.chooser.heads and not policy.plan_known:
+        raise ValueError(
+            f"a question cannot be fed again under adaptive eviction, and {type(settings.chooser).__name__} reads its"
+            " queries first; accepted: ask(…, replay=False), recall='lexical', or a policy that knows every prune"
+            " beforehand"
+        )
+
+
 def _in_pieces(asked: int) -> ValueError:
     return ValueError(
         f"recall_ask={asked} and prefill_chunk_size exclude each other; accepted: generate() without"
@@ -188,6 +202,8 @@ def recall_of(
     ------
     ValueError
         If an option is not accepted, or the cache cannot have recall.
+    WriteError
+        If the file of the archive could not be made.
     """
     if recall is None:
         if options:
@@ -230,3 +246,6 @@ def _check(settings: RecallSettings, spec: ModelSpec, policy: EvictionPolicy, po
             f"recall_slots={settings.slots} leave nothing of a window of {policy.window + policy.overlap} tokens;"
             f" accepted: 1 to {most}"
         )
+    if settings.file is not None:  # what shows now need not wait until something leaves the window
+        shape = (2, len(spec.full_layers), spec.kv_heads, BLOCK, spec.head_dim)
+        BlockFile.check(settings.file, settings.file_bytes, shape, spec.dtype)

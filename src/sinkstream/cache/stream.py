@@ -290,10 +290,12 @@ def rewind(stream: Stream, tokens: int) -> None:
     window = 0 if ring is None else ring.live - (ring.pinned if ring.first_window else 0)
     if ring is None or not 0 <= tokens <= window:
         raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
-    stream.own()
+    before = stream.schedule.fork()
+    before.rewind(tokens)  # what is refused has changed nothing
     if stream.recall is not None:
         stream.recall.rewind(tokens)
-    stream.schedule.rewind(tokens)
+    stream.own()
+    stream.schedule = before
     ring.rewind(tokens)
     if stream.seen_ids is not None:
         stream.seen_ids.rewind(tokens)

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     options.add_model_options(parser)
     options.add_policy_options(parser, caps=options.numbers(int))
+    options.add_recall_options(parser)
     parser.set_defaults(model=None, policy=POLICIES, cap=str(CAP))
     group = parser.add_argument_group("benchmark")
     group.add_argument(
@@ -364,8 +365,8 @@ def _check_mode(args: argparse.Namespace) -> None:
         return
     if mode in LEAST:
         _check_least(args, mode, LEAST[mode])
-    if any("recall" in given for _, given in args.policy):
-        raise ValueError(f"--{mode} times policies without recall; accepted: --policy NAME without recall=CHOOSER")
+    if hasattr(args, "recall") or any("recall" in given for _, given in args.policy):
+        raise ValueError(f"--{mode} times policies without recall; accepted: no --recall, --policy without recall=")
     others = {"--ladder": args.ladder, "--profile": args.profile, "--seconds": args.seconds}
     others["--streams"] = args.streams != [1]
     if mode in OF_GENERATE:

@@ -101,7 +101,9 @@ class StreamRecall:
         self._ids.keep()
 
     def rewind(self, tokens: int) -> None:
-        """Forget the latest tokens. Raises ValueError if the chooser has read them."""
+        """Forget the latest tokens. Raises ValueError if they are not in the window, or the chooser has read them."""
+        if tokens > (most := self.counters.window):  # a schedule takes recalled tokens for window tokens
+            raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
         self._learn()
         self.memory.rewind(tokens)
         self._leaving.cut(self.counters.seen - tokens)

@@ -263,21 +263,22 @@ class PruneSchedule:
     def rewind(self, tokens: int) -> None:
         """Take back the latest tokens; what was evicted when they came does not come back.
 
-        A turn that began with the first of them, or later, is forgotten.
+        A turn that began with the first of them, or later, is forgotten. A prune that is under way goes on.
 
         Raises
         ------
         ValueError
             If so many tokens are not in the window, or the policy cannot tell what to take back.
         """
-        if self.policy.scorer is not None or self.pruning or self.signals():
-            raise ValueError("a stream with pinned tokens, an adaptive trigger or a prune under way cannot be rewound")
+        if self.policy.scorer is not None or self.signals():
+            raise ValueError("a stream with pinned tokens or an adaptive trigger cannot be rewound")
         window = self.cached - (self.policy.sink if self.cached < self.seen else 0)
         if not 0 <= tokens <= window:
             raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {window}, which are in the window")
         if not tokens:
             return
-        self.seen, self.cached = self.seen - tokens, self.cached - tokens
+        self.seen -= tokens
+        self.hold(self.cached - tokens)
         for trigger, state in zip(self.policy.triggers, self._states):
             trigger.rewind(state, self.seen)
 

@@ -36,8 +36,8 @@ class Recalled:
 class RecallStream(Stream):
     """The simulator of prunes, with a frame that holds tokens which have left."""
 
-    def __init__(self, rule: Rule):
-        super().__init__(rule)
+    def __init__(self, rule: Rule, want_prune: Callable[[int, int], bool] | None = None):
+        super().__init__(rule, want_prune=want_prune)
         self.archived: list[int] = []
         self.shift = 0
 
@@ -73,14 +73,17 @@ def run_recall(
     recaller: Recaller,
     options: Recalled,
     questions: dict[int, Sequence[int]] | None = None,
+    want_prune: Callable[[int, int], bool] | None = None,
 ) -> tuple[Run, list[tuple[int, list[int]]]]:
     """Feed ids (T,) token by token; `questions`: what is asked before the token of an index.
+
+    `want_prune` says when an adaptive rule prunes, as for `Stream`.
 
     Returns
     -------
     Run, and the frames: (token before which it was set, its tokens).
     """
-    stream, frames, until, kept, coming, calm, sure = RecallStream(rule), [], 0, 0, None, 0, False
+    stream, frames, until, kept, coming, calm, sure = RecallStream(rule, want_prune), [], 0, 0, None, 0, False
     past = Past(network, ids[None], cache_positions)
 
     def positions(visible: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ class RecallBatch:
         if settings.method == "full":
             limit = None if settings.allow_untrained_positions else self.loaded.trained_positions
             return self.streams.excerpts(limit)
-        check_run(self.loaded, len(self.streams.repeated), settings)
+        check_run(self.loaded, len(self.streams.repeated), with_told(settings, []))
         return self.streams.whole()
 
     def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:
