@@ -4,18 +4,19 @@ import pytest
 from point_factory import point, small_matrix, write
 from record_factory import make_bench_record
 
+from sinkstream.matrix.record import load_points
 from sinkstream.report.matrix_tables import HEADER, SWEEP_HEADER, render_matrix
 from sinkstream.report.nearest_rival import timed_ways, tpot_over_nearest_rival
 from sinkstream.show.table import EMPTY, NONE_YET
 
 
 def cells(results, table="matrix-answers", header=HEADER) -> list[dict[str, str]]:
-    lines = [line for line in render_matrix(results)[table].splitlines() if line.startswith("|")]
+    lines = [line for line in render_matrix(load_points(results))[table].splitlines() if line.startswith("|")]
     return [dict(zip(header, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
 
 
 def test_a_row_names_the_best_policy_of_each_kind_and_its_planted_difference(tmp_path):
-    assert set(render_matrix(tmp_path / "nosuch").values()) == {NONE_YET}
+    assert set(render_matrix([]).values()) == {NONE_YET}
     better = point("better", "refresh-key-norm", shift=-0.05, label="refresh-key-norm R=64")
     (row,) = cells(write(tmp_path, *small_matrix(), better))
     assert row["best without refresh against strict"].startswith("slack slack=16: +0.3"), row
@@ -30,7 +31,7 @@ def test_a_row_names_the_best_policy_of_each_kind_and_its_planted_difference(tmp
 def test_what_is_not_there_is_an_empty_cell_and_nothing_without_strict(tmp_path):
     (row,) = cells(write(tmp_path / "a", point("strict-512"), point("x", "slack", label="slack")))
     assert row["strict against recompute"] == row["lazy R=64 against strict"] == EMPTY
-    assert render_matrix(write(tmp_path / "b", point("x", "slack")))["matrix-answers"] == NONE_YET
+    assert render_matrix(load_points(write(tmp_path / "b", point("x", "slack"))))["matrix-answers"] == NONE_YET
 
 
 def test_strict_is_compared_with_the_recompute_that_scored_most_tokens(tmp_path):

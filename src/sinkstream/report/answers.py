@@ -203,7 +203,7 @@ def _choice(by_text: dict[str, list[_Group]]) -> str:
     parts = []
     for text, of_text in by_text.items():
         tried = [group for group in of_text if group.compared(named(group.points, None))]
-        beaten = [(group, group.lowered()[0]) for group in tried if group.lowered()]
+        beaten = [(group, lowered[0]) for group in tried if (lowered := group.lowered())]
         if not tried:
             continue
         unbeaten = len(tried) - len(beaten)

@@ -70,7 +70,7 @@ def render_tables(results: Path, pairs: Pairs | None = None) -> dict[str, str]:
     rivals["rivals-chat"] = chat_table(ChatRecord.below(results) if there else [])
     points = load_points(results) if there else []
     rivals["matrix-questions"] = answer_table(points, recalls, comparisons(records, rival_records))
-    return tables | render_diagnoses(results) | render_archive(results) | speed | rivals | render_matrix(results)
+    return tables | render_diagnoses(results) | render_archive(results) | speed | rivals | render_matrix(points)
 
 
 def _source(cls: type) -> str:

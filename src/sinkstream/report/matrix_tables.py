@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.matrix.record import PointRecord
 from sinkstream.records.origin import machine
 from sinkstream.report.answers import speed_table
 from sinkstream.report.criteria import Evidence
@@ -28,9 +27,9 @@ HEADER = (
 SWEEP_HEADER = (*("matrix", "model", "text", "cap", "policies", "ΔPPL against strict, best", "worst", "TPOT ÷ strict"),)
 
 
-def render_matrix(results: Path) -> dict[str, str]:
-    """Markdown of the table by name. Raises ValueError if a record is broken."""
-    points = [p for p in load_points(results) if p.status == "complete"] if results.is_dir() else []
+def render_matrix(points: Sequence[PointRecord]) -> dict[str, str]:
+    """Markdown of the tables by name, of all points, oldest first."""
+    points = [point for point in points if point.status == "complete"]
     rows = [row for model in groups(Evidence(points, [], [])).values() for group in model if (row := _row(group))]
     if not rows:
         return {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET, "matrix-speed": _speed(points)}
