@@ -3,10 +3,12 @@
 #
 #   scripts/gpu_records.sh OUT PART…
 #
-# PARTS: speed ladder shapes caps streams policies prompts snapshots sampling long precision blocks diagnosis recall cliff tests sanitizer
-# MODELS (default: builtin) are what precision, blocks, diagnosis, recall and cliff run on, and TEXTS (pg19 and wikitext; files work
-# too) what they read. A part that was cut off goes on when called again with the same OUT. Copy what OUT holds to results/, without
-# the runs/ folders of diagnosis, and write the tables: sinkstream report --results results --docs docs/*.md README.md
+# PARTS: speed ladder shapes caps streams policies prompts snapshots sampling recall-speed long precision blocks diagnosis recall
+#        passages facts streameval reply sweeps cliff tests sanitizer
+# MODELS (default: builtin) are what the parts from precision to cliff run on, and TEXTS (pg19 and wikitext; files work too) what they
+# read; reply reads LONG_TEXT, a text of about a million tokens. A part that was cut off goes on when called again with the same OUT.
+# Copy what OUT holds to results/, without the runs/ folders, and write the tables: sinkstream report --results results --docs
+# docs/*.md README.md
 set -uo pipefail
 out=$1
 shift
@@ -14,6 +16,7 @@ python=${PYTHON:-python3}
 models=${MODELS:-builtin}
 texts=${TEXTS:-pg19 wikitext}
 first_text=${texts%% *}
+long_text=${LONG_TEXT:-$first_text}
 bench() { "$python" -m sinkstream.cli bench --out "$out/bench" --backend fused --resume "$@"; }
 run() { "$python" -m sinkstream.cli "$@"; }
 on_models() { for model in $models; do "$@" "$model" "$(basename "$model")"; done; }
@@ -45,6 +48,11 @@ prompts() {
 }
 snapshots() { both --policy strict --snapshot; }
 sampling() { both --policy strict --sampling; }
+recall-speed() {
+  local kept=strict:recall=lexical read=strict:recall=lexical:recall_archive=text
+  bench --shape llama-3.2-1b --dtype bfloat16 --cap 2052 --text repeats --tokens 6144 --policy "strict,$kept,$read,$kept:recall_lag=2"
+  bench --shape pythia-2.8b --cap 2052 --text repeats --tokens 6144 --policy "strict,$read"
+}
 long() { bench --model "${models%% *}" --text "$first_text" --policy strict --cap 1024 --tokens 1000000; }
 precision_of() {
   local shared=(--model "$1" --text "$first_text" --tokens 20000 --cap 512 --policy lazy:compress_every=64 --out "$out/precision")
@@ -80,6 +88,35 @@ recall_of() {
   run recall --model "$1" --text "$first_text" --cap 512 --passages 12 --distances 0.25,0.5,1,2,4,8,16 --policy "$policies" \
     --out "$out/recall/$2" --resume
 }
+passages_of() {
+  run recall --model "$1" --text "$first_text" --cap 512 --passages 64 --distances 0.5,16,64 --out "$out/passages/$2" --resume \
+    --policy strict,strict:recall=lexical,strict:recall=oracle,strict:recall=late-oracle
+}
+facts_of() {
+  run recall --model "$1" --text "$first_text" --cap 512 --facts 75 --distances 0.5,4,16 --out "$out/facts/$2" --resume \
+    --policy strict,strict:recall=lexical,strict:recall=oracle
+}
+streameval_of() {  # twelve rows in one command
+  local all=window-only,strict,lazy:compress_every=64 large=recall_bytes=12000000000 chooser archive
+  for chooser in lexical late-oracle; do
+    for archive in "" :recall_archive=text ":$large"; do all+=",strict:recall=$chooser$archive"; done
+  done
+  run streameval --model "$1" --cap 512 --backend fused --policy "$all,strict:recall=heads,strict:recall=union,full" \
+    --out "$out/streameval/$2" --resume
+}
+reply_of() {
+  run streameval --model "$1" --text "$long_text" --cap 512 --backend fused --reply-tokens 1000000 \
+    --policy strict:recall=lexical:recall_archive=text,strict --out "$out/reply/$2" --resume
+}
+sweeps_of() {
+  local named=() text
+  for text in $texts; do
+    case $text in *wikitext*) named+=(--text "wikitext=$text") ;; *) named+=(--text "pg19=$text") ;; esac
+  done
+  for file in window_sink compress_every overlap slack adaptive refresh; do
+    run matrix "experiments/$file.toml" --model "$1" "${named[@]}" --out "$out/sweeps"
+  done
+}
 cliff_of() {
   run cliff --model "$1" --text "$first_text" --tokens 20000 --caps 0.25,0.5,1,1.25 --compress-every 128,1024 --out "$out/cliff/$2" --resume
 }
@@ -104,8 +141,8 @@ sanitizer() {  # every kernel, few shapes: each is compiled and watched
 mkdir -p "$out"
 for part in "$@"; do
   case $part in
-    precision | blocks | diagnosis | recall | cliff) on_models "${part}_of" ;;
-    speed | ladder | shapes | caps | streams | policies | prompts | snapshots | sampling | long | tests | sanitizer) $part ;;
+    precision | blocks | diagnosis | recall | passages | facts | streameval | reply | sweeps | cliff) on_models "${part}_of" ;;
+    speed | ladder | shapes | caps | streams | policies | prompts | snapshots | sampling | recall-speed | long | tests | sanitizer) $part ;;
     *) echo "part '$part' is not known; accepted: those in the head of $0" >&2; exit 2 ;;
   esac
   echo "$part: ended with $? after $SECONDS s"
