@@ -368,7 +368,7 @@ def test_heads_that_a_model_does_not_have_are_refused():
     model = build("llama")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
         StreamingCache.for_model(model, **STRICT, recall="heads")
-    with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
+    with pytest.raises(ValueError, match=r"^recall_heads: head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
 
 

@@ -209,7 +209,7 @@ def check_heads(heads: Sequence[Head], model: Any) -> None:
     wrong = [head for head in heads if not (0 <= head[0] < layers and 0 <= head[1] < kv_heads)]
     if wrong or not heads:
         what = f"head {wrong[0][0]}.{wrong[0][1]} is not one of the model's" if wrong else "no retrieval head is given"
-        raise ValueError(f"{what}; accepted: layers 0 to {layers - 1}, kv heads 0 to {kv_heads - 1}")
+        raise ValueError(f"recall_heads: {what}; accepted: layers 0 to {layers - 1}, kv heads 0 to {kv_heads - 1}")
 
 
 def shape_of(model: Any) -> tuple[int, int]:
@@ -231,7 +231,9 @@ def known_heads(path: Path) -> dict[str, Any]:
         levels = {name: float(content[name]) for name in LEVELS}
         return {"heads": read_heads(content["heads"])} | levels
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads") from None
+        raise ValueError(
+            f"recall_heads: {str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads"
+        ) from None
 
 
 def heads_of(model: Any) -> dict[str, Any]:
