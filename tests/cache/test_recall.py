@@ -1,6 +1,7 @@
 """Recall in the drop-in against brute force: who comes back, where it stands, and what every token then sees."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -199,6 +200,23 @@ def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
         first = TOKENS + len(question) - 1
         wanted = expected.logits[first : first + len(logits)]
         assert worst(torch.cat(logits).double(), wanted) < 2e-4
+
+
+@pytest.mark.parametrize("archive", ["kv", "text"])
+@pytest.mark.parametrize("kind", [StreamingCache.for_model, Engine])
+def test_without_a_tokenizer_whole_blocks_come_back_and_events_have_no_text(kind, archive):
+    model, ids = build("llama"), repetitive()
+    options = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": archive}
+    one, cut_at_sentences = (kind(model, **STRICT, **options, tokenizer=known) for known in (None, FakeTokenizer()))
+    for recalled in (one, cut_at_sentences):
+        feed_all = recalled.prefill if kind is Engine else partial(recalled.prefill, model)
+        feed_all(ids if kind is Engine else ids[None])
+    spans, sentences = ([s for e in r.recall_events for s in e.spans] for r in (one, cut_at_sentences))
+    assert spans and all(span.text is None and span.first % 4 == 0 for span in spans)
+    assert any(span.text for span in sentences) and any(span.first % 4 for span in sentences)
+    if kind is Engine:
+        with pytest.raises(ValueError, match="a prompt of text needs a tokenizer; give the engine tokenizer=TOKENIZER"):
+            one.ask("What was the code word?")
 
 
 def test_generate_asks_as_ask_does_with_a_chooser_that_reads_queries():
