@@ -13,6 +13,7 @@ from oracle.rules import Rule
 from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
+from sinkstream.archive.choosers.lexical import LexicalIndex
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.engine import Engine
@@ -137,6 +138,18 @@ def test_a_recalled_key_one_place_beside_its_own_would_show(shift, monkeypatch):
     logits = feed(model, cache, ids[None])
     expected, _ = run_recall(Network(model), ids, Rule(**STRICT), WORDS_AGAIN, Recalled(8, hold=8, distance=9))
     assert (worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE) == (shift == 0)
+
+
+def test_an_index_that_says_too_soon_that_it_finds_nothing_would_show(monkeypatch):
+    model, ids, options = build("llama"), repetitive(), {"recall": "lexical", **SMALL, **WORDS}
+    frames = []
+    for _ in range(2):
+        cache = StreamingCache.for_model(model, **STRICT, **options)
+        cache.prefill(model, ids[None])
+        frames.append(frames_of(cache))
+        monkeypatch.setattr(LexicalIndex, "may_hit", lambda self, latest, least: False)
+    right, wrong = ([token for token, tokens in found if tokens] for found in frames)
+    assert right and wrong and all(token % 8 == 0 for token in wrong) and any(token % 8 for token in right)
 
 
 def test_a_gate_that_stays_shut_changes_nothing():

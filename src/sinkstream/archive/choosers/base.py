@@ -13,6 +13,8 @@ from sinkstream.registry import Registry
 
 CHOOSERS: Registry = Registry("chooser")
 
+LATEST = 3  # ids of a query by which an index says that it finds nothing
+
 Head = tuple[int, int]  # (layer, kv head)
 
 
@@ -129,6 +131,16 @@ class Index(ABC):
                 " block of the archive"
             )
         return Hits(np.arange(blocks.start, blocks.stop), scores)
+
+    def may_hit(self, latest: Sequence[int], least: float) -> bool:
+        """Whether a brief query may find a block of at least this score; False is sure, and must take no time.
+
+        Parameters
+        ----------
+        latest : sequence of int
+            The last `LATEST` ids of the query, or all if it has fewer.
+        """
+        return True
 
     def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
         """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""
