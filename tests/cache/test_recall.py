@@ -13,7 +13,10 @@ from oracle.rules import Rule
 from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
+from sinkstream.archive.choosers.heads import Heads
 from sinkstream.archive.choosers.lexical import LexicalIndex
+from sinkstream.archive.choosers.mean_key import MeanKey
+from sinkstream.archive.choosers.oracle import Oracle
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.engine import Engine
@@ -401,6 +404,15 @@ def test_heads_that_a_model_does_not_have_are_refused():
         StreamingCache.for_model(model, **STRICT, recall="heads")
     with pytest.raises(ValueError, match=r"^recall_heads: head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
+    for chooser, words in (  # the user's own ones, made without the model
+        (Heads(heads=((9, 0),)), r"recall_heads: head 9\.0 is not one of the model's; accepted: layers 0 to 2"),
+        (Heads(), "recall_heads: no retrieval head is given; accepted: layers 0 to 2"),
+        (MeanKey(), "recall_heads: no retrieval head is given"),
+        (Oracle(), "an oracle must be told what is wanted"),
+    ):
+        for kind in (StreamingCache.for_model, Engine):
+            with pytest.raises(ValueError, match=words):
+                kind(model, **STRICT, recall=chooser)
 
 
 @pytest.mark.parametrize("place", ["memory", "file"])

@@ -127,6 +127,7 @@ class RecallSettings:
         """
         mine, given = cls._parted(recall, options)
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
+        chooser.check(model)
         return cls(chooser, **{"slots": max(1, peak // 4)} | mine)
 
     @classmethod
