@@ -133,7 +133,7 @@ def _as_typed(message: str, names: Iterable[str]) -> str:
     """A message in which options that were typed as flags are written so: ``--recall-lag -1`` for ``recall_lag=-1``."""
     for name in names:
         flag = "--" + name.replace("_", "-")
-        message = re.sub(rf"\b{name}\b(=?)", lambda found, flag=flag: flag + " " * len(found[1]), message)
+        message = re.sub(rf"\b{name}\b", flag, message).replace(flag + "=", flag + " ")
     return message
 
 
