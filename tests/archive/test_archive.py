@@ -11,6 +11,7 @@ import torch
 from oracle.recall import Words
 
 from sinkstream.archive import CHOOSERS, BlockFile, Evicted, Hits, KVArchive, Query, TextArchive, chosen_tokens, runs
+from sinkstream.archive.choosers.base import LATEST
 from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.choosers.trigrams import Trigrams
@@ -220,7 +221,7 @@ def test_the_order_of_the_latest_words_counts():
 
 def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
     """Tokens leave the archive meanwhile; below `least` a score may be any number that is lower still."""
-    rng, opened, options = np.random.default_rng(0), 0, {"block": 4, "rare": 0.1, "row_rare": 0.3}
+    rng, opened, ended, options = np.random.default_rng(0), 0, 0, {"block": 4, "rare": 0.1, "row_rare": 0.3}
     for level, row_level, run_level in ((1.0, 0.8, 3.0), (2.0, 2.6, 1.2), (3.0, 1.5, 0.9)):
         ids = rng.zipf(1.3, 400) % 90
         ids[300:330] = ids[60:90]
@@ -244,7 +245,10 @@ def test_words_are_counted_as_by_brute_force_however_little_is_looked_at():
                 for score, (_, other) in zip(found, sorted(wanted.items())):
                     assert abs(score - other) < 1e-9 or score <= other < least + 1e-9
                 opened += max(wanted.values()) >= least > 0
-    assert opened > 30
+                if way == "brief" and not index.may_hit(query[-LATEST:], least):
+                    ended += 1
+                    assert max(wanted.values()) < least
+    assert opened > 30 and ended > 10
 
 
 def test_an_index_forgets_with_its_archive():

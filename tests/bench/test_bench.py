@@ -755,8 +755,8 @@ def test_passages_come_again_and_the_record_says_what_recall_did(bench, tmp_path
         ("--device tpu", "unknown device"),
         ("--prefill 9 --policy strict:recall=lexical", "--prefill times policies without recall"),
         ("--prefill 9 --recall lexical", "--prefill times policies without recall"),
-        ("--shape pythia-14m --recall-slots 9", "recall_slots goes with recall=CHOOSER"),
-        ("--shape pythia-14m --cap 128 --recall lexical --recall-slots 200", "recall_slots=200 leave nothing"),
+        ("--shape pythia-14m --recall-slots 9", "--recall-slots goes with recall=CHOOSER"),
+        ("--shape pythia-14m --cap 128 --recall lexical --recall-slots 200", "--recall-slots 200 leave nothing"),
     ],
 )
 def test_mistakes_are_one_line(bench, line, told):

@@ -1,6 +1,7 @@
 """Recall in the drop-in against brute force: who comes back, where it stands, and what every token then sees."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from oracle.rules import Rule
 from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_AGAIN, frames_of, repetitive, token_bytes
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
+from sinkstream.archive.choosers.heads import Heads
+from sinkstream.archive.choosers.lexical import LexicalIndex
+from sinkstream.archive.choosers.mean_key import MeanKey
+from sinkstream.archive.choosers.oracle import Oracle
 from sinkstream.cache import StreamingCache
 from sinkstream.compat import with_cache
 from sinkstream.engine import Engine
@@ -138,6 +143,18 @@ def test_a_recalled_key_one_place_beside_its_own_would_show(shift, monkeypatch):
     assert (worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE) == (shift == 0)
 
 
+def test_an_index_that_says_too_soon_that_it_finds_nothing_would_show(monkeypatch):
+    model, ids, options = build("llama"), repetitive(), {"recall": "lexical", **SMALL, **WORDS}
+    frames = []
+    for _ in range(2):
+        cache = StreamingCache.for_model(model, **STRICT, **options)
+        cache.prefill(model, ids[None])
+        frames.append(frames_of(cache))
+        monkeypatch.setattr(LexicalIndex, "may_hit", lambda self, latest, least: False)
+    right, wrong = ([token for token, tokens in found if tokens] for found in frames)
+    assert right and wrong and all(token % 8 == 0 for token in wrong) and any(token % 8 for token in right)
+
+
 def test_a_gate_that_stays_shut_changes_nothing():
     model, ids = build("llama"), repetitive()
     plain = StreamingCache.for_model(model, **STRICT)
@@ -199,6 +216,23 @@ def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
         first = TOKENS + len(question) - 1
         wanted = expected.logits[first : first + len(logits)]
         assert worst(torch.cat(logits).double(), wanted) < 2e-4
+
+
+@pytest.mark.parametrize("archive", ["kv", "text"])
+@pytest.mark.parametrize("kind", [StreamingCache.for_model, Engine])
+def test_without_a_tokenizer_whole_blocks_come_back_and_events_have_no_text(kind, archive):
+    model, ids = build("llama"), repetitive()
+    options = {"recall": "lexical", **SMALL, **WORDS, "recall_archive": archive}
+    one, cut_at_sentences = (kind(model, **STRICT, **options, tokenizer=known) for known in (None, FakeTokenizer()))
+    for recalled in (one, cut_at_sentences):
+        feed_all = recalled.prefill if kind is Engine else partial(recalled.prefill, model)
+        feed_all(ids if kind is Engine else ids[None])
+    spans, sentences = ([s for e in r.recall_events for s in e.spans] for r in (one, cut_at_sentences))
+    assert spans and all(span.text is None and span.first % 4 == 0 for span in spans)
+    assert any(span.text for span in sentences) and any(span.first % 4 for span in sentences)
+    if kind is Engine:
+        with pytest.raises(ValueError, match="a prompt of text needs a tokenizer; give the engine tokenizer=TOKENIZER"):
+            one.ask("What was the code word?")
 
 
 def test_generate_asks_as_ask_does_with_a_chooser_that_reads_queries():
@@ -368,8 +402,17 @@ def test_heads_that_a_model_does_not_have_are_refused():
     model = build("llama")
     with pytest.raises(ValueError, match="no retrieval heads are known of this llama of 3 layers"):
         StreamingCache.for_model(model, **STRICT, recall="heads")
-    with pytest.raises(ValueError, match=r"head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
+    with pytest.raises(ValueError, match=r"^recall_heads: head 3\.0 is not one .* layers 0 to 2, kv heads 0 to 1"):
         StreamingCache.for_model(model, **STRICT, recall="heads", recall_heads="3.0")
+    for chooser, words in (  # the user's own ones, made without the model
+        (Heads(heads=((9, 0),)), r"recall_heads: head 9\.0 is not one of the model's; accepted: layers 0 to 2"),
+        (Heads(), "recall_heads: no retrieval head is given; accepted: layers 0 to 2"),
+        (MeanKey(), "recall_heads: no retrieval head is given"),
+        (Oracle(), "an oracle must be told what is wanted"),
+    ):
+        for kind in (StreamingCache.for_model, Engine):
+            with pytest.raises(ValueError, match=words):
+                kind(model, **STRICT, recall=chooser)
 
 
 @pytest.mark.parametrize("place", ["memory", "file"])

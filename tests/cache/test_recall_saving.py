@@ -1,11 +1,13 @@
 """A cache with recall in a file: archive, frame and index go on bit for bit; what does not fit is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracle.models import build
 from recall_case import SMALL, STRICT, WORDS, frames_of, repetitive, token_bytes
 from stream_files import rewrite
-from streams import feed
+from streams import FakeTokenizer, feed
 
 from sinkstream.archive.choosers.recent import Recent, RecentIndex
 from sinkstream.cache import StreamingCache
@@ -113,6 +115,36 @@ def test_what_the_gate_counts_is_in_the_file_and_an_older_file_has_a_gate_that_d
     rewrite(path, header=older)
     recall = StreamingCache.load(model, path).stream.recall
     assert (recall.calm_at, recall.sure, recall.settings.alarms) == (0, 0, 0)
+
+
+def test_a_stream_goes_on_with_the_sentence_borders_that_it_had(tmp_path):
+    """The borders cut what comes back: without them a loaded stream would go on otherwise, and say nothing."""
+    model, path = build("llama"), tmp_path / "stream.safetensors"
+
+    class Other(FakeTokenizer):
+        pieces = FakeTokenizer.pieces[::-1]
+
+    makers = (lambda known: StreamingCache.load(model, path, tokenizer=known), partial(restored, model, path))
+    for saved_with, words in (
+        (FakeTokenizer(), "was saved with a tokenizer, .*; accepted: tokenizer=TOKENIZER, the same one"),
+        (Other(), "was saved with another tokenizer, whose sentence borders cut what comes back"),
+        (None, "was saved with no tokenizer, .*; accepted: tokenizer=None"),
+    ):
+        cache = opened(model, repetitive(), AT, **KINDS["kv"], tokenizer=saved_with)
+        cache.save(path)
+        for load in makers:
+            load(saved_with)
+            with pytest.raises(ValueError, match=words):
+                load(FakeTokenizer() if saved_with is None or isinstance(saved_with, Other) else None)
+    rewrite(path, header=lambda header: header["recall"].pop("borders"))
+    StreamingCache.load(model, path, tokenizer=FakeTokenizer())  # a file of before
+
+
+def restored(model, path, tokenizer) -> Engine:
+    """An engine with the recall of `KINDS["kv"]` that goes on with a file."""
+    engine = Engine(model, **STRICT, **SMALL, **KINDS["kv"], tokenizer=tokenizer)
+    engine.restore(path)
+    return engine
 
 
 class Own(Recent):

@@ -321,6 +321,21 @@ MISTAKES = [  # options of eval_line, what else is typed, what the message must 
     ({"policy": "lazy:compres_every=3"}, "", r"\(did you mean 'compress_every'\?\); accepted: OPTION=VALUE"),
     ({"policy": "strict:recall=lexcal"}, "", r"unknown chooser 'lexcal' \(did you mean 'lexical'\?\); accepted"),
     ({"policy": "strict:recall=lexical:recall_gate=nan"}, "", "'recall_gate=nan' in .*accepted: a finite number"),
+    ({"policy": "strict:recall=lexical:recall_lag=-1"}, "", "error: recall_lag=-1 is not accepted; accepted: .* 0"),
+    ({}, "--recall lexical --recall-lag=-1", "error: --recall-lag -1 is not accepted; accepted: a whole number of at"),
+    (
+        {"policy": "strict,strict:recall_gate=-2"},
+        "--recall lexical --recall-gate 2",
+        "policy 'strict': recall_gate=-2.0 is not accepted; accepted: a finite number",
+    ),
+    (
+        {},
+        "--recall lexical --recall-every 6 --recall-empty-every 4",
+        "--recall-empty-every 4 is not accepted; accepted: a divisor of --recall-every 6",
+    ),
+    ({}, f"--recall lexical --recall-slots {CAP}", f"error: --recall-slots {CAP} leave nothing of a window of"),
+    ({}, "--recall-lag 1", "error: --recall-lag goes with recall=CHOOSER, which is not given"),
+    ({"policy": "strict:recall=oracle:recall_rare=1"}, "", "unknown option .recall_rare.*; accepted: .*recall_ahead"),
     ({"policy": "strict,lazy", "cap": 35}, "", "policy 'lazy': cap=35 is too small"),
     ({"policy": "strict:evict=turns"}, "", "sink and window only, and compress_every=1 is given; accepted: without"),
     ({"text": ""}, "", "the text is empty; accepted: builtin, pg19, wikitext, or a file"),
@@ -512,6 +527,14 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         (
             "streameval --model nosuch --policy full --backend ring",
             "sinkstream streameval: error: policy 'full' is a baseline, which --backend ring does not run; accepted",
+        ),
+        (
+            "streameval --model nosuch --cap 512 --recall lexical --recall-lag=-1",
+            "sinkstream streameval: error: --recall-lag -1 is not accepted; accepted: a whole number of at least 0",
+        ),
+        (
+            "bench --model nosuch --cap 512 --policy strict --recall lexical --recall-archive text --recall-file x",
+            "sinkstream bench: error: --recall-file goes with --recall-archive 'kv', not with 'text'",
         ),
         ("bench --turns 3", "sinkstream bench: error: --turns 3 goes with --serve PART, which is not given"),
         (

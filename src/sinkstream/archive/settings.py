@@ -8,7 +8,9 @@ from typing import Any, Self
 
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
+from sinkstream.policies import EvictionPolicy
 from sinkstream.policies.options import check_option, check_options, option, option_fields
+from sinkstream.policies.triggers import Turns
 from sinkstream.registry import did_you_mean
 
 BUDGET_BYTES = 2 << 30
@@ -123,6 +125,22 @@ class RecallSettings:
         ValueError
             Naming the option, the value and what is accepted.
         """
+        mine, given = cls._parted(recall, options)
+        chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
+        chooser.check(model)
+        return cls(chooser, **{"slots": max(1, peak // 4)} | mine)
+
+    @classmethod
+    def check(cls, recall: "str | Chooser", policy: EvictionPolicy, **options: Any) -> None:
+        """Raise ValueError, as `build` and `check_policy` do, for what shows without the model."""
+        mine, given = cls._parted(recall, options)
+        given.pop("heads", None)  # who knows the model says which it has
+        chooser = CHOOSERS[recall](**given) if isinstance(recall, str) else recall
+        cls(chooser, **{"slots": max(1, policy.peak // 4)} | mine).check_policy(policy)
+
+    @classmethod
+    def _parted(cls, recall: "str | Chooser", options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings, and options of the chooser, that are given. Raises ValueError if nobody has one, as `build`."""
         given = {name: value for name, value in options.items() if value is not None}
         own = {f.name for f in option_fields(cls)}
         mine = {name: given.pop(name) for name in [*given] if name in own}
@@ -137,7 +155,27 @@ class RecallSettings:
         for f in option_fields(CHOOSERS[recall]) if isinstance(recall, str) else ():
             if f.name in given:
                 check_option(f, given[f.name], PREFIX)
-        chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         if isinstance(mine.get("file"), Path):
             mine["file"] = str(mine["file"])
-        return cls(chooser, **{"slots": max(1, peak // 4)} | mine)
+        return mine, given
+
+    def check_policy(self, policy: EvictionPolicy) -> None:
+        """Raise ValueError, by name, unless recall composes with the policy, and its slots leave a window."""
+        refused = {
+            "a policy that pins tokens (refresh)": policy.refresh > 0,
+            "evict='turns'": any(isinstance(t, Turns) for t in policy.triggers),
+        }
+        wrong = next((name for name, given in refused.items() if given), None)
+        if wrong is not None:
+            raise excluded(wrong)
+        most = policy.window + policy.overlap - 1
+        if self.slots > most:
+            raise ValueError(
+                f"recall_slots={self.slots} leave nothing of a window of {policy.window + policy.overlap} tokens;"
+                f" accepted: 1 to {most}"
+            )
+
+
+def excluded(what: str) -> ValueError:
+    """What is raised where recall does not compose with something that is given."""
+    return ValueError(f"recall and {what} exclude each other; give one of them")

@@ -3,6 +3,7 @@
 The index of a chooser is not written: it is made again of the archived ids, and of the keys of its heads if it has any.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -52,7 +53,7 @@ def recall_record(recall: Recall, *, begun: bool, shift: int) -> tuple[dict[str,
         If the index of a chooser does not give back the keys that it was given.
     """
     archive, chooser, log = recall.archive, recall.settings.chooser, recall.log
-    record: dict[str, Any] = {"settings": recall.settings.record(), "archive": None}
+    record: dict[str, Any] = {"settings": recall.settings.record(), "archive": None, "borders": _borders(recall)}
     if not begun:
         return record, {}
     ids = log.read(log.first, log.end)
@@ -142,12 +143,20 @@ def fill_recall(recall: Recall, saved: SavedStream, path: str | Path, spec: Mode
     Raises
     ------
     ValueError
-        If the archive does not fit its budget here, or what is saved does not fit together.
+        If the archive does not fit its budget here, what is saved does not fit together, or the tokenizer, whose
+        sentence borders cut what comes back, is another one.
     WriteError
         If the file of the archive cannot be made. In either case it has been deleted.
     """
     record = saved.recall
     assert record is not None, "compared by check_fits"
+    theirs = record.get("borders", mine := _borders(recall))  # files did not always say them
+    if theirs != mine:
+        words = "another tokenizer" if theirs and mine else "a tokenizer" if theirs else "no tokenizer"
+        raise ValueError(
+            f"{str(path)!r} was saved with {words}, whose sentence borders cut what comes back; accepted: tokenizer="
+            f"{'TOKENIZER, the same one' if theirs else 'None'}"
+        )
     try:
         _fill(recall, saved, path, spec, device)
         return _undamaged(lambda: int(record["shift"]), path)
@@ -199,6 +208,11 @@ def _coming(archive: Archive, saved: SavedStream, coming: dict[str, Any], device
         return Coming.of(archive, tokens, behind, event, device)
     keys, values = (saved.tensors[f"recall_coming_{name}"].to(device) for name in ("keys", "values"))
     return Coming(event.token, tokens, behind, event, lambda: (keys, values))
+
+
+def _borders(recall: Recall) -> int | None:
+    """A checksum of the ids behind which a sentence begins; None without a tokenizer."""
+    return None if recall.borders is None else zlib.crc32(bytes(recall.borders))
 
 
 def _event(saved: dict[str, Any]) -> RecallEvent:

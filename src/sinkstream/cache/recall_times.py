@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sinkstream.archive import Archive, Fetched, Index, Query, RecallSettings, Span
-from sinkstream.archive.choosers.base import Head
+from sinkstream.archive.choosers.base import LATEST, Head
 from sinkstream.cache.token_log import TokenLog
 from sinkstream.policies import PruneSchedule
 
@@ -137,7 +137,7 @@ class RecallTimes:
         if self.archive is None or not self.settings.chooser.foresees or not self.brief(now):
             return False
         self._index_until(end)
-        return not self._score(now, end) >= self.gate(now)
+        return not self._opens(now, end)
 
     @property
     def _every(self) -> int:
@@ -212,7 +212,7 @@ class RecallTimes:
             return False
         end = now - (cached - self.sink - len(self.frame))
         self._index_until(end)
-        return bool(self.frame and now >= self.until) or self._score(now, end) >= self.gate(now)
+        return bool(self.frame and now >= self.until) or self._opens(now, end)
 
     def _foreseen(self, schedule: PruneSchedule) -> int:
         """How many of the coming tokens are known, and what leaves before them is in the log already."""
@@ -223,20 +223,25 @@ class RecallTimes:
         window = schedule.cached - self.sink - len(self.frame)
         return min(known, window // 2)
 
-    def _score(self, now: int, end: int) -> float:
-        """Of the best block, at a choice that is to come before token `now`, when the tokens before `end` have left."""
+    def _opens(self, now: int, end: int) -> bool:
+        """Whether a choice that is to come before token `now`, when those before `end` have left, opens the gate."""
         archive, wanted = self.archive, self.settings.chooser.query_tokens
         assert archive is not None, "something has left"
-        first, coming = self._coming
-        seen = self.log.end
-        ids = [*self.log.read(now - wanted, seen), *coming[max(now - wanted, seen) - first : now - first]]
-        least = self.gate(now)
-        brief = self.brief(now)
+        least, brief = self.gate(now), self.brief(now)
+        if brief and not self.index.may_hit(self._before(now, min(wanted, LATEST)), least):
+            return least <= 0
         held_from = archive.first_after(max(0, end - archive.end))
         if held_from >= end:
-            return 0.0
+            return least <= 0
+        ids = self._before(now, wanted)
         query = Query(now=now, ids=ids, asked=False, first=held_from, end=end, least=least, brief=brief)
-        return self.index.hits(query, query.blocks(self.settings.chooser.block)).best
+        return self.index.hits(query, query.blocks(self.settings.chooser.block)).best >= least
+
+    def _before(self, now: int, count: int) -> list[int]:
+        """Ids of the latest tokens before token `now`, of the stream and of those that were announced."""
+        first, coming = self._coming
+        seen = self.log.end
+        return [*self.log.read(now - count, seen), *coming[max(now - count, seen) - first : now - first]]
 
     def _index_until(self, end: int) -> None:
         """See `RecallMemory`."""

@@ -12,6 +12,7 @@ import torch
 from sinkstream import compat
 from sinkstream.archive import PREFIX, BlockFile, Chooser, RecallSettings
 from sinkstream.archive.kv import BLOCK
+from sinkstream.archive.settings import excluded
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
 from sinkstream.cache.padding import check_ids
@@ -19,7 +20,6 @@ from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
-from sinkstream.policies.triggers import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -231,21 +231,11 @@ def _check(settings: RecallSettings, spec: ModelSpec, policy: EvictionPolicy, po
             f"recall and {spec.family} with sliding layers exclude each other; accepted: models whose layers all stream"
             " under the policy"
         )
-    refused = {
-        "a policy that pins tokens (refresh)": policy.refresh > 0,
-        "evict='turns'": any(isinstance(t, Turns) for t in policy.triggers),
-        f"positions={positions!r}": positions != "cache",
-        "a compiled model": compiled,
-    }
+    settings.check_policy(policy)
+    refused = {f"positions={positions!r}": positions != "cache", "a compiled model": compiled}
     wrong = next((name for name, given in refused.items() if given), None)
     if wrong is not None:
-        raise ValueError(f"recall and {wrong} exclude each other; give one of them")
-    most = policy.window + policy.overlap - 1
-    if settings.slots > most:
-        raise ValueError(
-            f"recall_slots={settings.slots} leave nothing of a window of {policy.window + policy.overlap} tokens;"
-            f" accepted: 1 to {most}"
-        )
+        raise excluded(wrong)
     if settings.file is not None:  # what shows now need not wait until something leaves the window
         shape = (2, len(spec.full_layers), spec.kv_heads, BLOCK, spec.head_dim)
         BlockFile.check(settings.file, settings.file_bytes, shape, spec.dtype)

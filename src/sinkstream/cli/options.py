@@ -1,6 +1,7 @@
 """Command-line options that several commands share; policy options come from the registries."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,8 +124,17 @@ def policy_settings(args: argparse.Namespace, **protocol: Any) -> list[RunSettin
         try:
             settings.append(RunSettings(method, options=passed | own, recall=recall, **(common | sampled)))
         except ValueError as error:
-            raise ValueError(f"policy {method!r}: {error}" if several else str(error)) from None
+            message = _as_typed(str(error), recalled.keys() - options.keys() - {"recall"})
+            raise ValueError(f"policy {method!r}: {message}" if several else message) from None
     return settings
+
+
+def _as_typed(message: str, names: Iterable[str]) -> str:
+    """A message in which options that were typed as flags are written so: ``--recall-lag -1`` for ``recall_lag=-1``."""
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        message = re.sub(rf"\b{name}\b", flag, message).replace(flag + "=", flag + " ")
+    return message
 
 
 def _named_heads(options: dict[str, Any]) -> dict[str, Any]:

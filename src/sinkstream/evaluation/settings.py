@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sinkstream.archive import PREFIX, RecallSettings
 from sinkstream.cache import POSITIONS
 from sinkstream.measure.timing import WARMUP_TOKENS
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, EvictionPolicy, preset_options
@@ -169,6 +170,8 @@ class RunSettings:
             raise ValueError(f"{next(iter(self.recall))} goes with recall=CHOOSER, which is not given")
         if self.method in BASELINES:
             raise ValueError(f"policy {self.method!r} has no recall; accepted: an eviction policy")
+        options = {name.removeprefix(PREFIX): value for name, value in self.recall.items() if name != "recall"}
+        RecallSettings.check(self.recall["recall"], self.eviction_policy, **options)
 
     def _check_window_fits(self, policy: EvictionPolicy) -> None:
         counted = policy.target + CAP_ACCOUNTING[self.cap_accounting](policy.growth)

@@ -13,6 +13,8 @@ from sinkstream.registry import Registry
 
 CHOOSERS: Registry = Registry("chooser")
 
+LATEST = 3  # ids of a query by which an index says that it finds nothing
+
 Head = tuple[int, int]  # (layer, kv head)
 
 
@@ -130,6 +132,16 @@ class Index(ABC):
             )
         return Hits(np.arange(blocks.start, blocks.stop), scores)
 
+    def may_hit(self, latest: Sequence[int], least: float) -> bool:
+        """Whether a brief query may find a block of at least this score; False is sure, and must take no time.
+
+        Parameters
+        ----------
+        latest : sequence of int
+            The last `LATEST` ids of the query, or all if it has fewer.
+        """
+        return True
+
     def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
         """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""
         return {}
@@ -173,6 +185,27 @@ class Chooser(ABC):
         """The chooser for one model; a chooser that must know the model overrides this."""
         return cls(**options)
 
+    def check(self, model: Any) -> None:
+        """Raise ValueError unless the model has the heads that the chooser reads."""
+        if self.heads:
+            check_heads(self.heads, model)
+
     @abstractmethod
     def start(self) -> Index:
         """The empty index of a new stream."""
+
+
+def check_heads(heads: Sequence[Head], model: Any) -> None:
+    """Raise ValueError unless the model has these heads, at least one."""
+    layers, kv_heads = shape_of(model)
+    wrong = [head for head in heads if not (0 <= head[0] < layers and 0 <= head[1] < kv_heads)]
+    if wrong or not heads:
+        what = f"head {wrong[0][0]}.{wrong[0][1]} is not one of the model's" if wrong else "no retrieval head is given"
+        raise ValueError(f"recall_heads: {what}; accepted: layers 0 to {layers - 1}, kv heads 0 to {kv_heads - 1}")
+
+
+def shape_of(model: Any) -> tuple[int, int]:
+    """Layers and kv heads of a model."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, heads

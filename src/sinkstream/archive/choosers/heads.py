@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, Index, Query
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Head, Index, Query, check_heads, shape_of
 from sinkstream.policies.options import option
 
 FOLDER = Path(__file__).parent.parent / "heads"  # of the models whose heads are known
@@ -181,9 +181,11 @@ class Heads(Chooser):
             options = known_heads(Path(given)) | {name: v for name, v in options.items() if name != "heads"}
         elif given is None:
             options = heads_of(model) | options
-        chooser = cls(**options)
-        check_heads(chooser.heads, model)
-        return chooser
+        return cls(**options)
+
+    def check(self, model: Any) -> None:
+        """As `Chooser.check`; raises ValueError without heads too."""
+        check_heads(self.heads, model)
 
     def start(self) -> HeadsIndex:
         """No keys."""
@@ -203,22 +205,6 @@ def read_heads(given: Any) -> tuple[Head, ...]:
         ) from None
 
 
-def check_heads(heads: Sequence[Head], model: Any) -> None:
-    """Raise ValueError unless the model has these heads, at least one."""
-    layers, kv_heads = shape_of(model)
-    wrong = [head for head in heads if not (0 <= head[0] < layers and 0 <= head[1] < kv_heads)]
-    if wrong or not heads:
-        what = f"head {wrong[0][0]}.{wrong[0][1]} is not one of the model's" if wrong else "no retrieval head is given"
-        raise ValueError(f"{what}; accepted: layers 0 to {layers - 1}, kv heads 0 to {kv_heads - 1}")
-
-
-def shape_of(model: Any) -> tuple[int, int]:
-    """Layers and kv heads of a model."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers, heads
-
-
 def signature(model: Any) -> float:
     """A number that tells models of one shape apart: the mean absolute weight of the input embedding."""
     return float(model.get_input_embeddings().weight.detach().abs().mean(dtype=torch.float64))
@@ -231,7 +217,9 @@ def known_heads(path: Path) -> dict[str, Any]:
         levels = {name: float(content[name]) for name in LEVELS}
         return {"heads": read_heads(content["heads"])} | levels
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads") from None
+        raise ValueError(
+            f"recall_heads: {str(path)!r} holds no heads: {error}; accepted: a file of sinkstream probe-heads"
+        ) from None
 
 
 def heads_of(model: Any) -> dict[str, Any]:

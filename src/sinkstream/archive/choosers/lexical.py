@@ -4,7 +4,7 @@ import copy
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -159,7 +159,7 @@ class LexicalIndex(Index):
         from each other as in the query; it counts for the block in which the text would go on. A run: the same, but
         without a gap, and common terms count too. A brief query is answered by runs alone.
         """
-        able = not query.asked and self._can_run(query)
+        able = not query.asked and self.may_hit(query.ids, query.least)
         if query.brief and not able:
             return NOTHING
         chooser, total, found = self.chooser, len(blocks), list[Hits]()
@@ -169,24 +169,25 @@ class LexicalIndex(Index):
             found.append(self._blocks(query, self._runs(query, total, query.least * level), level))
         if query.brief:
             return _best(found)
-        terms = {token: term for token in dict.fromkeys(query.ids) if (term := self._term(token, query, total))}
-        most = max(FEW_BLOCKS, chooser.rare * total)
+        most, in_row = (max(FEW_BLOCKS, share * total) for share in (chooser.rare, chooser.row_rare))
+        known = ((token, self._term(token, query, total, max(most, in_row))) for token in dict.fromkeys(query.ids))
+        terms = {token: term for token, term in known if term}
         level = chooser.level * once**chooser.idf_power
         numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
         found.append(Hits(numbers, score / level))
         if not query.asked:
-            most, level = max(FEW_BLOCKS, chooser.row_rare * total), chooser.row_level * once
+            level = chooser.row_level * once
             latest = reversed(query.ids[max(0, len(query.ids) - chooser.row_tokens) :])
             row = [(terms[token], back) for back, token in enumerate(latest, 1) if token in terms]
-            goes_on = _in_a_row([(t, back) for t, back in row if t.blocks <= most], query.least * level)
+            goes_on = _in_a_row([(t, back) for t, back in row if t.blocks <= in_row], query.least * level)
             found.append(self._blocks(query, goes_on, level))
         return _best(found)
 
-    def _can_run(self, query: Query) -> bool:
+    def may_hit(self, latest: Sequence[int], least: float) -> bool:
         """Whether the latest tokens may stand in the archive in a row that is long enough."""
-        if query.least * self.chooser.run_level <= 2 + ROUNDING:  # no idf is above that of a term in one block
+        if least * self.chooser.run_level <= 2 + ROUNDING:  # no idf is above that of a term in one block
             return True
-        return len(query.ids) > 2 and self.trigrams.has(*query.ids[-3:])
+        return len(latest) > 2 and self.trigrams.has(*latest[-3:])
 
     def _blocks(self, query: Query, found: tuple[np.ndarray, np.ndarray], level: float) -> Hits:
         """The blocks of ascending places at which the text would go on, and their scores in units of a level."""
@@ -202,7 +203,9 @@ class LexicalIndex(Index):
         """
         latest, held = query.ids[::-1][: self.chooser.row_tokens], list[_Term]()
         sure = 0.0
-        for token in latest:
+        for i, token in enumerate(latest):
+            if i > 1 and not self.trigrams.has(token, latest[i - 1], latest[i - 2]):
+                return NONE, NONE
             term = self._term(token, query, total)
             if term is None:
                 break
@@ -210,8 +213,7 @@ class LexicalIndex(Index):
             sure += term.idf
             if sure >= needed - ROUNDING:
                 break
-        threes = zip(latest[2 : len(held)], latest[1:], latest)
-        if not held or sure < needed - ROUNDING or not all(self.trigrams.has(*three) for three in threes):
+        if not held or sure < needed - ROUNDING:
             return NONE, NONE
         fewest = sorted(range(len(held)), key=lambda i: held[i].high - held[i].low)
         goes_on = held[fewest[0]].places + np.int32(fewest[0] + 1)
@@ -230,8 +232,8 @@ class LexicalIndex(Index):
             score[going] += term.idf
         return goes_on, score
 
-    def _term(self, token: int, query: Query, total: int) -> _Term | None:
-        """A term of the query; None if the archive does not hold it."""
+    def _term(self, token: int, query: Query, total: int, most: float = math.inf) -> _Term | None:
+        """A term of the query; None if the archive does not hold it, or it is in more than so many blocks."""
         posting = self.postings.get(token)
         if posting is None:
             return None
@@ -243,6 +245,8 @@ class LexicalIndex(Index):
                 return None
             first = bisect_left(numbers, places[low] // self.chooser.block)
             blocks = bisect_left(numbers, places[high - 1] // self.chooser.block, first) + 1 - first
+        if blocks > most:
+            return None
         return _Term(posting, low, high, first, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
 
     def _shared(self, terms: list[_Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -261,9 +265,11 @@ class LexicalIndex(Index):
             numbers, score = _able(numbers, score, needed - rest)
             if not len(numbers):
                 break
-            held, place = terms[i].numbers, terms[i].numbers.searchsorted(numbers)
-            there = held.take(place, mode="clip") == numbers
-            score += weights[n] * _saturated(terms[i].counts(block).take(place, mode="clip") * there)
+            held = terms[i].numbers
+            place = held.searchsorted(numbers)
+            there = (held.take(place, mode="clip") == numbers).nonzero()[0]
+            if len(there):  # as a rule none of the blocks has the term
+                score[there] += weights[n] * _saturated(terms[i].counts(block)[place[there]])
             rest -= bounds[i]
         return _able(numbers, score, needed)
 
@@ -325,12 +331,15 @@ def _stands(term: _Term, indices: np.ndarray) -> np.ndarray:
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
     """Those whose score is not below `needed`, but for rounding."""
     able = score >= needed - ROUNDING
-    return numbers[able], score[able]
+    return (numbers, score) if able.all() else (numbers[able], score[able])
 
 
 def _best(found: list[Hits]) -> Hits:
     """Each block once, ascending, and the largest of its scores."""
-    return _each([hits.blocks for hits in found], np.concatenate([hits.scores for hits in found]), np.maximum)
+    some = [hits for hits in found if len(hits.blocks)]
+    if not some:
+        return NOTHING
+    return _each([hits.blocks for hits in some], np.concatenate([hits.scores for hits in some]), np.maximum)
 
 
 def _each(numbers: list[np.ndarray], values: np.ndarray, reduce: np.ufunc) -> Hits:
@@ -339,8 +348,9 @@ def _each(numbers: list[np.ndarray], values: np.ndarray, reduce: np.ufunc) -> Hi
     if not len(joined):
         return Hits(NONE, values)
     order = joined.argsort(kind="stable")
-    joined = joined[order]
-    first = np.concatenate([[0], np.flatnonzero(joined[1:] != joined[:-1]) + 1])
+    joined, new = joined[order], np.ones(len(joined), dtype=bool)
+    np.not_equal(joined[1:], joined[:-1], out=new[1:])
+    first = new.nonzero()[0]
     return Hits(joined[first], reduce.reduceat(values[order], first))
 
 

@@ -6,8 +6,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Head, Query
-from sinkstream.archive.choosers.heads import KeptKeys, check_heads, read_heads, shape_of
+from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Head, Query, check_heads, shape_of
+from sinkstream.archive.choosers.heads import KeptKeys, read_heads
 
 
 class MeanKeyIndex(KeptKeys):
@@ -45,9 +45,11 @@ class MeanKey(Chooser):
         """Over all heads of the layers at a quarter, half and three quarters of the depth, unless heads are given."""
         layers, kv_heads = shape_of(model)
         depths = sorted({layers // 4, layers // 2, 3 * layers // 4})
-        chooser = cls(**{"heads": [(layer, head) for layer in depths for head in range(kv_heads)]} | options)
-        check_heads(chooser.heads, model)
-        return chooser
+        return cls(**{"heads": [(layer, head) for layer in depths for head in range(kv_heads)]} | options)
+
+    def check(self, model: Any) -> None:
+        """As `Chooser.check`; raises ValueError without heads too."""
+        check_heads(self.heads, model)
 
     def start(self) -> MeanKeyIndex:
         """No keys."""

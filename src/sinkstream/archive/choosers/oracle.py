@@ -1,7 +1,7 @@
 """Oracle choosers: told which tokens are wanted when; what attending, or attending in time, can give back at most."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,15 +56,13 @@ class Oracle(Chooser):
             raise ValueError(f"recall_told row {wrong} is not accepted; accepted: {TOLD}")
         object.__setattr__(self, "told", told)
 
-    @classmethod
-    def for_model(cls, model: Any, **options: Any) -> Self:
-        """With what is wanted when. Raises ValueError where nobody says so: nothing would ever come back."""
-        if options.get("told") is None:
+    def check(self, model: Any) -> None:
+        """Raise ValueError where nobody says what is wanted: nothing would ever come back."""
+        if not self.told:
             raise ValueError(
                 f"an oracle must be told what is wanted; accepted: recall_told, rows of {TOLD}, which sinkstream recall"
                 " and streameval give by themselves"
             )
-        return cls(**options)
 
     def wanted(self, begin: int, end: int, query: Query) -> bool:
         """Whether what is wanted for the tokens `begin` to `end` is wanted at the choice of this query."""

@@ -22,11 +22,6 @@ class _Part:
             self.bits[at >> 3] |= 1 << (at & 7)
         self.room -= 1
 
-    def has(self, place: int) -> int:
-        """Whether one bit is set."""
-        at = place & self.mask
-        return self.bits[at >> 3] >> (at & 7) & 1
-
 
 class Trigrams:
     """A Bloom filter of two hashes that grows: what was taken in is always found, of the rest one in twenty in a part.
@@ -52,7 +47,13 @@ class Trigrams:
     def has(self, a: int, b: int, c: int) -> bool:
         """Whether the three may have stood in a row; False is sure."""
         first, second = _places(a, b, c)
-        return any(part.has(first) and part.has(second) for part in self._parts)
+        for part in self._parts:
+            bits, at = part.bits, first & part.mask
+            if bits[at >> 3] >> (at & 7) & 1:
+                at = second & part.mask
+                if bits[at >> 3] >> (at & 7) & 1:
+                    return True
+        return False
 
     def forget(self, before: int) -> None:
         """Let go what holds only tokens before this index."""
