@@ -132,6 +132,20 @@ def test_what_left_the_window_comes_back(folder):
         assert held and 120 <= int(held[1]) <= 160, "the window grows again behind a frame that was emptied"
 
 
+def test_a_sentence_encoder_chooses_what_comes_back(folder):
+    tiny_model.save_model(folder / "encoder", "llama")  # what it says means nothing, but all of the way to it is real
+    padded = tiny_model.tokenizer()
+    padded.pad_token = padded.convert_ids_to_tokens(0)
+    padded.save_pretrained(folder / "encoder")
+    line = ["encoder", "eval", "--model", "plain", "--text", "text.txt", "--tokens", "300", "--cap", "120"]
+    run = example("embedding_recall.py", folder, *line, "--policy", "strict,strict:recall=encoder:recall_level=0.01")
+    assert run.returncode == 0, run.stderr
+    ppl = [float(found) for found in re.findall(r"PPL ([0-9.]+)", run.stdout)]
+    assert len(ppl) == 2 and ppl[0] != ppl[1], f"what came back changed nothing: {run.stdout}"
+    wrong = example("embedding_recall.py", folder, *line, "--policy", "strict:recall=encoding")
+    assert wrong.returncode == 2 and "union, encoder" in wrong.stderr, "the registry knows the example's chooser"
+
+
 def test_a_scorer_of_ones_own_is_used(folder):
     line = ["--model", "plain", "--text", "text.txt", "--tokens", "200", "--cap", "80"]
     compared = example("new_scorer.py", folder, *line)

@@ -14,7 +14,7 @@ from recall_case import POLICIES, READING, SMALL, STRICT, TOKENS, WORDS, WORDS_A
 from streams import TOLERANCE, FakeTokenizer, feed, generate_text, nll_of, prompt_of
 
 from sinkstream.archive.choosers.heads import Heads
-from sinkstream.archive.choosers.lexical import LexicalIndex
+from sinkstream.archive.choosers.lexical import Lexical, LexicalIndex
 from sinkstream.archive.choosers.mean_key import MeanKey
 from sinkstream.archive.choosers.oracle import Oracle
 from sinkstream.cache import StreamingCache
@@ -452,3 +452,24 @@ def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser):
         assert worst(nll_of(logits, ids[None])[0], expected.nll) < TOLERANCE
         cache.close()
     assert model.config._attn_implementation == "sdpa", "the model is as it was"
+
+
+class Reader(Lexical):
+    """A chooser that reads text: it notes the tokenizer that it is given, and refuses to do without."""
+
+    given: list
+
+    def with_tokenizer(self, tokenizer):
+        if tokenizer is None:
+            raise ValueError("recall='reader' reads text; give tokenizer=TOKENIZER")
+        self.given.append(tokenizer)
+        return self
+
+
+@pytest.mark.parametrize("make", [StreamingCache.for_model, Engine], ids=["cache", "engine"])
+def test_a_chooser_that_reads_text_gets_the_tokenizer(make):
+    Reader.given, tokenizer = [], FakeTokenizer()
+    with pytest.raises(ValueError, match="reads text"):
+        make(build("llama"), cap=64, recall=Reader())
+    make(build("llama"), cap=64, recall=Reader(), tokenizer=tokenizer)
+    assert set(map(id, Reader.given)) == {id(tokenizer)}

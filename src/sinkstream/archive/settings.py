@@ -106,7 +106,9 @@ class RecallSettings:
         return replace(self, file=next(name for name in names if not Path(name).exists()))
 
     @classmethod
-    def build(cls, recall: "str | Chooser", model: Any, peak: int, **options: Any) -> "RecallSettings":
+    def build(
+        cls, recall: "str | Chooser", model: Any, peak: int, tokenizer: Any = None, **options: Any
+    ) -> "RecallSettings":
         """Settings from flat options, without their prefix.
 
         Parameters
@@ -117,6 +119,8 @@ class RecallSettings:
             For choosers that must know it.
         peak : int
             The most entries that the policy caches: a quarter of them is the default of ``slots``.
+        tokenizer : tokenizer or None
+            For choosers that read text.
         **options
             Settings, and options of the chooser where it is given by name. None means "not given".
 
@@ -128,7 +132,7 @@ class RecallSettings:
         mine, given = cls._parted(recall, options)
         chooser = CHOOSERS[recall].for_model(model, **given) if isinstance(recall, str) else recall
         chooser.check(model)
-        return cls(chooser, **{"slots": max(1, peak // 4)} | mine)
+        return cls(chooser.with_tokenizer(tokenizer), **{"slots": max(1, peak // 4)} | mine)
 
     @classmethod
     def check(cls, recall: "str | Chooser", policy: EvictionPolicy, **options: Any) -> None:

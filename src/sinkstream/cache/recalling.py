@@ -210,7 +210,7 @@ def recall_of(
             raise ValueError(f"{next(iter(options))} goes with recall=CHOOSER, which is not given")
         return None
     own = {name.removeprefix(PREFIX): value for name, value in options.items()}
-    settings = RecallSettings.build(recall, model, policy.peak, **own)
+    settings = RecallSettings.build(recall, model, policy.peak, tokenizer, **own)
     _check(settings, spec, policy, positions, compiled)
     borders = decode = None
     if tokenizer is not None:

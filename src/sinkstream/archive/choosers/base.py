@@ -185,6 +185,10 @@ class Chooser(ABC):
         """The chooser for one model; a chooser that must know the model overrides this."""
         return cls(**options)
 
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        """The chooser beside a tokenizer, or None; a chooser that reads text overrides this, and may refuse None."""
+        return self
+
     def check(self, model: Any) -> None:
         """Raise ValueError unless the model has the heads that the chooser reads."""
         if self.heads:
