@@ -195,7 +195,7 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class PersistentConfig:
-    """How the persistent kernel is cut up. Changes speed only, never values beyond the order of additions.
+    """How the kernel of persistent Llama-like layers is cut up. Changes speed only, but for the order of additions.
 
     Attributes
     ----------
@@ -213,6 +213,43 @@ class PersistentConfig:
     per_sm: int = 1
     slots: int = 256
     ahead: bool = True
+
+
+@dataclass(frozen=True)
+class PersistentNeoxConfig:
+    """How the kernel of persistent GPT-NeoX layers is cut up. Changes speed only, but for the order of additions.
+
+    Attributes
+    ----------
+    warps, per_sm : int
+        Warps of a program, programs a multiprocessor.
+    rows : int
+        Weight rows of one tile, and
+    slots : int
+        slots of one tile of attention (powers of two, slots at least 16); a program has as many tiles as it needs.
+    lead : int
+        How far ahead a program prefetches to L2 what it reads: 1 to 4 of the four items of a layer (rows of queries,
+        keys and values; rows of the up-projection; slots; rows of the output), or 0 for nothing.
+    early : int
+        What a program holds in registers while it waits for the previous layer: rows of queries, keys and values (0),
+        those of the up-projection too (1), slots too (2).
+    """
+
+    warps: int = 8
+    per_sm: int = 1
+    rows: int = 8
+    slots: int = 64
+    lead: int = 4
+    early: int = 1
+
+    def __post_init__(self):
+        for name, least in (("rows", 1), ("slots", 16), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}={value} in the configuration; accepted: a power of two, at least {least}")
+        for name, most in (("lead", 4), ("early", 2)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} in the configuration; accepted: 0 to {most}")
 
 
 # Defaults, chosen so that the compiler spills no registers at head sizes 64 to 256.
