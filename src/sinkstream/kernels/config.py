@@ -223,8 +223,8 @@ class PersistentNeoxConfig:
     ----------
     warps, per_sm : int
         Warps of a program, programs a multiprocessor.
-    rows : int
-        Weight rows of one tile, and
+    rows, out_rows : int
+        Weight rows of one tile of queries, keys, values and the up-projection, and of the output, and
     slots : int
         slots of one tile of attention (powers of two, slots at least 16); a program has as many tiles as it needs.
     lead : int
@@ -238,12 +238,13 @@ class PersistentNeoxConfig:
     warps: int = 8
     per_sm: int = 1
     rows: int = 8
+    out_rows: int = 8
     slots: int = 64
     lead: int = 4
     early: int = 1
 
     def __post_init__(self):
-        for name, least in (("rows", 1), ("slots", 16), ("warps", 1)):
+        for name, least in (("rows", 1), ("out_rows", 1), ("slots", 16), ("warps", 1)):
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name}={value} in the configuration; accepted: a power of two, at least {least}")
