@@ -38,12 +38,14 @@ from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.kernels.layout import TOKEN
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
+from sinkstream.measure.memory import OWN
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes
 from sinkstream.records.files import WriteError
 from sinkstream.records.records import load_records, write_record
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import HEADLINES, write_summary
+from sinkstream.show.table import EMPTY
 from sinkstream.statistics.comparison import ratio_of_times, time_against_bytes
 
 CAP = 24
@@ -685,6 +687,24 @@ def test_streams_of_both_shapes_stand_in_one_table_each_of_the_command_that_time
         ("llama-3.2-1b bfloat16", "1", "1.100"),
         *(("llama-3.2-1b bfloat16", f"{streams}", f"{streams / 10:.3f}") for streams in (2, 4, 8, 16)),
     ], "8 streams of the wide command, not the later 7 ms; what it lacks is the latest of its kind"
+
+
+@pytest.mark.parametrize(
+    ("peak_mb", "kind", "in_turn", "shown"),
+    [
+        (6084.3, OWN, 1, "6,084"),
+        (6084.3, OWN, 2, "≤ 6,084"),
+        (6084.3, "cuda_allocated", 1, "≤ 6,084"),
+        (None, "cuda_allocated", 1, EMPTY),
+    ],
+)
+def test_the_ladder_has_the_memory_of_a_rung_or_its_bound(tmp_path, peak_mb, kind, in_turn, shown):
+    record = make_bench_record("one", in_turn=in_turn) | {"memory": {"peak_mb": peak_mb, "kind": kind}}
+    BenchRecord.write(record, tmp_path)
+    header, _, row = (
+        line.split(" | ") for line in render_bench(tmp_path)["bench-ladder"].splitlines() if line[:2] == "| "
+    )
+    assert row[header.index("peak memory (MB)")] == shown
 
 
 def test_precision_compares_half_with_single_on_the_same_tokens(tmp_path):

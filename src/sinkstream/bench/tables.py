@@ -21,6 +21,7 @@ from sinkstream.bench.summary import (
     tpot_over_floor,
 )
 from sinkstream.bench.two_shapes import BOTH, shape_name
+from sinkstream.measure.memory import OWN
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
@@ -49,6 +50,15 @@ def _preparation(record: BenchRecord) -> str:
     return f"{setup['prepare_sec']:.1f}{again}"
 
 
+def _peak_memory(record: BenchRecord) -> str:
+    """The peak in MB of 2**20 bytes; a bound where the figure holds more than the record's own cache and weights."""
+    peak = record.memory["peak_mb"]
+    if peak is None:
+        return EMPTY
+    shared = record.memory["kind"] != OWN or record.protocol["in_turn"] > 1
+    return f"{'≤ ' if shared else ''}{peak:,.0f}"
+
+
 RUNG: Column = ("rung", lambda r: r.rung["name"])
 POLICY: Column = ("policy", lambda r: r.policy["label"] + ("" if r.status == "complete" else f" ({r.status})"))
 SHAPE: Column = ("shape", shape_name)
@@ -67,6 +77,7 @@ FLOOR: list[Column] = [
     ("TPOT / floor", lambda r: f"{r.steady['over_floor']:.3f}"),
     ("share of floor", lambda r: f"{100 * r.steady['share_of_floor']:.1f} %"),
 ]
+MEMORY: Column = ("peak memory (MB)", _peak_memory)
 READY: Column = ("ready in (s), first / again", _preparation)
 TERMINAL = [RUNG, POLICY, CAP, STREAMS, SEEN, *SPEED, *FLOOR, READY]
 
@@ -198,7 +209,7 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
     ordered = sorted(rows, key=lambda r: -r.steady["tpot_ms"])
     fastest = ordered[-1].steady["tpot_ms"] if ordered else None
     times: Column = ("× the fastest", lambda r: f"{r.steady['tpot_ms'] / fastest:.2f}")
-    return _document_table(ordered, [RUNG, POLICY, SEEN, *SPEED, *FLOOR, times, READY])
+    return _document_table(ordered, [RUNG, POLICY, SEEN, *SPEED, *FLOOR, times, MEMORY, READY])
 
 
 @BENCH_TABLES.register("bench-policies")
