@@ -38,12 +38,14 @@ from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.kernels.layout import TOKEN
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
+from sinkstream.measure.memory import OWN
 from sinkstream.measure.timing import TokenClock
 from sinkstream.models import shape_sizes
 from sinkstream.records.files import WriteError
 from sinkstream.records.records import load_records, write_record
 from sinkstream.report.precision import precision_runs
 from sinkstream.report.summary import HEADLINES, write_summary
+from sinkstream.show.table import EMPTY
 from sinkstream.statistics.comparison import ratio_of_times, time_against_bytes
 
 CAP = 24
@@ -659,8 +661,50 @@ def test_tables_of_the_documents_show_the_records(tmp_path):
     assert "1.1000 [1.1000 – 1.1000]" in tables["bench-policies"]
     assert "llama-3.2-1b bfloat16" in tables["bench-shapes"] and "| 9.0 |" in tables["bench-long"]
     assert "(3,000 GB/s, R² 1.0000)" in tables["bench-caps"]
-    assert "| 4 | 1,333 |" in tables["bench-streams"]
+    assert "| pythia-2.8b float16 | 4 | 1,333 |" in tables["bench-streams"]
     assert slope_lines([]) == []
+
+
+def test_streams_of_both_shapes_stand_in_one_table_each_of_the_command_that_timed_most(tmp_path):
+    planted(tmp_path)
+
+    def row(shape, streams, tpot_ms, created, session):
+        model, dtype = shape.split()
+        more = {"model": f"random:{model}", "dtype": dtype, "created": f"2026-0{created}-01T00:00:00+00:00"}
+        name = f"{model}-{streams}-{session}"
+        more |= {"tpot_ms": tpot_ms, "streams": streams, "session": session}
+        BenchRecord.write(make_bench_record(name, **more), tmp_path)
+
+    for shape, session in (("pythia-2.8b float16", "wide"), ("llama-3.2-1b bfloat16", "wide llama")):
+        for streams in (16, 2, 4, 8):
+            row(shape, streams, streams / 10, 3, session)
+        row(shape, 8, 7.0, 4, f"{session}, later")
+    row("llama-3.2-1b float16", 8, 9.0, 5, "another dtype")
+    table = [line.split(" | ") for line in render_bench(tmp_path)["bench-streams"].splitlines() if line[:2] == "| "]
+    assert [(cells[0][2:], cells[1], cells[4]) for cells in table[2:]] == [
+        ("pythia-2.8b float16", "1", "2.200"),
+        *(("pythia-2.8b float16", f"{streams}", f"{streams / 10:.3f}") for streams in (2, 4, 8, 16)),
+        ("llama-3.2-1b bfloat16", "1", "1.100"),
+        *(("llama-3.2-1b bfloat16", f"{streams}", f"{streams / 10:.3f}") for streams in (2, 4, 8, 16)),
+    ], "8 streams of the wide command, not the later 7 ms; what it lacks is the latest of its kind"
+
+
+@pytest.mark.parametrize(
+    ("peak_mb", "kind", "in_turn", "shown"),
+    [
+        (6084.3, OWN, 1, "6,084"),
+        (6084.3, OWN, 2, "≤ 6,084"),
+        (6084.3, "cuda_allocated", 1, "≤ 6,084"),
+        (None, "cuda_allocated", 1, EMPTY),
+    ],
+)
+def test_the_ladder_has_the_memory_of_a_rung_or_its_bound(tmp_path, peak_mb, kind, in_turn, shown):
+    record = make_bench_record("one", in_turn=in_turn) | {"memory": {"peak_mb": peak_mb, "kind": kind}}
+    BenchRecord.write(record, tmp_path)
+    header, _, row = (
+        line.split(" | ") for line in render_bench(tmp_path)["bench-ladder"].splitlines() if line[:2] == "| "
+    )
+    assert row[header.index("peak memory (MB)")] == shown
 
 
 def test_precision_compares_half_with_single_on_the_same_tokens(tmp_path):

@@ -1,10 +1,13 @@
 """Cut and re-rotate says what the soft ring says, and refuses by name what it does not serve."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_model
 import torch
 from oracle.models import token_ids
 
+from sinkstream.evaluation.backends import CutBackend
 from sinkstream.evaluation.cut import CutDecoder
 from sinkstream.evaluation.decoders import StreamingDecoder
 from sinkstream.evaluation.settings import RunSettings
@@ -46,6 +49,14 @@ def test_keys_that_are_not_rotated_would_show(monkeypatch):
     cut.rope = cut.rope.layer(0)
     monkeypatch.setattr(type(cut.rope), "rotate", lambda self, x, cos, sin: x.float())
     assert (logits_of(cut, token_ids(TOKENS), CAP) - expected).abs().max() > 0.01
+
+
+def test_a_cap_above_the_trained_positions_is_refused_unless_it_is_asked_for():
+    loaded = tiny_model.loaded()
+    settings = RunSettings("strict", cap=loaded.trained_positions + 1)
+    with pytest.raises(ValueError, match=r"up to 1025 entries .* trained on 1024 positions"):
+        CutBackend(loaded, settings).open()
+    CutBackend(loaded, replace(settings, allow_untrained_positions=True)).open().close()
 
 
 @pytest.mark.parametrize("policy", ["full", "refresh-uniform", "adaptive-entropy"])

@@ -1,6 +1,6 @@
 """Which configuration a call gets that brings none: the measured one, cut down to what fits; a given one is used."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ from sinkstream.kernels.config import (
     MAX_SPLITS,
     OWN_BYTES,
     RESIDUAL,
+    AttentionConfig,
     MultiStreamConfig,
+    PersistentConfig,
+    PrefillConfig,
     count_programs,
     default_attention,
     default_linear_residual,
@@ -125,6 +128,47 @@ def test_without_fitting_it_would_not():
 def test_a_first_tile_is_kept_in_one_place():
     with pytest.raises(ValueError, match="hold and fill"):
         LinearConfig(hold=True, fill=True)
+
+
+TWO, TILE, WARPS = "a power of two, at least 1", "a power of two, at least 16", "a power of two, 1 to 32"
+PROGRAMS, STAGES = "a whole number, 1 to 32", "a whole number, at least 1"
+SHARED = {"warps": (64, WARPS), "per_sm": (0, PROGRAMS), "stages": (0, STAGES)}
+#: Class -> field -> (a value that is refused, what is accepted).
+REFUSED = {
+    LinearConfig: SHARED
+    | {"rows": (3, TWO), "columns": (4, "a power of two, at least 8"), "ahead": (-1, "a whole number, at least 0")},
+    AttentionConfig: {
+        **{"splits": (65, "a whole number, 1 to 64"), "tile": (8, TILE), "columns": (24, TILE), "warps": (3, WARPS)},
+        **{"stages": (1, "0, or a whole number, at least 2"), "carveout": (200, "a whole number, 0 to 100")},
+        "registers": (-3, "0, or a whole number, 16 to 255"),
+    },
+    MultiStreamConfig: SHARED
+    | {"rows": (8, TILE), "columns": (8, TILE), "parts": (3, TWO), "ahead": (8, "a multiple of 16, at least 0")},
+    PrefillConfig: {
+        **{"rows": (24, TILE), "columns": (8, TILE), "warps": (0, WARPS), "stages": (0, STAGES), "splits": (3, TWO)}
+    },
+    PersistentConfig: {"warps": (6, WARPS), "per_sm": (33, PROGRAMS), "slots": (4, "a power of two, at least 8")},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_every_number_of_a_configuration_is_checked(kind):
+    assert {field.name for field in fields(kind) if field.type is int} == REFUSED[kind].keys()
+    for name, (value, accepted) in REFUSED[kind].items():
+        for wrong in (value, 2.0, "4", None, True):
+            with pytest.raises(ValueError, match=rf"^{name}={wrong!r} in the configuration; accepted: {accepted}$"):
+                kind(**{name: wrong})
+        assert replace(kind(), **{name: getattr(kind(), name)}) == kind(), "control"
+    for name in (field.name for field in fields(kind) if field.type is bool):
+        with pytest.raises(ValueError, match=f"^{name}=1 in the configuration; accepted: True or False$"):
+            kind(**{name: 1})
+
+
+def test_a_change_of_a_configuration_is_checked_too():
+    with pytest.raises(ValueError, match="carveout=101"):
+        replace(AttentionConfig(carveout=100, registers=255), carveout=101)
+    with pytest.raises(ValueError, match="64 columns in 8 parts; accepted: at least 16 in each"):
+        MultiStreamConfig(columns=64, parts=8)
 
 
 @pytest.mark.parametrize(("ring", "pinned"), [(2048, 4), (16, 480), (9, 40), (1, 0), (30000, 4)])

@@ -263,6 +263,46 @@ def test_finished_points_are_never_measured_again(matrix, monkeypatch):
     assert "2 points (2 complete)" in matrix(content, "--dry-run").out
 
 
+LONG = 1200  # more than the 1,024 positions that the tiny model was trained on
+
+
+def test_a_dry_run_says_why_points_will_fail_as_the_run_does(matrix, here):
+    tiny_model.write_text(here / "text.txt", LONG)
+    content = HEAD.replace(f"tokens = {TOKENS}", f"tokens = {LONG}") + (
+        '[[grid]]\npolicy = ["full", "recompute", "strict"]\ncap = 1100\n'
+        '[[point]]\npolicy = "lazy"\ncap = 1100\nquality_backend = "none"\n'
+        '[[grid]]\npolicy = ["slack"]\n' + QUALITY
+    )
+    dry = matrix(content, "--dry-run")
+    assert dry.code == 1 and "5 points (5 open, 4 will fail)" in dry.out and not Path("out").exists()
+    done = matrix(content)
+    reasons = {point.label.split()[0]: point.status_reason for point in done.points}
+    assert done.code == 1 and reasons.pop("slack") is None and len(reasons) == 4
+    for reason in reasons.values():
+        said = reason.removeprefix("ValueError: ").rpartition("cap 1100: ")[2]
+        assert "1024 positions" in said and f"will fail: {said}" in " ".join(dry.out.split())
+    again = matrix(content, "--dry-run")
+    assert again.code == 0 and "will fail" not in again.out, "a failed point is not measured again unasked"
+    allowed = matrix(content.replace("[defaults]", "[defaults]\nallow_untrained_positions = true"), "--dry-run")
+    assert allowed.code == 0 and "5 points (5 open)" in allowed.out
+
+
+def test_a_dry_run_refuses_a_folder_as_the_run_does_and_makes_none(matrix):
+    content = HEAD + QUALITY + BASELINES
+    assert matrix(content, "--dry-run --out deep/er").code == 0 and not Path("deep").exists()
+    for out, said in (("text.txt", "File exists"), ("text.txt/x", "Not a directory")):
+        dry, real = matrix(content, f"--dry-run --out {out}"), matrix(content, f"--out {out}")
+        assert (dry.code, dry.out, dry.err) == (real.code, real.out, real.err) == (2, "", dry.err)
+        assert f"--out {out}: cannot be written: {said}" in dry.err
+
+
+def test_a_model_that_is_not_here_is_not_checked_and_the_dry_run_says_so(matrix):
+    elsewhere = HEAD.replace('tiny = "tiny"', 'tiny = "nobody/nothing"') + QUALITY + BASELINES
+    dry = matrix(elsewhere, "--dry-run")
+    assert dry.code == 0 and "'nobody/nothing': its trained positions are not known" in " ".join(dry.out.split())
+    assert "not known" not in matrix(HEAD + QUALITY + BASELINES, "--dry-run").out
+
+
 def test_texts_share_a_timing_and_only_selects(matrix, here):
     tiny_model.write_text(here / "b.txt", TOKENS)
     two = HEAD.replace("[defaults]", "b = 'b.txt'\n[defaults]") + '[[grid]]\ntext = ["text", "b"]\npolicy = "strict"\n'

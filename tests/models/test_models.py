@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from sinkstream.models import (
     MODEL_SOURCES,
     SHAPES,
+    known_model,
     load_model,
     resolve_device,
     resolve_dtype,
@@ -22,6 +23,7 @@ from sinkstream.models import (
     source_name,
 )
 from sinkstream.models import gguf_file as gguf_source
+from sinkstream.models import known as known_source
 
 gguf = pytest.importorskip("gguf")
 
@@ -375,6 +377,33 @@ def test_missing_packages_are_named_with_their_install_command(tmp_path, monkeyp
         load_model("builtin", **CPU32)
     with pytest.raises(ValueError, match="pip install gguf accelerate"):
         load_model(str(write_gguf(tmp_path / "tiny.gguf")), **CPU32)
+
+
+def test_what_is_known_before_loading_is_what_loading_says(checkpoint, tmp_path, own_cache, monkeypatch):
+    specs = [str(checkpoint), str(write_gguf(tmp_path / "tiny.gguf")), "random:pythia-14m", "somebody/tiny"]
+    monkeypatch.setattr(known_source, "try_to_load_from_cache", lambda *_: str(checkpoint / "config.json"))
+    monkeypatch.setattr("sinkstream.models.checkpoint.snapshot_download", lambda *_, **__: str(checkpoint))
+    before = [known_model(spec) for spec in specs]
+    assert not own_cache.exists(), "nothing is converted"
+    for spec, known in zip(specs, before):
+        loaded = load_model(spec, **CPU32)
+        expected = (loaded.name, loaded.source, loaded.trained_positions)
+        assert (known.name, known.source, known.trained_positions) == expected and known == known_model(spec)
+    assert [known.trained_positions for known in before] == [2048, 64, 2048, 2048]
+
+
+def test_what_cannot_be_known_before_loading(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_source, "try_to_load_from_cache", lambda *_: None)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF nothing")
+    (copied / "config.json").write_text("{")
+    assert [known_model(spec) for spec in ("somebody/else", str(tmp_path / "broken.gguf"), str(copied))] == [None] * 3
+    (copied / "config.json").unlink()
+    for spec, message in ((str(copied), "has no config.json"), ("random:pythia-9", "unknown random shape")):
+        with pytest.raises(ValueError, match=message) as known:
+            known_model(spec)
+        with pytest.raises(ValueError, match=message) as loaded:
+            load_model(spec, **CPU32)
+        assert str(known.value) == str(loaded.value)
 
 
 @pytest.mark.slow

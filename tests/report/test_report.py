@@ -21,7 +21,7 @@ from sinkstream.report.summary import HEADLINES, SOURCES, write_summary
 from sinkstream.show import plots
 from sinkstream.show.comparison import compared_runs, comparison_table
 from sinkstream.show.plots import COLOURS, kv_token_bytes, line_formats, memory_and_quality, new_figure, save
-from sinkstream.show.table import plus_minus, with_interval
+from sinkstream.show.table import EMPTY, plus_minus, with_interval
 from sinkstream.studies.rivals.tables import RIVAL_HEADLINES
 
 
@@ -136,6 +136,16 @@ def test_the_picture_holds_what_fits_and_leaves_the_rest_to_the_table(store, tmp
 def test_an_unbounded_interval_is_shown_as_infinite():
     assert with_interval(1.0, -2.0, None, 1) == "+1.0 [-2.0, inf]" and plus_minus(1.0, -2.0, None, 1) == "+1.0 ±inf"
     assert plus_minus(1.0, -2.0, 4.0, 1) == "+1.0 ±3.0" and plus_minus(1.0, None, None, 1) == "+1.0"
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [((-2.0, 4.0), "[-2.0, +4.0]"), ((-2.0, None), "[-2.0, inf]"), ((None, None), "[no interval]")],
+)
+def test_a_unit_stands_behind_the_figure(interval, shown):
+    assert with_interval(1.0, *interval, 1, unit=" %") == f"+1.0 % {shown}"
+    assert with_interval(1.0, *interval, 1) == f"+1.0 {shown}", "control"
+    assert with_interval(None, *interval, 1, unit=" %") == EMPTY
 
 
 def test_bytes_of_a_token_come_from_the_shape(store):

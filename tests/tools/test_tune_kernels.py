@@ -16,7 +16,7 @@ from tune_kernels.step import implementation
 
 from sinkstream.engine import fused
 from sinkstream.engine.plain import Row
-from sinkstream.kernels import LinearConfig
+from sinkstream.kernels import AttentionConfig, LinearConfig
 from sinkstream.kernels.plans import OpLaunch, measured_plan
 
 DEFAULT = OpLaunch()
@@ -129,6 +129,15 @@ def test_streams_that_are_not_measured(options, says, capsys):
     with pytest.raises(SystemExit):
         main(["--out", "unused.json", "--streams", *options])
     assert says in capsys.readouterr().err
+
+
+def test_neighbours_of_a_configuration_at_its_bounds_are_accepted_ones():
+    least = LinearConfig(rows=1, columns=256, warps=1, stages=1, per_sm=1, ahead=0)
+    assert {(c.rows, c.columns, c.warps, c.stages, c.ahead) for c in neighbours_of(least)} == {
+        *((2, 256, 1, 1, 0), (1, 512, 1, 1, 0), (1, 256, 2, 1, 0), (1, 256, 1, 2, 0), (1, 256, 1, 1, 1)),
+        (1, 256, 1, 1, 0),  # more programs, or a flag
+    }
+    assert {c.tile for c in neighbours_of(AttentionConfig(tile=16))} == {16, 32}
 
 
 def test_every_op_has_configurations_to_try():

@@ -81,9 +81,10 @@ def several_candidates(shape: Shape, op: str) -> list:
             found.append(config)
     width, staying = shape.widths[op][1], []
     if op in ("o", "head"):  # inputs that stay with a program, whole rows in flight
-        for columns, warps, stages, late in product((512, width), (4, 8), (2, 3), (False, True)):
+        widths = [columns for columns in (512, width) if not columns & (columns - 1)]
+        for columns, warps, stages, late in product(widths, (4, 8), (2, 3), (False, True)):
             config = MultiStreamConfig(16, columns, warps, stages, 1, late=late, parts=warps, held=True)
-            if not columns & (columns - 1) and fit_held(config, shape.streams, width, 228 * 1024) == config:
+            if fit_held(config, shape.streams, width, 228 * 1024) == config:
                 staying.append(config)
     return staying + spread(found, 44)
 
@@ -93,6 +94,14 @@ def changed(config, **changes):
     if isinstance(config, AttentionLinearConfig):
         return replace(config, linear=replace(config.linear, **changes))
     return replace(config, **changes)
+
+
+def accepted(config, **changes) -> list:
+    """The configuration with other values, if these are accepted."""
+    try:
+        return [replace(config, **changes)]
+    except ValueError:
+        return []
 
 
 def neighbours_of(config) -> list:
@@ -105,14 +114,13 @@ def neighbours_of(config) -> list:
         scaled, counted = ["rows", "columns", "warps"], ["stages", "per_sm", "ahead"]
     else:
         scaled, counted = ["splits", "tile", "warps", *(["columns"] if config.dot else [])], []
-    found = [replace(config, **{f: max(1, int(getattr(config, f) * by))}) for f in scaled for by in (2, 0.5)]
-    found += [
-        replace(config, **{f: max(int(f != "ahead"), getattr(config, f) + by)}) for f in counted for by in (-1, 1)
-    ]
+    changes = [{f: int(getattr(config, f) * by)} for f in scaled for by in (2, 0.5)]
+    changes += [{f: getattr(config, f) + by} for f in counted for by in (-1, 1)]
+    found = [neighbour for change in changes for neighbour in accepted(config, **change)]
     found += [replace(config, **{f: not getattr(config, f)}) for f in ("late", "evict") if hasattr(config, f)]
     if isinstance(config, LinearConfig):
         rows, warps = max(1, config.rows // 2), max(1, config.warps // 2)
-        found.append(replace(config, rows=rows, warps=warps, per_sm=2 * config.per_sm))  # half as large, twice as many
+        found += accepted(config, rows=rows, warps=warps, per_sm=2 * config.per_sm)  # half as large, twice as many
         found += [replace(config, hold=early == "hold", fill=early == "fill") for early in ("", "hold", "fill")]
     return [c for c in dict.fromkeys(found) if c != config and _is_sensible(c)]
 
@@ -120,7 +128,7 @@ def neighbours_of(config) -> list:
 def _is_sensible(config) -> bool:
     if isinstance(config, LinearConfig):
         return config.columns >= 256 and config.warps <= 16
-    return config.tile >= 16 and config.splits <= 60 and config.columns >= 16
+    return config.splits <= 60
 
 
 def attention_grid(shape: Shape) -> list[AttentionConfig]:

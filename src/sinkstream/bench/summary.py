@@ -17,7 +17,6 @@ SPEED_HEADLINES: Registry[Callable[[Sequence[BenchRecord]], Headline | None]] = 
 
 CAP = 2052
 RECALL_ARCHIVES = ("text", "kv")  # of the two shapes
-SHAPES_OF_STREAMS = ((LADDER_SHAPE, "float16"), (PREFIX + "llama-3.2-1b", "bfloat16"))
 TAIL_TOKENS = 20_000
 LONG_TOKENS = 1_000_000
 EARLY_TOKENS = 4_000
@@ -171,7 +170,7 @@ def llama_1b_tpot_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
 @SPEED_HEADLINES.register("engine.streams8_over_floor")
 def streams8_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of 8 streams over their byte floor, the worse of Pythia-2.8B and Llama-3.2-1B: fastest rung, strict, GPU."""
-    found = [_best(records, *shape, streams=8) for shape in SHAPES_OF_STREAMS]
+    found = [_best(records, *shape, streams=8) for shape in BOTH]
     if not all(found):
         return None
     return max(Headline(of_shape[-1].steady["over_floor"], of_shape[-1].id) for of_shape in found)

@@ -20,6 +20,8 @@ from sinkstream.bench.summary import (
     strict_over_lazy,
     tpot_over_floor,
 )
+from sinkstream.bench.two_shapes import BOTH, shape_name
+from sinkstream.measure.memory import OWN
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
@@ -48,9 +50,18 @@ def _preparation(record: BenchRecord) -> str:
     return f"{setup['prepare_sec']:.1f}{again}"
 
 
+def _peak_memory(record: BenchRecord) -> str:
+    """The peak in MB of 2**20 bytes; a bound where the figure holds more than the record's own cache and weights."""
+    peak = record.memory["peak_mb"]
+    if peak is None:
+        return EMPTY
+    shared = record.memory["kind"] != OWN or record.protocol["in_turn"] > 1
+    return f"{'≤ ' if shared else ''}{peak:,.0f}"
+
+
 RUNG: Column = ("rung", lambda r: r.rung["name"])
 POLICY: Column = ("policy", lambda r: r.policy["label"] + ("" if r.status == "complete" else f" ({r.status})"))
-SHAPE: Column = ("shape", lambda r: f"{r.model['name'].removeprefix('random:')} {r.protocol['dtype']}")
+SHAPE: Column = ("shape", shape_name)
 CAP: Column = ("cap", lambda r: f"{r.protocol['cap']:,}")
 STREAMS: Column = ("streams", lambda r: str(r.protocol["streams"]))
 SEEN: Column = ("tokens seen", lambda r: f"{r.floor['visible_mean']:,.0f}")
@@ -66,6 +77,7 @@ FLOOR: list[Column] = [
     ("TPOT / floor", lambda r: f"{r.steady['over_floor']:.3f}"),
     ("share of floor", lambda r: f"{100 * r.steady['share_of_floor']:.1f} %"),
 ]
+MEMORY: Column = ("peak memory (MB)", _peak_memory)
 READY: Column = ("ready in (s), first / again", _preparation)
 TERMINAL = [RUNG, POLICY, CAP, STREAMS, SEEN, *SPEED, *FLOOR, READY]
 
@@ -197,7 +209,7 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
     ordered = sorted(rows, key=lambda r: -r.steady["tpot_ms"])
     fastest = ordered[-1].steady["tpot_ms"] if ordered else None
     times: Column = ("× the fastest", lambda r: f"{r.steady['tpot_ms'] / fastest:.2f}")
-    return _document_table(ordered, [RUNG, POLICY, SEEN, *SPEED, *FLOOR, times, READY])
+    return _document_table(ordered, [RUNG, POLICY, SEEN, *SPEED, *FLOOR, times, MEMORY, READY])
 
 
 @BENCH_TABLES.register("bench-policies")
@@ -243,10 +255,18 @@ def shapes_table(records: Sequence[BenchRecord]) -> str:
     return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
 
 
-def _fastest(records: Sequence[BenchRecord], along: str, *, cap: int | None = None, streams: int | None = None) -> list:
-    """Runs of the fastest rung, strict, Pythia-2.8B shape, float16, by what `along` of the protocol; none if one."""
+def _fastest(
+    records: Sequence[BenchRecord],
+    along: str,
+    *,
+    model: str = LADDER_SHAPE,
+    dtype: str = "float16",
+    cap: int | None = None,
+    streams: int | None = None,
+) -> list[BenchRecord]:
+    """Runs of the fastest rung, strict, one shape, by what `along` of the protocol; none if one."""
     rung = fastest_rung(records)
-    chosen = select(records, model=LADDER_SHAPE, policy="strict", rung=rung, dtype="float16", short=True)
+    chosen = select(records, model=model, policy="strict", rung=rung, dtype=dtype, short=True)
     chosen = select(chosen, cap=cap, streams=streams)
     found = sorted(together(comparable(chosen)), key=lambda r: r.protocol[along])
     return found if len(found) > 1 else []
@@ -262,9 +282,11 @@ def caps_table(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("bench-streams")
 def streams_table(records: Sequence[BenchRecord]) -> str:
-    """Streams stepped together, Pythia-2.8B shape, float16, strict, 2,052 slots; the weights are read once."""
+    """Streams stepped together, the two shapes of the headlines, strict, 2,052 slots; the weights are read once."""
+    of_shapes = (_fastest(records, "streams", model=model, dtype=dtype, cap=2052) for model, dtype in BOTH)
+    found = [record for of_shape in of_shapes for record in of_shape]
     rate: Column = ("tokens/s, all streams", lambda r: f"{r.steady['tokens_per_sec']:,.0f}")
-    return _document_table(_fastest(records, "streams", cap=2052), [STREAMS, rate, *SPEED, *FLOOR])
+    return _document_table(found, [SHAPE, STREAMS, rate, *SPEED, *FLOOR])
 
 
 @BENCH_TABLES.register("bench-long")

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from sinkstream.archive import PREFIX, Chooser
 from sinkstream.cache.attention import release_attention, running
-from sinkstream.cache.families import ModelSpec, check_policy, describe
+from sinkstream.cache.families import check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
 from sinkstream.cache.padding import check_ids, own_tokens
 from sinkstream.cache.recalling import RecallingCache, recall_of
@@ -117,7 +117,7 @@ class StreamingCache(RecallingCache):
         policy = _policy_of(policy, options)
         _check_arguments(positions, rebase_at, block_tokens)
         check_policy(spec, policy, positions, compiled=compiled)
-        _check_trained(spec, policy, allow_untrained_positions)
+        check_trained(policy, spec.trained_positions, allow_untrained_positions)
         structure = None
         if "structure" in policy.needs:
             if tokenizer is None:
@@ -321,11 +321,12 @@ def _check_arguments(positions: str, rebase_at: int | None, block_tokens: int) -
     check_whole("block_tokens", block_tokens, 0)
 
 
-def _check_trained(spec: ModelSpec, policy: EvictionPolicy, allowed: bool) -> None:
-    if policy.peak > spec.trained_positions and not allowed:
+def check_trained(policy: EvictionPolicy, trained: int, allowed: bool) -> None:
+    """Raise ValueError if a policy caches more tokens than the positions that a model was trained on."""
+    if policy.peak > trained and not allowed:
         raise ValueError(
             f"the cache would hold up to {policy.peak} entries (growth {policy.growth} included), but the model was"
-            f" trained on {spec.trained_positions} positions, past which quality collapses; accepted: a cap of at most"
-            f" {spec.trained_positions} (window of at most {policy.window - policy.peak + spec.trained_positions}),"
+            f" trained on {trained} positions, past which quality collapses; accepted: a cap of at most"
+            f" {trained} (window of at most {policy.window - policy.peak + trained}),"
             " or allow_untrained_positions=True"
         )

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     group.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU, float32 on the CPU")
-    group.add_argument("--dry-run", action="store_true", help="list the points and the estimated time, measure nothing")
+    group.add_argument(
+        "--dry-run", action="store_true", help="list the points, what will fail and the estimated time; measure nothing"
+    )
     group.add_argument(
         "--only",
         action="append",
@@ -48,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the points that have no record yet; list them only with ``--dry-run``."""
+    """Measure the points that have no record yet; list them, and what would fail, with ``--dry-run``."""
     check_with_ray(args, "gpus_per_point")
     console = wide_console()
     matrix = read_matrix(args.file, args.model, args.text, args.device, args.dtype)
     points, out = selected(matrix, args.only), args.out or Path("out/matrix") / args.file.stem
     if args.dry_run:
-        dry_run(matrix, points, out, console)
-        return 0
+        return EXIT_FAILED if dry_run(matrix, points, out, console) else 0
     arguments = {name: value for name, value in vars(args).items() if name not in ("run", "argv")}
     measure = _on_ray(args, matrix, out, arguments) if args.ray is not None else None
     bars = console if is_live(console) else Console(quiet=True)  # a file gets one line a point

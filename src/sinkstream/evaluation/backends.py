@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from sinkstream.cache.streaming import check_trained
 from sinkstream.engine import STEPS, Engine, GraphedStep
 from sinkstream.evaluation.cut import CutDecoder
 from sinkstream.evaluation.decoders import Decoder, EngineDecoder, FullDecoder, RecomputeDecoder, StreamingDecoder
@@ -56,7 +57,7 @@ class HfBackend(Backend):
                 f"this backend runs the baseline {self.baseline!r} only, and not {settings.method!r};"
                 " accepted: --backend hf"
             )
-        _check_positions(loaded, settings)
+        check_positions(settings, loaded.trained_positions, loaded.name)
         if settings.method == "full":
             return FullDecoder(loaded.model, settings)
         if settings.method == "recompute":
@@ -85,6 +86,7 @@ class CutBackend(HfBackend):
     def open(self) -> Decoder:
         if self.settings.recall:
             raise ValueError("cut and re-rotate has no recall; accepted: --backend hf, or one of the engine's")
+        check_positions(self.settings, self.loaded.trained_positions, self.loaded.name)
         return CutDecoder(self.loaded.model, self.settings)
 
 
@@ -180,11 +182,30 @@ def open_decoder(loaded: LoadedModel, settings: RunSettings) -> Decoder:
     return BACKENDS[settings.backend](loaded, settings).open()
 
 
-def _check_positions(loaded: LoadedModel, settings: RunSettings) -> None:
-    trained = loaded.trained_positions
-    beyond = settings.method == "recompute" and trained is not None and settings.given_cap > trained
-    if beyond and not settings.allow_untrained_positions:
+def check_positions(settings: RunSettings, trained: int | None, model: str, tokens: int | None = None) -> None:
+    """Raise ValueError if a run sees more positions than its model was trained on, unless it asks for them.
+
+    Parameters
+    ----------
+    trained : int or None
+        None: the model does not say, and nothing is refused.
+    model : str
+        Its name.
+    tokens : int or None
+        Of the text, all of which a full cache sees; None: somebody else bounds it.
+    """
+    if trained is None or settings.allow_untrained_positions:
+        return
+    policy = settings.policy()
+    if policy is not None:
+        check_trained(policy, trained, allowed=False)
+    elif settings.method == "recompute" and settings.given_cap > trained:
         raise ValueError(
-            f"cap={settings.cap} is above the {trained} positions that {loaded.name} was trained on;"
+            f"cap={settings.cap} is above the {trained} positions that {model} was trained on;"
             f" accepted: at most {trained}, or --allow-untrained-positions"
+        )
+    elif settings.method == "full" and tokens is not None and tokens > trained:
+        raise ValueError(
+            f"the full cache of {tokens} tokens goes past the {trained} positions that {model} was trained on;"
+            f" accepted: --tokens of at most {trained}, or --allow-untrained-positions"
         )

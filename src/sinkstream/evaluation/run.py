@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sinkstream.evaluation.backends import BACKENDS, open_decoder
+from sinkstream.evaluation.backends import BACKENDS, check_positions, open_decoder
 from sinkstream.evaluation.decoders import Decoder, Frames, ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
@@ -288,11 +288,6 @@ def _shifted(progress: Progress, offset: int, total: int) -> Callable[[int], Non
 
 
 def _check_length(loaded: LoadedModel, settings: RunSettings, tokens: int) -> None:
-    """Raise ValueError if a text of that many tokens is too short to decode, or too long for the full cache."""
+    """Raise ValueError if a text of that many tokens is too short to decode, or positions lie past the trained ones."""
     settings.prefill_tokens(tokens)
-    trained, full = loaded.trained_positions, settings.method == "full"
-    if full and trained is not None and tokens > trained and not settings.allow_untrained_positions:
-        raise ValueError(
-            f"the full cache of {tokens} tokens goes past the {trained} positions that {loaded.name} was trained on;"
-            f" accepted: --tokens of at most {trained}, or --allow-untrained-positions"
-        )
+    check_positions(settings, loaded.trained_positions, loaded.name, tokens)

@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,9 +135,14 @@ def _rescue(save: Callable[[Path], Path]) -> str:
         return f"and its copy could not be kept either: {error.strerror}"
 
 
-def check_writable(out: Path) -> None:
-    """Raise ValueError if `out` cannot be written to: fail before hours of work, not after them."""
+def check_writable(out: Path, *, keep: bool = True) -> None:
+    """Raise ValueError if `out` cannot be written to: fail before hours of work, not after them.
+
+    Folders that are missing are made, and removed again unless they are to be kept.
+    """
+    made: list[Path] = []
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(os.urandom(1 << 16))
@@ -146,6 +151,10 @@ def check_writable(out: Path) -> None:
         raise ValueError(
             f"--out {out}: cannot be written: {error.strerror}; accepted: a folder with room, or one that can be made"
         ) from error
+    finally:
+        for folder in () if keep else made:  # the deepest first
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_file_writable(out: Path) -> None:

@@ -378,8 +378,6 @@ def launch_arguments(
         raise ValueError(f"keys have dtype {keys.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
     if group > 16:
         raise ValueError(f"{group} queries a key-value head; accepted by the kernel: at most 16")
-    if not 1 <= config.splits <= MAX_SPLITS:
-        raise ValueError(f"splits={config.splits} in the configuration; accepted: 1 to {MAX_SPLITS}")
     chunk = min(head_dim & -head_dim, config.columns)
     if chunk < 16:
         raise ValueError(f"head_dim={head_dim}; accepted by the kernel: multiples of 16")

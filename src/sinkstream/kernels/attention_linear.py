@@ -9,7 +9,7 @@ import torch
 
 from sinkstream.kernels.attention_decode import Workspace, attend_split, attention_decode, launch_arguments
 from sinkstream.kernels.attention_decode import check_inputs as check_attention
-from sinkstream.kernels.chunks import check_tile
+from sinkstream.kernels.chunks import check_weight
 from sinkstream.kernels.config import AttentionLinearConfig, default_attention_linear
 from sinkstream.kernels.norm_linear import check_inputs as check_linear
 from sinkstream.kernels.norm_linear import norm_linear, norm_linear_tiles
@@ -150,7 +150,7 @@ def attention_linear(
         config = default_attention_linear(
             hidden, keys.shape[3], keys.shape[2] - pinned_slots, pinned_slots, shared_bytes(x.device)
         )
-    check_tile(config.linear, hidden, weight)
+    check_weight(weight, hidden)
     grid, arguments, constants = launch_arguments(
         qkv, keys, values, scalars, rope, query_heads, pinned_slots, order, None, None, 0.0, out, observed,
         workspace, config.attention,

@@ -3,7 +3,6 @@
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 import torch
 
-from sinkstream.kernels.config import LinearConfig, MultiStreamConfig
 from sinkstream.kernels.runtime import HALF_DTYPES, jit, tl
 
 
@@ -133,7 +132,7 @@ def store_tile(y_ptr, r, y, up, rows, ACT: tl.constexpr, GATED: tl.constexpr):
     tl.store(y_ptr + r, y, mask=r < rows)
 
 
-def check_tile(config: LinearConfig | MultiStreamConfig, hidden: int, weight: torch.Tensor) -> None:
+def check_weight(weight: torch.Tensor, hidden: int) -> None:
     """Check what the kernels need of a weight: half precision and rows that 16-byte loads can read."""
     if weight.dtype not in HALF_DTYPES:
         raise ValueError(f"weight has dtype {weight.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
@@ -142,7 +141,3 @@ def check_tile(config: LinearConfig | MultiStreamConfig, hidden: int, weight: to
             f"weight rows of {hidden} values with stride {weight.stride(0)} at {weight.data_ptr() % 16} bytes past a"
             " multiple of 16; accepted: multiples of 8 values, 16-byte aligned"
         )
-    for name in ("rows", "columns", "warps"):
-        value = getattr(config, name)
-        if value < 1 or value & (value - 1):
-            raise ValueError(f"{name}={value} in the configuration; accepted: a power of two")

@@ -1,19 +1,28 @@
 """How the kernels are cut up: the configurations, what fits the device, and the defaults.
 
-Measured plans of whole steps are in `plans`. A configuration that is passed to an op is used unchanged.
+Measured plans of whole steps are in `plans`. A configuration that is passed to an op is used unchanged. What each field
+accepts stands beside its default, and is checked when a configuration is made.
 """
 
 from dataclasses import dataclass, replace
+
+from sinkstream.kernels.config_fields import KernelConfig, number
 
 MAX_STREAMS = 16  # streams of one product: the narrowest tile of the matrix units
 MAX_HELD_STREAMS = 8  # streams whose inputs a program keeps in registers
 MAX_HELD_WIDTH = 2048  # values of such an input
 MAX_SPLITS = 64  # programs of one key-value head whose partial results one program can combine
+MAX_WARPS = 32  # of a program: 1,024 threads
+MAX_PROGRAMS = 32  # that a multiprocessor holds
+MAX_REGISTERS = 255  # of a thread
+LEAST_REGISTERS = 16
+LEAST_TILE = 16  # rows or columns that matrix units take
+LEAST_COLUMNS = 8  # that one load of a thread reads: 16 bytes of half precision
 OWN_BYTES = 2048  # shared memory of a program outside its pipeline: 1 KB of the driver, and room for reductions
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(KernelConfig):
     """How a streaming product is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -21,7 +30,7 @@ class LinearConfig:
     rows : int
         Weight rows of one tile (a power of two).
     columns : int
-        Columns loaded by one instruction of all threads along a row (a power of two, at least 256).
+        Columns loaded by one instruction of all threads along a row (a power of two; below 256 some threads load none).
     warps, stages : int
         Warps of a program; tiles of its shared-memory pipeline, in use and in flight (1: no pipeline, plain loads).
     per_sm : int
@@ -39,24 +48,25 @@ class LinearConfig:
         Have the pipeline's tiles in flight before the wait for the previous kernel; not together with `hold`.
     """
 
-    rows: int = 4
-    columns: int = 512
-    warps: int = 4
-    stages: int = 3
-    per_sm: int = 3
-    ahead: int = 2
+    rows: int = number(4, 1, power=True)
+    columns: int = number(512, LEAST_COLUMNS, power=True)
+    warps: int = number(4, 1, MAX_WARPS, power=True)
+    stages: int = number(3, 1)
+    per_sm: int = number(3, 1, MAX_PROGRAMS)
+    ahead: int = number(2, 0)
     evict: bool = True
     late: bool = False
     hold: bool = False
     fill: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hold and self.fill:
             raise ValueError("hold and fill in one configuration; accepted: one of them at most")
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(KernelConfig):
     """How decode attention is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -82,19 +92,19 @@ class AttentionConfig:
         or more, so that more loads are in flight; 0: as the compiler likes.
     """
 
-    splits: int = 16
-    tile: int = 64
-    warps: int = 2
-    stages: int = 0
+    splits: int = number(16, 1, MAX_SPLITS)
+    tile: int = number(64, LEAST_TILE, power=True)
+    warps: int = number(2, 1, MAX_WARPS, power=True)
+    stages: int = number(0, 2, off=True)
     dot: bool = False
-    columns: int = 16
+    columns: int = number(16, LEAST_TILE, power=True)
     late: bool = False
-    carveout: int = 0
-    registers: int = 0
+    carveout: int = number(0, 0, 100)
+    registers: int = number(0, LEAST_REGISTERS, MAX_REGISTERS, off=True)
 
 
 @dataclass(frozen=True)
-class AttentionLinearConfig:
+class AttentionLinearConfig(KernelConfig):
     """How attention and a linear layer in one kernel are cut up; both have the same number of warps.
 
     Attributes
@@ -108,7 +118,8 @@ class AttentionLinearConfig:
     attention: AttentionConfig
     linear: LinearConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.attention.warps != self.linear.warps:
             raise ValueError(
                 f"{self.attention.warps} warps for attention and {self.linear.warps} for the linear layer in the"
@@ -119,7 +130,7 @@ class AttentionLinearConfig:
 
 
 @dataclass(frozen=True)
-class MultiStreamConfig:
+class MultiStreamConfig(KernelConfig):
     """How a product of several streams is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -144,28 +155,27 @@ class MultiStreamConfig:
         whole rows, which are in flight before the wait for the previous kernel; `ahead` has no effect.
     """
 
-    rows: int = 16
-    columns: int = 128
-    warps: int = 2
-    stages: int = 6
-    per_sm: int = 5
-    ahead: int = 1024
+    rows: int = number(16, LEAST_TILE, power=True)
+    columns: int = number(128, LEAST_TILE, power=True)
+    warps: int = number(2, 1, MAX_WARPS, power=True)
+    stages: int = number(6, 1)
+    per_sm: int = number(5, 1, MAX_PROGRAMS)
+    ahead: int = number(1024, 0, multiple=16)
     late: bool = True
-    parts: int = 2
+    parts: int = number(2, 1, power=True)
     held: bool = False
 
-    def __post_init__(self):
-        if min(self.rows, self.columns // self.parts) < 16:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.columns < LEAST_TILE * self.parts:
             raise ValueError(
-                f"{self.rows} rows and {self.columns} columns in {self.parts} parts; accepted: at least 16 of either,"
-                " which matrix units take"
+                f"{self.columns} columns in {self.parts} parts; accepted: at least {LEAST_TILE} in each, which matrix"
+                " units take"
             )
-        if self.parts & (self.parts - 1):
-            raise ValueError(f"parts={self.parts} in the configuration; accepted: a power of two")
 
 
 @dataclass(frozen=True)
-class PrefillConfig:
+class PrefillConfig(KernelConfig):
     """How attention of a chunk is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -178,23 +188,15 @@ class PrefillConfig:
         Programs that the keys of one tile of queries are split over (a power of two).
     """
 
-    rows: int = 128
-    columns: int = 64
-    warps: int = 4
-    stages: int = 3
-    splits: int = 1
-
-    def __post_init__(self):
-        if self.splits < 1 or self.splits & (self.splits - 1):
-            raise ValueError(f"splits={self.splits} in the configuration; accepted: a power of two")
-        for name in ("rows", "columns"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"{name}={value} in the configuration; accepted: a power of two, at least 16")
+    rows: int = number(128, LEAST_TILE, power=True)
+    columns: int = number(64, LEAST_TILE, power=True)
+    warps: int = number(4, 1, MAX_WARPS, power=True)
+    stages: int = number(3, 1)
+    splits: int = number(1, 1, power=True)
 
 
 @dataclass(frozen=True)
-class PersistentConfig:
+class PersistentConfig(KernelConfig):
     """How the persistent kernel is cut up. Changes speed only, never values beyond the order of additions.
 
     Attributes
@@ -209,9 +211,9 @@ class PersistentConfig:
         Prefetch the next layer to L2.
     """
 
-    warps: int = 8
-    per_sm: int = 1
-    slots: int = 256
+    warps: int = number(8, 1, MAX_WARPS, power=True)
+    per_sm: int = number(1, 1, MAX_PROGRAMS)
+    slots: int = number(256, 8, power=True)
     ahead: bool = True
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sinkstream.kernels.chunks import (
-    check_tile,
+    check_weight,
     chunk_products,
     load_chunks,
     load_row_chunks,
@@ -207,7 +207,7 @@ def linear_residual_library(a, weight, f, bias, residual, out) -> torch.Tensor:
 def _launch(a, weight, f, bias, residual, out, config, prefetch, pdl):
     n, m, rows = a.shape[1], 0 if f is None else f.shape[1], weight.shape[0]
     for size in (n, m):
-        check_tile(config, size, weight)
+        check_weight(weight, size)
     programs = even_programs(-(-rows // config.rows), multiprocessors(a.device) * config.per_sm)
     launch(
         _linear_residual_kernel, (programs,),

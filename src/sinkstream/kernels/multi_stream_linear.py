@@ -10,7 +10,7 @@ the inputs in registers, so that whole weight rows are in flight before it waits
 
 import torch
 
-from sinkstream.kernels.chunks import check_tile
+from sinkstream.kernels.chunks import check_weight
 from sinkstream.kernels.config import MAX_STREAMS, MultiStreamConfig, default_multi_stream, stream_columns
 from sinkstream.kernels.multi_stream_held import multi_stream_held_kernel
 from sinkstream.kernels.multi_stream_kernel import multi_stream_linear_kernel, norm_rows_kernel
@@ -87,7 +87,7 @@ def multi_stream_linear(
         raise ValueError(f"rows={config.rows} in the configuration; accepted: a divisor of the first layer's {plain}")
     for part in (a, f):
         if part is not None:
-            check_tile(config, part.shape[1], weight)
+            check_weight(weight, part.shape[1])
     if config.held:
         if f is not None or second is not None or activation != "none":
             raise ValueError("held=True in the configuration; accepted: for one input, one layer and no activation")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sinkstream.kernels.chunks import (
-    check_tile,
+    check_weight,
     chunk_products,
     load_chunks,
     load_row_chunks,
@@ -287,7 +287,7 @@ def _library_norm(x, gamma, beta, eps, norm) -> torch.Tensor:
 
 def _launch(x, weight, norm_weight, norm_bias, bias, eps, norm, activation, out, config, prefetch, pdl):
     hidden, rows = x.shape[1], out.shape[1]
-    check_tile(config, hidden, weight)
+    check_weight(weight, hidden)
     programs = min(-(-rows // config.rows), multiprocessors(x.device) * config.per_sm)
     launch(
         _norm_linear_kernel, (programs,),

@@ -4,18 +4,20 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from sinkstream.evaluation.backends import check_positions
 from sinkstream.evaluation.runner import check_writable, save_or_rescue, uninterrupted
 from sinkstream.matrix.estimate import Remaining, in_words
 from sinkstream.matrix.file import Matrix
 from sinkstream.matrix.measure import DeviceLost, Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.record import PointRecord
+from sinkstream.models import KnownModel, known_model
 from sinkstream.show.progress import say
 
 STATES = ("open", "failed", "complete")
@@ -59,20 +61,53 @@ def _has(point: Point, words: Sequence[str]) -> bool:
     return all(word in point.name.lower() for word in words) or bool(given and [point.id] == list(words))
 
 
-def dry_run(matrix: Matrix, points: Sequence[Point], out: Path, console: Console) -> None:
-    """List the points, their states, ids and estimated time."""
+def dry_run(matrix: Matrix, points: Sequence[Point], out: Path, console: Console) -> dict[str, str]:
+    """List the points, their states, ids and estimated time, and what a run would refuse.
+
+    Returns the id of every open point that would fail, and why. Raises ValueError as `run_points`; `out` is not made.
+    """
     state, remaining = states(points, out), Remaining(points)
+    check_writable(out, keep=False)
+    unmeasured, known = [p for p in points if state[p.id] == "open"], cache(known_model)
+    refused = {p.id: why for p in unmeasured if (why := refusal(p, known)) is not None}
     for point in points:
         about = "" if state[point.id] == "complete" else f", about {in_words(remaining.estimates[point.id])}"
         quality = f"quality {point.settings.backend} in {point.settings.evaluate}" if point.scored else "no quality"
         speed = f"speed {point.rung}" if point.speed else "no speed"
         say(console, f"{point.id}  {state[point.id]:8}  {point.name}: {quality}, {speed}{about}")
+        if point.id in refused:
+            say(console, f"{point.name} will fail: {refused[point.id]}", "yellow")
+    for spec in dict.fromkeys(p.model.spec for p in unmeasured if p.id not in refused):
+        model = known(spec)
+        if model is None or model.trained_positions is None:
+            say(console, f"model {spec!r}: its trained positions are not known before it is loaded", "yellow")
     for point in matrix.without_baseline():
         say(console, f"{point.name}: no strict or recompute point to be compared with", "yellow")
     counts = Counter(state.values())
-    left = sum(remaining.estimates[p.id] for p in points if state[p.id] == "open")
+    left = sum(remaining.estimates[p.id] for p in unmeasured if p.id not in refused)
     parts = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-    say(console, f"{len(points)} points ({parts}); about {in_words(left)} for the open ones, by formula")
+    fail = f", {len(refused)} will fail" if refused else ""
+    say(console, f"{len(points)} points ({parts}{fail}); about {in_words(left)} for the open ones, by formula")
+    return refused
+
+
+def refusal(point: Point, known: Callable[[str], KnownModel | None] = known_model) -> str | None:
+    """Why a point would fail before its first token, as far as `known` says it of the model; None: nothing is known.
+
+    What is checked: that there is a model, and its trained positions.
+    """
+    try:
+        model, tokens = known(point.model.spec), point.text.tokens
+        if model is None:
+            return None
+        if point.scored:
+            check_positions(point.settings, model.trained_positions, model.name, tokens)
+        if point.speed:
+            timed = point.bench_config(untrained=model.source == "random").run
+            check_positions(timed, model.trained_positions, model.name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def run_points(

@@ -60,8 +60,7 @@ def load_hub(spec: str, request: LoadRequest) -> LoadedModel:
 
 def load_checkpoint(path: Path, request: LoadRequest, *, label: str, name: str, source: str) -> LoadedModel:
     """Load the directory `path`; errors call it `label`. Raises ValueError if anything in it is missing or broken."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model {label!r} has no config.json, so it is not a model directory")
+    config_file(path, label)
     files = weight_files(path, label)
     model, tokenizer = read_checkpoint(path, request, label)
     return LoadedModel.of(model, tokenizer, name=name, source=source, hash=sha256_of_files(files))
@@ -100,6 +99,13 @@ def refuse_missing(info: dict, label: str) -> None:
 def has_tokenizer(path: Path) -> bool:
     """Whether a directory holds the files of a tokenizer."""
     return any((path / file).is_file() for file in TOKENIZER_FILES)
+
+
+def config_file(path: Path, label: str) -> Path:
+    """The configuration of a directory. Raises ValueError if it lacks one."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model {label!r} has no config.json, so it is not a model directory")
+    return path / "config.json"
 
 
 def weight_files(path: Path, label: str) -> list[Path]:

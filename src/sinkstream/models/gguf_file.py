@@ -82,11 +82,9 @@ def _load(path: Path, request: LoadRequest, *, label: str, source: str) -> Loade
 def converted(path: Path, digest: str, label: str) -> Path:
     """Return the directory of the safetensors copy of a GGUF file, making the copy if there is none yet.
 
-    The copy is keyed by the file's SHA-256 and transformers' major.minor version, since the conversion is theirs.
     Raises ValueError if a package is missing, the file is broken, or the copy cannot be written.
     """
-    version = ".".join(transformers.__version__.split(".")[:2])
-    target = cache_dir() / "gguf" / f"{digest}-transformers{version}"
+    target = place_of_copy(digest)
     if is_complete(target):
         return target
     if absent := [package for package in CONVERTER_PACKAGES if importlib.util.find_spec(package) is None]:
@@ -106,6 +104,15 @@ def converted(path: Path, digest: str, label: str) -> Path:
             "SINKSTREAM_CACHE"
         ) from error
     return target
+
+
+def place_of_copy(digest: str) -> Path:
+    """Directory of the safetensors copy of a GGUF file, whether there is one or not.
+
+    The copy is keyed by the file's SHA-256 and transformers' major.minor version, since the conversion is theirs.
+    """
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return cache_dir() / "gguf" / f"{digest}-transformers{version}"
 
 
 def is_complete(folder: Path) -> bool:

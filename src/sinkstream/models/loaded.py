@@ -12,7 +12,7 @@ from sinkstream.compat import attention_implementation
 from sinkstream.registry import Registry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LoadedModel:
             hash=hash,
             n_params=sum(p.numel() for p in parameters),
             weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-            trained_positions=getattr(model.config, "max_position_embeddings", None),
+            trained_positions=trained_positions(model.config),
             family=model.config.model_type,
         )
 
@@ -97,6 +97,11 @@ class LoadedModel:
             "attn_implementation": attention_implementation(config),
             "shape": shape,
         }
+
+
+def trained_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a model was trained on; None if its configuration does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 MODEL_SOURCES: Registry[Callable[[str, LoadRequest], LoadedModel]] = Registry("model source")

@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sinkstream.matrix.record import PointRecord
-from sinkstream.records.headline import Headline
 from sinkstream.records.selection import DIAGNOSED_TEXTS
 from sinkstream.report.criteria import Evidence
 from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, timed_beside
-from sinkstream.show.table import EMPTY, NONE_YET, Table
-from sinkstream.statistics import PairedDelta
+from sinkstream.show.table import EMPTY, NONE_YET, Table, with_interval
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.tables import recall_curve
 from sinkstream.studies.rivals.compare import Comparison
@@ -93,15 +91,8 @@ def _groups(points: Sequence[PointRecord], text: str) -> list[_Group]:
 
 
 def _figure(one: Compared) -> str:
-    return _percent(one.delta)
-
-
-def _percent(delta: PairedDelta | Headline) -> str:
     """ΔPPL in percent with its interval."""
-    value = delta.value if isinstance(delta, Headline) else delta.delta_percent
-    if value is None or delta.low is None or delta.high is None:
-        return EMPTY if value is None else f"{value:+.2f} % [no interval]"
-    return f"{value:+.2f} % [{delta.low:+.2f}, {delta.high:+.2f}]"
+    return with_interval(one.delta.delta_percent, one.delta.low, one.delta.high, 2, unit=" %")
 
 
 def _beaten(by_text: dict[str, list[_Group]]) -> str:
@@ -187,7 +178,8 @@ def _snapkv(of_text: list[_Group], rivals: Sequence[Comparison]) -> str:
         )
     theirs = delta_ppl_strict_vs_kvpress_snapkv(rivals)
     if theirs is not None:
-        parts.append(f"Against kvpress' SnapKV, where all slots compete (SmolLM2-135M, 512 slots): {_percent(theirs)}")
+        figure = with_interval(theirs.value, theirs.low, theirs.high, 2, unit=" %")
+        parts.append(f"Against kvpress' SnapKV, where all slots compete (SmolLM2-135M, 512 slots): {figure}")
     return f"{'. '.join(parts)}." if parts else ""
 
 

@@ -72,13 +72,13 @@ def figures_text(figures: Mapping[str, float | None], names: Sequence[str], digi
     return " / ".join(EMPTY if figures[name] is None else f"{figures[name]:,.{digits}f}" for name in names)
 
 
-def with_interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
-    """A figure with its interval: "+0.31 [+0.06, +0.58]"; a dash without a figure."""
+def with_interval(value: float | None, low: float | None, high: float | None, digits: int, unit: str = "") -> str:
+    """A figure, its unit and its interval: "+0.31 % [+0.06, +0.58]" with the unit " %"; a dash without a figure."""
     if value is None:
         return EMPTY
     if low is None:
-        return f"{value:+.{digits}f} [no interval]"
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {'inf' if high is None else f'{high:+.{digits}f}'}]"
+        return f"{value:+.{digits}f}{unit} [no interval]"
+    return f"{value:+.{digits}f}{unit} [{low:+.{digits}f}, {'inf' if high is None else f'{high:+.{digits}f}'}]"
 
 
 def plus_minus(value: float | None, low: float | None, high: float | None, digits: int) -> str:

@@ -160,7 +160,7 @@ def _largest(values: Sequence[dict[str, Any]]) -> str:
     """What the largest R costs on the first line of the picture."""
     first = [value for value in values if value["line"] == values[0]["line"]]
     last = max(first, key=lambda value: value["r"])
-    return f"At R = {last['r']}: {with_interval(last['y'], last['low'], last['high'], 2)} % ({last['line']})."
+    return f"At R = {last['r']}: {with_interval(last['y'], last['low'], last['high'], 2, unit=' %')} ({last['line']})."
 
 
 def _where_it_comes_from(evidence: Evidence) -> str:

@@ -56,7 +56,7 @@ def _by_sinks(group: Sequence[PointRecord]) -> tuple[dict[str, Any], str] | None
     said = ""
     if without is not None and without.delta.delta_percent is not None:
         delta = without.delta
-        said = f". Without sinks: {with_interval(delta.delta_percent, delta.low, delta.high, 1)} %"
+        said = f". Without sinks: {with_interval(delta.delta_percent, delta.low, delta.high, 1, unit=' %')}"
     first = group[0]
     return spec, f"{_origin(first)}, {first.protocol['cap']:,} slots, bars are 95 % intervals{said}"
 

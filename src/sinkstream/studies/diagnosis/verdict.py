@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from sinkstream.show.table import with_interval
 from sinkstream.statistics import Estimate, EventCurve, PairedDelta
 from sinkstream.studies.diagnosis.attribution import PARTS, Attribution
 
@@ -20,8 +21,7 @@ def verdict(delta: PairedDelta, curve: EventCurve, attribution: Attribution) -> 
     """
     if delta.low is None:
         return {"outcome": "undecided", "line": f"undecided: {delta.reason}"}
-    high = "inf" if delta.high is None else f"{delta.high:+.2f}"
-    figure = f"ΔPPL {delta.delta_percent:+.2f} % [{delta.low:+.2f}, {high}]"
+    figure = f"ΔPPL {with_interval(delta.delta_percent, delta.low, delta.high, 2, unit=' %')}"
     spike = _spike(curve)
     if delta.low <= 0:
         return {"outcome": "go", "line": f"go: {figure} is not shown to be worse than strict; {spike}"}
