@@ -110,6 +110,14 @@ def test_penalised_greedy_takes_the_likeliest_of_what_is_left():
     assert draws_of(options, logits, 3, prompt=torch.tensor([3])).tolist() == [1, 1, 1], "control"
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30, 5e-324])
+def test_a_temperature_near_0_takes_the_likeliest_token(temperature, more):
+    logits = torch.tensor([[-3.0, 5.0, 4.9, 7.999, 8.0, 0.0]])
+    assert draws_of({"temperature": temperature, **more}, logits, 50).unique().tolist() == [4]
+    assert len(draws_of({"temperature": 1.0, **more}, logits, 50).unique()) > 1, "control"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_nothing_is_drawn_from_logits_that_are_not_numbers(options, bad):

@@ -18,7 +18,9 @@ from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
 from sinkstream.kernels.sample_table import PLAIN, PROMPT, RACE, THRESHOLD, SampleTable
 
 GREEDY_TEMPERATURE = 0.0
-LARGEST_SCALE = torch.finfo(torch.float32).max
+# of a temperature of 1e-7, which only ties tell from a lower one: keys of logits up to 8,192 then stay below 2^61,
+# where kernels and twins cut them, so that all would be alike
+LARGEST_SCALE = 2.0**48
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sampler:
     Attributes
     ----------
     temperature : float, default=0.0
-        0 takes the likeliest token.
+        0 takes the likeliest token; so does what is above 0 and below 1e-7, where no logits are equal.
     top_k : int or None
         Keep the k likeliest tokens, and those that are as likely as the last of them.
     top_p : float or None
