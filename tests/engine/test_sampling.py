@@ -251,9 +251,14 @@ def test_a_bias_of_no_token_and_a_wrong_seed_are_refused_before_anything_is_fed(
     e = Engine(build("llama"), **small_policy("lazy"))
     with pytest.raises(ValueError, match=r"logit_bias=.*accepted: token ids from 0 to"):
         e.generate([1], max_new_tokens=3, logit_bias={100_000: 1.0})
+    every = dict.fromkeys(range(e.model.config.vocab_size), -math.inf)
+    for greedy in (True, False):
+        with pytest.raises(ValueError, match=r"logit_bias forbids each of the 97 tokens"):
+            e.generate([1], max_new_tokens=3, temperature=0.0 if greedy else 1.0, logit_bias=every)
     with pytest.raises(ValueError, match="seed='x'"):
         e.generate([1], max_new_tokens=3, temperature=1.0, seed="x")
     assert e.stats()["seen"] == 0
+    assert e.generate([1], max_new_tokens=3, logit_bias=every | {7: 0.0}).tokens == [7] * 3, "control"
 
 
 # ---- on a GPU ----

@@ -110,9 +110,11 @@ class Sampler:
         )
 
     def check_vocab(self, vocab: int) -> None:
-        """Raise ValueError if a biased token is none of `vocab`."""
+        """Raise ValueError if a biased token is none of `vocab`, or no token of them is left."""
         for token, bias in self.logit_bias.items():
             _check("logit_bias", {token: bias}, token < vocab, f"token ids from 0 to {vocab - 1}")
+        if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab:
+            raise ValueError(f"logit_bias forbids each of the {vocab} tokens; accepted: one that leaves a token")
 
     def write(self, table: SampleTable, stream: int, seed: int, prompt: torch.Tensor | None = None) -> None:
         """Fill the rows of a stream.
