@@ -316,6 +316,7 @@ def _before_decoder(module, args, kwargs=None):
     if given is None:
         return None  # the decoder itself refuses that
     batch, tokens = given.shape[:2]
+    _check_checkpointing(module)
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
     _check_frequencies(cache, module.rotary_emb)
     _check_weights(cache, module)
@@ -389,6 +390,17 @@ def __getattr__(name: str) -> Callable:
         if name == f"{hook.__name__}_untraced":
             return _untraced(hook)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _check_checkpointing(decoder: nn.Module) -> None:
+    """Refuse layers that would be given no cache, but the cache's mask."""
+    if not (decoder.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules() if layer is not decoder):
+        raise ValueError(
+            "layers with gradient checkpointing pass no cache on in training mode; accepted: model.eval()"
+            " or model.gradient_checkpointing_disable()"
+        )
 
 
 def _check_attention(made_for: str, now: str | None) -> None:
