@@ -222,6 +222,22 @@ def test_a_refusal_is_clear_and_loses_nothing(attempt):
     torch.testing.assert_close(torch.cat([start, feed(model, cache, ids[:, 50:])], 1), whole, rtol=0, atol=TOLERANCE)
 
 
+def test_hidden_states_of_a_prompt_in_chunks_are_refused_and_those_of_new_tokens_are_right():
+    model, ids = build("llama"), prompt_of(90)
+    asked = {"output_hidden_states": True, "return_dict_in_generate": True}
+    cache = make_cache(model, small_policy("adaptive-entropy"))
+    with pytest.raises(ValueError, match=r"output_hidden_states of 90 tokens, .*cache.prefill\(model, ids\[:, :-1\]\)"):
+        generate(model, ids, cache, **asked)
+    assert cache.stats()["seen"] == 0
+    cache.prefill(model, ids[:, :-1])
+    found = generate(model, ids, cache, **asked)
+    assert [states[-1].shape[1] for states in found.hidden_states] == [1] * 40
+    whole = generate(model, ids, make_cache(model, small_policy("adaptive-entropy")))
+    assert torch.equal(found.sequences, whole), "control: without them the prompt is fed in chunks"
+    strict = generate(model, ids, make_cache(model, small_policy("strict")), **asked)
+    assert strict.hidden_states[0][-1].shape[1] == 90, "control: a chunk that needs no cut has all of them"
+
+
 def test_beam_search_on_a_fresh_cache_is_refused_and_says_to_reset():
     model, ids = build("llama"), prompt_of(9)
     cache = make_cache(model, small_policy("lazy"))

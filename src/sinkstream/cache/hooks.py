@@ -359,6 +359,13 @@ def _prefill_all_but_last_chunk(cache: HookedCache, model: PreTrainedModel, name
         return named
     if ids.shape[1] <= cache.max_chunk_tokens():
         return named
+    for name in ("output_hidden_states", "output_attentions"):
+        if named.get(name):
+            raise ValueError(
+                f"{name} of {ids.shape[1]} tokens, which are fed in chunks: those of the last chunk alone would come;"
+                f" accepted: at most {cache.max_chunk_tokens()} tokens now, or all but the last token fed before, with"
+                " cache.prefill(model, ids[:, :-1])"
+            )
     own = call_tokens(named, cache.row_seen or [0] * len(ids), *ids.shape)
     mask = None if own is None else named["attention_mask"][:, -ids.shape[1] :]
     last = cache.prefill_all_but_last_chunk(model, ids, mask)
