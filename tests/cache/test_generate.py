@@ -286,6 +286,16 @@ def test_embeddings_will_do_unless_the_scorer_reads_tokens(policy, allowed):
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_the_constructor_says_who_makes_a_cache():
+    model = build("llama")
+    for call in (lambda: StreamingCache(), lambda: StreamingCache(model, cap=20), lambda: StreamingCache(model)):
+        with pytest.raises(
+            TypeError, match=r"StreamingCache\(…\) makes no cache; accepted: StreamingCache.for_model\(model"
+        ):
+            call()
+    assert StreamingCache.for_model(model, cap=20).stats()["seen"] == 0, "control"
+
+
 def test_structure_needs_a_tokenizer():
     with pytest.raises(ValueError, match="give tokenizer=TOKENIZER"):
         StreamingCache.for_model(build("llama"), **small_policy("refresh-structural"))
