@@ -222,6 +222,22 @@ def test_a_refusal_is_clear_and_loses_nothing(attempt):
     torch.testing.assert_close(torch.cat([start, feed(model, cache, ids[:, 50:])], 1), whole, rtol=0, atol=TOLERANCE)
 
 
+def test_hidden_states_of_a_prompt_in_chunks_are_refused_and_those_of_new_tokens_are_right():
+    model, ids = build("llama"), prompt_of(90)
+    asked = {"output_hidden_states": True, "return_dict_in_generate": True}
+    cache = make_cache(model, small_policy("adaptive-entropy"))
+    with pytest.raises(ValueError, match=r"output_hidden_states of 90 tokens, .*cache.prefill\(model, ids\[:, :-1\]\)"):
+        generate(model, ids, cache, **asked)
+    assert cache.stats()["seen"] == 0
+    cache.prefill(model, ids[:, :-1])
+    found = generate(model, ids, cache, **asked)
+    assert [states[-1].shape[1] for states in found.hidden_states] == [1] * 40
+    whole = generate(model, ids, make_cache(model, small_policy("adaptive-entropy")))
+    assert torch.equal(found.sequences, whole), "control: without them the prompt is fed in chunks"
+    strict = generate(model, ids, make_cache(model, small_policy("strict")), **asked)
+    assert strict.hidden_states[0][-1].shape[1] == 90, "control: a chunk that needs no cut has all of them"
+
+
 def test_beam_search_on_a_fresh_cache_is_refused_and_says_to_reset():
     model, ids = build("llama"), prompt_of(9)
     cache = make_cache(model, small_policy("lazy"))
@@ -268,6 +284,16 @@ def test_embeddings_will_do_unless_the_scorer_reads_tokens(policy, allowed):
         logits = torch.cat([model(inputs_embeds=e, **with_cache(model, cache)).logits for e in embedded.split(1, 1)], 1)
     expected = feed(model, make_cache(model, small_policy(f"refresh-{policy}")), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_constructor_says_who_makes_a_cache():
+    model = build("llama")
+    for call in (lambda: StreamingCache(), lambda: StreamingCache(model, cap=20), lambda: StreamingCache(model)):
+        with pytest.raises(
+            TypeError, match=r"StreamingCache\(…\) makes no cache; accepted: StreamingCache.for_model\(model"
+        ):
+            call()
+    assert StreamingCache.for_model(model, cap=20).stats()["seen"] == 0, "control"
 
 
 def test_structure_needs_a_tokenizer():

@@ -418,3 +418,27 @@ def test_masks_that_are_no_padding_are_refused(mask, words):
     assert cache.row_stats() == before
     logits = masked_feed(model, cache, rows)
     assert_rows_are_as_alone(model, options, [torch.cat([row, row]) for row in rows], logits, cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mask_of_another_batch_is_refused(rows):
+    model, ids = build("llama"), torch.stack(texts((30, 30)))
+    cache = make_cache(model, small_policy("strict"))
+    calls = [
+        lambda mask: cache.prefill(model, ids, attention_mask=mask),
+        lambda mask: model(ids, attention_mask=mask, **with_cache(model, cache)),
+        lambda mask: model.generate(ids, attention_mask=mask, max_new_tokens=2, **with_cache(model, cache)),
+    ]
+    left_padded = torch.ones(rows, 30)
+    left_padded[0, :9] = 0
+    for mask in (torch.ones(rows, 30), left_padded):
+        for call in calls[: 2 if mask.all() else 3]:  # generate() itself takes a mask of ones away
+            with pytest.raises(ValueError, match=f"attention_mask of {rows} rows for a batch of 2"):
+                call(mask)
+        with pytest.raises(ValueError, match=rf"attention_mask of shape \({rows}, 30\); accepted: \(2, 30\)"):
+            cache.continuation(ids, mask)
+    with pytest.raises(ValueError, match="position_ids of the caller's own"):
+        calls[2](torch.ones(3, 30))
+    assert cache.seen_tokens == 0
+    assert calls[0](torch.ones(2, 30)).shape == (2, 97), "control"

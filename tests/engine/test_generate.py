@@ -166,6 +166,9 @@ def test_sampling_repeats_with_its_seed_and_text_can_be_the_prompt():
     assert a == b != c
 
 
+ENCODED = tokenizer()("ab", return_tensors="pt")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,7 +178,15 @@ def test_sampling_repeats_with_its_seed_and_text_can_be_the_prompt():
         ({"ids": [1], "max_new_tokens": 3, "stop": [""]}, "not empty"),
         ({"ids": [1], "max_new_tokens": 3, "stream": 1}, "stream=1"),
         ({"ids": None, "max_new_tokens": 3}, "ids are NoneType; accepted: a tensor"),
+        ({"ids": ENCODED, "max_new_tokens": 3}, "ids are BatchEncoding; accepted: .*of what a tokenizer returns, its"),
+        ({"ids": b"ab", "max_new_tokens": 3}, "ids are bytes; accepted: a tensor"),
+        ({"ids": ["a", "b"], "max_new_tokens": 3}, "ids are list of other things; accepted: a tensor"),
+        ({"ids": [[1, 2], [3]], "max_new_tokens": 3}, "ids are list of other things; accepted: a tensor"),
         ({"ids": [1], "max_new_tokens": 3, "stop": 5}, "stop=5 is not accepted; accepted: a string"),
+        ({"ids": [1], "max_new_tokens": 3, "stop_tokens": 5}, "stop_tokens=5 is not accepted; .*ids from 0 to 96"),
+        ({"ids": [1], "max_new_tokens": 3, "stop_tokens": "a"}, "stop_tokens='a' is not accepted"),
+        ({"ids": [1], "max_new_tokens": 3, "stop_tokens": [97]}, r"stop_tokens=\[97\] is not accepted"),
+        ({"ids": [1], "max_new_tokens": 3, "stop_tokens": torch.tensor([5])}, "stop_tokens=tensor.* is not accepted"),
         ({"ids": [1], "max_new_tokens": 3, "callback": 5}, "callback=5 is not accepted; accepted: a callable"),
         ({"ids": [1], "max_new_tokens": 3, "streamer": 5}, "streamer=5 is not accepted; accepted: a streamer"),
     ],

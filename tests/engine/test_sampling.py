@@ -110,6 +110,14 @@ def test_penalised_greedy_takes_the_likeliest_of_what_is_left():
     assert draws_of(options, logits, 3, prompt=torch.tensor([3])).tolist() == [1, 1, 1], "control"
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30, 5e-324])
+def test_a_temperature_near_0_takes_the_likeliest_token(temperature, more):
+    logits = torch.tensor([[-3.0, 5.0, 4.9, 7.999, 8.0, 0.0]])
+    assert draws_of({"temperature": temperature, **more}, logits, 50).unique().tolist() == [4]
+    assert len(draws_of({"temperature": 1.0, **more}, logits, 50).unique()) > 1, "control"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_nothing_is_drawn_from_logits_that_are_not_numbers(options, bad):
@@ -243,9 +251,14 @@ def test_a_bias_of_no_token_and_a_wrong_seed_are_refused_before_anything_is_fed(
     e = Engine(build("llama"), **small_policy("lazy"))
     with pytest.raises(ValueError, match=r"logit_bias=.*accepted: token ids from 0 to"):
         e.generate([1], max_new_tokens=3, logit_bias={100_000: 1.0})
+    every = dict.fromkeys(range(e.model.config.vocab_size), -math.inf)
+    for greedy in (True, False):
+        with pytest.raises(ValueError, match=r"logit_bias forbids each of the 97 tokens"):
+            e.generate([1], max_new_tokens=3, temperature=0.0 if greedy else 1.0, logit_bias=every)
     with pytest.raises(ValueError, match="seed='x'"):
         e.generate([1], max_new_tokens=3, temperature=1.0, seed="x")
     assert e.stats()["seen"] == 0
+    assert e.generate([1], max_new_tokens=3, logit_bias=every | {7: 0.0}).tokens == [7] * 3, "control"
 
 
 # ---- on a GPU ----

@@ -168,6 +168,11 @@ WRONG = [
     ("/v1/chat/completions", {"messages": [IMAGE]}, 400, "messages.0.content.0.type"),
     ("/v1/chat/completions", {"messages": HI, "stop": ["x", ""]}, 400, "stop.1"),
     ("/v1/chat/completions", {"messages": HI, "session_id": "sess_x"}, 404, None),
+    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', 400, None),
+    ("/v1/completions", b'{"prompt": ["x", "\\udc00"]}', 400, None),
+    ("/v1/responses", b'{"input": "a\\ud83d"}', 400, None),
+    ("/v1/sessions", b'{"messages": [{"role": "system", "content": "\\ud800"}]}', 400, None),
+    ("/tokenize", b'{"text": "\\ud800"}', 400, None),
     ("/v1/chat/completions", b"{", 400, None),
     ("/v1/chat/completions", b"\xff\xfe", 400, None),
     ("/v1/chat/completions", b'"' + b"x" * 2_000_000 + b'"', 413, None),
@@ -191,6 +196,13 @@ def test_mistakes_have_the_shape_of_openai(path, body, status, param, address):
     assert (answer.status_code, error["param"]) == (status, param), error
     assert error.keys() == ERROR_FIELDS and error["message"] and "Traceback" not in answer.text
     assert error["type"] == "invalid_request_error"
+
+
+def test_half_a_pair_of_surrogates_is_told_and_a_whole_one_is_a_character(address):
+    body = b'{"messages": [{"role": "user", "content": "%s"}], "max_tokens": 2}'
+    answer = post(address, "/v1/chat/completions", body % rb"\ud83d")
+    assert "messages holds half of a surrogate pair; accepted: Unicode text" in answer.text
+    assert post(address, "/v1/chat/completions", body % rb"\ud83d\ude00").status_code == 200
 
 
 def test_a_model_without_a_chat_template_still_completes(model):

@@ -83,12 +83,15 @@ class BatchedCache(AppendOnlyCache):
         Raises
         ------
         ValueError
-            If `input_ids` are no token ids.
+            If `input_ids` are no token ids, or the mask has another shape.
         """
         check_ids(input_ids, empty=True)
         batch, tokens = input_ids.shape
         mask = input_ids.new_ones(batch, self.seen_tokens + tokens)
         if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                told = tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask of shape {told}; accepted: {batch, tokens}, that of the ids")
             mask[:, self.seen_tokens :] = attention_mask
         for row, seen in enumerate(self.row_seen):
             mask[row, : self.seen_tokens - seen] = 0
@@ -153,15 +156,16 @@ class BatchedCache(AppendOnlyCache):
             If the conversation does not begin with what the cache has seen, or for positions of the caller's own.
         """
         self.ended = ()
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            check_axes(mask, len(input_ids))
         if new is None:
             return input_ids, None, {}
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is None or bool((mask != 0).all()):
             if len(set(self.row_seen)) <= 1:
                 self.check_conversation(input_ids)
                 return input_ids, new, {}
             mask = torch.ones_like(input_ids)
-        check_axes(mask)
         ids, new_mask = self.unseen(input_ids, mask)
         if positions is not None and not bool(((positions == default_positions(mask)) | (mask == 0)).all()):
             raise ValueError("position_ids of the caller's own are not supported; give none")

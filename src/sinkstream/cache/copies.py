@@ -45,7 +45,12 @@ class CopiedCache(BatchedCache):
     shows_queries = True  # whether the model's attention shows recall its queries
     _pending: Any = None  # a forward that has begun
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream | None = None, *args: Any, **options: Any):
+        if args or options or not isinstance(stream, Stream):
+            name = type(self).__name__
+            raise TypeError(
+                f"{name}(…) makes no cache; accepted: {name}.for_model(model, …), or {name}.load(model, path)"
+            )
         super().__init__(layers=[StreamingLayer(self, i) for i in range(stream.spec.layers)])
         self.spec, self.policy, self.stream = stream.spec, stream.policy, stream
         self.chunk_user = stream.user

@@ -316,6 +316,7 @@ def _before_decoder(module, args, kwargs=None):
     if given is None:
         return None  # the decoder itself refuses that
     batch, tokens = given.shape[:2]
+    _check_checkpointing(module)
     _check_attention(cache.spec.attention, compat.attention_implementation(module.config))
     _check_frequencies(cache, module.rotary_emb)
     _check_weights(cache, module)
@@ -358,6 +359,13 @@ def _prefill_all_but_last_chunk(cache: HookedCache, model: PreTrainedModel, name
         return named
     if ids.shape[1] <= cache.max_chunk_tokens():
         return named
+    for name in ("output_hidden_states", "output_attentions"):
+        if named.get(name):
+            raise ValueError(
+                f"{name} of {ids.shape[1]} tokens, which are fed in chunks: those of the last chunk alone would come;"
+                f" accepted: at most {cache.max_chunk_tokens()} tokens now, or all but the last token fed before, with"
+                " cache.prefill(model, ids[:, :-1])"
+            )
     own = call_tokens(named, cache.row_seen or [0] * len(ids), *ids.shape)
     mask = None if own is None else named["attention_mask"][:, -ids.shape[1] :]
     last = cache.prefill_all_but_last_chunk(model, ids, mask)
@@ -389,6 +397,17 @@ def __getattr__(name: str) -> Callable:
         if name == f"{hook.__name__}_untraced":
             return _untraced(hook)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _check_checkpointing(decoder: nn.Module) -> None:
+    """Refuse layers that would be given no cache, but the cache's mask."""
+    if not (decoder.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules() if layer is not decoder):
+        raise ValueError(
+            "layers with gradient checkpointing pass no cache on in training mode; accepted: model.eval()"
+            " or model.gradient_checkpointing_disable()"
+        )
 
 
 def _check_attention(made_for: str, now: str | None) -> None:

@@ -58,13 +58,15 @@ def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
     return told[1]
 
 
-def check_axes(mask: torch.Tensor) -> None:
-    """Raise ValueError unless a mask has two axes."""
+def check_axes(mask: torch.Tensor, batch: int | None = None) -> None:
+    """Raise ValueError unless a mask has two axes, and as many rows as the batch."""
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or (batch, tokens) with 0 for"
             " the pads before the tokens of a row"
         )
+    if batch not in (None, len(mask)):
+        raise ValueError(f"attention_mask of {len(mask)} rows for a batch of {batch}; accepted: a row for each")
 
 
 def are_positions(positions: torch.Tensor, seen: list[int], own: list[int], tokens: int) -> bool:
@@ -75,7 +77,7 @@ def are_positions(positions: torch.Tensor, seen: list[int], own: list[int], toke
     seen, own : list of int
         Tokens that each row has seen, and those that come now, behind ``tokens - own`` pads.
     """
-    if positions.shape[-1] != tokens:
+    if positions.shape[-1] != tokens or (positions.ndim == 2 and len(positions) not in (1, len(own))):
         return False
     first = torch.tensor([s - tokens + n for s, n in zip(seen, own)], device=positions.device)[:, None]
     column = torch.arange(tokens, device=positions.device)
@@ -100,7 +102,7 @@ def call_tokens(named: dict[str, Any], seen: list[int], batch: int, tokens: int)
     """
     mask, positions, own = named.get("attention_mask"), named.get("position_ids"), None
     if mask is not None:
-        check_axes(mask)
+        check_axes(mask, batch)
         if not bool((mask != 0).all()):
             own = own_tokens(mask, tokens, seen)
     if positions is not None and not are_positions(positions, seen, own or [tokens] * batch, tokens):

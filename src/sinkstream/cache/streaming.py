@@ -21,7 +21,7 @@ from sinkstream.archive import PREFIX, Chooser
 from sinkstream.cache.attention import release_attention, running
 from sinkstream.cache.families import check_policy, describe
 from sinkstream.cache.forward import PendingForward, check_forward
-from sinkstream.cache.padding import check_ids, own_tokens
+from sinkstream.cache.padding import check_axes, check_ids, own_tokens
 from sinkstream.cache.recalling import RecallingCache, recall_of
 from sinkstream.cache.row_forward import RowsForward, begun, parted
 from sinkstream.cache.rows import CHUNK as ROWS_CHUNK
@@ -208,6 +208,7 @@ class StreamingCache(RecallingCache):
         check_whole("chunk_tokens", chunk_tokens, 1)
         mask = attention_mask
         if mask is not None:
+            check_axes(mask, len(input_ids))
             pads = input_ids.shape[1] - max(own_tokens(mask, input_ids.shape[1], self.row_seen))  # of every row
             input_ids, mask = input_ids[:, pads:], mask[:, pads:]
         if mask is not None or isinstance(self.stream, Rows):

@@ -5,7 +5,7 @@ drawn token is appended whatever the host finds. The step itself draws.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -283,6 +283,7 @@ def _generate(
     if not isinstance(stop, Iterable):
         raise ValueError(f"stop={stop!r} is not accepted; accepted: a string, or a sequence of strings")
     strings = [stop] if isinstance(stop, str) else list(stop)
+    _check_stop_tokens(stop_tokens, decoder.state.sampling.vocab)
     rule = StopRule(
         end_tokens(decoder.model) if stop_tokens is None else stop_tokens, strings, callback, decoder.tokenizer
     )
@@ -303,6 +304,17 @@ def _generate(
         writer = SamplingWriter(fed, recorder, rule, streamer, noted)
         write(decoder, writer, list(fed), max_new_tokens)
         return writer.finish()
+
+
+def _check_stop_tokens(stop_tokens: Any, vocab: int) -> None:
+    """Raise ValueError unless these are token ids, or None; anything else would never equal an id."""
+    if stop_tokens is None:
+        return
+    if not isinstance(stop_tokens, Collection) or not all(type(t) is int and 0 <= t < vocab for t in stop_tokens):
+        raise ValueError(
+            f"stop_tokens={stop_tokens!r} is not accepted; accepted: a sequence of token ids from 0 to {vocab - 1},"
+            " () for none, or None for the model's own"
+        )
 
 
 def check_question(decoder: StreamDecoder, recall_ask: int, tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Ids = torch.Tensor | Sequence[int]
+ACCEPTED = "a tensor (tokens,) or a sequence of whole numbers"
 
 
 def check_stream(stream: int, streams: int) -> None:
@@ -37,12 +38,16 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
     ValueError
         Naming shape, dtype or range and what is accepted.
     """
-    if isinstance(ids, str) or not hasattr(ids, "__len__"):
-        raise ValueError(f"ids are {type(ids).__name__}; accepted: a tensor (tokens,) or a sequence of whole numbers")
+    if isinstance(ids, (str, bytes, Mapping)) or not hasattr(ids, "__len__"):
+        what = "; of what a tokenizer returns, its input_ids" if isinstance(ids, Mapping) else ""
+        raise ValueError(f"ids are {type(ids).__name__}; accepted: {ACCEPTED}{what}")
     own = not isinstance(ids, torch.Tensor)  # a tensor of the caller's may change once this has returned
     on_host = not isinstance(ids, torch.Tensor) or ids.device.type == "cpu"
     if not isinstance(ids, torch.Tensor):
-        ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        try:
+            ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:  # of texts, of lists of several lengths, of huge numbers
+            raise ValueError(f"ids are {type(ids).__name__} of other things; accepted: {ACCEPTED}") from error
     if ids.ndim != 1 or (not len(ids) and not empty) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers")
     if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):

@@ -18,7 +18,9 @@ from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
 from sinkstream.kernels.sample_table import PLAIN, PROMPT, RACE, THRESHOLD, SampleTable
 
 GREEDY_TEMPERATURE = 0.0
-LARGEST_SCALE = torch.finfo(torch.float32).max
+# of a temperature of 1e-7, which only ties tell from a lower one: keys of logits up to 8,192 then stay below 2^61,
+# where kernels and twins cut them, so that all would be alike
+LARGEST_SCALE = 2.0**48
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sampler:
     Attributes
     ----------
     temperature : float, default=0.0
-        0 takes the likeliest token.
+        0 takes the likeliest token; so does what is above 0 and below 1e-7, where no logits are equal.
     top_k : int or None
         Keep the k likeliest tokens, and those that are as likely as the last of them.
     top_p : float or None
@@ -108,9 +110,11 @@ class Sampler:
         )
 
     def check_vocab(self, vocab: int) -> None:
-        """Raise ValueError if a biased token is none of `vocab`."""
+        """Raise ValueError if a biased token is none of `vocab`, or no token of them is left."""
         for token, bias in self.logit_bias.items():
             _check("logit_bias", {token: bias}, token < vocab, f"token ids from 0 to {vocab - 1}")
+        if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab:
+            raise ValueError(f"logit_bias forbids each of the {vocab} tokens; accepted: one that leaves a token")
 
     def write(self, table: SampleTable, stream: int, seed: int, prompt: torch.Tensor | None = None) -> None:
         """Fill the rows of a stream.
