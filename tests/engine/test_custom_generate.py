@@ -196,6 +196,12 @@ def test_a_call_starts_over_and_leaves_other_streams_alone():
     assert longer[0, -10:].tolist() == more
 
 
+def test_an_engine_itself_is_not_passed_over_in_silence():
+    model = build("llama")
+    with pytest.raises(TypeError, match=r"custom_generate=engine\.custom_generate"):
+        model.generate(prompt_of(20), custom_generate=engine(model), **options())
+
+
 REFUSED = {
     "beams": ({"num_beams": 2}, "beam search: .*accepted: greedy decoding and sampling"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation: "),

@@ -1,5 +1,6 @@
 """Generating: the engine writes what transformers writes through the streaming cache, and stops when it should."""
 
+import numpy as np
 import pytest
 import torch
 from oracle.models import build, token_ids
@@ -158,6 +159,9 @@ def test_the_end_of_text_token_of_the_model_ends_the_stream():
     assert e.generate([7], max_new_tokens=40).tokens == free[: free.index(free[8]) + 1]
     e.reset()
     assert e.generate([7], max_new_tokens=40, stop_tokens=()).tokens == free
+    e.reset()
+    ends = np.array([free[8]])
+    assert e.generate([7], max_new_tokens=40, stop_tokens=ends).tokens == free[: free.index(free[8]) + 1]
 
 
 def test_sampling_repeats_with_its_seed_and_text_can_be_the_prompt():

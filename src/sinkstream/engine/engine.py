@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -150,6 +150,10 @@ class Engine(StreamDecoder):
         if not 0 < len(prompts) <= self.state.streams:
             raise ValueError(f"{len(prompts)} prompts; accepted: 1 to {self.state.streams}, the engine's streams")
         return list(generate(self, dict(enumerate(prompts)), max_new_tokens, **more).values())
+
+    def __call__(self, *args: Any, **options: Any) -> NoReturn:
+        """Raise TypeError: `generate(custom_generate=engine)` would pass over an object that cannot be called."""
+        raise TypeError("an engine is no function; accepted: custom_generate=engine.custom_generate, engine.generate")
 
     def custom_generate(
         self,

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -310,11 +311,15 @@ def _check_stop_tokens(stop_tokens: Any, vocab: int) -> None:
     """Raise ValueError unless these are token ids, or None; anything else would never equal an id."""
     if stop_tokens is None:
         return
-    if not isinstance(stop_tokens, Collection) or not all(type(t) is int and 0 <= t < vocab for t in stop_tokens):
+    if not isinstance(stop_tokens, Collection) or not all(_is_id(token, vocab) for token in stop_tokens):
         raise ValueError(
             f"stop_tokens={stop_tokens!r} is not accepted; accepted: a sequence of token ids from 0 to {vocab - 1},"
             " () for none, or None for the model's own"
         )
+
+
+def _is_id(token: Any, vocab: int) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= int(token) < vocab
 
 
 def check_question(decoder: StreamDecoder, recall_ask: int, tokens: int) -> None:
