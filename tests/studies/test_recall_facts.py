@@ -29,7 +29,15 @@ from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
 from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import RecallBatch, RecallDesign
-from sinkstream.studies.recall.tables import chooser_table, curve_of, curve_table, has_recall, select_recalls, share_of
+from sinkstream.studies.recall.tables import (
+    by_layout,
+    chooser_table,
+    curve_of,
+    curve_table,
+    has_recall,
+    select_recalls,
+    share_of,
+)
 from sinkstream.studies.recall.tables import pooled as pooled_passages
 from sinkstream.studies.streameval.reply import FIRST_WINDOW, WINDOW, ReplyBatch, ReplyDesign, ReplyRecord
 from sinkstream.studies.streameval.reply_tables import draw_reply, reply_table, tpot_ratio
@@ -179,6 +187,9 @@ def test_texts_are_pooled_and_the_curve_with_them(tmp_path):
     )
     chosen = select_recalls([*records, *newest], model="tiny", cap=64, pooled_at=2.0)
     assert [r.id for r in chosen] == [r.id for r in records], "another layout does not hide this one"
+    layouts = [[r.id for r in layout] for layout in by_layout([newest[0], *records], 0.5)]
+    assert layouts == [[newest[0].id], [r.id for r in records]], "the layout of the newest record is last"
+    assert by_layout([*records, newest[0], records[0]], 0.5)[-1][-1].id == records[0].id
     brought = replace(newest[0], policy=newest[0].policy | {"options": {"recall": "lexical"}})
     assert select_recalls([records[0], brought], model="tiny", cap=64) == records[:1], "recall has a table of its own"
     assert select_recalls([brought], model="tiny", cap=64) == [brought]

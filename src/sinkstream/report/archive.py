@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from sinkstream.records.base import BaseRecord
 from sinkstream.records.origin import machine
-from sinkstream.records.selection import DIAGNOSED_MODELS
+from sinkstream.records.selection import DIAGNOSED_MODELS, has_model
 from sinkstream.show.table import NONE_YET, Table
 from sinkstream.studies.recall import tables as passages
 from sinkstream.studies.recall.facts import FactsRecord
@@ -18,7 +18,8 @@ from sinkstream.studies.streameval.reply_tables import reply_table, select_repli
 from sinkstream.studies.streameval.tables import select_streamevals, streameval_table
 
 CAP = 512
-DISTANCES = {16.0: "", 64.0: "-far"}  # over cap: layouts with such passages -> what the names of their tables have
+FARTHEST = 64.0  # over cap: all layouts with such passages are shown, of a nearer distance the newest
+DISTANCES = {16.0: "", FARTHEST: "-far"}  # over cap -> what the names of the tables of such passages have
 REFERENCES = ("full", "strict")  # policies without recall in the tables of choosers
 AnyRecord = TypeVar("AnyRecord", bound=BaseRecord)
 
@@ -30,20 +31,31 @@ def render_archive(results: Path) -> dict[str, str]:
     facts = FactsRecord.below(results) if there else []
     streams = StreamEvalRecord.below(results) if there else []
     replies = ReplyRecord.below(results) if there else []
+    complete = [r for r in recalls if r.status == "complete" and r.protocol["cap"] == CAP]
     found = {}
     for model, short in DIAGNOSED_MODELS.items():
         for ratio, name in DISTANCES.items():
-            chosen = passages.select_recalls(recalls, model=model, cap=CAP, pooled_at=ratio)
-            chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
-            chosen = chosen if passages.has_recall(chosen) else []
-            with_curve = [record for record in chosen if record.curve is not None]
-            found[f"recall-choosers{name}-{short}"] = _table(chosen, passages.chooser_table)
-            found[f"recall-curve{name}-{short}"] = _table(with_curve, passages.curve_table)
+            layouts = passages.by_layout([r for r in complete if has_model(r, model)], ratio)
+            shown = layouts if ratio == FARTHEST else layouts[-1:]
+            chosen = [one for layout in shown if (one := _with_recall(layout, model, ratio))]
+            with_curve = [[record for record in one if record.curve is not None] for one in chosen]
+            found[f"recall-choosers{name}-{short}"] = _tables(chosen, passages.chooser_table)
+            found[f"recall-curve{name}-{short}"] = _tables(with_curve, passages.curve_table)
         found[f"recall-facts-{short}"] = _table(select_facts(facts, model=model, cap=CAP), facts_table)
-        of_streams = [_table(one, streameval_table) for one in select_streamevals(streams, model=model)]
-        found[f"streameval-{short}"] = "\n\n".join(of_streams) or NONE_YET
+        found[f"streameval-{short}"] = _tables(select_streamevals(streams, model=model), streameval_table)
         found[f"reply-{short}"] = _table(select_replies(replies, model=model), reply_table)
     return found
+
+
+def _with_recall(records: Sequence[RecallRecord], model: str, ratio: float) -> list[RecallRecord]:
+    """Of one layout the newest record of each policy with recall, and of the references; none without recall."""
+    chosen = passages.select_recalls(records, model=model, cap=CAP, pooled_at=ratio)
+    chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
+    return chosen if passages.has_recall(chosen) else []
+
+
+def _tables(groups: Sequence[Sequence[AnyRecord]], table: Callable[[Sequence[AnyRecord]], Table]) -> str:
+    return "\n\n".join(_table(records, table) for records in groups if records) or NONE_YET
 
 
 def _table(records: Sequence[AnyRecord], table: Callable[[Sequence[AnyRecord]], Table]) -> str:

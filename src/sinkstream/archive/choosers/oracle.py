@@ -21,7 +21,7 @@ class OracleIndex(Index):
         """2 for the blocks that hold a token which is wanted now, or before the next choice, 0 for all others."""
         chooser, blocks = self.chooser, query.blocks(self.chooser.block)
         found = np.zeros(len(blocks))
-        for begin, end, first, last in chooser.told:
+        for begin, end, first, last in chooser.told or ():
             if chooser.wanted(begin, end, query):
                 low, high = first // chooser.block, (last - 1) // chooser.block + 1
                 found[max(0, low - blocks.start) : max(0, high - blocks.start)] = 2.0
@@ -37,16 +37,23 @@ class OracleIndex(Index):
 class Oracle(Chooser):
     """Told which tokens are wanted when, and brings them before the first of them is needed: a ceiling.
 
+    Attributes
+    ----------
+    told : rows of four int, or None
+        What is wanted when; without rows nothing is wanted. None: nobody has said.
+
     Source: none, the ceiling of attending to what was brought back.
     """
 
     foresees: ClassVar[bool] = True
 
-    told: tuple[tuple[int, int, int, int], ...] = ()
+    told: tuple[tuple[int, int, int, int], ...] | None = None
     ahead: int = option(8, "tokens before `begin` from which on the told ones are wanted", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.told is None:
+            return
         try:
             told = tuple(tuple(int(n) for n in row) for row in self.told)
         except (TypeError, ValueError):
@@ -58,7 +65,7 @@ class Oracle(Chooser):
 
     def check(self, model: Any) -> None:
         """Raise ValueError where nobody says what is wanted: nothing would ever come back."""
-        if not self.told:
+        if self.told is None:
             raise ValueError(
                 f"an oracle must be told what is wanted; accepted: recall_told, rows of {TOLD}, which sinkstream recall"
                 " and streameval give by themselves"

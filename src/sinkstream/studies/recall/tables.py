@@ -239,6 +239,16 @@ def _draw_curve(axis: Any, record: RecallRecord, style: dict[str, Any], shift: f
         axis.vlines(*zip(*known), color=style["color"], linewidth=1)
 
 
+def by_layout(records: Sequence[RecallRecord], ratio: float) -> list[list[RecallRecord]]:
+    """Records with passages at a distance, those of one layout together; the layout of the newest record is last."""
+    layouts: dict[str, list[RecallRecord]] = {}
+    for record in records:
+        if ratio in record.passages["ratio"]:
+            layout = str([record.protocol[name] for name in LAYOUT])
+            layouts[layout] = [*layouts.pop(layout, []), record]
+    return list(layouts.values())
+
+
 def select_recalls(
     records: Sequence[RecallRecord], *, model: str, cap: int, pooled_at: float | None = None
 ) -> list[RecallRecord]:
@@ -253,9 +263,7 @@ def select_recalls(
         if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
     ]
     if pooled_at is not None:
-        runs = [record for record in runs if pooled_at in record.passages["ratio"]]
-        layouts = [[record.protocol[name] for name in LAYOUT] for record in runs]
-        kept = [record for record, layout in zip(runs, layouts) if layout == layouts[-1]]
+        kept = next(reversed(by_layout(runs, pooled_at)), [])
     else:
         recalled = {record.data["sha256"] for record in runs if "recall" in record.policy["options"]}
         plain = [record for record in runs if record.data["sha256"] not in recalled] or runs
