@@ -19,6 +19,8 @@ from sinkstream.archive import CHOOSERS, Chooser, Evicted, Index, Query
 from sinkstream.cli import main as sinkstream
 from sinkstream.policies.options import option
 
+ENDS, LONGEST = (".", "!", "?", "\n"), 64  # what ends a sentence, and after how many tokens one is cut
+
 
 class Encoder:
     """Sentences to unit vectors."""
@@ -37,42 +39,48 @@ class Encoder:
 
 
 class Meanings(Index):
-    """The text of every block with both neighbours, and its vector, which is computed when it is first asked for."""
+    """Every sentence and its vector, which is computed when it is first asked for."""
 
     def __init__(self, chooser: "BySentences"):
         self.chooser = chooser
-        self.ids: dict[int, list[int]] = {}  # of every block
-        self.vectors: dict[int, np.ndarray] = {}  # of blocks whose neighbours are whole
+        self.sentences: list[tuple[int, list[int]]] = []  # index of the first token, ids; the last one may go on
+        self.vectors = np.zeros((0, 0))  # of the sentences that have ended
 
     def add(self, evicted: Evicted) -> None:
         for index, token in enumerate(evicted.ids, evicted.first):
-            self.ids.setdefault(index // self.chooser.block, []).append(int(token))
+            if not self.sentences or self._has_ended(self.sentences[-1][1]):
+                self.sentences.append((index, []))
+            self.sentences[-1][1].append(int(token))
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        return len(ids) == LONGEST or self.chooser.tokenizer.decode(ids[-1:]).rstrip("\"'” ").endswith(ENDS)
 
     def scores(self, query: Query) -> np.ndarray:
-        blocks = query.blocks(self.chooser.block)
-        unknown = [block for block in blocks if block not in self.vectors]
-        around = [[t for i in (-1, 0, 1) for t in self.ids.get(block + i, ())] for block in unknown]
-        texts = self.chooser.tokenizer.batch_decode([*around, list(query.ids)])
-        *found, wanted = self.chooser.encoder(texts)
-        latest = dict(zip(unknown, found))
-        whole = self.chooser.block
-        self.vectors |= {b: v for b, v in latest.items() if len(self.ids.get(b + 1, ())) == whole}
-        if not len(blocks):
-            return np.zeros(0)
-        cosine = np.stack([self.vectors.get(b, latest.get(b)) for b in blocks]) @ wanted
-        return (np.maximum(cosine, 0) / self.chooser.level) ** 4  # so that 0.6 of the best score is 0.88 of its cosine
+        blocks, block = query.blocks(self.chooser.block), self.chooser.block
+        new = [ids for _, ids in self.sentences[len(self.vectors) :]]
+        *found, wanted = self.chooser.encoder(self.chooser.tokenizer.batch_decode([*new, list(query.ids)]))
+        known, found = (np.reshape(some, (-1, len(wanted))) for some in (self.vectors, found))
+        vectors = np.concatenate([known, found])
+        self.vectors = vectors[: max(0, len(vectors) - 1)]
+        score = np.zeros(len(blocks))
+        for (first, ids), cosine in zip(self.sentences, vectors @ wanted):
+            held = slice(
+                max(0, first // block - blocks.start), max(0, (first + len(ids) - 1) // block + 1 - blocks.start)
+            )
+            score[held] = np.maximum(score[held], cosine / self.chooser.level)
+        return score
 
     def copy(self) -> "Meanings":
         other = Meanings(self.chooser)
-        other.ids = {block: list(ids) for block, ids in self.ids.items()}
-        other.vectors = dict(self.vectors)
+        other.sentences = [(first, list(ids)) for first, ids in self.sentences]
+        other.vectors = self.vectors
         return other
 
 
 @CHOOSERS.register("encoder")
 @dataclass(frozen=True, eq=False)
 class BySentences(Chooser):
-    """Blocks whose sentences mean what the query says."""
+    """Blocks with a sentence that means what the query says."""
 
     encoder: ClassVar[Encoder]
 
