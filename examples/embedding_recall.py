@@ -9,6 +9,7 @@ mean of its token vectors (the MiniLM and E5 families). A command and its option
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -101,6 +102,8 @@ def main() -> int:
     parser.add_argument("encoder", help="folder of a sentence encoder")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="of sinkstream, with its options")
     args = parser.parse_args()
+    if not (Path(args.encoder) / "config.json").is_file():
+        parser.error(f"encoder {args.encoder!r} is not accepted; accepted: a folder with the config.json of a model")
     BySentences.encoder = Encoder(args.encoder)
     return sinkstream(args.command)
 

@@ -144,6 +144,8 @@ def test_a_sentence_encoder_chooses_what_comes_back(folder):
     assert len(ppl) == 2 and ppl[0] != ppl[1], f"what came back changed nothing: {run.stdout}"
     wrong = example("embedding_recall.py", folder, *line, "--policy", "strict:recall=encoding")
     assert wrong.returncode == 2 and "union, encoder" in wrong.stderr, "the registry knows the example's chooser"
+    nowhere = example("embedding_recall.py", folder, "nowhere", "eval")
+    assert nowhere.returncode == 2 and "encoder 'nowhere' is not accepted" in nowhere.stderr
 
 
 def test_a_scorer_of_ones_own_is_used(folder):
