@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from sinkstream.records.base import BaseRecord
 from sinkstream.records.origin import machine
-from sinkstream.records.selection import DIAGNOSED_MODELS, has_model
+from sinkstream.records.selection import DIAGNOSED_MODELS
 from sinkstream.show.table import NONE_YET, Table
 from sinkstream.studies.recall import tables as passages
 from sinkstream.studies.recall.facts import FactsRecord
@@ -31,13 +31,11 @@ def render_archive(results: Path) -> dict[str, str]:
     facts = FactsRecord.below(results) if there else []
     streams = StreamEvalRecord.below(results) if there else []
     replies = ReplyRecord.below(results) if there else []
-    complete = [r for r in recalls if r.status == "complete" and r.protocol["cap"] == CAP]
     found = {}
     for model, short in DIAGNOSED_MODELS.items():
         for ratio, name in DISTANCES.items():
-            layouts = passages.by_layout([r for r in complete if has_model(r, model)], ratio)
-            shown = layouts if ratio == FARTHEST else layouts[-1:]
-            chosen = [one for layout in shown if (one := _with_recall(layout, model, ratio))]
+            layouts = passages.select_layouts(recalls, model=model, cap=CAP, ratio=ratio)
+            chosen = [_with_recall(layout) for layout in (layouts if ratio == FARTHEST else layouts[-1:])]
             with_curve = [[record for record in one if record.curve is not None] for one in chosen]
             found[f"recall-choosers{name}-{short}"] = _tables(chosen, passages.chooser_table)
             found[f"recall-curve{name}-{short}"] = _tables(with_curve, passages.curve_table)
@@ -47,10 +45,9 @@ def render_archive(results: Path) -> dict[str, str]:
     return found
 
 
-def _with_recall(records: Sequence[RecallRecord], model: str, ratio: float) -> list[RecallRecord]:
-    """Of one layout the newest record of each policy with recall, and of the references; none without recall."""
-    chosen = passages.select_recalls(records, model=model, cap=CAP, pooled_at=ratio)
-    chosen = [r for r in chosen if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
+def _with_recall(records: Sequence[RecallRecord]) -> list[RecallRecord]:
+    """The records with recall, and of the references; none without recall."""
+    chosen = [r for r in records if r.policy["label"] in REFERENCES or r.policy["options"].get("recall")]
     return chosen if passages.has_recall(chosen) else []
 
 

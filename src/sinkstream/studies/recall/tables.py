@@ -249,6 +249,11 @@ def by_layout(records: Sequence[RecallRecord], ratio: float) -> list[list[Recall
     return list(layouts.values())
 
 
+def select_layouts(records: Sequence[RecallRecord], *, model: str, cap: int, ratio: float) -> list[list[RecallRecord]]:
+    """As `select_recalls` with `pooled_at`, for every layout that has passages at a distance, the newest last."""
+    return [_newest(layout) for layout in by_layout(_complete(records, model, cap), ratio)]
+
+
 def select_recalls(
     records: Sequence[RecallRecord], *, model: str, cap: int, pooled_at: float | None = None
 ) -> list[RecallRecord]:
@@ -257,20 +262,23 @@ def select_recalls(
     On the streams with the most policies, the newest of equals, of those on which nothing was recalled if there are
     any; or with `pooled_at`, of all texts with the layout of the newest record that has passages at that distance.
     """
-    runs = [
-        record
-        for record in records
-        if record.status == "complete" and has_model(record, model) and record.protocol["cap"] == cap
-    ]
     if pooled_at is not None:
-        kept = next(reversed(by_layout(runs, pooled_at)), [])
-    else:
-        recalled = {record.data["sha256"] for record in runs if "recall" in record.policy["options"]}
-        plain = [record for record in runs if record.data["sha256"] not in recalled] or runs
-        streams: dict[str, set[str]] = {}
-        for record in reversed(plain):
-            streams.setdefault(record.data["sha256"], set()).add(record.label)
-        fullest = max(streams, key=lambda sha256: len(streams[sha256]), default=None)
-        kept = [record for record in plain if record.data["sha256"] == fullest]
-    newest = {(record.policy["label"], record.data["name"]): record for record in kept}
+        return next(reversed(select_layouts(records, model=model, cap=cap, ratio=pooled_at)), [])
+    runs = _complete(records, model, cap)
+    recalled = {record.data["sha256"] for record in runs if "recall" in record.policy["options"]}
+    plain = [record for record in runs if record.data["sha256"] not in recalled] or runs
+    streams: dict[str, set[str]] = {}
+    for record in reversed(plain):
+        streams.setdefault(record.data["sha256"], set()).add(record.label)
+    fullest = max(streams, key=lambda sha256: len(streams[sha256]), default=None)
+    return _newest([record for record in plain if record.data["sha256"] == fullest])
+
+
+def _complete(records: Sequence[RecallRecord], model: str, cap: int) -> list[RecallRecord]:
+    return [r for r in records if r.status == "complete" and has_model(r, model) and r.protocol["cap"] == cap]
+
+
+def _newest(records: Sequence[RecallRecord]) -> list[RecallRecord]:
+    """The newest record of each policy and text, full cache first."""
+    newest = {(record.policy["label"], record.data["name"]): record for record in records}
     return sorted(newest.values(), key=lambda record: record.policy["name"] != "full")
