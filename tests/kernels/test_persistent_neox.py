@@ -12,9 +12,9 @@ from sinkstream.kernels.persistent_neox import NeoxTensors, PersistentNeox
 HEADS, DIM, ROTARY, HIDDEN, MIDDLE, EPS = 3, 16, 8, 40, 72, 1e-5
 WIDE = PersistentNeoxConfig(per_sm=6)  # interpreted, for three multiprocessors: 18 programs
 CONFIGS = [
-    pytest.param(PersistentNeoxConfig(warps=4, per_sm=4, rows=4, slots=16, lead=2, early=0), id="small tiles"),
+    pytest.param(PersistentNeoxConfig(warps=4, per_sm=4, rows=4, out_rows=2, slots=16, lead=2, early=0), id="small tiles"),
     pytest.param(PersistentNeoxConfig(warps=16, per_sm=2, rows=8, slots=32, lead=1, early=1), id="wide rows"),
-    pytest.param(PersistentNeoxConfig(per_sm=3, rows=16, lead=0, early=2), id="everything early"),
+    pytest.param(PersistentNeoxConfig(per_sm=3, rows=16, out_rows=16, lead=0, early=2), id="everything early"),
 ]
 
 
@@ -131,7 +131,7 @@ def test_what_it_refuses(change, says):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"rows": 3}, "rows=3"), ({"slots": 8}, "slots=8"), ({"lead": 5}, "lead=5"), ({"early": -1}, "early=-1")],
+    [({"rows": 3}, "rows=3"), ({"out_rows": 0}, "out_rows=0"), ({"slots": 8}, "slots=8"), ({"lead": 5}, "lead=5"), ({"early": -1}, "early=-1")],
 )
 def test_configurations_that_are_refused(options, says):
     with pytest.raises(ValueError, match=f"{says} in the configuration; accepted"):

@@ -123,7 +123,13 @@ def test_the_report_keeps_plans(m, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["0"], "--streams 0; accepted: 1 to 16"), (["17"], "--streams 17"), (["2", "--climb"], "--climb")],
+    [
+        (["0"], "--streams 0; accepted: 1 to 16"),
+        (["17"], "--streams 17"),
+        (["2", "--climb"], "--climb"),
+        (["2", "--persistent"], "--persistent with --streams 2"),
+        (["1", "--climb", "--persistent"], "--climb with --persistent"),
+    ],
 )
 def test_streams_that_are_not_measured(options, says, capsys):
     with pytest.raises(SystemExit):

@@ -225,8 +225,8 @@ class PersistentNeoxConfig(KernelConfig):
     ----------
     warps, per_sm : int
         Warps of a program, programs a multiprocessor.
-    rows : int
-        Weight rows of one tile, and
+    rows, out_rows : int
+        Weight rows of one tile of queries, keys, values and the up-projection, and of the output, and
     slots : int
         slots of one tile of attention (powers of two, slots at least 16); a program has as many tiles as it needs.
     lead : int
@@ -240,6 +240,7 @@ class PersistentNeoxConfig(KernelConfig):
     warps: int = number(8, 1, MAX_WARPS, power=True)
     per_sm: int = number(1, 1, MAX_PROGRAMS)
     rows: int = number(8, 1, power=True)
+    out_rows: int = number(8, 1, power=True)
     slots: int = number(64, LEAST_TILE, power=True)
     lead: int = number(4, 0, 4)
     early: int = number(1, 0, 2)

@@ -19,6 +19,7 @@ from sinkstream.kernels.runtime import INTERPRETED, Prefetch, multiprocessors
 
 REGISTERS = 65536  # of a multiprocessor, 4 bytes each
 MAX_REGISTERS = 255  # of a thread
+MOST_HELD = 0.7  # share of them that weights and slots take; more would leave none to compute with
 
 
 class NeoxTensors(NamedTuple):
@@ -77,10 +78,9 @@ class PersistentNeox(PersistentLayers):
     def width(self) -> int:
         return 4 * self.query_heads * self.head_dim + self.intermediate
 
-    @property
-    def columns(self) -> int:
-        """Columns of a weight tile that all threads load at once, 8 each."""
-        return 256 * max(1, self.config.warps // self.config.rows)
+    def columns(self, rows: int) -> int:
+        """Columns of a weight tile of so many rows that all threads load at once, 8 each."""
+        return 256 * max(1, self.config.warps // rows)
 
     def share_out(self) -> NeoxGrid | None:
         """A grid with as many splits of attention as there is room for, and as many programs for the rows."""
@@ -96,30 +96,30 @@ class PersistentNeox(PersistentLayers):
             q, u, o = (-(-count // most) for count in counts)
             programs = max(heads * (of_ring + of_pinned), *(-(-n // r) for n, r in zip(counts, (q, u, o), strict=True)))
             grid = NeoxGrid((q, u, o), per, of_ring + of_pinned, of_ring, programs)
-            return grid if self._held(grid) <= 0.7 else None
+            return grid if self._held(grid) <= MOST_HELD else None
         return None
 
     def _held(self, grid: NeoxGrid) -> float:
         """The largest share of a thread's registers that weights and slots take between two waits."""
-        threads, rows = 32 * self.config.warps, self.config.rows
+        config, threads = self.config, 32 * self.config.warps
 
-        def weights(share: int, *widths: int) -> int:
-            columns = sum(-(-width // self.columns) * self.columns for width in widths)
-            return -(-share // rows) * rows * columns * 2
+        def weights(share: int, rows: int, *widths: int) -> int:
+            chunk = self.columns(rows)
+            return -(-share // rows) * rows * sum(-(-width // chunk) * chunk for width in widths) * 2
 
-        q, u, o = grid.rows
-        slots = -(-grid.slots // self.config.slots) * self.config.slots * self.head_dim * 4
-        groups = weights(q, self.hidden) + weights(u, self.hidden), slots + weights(u, self.hidden)
-        most = max(*groups, weights(o, self.query_heads * self.head_dim, self.intermediate))
-        return most / 4 / threads / min(MAX_REGISTERS, REGISTERS // (threads * self.config.per_sm))
+        q, u = (weights(share, config.rows, self.hidden) for share in grid.rows[:2])
+        slots = -(-grid.slots // config.slots) * config.slots * self.head_dim * 4
+        out = weights(grid.rows[2], config.out_rows, self.query_heads * self.head_dim, self.intermediate)
+        most = max(q + (u if config.early else 0) + (slots if config.early > 1 else 0), u + slots, out)
+        return most / 4 / threads / min(MAX_REGISTERS, REGISTERS // (threads * config.per_sm))
 
     def arguments(self, prefetch: Prefetch) -> tuple[Any, tuple, dict[str, Any]]:
         assert self.grid is not None
         config, grid, (q, u, o) = self.config, self.grid, self.grid.rows
         constants = dict(
             H=self.hidden, M=self.intermediate, QH=self.query_heads, D=self.head_dim, C=self.rotary // 2, RQ=q, RU=u,
-            RO=o, BN=config.rows, BK=self.columns, BT=config.slots, TILES=-(-grid.slots // config.slots),
-            LEAD=0 if INTERPRETED else config.lead, EARLY=0 if INTERPRETED else config.early, NEXT=bool(prefetch),
+            RO=o, BN=config.rows, BK=self.columns(config.rows), BO=config.out_rows, BC=self.columns(config.out_rows),
+            BT=config.slots, TILES=-(-grid.slots // config.slots), LEAD=0 if INTERPRETED else config.lead, EARLY=0 if INTERPRETED else config.early, NEXT=bool(prefetch),
         )  # fmt: skip
         return persistent_neox_kernel, prefetch.arguments(self.layers[0].weight_in, grid.programs), constants
 

@@ -27,32 +27,27 @@ def _load_tiles(
 
 
 @jit
-def _standardise(xs, eps, K: tl.constexpr, BK: tl.constexpr):
-    """A chunked vector less its mean and over its deviation, float32, zero past its end; all rows are alike."""
+def _statistics(xs, eps, K: tl.constexpr, BK: tl.constexpr):
+    """Mean of a chunked vector and one over its deviation, (rows, 1) float32; all rows are alike."""
     total = xs[0].to(tl.float32)
     for c in tl.static_range(1, len(xs)):
         total += xs[c].to(tl.float32)
     mean = (tl.sum(total, 1) / K)[:, None]
     columns = tl.arange(0, BK)[None, :]
     square = total * 0.0
-    less = ()
     for c in tl.static_range(len(xs)):
         d = tl.where(c * BK + columns < K, xs[c].to(tl.float32) - mean, 0.0)
         square += d * d
-        less = less + (d,)
-    scale = (1.0 / tl.sqrt(tl.sum(square, 1) / K + eps))[:, None]
-    out = ()
-    for c in tl.static_range(len(xs)):
-        out = out + (less[c] * scale,)
-    return out
+    return mean, (1.0 / tl.sqrt(tl.sum(square, 1) / K + eps))[:, None]
 
 
 @jit
-def _affine(xs, gammas, betas):
-    """Weight and bias of a norm, by chunks, float32."""
+def _normalise(xs, mean, scale, gammas, betas):
+    """LayerNorm of a chunked vector, by chunks, float32; zero past its end, where weight and bias are."""
     out = ()
     for c in tl.static_range(len(xs)):
-        out = out + (xs[c] * gammas[c].to(tl.float32) + betas[c].to(tl.float32),)
+        y = (xs[c].to(tl.float32) - mean) * scale
+        out = out + (y * gammas[c].to(tl.float32) + betas[c].to(tl.float32),)
     return out
 
 
@@ -203,9 +198,9 @@ def persistent_neox_kernel(
     eps, pinned_slots, ring, per, ring_programs, stride, scale,
     next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share,
     H: tl.constexpr, M: tl.constexpr, QH: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RQ: tl.constexpr,
-    RU: tl.constexpr, RO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, PHASE: tl.constexpr, LEAD: tl.constexpr, EARLY: tl.constexpr,
-    NEXT: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
+    RU: tl.constexpr, RO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr, TILES: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, PHASE: tl.constexpr,
+    LEAD: tl.constexpr, EARLY: tl.constexpr, NEXT: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: its share of every phase of the layers first_layer .. end_layer - 1.
 
@@ -219,7 +214,7 @@ def persistent_neox_kernel(
     CONTEXT: tl.constexpr = QH * D
     TQ: tl.constexpr = (RQ + BN - 1) // BN
     TU: tl.constexpr = (RU + BN - 1) // BN
-    TO: tl.constexpr = (RO + BN - 1) // BN
+    TO: tl.constexpr = (RO + BO - 1) // BO
     qkv = buffer_ptr
     context = qkv + QKV
     middle = context + CONTEXT
@@ -251,7 +246,7 @@ def persistent_neox_kernel(
     at = addresses(table_ptr + first_layer * 10, 10)
     for i in tl.static_range(LEAD):
         _fetch(at, even_ptr, pid, programs, fetch_start, fetch_size, i, H, M, CONTEXT, QKV, RQ, RU, RO)
-    for layer in range(first_layer, end_layer):
+    for layer in tl.range(first_layer, end_layer, disable_licm=True):  # addresses are cheaper than registers
         turn = done + layer + 1
         odd = layer % 2 == 1
         x_in = tl.multiple_of(tl.where(odd, odd_ptr.to(tl.int64), even_ptr.to(tl.int64)).to(even_ptr.dtype), 16)
@@ -262,6 +257,7 @@ def persistent_neox_kernel(
         keys, values = pointer(at[8], even_ptr) + own, pointer(at[9], even_ptr) + own
         if reads:
             w_q, b_q = _load_tiles(w_in, b_in, q_first, q_end, H, H, BK, BN, TQ)
+            gamma, beta = rows_of(pointer(at[0], even_ptr), H, BK, BN), rows_of(pointer(at[1], even_ptr), H, BK, BN)
             if EARLY > 0:
                 w_u, b_u = _load_tiles(w_in + QKV * H, b_in + QKV, u_first, u_end, H, H, BK, BN, TU)
         if attention:
@@ -280,9 +276,9 @@ def persistent_neox_kernel(
         if reads:
             wait_for(c_out, (turn - 1) * programs, waits)
             x = rows_of(x_in, H, BK, BN)
-            gamma, beta = rows_of(pointer(at[0], even_ptr), H, BK, BN), rows_of(pointer(at[1], even_ptr), H, BK, BN)
-            normed = _standardise(x, eps, H, BK)
-            _store_tiles(qkv, q_first, q_end, w_q, b_q, _affine(normed, gamma, beta), False, BN, TQ)
+            mean, scale_x = _statistics(x, eps, H, BK)
+            normed = _normalise(x, mean, scale_x, gamma, beta)
+            _store_tiles(qkv, q_first, q_end, w_q, b_q, normed, False, BN, TQ)
             arrive(c_qkv, waits)
             if EARLY < 1:
                 w_u, b_u = _load_tiles(w_in + QKV * H, b_in + QKV, u_first, u_end, H, H, BK, BN, TU)
@@ -298,7 +294,8 @@ def persistent_neox_kernel(
         )  # fmt: skip
         if reads:
             gamma, beta = rows_of(pointer(at[2], even_ptr), H, BK, BN), rows_of(pointer(at[3], even_ptr), H, BK, BN)
-            _store_tiles(middle, u_first, u_end, w_u, b_u, _affine(normed, gamma, beta), True, BN, TU)
+            normed = _normalise(x, mean, scale_x, gamma, beta)
+            _store_tiles(middle, u_first, u_end, w_u, b_u, normed, True, BN, TU)
             arrive(c_middle, waits)
         _fetch_ahead(
             2, at, following, layer + 1 < end_layer, even_ptr, pid, programs, fetch_start, fetch_size, LEAD, H, M,
@@ -318,24 +315,24 @@ def persistent_neox_kernel(
                     tl.store(c_heads + head, 0)
                     arrive(c_context, waits)
         if output:
-            w_a, b_o = _load_tiles(w_out, b_out, o_first, o_end, CONTEXT + M, CONTEXT, BK, BN, TO)
-            w_f, _ = _load_tiles(w_out + CONTEXT, b_out, o_first, o_end, CONTEXT + M, M, BK, BN, TO)
+            w_a, b_o = _load_tiles(w_out, b_out, o_first, o_end, CONTEXT + M, CONTEXT, BC, BO, TO)
+            w_f, _ = _load_tiles(w_out + CONTEXT, b_out, o_first, o_end, CONTEXT + M, M, BC, BO, TO)
         _fetch_ahead(
             3, at, following, layer + 1 < end_layer, even_ptr, pid, programs, fetch_start, fetch_size, LEAD, H, M,
             CONTEXT, QKV, RQ, RU, RO,
         )  # fmt: skip
         if output:
             wait_for(c_middle, turn * programs, waits)
-            f = rows_of(middle, M, BK, BN)
+            f = rows_of(middle, M, BC, BO)
             sums = ()
             for t in tl.static_range(TO):
-                r = o_first + t * BN + tl.arange(0, BN)
+                r = o_first + t * BO + tl.arange(0, BO)
                 old = tl.load(x_in + r, mask=r < o_end, other=0.0, cache_modifier=".cg").to(tl.float32)
                 sums = sums + (products(w_f, f, t) + b_o[t] + old,)
             wait_for(c_context, turn * QH, waits)
-            a = rows_of(context, CONTEXT, BK, BN)
+            a = rows_of(context, CONTEXT, BC, BO)
             for t in tl.static_range(TO):
-                r = o_first + t * BN + tl.arange(0, BN)
+                r = o_first + t * BO + tl.arange(0, BO)
                 y = products(w_a, a, t) + sums[t]
                 tl.store(x_out + r, y.to(x_out.dtype.element_ty), mask=r < o_end)
             arrive(c_out, waits)
