@@ -49,9 +49,7 @@ class Layers:
 
     def kernel(self, config=SMALL):
         pinned = self.cases[0].options["pinned_slots"]
-        return PersistentLlama(
-            self.layers, query_heads=HEADS, pinned_slots=pinned, rotary=DIM, eps=EPS, config=config
-        )
+        return PersistentLlama(self.layers, query_heads=HEADS, pinned_slots=pinned, rotary=DIM, eps=EPS, config=config)
 
     def run(self, kernel, implementation):
         other = torch.full_like(self.hidden, float("nan"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error
+from ops_cases import IMPLEMENTATIONS, TOLERANCE, draw, error
 from ring_case import Case, behind
 
 from sinkstream.kernels.config import PersistentNeoxConfig
@@ -12,7 +12,9 @@ from sinkstream.kernels.persistent_neox import NeoxTensors, PersistentNeox
 HEADS, DIM, ROTARY, HIDDEN, MIDDLE, EPS = 3, 16, 8, 40, 72, 1e-5
 WIDE = PersistentNeoxConfig(per_sm=6)  # interpreted, for three multiprocessors: 18 programs
 CONFIGS = [
-    pytest.param(PersistentNeoxConfig(warps=4, per_sm=4, rows=4, out_rows=2, slots=16, lead=2, early=0), id="small tiles"),
+    pytest.param(
+        PersistentNeoxConfig(warps=4, per_sm=4, rows=4, out_rows=2, slots=16, lead=2, early=0), id="small tiles"
+    ),
     pytest.param(PersistentNeoxConfig(warps=16, per_sm=2, rows=8, slots=32, lead=1, early=1), id="wide rows"),
     pytest.param(PersistentNeoxConfig(per_sm=3, rows=16, out_rows=16, lead=0, early=2), id="everything early"),
 ]
@@ -36,12 +38,8 @@ class Layers:
             biases = [draw(n, scale=0.3, dtype=dtype) for n in (HIDDEN, HIDDEN, 3 * context + MIDDLE, HIDDEN)]
             weight_in = draw(3 * context + MIDDLE, HIDDEN, scale=HIDDEN**-0.5, dtype=dtype)
             weight_out = draw(HIDDEN, context + MIDDLE, scale=(context + MIDDLE) ** -0.5, dtype=dtype)
-            self.layers.append(
-                NeoxTensors(
-                    norms[0], biases[0], norms[1], biases[1], weight_in, biases[2], weight_out, biases[3], case.keys,
-                    case.values,
-                )  # fmt: skip
-            )
+            own = norms[0], biases[0], norms[1], biases[1], weight_in, biases[2], weight_out, biases[3]
+            self.layers.append(NeoxTensors(*own, case.keys, case.values))
         self.hidden = draw(1, HIDDEN, dtype=dtype) + 1  # a mean that the norm must take away
 
     def expected(self):
@@ -131,7 +129,13 @@ def test_what_it_refuses(change, says):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"rows": 3}, "rows=3"), ({"out_rows": 0}, "out_rows=0"), ({"slots": 8}, "slots=8"), ({"lead": 5}, "lead=5"), ({"early": -1}, "early=-1")],
+    [
+        ({"rows": 3}, "rows=3"),
+        ({"out_rows": 0}, "out_rows=0"),
+        ({"slots": 8}, "slots=8"),
+        ({"lead": 5}, "lead=5"),
+        ({"early": -1}, "early=-1"),
+    ],
 )
 def test_configurations_that_are_refused(options, says):
     with pytest.raises(ValueError, match=f"{says} in the configuration; accepted"):

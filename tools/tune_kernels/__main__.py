@@ -8,7 +8,8 @@ poisoned outputs) and timed over all layers, so that nothing stays in L2, under 
 graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
 turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
 or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
-none is faster. With --persistent whole steps are timed with all layers in one persistent kernel. With --streams N the ops of N streams are measured, each alone and in a step,
+none is faster. With --persistent whole steps are timed with all layers in one persistent kernel, in a grid of its
+configurations, beside the measured plan. With --streams N the ops of N streams are measured, each alone and in a step,
 then a grid of configurations of every op, and whole steps with the best of them.
 Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
 TRITON_INTERPRET=1.
@@ -32,7 +33,7 @@ from tune_kernels.search import climb, measure_persistent, measure_streams, swee
 from tune_kernels.shapes import SHAPES
 
 SHARES = {"pythia-2.8b": 0.55, "llama-3.2-1b": 0.5, "llama-3.1-8b": 1.0}  # of the time left when its turn comes
-PRINTED = ("best of each op", "PDL", "measured plan", "tuned", "persistent")  # steps that are printed at the end of a shape
+PRINTED = ("best of each op", "PDL", "measured plan", "tuned", "persistent")  # steps printed at the end
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:

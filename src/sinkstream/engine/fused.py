@@ -116,9 +116,7 @@ class FusedDecode:
         """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
         self.plan = plan
         layers = plan[LAYERS].config if LAYERS in plan else None
-        self.persistent = (
-            pack_layers(self.weights, self.state, layers) if isinstance(layers, PersistentKind) else None
-        )
+        self.persistent = pack_layers(self.weights, self.state, layers) if isinstance(layers, PersistentKind) else None
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
         self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 

@@ -19,7 +19,7 @@ def persistent_plan(weights: PackedWeights, state: StreamSpan) -> dict[str, OpLa
     """The measured plan of the persistent kernel; empty where none was measured, or the kernel does not serve it."""
     plans = PERSISTENT_NEOX_PLANS if weights.family == NEOX else PERSISTENT_LLAMA_PLANS
     launch = plans.get(weights.embedding.shape[1])
-    if launch is None:
+    if launch is None or not isinstance(launch.config, PersistentKind):
         return {}
     try:
         pack_layers(weights, state, launch.config)

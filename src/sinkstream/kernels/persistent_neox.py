@@ -119,7 +119,8 @@ class PersistentNeox(PersistentLayers):
         constants = dict(
             H=self.hidden, M=self.intermediate, QH=self.query_heads, D=self.head_dim, C=self.rotary // 2, RQ=q, RU=u,
             RO=o, BN=config.rows, BK=self.columns(config.rows), BO=config.out_rows, BC=self.columns(config.out_rows),
-            BT=config.slots, TILES=-(-grid.slots // config.slots), LEAD=0 if INTERPRETED else config.lead, EARLY=0 if INTERPRETED else config.early, NEXT=bool(prefetch),
+            BT=config.slots, TILES=-(-grid.slots // config.slots), LEAD=0 if INTERPRETED else config.lead,
+            EARLY=0 if INTERPRETED else config.early, NEXT=bool(prefetch),
         )  # fmt: skip
         return persistent_neox_kernel, prefetch.arguments(self.layers[0].weight_in, grid.programs), constants
 

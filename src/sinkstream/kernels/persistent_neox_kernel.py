@@ -52,9 +52,7 @@ def _normalise(xs, mean, scale, gammas, betas):
 
 
 @jit
-def _store_tiles(
-    y_ptr, first, end, weights, biases, xs, ACT: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr
-):
+def _store_tiles(y_ptr, first, end, weights, biases, xs, ACT: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr):
     """Outputs first .. end - 1 of rows that read a normalised vector."""
     for t in tl.static_range(TILES):
         r = first + t * BN + tl.arange(0, BN)
@@ -150,6 +148,15 @@ def _load_slots(
 
 
 @jit
+def _scores(q, ks, seens):
+    """Scores of tiles of keys, (slots,) float32 each; minus infinity where a slot is not visible."""
+    zs = ()
+    for t in tl.static_range(len(ks)):
+        zs = zs + (tl.where(seens[t], tl.sum(ks[t].to(tl.float32) * q[None, :], 1), -float("inf")),)
+    return zs
+
+
+@jit
 def _attend(
     new, part, ks, vs, seens, key_place, value_place, appends, cos, sin, window_cos, window_sin, scale,
     D: tl.constexpr, C: tl.constexpr,
@@ -163,10 +170,7 @@ def _attend(
     key, key_other = _with_partners(new + D, D, C)
     value = tl.load(new + 2 * D + whole).to(tl.float32)
     q = (one * cos + other * sin) * scale
-    zs = ()
-    for t in tl.static_range(len(ks)):
-        z = tl.where(seens[t], tl.sum(ks[t].to(tl.float32) * q[None, :], 1), -float("inf"))
-        zs = zs + (z,)
+    zs = _scores(q, ks, seens)
     top = zs[0]
     for t in tl.static_range(1, len(ks)):
         top = tl.maximum(top, zs[t])
