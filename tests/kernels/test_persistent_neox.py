@@ -125,18 +125,3 @@ def test_what_it_refuses(change, says):
     layers.layers[0] = layers.layers[0]._replace(**{k: f(getattr(layers.layers[0], k)) for k, f in change.items()})
     with pytest.raises(ValueError, match=says):
         layers.kernel()
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"rows": 3}, "rows=3"),
-        ({"out_rows": 0}, "out_rows=0"),
-        ({"slots": 8}, "slots=8"),
-        ({"lead": 5}, "lead=5"),
-        ({"early": -1}, "early=-1"),
-    ],
-)
-def test_configurations_that_are_refused(options, says):
-    with pytest.raises(ValueError, match=f"{says} in the configuration; accepted"):
-        PersistentNeoxConfig(**options)
