@@ -12,7 +12,7 @@ from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.engine.foreseen_chunks import ForeseenChunk, ForeseenChunks
 from sinkstream.engine.graphs import GraphCaptures
-from sinkstream.engine.prompt import PromptForward, keep_queries
+from sinkstream.engine.prompt import LatestQueries, PromptForward
 from sinkstream.engine.prompt_choices import ChoosingChunk
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
@@ -259,7 +259,8 @@ def test_a_chunk_keeps_the_queries_that_steps_would_keep(past, tokens, rows):
         wanted[1, :, (past + i) % 5] = queries[i]
     inv_freq = torch.ones(2, dtype=torch.float64)
     first, table = np.zeros(tokens, dtype=np.int64), torch.zeros(16 + 2 * rows, dtype=torch.int32)
-    keep_queries(kept, queries, Band(first, None, inv_freq, past=past, length=past, row=1, table=table))
+    band = Band(first, None, inv_freq, past=past, length=past, row=1, table=table)
+    LatestQueries(band, 5).keep(kept, queries)
     assert torch.equal(kept, wanted)
 
 
