@@ -1,8 +1,8 @@
 """Chunks of a prompt that cross prunes at which pinned tokens are chosen, straight into the static ring.
 
-What is chosen, and among what, is that of `cache.choices`. Launching the kernels of such a chunk one by one takes longer
-than a short one's kernels, so short ones are padded and captured, as other short chunks are: which prunes they cross,
-and where, is read from a second table beside that of the band.
+What is chosen, and among what, is that of `cache.choices`. Launching the kernels of a short chunk one by one takes
+longer than the kernels themselves, so short ones are padded and captured, as others are: which prunes they cross, and
+where, is read from a second table beside that of the band.
 """
 
 from dataclasses import dataclass
