@@ -214,7 +214,7 @@ def test_on_a_gpu_captured_chunks_that_choose_are_those_that_are_not_captured(sh
     assert ((graphed - plain).norm(dim=-1) < 0.04 * plain.norm(dim=-1)).all()
     assert ((graphed[2:] - plain[:-2]).norm(dim=-1) > 0.1 * plain[2:].norm(dim=-1)).all(), "control: other tokens"
     same = torch.isin(*chosen.values()).float().mean()
-    assert same > 0.9, "rounding chooses otherwise among equals only"
+    assert same > 0.8, "rounding chooses otherwise among equals only"
 
 
 @pytest.mark.parametrize("more", [{}, {"refresh": 5, "scorer": "window-attention", "observation": 6}], ids=str)

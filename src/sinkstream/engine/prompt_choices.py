@@ -166,14 +166,14 @@ class ChoosingChunk(Chunk):
         self.groups, self.which, self.row = choices.groups(), choices.which, band.device_row
         start, length, position = (band.table[field].long() for field in (START, LENGTH, POSITION))
         entries = torch.arange(sizes.entries, device=device)
-        self.past, self.slots = entries < length, g.pinned_slots + (start + entries) % g.ring
+        self.later, self.slots = entries >= length, g.pinned_slots + (start + entries) % g.ring
         cos, sin = state.spec.rope.angles(position - length + entries)
         self.back = torch.stack([cos, -sin], 1)
         # queries of earlier tokens that may be read; what those gave is known where attention is added up
         self.older = None
         if not self.accumulates:
             kept = state.observed_queries
-            self.older = (band.table[PAST].long() - kept + torch.arange(kept, device=device)) % kept
+            self.older = (band.table[PAST].long() + torch.arange(kept, device=device)) % kept  # oldest first
         else:
             last = length + band.table[TOKENS].long() - 1
             entry = last - (start + last - torch.arange(g.ring, device=device)) % g.ring  # of every slot, in the end
@@ -236,7 +236,7 @@ class ChoosingChunk(Chunk):
         if not self.accumulates:
             return None
         totals = self._of_stream(self.whole.channels["accumulated"][layer])
-        past = totals.index_select(1, self.slots).where(self.past, 0.0)
+        past = totals.index_select(1, self.slots).masked_fill(self.later, 0.0)
         return torch.cat([totals[:, self.refreshed], past], 1)
 
     def _of_stream(self, held: torch.Tensor) -> torch.Tensor:

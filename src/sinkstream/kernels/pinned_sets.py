@@ -27,8 +27,6 @@ CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
-BEGIN, COUNT, OWN, FIRST, LEAVING, SUMS, TURN = range(7)  # columns of the table of groups
-FIELDS = 7
 
 
 class Group(NamedTuple):
@@ -36,7 +34,7 @@ class Group(NamedTuple):
 
     Attributes
     ----------
-    begin, count : int
+    begin, queries : int
         The first query and how many, in `Layer.queries`.
     own : int
         Window entry of the first query's own token.
@@ -51,7 +49,7 @@ class Group(NamedTuple):
     """
 
     begin: int
-    count: int
+    queries: int
     own: int
     first: int
     leaving: int
@@ -82,9 +80,9 @@ class GroupSizes:
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "GroupSizes":
         """Those of these groups and no others."""
-        queries = max((group.count for group in groups), default=0)
+        queries = max((group.queries for group in groups), default=0)
         leaving = max((group.leaving for group in groups), default=0)
-        return cls(len(groups), queries, leaving, sum(group.count for group in groups))
+        return cls(len(groups), queries, leaving, sum(group.queries for group in groups))
 
     def hold(self, other: "GroupSizes") -> bool:
         """Whether a chunk of other sizes can be computed in its place."""
@@ -126,6 +124,10 @@ class Groups:
     def sets(self) -> int:
         """Sets of pinned tokens that are written; those behind the last prune are the last one again."""
         return 1 + self.sizes.groups - self.accumulates
+
+
+FIELDS = len(Group._fields)
+TURN = Group._fields.index("turn")
 
 
 def group_rows(groups: Sequence[Group], accumulates: bool, most: int) -> torch.Tensor:
