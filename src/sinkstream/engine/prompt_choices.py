@@ -29,6 +29,7 @@ from sinkstream.kernels.chunk_entries import read_entries
 from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
+ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
 FEWEST_PRUNES = 2  # of such a chunk that is not captured; with fewer, cut at the prune, its forwards are
 
 
@@ -103,34 +104,36 @@ class Choices:
     ----------
     state : StreamState
     sizes : ChoiceSizes
-        Without `write` the table is that of a chunk without a choice.
+        Until `write`, the table is that of a chunk without a choice.
+
+    Attributes
+    ----------
+    which : Tensor, (tokens,), int32
+        Which set of pinned tokens each token sees.
     """
 
     def __init__(self, state: StreamState, sizes: ChoiceSizes):
         self.state, self.sizes, self.host = state, sizes, list[Group]()
+        rows = (1 + sizes.groups.groups) * FIELDS
+        self._room = -rows % ALIGNED
         with torch.inference_mode(False):
-            count = (1 + sizes.groups.groups) * FIELDS + sizes.tokens
+            count = rows + self._room + sizes.tokens
             self.table = torch.zeros(count, dtype=torch.int32, device=state.device)
+        self._rows, self.which = self.table[:rows].view(-1, FIELDS), self.table[rows + self._room :]
 
     def write(self, host: list[Group], drop: np.ndarray) -> None:
         """Take the groups of the coming chunk; `drop` as in `Steps`."""
         self.host, accumulates = host, "accumulated" in self.state.channels
-        which = np.pad(set_of_tokens(drop), (0, self.sizes.tokens - len(drop)), mode="edge")
+        which = np.pad(set_of_tokens(drop), (self._room, self.sizes.tokens - len(drop)), mode="edge")
         rows = group_rows(host, accumulates, self.sizes.groups.groups).flatten()
         self.state.copy_in(self.table, torch.cat([rows, torch.from_numpy(which)]))
-
-    @property
-    def which(self) -> torch.Tensor:
-        """Which set of pinned tokens each token sees, ``(tokens,)`` int32."""
-        return self.table[len(self.table) - self.sizes.tokens :]
 
     def groups(self) -> Groups:
         """The groups as kernels read them."""
         state, g = self.state, self.state.geometry
-        rows = self.table[: len(self.table) - self.sizes.tokens].view(-1, FIELDS)
         places = torch.arange(g.sink, g.pinned_slots, device=state.device)
         adds = "accumulated" in state.channels
-        return groups_on_device(self.host, rows, self.sizes.groups, places, state.spec.rope, accumulates=adds)
+        return groups_on_device(self.host, self._rows, self.sizes.groups, places, state.spec.rope, accumulates=adds)
 
 
 class ChoosingChunk(Chunk):
