@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import IMPLEMENTATIONS, TOLERANCE, draw, error
+from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error
 from ring_case import Case, behind
 
 from sinkstream.kernels.config import PersistentNeoxConfig
@@ -10,7 +10,8 @@ from sinkstream.kernels.persistent_layers import persistent_layers
 from sinkstream.kernels.persistent_neox import NeoxTensors, PersistentNeox
 
 HEADS, DIM, ROTARY, HIDDEN, MIDDLE, EPS = 3, 16, 8, 40, 72, 1e-5
-WIDE = PersistentNeoxConfig(per_sm=6)  # interpreted, for three multiprocessors: 18 programs
+# interpreted, for three multiprocessors: 18 programs; of a GPU's multiprocessors each has room for one of 8 warps
+WIDE = PersistentNeoxConfig(per_sm=1 if DEVICE.type == "cuda" else 6)
 CONFIGS = [
     pytest.param(
         PersistentNeoxConfig(warps=4, per_sm=4, rows=4, out_rows=2, slots=16, lead=2, early=0), id="small tiles"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from sinkstream.kernels.config import MAX_REGISTERS
 from sinkstream.kernels.runtime import (
     HALF_DTYPES,
     INTERPRETED,
@@ -22,6 +23,7 @@ from sinkstream.kernels.runtime import (
     use_triton,
 )
 
+REGISTERS = 65536  # of a multiprocessor, 4 bytes each
 LINE = 32  # int32 values of a cache line: every counter has its own
 
 
@@ -192,12 +194,19 @@ def _launch(layers: PersistentLayers, inputs: tuple, first: int, end: int, phase
     scale = math.log2(math.e) / math.sqrt(layers.head_dim)
     kernel, arguments, constants = layers.arguments(prefetch)
     cooperative = {} if INTERPRETED else {"launch_cooperative_grid": True}
+    several = layers.config.per_sm > 1  # all programs must run at once
+    registers = thread_registers(layers.config.warps, layers.config.per_sm) if several else 0
     launch(
         kernel, (grid.programs,), *inputs, layers.buffer, layers.partials, layers.counters, first, end,
         len(layers.layers), layers.eps, layers.pinned_slots, ring, grid.slots, grid.ring_programs, layers.stride,
         scale, *arguments, **constants, S=grid.splits, SP=power(grid.splits), PHASE=phase, COMPILED=not INTERPRETED,
-        num_warps=layers.config.warps, pdl=False, **cooperative,
+        num_warps=layers.config.warps, pdl=False, registers=registers, **cooperative,
     )  # fmt: skip
+
+
+def thread_registers(warps: int, per_sm: int) -> int:
+    """The most registers of a thread with which so many programs fit a multiprocessor; they are given out in eights."""
+    return min(MAX_REGISTERS, REGISTERS // (32 * warps * per_sm) // 8 * 8)
 
 
 def power(value: int) -> int:

@@ -13,13 +13,11 @@ from sinkstream.kernels.attention_decode_twin import attention_decode_twin
 from sinkstream.kernels.config import PersistentNeoxConfig, count_programs
 from sinkstream.kernels.linear_residual import linear_residual_twin
 from sinkstream.kernels.norm_linear import norm_linear_twin
-from sinkstream.kernels.persistent_layers import PersistentLayers
+from sinkstream.kernels.persistent_layers import PersistentLayers, thread_registers
 from sinkstream.kernels.persistent_neox_kernel import persistent_neox_kernel
 from sinkstream.kernels.runtime import INTERPRETED, Prefetch, multiprocessors
 
-REGISTERS = 65536  # of a multiprocessor, 4 bytes each
-MAX_REGISTERS = 255  # of a thread
-MOST_HELD = 0.7  # share of them that weights and slots take; more would leave none to compute with
+MOST_HELD = 0.7  # share of a thread's registers that weights and slots take; more would leave none to compute with
 
 
 class NeoxTensors(NamedTuple):
@@ -111,7 +109,7 @@ class PersistentNeox(PersistentLayers):
         slots = -(-grid.slots // config.slots) * config.slots * self.head_dim * 4
         out = weights(grid.rows[2], config.out_rows, self.query_heads * self.head_dim, self.intermediate)
         most = max(q + (u if config.early else 0) + (slots if config.early > 1 else 0), u + slots, out)
-        return most / 4 / threads / min(MAX_REGISTERS, REGISTERS // (threads * config.per_sm))
+        return most / 4 / threads / thread_registers(config.warps, config.per_sm)
 
     def arguments(self, prefetch: Prefetch) -> tuple[Any, tuple, dict[str, Any]]:
         assert self.grid is not None
