@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.cache.choices import SET_TOKENS, choosing_tokens
-from sinkstream.engine.prompt_choices import most_prunes_within
+from sinkstream.cache.choices import SET_TOKENS
+from sinkstream.engine.prompt_choices import choosing_chunks, most_prunes_within
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes
@@ -93,9 +93,10 @@ class MemoryNeed:
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
+        choosing, sizes = choosing_chunks(policy, chunk, short_chunk_sizes(chunk) if captures else ())
         if captures:  # sizes are captured in any order: the pool holds up to twice the largest
             forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # counted as if each had its own pool and stream
-            largest = min(chunk, FORESEEN_TOKENS) if foresees else short_chunk_sizes(chunk_tokens)[-1]
+            largest = min(chunk, FORESEEN_TOKENS) if foresees else max(short_chunk_sizes(chunk)[-1], *sizes, 0)
             kept = 2 * largest * forwards
             workspace *= 1 + forwards
         cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
@@ -103,10 +104,9 @@ class MemoryNeed:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
             cached += (2 if captures else 1) * chunk * spec.layers * heads * spec.head_dim * size
-        choosing = choosing_tokens(policy, chunk)
         if choosing:  # captured forwards keep their tensors in a pool of their own
             cached += _choosing_bytes(policy, spec, choosing)
-            cached += _choosing_bytes(policy, spec, short_chunk_sizes(choosing)[-1]) if captures else 0
+            cached += _choosing_bytes(policy, spec, sizes[-1]) if captures else 0
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size

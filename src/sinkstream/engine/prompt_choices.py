@@ -30,6 +30,7 @@ from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, La
 from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
+LONGER_SIZES = (768, 1024)  # of such chunks, beside those of others: launching them takes longer than computing them
 FEWEST_PRUNES = 2  # of such a chunk that is not captured; with fewer, cut at the prune, its forwards are
 
 
@@ -39,6 +40,26 @@ def chooses_in_chunk(state: StreamState) -> bool:
     Pinned tokens at their original positions may stand any number of positions before the chunk.
     """
     return choosing_tokens(state.policy, 1) > 0 and not state.geometry.original and computed_fast(state.keys)
+
+
+def choosing_chunks(
+    policy: EvictionPolicy, chunk_tokens: int, short_sizes: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Most tokens of such a chunk, and the sizes that one is padded to.
+
+    Parameters
+    ----------
+    policy : EvictionPolicy
+    chunk_tokens : int
+        Most tokens of other chunks.
+    short_sizes : sequence of int
+        Sizes that other chunks are padded to; none: no chunk is padded, and none is captured.
+    """
+    if not short_sizes:
+        return choosing_tokens(policy, chunk_tokens), ()
+    tokens = choosing_tokens(policy, min(chunk_tokens, LONGER_SIZES[-1]))
+    sizes = *short_sizes, *LONGER_SIZES
+    return tokens, sizes[: len([size for size in sizes if size < tokens]) + 1] if tokens else ()
 
 
 @dataclass(frozen=True)
@@ -252,19 +273,17 @@ class ChoosingForward:
     Parameters
     ----------
     forward : PromptForward
-        Of the streams; which chunks are padded, and whether they are captured, is as there.
-    tokens : int
-        Most tokens of one chunk.
+        Of the streams; whether chunks are padded, and captured, is as there.
     """
 
-    def __init__(self, forward: PromptForward, tokens: int):
-        self.forward, self.state, self.tokens = forward, forward.state, tokens
+    def __init__(self, forward: PromptForward):
+        self.forward, self.state = forward, forward.state
         short, state = forward.short, forward.state
-        fitting = len([size for size in short.sizes if size < tokens]) + 1
+        self.tokens, sizes = choosing_chunks(state.policy, forward.chunk_tokens, short.sizes)
         self.short = ShortChunks(
             state,
             self._append_padded,
-            short.sizes[:fitting],
+            sizes,
             capture=short.capture,
             written=self._written,
             kind="that crosses prunes",

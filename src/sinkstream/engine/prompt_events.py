@@ -12,7 +12,7 @@ window, foresee the prunes of the next chunk: as a rule all of them.
 
 import torch
 
-from sinkstream.cache.choices import choosing_tokens, tokens_across
+from sinkstream.cache.choices import tokens_across
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import Coming, PromptForward
 from sinkstream.engine.prompt_choices import ChoosingForward, chooses_in_chunk
@@ -41,7 +41,7 @@ class EventPrompts:
         )
         self.choosing: ChoosingForward | None = None
         if chooses_in_chunk(self.state):
-            self.choosing = ChoosingForward(forward, choosing_tokens(self.state.policy, forward.chunk_tokens))
+            self.choosing = ChoosingForward(forward)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
