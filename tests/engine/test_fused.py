@@ -19,9 +19,9 @@ from sinkstream.engine.geometry import Geometry
 from sinkstream.engine.persistent import persistent_plan
 from sinkstream.engine.span import Block
 from sinkstream.kernels import set_implementation
-from sinkstream.kernels.config import PersistentConfig
+from sinkstream.kernels.config import PersistentConfig, PersistentNeoxConfig
 from sinkstream.kernels.layout import TOKEN
-from sinkstream.kernels.plans import PERSISTENT_PLANS, OpLaunch
+from sinkstream.kernels.plans import PERSISTENT_LLAMA_PLANS, PERSISTENT_NEOX_PLANS, OpLaunch
 from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")
@@ -31,6 +31,10 @@ ONE_KERNEL = [  # policies under which one kernel may serve all layers
     pytest.param({"policy": "refresh-uniform"}, id="refresh"),
     pytest.param({"policy": "strict", "recall": "random", "recall_slots": 9, "recall_hold": 2}, id="recall"),
 ]
+PERSISTENT = {  # measured plans by hidden size, and a configuration
+    "llama": (PERSISTENT_LLAMA_PLANS, PersistentConfig()),
+    "gpt_neox": (PERSISTENT_NEOX_PLANS, PersistentNeoxConfig()),
+}
 SERVED_ON_GPU = ("gpt_neox", "llama", "qwen2")  # head_dim 16; the tiny qwen3 has 24
 
 
@@ -80,20 +84,21 @@ def test_a_snapshot_goes_on_in_another_backend(policy, tmp_path):
     assert kernels.stats() == ring.stats()
 
 
-def one_kernel(e: Engine) -> Engine:
-    """The engine, its layers in one persistent kernel, with and without recalled tokens."""
-    plan = default_plan(e.weights, e.state.span()) | {"layers": OpLaunch(PersistentConfig())}
+def one_kernel(e: Engine, family: str) -> Engine:
+    """The engine, its layers in the persistent kernel of a family, with and without recalled tokens."""
+    plan = default_plan(e.weights, e.state.span()) | {"layers": OpLaunch(PERSISTENT[family][1])}
     for block in (Block(0, 1), Block(0, 1, framed=True))[: 1 + (e.state.geometry.framed > 0)]:
         e._step.decodes[block] = FusedDecode(e.weights, e.state.span(block), plan)
     return e
 
 
+@pytest.mark.parametrize("family", PERSISTENT)
 @pytest.mark.parametrize("options", ONE_KERNEL)
-def test_all_layers_in_one_op_say_what_their_ops_say(options, monkeypatch):
+def test_all_layers_in_one_op_say_what_their_ops_say(family, options, monkeypatch):
     steps, op = [], fused.persistent_layers
-    monkeypatch.setattr(fused, "persistent_layers", lambda *given: steps.append(1) or op(*given))
-    model, ids = build("llama", layers=3), token_ids(120)
-    ring, one = engine(model=model, **options, backend="ring"), one_kernel(engine(model=model, **options))
+    monkeypatch.setattr(fused, "persistent_layers", lambda *given, **more: steps.append(1) or op(*given, **more))
+    model, ids = build(family, layers=3), token_ids(120)
+    ring, one = engine(model=model, **options, backend="ring"), one_kernel(engine(model=model, **options), family)
     assert worst(ring.score(ids)[1:], one.score(ids)[1:]) < 1e-4
     assert one.stats() == ring.stats() | {"persistent_layers": 1} and one.stats()["events"] >= 3
     assert one.recall_events == ring.recall_events and one.stats().get("recalls", 4) >= 4
@@ -101,21 +106,24 @@ def test_all_layers_in_one_op_say_what_their_ops_say(options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "words"),
+    ("family", "options", "kind", "words"),
     [
-        ("gpt_neox", {}, "gpt_neox; accepted by the persistent kernel: Llama-like"),
-        ("qwen2", {}, "qwen2 with biases or norms of queries and keys; accepted"),
-        ("llama", {"policy": "refresh-window-attention"}, "observes queries or attention; accepted"),
+        ("gpt_neox", {}, "llama", "PersistentConfig for the layers of gpt_neox; accepted"),
+        ("llama", {}, "gpt_neox", "PersistentNeoxConfig for the layers of llama; accepted"),
+        ("qwen2", {}, "llama", "qwen2 with biases or norms of queries and keys; accepted"),
+        ("llama", {"policy": "refresh-window-attention"}, "llama", "observes queries or attention; accepted"),
+        ("gpt_neox", {"policy": "refresh-window-attention"}, "gpt_neox", "observes queries or attention; accepted"),
     ],
 )
-def test_what_the_persistent_kernel_does_not_serve(family, options, words, monkeypatch):
-    e = engine(family, **options)
+def test_what_the_persistent_kernel_does_not_serve(family, options, kind, words, monkeypatch):
+    e, own = engine(family, **options), "gpt_neox" if family == "gpt_neox" else "llama"
     with pytest.raises(ValueError, match=words):
-        one_kernel(e)
-    monkeypatch.setitem(PERSISTENT_PLANS, e.weights.embedding.shape[1], PersistentConfig())
+        one_kernel(e, kind)
+    measured = OpLaunch(PERSISTENT[kind][1], prefetch=5)
+    monkeypatch.setitem(PERSISTENT[own][0], e.weights.embedding.shape[1], measured)
     assert persistent_plan(e.weights, e.state.span()) == {}
-    other = engine("llama")
-    assert persistent_plan(other.weights, other.state.span()) == {"layers": OpLaunch(PersistentConfig())}
+    other = engine(kind)
+    assert persistent_plan(other.weights, other.state.span()) == ({"layers": measured} if kind == own else {})
 
 
 def check_scalars(e: Engine, tokens: int) -> None:
@@ -275,12 +283,14 @@ def test_the_graph_says_what_kernels_say_one_by_one(family, policy):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", PERSISTENT)
 @pytest.mark.parametrize("options", ONE_KERNEL)
-def test_all_layers_in_one_kernel(options, monkeypatch):
+def test_all_layers_in_one_kernel(family, options, monkeypatch):
     """The plan chooses the persistent kernel; with it a graph says, bit for bit, what single launches say."""
-    model, ids = build("llama", torch.float16).cuda(), token_ids(400).cuda()
+    model, ids = build(family, torch.float16).cuda(), token_ids(400).cuda()
     apart = engine(**options, model=model, rebase_at=60, backend="fused-ops").score(ids)[1:]
-    monkeypatch.setitem(PERSISTENT_PLANS, model.config.hidden_size, PersistentConfig())
+    plans, config = PERSISTENT[family]
+    monkeypatch.setitem(plans, model.config.hidden_size, OpLaunch(config, prefetch=4096))
     replayed, launched = (engine(**options, model=model, rebase_at=60, backend=b) for b in ("fused", "kernels"))
     found = replayed.score(ids)[1:]
     assert torch.equal(found, launched.score(ids)[1:]) and replayed.stats()["persistent_layers"] == 1

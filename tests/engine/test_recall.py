@@ -12,7 +12,7 @@ from streams import TOLERANCE, FakeTokenizer, feed
 from sinkstream.cache import StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.kernels.config import PersistentConfig
-from sinkstream.kernels.plans import PERSISTENT_PLANS
+from sinkstream.kernels.plans import PERSISTENT_LLAMA_PLANS, OpLaunch
 
 JOBS = list(zip(POLICIES, ("llama", "gpt_neox", "qwen3", "gpt_neox"), ("ring", "kernels") * 2, strict=True))
 PARTS = (1, 40, 129, 20)  # prefilled, stepped, prefilled …
@@ -182,7 +182,7 @@ def test_queries_of_a_prompt_that_are_lost_would_show(monkeypatch):
     frames = []
     for lost in (False, True):
         if lost:
-            monkeypatch.setattr("sinkstream.engine.prompt.keep_queries", lambda *_: None)
+            monkeypatch.setattr("sinkstream.engine.prompt.LatestQueries.keep", lambda *_: None)
         engine = Engine(model, **STRICT, recall="heads", **SMALL, **READING["heads"][0])
         engine.prefill(ids)
         frames.append(frames_of(engine))
@@ -273,7 +273,7 @@ def test_graphed_steps_bring_back_and_see_what_plain_ones_do(family, dtype, arch
 def test_on_a_gpu_a_gate_that_stays_shut_changes_nothing(backend, one_kernel, monkeypatch):
     model, ids = build("llama", torch.float16).cuda(), repetitive(400).cuda()
     if one_kernel:
-        monkeypatch.setitem(PERSISTENT_PLANS, model.config.hidden_size, PersistentConfig())
+        monkeypatch.setitem(PERSISTENT_LLAMA_PLANS, model.config.hidden_size, OpLaunch(PersistentConfig()))
     bare = Engine(model, **STRICT, backend=backend)
     shut = Engine(model, **STRICT, recall="lexical", recall_slots=12, recall_gate=1e9, backend=backend)
     assert torch.equal(stepped(bare, ids), stepped(shut, ids))

@@ -14,6 +14,7 @@ from sinkstream.kernels.config import (
     AttentionConfig,
     MultiStreamConfig,
     PersistentConfig,
+    PersistentNeoxConfig,
     PrefillConfig,
     count_programs,
     default_attention,
@@ -148,6 +149,10 @@ REFUSED = {
         **{"rows": (24, TILE), "columns": (8, TILE), "warps": (0, WARPS), "stages": (0, STAGES), "splits": (3, TWO)}
     },
     PersistentConfig: {"warps": (6, WARPS), "per_sm": (33, PROGRAMS), "slots": (4, "a power of two, at least 8")},
+    PersistentNeoxConfig: {
+        **{"warps": (6, WARPS), "per_sm": (33, PROGRAMS), "rows": (3, TWO), "out_rows": (0, TWO), "slots": (8, TILE)},
+        **{"lead": (5, "a whole number, 0 to 4"), "early": (-1, "a whole number, 0 to 2")},
+    },
 }
 
 

@@ -17,6 +17,12 @@ def rotate(x, position, inv_freq):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
 
 
+def behind(front, slots):
+    """The same slots, the last of a buffer that has others in front of them, which hold NaN."""
+    others = torch.full((*slots.shape[:2], front, slots.shape[3]), NAN, dtype=slots.dtype, device=DEVICE)
+    return torch.cat([others, slots], 2)[:, :, front:]
+
+
 class Case:
     """A ring in which `visible` tokens are seen, the newest of which is being appended.
 

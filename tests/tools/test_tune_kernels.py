@@ -1,5 +1,6 @@
 """The tuner drives the engine's step; its checks start from the same inputs whatever ran before, and find a fault."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from ops_cases import NEEDS_TRITON
 from tune_kernels import search
 from tune_kernels.__main__ import main
-from tune_kernels.candidates import attention_grid, candidates, neighbours_of
+from tune_kernels.candidates import attention_grid, candidates, neighbours_of, persistent_grid
 from tune_kernels.measure import Measurements, write_report
 from tune_kernels.shapes import SHAPES
 from tune_kernels.step import implementation
@@ -17,7 +18,7 @@ from tune_kernels.step import implementation
 from sinkstream.engine import fused
 from sinkstream.engine.plain import Row
 from sinkstream.kernels import AttentionConfig, LinearConfig
-from sinkstream.kernels.plans import OpLaunch, measured_plan
+from sinkstream.kernels.plans import LAYERS, OpLaunch, measured_plan
 
 DEFAULT = OpLaunch()
 
@@ -123,7 +124,13 @@ def test_the_report_keeps_plans(m, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["0"], "--streams 0; accepted: 1 to 16"), (["17"], "--streams 17"), (["2", "--climb"], "--climb")],
+    [
+        (["0"], "--streams 0; accepted: 1 to 16"),
+        (["17"], "--streams 17"),
+        (["2", "--climb"], "--climb"),
+        (["2", "--persistent"], "--persistent with --streams 2"),
+        (["1", "--climb", "--persistent"], "--climb with --persistent"),
+    ],
 )
 def test_streams_that_are_not_measured(options, says, capsys):
     with pytest.raises(SystemExit):
@@ -203,3 +210,22 @@ def test_a_sweep_gives_the_plan_that_tuning_begins_with(m, monkeypatch):
     tuned, labels = search.tune(m), [row["label"] for row in m.steps]
     assert labels[:2] == ["best of each op", "PDL"] and f"without {m.shape.ops[0]}" in labels
     assert set(tuned) == set(m.shape.ops) and all(planned.pdl for planned in tuned.values())
+
+
+@pytest.mark.parametrize("name", ["smoke-neox", "smoke-llama"])
+def test_the_persistent_kernel_is_timed_beside_the_measured_plan(name, monkeypatch):
+    shape = SHAPES[name]
+    config = copy.deepcopy(shape.config)
+    config.hidden_size = 64 * config.num_attention_heads
+    m = Measurements(replace(shape, config=config), "cpu", None, math.inf, 10.0, kernels="torch")
+    launched, layers = [], fused.persistent_layers
+    monkeypatch.setattr(fused, "persistent_layers", lambda *given, **more: launched.append(1) or layers(*given, **more))
+    search.measure_persistent(m)
+    timed = [row for row in m.rows if row["op"] == LAYERS]
+    assert [row["plan"].config for row in timed] == persistent_grid(m.shape) and len(launched) >= 2 * len(timed)
+    assert all(row["error"] < m.checks.tolerance and row["ms"] > 0 for row in timed)
+    labels = [row["label"] for row in m.steps]
+    assert labels[0] == "measured plan" and labels[-1] == "persistent" and len(labels) == len(timed) + 2
+    m.step.weights.final_norm.weight.zero_()
+    search.measure_persistent(m)
+    assert "failed" in m.rows[-1], "control: logits that cannot be compared are found"

@@ -8,7 +8,8 @@ poisoned outputs) and timed over all layers, so that nothing stays in L2, under 
 graph, with and without programmatic dependent launch (PDL), from the fastest configurations on: each change is tried in
 turn and kept if the step gets faster. With --climb the search begins at the measured plan (`sinkstream.kernels.plans`),
 or at a plan in which every pipeline is filled before the wait, and tries every neighbour of every configuration until
-none is faster. With --streams N the ops of N streams are measured, each alone and in a step,
+none is faster. With --persistent whole steps are timed with all layers in one persistent kernel, in a grid of its
+configurations, beside the measured plan. With --streams N the ops of N streams are measured, each alone and in a step,
 then a grid of configurations of every op, and whole steps with the best of them.
 Several processes compile the kernels. Without a GPU each kernel runs once, in Triton's interpreter, which needs
 TRITON_INTERPRET=1.
@@ -28,11 +29,11 @@ import torch
 from sinkstream.kernels.config import MAX_STREAMS
 from sinkstream.measure.bandwidth import memory_bandwidth
 from tune_kernels.measure import Measurements, write_report
-from tune_kernels.search import climb, measure_streams, sweep, tune
+from tune_kernels.search import climb, measure_persistent, measure_streams, sweep, tune
 from tune_kernels.shapes import SHAPES
 
 SHARES = {"pythia-2.8b": 0.55, "llama-3.2-1b": 0.5, "llama-3.1-8b": 1.0}  # of the time left when its turn comes
-PRINTED = ("best of each op", "PDL", "measured plan", "tuned")  # steps that are printed at the end of a shape
+PRINTED = ("best of each op", "PDL", "measured plan", "tuned", "persistent")  # steps printed at the end
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,12 +46,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHARES), help="model shapes")
     parser.add_argument("--streams", type=int, default=1, help="tune this many streams, up to 16 (default 1)")
     parser.add_argument("--climb", action="store_true", help="begin at the measured plan, without a sweep")
+    parser.add_argument("--persistent", action="store_true", help="only the persistent kernel and the measured plan")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="compiling processes")
     options = parser.parse_args(arguments)
     if not 1 <= options.streams <= MAX_STREAMS:
         parser.error(f"--streams {options.streams}; accepted: 1 to {MAX_STREAMS}, which the kernels serve")
-    if options.climb and options.streams > 1:
-        parser.error(f"--climb with --streams {options.streams}; accepted: one stream, whose plans are tuned")
+    for name in ("climb", "persistent"):
+        if getattr(options, name) and options.streams > 1:
+            parser.error(f"--{name} with --streams {options.streams}; accepted: one stream, whose plans are tuned")
+    if options.climb and options.persistent:
+        parser.error("--climb with --persistent; accepted: one of them")
     return options
 
 
@@ -60,6 +65,8 @@ def search_plan(m: Measurements, options: argparse.Namespace, budget_s: float) -
         measure_streams(m, budget_s * 0.5)
     elif options.climb:
         climb(m)
+    elif options.persistent:
+        measure_persistent(m)
     else:
         sweep(m, budget_s * 0.5)
         m.table()

@@ -4,7 +4,13 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
-from sinkstream.kernels.config import MultiStreamConfig, fit_held, multi_stream_bytes
+from sinkstream.kernels.config import (
+    MultiStreamConfig,
+    PersistentConfig,
+    PersistentNeoxConfig,
+    fit_held,
+    multi_stream_bytes,
+)
 from tune_kernels.shapes import Shape
 
 Config = LinearConfig | AttentionConfig | AttentionLinearConfig
@@ -87,6 +93,18 @@ def several_candidates(shape: Shape, op: str) -> list:
             if fit_held(config, shape.streams, width, 228 * 1024) == config:
                 staying.append(config)
     return staying + spread(found, 44)
+
+
+def persistent_grid(shape: Shape) -> list:
+    """Configurations of the persistent kernel: the default and what differs from it in one or two fields."""
+    if not shape.neox:
+        return [PersistentConfig(warps, 8 // warps, ahead=a) for warps, a in product((8, 4), (True, False))]
+    default = PersistentNeoxConfig()
+    tiles = ({}, {"rows": 16}, {"rows": 32}, {"slots": 32}, {"slots": 128}, {"out_rows": 4})
+    programs = ({"warps": 4, "per_sm": 2, "rows": 4, "out_rows": 4}, {"warps": 16}, {"warps": 16, "rows": 16})
+    found = [replace(default, lead=lead, early=early) for early, lead in product((1, 0, 2), (4, 3, 2, 1))]
+    found += [replace(default, lead=lead, **tile) for tile, lead in product((*tiles, *programs), (4, 2))]
+    return list(dict.fromkeys([*found, replace(default, lead=0)]))
 
 
 def changed(config, **changes):

@@ -12,7 +12,7 @@ from typing import Any
 
 from sinkstream.kernels import LinearConfig
 from sinkstream.kernels.config import MultiStreamConfig
-from sinkstream.kernels.plans import LaunchPlan, OpLaunch
+from sinkstream.kernels.plans import LAYERS, LaunchPlan, OpLaunch
 from sinkstream.kernels.runtime import set_compile_only
 from tune_kernels.candidates import short
 from tune_kernels.shapes import SHAPES, Shape
@@ -40,7 +40,7 @@ def compile_one(name: str, streams: int, op: str, planned: OpLaunch) -> None:
     step = _steps[name]
     step.use(alone(step.shape, op, planned))
     with implementation("triton"):
-        step.run(op, step.last)
+        step.run_layers() if op == LAYERS else step.run(op, step.last)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 
 from sinkstream.kernels import AttentionLinearConfig
 from sinkstream.kernels.config import MultiStreamConfig
-from sinkstream.kernels.plans import MB, OpLaunch, fitted, measured_plan
-from tune_kernels.candidates import candidates, changed, neighbours_of, several_candidates, short
-from tune_kernels.measure import Job, Measurements, Plan
+from sinkstream.kernels.plans import LAYERS, MB, OpLaunch, fitted, measured_plan
+from tune_kernels.candidates import candidates, changed, neighbours_of, persistent_grid, several_candidates, short
+from tune_kernels.measure import Job, Measurements, Plan, failures_in
 
 Trial = tuple[str, Callable[[Plan], Plan]]
 PREFETCHES = (0, MB, 2 * MB, 4 * MB, 6 * MB, 10 * MB, 16 * MB)
@@ -104,6 +104,26 @@ def climb(m: Measurements) -> Plan:
         previous = best
         plan, best = keep_what_helps(m, plan, best, neighbours(m, plan))
     return finish(m, plan, best)
+
+
+def measure_persistent(m: Measurements) -> None:
+    """Whole steps with all layers in one persistent kernel, beside the measured plan of the separate kernels."""
+    plan = measured_plan(m.shape.neox, m.step.sizes)
+    print(f"  measured plan {m.time_step(plan, 'measured plan'):.4f} ms", flush=True)
+    jobs: list[Job] = [(LAYERS, OpLaunch(c, 6 * MB)) for c in persistent_grid(m.shape)]
+    for op, planned in m.compiled(jobs, m.left() / 2):
+        if m.left() < 8:
+            break
+        trial, row = plan | {op: planned}, {"shape": m.shape.name, "op": op, "plan": planned}
+        m.rows.append(row)
+        with failures_in(row):
+            row["error"] = m.checks.logits(trial)
+            row["ms"] = m.time_step(trial, f"persistent {short(planned.config)}")
+        print(f"  {short(planned.config)}: {row.get('failed') or format(row['ms'], '.4f') + ' ms'}", flush=True)
+    timed = [row for row in m.rows if "ms" in row]
+    if timed:
+        best = min(timed, key=lambda row: row["ms"])
+        m.steps.append({"shape": m.shape.name, "label": "persistent"} | best)
 
 
 def keep_what_helps(m: Measurements, plan: Plan, best: float, trials: Iterable[Trial]) -> tuple[Plan, float]:

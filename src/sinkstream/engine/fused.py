@@ -24,14 +24,7 @@ from sinkstream.kernels import (
     linear_residual,
     norm_linear,
 )
-from sinkstream.kernels.config import (
-    MAX_SPLITS,
-    MAX_STREAMS,
-    LinearConfig,
-    PersistentConfig,
-    count_programs,
-    default_attention,
-)
+from sinkstream.kernels.config import MAX_SPLITS, MAX_STREAMS, LinearConfig, count_programs, default_attention
 from sinkstream.kernels.likeliest import Tiles
 from sinkstream.kernels.norm_linear_pair import norm_linear_pair
 from sinkstream.kernels.observed import Observed, accumulate
@@ -42,6 +35,7 @@ from sinkstream.kernels.plans import (
     NEOX_OPS,
     LaunchPlan,
     OpLaunch,
+    PersistentKind,
     Sizes,
     measured_plan,
     several_plan,
@@ -122,9 +116,7 @@ class FusedDecode:
         """Take another plan for all launches from now on; a captured graph keeps the plan of its capture."""
         self.plan = plan
         layers = plan[LAYERS].config if LAYERS in plan else None
-        self.persistent = (
-            pack_layers(self.weights, self.state, layers) if isinstance(layers, PersistentConfig) else None
-        )
+        self.persistent = pack_layers(self.weights, self.state, layers) if isinstance(layers, PersistentKind) else None
         first_op = plan["qkv"]  # a late one has ended its wait when `attention_up` starts, whose rows need not wait
         self.rows_wait = not (first_op.pdl and isinstance(first_op.config, LinearConfig) and first_op.config.late)
 
@@ -150,7 +142,10 @@ class FusedDecode:
     def run_layers(self) -> None:
         """Launch the ops of all layers, or the persistent kernel."""
         if self.persistent is not None:
-            found = persistent_layers(self.hidden, self.other, self.persistent, self.state.scalars, self.rope)
+            found = persistent_layers(
+                self.hidden, self.other, self.persistent, self.state.scalars, self.rope,
+                prefetch=Prefetch.of_rows(self.weights.head, self.plan[LAYERS].prefetch),
+            )  # fmt: skip
             if found is self.other:
                 self.hidden, self.other = self.other, self.hidden
             return

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.cache.choices import SET_TOKENS, choosing_tokens
+from sinkstream.cache.choices import SET_TOKENS
+from sinkstream.engine.prompt_choices import choosing_chunks, most_prunes_within
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes
@@ -92,9 +93,10 @@ class MemoryNeed:
         )
         size, workspace = spec.dtype.itemsize, CUDA_WORKSPACE if model.device.type == "cuda" else 0
         chunk, kept, foresees = chunk_tokens, 0, bool(PruneSchedule(policy).signals())
+        choosing, sizes = choosing_chunks(policy, chunk, short_chunk_sizes(chunk) if captures else ())
         if captures:  # sizes are captured in any order: the pool holds up to twice the largest
             forwards = 1 + bool(recall_slots) + bool(reread_tokens)  # counted as if each had its own pool and stream
-            largest = min(chunk, FORESEEN_TOKENS) if foresees else short_chunk_sizes(chunk_tokens)[-1]
+            largest = min(chunk, FORESEEN_TOKENS) if foresees else max(short_chunk_sizes(chunk)[-1], *sizes, 0)
             kept = 2 * largest * forwards
             workspace *= 1 + forwards
         cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
@@ -102,24 +104,22 @@ class MemoryNeed:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
             cached += (2 if captures else 1) * chunk * spec.layers * heads * spec.head_dim * size
-        choosing = choosing_tokens(policy, chunk)
-        if choosing:  # the window once more, and not rotated, twice
-            entries = policy.peak + choosing
-            cached += entries * spec.kv_heads * spec.head_dim * (3 * size + 3 * 4)
-            cached += choosing * spec.query_heads * spec.head_dim * size
-            chosen = min(policy.refresh * _most_prunes(policy, choosing), SET_TOKENS)
-            cached += 4 * chosen * spec.kv_heads * spec.head_dim * 4
+        if choosing:  # captured forwards keep their tensors in a pool of their own
+            cached += _choosing_bytes(policy, spec, choosing)
+            cached += _choosing_bytes(policy, spec, sizes[-1]) if captures else 0
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
 
 
-def _most_prunes(policy: EvictionPolicy, tokens: int) -> int:
-    """Prunes that fall into so many tokens of a full stream."""
-    schedule = PruneSchedule(policy)
-    schedule.advance(policy.peak)
-    return 1 + int((schedule.advance(tokens).drop > 0).sum())
+def _choosing_bytes(policy: EvictionPolicy, spec: ModelSpec, tokens: int) -> int:
+    """Bytes of the temporary tensors of one layer in which pinned tokens are chosen within a chunk."""
+    head, entries = spec.kv_heads * spec.head_dim, policy.peak + tokens
+    window = entries * head * (3 * spec.dtype.itemsize + 3 * 4)  # once more, and not rotated, twice
+    queries = tokens * spec.query_heads * spec.head_dim * spec.dtype.itemsize
+    chosen = min(policy.refresh * (1 + most_prunes_within(policy, tokens)), SET_TOKENS)
+    return window + queries + 4 * chosen * head * 4
 
 
 def _read_bytes(policy: EvictionPolicy, spec: ModelSpec, vocab: int, slots: int) -> int:

@@ -197,7 +197,7 @@ class PrefillConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class PersistentConfig(KernelConfig):
-    """How the persistent kernel is cut up. Changes speed only, never values beyond the order of additions.
+    """How the kernel of persistent Llama-like layers is cut up. Changes speed only, but for the order of additions.
 
     Attributes
     ----------
@@ -215,6 +215,35 @@ class PersistentConfig(KernelConfig):
     per_sm: int = number(1, 1, MAX_PROGRAMS)
     slots: int = number(256, 8, power=True)
     ahead: bool = True
+
+
+@dataclass(frozen=True)
+class PersistentNeoxConfig(KernelConfig):
+    """How the kernel of persistent GPT-NeoX layers is cut up. Changes speed only, but for the order of additions.
+
+    Attributes
+    ----------
+    warps, per_sm : int
+        Warps of a program, programs a multiprocessor.
+    rows, out_rows : int
+        Weight rows of one tile of queries, keys, values and the up-projection, and of the output, and
+    slots : int
+        slots of one tile of attention (powers of two, slots at least 16); a program has as many tiles as it needs.
+    lead : int
+        How far ahead a program prefetches to L2 what it reads: 1 to 4 of the four items of a layer (rows of queries,
+        keys and values; rows of the up-projection; slots; rows of the output), or 0 for nothing.
+    early : int
+        What a program holds in registers while it waits for the previous layer: rows of queries, keys and values (0),
+        those of the up-projection too (1), slots too (2).
+    """
+
+    warps: int = number(8, 1, MAX_WARPS, power=True)
+    per_sm: int = number(1, 1, MAX_PROGRAMS)
+    rows: int = number(8, 1, power=True)
+    out_rows: int = number(8, 1, power=True)
+    slots: int = number(64, LEAST_TILE, power=True)
+    lead: int = number(4, 0, 4)
+    early: int = number(1, 0, 2)
 
 
 # Defaults, chosen so that the compiler spills no registers at head sizes 64 to 256.

@@ -1,104 +1,52 @@
-"""All layers of a decode step of one stream in one persistent kernel, for Llama-like models with small layers.
+"""All layers of a decode step of one stream in one persistent kernel, for models with small layers.
 
-A layer has five phases: norm and qkv, attention, output projection, norm with gate and up, and down. Every program has
-at most one tile of each. Programs wait for each other at counters (`persistent_kernel`), so all of them must run at the
-same time, which a cooperative launch guarantees: the driver refuses a grid that does not fit.
+Programs wait for each other at counters (`persistent_parts`), so all of them must run at the same time, which a
+cooperative launch guarantees: the driver refuses a grid that does not fit. Each kind of layer has a kernel of its own:
+`persistent_llama`, `persistent_neox`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from sinkstream.kernels.attention_decode_twin import attention_decode_twin
-from sinkstream.kernels.config import PersistentConfig, count_programs
-from sinkstream.kernels.norm_linear import norm_linear_twin
-from sinkstream.kernels.persistent_kernel import persistent_layers_kernel
+from sinkstream.kernels.config import MAX_REGISTERS
 from sinkstream.kernels.runtime import (
     HALF_DTYPES,
     INTERPRETED,
+    NO_PREFETCH,
+    Prefetch,
     check_tensor,
     launch,
-    multiprocessors,
     use_triton,
 )
 
-PHASES = ("qkv", "attention", "o", "gate_up", "down")
+REGISTERS = 65536  # of a multiprocessor, 4 bytes each
 LINE = 32  # int32 values of a cache line: every counter has its own
 
 
-@dataclass(frozen=True)
-class LayerTensors:
-    """What the kernel reads of one layer, and the layer's slots; all contiguous, but for the heads of keys and values.
-
-    Attributes
-    ----------
-    norm, mlp_norm : Tensor, (hidden,)
-    qkv, o, gate_up, down : Tensor
-        Of half precision: ((query_heads + 2 * kv_heads) * head_dim, hidden), (hidden, query_heads * head_dim),
-        (2 * intermediate, hidden) with all gate rows first, and (hidden, intermediate).
-    keys, values : Tensor, (1, kv_heads, slots, head_dim)
-        As in `attention_decode`: the last slots of a larger buffer, or all of them.
-    """
-
-    norm: torch.Tensor
-    qkv: torch.Tensor
-    o: torch.Tensor
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the table of addresses."""
-        return self.norm, self.qkv, self.o, self.mlp_norm, self.gate_up, self.down, self.keys, self.values
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Programs of the kernel, and their tiles: rows of qkv, o, gate and up, down; slots and splits of attention."""
-
-    rows: tuple[int, ...]
-    slots: int
-    splits: int
-    ring_programs: int
-    programs: int
-
-
-def grid_of(layer: LayerTensors, query_heads: int, pinned_slots: int, config: PersistentConfig) -> Grid | None:
-    """A grid in which every phase has at most one tile a program; None if the shape is too large for one wave."""
-    slots = layer.keys.shape[2]
-    most = config.per_sm * multiprocessors(layer.keys.device)
-    counts = len(layer.qkv), len(layer.o), len(layer.gate_up) // 2, len(layer.down)
-    rows = []
-    for count, tile in zip(counts, (1, 1, 2, 1), strict=True):
-        tile *= config.warps
-        while -(-count // tile) > most:
-            tile *= 2
-        rows.append(tile)
-    if max(rows) > 4 * config.warps:  # more weights than registers hold
-        return None
-    for splits in range(1, most // query_heads + 1):
-        per, of_ring, of_pinned = count_programs(splits, slots - pinned_slots, pinned_slots)
-        if per <= config.slots and query_heads * (of_ring + of_pinned) <= most:
-            tiles = (query_heads * (of_ring + of_pinned), *(-(-n // r) for n, r in zip(counts, rows, strict=True)))
-            return Grid(tuple(rows), per, of_ring + of_pinned, of_ring, max(tiles))
-    return None
-
-
-class PersistentLayers:
+class PersistentLayers(ABC):
     """All layers of a step of one stream: what `persistent_layers` runs, with its buffers and its table of addresses.
 
     Parameters
     ----------
-    layers : sequence of LayerTensors
+    layers : sequence of NamedTuple
+        What the kernel reads of each layer, in the order of the table of addresses, and the layer's slots last: keys
+        and values (1, kv_heads, slots, head_dim), as in `attention_decode`, the last slots of a larger buffer, or all
+        of them. All others are contiguous.
     query_heads, pinned_slots : int
+    rotary : int
+        Rotated columns of a head, the first ones.
     eps : float
         Of all norms.
-    config : PersistentConfig
+    config : configuration of the kernel
+
+    Attributes
+    ----------
+    grid : object or None
+        How phases are shared among programs; None on a CPU without room for all of them, where the twin needs none.
 
     Raises
     ------
@@ -106,65 +54,83 @@ class PersistentLayers:
         Naming what the kernel does not serve and what is accepted.
     """
 
+    phases: ClassVar[tuple[str, ...]]
+    counters_used: ClassVar[int]
+
     def __init__(
-        self,
-        layers: Sequence[LayerTensors],
-        *,
-        query_heads: int,
-        pinned_slots: int,
-        eps: float,
-        config: PersistentConfig,
+        self, layers: Sequence[Any], *, query_heads: int, pinned_slots: int, rotary: int, eps: float, config: Any
     ):
         self.layers, self.query_heads, self.pinned_slots, self.eps = tuple(layers), query_heads, pinned_slots, eps
-        self.config, layer = config, self.layers[0]
-        _, self.kv_heads, self.slots, self.head_dim = layer.keys.shape
-        self.stride = layer.keys.stride(1) // self.head_dim  # slots from one kv head to the next
-        self.hidden, self.intermediate = layer.down.shape
-        check_layers(self.layers, query_heads)
-        grid = grid_of(layer, query_heads, pinned_slots, config)
-        if grid is None and layer.qkv.is_cuda:
+        self.config, self.rotary, one = config, rotary, self.layers[0]
+        _, self.kv_heads, self.slots, self.head_dim = one.keys.shape
+        self.stride = one.keys.stride(1) // self.head_dim  # slots from one kv head to the next
+        self.dtype, self.device = one[-3].dtype, one.keys.device
+        self.hidden, self.intermediate = self.sizes()
+        self._check()
+        self.grid = self.share_out()
+        if self.grid is None and one.keys.is_cuda:
             raise ValueError(
                 f"layers of {self.hidden} and {self.intermediate} values with {query_heads} heads over {self.slots}"
                 " slots; accepted by the persistent kernel: shapes of which a multiprocessor holds its share of a"
                 " layer in registers"
             )
-        self.grid, device, dtype = grid, layer.qkv.device, layer.qkv.dtype
-        width = len(layer.qkv) + layer.o.shape[1] + self.hidden + self.intermediate
-        addresses = [[t.data_ptr() for t in layer.tensors] for layer in self.layers]
-        self.table = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self.buffer = torch.zeros(width, dtype=dtype, device=device)
-        splits = 0 if grid is None else grid.splits  # a CPU needs none for the twin
-        self.partials = torch.zeros(query_heads * splits * (self.head_dim + 2), device=device)
-        self.counters = torch.zeros(LINE * 6 + query_heads, dtype=torch.int32, device=device)
+        addresses = [[t.data_ptr() for t in layer] for layer in self.layers]
+        self.table = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.buffer = torch.zeros(self.width(), dtype=self.dtype, device=self.device)
+        splits = 0 if self.grid is None else self.grid.splits
+        self.partials = torch.zeros(query_heads * splits * (self.head_dim + 2), device=self.device)
+        self.counters = torch.zeros(LINE * self.counters_used + query_heads, dtype=torch.int32, device=self.device)
 
+    # ---- what a kind of layer says ----
 
-def check_layers(layers: tuple[LayerTensors, ...], query_heads: int) -> None:
-    """Check the tensors of all layers. Raises ValueError."""
-    one = layers[0]
-    (hidden, intermediate), (_, kv_heads, slots, dim) = one.down.shape, one.keys.shape
-    shapes = (
-        (hidden,), ((query_heads + 2 * kv_heads) * dim, hidden), (hidden, query_heads * dim), (hidden,),
-        (2 * intermediate, hidden), (hidden, intermediate), (1, kv_heads, slots, dim), (1, kv_heads, slots, dim),
-    )  # fmt: skip
-    names = ("norm", "qkv", "o", "mlp_norm", "gate_up", "down", "keys", "values")
-    if dim < 16 or dim & (dim - 1):
-        raise ValueError(f"head_dim={dim}; accepted by the persistent kernel: powers of two from 16 on")
-    for i, layer in enumerate(layers):
-        for name, tensor, shape in zip(names, layer.tensors, shapes, strict=True):
-            check_tensor(
-                f"{name} of layer {i}", tensor, shape, dtypes=(one.qkv.dtype,), device=one.qkv.device,
-                contiguous=len(shape) < 4,
-            )  # fmt: skip
-            if len(shape) == 4 and (tensor.stride() != one.keys.stride() or tensor.stride(2) != dim):
-                raise ValueError(
-                    f"{name} of layer {i} has strides {tensor.stride()}; accepted: slots of {dim} values in a row, and"
-                    f" the strides of the keys of layer 0, {one.keys.stride()}"
-                )
-            if tensor.data_ptr() % 16 or shape[-1] % 8:
-                raise ValueError(
-                    f"{name} of layer {i} has rows of {shape[-1]} values at an address {tensor.data_ptr() % 16} bytes"
-                    " past a multiple of 16; accepted: rows of a multiple of 8 values, aligned to 16 bytes"
-                )
+    @abstractmethod
+    def sizes(self) -> tuple[int, int]:
+        """Values of the residual stream, and between the layers of the MLP."""
+
+    @abstractmethod
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors of a layer but keys and values, in their order."""
+
+    @abstractmethod
+    def width(self) -> int:
+        """Values of the buffer in which phases leave what later phases read."""
+
+    @abstractmethod
+    def share_out(self) -> Any:
+        """The grid; None if the shape is too large for one wave of programs."""
+
+    @abstractmethod
+    def arguments(self, prefetch: Prefetch) -> tuple[Any, tuple, dict[str, Any]]:
+        """The kernel, its arguments behind the common ones, and its own constants."""
+
+    @abstractmethod
+    def twin(self, hidden: torch.Tensor, scalars: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """The twin of the kernel: the twins of the separate ops, one after the other, in float32."""
+
+    # ---- what is alike ----
+
+    def _check(self) -> None:
+        """Check the tensors of all layers. Raises ValueError."""
+        one, dim = self.layers[0], self.head_dim
+        if dim < 16 or dim & (dim - 1):
+            raise ValueError(f"head_dim={dim}; accepted by the persistent kernel: powers of two from 16 on")
+        shapes = (*self.shapes(), *((1, self.kv_heads, self.slots, dim),) * 2)
+        for i, layer in enumerate(self.layers):
+            for name, tensor, shape in zip(layer._fields, layer, shapes, strict=True):
+                check_tensor(
+                    f"{name} of layer {i}", tensor, shape, dtypes=(self.dtype,), device=self.device,
+                    contiguous=len(shape) < 4,
+                )  # fmt: skip
+                if len(shape) == 4 and (tensor.stride() != one.keys.stride() or tensor.stride(2) != dim):
+                    raise ValueError(
+                        f"{name} of layer {i} has strides {tensor.stride()}; accepted: slots of {dim} values in a row,"
+                        f" and the strides of the keys of layer 0, {one.keys.stride()}"
+                    )
+                if tensor.data_ptr() % 16 or shape[-1] % 8:
+                    raise ValueError(
+                        f"{name} of layer {i} has rows of {shape[-1]} values at an address {tensor.data_ptr() % 16}"
+                        " bytes past a multiple of 16; accepted: rows of a multiple of 8 values, aligned to 16 bytes"
+                    )
 
 
 def persistent_layers(
@@ -174,6 +140,7 @@ def persistent_layers(
     scalars: torch.Tensor,
     rope: torch.Tensor,
     *,
+    prefetch: Prefetch = NO_PREFETCH,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """Run all layers on the residual stream of one token, and append its keys and values.
@@ -184,8 +151,10 @@ def persistent_layers(
         The residual stream, and room for it; both are overwritten.
     layers : PersistentLayers
     scalars : Tensor, (1, 8), int32
-    rope : Tensor, (1, 2, 2, head_dim / 2), float32
+    rope : Tensor, (1, 2, 2, rotary / 2), float32
         Both as in `attention_decode`.
+    prefetch : Prefetch
+        Buffers that the next kernel reads first, by a kernel that prefetches them.
     implementation : {"auto", "triton", "torch"}, optional
         Interpreted, every phase is a launch of its own.
 
@@ -199,56 +168,47 @@ def persistent_layers(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    one, device = layers.layers[0], layers.table.device
     for name, tensor in (("hidden", hidden), ("other", other)):
-        check_tensor(name, tensor, (1, layers.hidden), dtypes=(one.qkv.dtype,), device=device)
-    check_tensor("scalars", scalars, (1, 8), dtypes=(torch.int32,), device=device)
-    check_tensor("rope", rope, (1, 2, 2, layers.head_dim // 2), dtypes=(torch.float32,), device=device)
+        check_tensor(name, tensor, (1, layers.hidden), dtypes=(layers.dtype,), device=layers.device)
+    check_tensor("scalars", scalars, (1, 8), dtypes=(torch.int32,), device=layers.device)
+    check_tensor("rope", rope, (1, 2, 2, layers.rotary // 2), dtypes=(torch.float32,), device=layers.device)
     result = (hidden, other)[len(layers.layers) % 2]
     if not use_triton(implementation, hidden):
-        return result.copy_(persistent_layers_twin(hidden, layers, scalars, rope))
-    if one.qkv.dtype not in HALF_DTYPES:
+        return result.copy_(layers.twin(hidden, scalars, rope))
+    if layers.dtype not in HALF_DTYPES:
         names = ", ".join(map(str, HALF_DTYPES))
-        raise ValueError(f"weights of dtype {one.qkv.dtype}; accepted by the kernel: {names}")
+        raise ValueError(f"weights of dtype {layers.dtype}; accepted by the kernel: {names}")
+    count, inputs = len(layers.layers), (hidden, other, layers.table, scalars, rope)
     if not INTERPRETED:
-        _launch(hidden, other, layers, scalars, rope, 0, len(layers.layers), -1)
+        _launch(layers, inputs, 0, count, -1, prefetch)
         return result
-    for i in range(len(layers.layers)):
-        for phase in range(len(PHASES)):
-            _launch(hidden, other, layers, scalars, rope, i, i + 1, phase)
+    for i in range(count):
+        for phase in range(len(layers.phases)):
+            _launch(layers, inputs, i, i + 1, phase, NO_PREFETCH)
     return result
 
 
-def _launch(hidden, other, layers, scalars, rope, first_layer, end_layer, phase):
+def _launch(layers: PersistentLayers, inputs: tuple, first: int, end: int, phase: int, prefetch: Prefetch) -> None:
     assert layers.grid is not None, "the interpreter has programs enough for every phase"
-    grid, config, dim, ring = layers.grid, layers.config, layers.head_dim, layers.slots - layers.pinned_slots
+    grid, ring = layers.grid, layers.slots - layers.pinned_slots
+    scale = math.log2(math.e) / math.sqrt(layers.head_dim)
+    kernel, arguments, constants = layers.arguments(prefetch)
     cooperative = {} if INTERPRETED else {"launch_cooperative_grid": True}
+    several = layers.config.per_sm > 1  # all programs must run at once
+    registers = thread_registers(layers.config.warps, layers.config.per_sm) if several else 0
     launch(
-        persistent_layers_kernel, (grid.programs,), hidden, other, layers.table, scalars, rope, layers.buffer,
-        layers.partials, layers.counters, first_layer, end_layer, len(layers.layers), layers.eps, layers.pinned_slots,
-        ring, grid.slots, grid.ring_programs, layers.stride, math.log2(math.e) / math.sqrt(dim),
-        H=layers.hidden, M=layers.intermediate, QH=layers.query_heads, KVH=layers.kv_heads, D=dim, BK=256,
-        BQ=grid.rows[0], BO=grid.rows[1], BG=grid.rows[2], BD=grid.rows[3], BT=_power(grid.slots), S=grid.splits,
-        SP=_power(grid.splits), PHASE=phase, AHEAD=config.ahead and not INTERPRETED, COMPILED=not INTERPRETED,
-        num_warps=config.warps, pdl=False, **cooperative,
+        kernel, (grid.programs,), *inputs, layers.buffer, layers.partials, layers.counters, first, end,
+        len(layers.layers), layers.eps, layers.pinned_slots, ring, grid.slots, grid.ring_programs, layers.stride,
+        scale, *arguments, **constants, S=grid.splits, SP=power(grid.splits), PHASE=phase, COMPILED=not INTERPRETED,
+        num_warps=layers.config.warps, pdl=False, registers=registers, **cooperative,
     )  # fmt: skip
 
 
-def _power(value: int) -> int:
+def thread_registers(warps: int, per_sm: int) -> int:
+    """The most registers of a thread with which so many programs fit a multiprocessor; they are given out in eights."""
+    return min(MAX_REGISTERS, REGISTERS // (32 * warps * per_sm) // 8 * 8)
+
+
+def power(value: int) -> int:
     """The least power of two that is not less, at least 16."""
     return max(16, 1 << (value - 1).bit_length())
-
-
-def persistent_layers_twin(hidden, layers: PersistentLayers, scalars, rope) -> torch.Tensor:
-    """The twin of the kernel: the twins of the separate ops, one after the other, in float32."""
-    x = hidden.float()
-    for layer in layers.layers:
-        qkv = norm_linear_twin(x, layer.qkv, layer.norm, None, None, layers.eps, "rms", "none")
-        context = attention_decode_twin(
-            qkv, layer.keys, layer.values, scalars, rope, layers.query_heads, layers.pinned_slots, "blocks", None, None,
-            0.0,
-        )  # fmt: skip
-        x = x + context @ layer.o.float().T
-        middle = norm_linear_twin(x, layer.gate_up, layer.mlp_norm, None, None, layers.eps, "rms", "swiglu")
-        x = x + middle @ layer.down.float().T
-    return x

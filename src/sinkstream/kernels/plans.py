@@ -16,6 +16,7 @@ from sinkstream.kernels.config import (
     LinearConfig,
     MultiStreamConfig,
     PersistentConfig,
+    PersistentNeoxConfig,
     count_programs,
     fit_attention,
     fit_attention_linear,
@@ -25,7 +26,8 @@ from sinkstream.kernels.config import (
 )
 
 MB = 1 << 20
-Config = LinearConfig | AttentionConfig | AttentionLinearConfig | MultiStreamConfig | PersistentConfig
+PersistentKind = PersistentConfig | PersistentNeoxConfig
+Config = LinearConfig | AttentionConfig | AttentionLinearConfig | MultiStreamConfig | PersistentKind
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,16 @@ SEVERAL_LLAMA_PLANS: _Several = {
 }
 
 
-PERSISTENT_PLANS: dict[int, PersistentConfig] = {  # by hidden size, this one only; one stream
-    576: PersistentConfig(),  # SmolLM2-135M, bfloat16: 0.408 ms, 3.89 times the byte floor; the ops 0.473 ms
+PERSISTENT_LLAMA_PLANS: dict[int, OpLaunch] = {  # by hidden size, this one only; one stream
+    576: OpLaunch(PersistentConfig()),  # SmolLM2-135M, bfloat16: 0.408 ms, 3.89 times the byte floor; the ops 0.473 ms
+}
+PERSISTENT_NEOX_PLANS: dict[int, OpLaunch] = {  # likewise, with bytes of the head to prefetch; float16, H100
+    768: OpLaunch(  # Pythia-160M: 0.192 ms, 1.79 times the byte floor; the ops 0.232 ms
+        PersistentNeoxConfig(warps=4, per_sm=2, rows=4, out_rows=4), 2 * MB
+    ),
+    1024: OpLaunch(
+        PersistentNeoxConfig(lead=2, early=0), 16 * MB
+    ),  # Pythia-410M: 0.460 ms, 1.52 times; the ops 0.514 ms
 }
 
 

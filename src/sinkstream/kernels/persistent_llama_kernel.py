@@ -3,99 +3,13 @@
 A program that has written its tile of a phase adds one to the phase's counter, loads the weights of its next tile to
 registers, and then waits until the counter says that all tiles are there; the weights of the next layer are on their
 way to L2 meanwhile. Counters only grow, so no program resets what another one reads. The host's side, which says what
-the phases are, is `persistent_layers`.
+the phases are, is `persistent_llama`.
 """
 
 # ruff: noqa: RUF005, SIM102 - Triton compiles sums of tuples, not starred ones; constants are tested on their own
 from sinkstream.kernels.chunks import load_row_chunks
+from sinkstream.kernels.persistent_parts import addresses, arrive, combine, pointer, products, rows_of, wait_for
 from sinkstream.kernels.runtime import jit, prefetch_l2, tl
-
-
-@jit
-def arrive(counter, COMPILED: tl.constexpr):
-    """Add one to a counter, after everything that this program has written."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .u32 t;
-            mov.b32 $0, 0;
-            bar.sync 0;
-            mov.u32 t, %tid.x;
-            setp.ne.u32 p, t, 0;
-            @p bra DONE;
-            red.release.gpu.global.add.u32 [$1], 1;
-            DONE:
-            }""",
-            "=&r,l",
-            [counter.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@jit
-def wait_for(counter, target, COMPILED: tl.constexpr):
-    """Wait until a counter has come to `target` (modulo 2^32); what was written before that can be read then."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .u32 t;
-            mov.b32 $0, 0;
-            mov.u32 t, %tid.x;
-            setp.ne.u32 p, t, 0;
-            @p bra DONE;
-            AGAIN:
-            ld.acquire.gpu.global.u32 t, [$1];
-            sub.u32 t, t, $2;
-            setp.lt.s32 p, t, 0;
-            @p bra AGAIN;
-            DONE:
-            bar.sync 0;
-            }""",
-            "=&r,l,r",
-            [counter.to(tl.int64), target],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@jit
-def _addresses(table):
-    """All addresses of a layer."""
-    return (
-        tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3), tl.load(table + 4),
-        tl.load(table + 5), tl.load(table + 6), tl.load(table + 7),
-    )  # fmt: skip
-
-
-@jit
-def _pointer(address, like):
-    """An address as a pointer like `like`."""
-    return tl.multiple_of(address.to(like.dtype), 16)
-
-
-@jit
-def _rows_of(vector, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """A vector of K values as chunks (BN, BK), all rows alike: laid out like the weights, so nothing is exchanged."""
-    columns, rows = tl.arange(0, BK)[None, :], tl.arange(0, BN)[:, None] * 0
-    chunks = ()
-    for c in tl.static_range((K + BK - 1) // BK):
-        place = vector + rows + (c * BK + columns)
-        chunks = chunks + (tl.load(place, mask=(c * BK + columns < K) & (rows == 0), other=0.0),)
-    return chunks
-
-
-@jit
-def _products(weights, xs):
-    """Sums of products along the rows: (rows,) float32."""
-    acc = weights[0].to(tl.float32) * xs[0].to(tl.float32)
-    for c in tl.static_range(1, len(weights)):
-        acc += weights[c].to(tl.float32) * xs[c].to(tl.float32)
-    return tl.sum(acc, 1)
 
 
 @jit
@@ -128,13 +42,13 @@ def _fetch_layer(
 ):  # fmt: skip
     """Prefetch to L2 what a program reads of a layer; `start`, `size`: bytes of its keys, and of its values."""
     p = pid.to(tl.int64)
-    prefetch_l2(_pointer(at[6], of), start, start + size, size)
-    prefetch_l2(_pointer(at[7], of), start, start + size, size)
-    prefetch_l2(_pointer(at[1], of), p * (BQ * H * 2), p * 0 + QKV * H * 2, BQ * H * 2)
-    prefetch_l2(_pointer(at[2], of), p * (BO * CONTEXT * 2), p * 0 + H * CONTEXT * 2, BO * CONTEXT * 2)
-    prefetch_l2(_pointer(at[4], of), p * (BG * H * 2), p * 0 + M * H * 2, BG * H * 2)
-    prefetch_l2(_pointer(at[4], of) + M * H, p * (BG * H * 2), p * 0 + M * H * 2, BG * H * 2)
-    prefetch_l2(_pointer(at[5], of), p * (BD * M * 2), p * 0 + H * M * 2, BD * M * 2)
+    prefetch_l2(pointer(at[6], of), start, start + size, size)
+    prefetch_l2(pointer(at[7], of), start, start + size, size)
+    prefetch_l2(pointer(at[1], of), p * (BQ * H * 2), p * 0 + QKV * H * 2, BQ * H * 2)
+    prefetch_l2(pointer(at[2], of), p * (BO * CONTEXT * 2), p * 0 + H * CONTEXT * 2, BO * CONTEXT * 2)
+    prefetch_l2(pointer(at[4], of), p * (BG * H * 2), p * 0 + M * H * 2, BG * H * 2)
+    prefetch_l2(pointer(at[4], of) + M * H, p * (BG * H * 2), p * 0 + M * H * 2, BG * H * 2)
+    prefetch_l2(pointer(at[5], of), p * (BD * M * 2), p * 0 + H * M * 2, BD * M * 2)
 
 
 @jit
@@ -196,21 +110,8 @@ def _attend(
     tl.store(mine + D + 1, total)
 
 
-@jit
-def _combine(part, context, head, D: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):
-    """The attention of one head from its partial results."""
-    row, columns = tl.arange(0, SP), tl.arange(0, D)
-    place = part + (head * S + row) * (D + 2)
-    m = tl.load(place + D, mask=row < S, other=-float("inf"), cache_modifier=".cg")
-    s = tl.load(place + D + 1, mask=row < S, other=0.0, cache_modifier=".cg")
-    a = tl.load(place[:, None] + columns[None, :], mask=(row < S)[:, None], other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(m - tl.max(m, 0))
-    y = tl.sum(a * weight[:, None], 0) / tl.sum(s * weight, 0)
-    tl.store(context + head * D + columns, y.to(context.dtype.element_ty))
-
-
 @jit(do_not_specialize=["first_layer", "end_layer", "layers", "pinned_slots", "ring", "per", "ring_programs", "stride"])
-def persistent_layers_kernel(
+def persistent_llama_kernel(
     even_ptr, odd_ptr, table_ptr, scalar_ptr, rope_ptr, buffer_ptr, part_ptr, count_ptr, first_layer, end_layer, layers,
     eps, pinned_slots, ring, per, ring_programs, stride, scale,
     H: tl.constexpr, M: tl.constexpr, QH: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
@@ -252,7 +153,7 @@ def persistent_layers_kernel(
     end = tl.where(attends, tl.minimum(start + per, extent), 0)
     fetch_start = (own + (offset + start) * D) * 2
     fetch_size = tl.where(attends & (head % GROUP == 0), tl.maximum(end - start, 0), 0) * (D * 2)
-    at = _addresses(table_ptr + first_layer * 8)
+    at = addresses(table_ptr + first_layer * 8, 8)
     if AHEAD:
         _fetch_layer(at, pid, even_ptr, fetch_start, fetch_size, H, M, CONTEXT, QKV, BQ, BO, BG, BD)
     r_q, r_o = pid * BQ + tl.arange(0, BQ), pid * BO + tl.arange(0, BO)
@@ -263,12 +164,12 @@ def persistent_layers_kernel(
         odd = layer % 2 == 1
         x_in = tl.multiple_of(tl.where(odd, odd_ptr.to(tl.int64), even_ptr.to(tl.int64)).to(even_ptr.dtype), 16)
         x_out = tl.multiple_of(tl.where(odd, even_ptr.to(tl.int64), odd_ptr.to(tl.int64)).to(even_ptr.dtype), 16)
-        following = _addresses(table_ptr + tl.minimum(layer + 1, end_layer - 1) * 8)
+        following = addresses(table_ptr + tl.minimum(layer + 1, end_layer - 1) * 8, 8)
         if PHASE < 0 or PHASE == 0:
-            w_q = load_row_chunks(_pointer(at[1], even_ptr), r_q, QKV, H, H, BK, False, "evict_first")
-            gamma_q = _rows_of(_pointer(at[0], even_ptr), H, BK, BQ)
+            w_q = load_row_chunks(pointer(at[1], even_ptr), r_q, QKV, H, H, BK, False, "evict_first")
+            gamma_q = rows_of(pointer(at[0], even_ptr), H, BK, BQ)
         if PHASE < 0 or PHASE == 1:
-            keys, values = _pointer(at[6], even_ptr) + own, _pointer(at[7], even_ptr) + own
+            keys, values = pointer(at[6], even_ptr) + own, pointer(at[7], even_ptr) + own
             k, k_other, v, seen = _slots(
                 keys + offset * D, values + offset * D, start, end, first, length, extent, slot - offset, D, BT
             )  # fmt: skip
@@ -278,8 +179,8 @@ def persistent_layers_kernel(
         if PHASE < 0 or PHASE == 0:
             if pid < n_qkv:
                 wait_for(c_down, (turn - 1) * n_down, waits)
-                x_q = _rows_of(x_in, H, BK, BQ)
-                y_q = _products(w_q, _weighted(x_q, gamma_q)) * _rms(x_q, eps, H)
+                x_q = rows_of(x_in, H, BK, BQ)
+                y_q = products(w_q, _weighted(x_q, gamma_q)) * _rms(x_q, eps, H)
                 tl.store(qkv + r_q, y_q.to(qkv.dtype.element_ty), mask=r_q < QKV)
                 arrive(c_qkv, waits)
         if PHASE < 0 or PHASE == 1:
@@ -292,43 +193,43 @@ def persistent_layers_kernel(
                 tl.debug_barrier()
                 if tl.atomic_add(c_heads + head, 1, sem="acq_rel") == S - 1:
                     tl.debug_barrier()
-                    _combine(part_ptr, context, head, D, S, SP)
+                    combine(part_ptr, context, head, D, S, SP)
                     tl.store(c_heads + head, 0)
                     arrive(c_context, waits)
         if PHASE < 0 or PHASE == 2:
-            w_o = load_row_chunks(_pointer(at[2], even_ptr), r_o, H, CONTEXT, CONTEXT, BK, False, "evict_first")
+            w_o = load_row_chunks(pointer(at[2], even_ptr), r_o, H, CONTEXT, CONTEXT, BK, False, "evict_first")
             if pid < n_o:
                 if n_o > n_qkv:
                     wait_for(c_down, (turn - 1) * n_down, waits)
                 old_o = tl.load(x_in + r_o, mask=r_o < H, other=0.0, cache_modifier=".cg").to(tl.float32)
                 wait_for(c_context, turn * QH, waits)
-                y_o = _products(w_o, _rows_of(context, CONTEXT, BK, BO)) + old_o
+                y_o = products(w_o, rows_of(context, CONTEXT, BK, BO)) + old_o
                 tl.store(between + r_o, y_o.to(qkv.dtype.element_ty), mask=r_o < H)
                 arrive(c_o, waits)
         if PHASE < 0 or PHASE == 3:
-            gate_w, up_w = _pointer(at[4], even_ptr), _pointer(at[4], even_ptr) + M * H
+            gate_w, up_w = pointer(at[4], even_ptr), pointer(at[4], even_ptr) + M * H
             w_g = load_row_chunks(gate_w, r_g, M, H, H, BK, False, "evict_first")
             w_u = load_row_chunks(up_w, r_g, M, H, H, BK, False, "evict_first")
             w_h = load_row_chunks(gate_w, r_h, M, H, H, BK, False, "evict_first")
             w_v = load_row_chunks(up_w, r_h, M, H, H, BK, False, "evict_first")
-            gamma_g = _rows_of(_pointer(at[3], even_ptr), H, BK, BG // 2)
+            gamma_g = rows_of(pointer(at[3], even_ptr), H, BK, BG // 2)
             if pid < n_middle:
                 wait_for(c_o, turn * n_o, waits)
-                x_g = _rows_of(between, H, BK, BG // 2)
+                x_g = rows_of(between, H, BK, BG // 2)
                 normed, scale_g = _weighted(x_g, gamma_g), _rms(x_g, eps, H)
-                y_g = _swiglu(_products(w_g, normed) * scale_g, _products(w_u, normed) * scale_g)
-                y_h = _swiglu(_products(w_h, normed) * scale_g, _products(w_v, normed) * scale_g)
+                y_g = _swiglu(products(w_g, normed) * scale_g, products(w_u, normed) * scale_g)
+                y_h = _swiglu(products(w_h, normed) * scale_g, products(w_v, normed) * scale_g)
                 tl.store(middle + r_g, y_g.to(qkv.dtype.element_ty), mask=r_g < M)
                 tl.store(middle + r_h, y_h.to(qkv.dtype.element_ty), mask=r_h < M)
                 arrive(c_middle, waits)
         if PHASE < 0 or PHASE == 4:
-            w_d = load_row_chunks(_pointer(at[5], even_ptr), r_d, H, M, M, BK, False, "evict_first")
+            w_d = load_row_chunks(pointer(at[5], even_ptr), r_d, H, M, M, BK, False, "evict_first")
             if pid < n_down:
                 if n_down > n_middle:
                     wait_for(c_o, turn * n_o, waits)
                 old_d = tl.load(between + r_d, mask=r_d < H, other=0.0, cache_modifier=".cg").to(tl.float32)
                 wait_for(c_middle, turn * n_middle, waits)
-                y_d = _products(w_d, _rows_of(middle, M, BK, BD)) + old_d
+                y_d = products(w_d, rows_of(middle, M, BK, BD)) + old_d
                 tl.store(x_out + r_d, y_d.to(qkv.dtype.element_ty), mask=r_d < H)
                 arrive(c_down, waits)
         at = following

@@ -1,21 +1,16 @@
-"""`persistent_layers` against float64: all layers of a step in one kernel, and what the kernel refuses."""
+"""`persistent_layers` of Llama-like layers against float64: all layers of a step in one kernel."""
 
 import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error
-from ring_case import Case
+from ring_case import Case, behind
 
 from sinkstream.kernels.config import PersistentConfig
-from sinkstream.kernels.persistent_layers import LayerTensors, PersistentLayers, persistent_layers
+from sinkstream.kernels.persistent_layers import persistent_layers
+from sinkstream.kernels.persistent_llama import LlamaTensors, PersistentLlama
 
 HEADS, KV_HEADS, DIM, HIDDEN, MIDDLE, EPS = 4, 2, 16, 40, 72, 1e-5
 SMALL = PersistentConfig(slots=32) if DEVICE.type == "cuda" else PersistentConfig(warps=16, per_sm=4, slots=32)  # 3 SMs
-
-
-def _behind(front, slots):
-    """The same slots, the last of a buffer that has others in front of them, which hold NaN."""
-    others = torch.full((*slots.shape[:2], front, slots.shape[3]), float("nan"), dtype=slots.dtype, device=DEVICE)
-    return torch.cat([others, slots], 2)[:, :, front:]
 
 
 class Layers:
@@ -30,12 +25,12 @@ class Layers:
                 dtype, query_heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, rotary=DIM, order="blocks", streams=1,
                 **options,
             )  # fmt: skip
-            case.keys, case.values = (_behind(front, slots) for slots in (case.keys, case.values))
+            case.keys, case.values = (behind(front, slots) for slots in (case.keys, case.values))
             self.cases.append(case)
             weights = ((rows, HIDDEN), (HIDDEN, HEADS * DIM), (2 * MIDDLE, HIDDEN), (HIDDEN, MIDDLE))
             qkv, o, gate_up, down = (draw(*shape, scale=shape[1] ** -0.5, dtype=dtype) for shape in weights)
             norm, mlp_norm = (1 + draw(HIDDEN, scale=0.2, dtype=dtype) for _ in range(2))
-            self.layers.append(LayerTensors(norm, qkv, o, mlp_norm, gate_up, down, case.keys, case.values))
+            self.layers.append(LlamaTensors(norm, qkv, o, mlp_norm, gate_up, down, case.keys, case.values))
         self.hidden = draw(1, HIDDEN, dtype=dtype)
 
     def expected(self):
@@ -54,7 +49,7 @@ class Layers:
 
     def kernel(self, config=SMALL):
         pinned = self.cases[0].options["pinned_slots"]
-        return PersistentLayers(self.layers, query_heads=HEADS, pinned_slots=pinned, eps=EPS, config=config)
+        return PersistentLlama(self.layers, query_heads=HEADS, pinned_slots=pinned, rotary=DIM, eps=EPS, config=config)
 
     def run(self, kernel, implementation):
         other = torch.full_like(self.hidden, float("nan"))
