@@ -67,6 +67,17 @@ def test_a_sweep_has_its_best_and_its_worst_policy_and_not_strict_by_another_nam
     assert row["TPOT ÷ strict"] == "0.900 – 1.100"
 
 
+def test_a_sweep_compares_with_the_strict_point_of_its_own_machine_where_two_have_the_same_id(tmp_path):
+    lazy = point("lazy", "lazy", tpot=2.2, label="lazy R=64", strict="s", commit="a" * 40)
+    write(tmp_path / "all" / "1", point("s", tpot=2.0, commit="a" * 40), lazy)
+    write(tmp_path / "all" / "2", point("s", tpot=1.0, commit="b" * 40))
+    (row,) = cells(tmp_path / "all", "matrix-sweeps", SWEEP_HEADER)
+    assert row["TPOT ÷ strict"] == "1.100 – 1.100"
+    (tmp_path / "all" / "1" / "point-s.json").unlink()
+    (row,) = cells(tmp_path / "all", "matrix-sweeps", SWEEP_HEADER)
+    assert row["TPOT ÷ strict"] == EMPTY, "control: timed elsewhere"
+
+
 def test_the_nearest_rival_is_the_fastest_on_the_same_card_and_both_shapes_are_needed(tmp_path):
     neox = [
         make_bench_record("ours", "fused", tpot_ms=2.0, cap=2052, dtype="float16"),

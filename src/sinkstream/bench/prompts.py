@@ -34,6 +34,7 @@ APPEND_TOKENS = 50
 REPEATS = 5
 REPEAT_SECONDS = 3.0  # of one length in one way: no repeat begins after so many, and there is at least one
 STEPS_TIMED = 64
+WARM_TURNS = 8  # before turns are timed: one that crosses a prune and one that crosses none are compiled and captured
 
 DEFINITIONS = {
     "forward": "the module's own forward of the prompt with an empty dynamic cache, logits of the last token only",
@@ -164,6 +165,8 @@ class PromptSession(PolicySession[PromptRecord]):
                 engine.advance(None, [0])
 
         step = self._median(steps) / STEPS_TIMED
+        for _ in range(WARM_TURNS + engine.policy.growth // APPEND_TOKENS):
+            engine.prefill(turn)
         turns = self._median(partial(engine.prefill, turn))
         return {"tokens": len(turn), "ms": turns, "step_ms": step, "over_step": turns / step}
 
