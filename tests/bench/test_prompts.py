@@ -13,6 +13,7 @@ from sinkstream.bench.prompt_tables import PROMPT_HEADLINES, PROMPT_TABLES, appe
 from sinkstream.bench.prompts import APPEND_TOKENS, PromptSession, prompt_flops
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
+from sinkstream.engine import Engine
 from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.matmul import MatmulRate, matmul_rate
@@ -52,6 +53,32 @@ def test_every_way_is_timed_and_recorded(family, tmp_path):
     assert strict.append["over_step"] == pytest.approx(strict.append["ms"] / strict.append["step_ms"])
     shown = prompt_table(records, "title").markdown() + append_table(records).markdown()
     assert shown.count("strict") == 3 and f"{strict.append['over_step']:.3f}" in shown
+
+
+def test_turns_with_and_without_a_prune_are_fed_before_one_is_timed(tmp_path, monkeypatch):
+    """A capture, or a kernel that is compiled, must not fall into what is timed."""
+    fed, marks = [], []
+
+    class Counting(Engine):
+        def prefill(self, ids, **options):
+            evicted = self.stats()["evicted"]
+            super().prefill(ids, **options)
+            fed.append((len(ids), self.stats()["evicted"] > evicted))
+
+    def mark(self, call):
+        marks.append(len(fed))
+        call()
+        return 1.0
+
+    monkeypatch.setattr(PromptSession, "_median", mark)
+    one = session(tmp_path)
+    one._append(
+        Counting(one.loaded.model, policy=EvictionPolicy.build(cap=120, compress_every=64), backend="ring"),
+        random_tokens(90, 60).ids,
+    )
+    steps, turns = marks
+    before = [crosses for size, crosses in fed[steps:turns] if size == APPEND_TOKENS]
+    assert set(before) == {False, True} and len(fed) == turns + 1
 
 
 def test_a_policy_that_reads_the_tokenizer_is_timed(tmp_path):

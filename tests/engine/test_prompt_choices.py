@@ -15,7 +15,7 @@ from sinkstream.cache import choices
 from sinkstream.engine import Engine, memory, short_chunks
 from sinkstream.engine.memory import MemoryNeed
 from sinkstream.engine.prompt import FAR, PromptForward
-from sinkstream.engine.prompt_choices import ChoiceSizes, ChoosingChunk, most_prunes_within
+from sinkstream.engine.prompt_choices import ChoiceSizes, ChoosingChunk, choosing_chunks, most_prunes_within
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.refresh import live_slots
 from sinkstream.kernels import pinned_sets, set_implementation
@@ -236,3 +236,15 @@ def test_a_stream_past_the_integers_of_32_bits_goes_on(more):
         assert torch.equal(far.prefill(part), near.prefill(part))
     assert torch.equal(far.score(ids[:9]), near.score(ids[:9])) and far.stats()["seen"] > 2**31 > FAR
     assert torch.equal(far.state.pinned_positions, near.state.pinned_positions + by)
+
+
+def test_a_captured_chunk_that_chooses_has_a_size_that_fits_and_no_policy_a_larger_chunk_than_without():
+    scorers = "window-attention", "accumulated-attention", "uniform"
+    looks, adds, blind = (EvictionPolicy.build(**SIZES, scorer=scorer) for scorer in scorers)
+    for chunk in (1, 16, 100, 512, 600, 2048):
+        short = short_chunks.short_chunk_sizes(chunk)
+        for policy, most in ((looks, 1024), (adds, 512)):
+            tokens, sizes = choosing_chunks(policy, chunk, short)
+            assert tokens == min(chunk, most) and sizes[-1] >= tokens and all(size < tokens for size in sizes[:-1])
+            assert choosing_chunks(policy, chunk, ())[0] == (chunk if policy is looks else min(chunk, 512)), "whole"
+        assert choosing_chunks(blind, chunk, short) == (0, ()), "control"
