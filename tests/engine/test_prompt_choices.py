@@ -248,3 +248,18 @@ def test_a_captured_chunk_that_chooses_has_a_size_that_fits_and_no_policy_a_larg
             assert tokens == min(chunk, most) and sizes[-1] >= tokens and all(size < tokens for size in sizes[:-1])
             assert choosing_chunks(policy, chunk, ())[0] == (chunk if policy is looks else min(chunk, 512)), "whole"
         assert choosing_chunks(blind, chunk, short) == (0, ()), "control"
+
+
+def test_room_is_made_for_no_more_sets_than_a_chunk_may_hold(monkeypatch):
+    policy = EvictionPolicy.build(sink=2, window=30, refresh=8, compress_every=1, scorer="window-attention")
+    assert ChoiceSizes.most(policy, 16).groups.groups == 16, "control: as many as there are prunes"
+    monkeypatch.setattr(choices, "SET_TOKENS", 8 * 5)
+    tokens, within = choices.tokens_across(full(policy), 16)
+    assert ChoiceSizes.most(policy, 16).groups.groups == within + 1 == 5 and tokens < 16
+
+
+def full(policy: EvictionPolicy) -> PruneSchedule:
+    """Of a stream that drops a token at every step."""
+    schedule = PruneSchedule(policy)
+    schedule.advance(policy.peak)
+    return schedule

@@ -17,6 +17,7 @@ from sinkstream.cache.choices import (
     computed_fast,
     groups_of,
     groups_on_device,
+    most_prunes,
     positions_of,
     set_of_tokens,
 )
@@ -93,7 +94,7 @@ class ChoiceSizes:
         assert policy.scorer is not None, "which chooses"
         adds, growth = "accumulated" in policy.needs, policy.growth + 1
         queries = min(tokens, growth) if adds else policy.scorer.observed_queries
-        prunes = most_prunes_within(policy, tokens)
+        prunes = min(most_prunes_within(policy, tokens), 1 + most_prunes(policy))  # one before the chunk's first token
         rows = tokens if adds else prunes * queries
         leaving = policy.refresh + growth + tokens
         return cls(
