@@ -45,12 +45,17 @@ def test_the_blocks_are_those_of_all_sets_of_streams(streams):
 
 
 @pytest.mark.parametrize(
-    ("policy", "kind"),
-    [("lazy", ShortChunks), ("refresh-window-attention", ShortChunks), ("adaptive-entropy", ForeseenChunks)],
+    ("policy", "kinds"),
+    [
+        ("lazy", [ShortChunks]),
+        ("refresh-uniform", [ShortChunks]),
+        ("refresh-window-attention", [ShortChunks, ShortChunks]),
+        ("adaptive-entropy", [ForeseenChunks]),
+    ],
 )
-def test_the_chunks_that_are_captured_are_found_under_every_kind_of_policy(policy, kind):
+def test_the_chunks_that_are_captured_are_found_under_every_kind_of_policy(policy, kinds):
     e = Engine(build("llama", layers=1), backend="ring", **small_policy(policy))
-    assert [type(chunks) for chunks in chunks_of(e._append)] == [kind]
+    assert [type(chunks) for chunks in chunks_of(e._append)] == kinds
 
 
 def test_no_step_captures_after_it_and_every_token_is_the_same(monkeypatch):

@@ -12,7 +12,7 @@ from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.engine.foreseen_chunks import ForeseenChunk, ForeseenChunks
 from sinkstream.engine.graphs import GraphCaptures
-from sinkstream.engine.prompt import PromptForward, keep_queries
+from sinkstream.engine.prompt import LatestQueries, PromptForward
 from sinkstream.engine.prompt_choices import ChoosingChunk
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
@@ -259,7 +259,8 @@ def test_a_chunk_keeps_the_queries_that_steps_would_keep(past, tokens, rows):
         wanted[1, :, (past + i) % 5] = queries[i]
     inv_freq = torch.ones(2, dtype=torch.float64)
     first, table = np.zeros(tokens, dtype=np.int64), torch.zeros(16 + 2 * rows, dtype=torch.int32)
-    keep_queries(kept, queries, Band(first, None, inv_freq, past=past, length=past, row=1, table=table))
+    band = Band(first, None, inv_freq, past=past, length=past, row=1, table=table)
+    LatestQueries(band, 5).keep(kept, queries)
     assert torch.equal(kept, wanted)
 
 
@@ -363,11 +364,14 @@ def test_on_a_gpu_captured_short_chunks_are_those_that_are_not_captured(shape, p
                 logits[backend].append(e.step(ids[fed[s] : fed[s] + 1], streams=[s])[0])
                 fed[s] += 1
         held[backend] = e.state.keys[..., e.state.geometry.pinned_slots :, :].float()
-        short = (e._append.forward if policy else e._append).short
-        expected = [16, 32, 64] if policy else [16, 32, 64, 128, 320, 512]
-        assert [size for size in sorted(short._graphs) if size in expected] == (
-            [] if backend == "kernels" else expected
-        )
+        across = getattr(e._append, "choosing", None)
+        plain = [16, 32, 64, 128, 320, 512] if not policy else [16, 32, 64] if across is None else [16, 32, 320]
+        for short, expected in (
+            ((e._append.forward if policy else e._append).short, plain),
+            *([] if across is None else [(across.short, [64, 128, 320, 512])]),
+        ):
+            found = [size for size in sorted(short._graphs) if size in expected]
+            assert found == ([] if backend == "kernels" else expected)
         e.close()
     bound = 0.04 if policy else 0.02  # of equally good tokens rounding may keep another
     for plain, graphed in zip(*logits.values()):

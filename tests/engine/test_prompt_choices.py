@@ -6,16 +6,21 @@ from typing import ClassVar
 
 import pytest
 import torch
+from fake_graphs import without_gpu
+from ops_cases import NEEDS_TRITON
 from oracle.models import build, token_ids
 from streams import TOLERANCE
 
 from sinkstream.cache import choices
-from sinkstream.engine import Engine, memory
+from sinkstream.engine import Engine, memory, short_chunks
 from sinkstream.engine.memory import MemoryNeed
-from sinkstream.engine.prompt import FAR
-from sinkstream.engine.prompt_choices import ChoosingChunk
+from sinkstream.engine.prompt import FAR, PromptForward
+from sinkstream.engine.prompt_choices import ChoiceSizes, ChoosingChunk, most_prunes_within
+from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.refresh import live_slots
-from sinkstream.policies import EvictionPolicy
+from sinkstream.kernels import pinned_sets, set_implementation
+from sinkstream.models import load_model
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 from sinkstream.policies.scorers.base import FieldScorer
 from sinkstream.policies.triggers import Lazy
 
@@ -76,6 +81,141 @@ def test_sets_of_pinned_tokens_take_no_more_memory_however_many_prunes_a_chunk_h
     assert choices.most_prunes(most) == 0
     Engine(model, most).prefill(ids)
     assert len(sizes) == len(chunks), "one set alone is too large: cut at the prunes"
+
+
+# ---- at fixed addresses ----
+
+STAGED = {"compress_every": 11, "overlap": 4, "max_drop": 3, "slack": 8, "refresh": 9}
+LOOKING = {  # queries of several prunes; staged drops; more pinned than leave; a prune at every token
+    "window": SIZES | {"scorer": "window-attention", "observation": 14},
+    "staged": {"sink": 3, "window": 31, "scorer": "last-query", **STAGED},
+    "accumulated": SIZES | {"scorer": "accumulated-attention"},
+    "strict": {"sink": 2, "window": 17, "refresh": 5, "scorer": "accumulated-attention"},
+}
+
+
+def captured(e: Engine, sizes: tuple[int, ...], monkeypatch) -> EventPrompts:
+    """What feeds prompts to an engine, as where chunks are captured: a graph does not see what the host has written."""
+    without_gpu(monkeypatch)
+    monkeypatch.setattr(short_chunks, "computed_by_kernels", lambda state: True)
+    e._append = EventPrompts(PromptForward(e.weights, e.state, 64, sizes))
+    return e._append
+
+
+@pytest.mark.parametrize("policy", LOOKING)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_padded_chunks_that_choose_are_those_of_steps(family, policy, chunks):
+    """Two streams in turn through the same addresses, in chunks that begin and end anywhere between two prunes."""
+    model, texts = build(family, layers=2), [token_ids(TOKENS, seed=s) for s in range(2)]
+    padded, steps = (Engine(model, **LOOKING[policy], streams=2, rebase_at=60) for _ in range(2))
+    padded._append = EventPrompts(PromptForward(padded.weights, padded.state, 40, (8, 24, 64), capture=False))
+    for stream, ids in enumerate(texts):
+        steps.score(ids[:45], stream=stream)
+        padded.prefill(ids[:45], stream=stream)
+    fed = [45, 45]
+    for sizes in ((7, 1), (20, 6), (5, 24), (11, 13), (39, 8), (3, 30)):
+        for stream, size in enumerate(sizes):
+            part = texts[stream][fed[stream] : fed[stream] + size]
+            found = padded.prefill(part, stream=stream)
+            steps.score(part, stream=stream)
+            steps.state.settle()
+            assert worst(found, steps.state.logits[stream]) < TOLERANCE, (stream, fed)
+            fed[stream] += size
+    assert torch.equal(padded.state.pinned_positions, steps.state.pinned_positions)
+    assert {chunk.band.rows for chunk in chunks} == {8, 24, 64}
+    counts = {chunk.groups.prunes for chunk in chunks}
+    assert len(counts) > 2 and min(counts) == {"strict": 2, "staged": 2}.get(policy, 1), (
+        "one forward, however many prunes"
+    )
+    assert any(chunk.band.tokens < chunk.band.rows for chunk in chunks), "control: some are padded"
+    assert all(chunk.sizes == ChoiceSizes.most(padded.policy, chunk.band.rows) for chunk in chunks), "as for a graph"
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests marked gpu do more")
+@pytest.mark.parametrize(("family", "policy"), [("llama", "window"), ("gpt_neox", "accumulated")])
+def test_kernels_of_a_captured_chunk_read_all_they_need_on_the_device(family, policy, monkeypatch):
+    """The forward is that of an idle band of stream 0, replayed after other tables were written."""
+    model, texts = build(family, torch.float16, layers=2), [token_ids(TOKENS, seed=s) for s in range(2)]
+    e, steps = (Engine(model, **LOOKING[policy], streams=2) for _ in range(2))
+    for stream, ids in enumerate(texts):
+        for one in (e, steps):
+            one.score(ids[: 40 + stream], stream=stream)
+    prompts, before = captured(e, (16,), monkeypatch), e.state.pinned_positions.clone()
+    held = {name: part.clone() for name, part in e.state.stream_buffers(0).items()}
+    set_implementation("triton")
+    try:
+        prompts.choosing.short.ready(16)
+        assert all(torch.equal(part, held[name]) for name, part in e.state.stream_buffers(0).items()), (
+            "no stream notices"
+        )
+        for first, end in ((0, 11), (11, 25)):
+            found = [e.prefill(ids[40 + s + first : 40 + s + end], stream=s) for s, ids in enumerate(texts)]
+    finally:
+        set_implementation("auto")
+    for stream, ids in enumerate(texts):
+        steps.score(ids[40 + stream : 65 + stream], stream=stream)
+        steps.state.settle()
+        assert worst(found[stream], steps.state.logits[stream]) < 0.02
+    assert torch.equal(e.state.pinned_positions, steps.state.pinned_positions)
+    assert not torch.equal(e.state.pinned_positions, before) and worst(*found) > 0.5, (
+        "control: other tokens, other text"
+    )
+    assert list(prompts.choosing.short._graphs) == [16] and e.captures.count == 1
+
+
+@pytest.mark.parametrize("policy", LOOKING)
+def test_room_for_chunks_of_a_full_stream_is_as_large_as_they_need(policy):
+    policy = EvictionPolicy.build(**LOOKING[policy])
+    schedule, room = PruneSchedule(policy), most_prunes_within(policy, 16)
+    schedule.advance(policy.peak)
+    drops = schedule.advance(400).drop > 0
+    counts = [int(drops[first : first + 16].sum()) for first in range(384)]
+    assert max(counts) == room and most_prunes_within(policy, 27) > room > 1
+
+
+def test_a_chunk_with_more_than_there_is_room_for_is_not_padded(chunks, monkeypatch):
+    model, ids, options = build("llama", layers=2), token_ids(TOKENS), LOOKING["window"]
+    expected = stepped(Engine(model, **options), ids)
+    monkeypatch.setattr(pinned_sets.GroupSizes, "hold", lambda sizes, other: False)
+    e = Engine(model, **options)
+    e._append = EventPrompts(PromptForward(e.weights, e.state, 40, (64,), capture=False))
+    assert worst(e.prefill(ids), expected) < TOLERANCE and chunks
+    assert all(chunk.band.rows == chunk.band.tokens for chunk in chunks if not chunk.band.fixed)
+    assert not any(chunk.band.fixed for chunk in chunks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scorer", ["window-attention", "accumulated-attention", "last-query"])
+@pytest.mark.parametrize("shape", ["pythia-160m", "smollm2-135m"])
+def test_on_a_gpu_captured_chunks_that_choose_are_those_that_are_not_captured(shape, scorer):
+    """Turns of two full streams; and the captures are made beforehand, so that no turn waits for one."""
+    model = load_model(f"random:{shape}", dtype=torch.float16, device="cuda").model
+    options = {"cap": 300, "streams": 2, "compress_every": 40, "refresh": 40, "scorer": scorer}
+    ids, logits, chosen = token_ids(2400).cuda(), {}, {}
+    for backend in ("kernels", "fused"):
+        e, fed, logits[backend] = Engine(model, backend=backend, **options), [0, 700], []
+        for stream in range(2):
+            e.prefill(ids[fed[stream] : fed[stream] + 330 + stream], stream=stream)
+            fed[stream] += 330 + stream
+        if backend == "fused":
+            held = {name: part.clone() for name, part in e.state.stream_buffers(0).items()}
+            e.capture()
+            assert all(torch.equal(part, held[name]) for name, part in e.state.stream_buffers(0).items())
+        count = e.captures.count
+        for sizes in ((50, 33), (41, 300), (300, 50), (50, 128)):
+            for stream, size in enumerate(sizes):
+                logits[backend].append(e.prefill(ids[fed[stream] : fed[stream] + size], stream=stream))
+                fed[stream] += size
+        chosen[backend] = e.state.pinned_positions.clone()
+        assert e.captures.count == count and bool(e._append.choosing.short._graphs) == (backend == "fused")
+        e.close()
+    plain, graphed = (torch.stack(found) for found in logits.values())
+    assert ((graphed - plain).norm(dim=-1) < 0.04 * plain.norm(dim=-1)).all()
+    control = (graphed[2:] - plain[:-2]).norm(dim=-1)
+    assert control.median() > 0.05 * plain[0].norm(), "control: other tokens, other logits"
+    same = torch.isin(*chosen.values()).float().mean()
+    assert same > 0.8, "rounding chooses otherwise among equals only"
 
 
 @pytest.mark.parametrize("more", [{}, {"refresh": 5, "scorer": "window-attention", "observation": 6}], ids=str)

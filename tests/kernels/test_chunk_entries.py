@@ -1,10 +1,12 @@
 """Sources of the choice of pinned tokens, and the tokens that were chosen, one by one in float64."""
 
+import numpy as np
 import pytest
 import torch
 from ops_cases import DEVICE, TOLERANCE, draw, error, on_implementations
 from ring_case import rotate
 
+from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.chunk_entries import read_entries, take_sets
 
 CASES = [  # kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens
@@ -15,28 +17,33 @@ CASES = [  # kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens
 ]
 
 
+@pytest.mark.parametrize("room", [0, 5], ids=["exact", "padded"])
 @pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=4))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation):
+def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation, room):
+    """Of one of several streams; padded, with room for a longer chunk, and only the first entries may be chosen."""
     kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens = sizes
     inv_freq = 1e3 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
-    buffers = draw(2, kv_heads, 3, sinks + pinned + ring, dim, dtype=dtype)[:, :, 1]  # heads are strided
-    raw, qkv = draw(kv_heads, sinks + pinned, dim)[:, sinks:], draw(tokens, 3 * kv_heads, dim, dtype=dtype)
+    entries, leaving, row = length + tokens, (length + tokens) // 2 if room else length + tokens, 1
+    buffers = draw(2, 3, kv_heads, 3, sinks + pinned + ring, dim, dtype=dtype)[:, :, :, 1]  # heads are strided
+    raw, qkv = draw(3, kv_heads, sinks + pinned, dim)[:, :, sinks:], draw(tokens + room, 3 * kv_heads, dim, dtype=dtype)
     key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
-    angle = torch.arange(50, 50 + length + tokens, device=DEVICE).double()[:, None] * inv_freq
+    angle = torch.arange(50, 50 + entries + room, device=DEVICE).double()[:, None] * inv_freq
     angles = torch.stack([angle.cos(), -angle.sin()], 1).float()
+    band = band_of(tokens, row=row, start=start, length=length, rows=tokens + room)
     found = read_entries(
-        *buffers, raw, key, value, angles, start=start, length=length, pinned_slot=sinks, ring_slot=sinks + pinned,
+        *buffers, raw, key, value, angles, band, pinned_slot=sinks, ring_slot=sinks + pinned, leaving=leaving,
         implementation=implementation,
     )  # fmt: skip
     slots = [sinks + pinned + (start + i) % ring for i in range(length)]
-    window = torch.cat([buffers[0][:, slots], key.transpose(0, 1)], 1)
-    assert torch.equal(found.window, window)
-    values = [buffers[1][:, sinks : sinks + pinned], buffers[1][:, slots], value.transpose(0, 1)]
-    assert torch.equal(found.values, torch.cat(values, 1))
-    back = [rotate(window[:, i].double(), -(50 + i), inv_freq) for i in range(length + tokens)]
+    (keys, held), raw = buffers[:, row], raw[row]
+    window = torch.cat([keys[:, slots], key[:tokens].transpose(0, 1)], 1)
+    assert torch.equal(found.window[:, :entries], window) and found.window.shape[1] == entries + room
+    values = torch.cat([held[:, slots], value[:tokens].transpose(0, 1)], 1)[:, :leaving]
+    assert torch.equal(found.values, torch.cat([held[:, sinks : sinks + pinned], values], 1))
+    back = [rotate(window[:, i].double(), -(50 + i), inv_freq) for i in range(leaving)]
     assert error(found.sources, torch.cat([raw.double(), torch.stack(back, 1)], 1)) < TOLERANCE[torch.float32]
-    chosen = torch.randint(pinned + length + tokens, (kv_heads, 3, pinned), dtype=torch.int32).to(DEVICE)
+    chosen = torch.randint(pinned + leaving, (kv_heads, 3, pinned), dtype=torch.int32).to(DEVICE)
     places = torch.arange(sinks, sinks + pinned, device=DEVICE).double()[:, None] * inv_freq
     frame = torch.stack([places.cos(), places.sin()], 1).float()
     keys, values = take_sets(found, chosen, frame, implementation=implementation)
@@ -47,10 +54,21 @@ def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation):
         assert torch.equal(values[head], found.values[head, flat])
 
 
+def band_of(tokens: int, *, rows: int, **more: int) -> Band:
+    inv_freq = torch.ones(8, dtype=torch.float64, device=DEVICE)
+    table = torch.zeros(SCALARS + 2 * rows, dtype=torch.int32, device=DEVICE)
+    return Band(np.zeros(tokens, dtype=np.int64), None, inv_freq, past=9, table=table, **more)
+
+
 def test_mistakes_are_named():
-    keys, raw, key = draw(1, 9, 16), draw(1, 2, 16), draw(3, 1, 16)
-    angles = torch.zeros(5, 2, 8, device=DEVICE)
-    given = {"start": 0, "length": 2, "pinned_slot": 1, "ring_slot": 3}
-    for change, says in [({"start": 6}, "start=6"), ({"pinned_slot": 2}, "pinned_slot=2"), ({"length": 3}, "angles")]:
+    keys, raw, key = draw(1, 1, 9, 16), draw(1, 1, 2, 16), draw(3, 1, 16)
+    angles, slots = torch.zeros(5, 2, 8, device=DEVICE), {"pinned_slot": 1, "ring_slot": 3, "leaving": 5}
+    for band, change, says in [
+        ({"start": 6}, {}, "start=6"),
+        ({}, {"pinned_slot": 2}, "pinned_slot=2"),
+        ({"length": 3}, {}, r"3 \+ 3 entries, leaving=5, and 5 angles"),
+        ({}, {"leaving": 6}, "leaving=6"),
+    ]:
+        coming = band_of(3, rows=3, **({"start": 0, "length": 2} | band))
         with pytest.raises(ValueError, match=says):
-            read_entries(keys, keys, raw, key, key, angles, **given | change)
+            read_entries(keys, keys, raw, key, key, angles, coming, **slots | change)

@@ -4,11 +4,20 @@ import pytest
 import torch
 from ops_cases import DEVICE, HALF, draw, error, on_implementations
 from ring_case import rotate
+from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import attention_prefill
-from sinkstream.kernels.band import ALL_PINNED, Band, Columns, SetColumns
+from sinkstream.kernels.band import ALL_PINNED, SCALARS, Band, Columns, SetColumns
 from sinkstream.kernels.config import PrefillConfig
-from sinkstream.kernels.pinned_sets import Groups, Layer, pinned_sets, window_received
+from sinkstream.kernels.pinned_sets import (
+    Group,
+    Groups,
+    GroupSizes,
+    Layer,
+    group_rows,
+    pinned_sets,
+    window_received,
+)
 
 CASES = [  # kv_heads, group, dim, rotary, sinks, pinned, past entries, latest queries (0: all), drops before tokens
     (2, 2, 32, 32, 3, 5, 30, 4, {3: 4, 9: 6, 10: 3, 17: 8}),
@@ -44,23 +53,38 @@ class Case:
         angle = torch.tensor(positions, device=DEVICE).double()[:, None] * self.inv_freq
         return torch.stack([angle.cos(), angle.sin()], 1).float()
 
-    def layer(self) -> Layer:
+    def layer(self, room: int = 0) -> Layer:
+        """With `room` entries, sources and queries behind those of the chunk, which are no numbers."""
         totals = None if self.latest else self.totals
         queries = self.queries if self.latest else self.queries[:, : self.tokens]
-        return Layer(queries.contiguous(), self.sinks, self.window, self.sources, totals)
+        sources = self.sources if room else self.sources[:, : self.pinned + self.oldest[-1]]
+        parts = [queries, self.window, sources] + ([] if totals is None else [totals[..., None]])
+        nan = (F.pad(part, (0, 0, 0, room), value=float("nan")) for part in parts)
+        queries, window, sources, *more = (part.contiguous() for part in nan)
+        return Layer(queries, self.sinks, window, sources, more[0][..., 0].contiguous() if more else None)
 
-    def groups(self, turn: int = 0) -> Groups:
+    def groups(self, turn: int = 0, room: int = 0) -> Groups:
+        """With kernels that are launched for `room` groups, queries and entries more than the chunk has."""
         ends, host, start, sums = [*self.drops] + [self.tokens] * (not self.latest), [], 0, 0
         for end in ends:
             oldest = self.oldest[end - 1]
             count = min(self.latest, self.past + end - oldest) if self.latest else end - start
-            drop = self.drops.get(end, 0)
-            host.append((self.latest + end - count, count, self.past + end - count, oldest, drop, sums))
+            drop, back = self.drops.get(end, 0), self.turns[end - 1] - turn
+            host.append(Group(self.latest + end - count, count, self.past + end - count, oldest, drop, sums, back))
             start, sums = end, sums + count
-        table = torch.tensor(host, dtype=torch.int32, device=DEVICE)
-        shift = self.rotation([turn - self.turns[end - 1] for end in ends])
+        found = GroupSizes.of(host)
+        sizes = GroupSizes(*(size + room for size in (found.groups, found.queries, found.leaving, found.rows)))
+        assert sizes.hold(found) and found.hold(sizes) == (not room)
+        table = group_rows(host, not self.latest, sizes.groups).to(DEVICE)
+        shift = self.rotation([-group.turn for group in host] + [1] * room)
         frame = self.rotation([self.first_position + i for i in range(self.pinned)])
-        return Groups(host, table, shift, frame, len(self.drops), not self.latest)
+        return Groups(host, table, shift, frame, sizes, not self.latest)
+
+    def band(self, room: int = 0) -> Band:
+        first = torch.tensor(self.oldest).numpy() - self.past
+        rows = self.tokens + room
+        table = torch.zeros(SCALARS + 2 * rows, dtype=torch.int32, device=DEVICE)
+        return Band(first, None, self.inv_freq, past=self.past, length=self.past, table=table)
 
     def pinned_keys(self, head: int, chosen: list[int]) -> torch.Tensor:
         """Rotated to their places and rounded as they are kept."""
@@ -106,21 +130,34 @@ class Case:
         return sets, received
 
 
+@pytest.mark.parametrize("room", [0, 3], ids=["exact", "padded"])
 @pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES, quick=3))
-def test_the_choices_are_those_of_float64(sizes, implementation):
+def test_the_choices_are_those_of_float64(sizes, implementation, room):
     case = Case(torch.float16, *sizes)
-    found = pinned_sets(case.layer(), case.groups(), scaling=case.scaling, implementation=implementation)
-    layer, first, entries = case.layer(), case.oldest[-1], case.past + case.tokens
+    layer, groups, how = case.layer(room), case.groups(room=room), {"implementation": implementation}
+    found = pinned_sets(layer, groups, scaling=case.scaling, **how)
+    first, end = case.oldest[-1], case.past + case.tokens
     for head in range(len(case.window)):
         sets, received = case.expected(head)
-        assert found.chosen[head].tolist() == sets
+        assert found.chosen[head].tolist() == sets + sets[-1:] * room
         assert any(max(chosen) >= case.pinned for chosen in sets) and any(min(s) < case.pinned for s in sets[1:])
         if not case.latest:
             last = torch.tensor([received[i] for i in sets[-1]])
             assert error(found.totals[head, -1].cpu(), last) < 2e-3
-            given = window_received(layer, found.sums, first, scaling=case.scaling, implementation=implementation)
-            wanted = [received[case.pinned + i] - case.totals[head, case.pinned + i] for i in range(first, entries)]
-            assert error(given[head].cpu(), torch.tensor(wanted)) < 2e-3
+            given = window_received(layer, found.sums, case.band(room), scaling=case.scaling, **how)[head].cpu()
+            wanted = [received[case.pinned + i] - case.totals[head, case.pinned + i] for i in range(first, end)]
+            assert error(given[first:end], torch.tensor(wanted)) < 2e-3
+            assert not given[:first].any() and not given[end:].any() and len(given) == end + room
+
+
+@pytest.mark.parametrize(("latest", "implementation"), on_implementations([0, 1], quick=2))
+def test_a_chunk_without_a_group_keeps_what_is_pinned(latest, implementation):
+    """As a graph is captured."""
+    case = Case(torch.float16, *CASES[0 if latest else 1])
+    groups, size = case.groups(), len(case.groups().frame)
+    idle = Groups([], torch.zeros_like(groups.table), groups.shift, groups.frame, groups.sizes, groups.accumulates)
+    found = pinned_sets(case.layer(), idle, scaling=case.scaling, implementation=implementation).chosen
+    assert torch.equal(found.cpu(), torch.arange(size, dtype=torch.int32).expand(found.shape)) and found.shape[1] > 1
 
 
 @pytest.mark.parametrize(("dtype", "implementation"), on_implementations(HALF, quick=2))
@@ -172,5 +209,6 @@ def test_mistakes_are_named():
     layer, groups = case.layer(), case.groups()
     with pytest.raises(ValueError, match="totals is None"):
         pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.sources), groups, scaling=1.0)
-    with pytest.raises(ValueError, match="sources has shape"):
-        pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.window.float()), groups, scaling=1.0)
+    for sources in (layer.sources[:, :-1].contiguous(), torch.cat([layer.sources] * 9, 1)):
+        with pytest.raises(ValueError, match="sources; accepted: 149 to 205, the pinned"):
+            pinned_sets(Layer(layer.queries, layer.sinks, layer.window, sources), groups, scaling=1.0)

@@ -5,16 +5,26 @@ so the layers are computed one after the other over the whole chunk, and in each
 (`kernels.pinned_sets`). Weights are read once a chunk, not once a prune.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sinkstream.cache.rope import Rope
-from sinkstream.kernels.band import SetColumns
+from sinkstream.kernels.band import Band, SetColumns
 from sinkstream.kernels.chunk_entries import Entries, take_sets
-from sinkstream.kernels.pinned_sets import Groups, Layer, PinnedSets, pinned_sets, window_received
-from sinkstream.kernels.runtime import HALF_DTYPES, to_device, use_triton
+from sinkstream.kernels.pinned_sets import (
+    TURN,
+    Group,
+    Groups,
+    GroupSizes,
+    Layer,
+    PinnedSets,
+    pinned_sets,
+    window_received,
+)
+from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
 from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
 
 # most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
@@ -73,14 +83,12 @@ def groups_of(
     drop: np.ndarray,
     oldest: np.ndarray,
     turn: np.ndarray,
-    places: torch.Tensor,
-    rope: Rope,
     *,
     length: int,
     before: int,
     latest: int,
     accumulates: bool,
-) -> Groups:
+) -> list[Group]:
     """The queries that each choice of a chunk reads.
 
     Parameters
@@ -89,10 +97,6 @@ def groups_of(
         Entries dropped before each token, as in `Steps`.
     oldest, turn : array, (tokens,)
         As `first` and `turn` of a `Band`.
-    places : Tensor, (pinned,), int64, on the device of the queries
-        Positions of the pinned tokens that change.
-    rope : Rope
-        Of the layer.
     length : int
         Window tokens before the chunk.
     before : int
@@ -102,19 +106,44 @@ def groups_of(
     accumulates : bool
         As in `Groups`.
     """
-    prunes, tokens, host, start, sums = prunes_within(drop), len(drop), list[tuple[int, ...]](), 0, 0
-    ends = [int(at) for at in prunes] + [tokens] * accumulates
-    for end in ends:
+    prunes, tokens, found, start, sums = prunes_within(drop), len(drop), list[Group](), 0, 0
+    for end in [int(at) for at in prunes] + [tokens] * accumulates:
         first = int(oldest[end - 1])
         count = end - start if accumulates else min(latest, end - first)
         leaving = int(drop[end]) if end < tokens else 0
-        host.append((before + end - count, count, length + end - count, first + length, leaving, sums))
+        own = length + end - count
+        found.append(Group(before + end - count, count, own, first + length, leaving, sums, int(turn[end - 1])))
         start, sums = end, sums + count
-    turns = [[int(turn[end - 1])] for end in ends]
-    table = to_device(torch.cat([torch.tensor(host), torch.tensor(turns)], 1).int(), places.device)
-    cos, sin = rope.angles(table[:, -1])
+    return found
+
+
+def groups_on_device(
+    host: Sequence[Group],
+    table: torch.Tensor,
+    sizes: GroupSizes,
+    places: torch.Tensor,
+    rope: Rope,
+    *,
+    accumulates: bool,
+) -> Groups:
+    """The groups of a chunk as kernels read them; nothing that is launched depends on the host.
+
+    Parameters
+    ----------
+    host : sequence of Group
+    table : Tensor, (1 + sizes.groups, FIELDS), int32
+        `group_rows` of them, on the device.
+    sizes : GroupSizes
+    places : Tensor, (pinned,), int64, on the device
+        Positions of the pinned tokens that change.
+    rope : Rope
+        Of the layer.
+    accumulates : bool
+        As in `Groups`.
+    """
+    cos, sin = rope.angles(table[1:, TURN])
     frame = torch.stack(rope.angles(places), 1)
-    return Groups(host, table[:, :-1].contiguous(), torch.stack([cos, -sin], 1), frame, len(prunes), accumulates)
+    return Groups(host, table, torch.stack([cos, -sin], 1), frame, sizes, accumulates)
 
 
 # ---- what is chosen ----
@@ -151,9 +180,9 @@ class Chosen:
         """As `keys`."""
         return self.columns.values[:, -self.columns.size :]
 
-    def received(self, first: int, scaling: float, implementation: str | None = None) -> torch.Tensor:
+    def received(self, band: Band, scaling: float, implementation: str | None = None) -> torch.Tensor:
         """As `window_received`."""
-        return window_received(self.layer, self.found.sums, first, scaling=scaling, implementation=implementation)
+        return window_received(self.layer, self.found.sums, band, scaling=scaling, implementation=implementation)
 
 
 def choose(

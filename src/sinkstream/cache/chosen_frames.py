@@ -14,6 +14,7 @@ from sinkstream.cache.choices import (
     choosing_tokens,
     computed_fast,
     groups_of,
+    groups_on_device,
     positions_of,
     set_of_tokens,
     tokens_across,
@@ -26,7 +27,7 @@ from sinkstream.cache.rope import Rope
 from sinkstream.kernels.attention_prefill import attention_prefill
 from sinkstream.kernels.band import ALL_PINNED, Band, Columns
 from sinkstream.kernels.chunk_entries import read_entries
-from sinkstream.kernels.pinned_sets import Groups, Layer
+from sinkstream.kernels.pinned_sets import Groups, GroupSizes, Layer, group_rows
 from sinkstream.kernels.runtime import to_device
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps
 
@@ -86,21 +87,22 @@ class ChosenFrames:
         self.before = 0 if observer.accumulate else min(observer.keep, ring.seen)
         self.which = to_device(torch.from_numpy(set_of_tokens(steps.drop)), device)
         places = torch.arange(ring.sink, ring.pinned, device=device) + ring.first_window - ring.pinned - ring.base
+        host = groups_of(
+            steps.drop,
+            oldest,
+            dropped,
+            length=self.length,
+            before=self.before,
+            latest=observer.keep,
+            accumulates=observer.accumulate,
+        )
+        sizes = GroupSizes.of(host)
+        table = to_device(group_rows(host, observer.accumulate, sizes.groups), device)
         self._frames: dict[Rope, _Frame] = {}
         for rope in ring.rope.kinds:
             cos, sin = rope.angles(ring.first_window - ring.base + entries)
             band = Band(oldest, dropped, rope.frequencies(device), past=min(ring.seen, ALL_PINNED), length=self.length)
-            groups = groups_of(
-                steps.drop,
-                oldest,
-                dropped,
-                places,
-                rope,
-                length=self.length,
-                before=self.before,
-                latest=observer.keep,
-                accumulates=observer.accumulate,
-            )
+            groups = groups_on_device(host, table, sizes, places, rope, accumulates=observer.accumulate)
             self._frames[rope] = _Frame(band, torch.stack([cos, -sin], 1), groups)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer in the end: raw keys, values, sources, totals
 
@@ -116,16 +118,16 @@ class ChosenFrames:
         implementation = None if not query.requires_grad else "torch"  # gradients flow through the twins only
         query, past, own = query.to(key.dtype), slice(0, self.cached), slice(self.cached, None)
         entries = read_entries(
-            key[0, :, past],
-            value[0, :, past],
-            ring.pinned_keys[layer, 0, :, sink:],
+            key[:, :, past],
+            value[:, :, past],
+            ring.pinned_keys[layer, :, :, sink:],
             key[0, :, own].transpose(0, 1),
             value[0, :, own].transpose(0, 1),
             frame.back,
-            start=0,
-            length=self.length,
+            frame.band,
             pinned_slot=sink,
             ring_slot=self.pinned,
+            leaving=self.first,
             implementation=implementation,
         )
         queries = query[0]
@@ -133,7 +135,7 @@ class ChosenFrames:
             queries = torch.cat([self.observer.queries[layer][0, :, -self.before :].to(key.dtype), queries], 1)
         held = Layer(queries.contiguous(), key[0, :, :sink], entries.window, entries.sources, self._totals(layer))
         chosen = choose(held, entries, frame.groups, self.which, scaling=scaling, implementation=implementation)
-        self._take(layer, chosen, query, scaling, implementation)
+        self._take(layer, chosen, frame.band, query, scaling, implementation)
         sinks, window = slice(0, sink), slice(self.pinned, self.cached)
         keys, values = ([part[:, :, which] for which in (sinks, window, own)] for part in (key, value))
         columns = Columns(keys[0], values[0], keys[1], values[1], keys[2], values[2], chosen.columns)
@@ -159,13 +161,19 @@ class ChosenFrames:
 
     @torch.no_grad()
     def _take(
-        self, layer: int, chosen: Chosen, query: torch.Tensor, scaling: float, implementation: str | None
+        self,
+        layer: int,
+        chosen: Chosen,
+        band: Band,
+        query: torch.Tensor,
+        scaling: float,
+        implementation: str | None,
     ) -> None:
         """Keep what is read once the forward has returned."""
         observer, totals = self.observer, chosen.found.totals[:, -1]
         observer.see_queries(layer, query, scaling)
         if observer.accumulate:
             weights = totals.new_zeros(1, len(totals), self.cached + len(self.which))
-            weights[0, :, self.pinned + self.first :] = chosen.received(self.first, scaling, implementation)
+            weights[0, :, self.pinned :] = chosen.received(band, scaling, implementation)
             observer.add(layer, weights)
         self._last[layer] = chosen.raw.detach(), chosen.values.detach().clone(), chosen.sources, totals.clone()

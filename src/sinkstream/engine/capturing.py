@@ -70,5 +70,7 @@ def chunks_of(append: Callable[[torch.Tensor, int], None]) -> Sequence[ShortChun
     if isinstance(append, StreamRecall):
         return [forward.short for forward in append.prompts]
     if isinstance(append, EventPrompts):
-        return [append.foreseen if append.state.signals else append.forward.short]
+        if append.state.signals:
+            return [append.foreseen]
+        return [append.forward.short] + ([append.choosing.short] if append.choosing else [])
     return [append.short] if isinstance(append, PromptForward) else []

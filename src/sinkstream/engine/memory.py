@@ -9,6 +9,7 @@ import torch
 
 from sinkstream.cache import ModelSpec
 from sinkstream.cache.choices import SET_TOKENS, choosing_tokens
+from sinkstream.engine.prompt_choices import most_prunes_within
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.engine.short_chunks import short_chunk_sizes
@@ -103,23 +104,22 @@ class MemoryNeed:
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)
             cached += (2 if captures else 1) * chunk * spec.layers * heads * spec.head_dim * size
         choosing = choosing_tokens(policy, chunk)
-        if choosing:  # the window once more, and not rotated, twice
-            entries = policy.peak + choosing
-            cached += entries * spec.kv_heads * spec.head_dim * (3 * size + 3 * 4)
-            cached += choosing * spec.query_heads * spec.head_dim * size
-            chosen = min(policy.refresh * _most_prunes(policy, choosing), SET_TOKENS)
-            cached += 4 * chosen * spec.kv_heads * spec.head_dim * 4
+        if choosing:  # captured forwards keep their tensors in a pool of their own
+            cached += _choosing_bytes(policy, spec, choosing)
+            cached += _choosing_bytes(policy, spec, short_chunk_sizes(choosing)[-1]) if captures else 0
         cached += reread_tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * size
         width = 3 * model.config.intermediate_size + 6 * model.config.hidden_size
         hidden = (chunk + kept) * width * size
         return cls(empty.bytes, cached + hidden + 2 * vocab * 4, workspace)
 
 
-def _most_prunes(policy: EvictionPolicy, tokens: int) -> int:
-    """Prunes that fall into so many tokens of a full stream."""
-    schedule = PruneSchedule(policy)
-    schedule.advance(policy.peak)
-    return 1 + int((schedule.advance(tokens).drop > 0).sum())
+def _choosing_bytes(policy: EvictionPolicy, spec: ModelSpec, tokens: int) -> int:
+    """Bytes of the temporary tensors of one layer in which pinned tokens are chosen within a chunk."""
+    head, entries = spec.kv_heads * spec.head_dim, policy.peak + tokens
+    window = entries * head * (3 * spec.dtype.itemsize + 3 * 4)  # once more, and not rotated, twice
+    queries = tokens * spec.query_heads * spec.head_dim * spec.dtype.itemsize
+    chosen = min(policy.refresh * (1 + most_prunes_within(policy, tokens)), SET_TOKENS)
+    return window + queries + 4 * chosen * head * 4
 
 
 def _read_bytes(policy: EvictionPolicy, spec: ModelSpec, vocab: int, slots: int) -> int:

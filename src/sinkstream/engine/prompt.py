@@ -150,23 +150,33 @@ def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return x.addmm_(a, weight.T) if bias is None else x.add_(F.linear(a, weight, bias))
 
 
-def keep_queries(kept: torch.Tensor, queries: torch.Tensor, band: Band) -> None:
-    """Keep the latest queries of a chunk, each where a step would; nothing that is launched depends on the host.
+class LatestQueries:
+    """Keeps the latest queries of a chunk, each where a step would; nothing that is launched depends on the host.
 
     Parameters
     ----------
-    kept : Tensor, (streams, query_heads, places, head_dim)
-        The query of token t of the stream in place ``t % places``.
-    queries : Tensor, (tokens, query_heads, head_dim)
-        At their window positions; padding, if any, comes last.
+    band : Band
+    places : int
+        Queries that are kept: that of token t of the stream in place ``t % places``.
     """
-    places = kept.shape[2]
-    past, row = band.table[PAST], band.device_row
-    latest = past + band.table[TOKENS] - 1
-    token = latest - (latest - torch.arange(places, device=kept.device)) % places  # the latest one of every place
-    new = queries.index_select(0, (token - past).clamp(min=0)).transpose(0, 1)
-    older = kept.index_select(0, row)[0]
-    kept.index_copy_(0, row, torch.where((token >= past)[:, None], new, older)[None])
+
+    def __init__(self, band: Band, places: int):
+        past, self.row = band.table[PAST], band.device_row
+        latest = past + band.table[TOKENS] - 1
+        token = latest - (latest - torch.arange(places, device=band.table.device)) % places  # the latest of every place
+        self.token, self.own = (token - past).clamp(min=0), (token >= past)[:, None]
+
+    def keep(self, kept: torch.Tensor, queries: torch.Tensor) -> None:
+        """Keep those of one layer.
+
+        Parameters
+        ----------
+        kept : Tensor, (streams, query_heads, places, head_dim)
+        queries : Tensor, (tokens, query_heads, head_dim)
+            At their window positions; padding, if any, comes last.
+        """
+        new, older = queries.index_select(0, self.token).transpose(0, 1), kept.index_select(0, self.row)[0]
+        kept.index_copy_(0, self.row, torch.where(self.own, new, older)[None])
 
 
 def past_of(seen: int, places: int) -> int:
@@ -267,6 +277,7 @@ class Chunk:
     def __init__(self, state: StreamSpan, band: Band, rope_factor: float, *, holds: bool = False):
         self.state, self.band, self.holds = state, band, holds
         self.held: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+        self._latest: LatestQueries | None = None
         self.observes = state.queries is not None or "accumulated" in state.channels
         positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
         angle = positions.double()[:, None] * band.inv_freq
@@ -344,7 +355,9 @@ class Chunk:
     def keep(self, layer: int, query: torch.Tensor) -> None:
         """Keep the latest queries ``(tokens, query_heads, head_dim)``, where the policy reads them."""
         if self.state.queries is not None:
-            keep_queries(self.state.queries[layer], query, self.band)
+            if self._latest is None:
+                self._latest = LatestQueries(self.band, self.state.queries.shape[3])
+            self._latest.keep(self.state.queries[layer], query)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""

@@ -1,8 +1,13 @@
 """Chunks of a prompt that cross prunes at which pinned tokens are chosen, straight into the static ring.
 
-What is chosen, and among what, is that of `cache.choices`.
+What is chosen, and among what, is that of `cache.choices`. Launching the kernels of a short chunk one by one takes
+longer than the kernels themselves, so short ones are padded and captured, as others are: which prunes they cross, and
+where, is read from a second table beside that of the band.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from sinkstream.cache.choices import (
@@ -11,18 +16,21 @@ from sinkstream.cache.choices import (
     choosing_tokens,
     computed_fast,
     groups_of,
+    groups_on_device,
     positions_of,
     set_of_tokens,
 )
-from sinkstream.engine.prompt import Chunk, Coming
+from sinkstream.engine.prompt import Chunk, Coming, PromptForward
+from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.band import SetColumns
+from sinkstream.kernels.band import LENGTH, PAST, POSITION, SCALARS, START, TOKENS, Band, SetColumns
 from sinkstream.kernels.chunk_entries import read_entries
-from sinkstream.kernels.pinned_sets import Layer
-from sinkstream.kernels.runtime import to_device
+from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 
-FEWEST_PRUNES = 2  # of such a chunk; with fewer, cut at the prune, its forwards are captured
+ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
+FEWEST_PRUNES = 2  # of such a chunk that is not captured; with fewer, cut at the prune, its forwards are
 
 
 def chooses_in_chunk(state: StreamState) -> bool:
@@ -33,6 +41,101 @@ def chooses_in_chunk(state: StreamState) -> bool:
     return choosing_tokens(state.policy, 1) > 0 and not state.geometry.original and computed_fast(state.keys)
 
 
+@dataclass(frozen=True)
+class ChoiceSizes:
+    """Sizes of the tensors of a chunk that chooses: its own, or room for every chunk of at most so many tokens.
+
+    Attributes
+    ----------
+    tokens : int
+    entries : int
+        Of the window and the chunk.
+    leaving : int
+        The oldest entries, which may be chosen.
+    groups : GroupSizes
+    """
+
+    tokens: int
+    entries: int
+    leaving: int
+    groups: GroupSizes
+
+    @classmethod
+    def of(cls, coming: Coming, host: list[Group]) -> "ChoiceSizes":
+        """Those of one chunk."""
+        length, tokens = coming.band.length, coming.band.tokens
+        return cls(tokens, length + tokens, length + int(coming.oldest[-1]), GroupSizes.of(host))
+
+    @classmethod
+    def most(cls, policy: EvictionPolicy, tokens: int) -> "ChoiceSizes":
+        """Room for chunks of at most so many tokens of a full stream, also of one that begins with its first prune."""
+        assert policy.scorer is not None, "which chooses"
+        adds, growth = "accumulated" in policy.needs, policy.growth + 1
+        queries = min(tokens, growth) if adds else policy.scorer.observed_queries
+        prunes = most_prunes_within(policy, tokens)
+        rows = tokens if adds else prunes * queries
+        leaving = policy.refresh + growth + tokens
+        return cls(
+            tokens, policy.peak - policy.sink + tokens, leaving, GroupSizes(prunes + adds, queries, growth, rows)
+        )
+
+    def hold(self, other: "ChoiceSizes") -> bool:
+        """Whether a chunk of other sizes has room here."""
+        return (
+            self.tokens >= other.tokens
+            and self.entries >= other.entries
+            and self.leaving >= other.leaving
+            and self.groups.hold(other.groups)
+        )
+
+
+def most_prunes_within(policy: EvictionPolicy, tokens: int) -> int:
+    """The most tokens, of so many in a row of a full stream, before which something is dropped."""
+    schedule = PruneSchedule(policy)
+    schedule.advance(policy.peak)
+    drops = schedule.advance(policy.peak + tokens).drop > 0
+    return int(np.convolve(drops, np.ones(tokens, dtype=np.int64), "valid").max())
+
+
+class Choices:
+    """What the choices of a chunk read beside its band, in one table on the device.
+
+    Parameters
+    ----------
+    state : StreamState
+    sizes : ChoiceSizes
+        Until `write`, the table is that of a chunk without a choice.
+
+    Attributes
+    ----------
+    which : Tensor, (tokens,), int32
+        Which set of pinned tokens each token sees.
+    """
+
+    def __init__(self, state: StreamState, sizes: ChoiceSizes):
+        self.state, self.sizes, self.host = state, sizes, list[Group]()
+        rows = (1 + sizes.groups.groups) * FIELDS
+        self._room = -rows % ALIGNED
+        with torch.inference_mode(False):
+            count = rows + self._room + sizes.tokens
+            self.table = torch.zeros(count, dtype=torch.int32, device=state.device)
+        self._rows, self.which = self.table[:rows].view(-1, FIELDS), self.table[rows + self._room :]
+
+    def write(self, host: list[Group], drop: np.ndarray) -> None:
+        """Take the groups of the coming chunk; `drop` as in `Steps`."""
+        self.host, accumulates = host, "accumulated" in self.state.channels
+        which = np.pad(set_of_tokens(drop), (self._room, self.sizes.tokens - len(drop)), mode="edge")
+        rows = group_rows(host, accumulates, self.sizes.groups.groups).flatten()
+        self.state.copy_in(self.table, torch.cat([rows, torch.from_numpy(which)]))
+
+    def groups(self) -> Groups:
+        """The groups as kernels read them."""
+        state, g = self.state, self.state.geometry
+        places = torch.arange(g.sink, g.pinned_slots, device=state.device)
+        adds = "accumulated" in state.channels
+        return groups_on_device(self.host, self._rows, self.sizes.groups, places, state.spec.rope, accumulates=adds)
+
+
 class ChoosingChunk(Chunk):
     """What the layers do with the tokens of one forward in which pinned tokens are chosen.
 
@@ -41,105 +144,194 @@ class ChoosingChunk(Chunk):
     span : StreamSpan
         All streams of `state`.
     state : StreamState
-    coming : Coming
-        Made with ``chooses``. The pinned slots are in use at its first token, and what stays there has been chosen.
+    band : Band
+        That of `Coming` made with ``chooses``. The pinned slots are in use at its first token, and what stays there has
+        been chosen.
+    choices : Choices
     rope_factor : float
-        What rotated dimensions are multiplied by.
+    sources : Tensor, (layers, kv_heads, refresh), int64
+        Written: which sources are pinned in the end.
     """
 
-    def __init__(self, span: StreamSpan, state: StreamState, coming: Coming, rope_factor: float):
-        super().__init__(span, coming.band, rope_factor)
-        g, band, device = state.geometry, coming.band, state.device
-        self.whole, self.coming = state, coming
-        self.accumulates = "accumulated" in state.channels
-        self.refreshed = slice(g.sink, g.pinned_slots)
-        entries = torch.arange(band.length + band.tokens, device=device)
-        self.slots = g.pinned_slots + (band.start + entries) % g.ring
-        seen, kept = coming.counters.seen, state.observed_queries
-        self.first_entry = seen - band.length  # index in the stream of the oldest window token
-        cos, sin = state.spec.rope.angles(self.first_entry - coming.counters.base + entries)
+    def __init__(
+        self,
+        span: StreamSpan,
+        state: StreamState,
+        band: Band,
+        choices: Choices,
+        rope_factor: float,
+        sources: torch.Tensor,
+    ):
+        super().__init__(span, band, rope_factor)
+        g, device, sizes = state.geometry, state.device, choices.sizes
+        self.whole, self.sizes, self.sources = state, sizes, sources
+        self.accumulates, self.refreshed = "accumulated" in state.channels, slice(g.sink, g.pinned_slots)
+        self.groups, self.which, self.row = choices.groups(), choices.which, band.device_row
+        start, length, position = (band.table[field].long() for field in (START, LENGTH, POSITION))
+        entries = torch.arange(sizes.entries, device=device)
+        self.later, self.slots = entries >= length, g.pinned_slots + (start + entries) % g.ring
+        cos, sin = state.spec.rope.angles(position - length + entries)
         self.back = torch.stack([cos, -sin], 1)
         # queries of earlier tokens that may be read; what those gave is known where attention is added up
-        self.before = 0 if self.accumulates else min(kept, seen)
-        places = torch.arange(seen - self.before, seen + band.tokens, device=device) % max(1, kept)
-        self.older, self.latest = places[: self.before], places[len(places) - min(kept, band.tokens) :]
-        self.which = to_device(torch.from_numpy(set_of_tokens(coming.steps.drop)), device)
-        assert coming.turn is not None, "original positions have no frame of their own"
-        self.groups = groups_of(
-            coming.steps.drop,
-            coming.oldest,
-            coming.turn,
-            torch.arange(g.sink, g.pinned_slots, device=device),
-            state.spec.rope,
-            length=band.length,
-            before=self.before,
-            latest=kept,
-            accumulates=self.accumulates,
-        )
+        self.older = None
+        if not self.accumulates:
+            kept = state.observed_queries
+            self.older = (band.table[PAST].long() + torch.arange(kept, device=device)) % kept  # oldest first
+        else:
+            last = length + band.table[TOKENS].long() - 1
+            entry = last - (start + last - torch.arange(g.ring, device=device)) % g.ring  # of every slot, in the end
+            first = length + band.table.index_select(0, band.table[TOKENS : TOKENS + 1] + (SCALARS - 1))
+            self.stays, self.ring = entry >= first, entry.clamp(min=0)
         self.chosen: Chosen | None = None  # of the layer that is computed
-        self.sources: list[torch.Tensor] = []  # of the tokens that are pinned in the end, of every layer
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns:
         """Choose the pinned tokens of one layer; arguments as in `store`."""
-        state, row, g = self.whole, self.band.row, self.whole.geometry
-        keys, band = state.keys[layer, row], self.band
+        state, g = self.whole, self.whole.geometry
         entries = read_entries(
-            keys,
-            state.values[layer, row],
-            state.pinned_keys[layer, row, :, self.refreshed],
+            state.keys[layer],
+            state.values[layer],
+            state.pinned_keys[layer, :, :, self.refreshed],
             key,
             value,
             self.back,
-            start=band.start,
-            length=band.length,
+            self.band,
             pinned_slot=g.sink,
             ring_slot=g.pinned_slots,
+            leaving=self.sizes.leaving,
         )
         queries = query.transpose(0, 1)
-        if self.before and state.queries is not None:
-            queries = torch.cat([state.queries[layer, row].index_select(1, self.older), queries], 1)
-        held = Layer(queries.contiguous(), keys[:, : g.sink], entries.window, entries.sources, self._totals(layer))
+        if self.older is not None:
+            assert state.queries is not None, "kept where attention is looked at"
+            queries = torch.cat([self._of_stream(state.queries[layer]).index_select(1, self.older), queries], 1)
+        sinks = self._of_stream(state.keys[layer, :, :, : g.sink])
+        held = Layer(queries.contiguous(), sinks, entries.window, entries.sources, self._totals(layer))
         self.chosen = choose(held, entries, self.groups, self.which, scaling=state.spec.head_dim**-0.5)
-        self.sources.append(self.chosen.sources)
+        self.sources[layer].copy_(self.chosen.sources)
         return self.chosen.columns
-
-    def _totals(self, layer: int) -> torch.Tensor | None:
-        """Attention that pinned tokens, window and chunk have received, ``(kv_heads, …)``; None where none is read."""
-        if not self.accumulates:
-            return None
-        totals = self.whole.channels["accumulated"][layer, self.band.row]
-        past = totals.index_select(1, self.slots[: self.band.length])
-        return torch.cat([totals[:, self.refreshed], past, past.new_zeros(len(past), self.band.tokens)], 1)
-
-    def keep(self, layer: int, query: torch.Tensor) -> None:
-        """As of any chunk; where the latest queries go is the same in all layers."""
-        if self.whole.queries is not None:
-            latest = query[len(query) - len(self.latest) :].transpose(0, 1)
-            self.whole.queries[layer, self.band.row].index_copy_(1, self.latest, latest)
 
     def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """As of any chunk, and the tokens that are pinned in the end go to the pinned slots."""
         super().store(layer, query, key, value)
         assert self.chosen is not None, "chosen in this layer, before"
-        state, row, refreshed = self.whole, self.band.row, self.refreshed
-        state.keys[layer, row, :, refreshed] = self.chosen.keys
-        state.values[layer, row, :, refreshed] = self.chosen.values
-        state.pinned_keys[layer, row, :, refreshed] = self.chosen.raw
+        state = self.whole
+        for held, chosen in (
+            (state.keys, self.chosen.keys),
+            (state.values, self.chosen.values),
+            (state.pinned_keys, self.chosen.raw),
+        ):
+            held[layer, :, :, self.refreshed].index_copy_(0, self.row, chosen[None])
         self.chosen = None  # the sets of one layer are held at a time
-
-    def write_positions(self) -> None:
-        """Write where the tokens stand that are pinned in the end, once all layers have been computed."""
-        positions = self.whole.pinned_positions[:, self.band.row]
-        positions.copy_(positions_of(torch.stack(self.sources), positions, self.first_entry))
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
         if not self.accumulates:
             return
-        chosen = self.chosen
+        chosen, held = self.chosen, self.whole.channels["accumulated"][layer]
         assert chosen is not None and chosen.layer.totals is not None, "chosen in this layer, before"
-        totals = self.whole.channels["accumulated"][layer, self.band.row]
-        first, size = self.band.length + int(self.coming.oldest[-1]), chosen.columns.size
-        given = chosen.received(first, self.whole.spec.head_dim**-0.5)
-        totals[:, self.slots[first:]] = chosen.layer.totals[:, size + first :] + given
-        totals[:, self.refreshed] = chosen.found.totals[:, -1]
+        before, size = self._of_stream(held), chosen.columns.size
+        entries = chosen.layer.totals[:, size:] + chosen.received(self.band, self.whole.spec.head_dim**-0.5)
+        ring = before[:, self.refreshed.stop :].where(~self.stays, entries.index_select(1, self.ring))
+        parts = [before[:, : self.refreshed.start], chosen.found.totals[:, -1], ring]
+        held.index_copy_(0, self.row, torch.cat(parts, 1)[None])
+
+    def _totals(self, layer: int) -> torch.Tensor | None:
+        """Attention that pinned tokens, window and chunk have received, ``(kv_heads, …)``; None where none is read."""
+        if not self.accumulates:
+            return None
+        totals = self._of_stream(self.whole.channels["accumulated"][layer])
+        past = totals.index_select(1, self.slots).masked_fill(self.later, 0.0)
+        return torch.cat([totals[:, self.refreshed], past], 1)
+
+    def _of_stream(self, held: torch.Tensor) -> torch.Tensor:
+        return held.index_select(0, self.row)[0]
+
+
+class ChoosingForward:
+    """Appends chunks that cross prunes at which pinned tokens are chosen; short ones are padded, and captured.
+
+    Parameters
+    ----------
+    forward : PromptForward
+        Of the streams; which chunks are padded, and whether they are captured, is as there.
+    tokens : int
+        Most tokens of one chunk.
+    """
+
+    def __init__(self, forward: PromptForward, tokens: int):
+        self.forward, self.state, self.tokens = forward, forward.state, tokens
+        short, state = forward.short, forward.state
+        fitting = len([size for size in short.sizes if size < tokens]) + 1
+        self.short = ShortChunks(
+            state,
+            self._append_padded,
+            short.sizes[:fitting],
+            capture=short.capture,
+            written=self._written,
+            kind="that crosses prunes",
+        )
+        self._padded: dict[int, Choices] = {}
+        shape = state.spec.layers, state.spec.kv_heads, state.geometry.refresh
+        with torch.inference_mode(False):
+            self.sources = torch.zeros(shape, dtype=torch.int64, device=state.device)
+
+    def fewest_prunes(self, tokens: int) -> int:
+        """With how many prunes a chunk of so many tokens is worth it."""
+        return FEWEST_PRUNES if self.short.size(tokens) is None else 1
+
+    def __call__(self, ids: torch.Tensor, stream: int) -> None:
+        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
+        forward, state = self.forward, self.state
+        forward.rebase(stream)
+        schedule = state.schedules[stream].copy()
+        steps = schedule.advance(len(ids))
+        size = self.short.size(len(ids))
+        coming = Coming(state, stream, steps, None if size is None else self.short.table(size), chooses=True)
+        host = self._groups(coming)
+        needed = ChoiceSizes.of(coming, host)
+        if size is not None and self._choices(size).sizes.hold(needed):
+            self._choices(size).write(host, steps.drop)
+            self.short(ids, coming.band)
+        else:  # turns that leave as a whole may have any length
+            if size is not None:
+                coming = Coming(state, stream, steps, chooses=True)
+            choices = Choices(state, needed)
+            choices.write(host, steps.drop)
+            self._append(ids, coming.band, choices)
+        positions = state.pinned_positions[:, stream]
+        first_entry = coming.counters.seen - coming.band.length  # index in the stream of the oldest window token
+        positions.copy_(positions_of(self.sources, positions, first_entry))
+        coming.count(schedule)
+
+    def _groups(self, coming: Coming) -> list[Group]:
+        assert coming.turn is not None, "original positions have no frame of their own"
+        accumulates = "accumulated" in self.state.channels
+        return groups_of(
+            coming.steps.drop,
+            coming.oldest,
+            coming.turn,
+            length=coming.band.length,
+            before=0 if accumulates else self.state.observed_queries,
+            latest=self.state.observed_queries,
+            accumulates=accumulates,
+        )
+
+    def _choices(self, size: int) -> Choices:
+        """Those of padded chunks of a size, at addresses that never change."""
+        if size not in self._padded:
+            self._padded[size] = Choices(self.state, ChoiceSizes.most(self.state.policy, size))
+        return self._padded[size]
+
+    def _append_padded(self, ids: torch.Tensor, band: Band) -> None:
+        band.rotate()
+        self._append(ids, band, self._choices(band.rows))
+
+    def _append(self, ids: torch.Tensor, band: Band, choices: Choices) -> None:
+        forward = self.forward
+        factor = forward.weights.rope_factor
+        chunk = ChoosingChunk(forward.span, self.state, band, choices, factor, self.sources)
+        forward.predict(forward.layers(ids, chunk), band)
+
+    def _written(self) -> list[torch.Tensor]:
+        """What a chunk that stays nowhere writes to stream 0 beside that of any short chunk."""
+        state, refreshed = self.state, slice(self.state.geometry.sink, self.state.geometry.pinned_slots)
+        return [part[:, 0, :, refreshed] for part in (state.keys, state.values, state.pinned_keys)]

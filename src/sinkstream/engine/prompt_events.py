@@ -15,7 +15,7 @@ import torch
 from sinkstream.cache.choices import choosing_tokens, tokens_across
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import Coming, PromptForward
-from sinkstream.engine.prompt_choices import FEWEST_PRUNES, ChoosingChunk, chooses_in_chunk
+from sinkstream.engine.prompt_choices import ChoosingForward, chooses_in_chunk
 from sinkstream.engine.refresh import refresh_if_due
 
 FORESEEN_TOKENS = 1024  # most of one forward under foreseen prunes, whose keys and values are held twice
@@ -39,8 +39,9 @@ class EventPrompts:
         self.foreseen = ForeseenChunks(
             forward, self.foreseen_tokens, capture=forward.short.capture and bool(forward.short.sizes)
         )
-        tokens = choosing_tokens(self.state.policy, forward.chunk_tokens)
-        self.choosing_tokens = tokens if chooses_in_chunk(self.state) else 0
+        self.choosing: ChoosingForward | None = None
+        if chooses_in_chunk(self.state):
+            self.choosing = ChoosingForward(forward, choosing_tokens(self.state.policy, forward.chunk_tokens))
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -57,23 +58,17 @@ class EventPrompts:
 
     def _across_prunes(self, ids: torch.Tensor, stream: int) -> int:
         """Append one chunk in which pinned tokens are chosen; returns how many tokens, 0 where no such chunk comes."""
-        state, forward = self.state, self.forward
-        if not self.choosing_tokens:
+        state, choosing = self.state, self.choosing
+        if choosing is None:
             return 0
-        schedule = state.schedules[stream].copy()
-        tokens, prunes = tokens_across(schedule, min(len(ids), self.choosing_tokens))
-        if prunes < FEWEST_PRUNES or not (state.counters[stream].pruned or schedule.plan(1).drop[0]):
+        schedule = state.schedules[stream]
+        tokens, prunes = tokens_across(schedule, min(len(ids), choosing.tokens))
+        if not (state.counters[stream].pruned or schedule.plan(1).drop[0]):
             return 0  # the first prune also fills the pinned slots
-        ids = ids[:tokens]
-        forward.rebase(stream)
-        steps = schedule.advance(len(ids))
-        coming = Coming(state, stream, steps, chooses=True)
-        chunk = ChoosingChunk(forward.span, state, coming, forward.weights.rope_factor)
-        x = forward.layers(ids, chunk)
-        chunk.write_positions()
-        forward.predict(x, coming.band)
-        coming.count(schedule)
-        return len(ids)
+        if prunes < choosing.fewest_prunes(tokens):
+            return 0
+        choosing(ids[:tokens], stream)
+        return tokens
 
     def _until_prune(self, ids: torch.Tensor, stream: int) -> int:
         """Append the tokens up to the next prune, whose place is known; returns how many."""

@@ -33,6 +33,11 @@ class ShortChunks:
     capture : bool
         Whether the forwards are captured in CUDA graphs, each at the first chunk of its size, where kernels compute
         them; otherwise they are run as they are.
+    written : callable
+        Parts of the state that the forward of a token which stays nowhere writes of stream 0, beside logits, channels
+        and queries.
+    kind : str
+        What the chunks do, for the name of their captures.
     """
 
     def __init__(
@@ -42,8 +47,11 @@ class ShortChunks:
         sizes: tuple[int, ...] = SHORT_SIZES,
         *,
         capture: bool = True,
+        written: Callable[[], list[torch.Tensor]] = list,
+        kind: str = "",
     ):
         self.state, self.forward, self.sizes, self.capture = state, forward, sizes, capture
+        self._written, self._kind = written, kind
         self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -107,10 +115,10 @@ class ShortChunks:
         state, (ids, table) = self.state, self._buffers(size)
         band = idle_band(state, table)
         written = [state.logits[0], *(channel[:, 0] for channel in state.channels.values())]
-        written += [] if state.queries is None else [state.queries[:, 0]]
+        written += self._written() + ([] if state.queries is None else [state.queries[:, 0]])
         before = [part.clone() for part in written]
         try:
-            name = f"the forward of a chunk of {size} tokens"
+            name = f"the forward of a chunk of {size} tokens {self._kind}".strip()
             return state.captures(lambda: self.forward(ids, band), name=name, warmups=WARMUPS)
         finally:
             for part, held in zip(written, before):

@@ -9,7 +9,7 @@ import torch
 from sinkstream.kernels.runtime import check_tensor
 
 SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
-TOKENS, PAST, SLOT, ROW, POSITION, SINKS = 0, 1, 5, 6, 7, 8  # where six of them are
+TOKENS, PAST, START, LENGTH, STAYS, SLOT, ROW, POSITION, SINKS = range(9)  # where they are
 ALL_PINNED = 2**31 - 1  # as `sinks`: every pinned entry
 
 

@@ -1,13 +1,16 @@
 """Keys and values of a chunk in the order that choices of pinned tokens are made in, and those of the tokens chosen.
 
-Sources are the pinned tokens before the chunk, then the window from its oldest token on, the chunk's own tokens behind.
+Sources are the pinned tokens before the chunk, then the window from its oldest token on, the chunk's own tokens behind;
+only so many of these as may leave within the chunk, for no other is chosen.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
+from sinkstream.kernels.band import Band
 from sinkstream.kernels.online_softmax import rotated
 from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
@@ -22,9 +25,9 @@ class Entries:
     ----------
     window : Tensor, (kv_heads, entries, head_dim)
         Keys of the window and of the chunk, as they were rotated.
-    sources : Tensor, (kv_heads, pinned + entries, head_dim), float32
-        Keys of all sources, not rotated.
-    values : Tensor, (kv_heads, pinned + entries, head_dim)
+    sources : Tensor, (kv_heads, pinned + leaving, head_dim), float32
+        Keys of the pinned tokens and of the first entries, not rotated.
+    values : Tensor, (kv_heads, pinned + leaving, head_dim)
     """
 
     window: torch.Tensor
@@ -32,38 +35,44 @@ class Entries:
     values: torch.Tensor
 
 
-@jit(do_not_specialize=["pinned", "length", "entries", "start", "ring", "pinned_slot", "ring_slot"])
+@jit(do_not_specialize=["pinned", "entries", "leaving", "ring", "pinned_slot", "ring_slot"])
 def _read_entries_kernel(
-    keys_ptr, values_ptr, pinned_ptr, key_ptr, value_ptr, angle_ptr, window_ptr, sources_ptr, out_ptr, keys_head,
-    values_head, pinned_head, key_row, key_head, value_row, value_head, pinned, length, entries, start, ring,
-    pinned_slot, ring_slot, D: tl.constexpr, RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, PDL: tl.constexpr,
+    keys_ptr, values_ptr, pinned_ptr, key_ptr, value_ptr, angle_ptr, band_ptr, window_ptr, sources_ptr, out_ptr,
+    keys_row, keys_head, values_row, values_head, pinned_row, pinned_head, key_row, key_head, value_row, value_head,
+    pinned, entries, leaving, ring, pinned_slot, ring_slot, D: tl.constexpr, RD: tl.constexpr, SIZE: tl.constexpr,
+    TM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of sources, key-value head)."""
-    head = tl.program_id(1).to(tl.int64)
+    head, held_row = tl.program_id(1).to(tl.int64), tl.load(band_ptr + 6).to(tl.int64)
+    start, length = tl.load(band_ptr + 2), tl.load(band_ptr + 3)
+    end = tl.minimum(length + tl.load(band_ptr), entries)
     source, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
     entry = source - pinned
     is_pinned, is_past = source < pinned, (source >= pinned) & (entry < length)
-    is_own = (entry >= length) & (entry < entries)
-    wide = columns < D
+    is_own = (entry >= length) & (entry < end)
+    wide, leaves = columns < D, entry < leaving
     slot = tl.where(is_pinned, pinned_slot + source, ring_slot + (start + tl.maximum(entry, 0)) % ring)
-    held, own = (is_pinned | is_past)[:, None] & wide, is_own[:, None] & wide
+    kept_keys = keys_ptr + held_row * keys_row + head * keys_head
+    kept_values = values_ptr + held_row * values_row + head * values_head
+    pinned_keys = pinned_ptr + held_row * pinned_row + head * pinned_head
+    held, own = ((is_pinned | is_past) & leaves)[:, None] & wide, (is_own & leaves)[:, None] & wide
     row = (entry - length).to(tl.int64)[:, None]
-    value = tl.load(values_ptr + head * values_head + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
+    value = tl.load(kept_values + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
     value = tl.where(
         own, tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0), value
     )
-    place = (head * (pinned + entries) + source)[:, None] * D + columns
+    place = (head * (pinned + leaving) + source)[:, None] * D + columns
     tl.store(out_ptr + place, value, mask=held | own)
-    past = keys_ptr + head * keys_head + slot.to(tl.int64)[:, None] * D
+    past = kept_keys + slot.to(tl.int64)[:, None] * D
     mine = key_ptr + row * key_row + head * key_head
-    key = tl.load(past + columns, mask=is_past[:, None] & wide, other=0.0)
-    key = tl.where(own, tl.load(mine + columns, mask=own, other=0.0), key)
-    in_window = (is_past | is_own)[:, None]
-    tl.store(window_ptr + (head * entries + entry)[:, None] * D + columns, key, mask=in_window & wide)
+    of_past, of_own = is_past[:, None] & wide, is_own[:, None] & wide
+    key = tl.load(past + columns, mask=of_past, other=0.0)
+    key = tl.where(of_own, tl.load(mine + columns, mask=of_own, other=0.0), key)
+    tl.store(window_ptr + (head * entries + entry)[:, None] * D + columns, key, mask=of_past | of_own)
     angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
-    back = rotated(past, columns, is_past[:, None] & wide, angles, past, 0.0, D, RD, False, SIZE)
+    back = rotated(past, columns, held & of_past, angles, past, 0.0, D, RD, False, SIZE)
     back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
-    raw = tl.load(pinned_ptr + head * pinned_head + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
+    raw = tl.load(pinned_keys + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
     tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
 
 
@@ -92,29 +101,32 @@ def read_entries(
     key: torch.Tensor,
     value: torch.Tensor,
     angles: torch.Tensor,
+    band: Band,
     *,
-    start: int,
-    length: int,
     pinned_slot: int,
     ring_slot: int,
+    leaving: int,
     implementation: str | None = None,
 ) -> Entries:
     """Put the keys and values of one stream and one layer in order.
 
     Parameters
     ----------
-    keys, values : Tensor, (kv_heads, slots, head_dim)
-        Heads may be strided.
-    pinned_keys : Tensor, (kv_heads, pinned, head_dim), float32
-        Not rotated. Heads may be strided.
+    keys, values : Tensor, (rows, kv_heads, slots, head_dim)
+        Rows and heads may be strided.
+    pinned_keys : Tensor, (rows, kv_heads, pinned, head_dim), float32
+        Not rotated. Rows and heads may be strided.
     key, value : Tensor, (tokens, kv_heads, head_dim)
         Of the chunk; may be strided, but for the last axis.
     angles : Tensor, (entries, 2, rotary_dim / 2), float32
-        Cosine and sine that turn every entry of the window and the chunk back to position 0.
-    start, length : int
-        Where in the ring the oldest entry lies, and how many lie there.
+        Cosine and sine that turn every entry of the window and the chunk back to position 0; more of them than the
+        chunk has entries leave room behind.
+    band : Band
+        Of the chunk: the row, where in the ring the oldest entry lies, and how many lie there.
     pinned_slot, ring_slot : int
         Slots of the first pinned token and of the ring's first; the ring ends with the slots.
+    leaving : int
+        Entries, from the oldest on, that may be chosen.
     implementation : {"auto", "triton", "torch"}, optional
 
     Raises
@@ -122,13 +134,13 @@ def read_entries(
     ValueError
         Naming the argument that the op cannot serve and what is accepted.
     """
-    (kv_heads, slots, dim), pinned, tokens = keys.shape, pinned_keys.shape[1], len(key)
-    entries, ring = length + tokens, max(1, slots - ring_slot)  # of no slots, where the window is empty
+    (rows, kv_heads, slots, dim), pinned, entries = keys.shape, pinned_keys.shape[2], len(angles)
+    start, length, ring = band.start, band.length, max(1, slots - ring_slot)  # of no slots, where the window is empty
     for name, part, shape, dtypes in (
-        ("values", values, (kv_heads, slots, dim), (keys.dtype,)),
-        ("pinned_keys", pinned_keys, (kv_heads, None, dim), (torch.float32,)),
-        ("key", key, (None, kv_heads, dim), (keys.dtype,)),
-        ("value", value, (tokens, kv_heads, dim), (keys.dtype,)),
+        ("values", values, (rows, kv_heads, slots, dim), (keys.dtype,)),
+        ("pinned_keys", pinned_keys, (rows, kv_heads, None, dim), (torch.float32,)),
+        ("key", key, (band.rows, kv_heads, dim), (keys.dtype,)),
+        ("value", value, (band.rows, kv_heads, dim), (keys.dtype,)),
         ("angles", angles, (entries, 2, None), (torch.float32,)),
     ):
         check_tensor(name, part, shape, dtypes=dtypes, device=keys.device, contiguous=False)
@@ -138,23 +150,37 @@ def read_entries(
             f" behind {ring_slot}; accepted: start < {ring}, length <= {slots - ring_slot}, and {pinned} pinned slots"
             " before the ring"
         )
+    if length + band.tokens > entries or not 0 <= leaving <= entries:
+        raise ValueError(
+            f"{length} + {band.tokens} entries, leaving={leaving}, and {entries} angles; accepted: as many at most"
+        )
     if not use_triton(implementation, keys) or keys.dtype not in FLOAT_DTYPES:
-        index = ring_slot + (start + torch.arange(length, device=keys.device)) % ring
-        window = torch.cat([keys.index_select(1, index), key.transpose(0, 1)], 1)
-        parts = values[:, pinned_slot : pinned_slot + pinned], values.index_select(1, index), value.transpose(0, 1)
-        return Entries(window, torch.cat([pinned_keys, turned(window.float(), angles)], 1), torch.cat(parts, 1))
-    assert all(part.stride(1) == dim for part in (keys, values, pinned_keys)), "the slots of a head are contiguous"
+        return _read_entries_twin(keys, values, pinned_keys, key, value, angles, band, pinned_slot, ring_slot, leaving)
+    assert all(part.stride(2) == dim for part in (keys, values, pinned_keys)), "the slots of a head are contiguous"
     window = keys.new_empty(kv_heads, entries, dim)
-    found = keys.new_empty(kv_heads, pinned + entries, dim)
+    found = keys.new_empty(kv_heads, pinned + leaving, dim)
     sources = torch.empty(found.shape, device=keys.device)
     launch(
         _read_entries_kernel, (-(-(pinned + entries) // ROWS), kv_heads), keys, values, pinned_keys, key, value,
-        angles.contiguous(), window, sources, found, keys.stride(0), values.stride(0), pinned_keys.stride(0),
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1), pinned, length, entries, start, ring,
-        pinned_slot, ring_slot, D=dim, RD=2 * angles.shape[2], SIZE=triton.next_power_of_2(dim), TM=ROWS, num_warps=4,
-        pdl=False,
+        angles.contiguous(), band.table, window, sources, found, *keys.stride()[:2], *values.stride()[:2],
+        *pinned_keys.stride()[:2], key.stride(0), key.stride(1), value.stride(0), value.stride(1), pinned, entries,
+        leaving, ring, pinned_slot, ring_slot, D=dim, RD=2 * angles.shape[2], SIZE=triton.next_power_of_2(dim),
+        TM=ROWS, num_warps=4, pdl=False,
     )  # fmt: skip
     return Entries(window, sources, found)
+
+
+def _read_entries_twin(keys, values, pinned_keys, key, value, angles, band: Band, pinned_slot, ring_slot, leaving):
+    """The twin of the kernel; entries behind those of the chunk are zero."""
+    pinned, ring = pinned_keys.shape[2], max(1, keys.shape[2] - ring_slot)
+    index = ring_slot + (band.start + torch.arange(band.length, device=keys.device)) % ring
+    room = (0, 0, 0, len(angles) - band.length - band.tokens)
+    parts = ((keys, key), (values, value))
+    found = [[held[band.row].index_select(1, index), new[: band.tokens].transpose(0, 1)] for held, new in parts]
+    window, theirs = (F.pad(torch.cat(part, 1), room) for part in found)
+    raw = turned(window[:, :leaving].float(), angles[:leaving])
+    frame = values[band.row, :, pinned_slot : pinned_slot + pinned]
+    return Entries(window, torch.cat([pinned_keys[band.row], raw], 1), torch.cat([frame, theirs[:, :leaving]], 1))
 
 
 def take_sets(

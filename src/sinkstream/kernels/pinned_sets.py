@@ -11,11 +11,14 @@ ones before it, or all since the prune before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
+from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
 from sinkstream.kernels.runtime import HALF_DTYPES, check_tensor, dot_kind, launch, triton, use_triton
 
@@ -24,8 +27,66 @@ CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
-BEGIN, COUNT, OWN, FIRST, LEAVING, SUMS = range(6)  # columns of the table of groups
-FIELDS = 6
+
+
+class Group(NamedTuple):
+    """The queries that are read before one prune of a chunk, or after the last one.
+
+    Attributes
+    ----------
+    begin, queries : int
+        The first query and how many, in `Layer.queries`.
+    own : int
+        Window entry of the first query's own token.
+    first : int
+        Oldest window entry that they see.
+    leaving : int
+        How many of the oldest entries leave then.
+    sums : int
+        Where the sums of their softmax lie.
+    turn : int
+        By how many positions they are turned back to where they stand in the frame of the pinned keys.
+    """
+
+    begin: int
+    queries: int
+    own: int
+    first: int
+    leaving: int
+    sums: int
+    turn: int
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """What the kernels of the groups of one chunk are launched for: as many, or more where a graph serves many chunks.
+
+    Attributes
+    ----------
+    groups : int
+    queries : int
+        Of one group.
+    leaving : int
+        Entries that leave at one prune.
+    rows : int
+        Sums of one query head.
+    """
+
+    groups: int
+    queries: int
+    leaving: int
+    rows: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "GroupSizes":
+        """Those of these groups and no others."""
+        queries = max((group.queries for group in groups), default=0)
+        leaving = max((group.leaving for group in groups), default=0)
+        return cls(len(groups), queries, leaving, sum(group.queries for group in groups))
+
+    def hold(self, other: "GroupSizes") -> bool:
+        """Whether a chunk of other sizes can be computed in its place."""
+        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -34,38 +95,48 @@ class Groups:
 
     Attributes
     ----------
-    host : sequence of tuple of int
-        For each group: first query and how many, in `Layer.queries`; the window entry of the first query's own token;
-        oldest window entry that they see; how many of the oldest entries leave then; where their sums lie.
-    table : Tensor, (groups, 6), int32
-        The same on the device.
-    shift : Tensor, (groups, 2, rotary_dim / 2), float32
-        Cosine and sine that turn their queries back to where they stand in the frame of the pinned keys.
+    host : sequence of Group
+    table : Tensor, (1 + sizes.groups, 7), int32
+        On the device: how many groups and how many prunes, then the fields of each group.
+    shift : Tensor, (sizes.groups, 2, rotary_dim / 2), float32
+        Cosine and sine that turn their queries back.
     frame : Tensor, (pinned, 2, rotary_dim / 2), float32
         Cosine and sine of the place of every pinned token in that frame.
-    prunes : int
-        Groups that end with a prune: all of them, or all but the last.
+    sizes : GroupSizes
     accumulates : bool
-        Whether a candidate is judged by what all queries gave it, the groups being all queries of the chunk; else by
-        what its group gives it.
+        Whether a candidate is judged by what all queries gave it, the groups being all queries of the chunk, the last
+        one without a prune; else by what its group gives it.
     """
 
-    host: Sequence[tuple[int, ...]]
+    host: Sequence[Group]
     table: torch.Tensor
     shift: torch.Tensor
     frame: torch.Tensor
-    prunes: int
+    sizes: GroupSizes
     accumulates: bool
 
     @property
-    def most_queries(self) -> int:
-        """Of one group."""
-        return max(group[COUNT] for group in self.host)
+    def prunes(self) -> int:
+        """Groups that end with a prune: all of them, or all but the last."""
+        return len(self.host) - self.accumulates
 
     @property
-    def rows(self) -> int:
-        """Sums of one query head."""
-        return self.host[-1][SUMS] + self.host[-1][COUNT]
+    def sets(self) -> int:
+        """Sets of pinned tokens that are written; those behind the last prune are the last one again."""
+        return 1 + self.sizes.groups - self.accumulates
+
+
+FIELDS = len(Group._fields)
+TURN = Group._fields.index("turn")
+
+
+def group_rows(groups: Sequence[Group], accumulates: bool, most: int) -> torch.Tensor:
+    """`Groups.table` on the host, of at most so many groups."""
+    rows = torch.zeros(1 + most, FIELDS, dtype=torch.int32)
+    rows[0, :2] = torch.tensor([len(groups), len(groups) - accumulates])
+    if groups:
+        rows[1 : 1 + len(groups)] = torch.tensor(groups)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -80,8 +151,8 @@ class Layer:
         In the frame of pinned keys. May be strided, but for the last axis.
     window : Tensor, (kv_heads, entries, head_dim)
         Rotated for the window.
-    sources : Tensor, (kv_heads, pinned + entries, head_dim), float32
-        The same, not rotated, behind the pinned tokens.
+    sources : Tensor, (kv_heads, pinned + any, head_dim), float32
+        The first of the same, not rotated, behind the pinned tokens: as many as leave.
     totals : Tensor or None, (kv_heads, pinned + entries), float32
         Attention that the sources received before the chunk, where it accumulates.
     """
@@ -99,9 +170,9 @@ class PinnedSets:
 
     Attributes
     ----------
-    chosen : Tensor, (kv_heads, prunes + 1, pinned), int32
+    chosen : Tensor, (kv_heads, sets, pinned), int32
         Sources, oldest first: before the chunk, and after each prune.
-    totals : Tensor, (kv_heads, prunes + 1, pinned), float32
+    totals : Tensor, (kv_heads, sets, pinned), float32
         What these had received when they were chosen; of the last set at the end of the chunk. Only where it
         accumulates.
     sums : Tensor, (kv_heads, rows, group), float32
@@ -139,32 +210,34 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
         return pinned_sets_twin(layer, groups, scaling)
     shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
     common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
-    most = max(16, triton.next_power_of_2(groups.most_queries * group))
+    sizes = groups.sizes
+    most = max(16, triton.next_power_of_2(sizes.queries * group))
     tile = min(ROWS, most)
     scale = scaling / math.log(2)
-    sums = torch.empty(kv_heads, groups.rows, group, device=device)
-    launch(
-        window_sums_kernel, (len(groups.host), kv_heads, -(-groups.most_queries * group // tile)), layer.queries,
-        layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
-        layer.sinks.stride(0), groups.rows, scale, BM=tile, num_warps=4, **common,
-    )  # fmt: skip
-    chosen = torch.empty(kv_heads, groups.prunes + 1, pinned, dtype=torch.int32, device=device)
+    sums = torch.empty(kv_heads, sizes.rows, group, device=device)
+    if sizes.rows:
+        launch(
+            window_sums_kernel, (sizes.groups, kv_heads, -(-sizes.queries * group // tile)), layer.queries,
+            layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
+            layer.sinks.stride(0), sizes.rows, scale, BM=tile, num_warps=4, **common,
+        )  # fmt: skip
+    chosen = torch.empty(kv_heads, groups.sets, pinned, dtype=torch.int32, device=device)
     totals = torch.empty(chosen.shape, device=device)
-    width = pinned + max(one[LEAVING] for one in groups.host)
+    width = pinned + sizes.leaving
     scores = torch.empty(kv_heads, width, device=device)
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
-        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, len(groups.host),
-        groups.prunes, queries, entries, groups.rows, pinned, width, scale, BM=min(CHOOSING_ROWS, most),
-        ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
+        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, groups.sets,
+        queries, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
+        BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 
 
 def window_received(
-    layer: Layer, sums: torch.Tensor, first: int, *, scaling: float, implementation: str | None = None
+    layer: Layer, sums: torch.Tensor, band: Band, *, scaling: float, implementation: str | None = None
 ) -> torch.Tensor:
-    """What the queries of a chunk give to the window entries from `first` on, which all of them see from themselves on.
+    """What the queries of a chunk give to the window entries that stay: all of them see these from themselves on.
 
     Parameters
     ----------
@@ -172,21 +245,22 @@ def window_received(
         The queries are those of the chunk.
     sums : Tensor, (kv_heads, queries, group), float32
         As `PinnedSets.sums`.
+    band : Band
+        Of the chunk.
 
     Returns
     -------
-    Tensor, (kv_heads, entries - first), float32
-        Mean over the query heads of a kv head.
+    Tensor, (kv_heads, entries), float32
+        Mean over the query heads of a kv head; 0 for the entries that leave.
     """
     (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
     if not _kernel(layer, implementation):
-        return window_received_twin(layer, sums, first, scaling)
-    out = torch.empty(kv_heads, entries - first, device=sums.device)
-    group = heads // kv_heads
+        return window_received_twin(layer, sums, band, scaling)
+    out = torch.empty(kv_heads, entries, device=sums.device)
     launch(
-        window_received_kernel, (-(-(entries - first) // TILE), kv_heads), layer.queries, layer.window, sums, out,
-        queries, entries, entries - queries, first, scaling / math.log(2), G=group, D=dim, C=min(dim & -dim, COLUMNS),
-        BM=ROWS, BT=TILE, KIND=dot_kind(layer.window.dtype), num_warps=4, pdl=False,
+        window_received_kernel, (-(-entries // TILE), kv_heads), layer.queries, layer.window, sums, band.table, out,
+        queries, entries, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS,
+        BT=TILE, SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), num_warps=4, pdl=False,
     )  # fmt: skip
     return out
 
@@ -204,14 +278,21 @@ def _checked(layer: Layer, groups: Groups, implementation: str | None) -> bool:
     check_tensor("queries", layer.queries, (None, None, dim), dtypes=(window.dtype,), device=device)
     sinks = (kv_heads, None, dim)
     check_tensor("sinks", layer.sinks, sinks, dtypes=(window.dtype,), device=device, contiguous=False)
-    known = (kv_heads, len(groups.frame) + window.shape[1], dim)
-    check_tensor("sources", layer.sources, known, dtypes=(torch.float32, torch.float64), device=device)
+    pinned, known = len(groups.frame), (torch.float32, torch.float64)
+    check_tensor("sources", layer.sources, (kv_heads, None, dim), dtypes=known, device=device)
+    leave = sum(one.leaving for one in groups.host)
+    if not pinned + leave <= layer.sources.shape[1] <= pinned + window.shape[1]:
+        raise ValueError(
+            f"{layer.sources.shape[1]} sources; accepted: {pinned + leave} to {pinned + window.shape[1]}, the pinned"
+            " tokens and at least the entries that leave"
+        )
     if len(layer.queries) % kv_heads:
         raise ValueError(f"{len(layer.queries)} query heads and {kv_heads} kv heads; accepted: a multiple")
     if groups.accumulates:
         if layer.totals is None:
             raise ValueError("totals is None; accepted: those of the sources, where attention is accumulated")
-        check_tensor("totals", layer.totals, known[:2], dtypes=(torch.float32, torch.float64), device=device)
+        shape = kv_heads, pinned + window.shape[1]
+        check_tensor("totals", layer.totals, shape, dtypes=known, device=device)
     return _kernel(layer, implementation)
 
 
@@ -225,9 +306,9 @@ def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets
     heads = layer.queries.to(work).unflatten(0, (kv_heads, -1))
     window, sinks, scale = layer.window.to(work), layer.sinks.to(work), scaling / math.log(2)
     chosen = [torch.arange(pinned, device=window.device).expand(kv_heads, -1)]
-    received = layer.sources.new_zeros(layer.sources.shape[:2]) if layer.totals is None else layer.totals
+    received = window.new_zeros(kv_heads, pinned + window.shape[1]) if layer.totals is None else layer.totals
     before, totals, sums = received[:, pinned:], [received[:, :pinned]], list[torch.Tensor]()
-    for index, (begin, count, own, first, leaving, _) in enumerate(groups.host):
+    for index, (begin, count, own, first, leaving, *_) in enumerate(groups.host):
         query = heads[:, :, begin : begin + count]
         frame = turned(query, groups.shift[index : index + 1])
         raw = _taken(layer.sources, chosen[-1]).to(work)
@@ -256,20 +337,27 @@ def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets
         entries = torch.arange(pinned + first, pinned + first + leaving, device=device).expand(kv_heads, -1)
         chosen.append(torch.cat([chosen[-1], entries], -1).gather(-1, best))
         totals.append(score.gather(-1, best))
-    return PinnedSets(torch.stack(chosen, 1).int(), torch.stack(totals, 1), torch.cat(sums, 1))
+    more = groups.sets - len(chosen)
+    every = torch.cat(sums, 1) if sums else window.new_zeros(kv_heads, 0, heads.shape[1])
+    every = F.pad(every, (0, 0, 0, groups.sizes.rows - every.shape[1]))
+    return PinnedSets(
+        torch.stack(chosen + chosen[-1:] * more, 1).int(), torch.stack(totals + totals[-1:] * more, 1), every
+    )
 
 
-def window_received_twin(layer: Layer, sums: torch.Tensor, first: int, scaling: float) -> torch.Tensor:
+def window_received_twin(layer: Layer, sums: torch.Tensor, band: Band, scaling: float) -> torch.Tensor:
     """The twin of the kernel, a tile of window entries at a time."""
-    (kv_heads, entries, _), queries = layer.window.shape, layer.queries.shape[1]
-    heads, found = layer.queries.to(sums.dtype).unflatten(0, (kv_heads, -1)), []
-    own = entries - queries + torch.arange(queries, device=sums.device)[:, None]
-    for begin in range(first, entries, TWIN_TILE):
-        entry = torch.arange(begin, min(begin + TWIN_TILE, entries), device=sums.device)
+    (kv_heads, entries, _), queries = layer.window.shape, band.tokens
+    heads, first = layer.queries[:, :queries].to(sums.dtype), band.length + int(band.first[-1])
+    heads, end = heads.unflatten(0, (kv_heads, -1)), band.length + queries
+    found = [sums.new_zeros(kv_heads, first)]
+    whole = sums[:, :queries].transpose(1, 2)[..., None]
+    own = band.length + torch.arange(queries, device=sums.device)[:, None]
+    for begin in range(first, end, TWIN_TILE):
+        entry = torch.arange(begin, min(begin + TWIN_TILE, end), device=sums.device)
         z = heads @ layer.window[:, None, begin : begin + len(entry)].to(sums.dtype).mT * (scaling / math.log(2))
-        given = (z - sums.transpose(1, 2)[..., None]).exp2().masked_fill(entry > own, 0.0)
-        found.append(given.sum(2).mean(1))
-    return torch.cat(found, -1)
+        found.append((z - whole).exp2().masked_fill(entry > own, 0.0).sum(2).mean(1))
+    return torch.cat([*found, sums.new_zeros(kv_heads, entries - end)], -1)
 
 
 def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -68,10 +68,11 @@ def window_sums_kernel(
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
     FIELDS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, key-value head, tile of its queries)."""
+    """Program (group, key-value head, tile of its queries); a tile past the queries of its group does nothing."""
     group, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    fields = table_ptr + group * FIELDS
+    fields = table_ptr + (1 + group) * FIELDS
     begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+    used = tl.program_id(2) * BM < count * G
     row = tl.program_id(2) * BM + tl.arange(0, BM)
     here, index = row < count * G, row // G
     stride = queries.to(tl.int64) * D
@@ -80,39 +81,40 @@ def window_sums_kernel(
     q = _queries(heads, begin, index, row, here, turn, False, stride, G, D, C, RD, KIND)
     m, s = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
     column = tl.arange(0, BT)
-    for at in range(0, sinks, BT):
+    for at in range(0, tl.where(used, sinks, 0), BT):
         entry = at + column
         z = _key_scores(frame, sink_ptr + head * sink_head + entry[:, None] * D, entry < sinks, scale, C, D, KIND)
         m, s = _joined(tl.where((entry < sinks)[None, :], z, -float("inf")), m, s)
     last, end = own + index, tl.minimum(own + count, own + (tl.program_id(2) * BM + BM - 1) // G + 1)
     keys = window_ptr + head * entries * D
-    for at in range(first, end, BT):
+    for at in range(first, tl.where(used, end, first), BT):
         entry = at + column
         z = _key_scores(q, keys + entry.to(tl.int64)[:, None] * D, entry < end, scale, C, D, KIND)
         seen = (entry < end)[None, :] & (entry[None, :] <= last[:, None])
         m, s = _joined(tl.where(seen, z, -float("inf")), m, s)
     place = (head * rows + tl.load(fields + 5)) * G + row
-    tl.store(out_ptr + place, m + tl.log2(s), mask=here)
+    tl.store(out_ptr + place, m + tl.log2(tl.where(here, s, 1.0)), mask=here)
 
 
-@jit(do_not_specialize=["groups", "prunes", "queries", "entries", "rows", "pinned", "width"])
+@jit(do_not_specialize=["sets", "queries", "entries", "kept", "rows", "pinned", "width"])
 def choose_sets_kernel(
     query_ptr, window_ptr, source_ptr, table_ptr, shift_ptr, frame_ptr, sums_ptr, before_ptr, score_ptr, chosen_ptr,
-    totals_ptr, groups, prunes, queries, entries, rows, pinned, width, scale, G: tl.constexpr, D: tl.constexpr,
+    totals_ptr, sets, queries, entries, kept, rows, pinned, width, scale, G: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr,
     ADDS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (key-value head), prune by prune; a barrier stands where threads read what others have written.
 
-    ONE: a set is no larger than a tile, so its keys are read once a prune.
+    ONE: a set is no larger than a tile, so its keys are read once a prune. Sets behind the last prune are the last one.
     """
     head = tl.program_id(0).to(tl.int64)
+    groups, prunes = tl.load(table_ptr), tl.load(table_ptr + 1)
     stride = queries.to(tl.int64) * D
     heads, keys = query_ptr + head * G * stride, window_ptr + head * entries * D
-    sources = source_ptr + head * (pinned + entries) * D
+    sources = source_ptr + head * (pinned + kept) * D
     before = before_ptr + head * (pinned + entries)
     sums, scores = sums_ptr + head * rows * G, score_ptr + head * width
-    chosen, totals = chosen_ptr + head * (prunes + 1) * pinned, totals_ptr + head * (prunes + 1) * pinned
+    chosen, totals = chosen_ptr + head * sets * pinned, totals_ptr + head * sets * pinned
     column, index_in = tl.arange(0, BT), tl.arange(0, BM)
     for at in range(0, pinned, BT):
         entry = at + column
@@ -121,7 +123,7 @@ def choose_sets_kernel(
             tl.store(totals + entry, tl.load(before + entry, mask=entry < pinned, other=0.0), mask=entry < pinned)
     tl.debug_barrier()
     for group in range(0, groups):
-        fields, turn = table_ptr + group * FIELDS, shift_ptr + group * RD
+        fields, turn = table_ptr + (1 + group) * FIELDS, shift_ptr + group * RD
         begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
         leaving, place = tl.load(fields + 4), tl.load(fields + 5) * G
         now, total = chosen + group * pinned, totals + group * pinned
@@ -206,31 +208,44 @@ def choose_sets_kernel(
                 taken += tl.sum(stays, 0)
                 source = tl.load(now + entry, mask=entry < pinned, other=0)
                 source = tl.where(entry < pinned, source, first + entry)  # pinned + first + (entry - pinned)
-                kept = (stays > 0) & (where < pinned)
-                tl.store(now + pinned + where, source, mask=kept)
+                taken_over = (stays > 0) & (where < pinned)
+                tl.store(now + pinned + where, source, mask=taken_over)
                 if ADDS:
-                    tl.store(total + pinned + where, mine, mask=kept)
+                    tl.store(total + pinned + where, mine, mask=taken_over)
             tl.debug_barrier()
+    last = prunes * pinned
+    for extra in range(prunes + 1, sets):
+        for at in range(0, pinned, BT):
+            entry = at + column
+            valid = entry < pinned
+            tl.store(chosen + extra * pinned + entry, tl.load(chosen + last + entry, mask=valid, other=0), mask=valid)
+            if ADDS:
+                given = tl.load(totals + last + entry, mask=valid, other=0.0)
+                tl.store(totals + extra * pinned + entry, given, mask=valid)
 
 
-@jit(do_not_specialize=["queries", "entries", "own", "first"])
+@jit(do_not_specialize=["queries", "entries"])
 def window_received_kernel(
-    query_ptr, window_ptr, sums_ptr, out_ptr, queries, entries, own, first, scale, G: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    query_ptr, window_ptr, sums_ptr, band_ptr, out_ptr, queries, entries, scale, G: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, SCALARS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of window entries, key-value head); the queries are the chunk's."""
     head = tl.program_id(1).to(tl.int64)
-    entry = first + tl.program_id(0) * BT + tl.arange(0, BT)
-    valid, stride = entry < entries, queries.to(tl.int64) * D
+    tokens, own = tl.load(band_ptr), tl.load(band_ptr + 3)
+    first, end = own + tl.load(band_ptr + SCALARS + tokens - 1), own + tokens
+    begin = tl.program_id(0) * BT
+    entry = begin + tl.arange(0, BT)
+    valid, stride = (entry >= first) & (entry < end), queries.to(tl.int64) * D
     heads, keys = query_ptr + head * G * stride, window_ptr + (head * entries + entry)[:, None] * D
     sums, given = sums_ptr + head * queries * G, tl.zeros((BT,), tl.float32)
-    nearest = tl.maximum(first + tl.program_id(0) * BT - own, 0) * G // BM * BM
-    for part in range(nearest, queries * G, BM):
+    used = (begin + BT > first) & (begin < end)
+    nearest = tl.maximum(begin - own, 0) * G // BM * BM
+    for part in range(nearest, tl.where(used, tokens * G, nearest), BM):
         row = part + tl.arange(0, BM)
-        here, index = row < queries * G, row // G
+        here, index = row < tokens * G, row // G
         q = _queries(heads, 0, index, row, here, sums, False, stride, G, D, C, 2, KIND)
         z = _key_scores(q, keys, valid, scale, C, D, KIND)
         whole = tl.load(sums + row, mask=here, other=float("inf"))
         seen = entry[None, :] <= (own + index)[:, None]
         given += tl.sum(tl.where(seen, tl.exp2(z - whole[:, None]), 0.0), 0) / G
-    tl.store(out_ptr + head * (entries - first) + entry - first, given, mask=valid)
+    tl.store(out_ptr + head * entries + entry, tl.where(valid, given, 0.0), mask=entry < entries)
