@@ -19,6 +19,7 @@ from sinkstream.kernels.config import (
     count_programs,
     fit_attention,
     fit_attention_linear,
+    fit_filled,
     fit_held,
     fit_multi_stream,
     fit_shared_memory,
@@ -203,6 +204,8 @@ def fitted(op: str, config, sizes: Sizes, streams: int = 1):
     if isinstance(config, MultiStreamConfig):
         return fit_multi_stream(config, op == "gate_up", streams, sizes.shared_bytes)
     if isinstance(config, AttentionConfig):
+        if config.fill:
+            config = fit_filled(config, sizes.head_dim, sizes.shared_bytes)
         return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
     if op == "attention_up":
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
