@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
-from sinkstream.kernels.config import MultiStreamConfig, fit_held, multi_stream_bytes
+from sinkstream.kernels.config import MAX_SPLITS, MultiStreamConfig, filled_bytes, fit_held, multi_stream_bytes
 from tune_kernels.shapes import Shape
 
 Config = LinearConfig | AttentionConfig | AttentionLinearConfig
@@ -87,6 +87,30 @@ def several_candidates(shape: Shape, op: str) -> list:
             if fit_held(config, shape.streams, width, 228 * 1024) == config:
                 staying.append(config)
     return staying + spread(found, 44)
+
+
+def filled_grid(shape: Shape) -> list[AttentionConfig]:
+    """Attention of several streams as one wave of 132 multiprocessors, its pipelines filled before the wait.
+
+    Programs a multiprocessor, slots of a tile, warps, KB of all pipelines of a multiprocessor (120 leave room for
+    programs of the next kernel), registers of a thread, late.
+    """
+    found = []
+    for per_sm, tile, warps, room, registers, late in (
+        (2, 64, 4, 120, 128, False), (2, 64, 4, 160, 0, False), (2, 64, 4, 120, 168, False), (1, 64, 4, 120, 0, False),
+        (2, 64, 4, 120, 168, True), (2, 32, 4, 120, 128, False), (2, 128, 4, 150, 168, False),
+        (4, 32, 4, 220, 128, False), (1, 128, 8, 150, 0, False), (2, 64, 4, 220, 168, False),
+        (4, 64, 4, 220, 128, False), (3, 64, 4, 180, 128, False), (2, 128, 8, 150, 128, False),
+    ):  # fmt: skip
+        splits = min(132 * per_sm // (shape.streams * shape.kv_heads), MAX_SPLITS)
+        config = AttentionConfig(
+            max(1, splits), tile, warps, 2, dot=True, columns=64, late=late, registers=registers, fill=True
+        )
+        while filled_bytes(replace(config, stages=config.stages + 1), shape.head_dim) * per_sm <= room * 1024:
+            config = replace(config, stages=config.stages + 1)
+        if splits and config.stages > 2:  # with two, nothing is in flight while a tile is multiplied
+            found.append(config)
+    return list(dict.fromkeys(found))
 
 
 def changed(config, **changes):
