@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         if left < 15:
             print(f"{name}: no time left")
             break
-        remaining = len(turns) - turn
-        share = SHARES.get(name, 1.0) if len(options.streams) == 1 else 1 / remaining
+        remaining, compiles = len(turns) - turn, int(turn == 0)  # the first turn waits for its kernels: two shares
+        share = SHARES.get(name, 1.0) if len(options.streams) == 1 else (1 + compiles) / (remaining + compiles)
         budget = left * (share if remaining > 1 else 1.0)
         print(f"{name}, {shape.streams} streams: {shape.step_bytes / 1e9:.3f} GB a step, {budget:.0f} s", flush=True)
         deadline, jobs = time.monotonic() + budget, ahead.get((name, shape.streams))
