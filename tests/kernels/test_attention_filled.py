@@ -1,15 +1,17 @@
 """Attention whose pipelines are filled before the wait, against float64: shares of tiles, frames, widths of heads."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from ops_cases import DEVICE, HALF, NEEDS_TRITON, TOLERANCE, error, on_implementations
 from ring_case import Case
 
-from sinkstream.kernels import AttentionConfig
+from sinkstream.kernels import AttentionConfig, plans
 from sinkstream.kernels.config import AttentionLinearConfig, LinearConfig, chunk_widths, filled_bytes, fit_filled
 from sinkstream.kernels.observed import Observed
+from sinkstream.kernels.plans import OpLaunch, Sizes
 
 NEOX = dict(query_heads=2, kv_heads=2, order="per-head")
 LLAMA = dict(query_heads=6, kv_heads=2, order="blocks")
@@ -133,6 +135,16 @@ def test_what_fits():
     small = fit_filled(config, 256, 99 * 1024)
     assert filled_bytes(small, 256) <= 99 * 1024 < filled_bytes(config, 256) and small.stages >= 2
     assert fit_filled(small, 256, 99 * 1024) == small, "what fits is left as it is"
+
+
+@pytest.mark.parametrize(("streams", "splits"), [(5, 6), (8, 4), (12, 2), (32, 1), (64, 1)])
+def test_a_plan_for_another_number_of_streams_stays_one_wave(streams, splits, monkeypatch):
+    filled = OpLaunch(AttentionConfig(4, 64, 4, 4, dot=True, fill=True), pdl=True)
+    sizes = Sizes(2048, 8192, 32, 8, 64, 2048, 4, 228 * 1024, 132)
+    monkeypatch.setitem(plans.SEVERAL_LLAMA_PLANS, 2048, {8: {"attention": filled}})
+    assert plans.several_plan(False, sizes, streams)["attention"].config == replace(filled.config, splits=splits)
+    monkeypatch.setitem(plans.SEVERAL_LLAMA_PLANS, 2048, {8: {"attention": OpLaunch(AttentionConfig(4, dot=True))}})
+    assert plans.several_plan(False, sizes, streams)["attention"].config.splits == 4, "control: other attention"
 
 
 def test_what_is_refused():

@@ -189,10 +189,17 @@ def several_plan(neox: bool, sizes: Sizes, streams: int) -> dict[str, OpLaunch]:
     if measured:
         nearest = min(measured, key=lambda n: (abs(math.log(n / streams)), -n))
         plan |= {
-            op: replace(launch, config=fitted(op, launch.config, sizes, streams))
+            op: replace(launch, config=fitted(op, _one_wave(launch.config, nearest, streams), sizes, streams))
             for op, launch in measured[nearest].items()
         }
     return plan
+
+
+def _one_wave(config: Config | None, measured: int, streams: int) -> Config | None:
+    """The configuration for another number of streams: attention with filled pipelines keeps the number of programs."""
+    if isinstance(config, AttentionConfig) and config.fill:
+        return replace(config, splits=min(MAX_SPLITS, max(1, config.splits * measured // streams)))
+    return config
 
 
 def fitted(op: str, config, sizes: Sizes, streams: int = 1):
