@@ -2,12 +2,13 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from ops_cases import NEEDS_TRITON
-from tune_kernels import search
+from tune_kernels import measure, search
 from tune_kernels.__main__ import main
 from tune_kernels.candidates import attention_grid, candidates, filled_grid, neighbours_of, short
 from tune_kernels.measure import Measurements, write_report
@@ -125,6 +126,16 @@ def test_plans_of_several_streams_are_compared(m, capsys):
     assert "x floor" in capsys.readouterr().out
     assert sizes_of(several.shape) == several.step.sizes
     assert {planned.config for _, planned in jobs_of_streams(several.shape)} >= set(grid)
+
+
+def test_what_is_on_its_way_is_not_compiled_again(m, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(measure, "compile_one", lambda name, streams, op, planned: compiled.append((op, planned)))
+    early, later = [(m.shape.ops[0], OpLaunch(prefetch=size)) for size in (16, 32)]
+    with ThreadPoolExecutor(1) as pool:
+        m.pool, m.ahead = pool, measure.compile_ahead(pool, m.shape, [early, early])
+        assert set(m.compiled([later, early, later], 60.0)) == {early, later}
+    assert sorted(compiled, key=str) == sorted([early, later], key=str)
 
 
 def test_one_wave_of_attention():
