@@ -71,5 +71,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"2 warps for attention and 4 .* accepted: as many"):
         AttentionLinearConfig(AttentionConfig(warps=2), LinearConfig(warps=4))
     for own in ({"carveout": 45}, {"registers": 96}):
-        with pytest.raises(ValueError, match="carveout or registers for attention in a kernel with a linear layer"):
+        with pytest.raises(ValueError, match="carveout, registers or fill for attention in a kernel with a linear"):
             AttentionLinearConfig(AttentionConfig(warps=4, **own), LinearConfig(warps=4))

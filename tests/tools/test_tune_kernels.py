@@ -3,21 +3,24 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from ops_cases import NEEDS_TRITON
-from tune_kernels import search
+from tune_kernels import measure, search
 from tune_kernels.__main__ import main
-from tune_kernels.candidates import attention_grid, candidates, neighbours_of, persistent_grid
+from tune_kernels.candidates import attention_grid, candidates, filled_grid, neighbours_of, persistent_grid, short
 from tune_kernels.measure import Measurements, write_report
+from tune_kernels.several import climb_streams, jobs_of_streams, sizes_of
 from tune_kernels.shapes import SHAPES
 from tune_kernels.step import implementation
 
 from sinkstream.engine import fused
 from sinkstream.engine.plain import Row
 from sinkstream.kernels import AttentionConfig, LinearConfig
+from sinkstream.kernels.config import filled_bytes
 from sinkstream.kernels.plans import LAYERS, OpLaunch, measured_plan
 
 DEFAULT = OpLaunch()
@@ -113,6 +116,40 @@ def test_several_streams_are_measured(m):
     assert extra == 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.cap * shape.head_dim, "keys and values only"
 
 
+def test_plans_of_several_streams_are_compared(m, capsys):
+    several = measurements(m.shape.name, streams=3)
+    climb_streams(several)
+    grid = filled_grid(several.shape)
+    labels = [row["label"] for row in several.steps]
+    assert len(grid) > 5 and all(config.fill and config.splits <= 64 for config in grid)
+    assert all(short(config) in labels for config in grid) and labels.count("measured plan") >= 2
+    assert not any("failed" in row for row in several.rows + several.steps)
+    assert "x floor" in capsys.readouterr().out
+    assert sizes_of(several.shape) == several.step.sizes
+    assert {planned.config for _, planned in jobs_of_streams(several.shape)} >= set(grid)
+
+
+def test_what_is_on_its_way_is_not_compiled_again(m, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(measure, "compile_one", lambda name, streams, op, planned: compiled.append((op, planned)))
+    early, later = [(m.shape.ops[0], OpLaunch(prefetch=size)) for size in (16, 32)]
+    with ThreadPoolExecutor(1) as pool:
+        m.pool, m.ahead = pool, measure.compile_ahead(pool, m.shape, [early, early])
+        assert set(m.compiled([later, early, later], 60.0)) == {early, later}
+    assert sorted(compiled, key=str) == sorted([early, later], key=str)
+
+
+def test_one_wave_of_attention():
+    """As many programs as fit 132 multiprocessors at once, and shared memory for all of them."""
+    for name, streams in (("llama-3.2-1b", 8), ("llama-3.2-1b", 2), ("pythia-2.8b", 8), ("pythia-2.8b", 2)):
+        shape = replace(SHAPES[name], streams=streams)
+        for config in filled_grid(shape):
+            programs = config.splits * shape.kv_heads * streams
+            per_sm = -(-programs // 132)
+            assert per_sm <= 4 and per_sm * filled_bytes(config, shape.head_dim) <= 228 * 1024
+            assert per_sm * config.warps * 32 * config.registers <= 65536
+
+
 def test_the_report_keeps_plans(m, tmp_path):
     m.measure("qkv", OpLaunch(LinearConfig(rows=2), prefetch=5))
     m.time_step(dict.fromkeys(m.shape.ops, DEFAULT), "defaults")
@@ -126,8 +163,7 @@ def test_the_report_keeps_plans(m, tmp_path):
     ("options", "says"),
     [
         (["0"], "--streams 0; accepted: 1 to 16"),
-        (["17"], "--streams 17"),
-        (["2", "--climb"], "--climb"),
+        (["2", "17"], "--streams 17"),
         (["2", "--persistent"], "--persistent with --streams 2"),
         (["1", "--climb", "--persistent"], "--climb with --persistent"),
     ],

@@ -5,9 +5,11 @@ from itertools import product
 
 from sinkstream.kernels import AttentionConfig, AttentionLinearConfig, LinearConfig
 from sinkstream.kernels.config import (
+    MAX_SPLITS,
     MultiStreamConfig,
     PersistentConfig,
     PersistentNeoxConfig,
+    filled_bytes,
     fit_held,
     multi_stream_bytes,
 )
@@ -105,6 +107,30 @@ def persistent_grid(shape: Shape) -> list:
     found = [replace(default, lead=lead, early=early) for early, lead in product((1, 0, 2), (4, 3, 2, 1))]
     found += [replace(default, lead=lead, **tile) for tile, lead in product((*tiles, *programs), (4, 2))]
     return list(dict.fromkeys([*found, replace(default, lead=0)]))
+
+
+def filled_grid(shape: Shape) -> list[AttentionConfig]:
+    """Attention of several streams as one wave of 132 multiprocessors, its pipelines filled before the wait.
+
+    Programs a multiprocessor, slots of a tile, warps, KB of all pipelines of a multiprocessor (120 leave room for
+    programs of the next kernel), registers of a thread, late.
+    """
+    found = []
+    for per_sm, tile, warps, room, registers, late in (
+        (2, 64, 4, 120, 128, False), (2, 64, 4, 160, 0, False), (2, 64, 4, 120, 168, False), (1, 64, 4, 120, 0, False),
+        (2, 64, 4, 120, 168, True), (2, 32, 4, 120, 128, False), (2, 128, 4, 150, 168, False),
+        (4, 32, 4, 220, 128, False), (1, 128, 8, 150, 0, False), (2, 64, 4, 220, 168, False),
+        (4, 64, 4, 220, 128, False), (3, 64, 4, 180, 128, False), (2, 128, 8, 150, 128, False),
+    ):  # fmt: skip
+        splits = min(132 * per_sm // (shape.streams * shape.kv_heads), MAX_SPLITS)
+        config = AttentionConfig(
+            max(1, splits), tile, warps, 2, dot=True, columns=64, late=late, registers=registers, fill=True
+        )
+        while filled_bytes(replace(config, stages=config.stages + 1), shape.head_dim) * per_sm <= room * 1024:
+            config = replace(config, stages=config.stages + 1)
+        if splits and config.stages > 2:  # with two, nothing is in flight while a tile is multiplied
+            found.append(config)
+    return list(dict.fromkeys(found))
 
 
 def changed(config, **changes):

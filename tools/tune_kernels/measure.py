@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import product
@@ -43,6 +43,13 @@ def compile_one(name: str, streams: int, op: str, planned: OpLaunch) -> None:
         step.run_layers() if op == LAYERS else step.run(op, step.last)
 
 
+def compile_ahead(pool: ProcessPoolExecutor | None, shape: Shape, jobs: Iterable[Job]) -> dict[Job, Future]:
+    """Kernels of a shape whose turn comes later, on their way."""
+    if pool is None:
+        return {}
+    return {job: pool.submit(compile_one, shape.name, shape.streams, *job) for job in dict.fromkeys(jobs)}
+
+
 @contextmanager
 def failures_in(row: dict[str, Any]) -> Iterator[None]:
     """Note in `row` why a configuration failed; an error after which the device serves nothing more is raised."""
@@ -69,6 +76,8 @@ class Measurements:
         Bandwidth of a copy, from which floors follow, GB/s.
     kernels : {"triton", "torch"}
         What is measured: kernels or twins.
+    ahead : mapping of Future, optional
+        Of `compile_ahead`.
 
     Attributes
     ----------
@@ -85,7 +94,9 @@ class Measurements:
         copy_gbs: float,
         *,
         kernels: str = "triton",
+        ahead: Mapping[Job, Future] | None = None,
     ):
+        self.ahead = ahead or {}
         self.shape, self.pool, self.deadline, self.copy_gbs = shape, pool, deadline, copy_gbs
         self.step = RandomStep(shape, device)
         self.checks = Checks(self.step, kernels)
@@ -136,9 +147,9 @@ class Measurements:
         if self.pool is None:
             yield from jobs
             return
-        futures = {
-            self.pool.submit(compile_one, self.shape.name, self.shape.streams, *job): job for job in dict.fromkeys(jobs)
-        }
+        jobs = list(dict.fromkeys(jobs))
+        started = compile_ahead(self.pool, self.shape, [job for job in jobs if job not in self.ahead])
+        futures = {future: job for job, future in {**self.ahead, **started}.items() if job in jobs}
         try:
             for future in as_completed(futures, timeout=max(1.0, limit_s)):
                 op, planned = futures[future]

@@ -7,10 +7,12 @@ position; the last of them also writes the new token and attends to it from regi
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
 from sinkstream.kernels.attention_decode_twin import attention_decode_twin
+from sinkstream.kernels.attention_filled import attention_filled_kernel, filled_arguments
 from sinkstream.kernels.config import (
     MAX_SPLITS,
     AttentionConfig,
@@ -279,13 +281,17 @@ def attention_decode(
             config = several_attention(streams * kv_heads, *sizes, multiprocessors(keys.device))
         else:
             config = default_attention(query_heads // kv_heads, *sizes)
+    if config.fill and any(observed.constants.values()):
+        config = replace(config, fill=False)
     grid, arguments, constants = launch_arguments(
         qkv, keys, values, scalars, rope, *rest, out, observed, workspace, config, most_visible
     )
+    kernel, constants = _attention_decode_kernel, constants | {"LIVE": most_visible is not None}
+    if config.fill:
+        kernel, (arguments, constants) = attention_filled_kernel, filled_arguments(arguments, constants)
     launch(
-        _attention_decode_kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants,
-        LIVE=most_visible is not None, NEXT=bool(prefetch), LATE=config.late, num_warps=config.warps,
-        carveout=config.carveout, registers=config.registers, pdl=pdl,
+        kernel, grid, *arguments, *prefetch.arguments(keys, math.prod(grid)), **constants, NEXT=bool(prefetch),
+        LATE=config.late, num_warps=config.warps, carveout=config.carveout, registers=config.registers, pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -383,7 +389,9 @@ def launch_arguments(
         raise ValueError(f"head_dim={head_dim}; accepted by the kernel: multiples of 16")
     per, ring_programs, pinned_programs = count_programs(config.splits, ring, pinned_slots)
     programs = ring_programs + pinned_programs
-    if most_visible is not None:
+    if config.fill:
+        programs = config.splits
+    elif most_visible is not None:
         programs = min(programs, live_programs(per, most_visible))
     if programs > MAX_SPLITS:
         raise ValueError(

@@ -19,6 +19,7 @@ LEAST_REGISTERS = 16
 LEAST_TILE = 16  # rows or columns that matrix units take
 LEAST_COLUMNS = 8  # that one load of a thread reads: 16 bytes of half precision
 OWN_BYTES = 2048  # shared memory of a program outside its pipeline: 1 KB of the driver, and room for reductions
+FILLED_OWN_BYTES = 8192  # the same of `attention_filled`, whose warps exchange more
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class AttentionConfig(KernelConfig):
     registers : int
         The most registers of a thread: fewer than the compiler would take, so that more programs fit a multiprocessor,
         or more, so that more loads are in flight; 0: as the compiler likes.
+    fill : bool
+        Have the pipeline's tiles in flight before the wait for the previous kernel; needs stages and matrix units. The
+        programs of a head divide what it sees among them, pinned slots and the new token included, so `splits` is
+        their number. Where attention is observed: no effect.
     """
 
     splits: int = number(16, 1, MAX_SPLITS)
@@ -101,6 +106,15 @@ class AttentionConfig(KernelConfig):
     late: bool = False
     carveout: int = number(0, 0, 100)
     registers: int = number(0, LEAST_REGISTERS, MAX_REGISTERS, off=True)
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fill and not (self.dot and self.stages >= 2):
+            raise ValueError(
+                f"fill=True with stages={self.stages} and dot={self.dot} in the configuration; accepted: at least 2"
+                " stages, with matrix units"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,8 +139,10 @@ class AttentionLinearConfig(KernelConfig):
                 f"{self.attention.warps} warps for attention and {self.linear.warps} for the linear layer in the"
                 " same kernel; accepted: as many"
             )
-        if self.attention.carveout or self.attention.registers:
-            raise ValueError("carveout or registers for attention in a kernel with a linear layer; accepted: 0")
+        if self.attention.carveout or self.attention.registers or self.attention.fill:
+            raise ValueError(
+                "carveout, registers or fill for attention in a kernel with a linear layer; accepted: none of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -367,6 +383,31 @@ def fit_attention(config: AttentionConfig, group: int, head_dim: int, ring: int,
     if (group > 1 or head_dim > 128) and not config.dot:
         config = GROUPED
     return _fit_splits(config, ring, pinned_slots)
+
+
+def filled_bytes(config: AttentionConfig, head_dim: int) -> int:
+    """Shared memory of one program of `attention_filled`, bytes: Triton keeps a tile less than there are stages."""
+    return (config.stages - 1) * config.tile * sum(chunk_widths(head_dim)) * 4 + FILLED_OWN_BYTES
+
+
+def chunk_widths(head_dim: int) -> tuple[int, int]:
+    """Columns of the two chunks of a head: a power of two, and another for what is left, 0 for nothing.
+
+    The second one has at least 32, of which some may be past the end of the head: with 16, as many as there are rows,
+    the compiler has every warp do the work of all.
+    """
+    wide = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - wide
+    return wide, max(32, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def fit_filled(config: AttentionConfig, head_dim: int, shared_bytes: int) -> AttentionConfig:
+    """The configuration with fewer stages, then smaller tiles, so that one program fits a multiprocessor."""
+    while config.stages > 2 and filled_bytes(config, head_dim) > shared_bytes:
+        config = replace(config, stages=config.stages - 1)
+    while config.tile > 16 and filled_bytes(config, head_dim) > shared_bytes:
+        config = replace(config, tile=config.tile // 2)
+    return config
 
 
 def default_attention_linear(

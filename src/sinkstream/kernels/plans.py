@@ -20,6 +20,7 @@ from sinkstream.kernels.config import (
     count_programs,
     fit_attention,
     fit_attention_linear,
+    fit_filled,
     fit_held,
     fit_multi_stream,
     fit_shared_memory,
@@ -191,10 +192,17 @@ def several_plan(neox: bool, sizes: Sizes, streams: int) -> dict[str, OpLaunch]:
     if measured:
         nearest = min(measured, key=lambda n: (abs(math.log(n / streams)), -n))
         plan |= {
-            op: replace(launch, config=fitted(op, launch.config, sizes, streams))
+            op: replace(launch, config=fitted(op, _one_wave(launch.config, nearest, streams), sizes, streams))
             for op, launch in measured[nearest].items()
         }
     return plan
+
+
+def _one_wave(config: Config | None, measured: int, streams: int) -> Config | None:
+    """The configuration for another number of streams: attention with filled pipelines keeps the number of programs."""
+    if isinstance(config, AttentionConfig) and config.fill:
+        return replace(config, splits=min(MAX_SPLITS, max(1, config.splits * measured // streams)))
+    return config
 
 
 def fitted(op: str, config, sizes: Sizes, streams: int = 1):
@@ -206,6 +214,8 @@ def fitted(op: str, config, sizes: Sizes, streams: int = 1):
     if isinstance(config, MultiStreamConfig):
         return fit_multi_stream(config, op == "gate_up", streams, sizes.shared_bytes)
     if isinstance(config, AttentionConfig):
+        if config.fill:
+            config = fit_filled(config, sizes.head_dim, sizes.shared_bytes)
         return fit_attention(config, sizes.query_heads // sizes.kv_heads, *slots)
     if op == "attention_up":
         attention = replace(config.attention, splits=_balanced_splits(config, sizes))
