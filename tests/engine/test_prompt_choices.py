@@ -12,7 +12,7 @@ from oracle.models import build, token_ids
 from streams import TOLERANCE
 
 from sinkstream.cache import choices
-from sinkstream.engine import Engine, memory, short_chunks
+from sinkstream.engine import Engine, short_chunks
 from sinkstream.engine.memory import MemoryNeed
 from sinkstream.engine.prompt import FAR, PromptForward
 from sinkstream.engine.prompt_choices import ChoiceSizes, ChoosingChunk, choosing_chunks, most_prunes_within
@@ -68,8 +68,7 @@ def test_queries_that_are_kept_beside_added_attention_are_not_added_again(chunks
 def test_sets_of_pinned_tokens_take_no_more_memory_however_many_prunes_a_chunk_has(chunks, monkeypatch):
     model, ids, options = build("llama", layers=2), token_ids(TOKENS), SIZES | {"scorer": "window-attention"}
     expected = stepped(Engine(model, **options), ids)
-    for module in (choices, memory):
-        monkeypatch.setattr(module, "SET_TOKENS", 40)
+    monkeypatch.setattr(choices, "SET_TOKENS", 40)
     e = Engine(model, **options)
     assert worst(e.prefill(ids), expected) < TOLERANCE and e.stats()["events"] > 20
     sizes = [1 + chunk.groups.prunes for chunk in chunks]

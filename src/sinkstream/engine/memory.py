@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkstream.cache import ModelSpec
-from sinkstream.cache.choices import SET_TOKENS
 from sinkstream.engine.prompt_choices import choosing_chunks, most_prunes_within
 from sinkstream.engine.prompt_events import FORESEEN_TOKENS
 from sinkstream.engine.reading import TILE as READ_TILE
@@ -118,7 +117,7 @@ def _choosing_bytes(policy: EvictionPolicy, spec: ModelSpec, tokens: int) -> int
     head, entries = spec.kv_heads * spec.head_dim, policy.peak + tokens
     window = entries * head * (3 * spec.dtype.itemsize + 3 * 4)  # once more, and not rotated, twice
     queries = tokens * spec.query_heads * spec.head_dim * spec.dtype.itemsize
-    chosen = min(policy.refresh * (1 + most_prunes_within(policy, tokens)), SET_TOKENS)
+    chosen = policy.refresh * (1 + most_prunes_within(policy, tokens))
     return window + queries + 4 * chosen * head * 4
 
 

@@ -94,7 +94,7 @@ class ChoiceSizes:
         assert policy.scorer is not None, "which chooses"
         adds, growth = "accumulated" in policy.needs, policy.growth + 1
         queries = min(tokens, growth) if adds else policy.scorer.observed_queries
-        prunes = min(most_prunes_within(policy, tokens), 1 + most_prunes(policy))  # one before the chunk's first token
+        prunes = most_prunes_within(policy, tokens)
         rows = tokens if adds else prunes * queries
         leaving = policy.refresh + growth + tokens
         return cls(
@@ -112,11 +112,12 @@ class ChoiceSizes:
 
 
 def most_prunes_within(policy: EvictionPolicy, tokens: int) -> int:
-    """The most tokens, of so many in a row of a full stream, before which something is dropped."""
+    """The most prunes that such a chunk of so many tokens of a full stream crosses, one before its first included."""
     schedule = PruneSchedule(policy)
     schedule.advance(policy.peak)
     drops = schedule.advance(policy.peak + tokens).drop > 0
-    return int(np.convolve(drops, np.ones(tokens, dtype=np.int64), "valid").max())
+    crossed = int(np.convolve(drops, np.ones(tokens, dtype=np.int64), "valid").max())
+    return min(crossed, 1 + most_prunes(policy))
 
 
 class Choices:

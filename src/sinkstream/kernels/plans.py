@@ -158,9 +158,7 @@ PERSISTENT_NEOX_PLANS: dict[int, OpLaunch] = {  # likewise, with bytes of the he
     768: OpLaunch(  # Pythia-160M: 0.192 ms, 1.79 times the byte floor; the ops 0.232 ms
         PersistentNeoxConfig(warps=4, per_sm=2, rows=4, out_rows=4), 2 * MB
     ),
-    1024: OpLaunch(
-        PersistentNeoxConfig(lead=2, early=0), 16 * MB
-    ),  # Pythia-410M: 0.460 ms, 1.52 times; the ops 0.514 ms
+    1024: OpLaunch(PersistentNeoxConfig(lead=2, early=0), 16 * MB),  # Pythia-410M: 0.460 ms, 1.52 times; 0.514 ms
 }
 
 
