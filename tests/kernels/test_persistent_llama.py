@@ -3,21 +3,21 @@
 import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error
+from persistent_layers_case import PersistentLayersCase
 from ring_case import Case, behind
 
 from sinkstream.kernels.config import PersistentConfig
-from sinkstream.kernels.persistent_layers import persistent_layers
 from sinkstream.kernels.persistent_llama import LlamaTensors, PersistentLlama
 
 HEADS, KV_HEADS, DIM, HIDDEN, MIDDLE, EPS = 4, 2, 16, 40, 72, 1e-5
 SMALL = PersistentConfig(slots=32) if DEVICE.type == "cuda" else PersistentConfig(warps=16, per_sm=4, slots=32)  # 3 SMs
 
 
-class Layers:
+class Layers(PersistentLayersCase):
     """Random layers over rings that are filled alike, one new token, and what the step must give."""
 
     def __init__(self, dtype, count=2, front=0, **ring):
-        options = {"pinned_slots": 4, "ring": 41, "pinned": 4, "first": 30, "length": 33} | ring
+        options = self.RING | ring
         rows = (HEADS + 2 * KV_HEADS) * DIM
         self.layers, self.cases = [], []
         for _ in range(count):
@@ -50,11 +50,6 @@ class Layers:
     def kernel(self, config=SMALL):
         pinned = self.cases[0].options["pinned_slots"]
         return PersistentLlama(self.layers, query_heads=HEADS, pinned_slots=pinned, rotary=DIM, eps=EPS, config=config)
-
-    def run(self, kernel, implementation):
-        other = torch.full_like(self.hidden, float("nan"))
-        scalars, rope = self.cases[0].scalars, self.cases[0].rope
-        return persistent_layers(self.hidden.clone(), other, kernel, scalars, rope, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

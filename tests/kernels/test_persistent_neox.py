@@ -3,10 +3,10 @@
 import pytest
 import torch
 from ops_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, draw, error
+from persistent_layers_case import PersistentLayersCase
 from ring_case import Case, behind
 
 from sinkstream.kernels.config import PersistentNeoxConfig
-from sinkstream.kernels.persistent_layers import persistent_layers
 from sinkstream.kernels.persistent_neox import NeoxTensors, PersistentNeox
 
 HEADS, DIM, ROTARY, HIDDEN, MIDDLE, EPS = 3, 16, 8, 40, 72, 1e-5
@@ -21,11 +21,11 @@ CONFIGS = [
 ]
 
 
-class Layers:
+class Layers(PersistentLayersCase):
     """Random layers over rings that are filled alike, one new token, and what the step must give."""
 
     def __init__(self, dtype, count=2, front=0, **ring):
-        options = {"pinned_slots": 4, "ring": 41, "pinned": 4, "first": 30, "length": 33} | ring
+        options = self.RING | ring
         context = HEADS * DIM
         self.layers, self.cases = [], []
         for _ in range(count):
@@ -64,11 +64,6 @@ class Layers:
         return PersistentNeox(
             self.layers, query_heads=HEADS, pinned_slots=pinned, rotary=ROTARY, eps=EPS, config=config
         )
-
-    def run(self, kernel, implementation):
-        other = torch.full_like(self.hidden, float("nan"))
-        scalars, rope = self.cases[0].scalars, self.cases[0].rope
-        return persistent_layers(self.hidden.clone(), other, kernel, scalars, rope, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
