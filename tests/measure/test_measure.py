@@ -1,5 +1,6 @@
 """Timing, memory, environment and summaries: exact figures from known input, and nothing personal in a bug report."""
 
+import gc
 import getpass
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import socket
 import subprocess
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
-from sinkstream.measure.memory import OWN, PeakMemory, free_unused, held_mb
+from sinkstream.measure.memory import OWN, PeakMemory, free_unused, held_mb, old_objects_aside
 from sinkstream.measure.metrics import summarise
 from sinkstream.measure.timing import distribution, latency_summary, timed
 from sinkstream.records.files import WriteError, write_atomically
@@ -117,6 +119,28 @@ def test_memory_of_this_process_is_in_mb():
     assert memory.kind == "process_rss_sampled"
     total = psutil.virtual_memory().total / 2**20
     assert 1 < held < total and 1 < memory.peak_mb < total, "bytes or GB would be outside"
+
+
+def test_the_garbage_collector_passes_over_old_objects_and_frees_new_ones():
+    class Ring:
+        def __init__(self):
+            self.me = self
+
+    freed = []
+
+    def ring(name: str) -> weakref.finalize:
+        return weakref.finalize(Ring(), freed.append, name)
+
+    with old_objects_aside():
+        inside = gc.get_freeze_count()
+        ring("new")
+        gc.collect()
+        assert inside > 1_000
+        assert freed == ["new"]
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(KeyError), old_objects_aside():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
 
 
 def test_environment_is_complete_and_serialisable():

@@ -18,7 +18,7 @@ from sinkstream.bench.rungs import open_timed, prompt_tokens
 from sinkstream.bench.settings import BenchConfig, Protocol
 from sinkstream.evaluation.decoders import Frames, step_weight_bytes
 from sinkstream.evaluation.runner import Report
-from sinkstream.measure.memory import held_mb
+from sinkstream.measure.memory import held_mb, old_objects_aside
 from sinkstream.measure.metrics import token_nll
 from sinkstream.measure.timing import TokenClock, timed
 from sinkstream.models import LoadedModel
@@ -166,6 +166,7 @@ class ActiveRun:
         samples.latency.append(latency)  # last: a chunk without latency is dropped after an interrupt
 
 
+@old_objects_aside()
 def decode_in_turns(
     active: Sequence[ActiveRun],
     *,

@@ -23,7 +23,7 @@ DEFINITIONS = {
     "tpot": (
         "wall seconds of the steady tokens over their number, host included: every token is chosen on the device (the"
         " likeliest, which a step of the engine finds itself, or the text's next one with its NLL) and appended; the"
-        " device is waited for once a chunk"
+        " device is waited for once a chunk; Python's garbage collector passes over what was there before the tokens"
     ),
     "latency": (
         "time between two tokens, CUDA events on a GPU and the clock on a CPU; the first token of every chunk, which"

@@ -11,6 +11,7 @@ from typing import Any
 
 from sinkstream.cli.options import add_model_options, add_ray_option, check_with_ray, load_given_model, refuse_options
 from sinkstream.engine.steps import STEPS
+from sinkstream.measure.memory import old_objects_aside
 from sinkstream.models import resolve_device
 from sinkstream.models.gguf_file import cache_dir
 from sinkstream.policies.options import OptionSpec, option_fields
@@ -120,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     config = uvicorn.Config(
         create_app(service, keys, hosts), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with old_objects_aside():  # no stream waits for a full collection
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
@@ -155,9 +157,12 @@ def _run_on_ray(
         from argparse import Namespace
 
         from sinkstream.cli.serve import make_service
+        from sinkstream.measure.memory import set_old_objects_aside
         from sinkstream.serve.app import create_app
 
-        return create_app(make_service(Namespace(**given), spill, shared=True, replicas=replicas), keys, hosts)
+        app = create_app(make_service(Namespace(**given), spill, shared=True, replicas=replicas), keys, hosts)
+        set_old_objects_aside()
+        return app
 
     def ready(replicas: int) -> None:
         count = len(files.sessions())

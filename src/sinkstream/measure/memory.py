@@ -12,6 +12,8 @@ first: `free_unused` gives them back.
 
 import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -51,6 +53,26 @@ def free_unused(device: torch.device | str) -> bool:
         torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return not graphs
+
+
+def set_old_objects_aside() -> None:
+    """Python's garbage collector passes over everything that exists now, from here on (`gc.freeze`).
+
+    A process with torch and transformers holds some 400,000 objects. A full collection reads them all, which stops the
+    process for 0.1 to 0.4 s, now and then while it decodes.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@contextmanager
+def old_objects_aside() -> Iterator[None]:
+    """Context manager: `set_old_objects_aside` for its body."""
+    set_old_objects_aside()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class PeakMemory:
