@@ -19,7 +19,7 @@ import torch
 
 from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.decoders import Decoder
-from sinkstream.measure.memory import held_mb
+from sinkstream.measure.memory import held_mb, old_objects_aside
 from sinkstream.measure.timing import TokenClock, distribution
 from sinkstream.studies.facts.asking import Answer, Asking, Exam, Question, Report
 from sinkstream.studies.facts.record import AnswersRecord
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = 64
-FIRST_WINDOW, WINDOW = 4_096, 512  # token where the first timed window begins, and tokens of a window
+# token where the first timed window begins, least tokens of a window, and its least share of the reply
+FIRST_WINDOW, WINDOW, WINDOW_SHARE = 4_096, 512, 1 / 256
 SAMPLES = 64  # readings of memory, evenly over the reply
 ARCHIVE_COUNTS = ("archived", "archive_bytes", "archive_file_bytes", "archive_lost")
 
@@ -80,8 +81,9 @@ class ReplyDesign:
     @property
     def windows(self) -> list[range]:
         """Tokens that are timed one by one: after the first 4,096, at a quarter, at a half, and at the end."""
-        starts = (FIRST_WINDOW, self.tokens // 4, self.tokens // 2, self.tokens - WINDOW)
-        return [range(start, start + WINDOW) for start in starts]
+        tokens = max(WINDOW, int(self.tokens * WINDOW_SHARE))
+        starts = (FIRST_WINDOW, self.tokens // 4, self.tokens // 2, self.tokens - tokens)
+        return [range(start, start + tokens) for start in starts]
 
     def places(self, size: int) -> list[tuple[int, int]]:
         """Where each statement and its question begin; every line has `size` tokens of room, distances are random.
@@ -172,6 +174,7 @@ class Replying(Asking):
                 yield
         yield from super()._read(decoder, ids, end)
 
+    @old_objects_aside()
     def _decode(self, decoder: Decoder, ids: torch.Tensor, window: range) -> None:
         """Time the tokens of a window one by one, as the benchmark does: the host does not wait between them."""
         clock, before = TokenClock(ids.device), _frames(decoder)
