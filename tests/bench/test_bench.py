@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
-from record_factory import make_arrays, make_bench_record, make_record
+from record_factory import GPU, make_arrays, make_bench_record, make_record
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -583,7 +583,7 @@ def test_recall_over_strict_is_the_worse_of_two_shapes_with_the_gate_live(tmp_pa
     plant_recall(tmp_path, None, slow=1.5, recall_lag=2)  # newer, and not what recall does by default
     found = write_summary(tmp_path).headlines
     assert found["recall.tpot_over_strict"]["value"] == pytest.approx(1.01)
-    assert found["recall.p99_over_p50"] == {"value": 2.02, "record": "None-0.03-float16-recall"}
+    assert found["recall.p99_over_p50"] == {"value": 2.02, "record": "None-0.03-float16-recall", "on": "Test GPU"}
 
 
 def test_headlines_are_computed_from_the_records(tmp_path):
@@ -640,6 +640,46 @@ def test_what_is_compared_comes_from_one_command(tmp_path):
     assert render_bench(tmp_path)["bench-ladder"] == ladder and "| 2.200 |" in ladder
     assert after["engine.speedup_over_hf_lazy"] == before["engine.speedup_over_hf_lazy"]
     assert after["engine.tpot_over_floor"]["record"] == "again", "compared with nothing, so the newest"
+
+
+def test_a_run_on_another_card_changes_no_figure_and_has_a_table_of_its_own(tmp_path):
+    """The planted figures are of the reference card; two others have some of them, and later."""
+
+    def elsewhere(gpu, day, name, *args, **more):
+        created, name = f"2026-03-0{day}T00:00:00+00:00", f"{day}-{name}"
+        content = make_bench_record(name, *args, created=created, session=gpu, **more)
+        content["environment"] |= {"gpu": GPU | {"name": gpu}}
+        BenchRecord.write(content, tmp_path)
+
+    def rename(gpu):
+        for record in BenchRecord.below(tmp_path):
+            content = json.loads(record.path.read_text())
+            content["environment"]["gpu"]["name"] = gpu
+            record.path.write_text(json.dumps(content))
+
+    planted(tmp_path)
+    rename("NVIDIA H100 80GB HBM3")
+    before, tables = write_summary(tmp_path).headlines, render_bench(tmp_path)
+    for day, gpu in ((1, "NVIDIA H200"), (2, "Test GPU")):
+        elsewhere(gpu, day, "strict", tpot_ms=1.2, turn=f"{day}-strict")
+        elsewhere(gpu, day, "lazy", "graph", "lazy R=64", tpot_ms=0.2, turn=f"{day}-strict")
+        elsewhere(gpu, day, "hf", "hf", "lazy R=64", tpot_ms=50.0)
+        elsewhere(gpu, day, "streams-8", tpot_ms=9.0, floor_ms=4.0, streams=8)
+        elsewhere(gpu, day, "streams-2", tpot_ms=9.0, floor_ms=4.0, streams=2)
+    after, both = write_summary(tmp_path).headlines, render_bench(tmp_path)
+    assert after == before and after["engine.tpot_over_floor"]["on"] == "NVIDIA H100 80GB HBM3"
+    for name in ("headline-speed", "bench-ladder", "bench-caps", "bench-streams", "bench-long"):
+        assert both[name] == tables[name], name
+    for name in ("bench-policies", "bench-shapes"):
+        assert both[name].startswith(tables[name]), name
+        lines = [line for line in both[name].splitlines() if "commit" in line]
+        assert [line.partition(",")[0] for line in lines] == ["NVIDIA H100 80GB HBM3", "Test GPU", "NVIDIA H200"]
+    for record in BenchRecord.below(tmp_path):
+        if record.hardware == "NVIDIA H100 80GB HBM3":
+            record.path.unlink()
+    alone = write_summary(tmp_path).headlines
+    assert alone["engine.tpot_over_floor"]["value"] == pytest.approx(0.6), "control: without the card of the figure"
+    assert alone["engine.tpot_over_floor"]["on"] == "Test GPU"
 
 
 def test_tables_of_the_documents_show_the_records(tmp_path):

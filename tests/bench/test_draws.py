@@ -66,7 +66,11 @@ def test_the_headline_is_the_worse_of_two_shapes(tmp_path):
     DrawRecord.write(make_draw_record("b", over_greedy=1.0375, **LLAMA), tmp_path)
     DrawRecord.write(make_draw_record("c", over_greedy=2.0, policy="lazy R=64", **LLAMA), tmp_path)
     DrawRecord.write(make_draw_record("d", over_greedy=3.0, cap=512), tmp_path)
-    assert write_summary(tmp_path).headlines["engine.top_p_over_greedy"] == {"value": 1.0375, "record": "b"}
+    assert write_summary(tmp_path).headlines["engine.top_p_over_greedy"] == {
+        "value": 1.0375,
+        "record": "b",
+        "on": "Test GPU",
+    }
     assert (
         "| llama-3.2-1b bfloat16 | strict | top-p 0.95 | 2.0750 | 1.0375 |" in render_draws(tmp_path)["bench-sampling"]
     )

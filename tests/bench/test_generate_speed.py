@@ -86,7 +86,7 @@ def test_the_headline_is_the_worse_of_two_shapes(tmp_path):
     GenerateRecord.write(make_generate_record("d", over=3.0, cap=512), tmp_path)
     GenerateRecord.write(make_generate_record("e", over=4.0, device="cpu"), tmp_path)
     key = "dropin.strict_over_dynamic_generate"
-    assert write_summary(tmp_path).headlines[key] == {"value": 1.025, "record": "b"}
+    assert write_summary(tmp_path).headlines[key] == {"value": 1.025, "record": "b", "on": "Test GPU"}
     row = "| llama-3.2-1b float16 | strict | 10.000 | 10.250 | 1.025 | 1.025 – 1.076 | 1.025 |"
     assert row in render_generate(tmp_path)["bench-generate"]
 

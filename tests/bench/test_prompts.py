@@ -114,9 +114,9 @@ def test_the_headlines_are_the_worse_of_two_shapes(tmp_path):
     PromptRecord.write(make_prompt_record("b", engine_ms=110.0, over_step=2.25, **LLAMA), tmp_path)
     PromptRecord.write(make_prompt_record("c", policy="lazy R=64", engine_ms=900.0, **LLAMA), tmp_path)
     headlines = write_summary(tmp_path).headlines
-    assert headlines["engine.prefill_8192_over_forward"] == {"value": 1.2, "record": "a"}
-    assert headlines["engine.prefill_32768_over_forward"] == {"value": 1.2, "record": "a"}
-    assert headlines["engine.append_50_over_step"] == {"value": 2.25, "record": "b"}
+    assert headlines["engine.prefill_8192_over_forward"] == {"value": 1.2, "record": "a", "on": "Test GPU"}
+    assert headlines["engine.prefill_32768_over_forward"] == {"value": 1.2, "record": "a", "on": "Test GPU"}
+    assert headlines["engine.append_50_over_step"] == {"value": 2.25, "record": "b", "on": "Test GPU"}
     tables = render_prompts(tmp_path)
     assert set(tables) == set(PROMPT_TABLES) and NONE_YET not in tables.values()
     row = "| llama-3.2-1b bfloat16 | strict | 8,192 | 100.00 | 110.00 | 1.100 | 150.00 | 1.250 | 60.00 | 1.83 |"

@@ -171,9 +171,9 @@ def test_headlines_of_speed_are_those_of_a_gpu(tmp_path):
         )
     ServeRecord.write(make_serve_record("soak", "soak"), tmp_path)
     headlines = write_summary(tmp_path).headlines
-    assert headlines["serve.thousand_turn_tpot_ratio"] == {"value": 1.03, "record": "turns-cuda"}
+    assert headlines["serve.thousand_turn_tpot_ratio"] == {"value": 1.03, "record": "turns-cuda", "on": "Test GPU"}
     assert headlines["serve.overhead_over_engine"]["value"] == pytest.approx(0.03)
-    assert headlines["serve.soak_requests"] == {"value": 1200, "record": "soak"}
+    assert headlines["serve.soak_requests"] == {"value": 1200, "record": "soak", "on": "Test GPU"}
     assert headlines["serve.replies_differing"]["value"] == 0
     tables = render_serve(tmp_path)
     assert "0 of 900 replies differ" in tables["serve-figures"] and tables["serve-sessions"] == NONE_YET
@@ -202,7 +202,7 @@ def test_throughput_has_a_row_a_number_of_sessions(tmp_path):
 def test_chats_with_facts_have_a_table_and_headlines(tmp_path):
     ServeRecord.write(make_serve_record("facts", "recall"), tmp_path)
     headlines = write_summary(tmp_path).headlines
-    assert headlines["serve.recall_found"] == {"value": 0.75, "record": "facts"}
+    assert headlines["serve.recall_found"] == {"value": 0.75, "record": "facts", "on": "Test GPU"}
     assert headlines["serve.recall_right"]["value"] == headlines["serve.recall_false_alarms"]["value"] == 0.25
     shown = render_serve(tmp_path)
     assert "75 % [60, 86] | 25 % [14, 40] | 0 % [0, 9] | 5 % [1, 17]" in shown["serve-recall"]

@@ -1,10 +1,12 @@
 """Prompts through the packed weights against the oracle: chunks of any size, full streams, wrapped rings, streams."""
 
 import importlib
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from fake_graphs import without_gpu
 from oracle.models import ENGINE, build, token_ids
 from streams import TOLERANCE, FakeTokenizer, oracle_run, small_policy
 
@@ -313,6 +315,25 @@ def test_foreseen_chunks_at_fixed_addresses_are_exact(family, signal, monkeypatc
             found = -logits.double().log_softmax(-1)[ids[end]]
             assert (found - expected[stream][end - 1]).abs() < TOLERANCE
     assert e._append.foreseen.due() == [], "control: each size has been used"
+
+
+def test_a_foreseen_chunk_holds_the_keys_of_one_forward(monkeypatch):
+    """Warm-ups and capture: what the forward before has held is gone when the next one begins."""
+    without_gpu(monkeypatch)
+    monkeypatch.setattr(ForeseenChunks, "captures", lambda chunks: True)
+    e = Engine(build("llama", layers=2), backend="graph", chunk_tokens=96, **small_policy("adaptive-entropy"))
+    held, alive, layers = [], [], PromptForward.layers
+
+    def watched(forward, ids, chunk):
+        alive.append([keys() is not None for keys in held])
+        found = layers(forward, ids, chunk)
+        held.append(weakref.ref(chunk.held[0][1]))
+        return found
+
+    monkeypatch.setattr(PromptForward, "layers", watched)
+    e._append.foreseen.ready(96)
+    assert len(alive) > 1 and not any(map(any, alive))
+    assert held[-1]() is not None, "control: the last one is there"
 
 
 @pytest.mark.gpu

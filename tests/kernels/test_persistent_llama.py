@@ -72,3 +72,18 @@ def test_the_residual_stream_and_the_slots_agree_with_float64(implementation, dt
         assert error(case.values[:, :, case.slot], value) < TOLERANCE[dtype]
     layers.layers[0].o.neg_()
     assert error(layers.run(kernel, "torch"), expected) > 0.1, "control: other weights say something else"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_shape_without_room_for_its_programs_is_refused_by_the_kernel_and_not_by_the_twin(
+    implementation, monkeypatch
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr("sinkstream.kernels.persistent_llama.multiprocessors", lambda device: 1)
+    layers = Layers(torch.float16, 1)
+    if implementation == "torch" and DEVICE.type == "cpu":
+        expected, _ = layers.expected()
+        assert error(layers.run(layers.kernel(), implementation), expected) < TOLERANCE[torch.float16]
+    else:
+        with pytest.raises(ValueError, match="layers of 40 and 72 values with 4 heads over 45 slots; accepted by the"):
+            layers.run(layers.kernel(), implementation)

@@ -19,7 +19,7 @@ LIBRARIES = ("altair", "vl_convert", "moocore", "jinja2")
 if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
     pytest.skip(f"the extra `report` is not installed: {', '.join(absent)}", allow_module_level=True)
 
-from sinkstream.report.answers import speed_table  # noqa: E402
+from sinkstream.report.answers import speed_tables  # noqa: E402
 from sinkstream.report.page import charts  # noqa: E402
 from sinkstream.report.page.build import latex, read_evidence, write_page  # noqa: E402
 from sinkstream.report.page.groups import Group, frontier, groups_of  # noqa: E402
@@ -164,12 +164,20 @@ def test_points_that_are_timed_only_have_a_table_and_no_pareto(tmp_path):
             PointRecord.write(content, tmp_path)
     found = load_points(tmp_path)
     assert groups_of(found) == []
-    table = speed_table(found)
+    ((timed, table),) = speed_tables(found)
+    assert timed == found
     assert table.header[1:] == [
         *("ms a token (÷ strict), 128 slots", "ms a token (÷ strict), 512 slots", "peak MB, 128", "peak MB, 512")
     ]
     assert list(table.rows[2]) == ["lazy R=64", "2.141 (1.00)", "2.141 (1.00)", "6,007", "6,007"]
     assert sections(read_evidence(tmp_path)) == [], "no picture of quality"
+    other = make_point(3, model="shape", cap=128) | {"quality": None, "id": "point-elsewhere"}
+    other["configuration"] = other["configuration"] | {"quality": None}
+    other["environment"] = other["environment"] | {"gpu": other["environment"]["gpu"] | {"name": "NVIDIA H100"}}
+    PointRecord.write(other, tmp_path)
+    (_, there), (_, same) = speed_tables(load_points(tmp_path))
+    assert same.rows == table.rows and [row[0] for row in there.rows] == ["lazy R=64"], "a table a card"
+    assert there.rows[0][1] == "2.141", "and no ratio over the strict of another card"
 
 
 def test_the_page_is_one_file_below_three_megabytes(tmp_path):

@@ -11,7 +11,7 @@ from sinkstream.matrix.record import load_points
 from sinkstream.report.criteria import KINDS, OUTCOMES, Evidence, read_criteria
 from sinkstream.report.ledger import counts, judge_all, read_ledger
 from sinkstream.report.summary import write_summary
-from sinkstream.report.verdicts import conditions, timed_beside
+from sinkstream.report.verdicts import conditions, groups, once, timed_beside
 
 CRITERIA = Path(__file__).resolve().parents[2] / "experiments" / "criteria.toml"
 
@@ -75,6 +75,54 @@ def test_quality_is_compared_between_gpus_of_the_same_arithmetic_and_times_are_n
     found = load_points(write(tmp_path, base, strict))
     assert conditions(found[0]) == conditions(found[1])
     assert timed_beside(found[0], found) == [found[0]]
+
+
+def on(record, gpu):
+    """The record, made on that GPU."""
+    return record | {"environment": record["environment"] | {"gpu": GPU | {"name": gpu}}}
+
+
+def test_a_later_point_of_another_card_does_not_take_the_place_of_one(tmp_path):
+    """One id on two cards: quality is judged once, and a time stays beside those of its own card."""
+    for folder, gpu, strict in (("1", "NVIDIA H100 80GB HBM3", 0.001), ("2", "NVIDIA H200", 0.0011)):
+        recompute = point("recompute-512", "recompute", sample_every=4)
+        write(tmp_path / folder, on(recompute, gpu), on(point("strict-512", shift=strict), gpu))
+    evidence = Evidence.below(tmp_path)
+    assert sorted(p.environment["gpu"]["name"][7:11] for p in evidence.points) == ["H100", "H100", "H200", "H200"]
+    ((group,),) = groups(evidence).values()
+    assert len(group) == 4 and len(once(group)) == 2
+    assert {p.id for p in timed_beside(group[0], group)} == {"point-recompute-512", "point-strict-512"}
+    failed = on(point("strict-512", status="failed"), "NVIDIA H200")
+    write(tmp_path / "3", failed | {"created": "2026-03-01T00:00:00+00:00"})
+    left = Evidence.below(tmp_path)
+    assert len(left.failed) == 1 and len(left.points) == 3, "a failure is of its own card"
+
+
+def test_a_verdict_of_speed_keeps_its_card_and_what_has_an_interval(tmp_path):
+    later = "2026-02-01T00:00:00+00:00"
+
+    def timing(name, policy, ms, gpu, chunks=12, **more):
+        seconds = [50 * ms / 1e3 * (1 + 1e-3 * (i % 3)) for i in range(chunks)]
+        record = make_bench_record(name, "fused", policy, tpot_ms=ms, chunk_seconds=seconds, **more)
+        return on(record, gpu)
+
+    h100, h200, model = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "random:pythia-2.8b"
+    fast = [timing("s", "strict", 2.0, h100, turn="s"), timing("l", "lazy R=64", 2.0, h100, turn="s")]
+    results = write(tmp_path, *fast)
+    before = {v.criterion: v for v in read_ledger(CRITERIA, results)[1] if v.subject == model}
+    assert before["strict-against-lazy"].outcome == "go"
+    there = [timing("s2", "strict", 1.9, h200, turn="s2", created=later, floor_ms=1.0)]
+    there += [timing("l2", "lazy R=64", 1.0, h200, turn="s2", created=later)]
+    short = [timing("s3", "strict", 3.0, h100, chunks=6, turn="s3", created=later, floor_ms=1.0)]
+    short += [timing("l3", "lazy R=64", 1.0, h100, chunks=6, turn="s3", created=later)]
+    write(results, *there, *short)
+    assert {v.criterion: v for v in read_ledger(CRITERIA, results)[1] if v.subject == model} == before
+    again = [timing("s4", "strict", 3.0, h100, turn="s4", created=later, floor_ms=1.0)]
+    again += [timing("l4", "lazy R=64", 1.0, h100, turn="s4", created=later)]
+    after = {v.criterion: v for v in read_ledger(CRITERIA, write(results, *again))[1] if v.subject == model}
+    assert after["strict-against-lazy"].outcome == "no-go", "control: the same on the card of the figure"
+    floors = [c for c, v in after.items() if "byte floor" in v.figures]
+    assert floors and all(before[c].records == ("s",) and after[c].records == ("s4",) for c in floors)
 
 
 def test_failed_and_scattered_points_stop(tmp_path):

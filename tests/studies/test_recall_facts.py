@@ -21,12 +21,13 @@ from sinkstream.evaluation.runner import Request
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.report.documents import NONE_YET, render_tables
 from sinkstream.report.summary import write_summary
+from sinkstream.show.table import EMPTY
 from sinkstream.statistics import mean_interval
 from sinkstream.studies.facts.asking import Asking, answer_all
 from sinkstream.studies.facts.record import accuracy, pooled
 from sinkstream.studies.facts.run import ExamBatch
 from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
-from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
+from sinkstream.studies.recall.facts_tables import draw_facts, facts_table, select_facts
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.run import RecallBatch, RecallDesign
 from sinkstream.studies.recall.tables import (
@@ -92,6 +93,36 @@ def test_strict_answers_inside_its_window_only(stream, tmp_path, monkeypatch):
     assert draw_facts([strict, full], tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     (both,) = pooled([strict, strict])
     assert len(both.answers["correct"]) == 24 and accuracy(both.answers).value == accuracy(strict.answers).value
+    _times_are_not_pooled(strict, full)
+    _a_trial_takes_no_study_s_place(strict)
+
+
+def _on(record, gpu, ttft_ms, text="sentences"):
+    """The record, as if it had been made on that GPU in that time."""
+    environment = record.environment | {"gpu": record.environment["gpu"] | {"name": gpu}}
+    data = record.data | {"name": text}
+    return replace(record, environment=environment, summary=record.summary | {"ttft_ms": ttft_ms}, data=data)
+
+
+def _times_are_not_pooled(strict, full) -> None:
+    def ttft(*records):
+        return [row[-1] for row in facts_table(records).rows[::3]]
+
+    one = [_on(strict, "NVIDIA H100", 5.0), _on(strict, "NVIDIA H100", 7.25, "another")]
+    assert ttft(one[0]) == ["5.0"] and ttft(*one) == ["5.0 – 7.2"]
+    assert ttft(*one, _on(strict, "NVIDIA H200", 3.0, "third")) == ["5.0 – 7.2 (H100); 3.0 (H200)"]
+    assert ttft(*one, _on(full, "NVIDIA H200", 3.0)) == ["5.0 – 7.2 (H100)", "3.0 (H200)"], "in one table"
+    assert pooled(one)[0].summary["ttft_ms"] is None and ttft(strict) == [EMPTY]
+
+
+def _a_trial_takes_no_study_s_place(strict) -> None:
+    trial = replace(strict, answers={name: column[:6] for name, column in strict.answers.items()})
+    of = {"model": strict.model["name"], "cap": CAP}
+    (kept,) = select_facts([strict, trial], **of)
+    assert kept is strict, "the trial is later, and smaller"
+    again = _on(strict, "NVIDIA H100", 5.0)
+    (chosen,) = select_facts([trial, strict, again], **of)
+    assert chosen is again, "of as many answers the newest"
 
 
 @pytest.mark.parametrize(

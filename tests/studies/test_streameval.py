@@ -4,6 +4,7 @@ import itertools
 import re
 import shlex
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,6 +278,10 @@ def test_table_and_picture(batch, tmp_path):
     table = streameval_table(records, "T")
     assert [row[:2] for row in table.rows] == [[n, f] for n in ("full", "strict") for f in ("cue", "open")]
     assert table.header[2:4] == ["3 lines", "12 lines"] and table.rows[2][2].startswith("100 % [")
+    assert "On" not in table.header, "one machine is named above the table"
+    elsewhere = records[0].environment | {"gpu": records[0].environment["gpu"] | {"name": "NVIDIA H200"}}
+    mixed = streameval_table([replace(records[0], environment=elsewhere), records[1]])
+    assert mixed.header[-1] == "On" and [row[-1] == "H200" for row in mixed.rows] == [True, True, False, False]
     assert draw_streameval(records, tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no streameval records"):
         draw_streameval([], tmp_path / "s.png")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sinkstream.bench.draw_records import DrawRecord
 from sinkstream.bench.two_shapes import newest_on_gpu, shape_name, worse_of_two
+from sinkstream.records.cards import each_card
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -29,7 +30,8 @@ def draw_table(records: Sequence[DrawRecord], title: str | None = None) -> Table
 def render_draws(results: Path) -> dict[str, str]:
     """Markdown of the table, by its name in the documents. Raises ValueError if a sampling record is broken."""
     found = newest_on_gpu(DrawRecord.below(results))
-    return {"bench-sampling": f"{machine(found)}\n\n{draw_table(found).markdown()}" if found else NONE_YET}
+    said = each_card(found, lambda some: f"{machine(some)}\n\n{draw_table(some).markdown()}")
+    return {"bench-sampling": said or NONE_YET}
 
 
 @DRAW_HEADLINES.register("engine.top_p_over_greedy")

@@ -10,6 +10,7 @@ from typing import Any
 
 from sinkstream.bench.two_shapes import newest_on_gpu, shape_name, worse_of_two
 from sinkstream.records.base import StatusRecord
+from sinkstream.records.cards import each_card
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.records.schema import REQUIRED
@@ -101,7 +102,8 @@ def generate_table(records: Sequence[GenerateRecord], title: str | None = None) 
 def render_generate(results: Path) -> dict[str, str]:
     """Markdown of the table, by its name in the documents. Raises ValueError if such a record is broken."""
     found = newest_on_gpu(GenerateRecord.below(results))
-    return {"bench-generate": f"{machine(found)}\n\n{generate_table(found).markdown()}" if found else NONE_YET}
+    said = each_card(found, lambda some: f"{machine(some)}\n\n{generate_table(some).markdown()}")
+    return {"bench-generate": said or NONE_YET}
 
 
 @GENERATE_HEADLINES.register("dropin.strict_over_dynamic_generate")

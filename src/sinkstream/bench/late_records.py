@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkstream.records.base import StatusRecord
+from sinkstream.records.cards import one_card
 from sinkstream.records.headline import Headline
 from sinkstream.records.schema import REQUIRED
 from sinkstream.registry import Registry
@@ -71,6 +72,7 @@ def late_table(records: Sequence[LateRecord], title: str | None = None) -> Table
 
 
 @LATE_HEADLINES.register("dropin.late_over_early_token")
+@one_card
 def late_over_early_token(records: Sequence[LateRecord]) -> Headline | None:
     """A token of generate() after 200,000 tokens over one after 1,000, whole conversation given, newest record."""
     for record in reversed(records):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sinkstream.bench.prompt_records import PromptRecord
 from sinkstream.bench.two_shapes import before, newest_on_gpu, shape_name, worse_of_two
-from sinkstream.measure.environment import hardware
+from sinkstream.records.cards import each_card
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -96,10 +96,8 @@ def appended_table(records: Sequence[PromptRecord]) -> str:
 
 def _of_each_machine(records: Sequence[PromptRecord], table: Callable[[Sequence[PromptRecord]], Table]) -> str:
     """A table for the records of each kind of machine, so that no row stands beside one of other hardware."""
-    machines: dict[str, list[PromptRecord]] = {}
-    for record in newest_on_gpu(records):
-        machines.setdefault(hardware(record.environment), []).append(record)
-    return "\n\n".join(f"{_origin(found)}\n\n{table(found).markdown()}" for found in machines.values()) or NONE_YET
+    found = newest_on_gpu(records)
+    return each_card(found, lambda some: f"{_origin(some)}\n\n{table(some).markdown()}") or NONE_YET
 
 
 def _origin(records: Sequence[PromptRecord]) -> str:

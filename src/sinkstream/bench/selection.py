@@ -7,6 +7,7 @@ from sinkstream.bench.record import BenchRecord
 from sinkstream.engine import STEPS
 from sinkstream.models import SHAPES as PUBLISHED
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.cards import of_one_card
 
 LADDER_SHAPE = PREFIX + "pythia-2.8b"
 SHAPES = [PREFIX + name for name in PUBLISHED]
@@ -41,9 +42,9 @@ def select(
 
 
 def configuration(record: BenchRecord) -> tuple[Any, ...]:
-    """What tells two records apart that are not repetitions of each other, the machine left out."""
+    """What tells two records apart that are not repetitions of each other."""
     protocol = record.protocol
-    return (record.rung["name"], record.policy["label"], *conditions(record)[1:], protocol["streams"], protocol["cap"])
+    return (record.rung["name"], record.policy["label"], *conditions(record), protocol["streams"], protocol["cap"])
 
 
 def conditions(record: BenchRecord) -> tuple[Any, ...]:
@@ -74,11 +75,10 @@ def together(records: Sequence[BenchRecord]) -> list[BenchRecord]:
 
 
 def comparable(records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    """Those that share their conditions with the latest one."""
-    if not records:
-        return []
-    latest = conditions(max(records, key=lambda r: r.created))
-    return [r for r in records if conditions(r) == latest]
+    """Those of one card (`of_one_card`) that share their conditions with the latest one there."""
+    found = of_one_card(records)
+    latest = max(found, key=lambda r: r.created, default=None)
+    return [r for r in found if latest is not None and conditions(r) == conditions(latest)]
 
 
 def fastest_rung(records: Sequence[BenchRecord]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sinkstream.bench.two_shapes import newest_on_gpu, shape_name
 from sinkstream.records.base import StatusRecord
+from sinkstream.records.cards import each_card
 from sinkstream.records.origin import machine
 from sinkstream.records.schema import REQUIRED
 from sinkstream.show.table import NONE_YET, Table
@@ -63,4 +64,5 @@ def snapshot_table(records: Sequence[SnapshotRecord], title: str | None = None) 
 def render_snapshots(results: Path) -> dict[str, str]:
     """Markdown of the table, by its name in the documents. Raises ValueError if such a record is broken."""
     found = newest_on_gpu(SnapshotRecord.below(results))
-    return {"bench-snapshot": f"{machine(found)}\n\n{snapshot_table(found).markdown()}" if found else NONE_YET}
+    said = each_card(found, lambda some: f"{machine(some)}\n\n{snapshot_table(some).markdown()}")
+    return {"bench-snapshot": said or NONE_YET}

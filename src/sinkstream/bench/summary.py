@@ -9,6 +9,7 @@ from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, pairs, rival, select
 from sinkstream.bench.two_shapes import BOTH
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.cards import one_card
 from sinkstream.records.headline import Headline
 from sinkstream.registry import Registry
 
@@ -37,22 +38,23 @@ def _over_floor(records: Sequence[BenchRecord], model: str, dtype: str) -> Headl
 
 
 def _speedup(records: Sequence[BenchRecord], rung: str) -> Headline | None:
-    """TPOT of another rung over the fastest one's, newest record that has such a rival, in the same command if any."""
-    rivals = ((record, rival(records, record, rung)) for record in reversed(_best(records, LADDER_SHAPE, "float16")))
-    found = [(record, other) for record, other in rivals if other is not None]
-    same_session = [(record, other) for record, other in found if other.session == record.session]
-    for record, other in same_session or found:
-        return Headline(other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id)
+    """TPOT of another rung over the fastest one's: the newest record that has such a rival in its own command."""
+    for record in reversed(_best(records, LADDER_SHAPE, "float16")):
+        other = rival(records, record, rung)
+        if other is not None and other.session == record.session:
+            return Headline(other.steady["tpot_ms"] / record.steady["tpot_ms"], record.id)
     return None
 
 
 @SPEED_HEADLINES.register("engine.tpot_over_floor")
+@one_card
 def tpot_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT over the byte floor: Pythia-2.8B shape, float16, fastest rung, strict, cap 2,052, one stream, GPU."""
     return _over_floor(records, LADDER_SHAPE, "float16")
 
 
 @SPEED_HEADLINES.register("engine.strict_over_lazy")
+@one_card
 def strict_over_lazy(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of strict over lazy R=64 that took turns with it: Pythia-2.8B shape, float16, fastest rung, GPU."""
     strict, lazy = (_best(records, LADDER_SHAPE, "float16", policy) for policy in ("strict", "lazy R=64"))
@@ -65,18 +67,21 @@ def strict_over_lazy(records: Sequence[BenchRecord]) -> Headline | None:
 
 
 @SPEED_HEADLINES.register("engine.adaptive_over_strict")
+@one_card
 def adaptive_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of adaptive (entropy) over strict taking turns with it: 2,052 slots, fastest rung, worse of two shapes."""
     return _over_strict(records, "adaptive-entropy")
 
 
 @SPEED_HEADLINES.register("engine.window_attention_over_strict")
+@one_card
 def window_attention_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of refresh by window attention, R = B = 64, over strict, as `engine.adaptive_over_strict`."""
     return _over_strict(records, "refresh-window-attention R=64 B=64")
 
 
 @SPEED_HEADLINES.register("recall.tpot_over_strict")
+@one_card
 def recall_tpot_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of strict with lexical recall over strict taking turns with it: 2,052 slots, gate live, worse of two shapes.
 
@@ -86,6 +91,7 @@ def recall_tpot_over_strict(records: Sequence[BenchRecord]) -> Headline | None:
 
 
 @SPEED_HEADLINES.register("recall.p99_over_p50")
+@one_card
 def recall_p99_over_p50(records: Sequence[BenchRecord]) -> Headline | None:
     """P99 over P50 of a token with recall, as `recall.tpot_over_strict`."""
     return _recall_figure(records, lambda _, recall: recall.latency_ms["all"]["p99"] / recall.latency_ms["all"]["p50"])
@@ -131,6 +137,7 @@ def _over_strict(records: Sequence[BenchRecord], policy: str) -> Headline | None
 
 
 @SPEED_HEADLINES.register("engine.p99_over_p50")
+@one_card
 def p99_over_p50(records: Sequence[BenchRecord]) -> Headline | None:
     """P99 over P50 of 20,000 tokens, evictions included: Pythia-2.8B shape, float16, fastest rung; worst policy."""
     found = [
@@ -144,30 +151,35 @@ def p99_over_p50(records: Sequence[BenchRecord]) -> Headline | None:
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_hf_lazy")
+@one_card
 def speedup_over_hf_lazy(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of the hf backend's best lazy run over strict on the fastest rung: Pythia-2.8B shape, float16, GPU."""
     return _speedup([r for r in records if r.rung["name"] != "hf" or r.policy["name"] != "strict"], "hf")
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_recompute_sdpa")
+@one_card
 def speedup_over_recompute_sdpa(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of sliding-window recompute with SDPA over strict on the fastest rung: Pythia-2.8B shape, float16, GPU."""
     return _speedup(records, "hf-recompute-sdpa")
 
 
 @SPEED_HEADLINES.register("engine.speedup_over_static_compile")
+@one_card
 def speedup_over_static_compile(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of generate() with a static cache, compiled, over strict on the fastest rung: Pythia-2.8B shape, GPU."""
     return _speedup(records, "hf-static")
 
 
 @SPEED_HEADLINES.register("engine.llama_1b_tpot_over_floor")
+@one_card
 def llama_1b_tpot_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT over the byte floor: Llama-3.2-1B shape, bfloat16, fastest rung, strict, cap 2,052, one stream, GPU."""
     return _over_floor(records, PREFIX + "llama-3.2-1b", "bfloat16")
 
 
 @SPEED_HEADLINES.register("engine.streams8_over_floor")
+@one_card
 def streams8_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
     """TPOT of 8 streams over their byte floor, the worse of Pythia-2.8B and Llama-3.2-1B: fastest rung, strict, GPU."""
     found = [_best(records, *shape, streams=8) for shape in BOTH]
@@ -177,6 +189,7 @@ def streams8_over_floor(records: Sequence[BenchRecord]) -> Headline | None:
 
 
 @SPEED_HEADLINES.register("engine.million_token_tpot_ratio")
+@one_card
 def million_token_tpot_ratio(records: Sequence[BenchRecord]) -> Headline | None:
     """Median chunk TPOT of the last block of 1,000,000 tokens over that of the first 4,000; newest such GPU run."""
     long = [r for r in select(records) if r.steady["tokens"] >= LONG_TOKENS and len(r.blocks) > 1]

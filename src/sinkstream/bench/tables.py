@@ -6,6 +6,7 @@ from pathlib import Path
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import (
     LADDER_SHAPE,
+    LEAST_TOKENS,
     SHAPES,
     comparable,
     fastest_rung,
@@ -22,6 +23,7 @@ from sinkstream.bench.summary import (
 )
 from sinkstream.bench.two_shapes import BOTH, shape_name
 from sinkstream.measure.memory import OWN
+from sinkstream.records.cards import each_card, of_one_card, on_one_card
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
 from sinkstream.show.table import EMPTY, NONE_YET, Column, Table
@@ -170,10 +172,13 @@ def render_bench(results: Path) -> dict[str, str]:
 
 
 def _document_table(records: Sequence[BenchRecord], columns: Sequence[Column], after: str = "") -> str:
-    if not records:
-        return NONE_YET
+    """A table for each card, `after` below each."""
     notes = [after] if after else []
-    return f"{_origin(records)}\n\n{Table.of(records, columns, notes=notes).markdown()}"
+
+    def table(some: Sequence[BenchRecord]) -> str:
+        return f"{_origin(some)}\n\n{Table.of(some, columns, notes=notes).markdown()}"
+
+    return each_card(records, table) or NONE_YET
 
 
 def _origin(records: Sequence[BenchRecord]) -> str:
@@ -185,11 +190,15 @@ def _origin(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("headline-speed")
 def headline_speed(records: Sequence[BenchRecord]) -> str:
-    """The engine's speed in one sentence, the nearest rival first."""
+    """The engine's speed in one sentence, the nearest rival first; all figures of one card."""
+    return on_one_card(_headline_speed, records) or NONE_YET
+
+
+def _headline_speed(records: Sequence[BenchRecord]) -> str | None:
     headlines = (tpot_over_floor, speedup_over_static_compile, speedup_over_hf_lazy, strict_over_lazy)
     found = [figure for headline in headlines if (figure := headline(records)) is not None]
     if len(found) < len(headlines):
-        return NONE_YET
+        return None
     over_floor, static, lazy, strict = (headline.value for headline in found)
     record = next(r for r in records if r.id == found[0].record)
     return (
@@ -214,16 +223,24 @@ def ladder_table(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("bench-policies")
 def policies_table(records: Sequence[BenchRecord]) -> str:
-    """TPOT of two policies that took turns."""
+    """TPOT of two policies that took turns, a table a card."""
+    return each_card(records, _policies_table) or NONE_YET
+
+
+def _policies_table(records: Sequence[BenchRecord]) -> str:
     found = [(a, b) for a, b in pairs(select(records, streams=1)) if not _many(a)]
     latest = {(RUNG[1](a), a.policy["label"], b.policy["label"], SHAPE[1](a), CAP[1](a)): (a, b) for a, b in found}
     used = [record for pair in latest.values() for record in pair]
-    return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else NONE_YET
+    return f"{_origin(used)}\n\n{Table(RATIO_HEADER, _ratio_rows(used), left=3).markdown()}" if used else ""
 
 
 @BENCH_TABLES.register("bench-over-strict")
 def over_strict_table(records: Sequence[BenchRecord]) -> str:
-    """TPOT of every policy that took turns with strict and others, over strict: latest, and the one before."""
+    """TPOT of every policy that took turns with strict and others, over strict: latest, and the one before; by card."""
+    return each_card(records, _over_strict_table) or NONE_YET
+
+
+def _over_strict_table(records: Sequence[BenchRecord]) -> str:
     found = [(a, b) for a, b in pairs(select(records, streams=1)) if _many(a) and a.policy["label"] == "strict"]
     turns: dict[tuple[str, ...], list[tuple[BenchRecord, BenchRecord]]] = {}
     for strict, other in sorted(found, key=lambda pair: pair[0].created):
@@ -238,7 +255,7 @@ def over_strict_table(records: Sequence[BenchRecord]) -> str:
         rows.append([shape, rung, cap, label, SPEED[1][1](now[1]), str(_ratio(*reversed(now))), before])
         used += now
     header = ["shape", "rung", "cap", "policy", "TPOT (ms)", "over strict [95 %]", "the measurement before"]
-    return f"{_origin(used)}\n\n{Table(header, rows, left=4).markdown()}" if rows else NONE_YET
+    return f"{_origin(used)}\n\n{Table(header, rows, left=4).markdown()}" if rows else ""
 
 
 def _many(record: BenchRecord) -> bool:
@@ -249,7 +266,8 @@ def _many(record: BenchRecord) -> bool:
 @BENCH_TABLES.register("bench-shapes")
 def shapes_table(records: Sequence[BenchRecord]) -> str:
     """The fastest rung of the engine on every shape, strict, one stream, 2,052 slots."""
-    found = newest(select(records, policy="strict", cap=2052, streams=1, rung=fastest_rung(records), short=True))
+    found = select(records, policy="strict", cap=2052, streams=1, rung=fastest_rung(records), short=True)
+    found = newest([r for r in found if r.steady["tokens"] >= LEAST_TOKENS])
     ordered = sorted(found, key=lambda r: SHAPES.index(r.model["name"]) if r.model["name"] in SHAPES else len(SHAPES))
     weights: Column = ("GB a step", lambda r: f"{r.floor['bytes'] / 1e9:.3f}")
     return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
@@ -291,8 +309,8 @@ def streams_table(records: Sequence[BenchRecord]) -> str:
 
 @BENCH_TABLES.register("bench-long")
 def long_run_table(records: Sequence[BenchRecord]) -> str:
-    """The newest run of the most tokens: TPOT, memory and NLL, block by block."""
-    long = [r for r in select(records) if len(r.blocks) > 1]
+    """The newest run of the most tokens on one card: TPOT, memory and NLL, block by block."""
+    long = of_one_card([r for r in select(records) if len(r.blocks) > 1])
     if not long:
         return NONE_YET
     record = max(long, key=lambda r: (r.steady["tokens"], r.created))

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from sinkstream.bench.selection import LADDER_SHAPE
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.cards import on_one_card
 from sinkstream.records.headline import Headline
 
 R = TypeVar("R", bound=Any)
@@ -42,7 +43,11 @@ def _kind(record: Any) -> tuple[str, str, str]:
 def worse_of_two(
     records: Sequence[R], figure: Callable[[R], float | None], *, any_dtype: bool = False
 ) -> Headline | None:
-    """The larger figure of the two shapes, strict, `CAP` slots, newest on a GPU; None unless both were measured."""
+    """The larger figure of the two shapes, strict, `CAP` slots, newest on one GPU; None unless both were measured."""
+    return on_one_card(lambda some: _worse_of_two(some, figure, any_dtype), records)
+
+
+def _worse_of_two(records: Sequence[Any], figure: Callable[[Any], float | None], any_dtype: bool) -> Headline | None:
     found = []
     for model, dtype in BOTH:
         values = [

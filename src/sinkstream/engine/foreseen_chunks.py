@@ -92,6 +92,7 @@ class ForeseenChunk:
 
     def _compute_padded(self, band: Band) -> None:
         assert self._ids is not None, "padded"
+        self._computed = None  # it holds keys and values of every layer: those of two chunks are never there at once
         band.rotate()
         self._computed = self._compute(self._ids, band)
 

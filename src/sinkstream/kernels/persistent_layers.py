@@ -69,11 +69,7 @@ class PersistentLayers(ABC):
         self._check()
         self.grid = self.share_out()
         if self.grid is None and one.keys.is_cuda:
-            raise ValueError(
-                f"layers of {self.hidden} and {self.intermediate} values with {query_heads} heads over {self.slots}"
-                " slots; accepted by the persistent kernel: shapes of which a multiprocessor holds its share of a"
-                " layer in registers"
-            )
+            raise ValueError(self.unfit())
         addresses = [[t.data_ptr() for t in layer] for layer in self.layers]
         self.table = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.buffer = torch.zeros(self.width(), dtype=self.dtype, device=self.device)
@@ -108,6 +104,14 @@ class PersistentLayers(ABC):
         """The twin of the kernel: the twins of the separate ops, one after the other, in float32."""
 
     # ---- what is alike ----
+
+    def unfit(self) -> str:
+        """Says that the kernel does not serve the shape, and what it serves."""
+        return (
+            f"layers of {self.hidden} and {self.intermediate} values with {self.query_heads} heads over {self.slots}"
+            " slots; accepted by the persistent kernel: shapes of which a multiprocessor holds its share of a layer in"
+            " registers"
+        )
 
     def _check(self) -> None:
         """Check the tensors of all layers. Raises ValueError."""
@@ -178,6 +182,8 @@ def persistent_layers(
     if layers.dtype not in HALF_DTYPES:
         names = ", ".join(map(str, HALF_DTYPES))
         raise ValueError(f"weights of dtype {layers.dtype}; accepted by the kernel: {names}")
+    if layers.grid is None:
+        raise ValueError(layers.unfit())
     count, inputs = len(layers.layers), (hidden, other, layers.table, scalars, rope)
     if not INTERPRETED:
         _launch(layers, inputs, 0, count, -1, prefetch)
@@ -189,7 +195,7 @@ def persistent_layers(
 
 
 def _launch(layers: PersistentLayers, inputs: tuple, first: int, end: int, phase: int, prefetch: Prefetch) -> None:
-    assert layers.grid is not None, "the interpreter has programs enough for every phase"
+    assert layers.grid is not None, "checked before the first launch"
     grid, ring = layers.grid, layers.slots - layers.pinned_slots
     scale = math.log2(math.e) / math.sqrt(layers.head_dim)
     kernel, arguments, constants = layers.arguments(prefetch)

@@ -6,14 +6,14 @@ from typing import Any
 from sinkstream.measure.environment import hardware
 
 
-def text_and_machine(record: Any) -> str:
-    """Model, text, prefill and cap where the record has one prefill, precision, hardware, releases and commit."""
+def text_and_machine(record: Any, *beside: Any) -> str:
+    """Model, text, prefill and cap where the record has one prefill, precision; `machine` of it and of those beside."""
     protocol = record.protocol
     parts = [record.model["name"], record.data["name"], f"{record.data['tokens']:,} tokens"]
     if "decode_tokens" in protocol:
         parts[-1] += f" of which {protocol['prefill_tokens']:,} are prefill"
         parts.append(f"cap {protocol['cap']:,}")
-    return ", ".join([*parts, protocol["dtype"], machine([record])])
+    return ", ".join([*parts, protocol["dtype"], machine([record, *beside])])
 
 
 def machine(records: Sequence[Any], *more: str) -> str:

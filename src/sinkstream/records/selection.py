@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from sinkstream.measure.environment import hardware
@@ -76,6 +77,13 @@ def conditions(record: Record) -> tuple[Any, ...]:
     protocol = {"interleaved": 1, "cudnn_attention": None, **record.protocol}
     keys = ("backend", "dtype", "device", "tf32", "interleaved", "cudnn_attention")
     return (hardware(record.environment), *(protocol[key] for key in keys))
+
+
+def nearest_in_time(record: Record, controls: Iterable[Record]) -> Record | None:
+    """Of the controls that a latency can be compared with, the one made nearest to it: of the same session."""
+    written = datetime.fromisoformat(record.created)
+    alike = (control for control in controls if same_conditions(record, control))
+    return min(alike, key=lambda one: abs(datetime.fromisoformat(one.created) - written), default=None)
 
 
 def same_conditions(record: Record, control: Record) -> bool:

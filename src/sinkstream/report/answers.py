@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sinkstream.matrix.record import PointRecord
+from sinkstream.records.cards import by_card
 from sinkstream.records.selection import DIAGNOSED_TEXTS
 from sinkstream.report.criteria import Evidence
 from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, timed_beside
@@ -210,11 +211,14 @@ def _choice(by_text: dict[str, list[_Group]]) -> str:
 # ---- speed without quality ----
 
 
-def speed_table(points: Sequence[PointRecord]) -> Table | None:
-    """Time per output token and peak memory of every policy whose quality is not measured, a column a cap."""
+def speed_tables(points: Sequence[PointRecord]) -> list[tuple[list[PointRecord], Table]]:
+    """Time per output token and peak memory of every policy whose quality is not measured: points and table by card."""
     timed = [point for point in points if point.quality is None and point.speed is not None]
-    if not timed:
-        return None
+    return [(of_card, _speed_table(of_card)) for of_card in by_card(timed).values()]
+
+
+def _speed_table(timed: Sequence[PointRecord]) -> Table:
+    """One row a policy, a column a cap."""
     caps = sorted({point.protocol["cap"] for point in timed})
     newest = {(_kind(point), point.protocol["cap"]): point for point in timed}
     strict = {cap: newest.get(("strict", cap)) for cap in caps}

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinkstream.bench.record import BenchRecord
 from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.records.cards import card
 from sinkstream.records.toml_files import read_toml
 from sinkstream.registry import Registry
 
@@ -17,7 +18,10 @@ OWN = ("id", "statement", "source", "kind")
 
 @dataclass(frozen=True)
 class Evidence:
-    """The complete records that criteria are judged by, oldest first; failed points besides."""
+    """The complete records that criteria are judged by, oldest first; failed points besides.
+
+    Of points of one id, the newest of each machine.
+    """
 
     points: Sequence[PointRecord]
     failed: Sequence[PointRecord]
@@ -28,7 +32,7 @@ class Evidence:
         """All records of a folder. Raises ValueError if it is no folder, or holds a broken record."""
         if not results.is_dir():
             raise ValueError(f"{results}: not a folder with records")
-        newest = {point.id: point for point in load_points(results)}.values()
+        newest = {(point.id, card(point)): point for point in load_points(results)}.values()
         timed = [record for record in BenchRecord.below(results) if record.status == "complete"]
         complete, failed = ([p for p in newest if p.status == status] for status in ("complete", "failed"))
         return cls(complete, failed, timed)

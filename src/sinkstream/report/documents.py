@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ from sinkstream.matrix.record import load_points
 from sinkstream.measure.environment import hardware
 from sinkstream.models import MODEL_SOURCES
 from sinkstream.policies import CAP_ACCOUNTING, PRESETS, SCORERS, TRIGGERS
+from sinkstream.records.cards import card, each_card
 from sinkstream.records.origin import machine, text_and_machine
 from sinkstream.records.pairing import same_text_and_model
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import Record, load_records
-from sinkstream.records.selection import (
-    DIAGNOSED_MODELS,
-    has_model,
-    same_conditions,
-    select,
-)
+from sinkstream.records.selection import DIAGNOSED_MODELS, has_model, nearest_in_time, select
 from sinkstream.registry import Registry
 from sinkstream.report.answers import answer_table
 from sinkstream.report.archive import render_archive
@@ -151,7 +146,7 @@ def quality_table(records: Sequence[Record], *, model: str, text: str, cap: int,
 
 
 def _comparison(runs: Sequence[Record]) -> str:
-    return f"{text_and_machine(runs[0])}\n\n{comparison_table(runs).markdown()}"
+    return f"{text_and_machine(*runs)}\n\n{comparison_table(runs).markdown()}"
 
 
 def cliff_table(records: Sequence[Record], *, model: str) -> str:
@@ -162,7 +157,7 @@ def cliff_table(records: Sequence[Record], *, model: str) -> str:
         return NONE_YET
     newest = runs[-1].record
     named = f"{newest.model['name']}, {newest.data['name']}, {newest.data['tokens']:,} tokens"
-    origin = f"{named}, {newest.protocol['dtype']}, {machine([newest])}"
+    origin = f"{named}, {newest.protocol['dtype']}, {machine([run.record for run in runs])}"
     return f"{origin}\n\n{cliff.cliff_table(of_model).markdown()}"
 
 
@@ -171,7 +166,7 @@ def recall_table(records: Sequence[RecallRecord], *, model: str, cap: int) -> st
     runs = recall.select_recalls(records, model=model, cap=cap)
     if not runs:
         return NONE_YET
-    return f"{text_and_machine(runs[0])}\n\n{recall.recall_table(runs).markdown()}"
+    return f"{text_and_machine(*runs)}\n\n{recall.recall_table(runs).markdown()}"
 
 
 DIAGNOSIS_TABLES.register("diagnosis-overview")(diagnosis_overview)
@@ -210,19 +205,20 @@ for _model, _short in DIAGNOSED_MODELS.items():
 def pythia_tpot_table(records: Sequence[Record]) -> str:
     """TPOT of the hf backend on the Pythia-2.8B shape, interleaved runs, against the full cache of the same session."""
     runs = select(records, model="pythia-2.8b", backend="hf", device="cuda")
-    runs = [r for r in runs if r.protocol.get("interleaved", 1) > 1]
+    return each_card([r for r in runs if r.protocol.get("interleaved", 1) > 1], _pythia_tpot_table) or NONE_YET
+
+
+def _pythia_tpot_table(runs: Sequence[Record]) -> str:
     fulls = [r for r in runs if r.policy["name"] == "full"]
     if not fulls:
-        return NONE_YET
+        return ""
     rows = []
     for record in runs:
-        controls = [r for r in fulls if same_conditions(record, r)]
-        if not controls:
+        same_session = nearest_in_time(record, fulls)
+        if same_session is None:
             continue
         steady, kv = record.summary["steady_tpot_ms"], record.summary["kv_length"]
         counted = record.summary["timed_tokens"] - record.protocol["warmup_tokens"]
-        written = datetime.fromisoformat(record.created)
-        same_session = min(controls, key=lambda r: abs(datetime.fromisoformat(r.created) - written))
         ratio = steady["mean"] / same_session.summary["steady_tpot_ms"]["mean"]
         cells = [f"{steady[k]:.2f}" for k in ("mean", "p50", "p90", "p99")]
         rows.append([record.label, f"{counted:,}", *cells, f"{ratio:.3f}", f"{kv['min']:,} – {kv['max']:,}"])
@@ -259,12 +255,12 @@ def headline_sentence(records: Sequence[Record]) -> str:
     if len(found) < len(names):
         return NONE_YET
     recompute, window_only, strict_ppl, ratio = found
-    strict = next(r for r in records if r.id == strict_ppl.record)
+    strict, timed = (next(r for r in records if r.id == one.record) for one in (strict_ppl, ratio))
     return (
         f"Measured: {strict.model['name']} over {strict.summary['decode_tokens']:,} tokens of a PG19 book with"
         f" {strict.protocol['cap']} KV slots has a perplexity of **{strict_ppl.value:.2f}**, where recomputing"
         f" the window for every token gives {recompute.value:.2f} and a window without sinks collapses to"
-        f" {window_only.value:.2f}; in transformers, on an H100, a token of the Pythia-2.8B shape takes"
+        f" {window_only.value:.2f}; in transformers, on an {card(timed)}, a token of the Pythia-2.8B shape takes"
         f" {ratio.value:.2f} × the time that it takes without any eviction."
     )
 

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from sinkstream.matrix.record import PointRecord
+from sinkstream.records.cards import cards_text
 from sinkstream.records.origin import machine
-from sinkstream.report.answers import speed_table
+from sinkstream.report.answers import speed_tables
 from sinkstream.report.criteria import Evidence
 from sinkstream.report.verdicts import (
     Compared,
@@ -22,9 +23,11 @@ from sinkstream.show.table import EMPTY, NONE_YET, Table
 
 HEADER = (
     *("model", "text", "cap", "PPL strict", "strict against recompute", "lazy R=64 against strict"),
-    *("best without refresh against strict", "best refresh against strict", "TPOT lazy ÷ strict", "records"),
+    *("best without refresh against strict", "best refresh against strict", "TPOT lazy ÷ strict", "on", "records"),
 )
-SWEEP_HEADER = (*("matrix", "model", "text", "cap", "policies", "ΔPPL against strict, best", "worst", "TPOT ÷ strict"),)
+SWEEP_HEADER = (
+    *("matrix", "model", "text", "cap", "on", "policies", "ΔPPL against strict, best", "worst", "TPOT ÷ strict"),
+)
 
 
 def render_matrix(points: Sequence[PointRecord]) -> dict[str, str]:
@@ -42,11 +45,13 @@ def render_matrix(points: Sequence[PointRecord]) -> dict[str, str]:
 
 
 def _speed(points: Sequence[PointRecord]) -> str:
-    table = speed_table(points)
-    if table is None:
-        return NONE_YET
-    timed = [point for point in points if point.quality is None]
-    return f"{timed[-1].model['name']}, {timed[-1].protocol['dtype']}, {machine(timed)}\n\n{table.markdown()}"
+    return (
+        "\n\n".join(
+            f"{timed[-1].model['name']}, {timed[-1].protocol['dtype']}, {machine(timed)}\n\n{table.markdown()}"
+            for timed, table in speed_tables(points)
+        )
+        or NONE_YET
+    )
 
 
 def _sweeps(points: Sequence[PointRecord]) -> list[list[str]]:
@@ -75,7 +80,8 @@ def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compar
     ends = [pick(found, key=lambda c: c.delta.delta_percent or 0.0) for pick in (min, max)]
     places = [f" at {c.point.protocol['cap']:,}" if len(caps) > 1 else "" for c in ends]
     named_ends = [f"{c.point.label}{place}: {_delta(c)}" for c, place in zip(ends, places)]
-    return [experiment, model, text, shown, str(len(found)), *named_ends, speed]
+    on = cards_text([c.point for c in found])
+    return [experiment, model, text, shown, on, str(len(found)), *named_ends, speed]
 
 
 def _time_over_strict(point: PointRecord, strict_points: Iterable[PointRecord]) -> float | None:
@@ -107,6 +113,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
         _delta(compared(lazy, strict) if lazy else None),
         *(EMPTY if found is None else f"{found.point.label}: {_delta(found)}" for found in best),
         EMPTY if ratio is None else f"{ratio:.3f}",
+        cards_text([point for point in used if point is not None]),
         ", ".join(ids),
     ]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.selection import fastest_rung, select
 from sinkstream.bench.two_shapes import BOTH, CAP
+from sinkstream.records.cards import one_card
 from sinkstream.records.headline import Headline
 from sinkstream.registry import Registry
 from sinkstream.studies.rivals.record import RivalRecord
@@ -24,6 +25,7 @@ def timed_ways(results: Path) -> list[BenchRecord | RivalRecord]:
 
 
 @NEAREST_RIVAL_HEADLINES.register("evidence.tpot_over_nearest_rival")
+@one_card
 def tpot_over_nearest_rival(records: Sequence[BenchRecord | RivalRecord]) -> Headline | None:
     """TPOT of strict, fastest rung, over the fastest rival's on its best day; worse of two shapes, 2,052 slots, GPU.
 
@@ -36,10 +38,9 @@ def tpot_over_nearest_rival(records: Sequence[BenchRecord | RivalRecord]) -> Hea
         ours = select(one, rung=fastest_rung(bench), policy="strict")
         if not ours:
             return None
-        gpu = ours[-1].environment["gpu"]["name"]
-        rivals = [r.steady["tpot_ms"] for name in TRANSFORMERS_RUNGS for r in select(one, rung=name) if _on(r, gpu)]
+        rivals = [r.steady["tpot_ms"] for name in TRANSFORMERS_RUNGS for r in select(one, rung=name)]
         for record in records:
-            if isinstance(record, RivalRecord) and record.status == "complete" and _on(record, gpu):
+            if isinstance(record, RivalRecord) and record.status == "complete":
                 same = (record.model["name"], record.protocol["dtype"], record.protocol["cap"]) == (model, dtype, CAP)
                 mean = record.summary["steady_tpot_ms"]["mean"]
                 rivals += [mean] if same and mean is not None else []
@@ -47,7 +48,3 @@ def tpot_over_nearest_rival(records: Sequence[BenchRecord | RivalRecord]) -> Hea
             return None
         found.append(Headline(ours[-1].steady["tpot_ms"] / min(rivals), ours[-1].id))
     return max(found)
-
-
-def _on(record: BenchRecord | RivalRecord, gpu: str) -> bool:
-    return record.environment["gpu"] is not None and record.environment["gpu"]["name"] == gpu

@@ -8,6 +8,7 @@ from sinkstream.bench.selection import rival
 from sinkstream.bench.summary import tpot_over_floor
 from sinkstream.bench.tables import BENCH_TABLES
 from sinkstream.measure.environment import hardware
+from sinkstream.records.cards import of_one_card
 from sinkstream.records.records import Record
 from sinkstream.records.selection import conditions, evaluated, select
 from sinkstream.show.comparison import compared_runs
@@ -30,10 +31,12 @@ def comparable_runs(records: Sequence[Record], *, model: str, text: str, cap: in
     """The newest complete run of each policy of one model on one text at one cap; recompute, the control, comes first.
 
     Only runs in the control's way: its tokens, backend, dtype and hardware, steps or blocks; none without a control.
+    The control is the newest of those of one card (`of_one_card`) with the most tokens.
     """
     runs = select(records, model=model, text=text, device=device)
     runs = [r for r in runs if (r.protocol["cap"], r.protocol["prefill_tokens"]) == (cap, cap)]
-    control = next((r for r in reversed(runs) if r.policy["name"] == "recompute"), None)
+    controls = of_one_card([r for r in runs if r.policy["name"] == "recompute"])
+    control = max(reversed(controls), key=lambda r: r.protocol["decode_tokens"], default=None)
     if control is None:
         return []
 
@@ -97,6 +100,8 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
         f"Pythia-2.8B shape (random weights), {protocol['dtype']}, batch 1, {protocol['cap']:,} KV slots,"
         f" {engine.hardware}. Floor: {engine.floor['ms']:.2f} ms, a copy of the bytes that the step must read."
     )
+    if any(way.session != engine.session for way in (static_cache, drop_in, recompute)):
+        origin += " Every way is that of its fastest command on such a card; the engine is that of the newest."
     note = (
         f"\\* Reported, not a committed record ([log](docs/LOG.md), 2026-11-26): {REPORTED_STATIC_MS:.2f} ms, in one"
         f" process with {REPORTED_ENGINE_MS:.2f} ms of the engine: {REPORTED_STATIC_MS / REPORTED_ENGINE_MS:.2f} × as"

@@ -1,4 +1,7 @@
-"""`results/summary.json`: the headline figures, each computed from records and carrying the id of its record."""
+"""`results/summary.json`: the headline figures, each computed from records, with the id and the machine of its record.
+
+No figure of time has two machines in it, and none changes its card because of a later run on another one (`one_card`).
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,12 +21,13 @@ from sinkstream.bench.serving.tables import SERVE_HEADLINES
 from sinkstream.bench.summary import SPEED_HEADLINES
 from sinkstream.cache import FAMILIES
 from sinkstream.matrix.record import load_points
+from sinkstream.records.cards import arithmetic, card, one_card
 from sinkstream.records.files import write_atomically
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairing import paired_delta, same_text_and_model
 from sinkstream.records.pairs import Pairs
 from sinkstream.records.records import SUMMARY_FILE, Record, load_records
-from sinkstream.records.selection import evaluated, is_plain, same_conditions, select
+from sinkstream.records.selection import evaluated, is_plain, nearest_in_time, select
 from sinkstream.registry import Registry
 from sinkstream.report.block_pairs import block_pairs
 from sinkstream.report.evidence import EVIDENCE_HEADLINES, verdict_counts
@@ -95,7 +99,10 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
     headlines: Headlines = {}
     missing: dict[str, str] = {}
 
-    def compute(registry: Registry[Callable[[Sequence[Any]], Headline | None]], of: Sequence[Any]) -> None:
+    def compute(
+        registry: Registry[Callable[[Sequence[Any]], Headline | None]], of: Sequence[Any], made_of: Sequence[Any]
+    ) -> None:
+        on = {record.id: card(record) for record in made_of}
         for key, headline in registry.items():
             found = headline(of)
             if found is None:
@@ -103,13 +110,16 @@ def _headlines_below(results: Path, pairs: Pairs | None) -> tuple[Headlines, dic
             else:
                 figures = {"value": found.value, "low": found.low, "high": found.high}
                 rounded = {name: _rounded(figure) for name, figure in figures.items() if figure is not None}
-                headlines[key] = {**rounded, "record": found.record}
+                where = {"on": on[found.record]} if found.record in on else {}
+                headlines[key] = {**rounded, "record": found.record, **where}
 
     records = load_records(results, pairs)
-    compute(HEADLINES, records)
-    compute(RIVAL_HEADLINES, comparisons(records, RivalRecord.below(results)))
+    compute(HEADLINES, records, records)
+    rivals = RivalRecord.below(results)
+    compute(RIVAL_HEADLINES, comparisons(records, rivals), rivals)
     for registry, load in SOURCES:
-        compute(registry, load(results))
+        loaded = load(results)
+        compute(registry, loaded, loaded)
     verdicts = verdict_counts(results)
     if verdicts is None:
         missing["evidence.verdicts"] = "no criteria beside the records: experiments/criteria.toml"
@@ -127,16 +137,18 @@ def _as_text(headlines: Headlines) -> str:
 
 
 @HEADLINES.register("foundation.hf_strict_over_full_tpot")
+@one_card
 def hf_strict_over_full_tpot(records: Sequence[Record]) -> Headline | None:
     """Mean steady TPOT of strict over the full cache's, newest interleaved pair, Pythia-2.8B shape, hf backend, GPU."""
     of_shape = select(records, model="pythia-2.8b", backend="hf", device="cuda")
     strict, full = select(of_shape, policy="strict", plain=True), select(of_shape, policy="full")
     pruned = [r for r in strict if r.summary["events"] and r.protocol.get("interleaved", 1) > 1]
-    for run in reversed(pruned):
-        for baseline in reversed(full):
+    timed, baselines = ([r for r in of if r.summary["steady_tpot_ms"]["mean"] is not None] for of in (pruned, full))
+    for run in reversed(timed):
+        baseline = nearest_in_time(run, baselines)
+        if baseline is not None:
             tpots = [one.summary["steady_tpot_ms"]["mean"] for one in (run, baseline)]
-            if same_conditions(run, baseline) and None not in tpots:
-                return Headline(tpots[0] / tpots[1], run.id)
+            return Headline(tpots[0] / tpots[1], run.id)
     return None
 
 
@@ -159,7 +171,7 @@ def _pg19_ppl(records: Sequence[Record], policy: str) -> Headline | None:
     ]
     groups: dict[tuple, dict[str, Record]] = {}
     for run in sorted(runs, key=lambda record: record.created):
-        key = (run.data["sha256"], run.model["hash"], run.protocol["dtype"], run.protocol["cap"])
+        key = (run.data["sha256"], run.model["hash"], arithmetic(run), run.protocol["dtype"], run.protocol["cap"])
         groups.setdefault((*key, run.protocol["decode_tokens"]), {})[run.policy["name"]] = run
     if not groups:
         return None
@@ -208,18 +220,21 @@ def _block_speedup(records: Sequence[Record], device: str, policy: str, compress
 
 
 @HEADLINES.register("diagnosis.block_speedup_lazy32")
+@one_card
 def block_speedup_lazy32(records: Sequence[Record]) -> Headline | None:
     """Lazy R = 32 in blocks against step by step, newest pair of runs, hf backend, GPU."""
     return _block_speedup(records, "cuda", "lazy", 32)
 
 
 @HEADLINES.register("diagnosis.block_speedup_strict")
+@one_card
 def block_speedup_strict(records: Sequence[Record]) -> Headline | None:
     """Strict in blocks against step by step, newest pair of runs, hf backend, GPU."""
     return _block_speedup(records, "cuda", "strict", 1)
 
 
 @HEADLINES.register("diagnosis.block_speedup_cpu")
+@one_card
 def block_speedup_cpu(records: Sequence[Record]) -> Headline | None:
     """Blocks against step by step on the CPU: the smaller of strict's and lazy's (R = 32), newest pairs, hf backend."""
     strict, lazy = _block_speedup(records, "cpu", "strict", 1), _block_speedup(records, "cpu", "lazy", 32)
@@ -240,12 +255,18 @@ def ppl_delta_gated(records: Sequence[Record]) -> Headline | None:
     newest: dict[str, Headline] = {}
     for run in runs:
         recall = {name: value for name, value in run.policy["options"].items() if name.startswith("recall")}
-        controls = [c for c in runs if is_plain(c) and same_text_and_model(c, run) and evaluated(c) == evaluated(run)]
+        controls = [c for c in runs if is_plain(c) and same_text_and_model(c, run) and _way(c) == _way(run)]
         if recall == {"recall": "lexical"} and controls:
             delta = paired_delta(run, controls[-1])
             if delta.delta_percent is not None:
                 newest[run.data["name"]] = Headline(delta.delta_percent, run.id, delta.low, delta.high)
     return max(newest.values(), default=None)
+
+
+def _way(record: Record) -> tuple[Any, ...]:
+    """What two losses that are compared must share beside model and text."""
+    protocol = record.protocol
+    return arithmetic(record), evaluated(record), *(protocol[name] for name in ("backend", "dtype", "tf32"))
 
 
 @HEADLINES.register("dropin.families")

@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from sinkstream.bench.record import BenchRecord
-from sinkstream.bench.selection import LADDER_SHAPE, fastest_rung, newest, pairs, select
+from sinkstream.bench.selection import LADDER_SHAPE, LEAST_TOKENS, fastest_rung, newest, pairs, select
 from sinkstream.bench.selection import conditions as speed_conditions
 from sinkstream.matrix.record import PointRecord, point_delta
 from sinkstream.measure.environment import hardware
+from sinkstream.records.cards import arithmetic, of_one_card
 from sinkstream.records.selection import has_text
 from sinkstream.report.criteria import GO, KINDS, NO_GO, STOP_LOSS, Criterion, Evidence, Verdict
 from sinkstream.statistics import PairedDelta
-from sinkstream.statistics.comparison import ratio_of_times
+from sinkstream.statistics.comparison import Ratio, ratio_of_times
 
 BASELINES = ("recompute", "strict", "full", "window-only")
 FASTEST = "fused"
 LADDER_CAP = 2052
-#: GPUs that give the same quality: of 272 points on both, 256 were equal to the bit, the others to 0.024 %.
-SAME_ARITHMETIC = (("H100", "H200"),)
 
 
 class Compared(NamedTuple):
@@ -61,10 +60,8 @@ def conditions(point: PointRecord) -> tuple[object, ...]:
 
     Times are compared on one GPU (`timed_beside`).
     """
-    gpu = point.environment["gpu"]["name"]
-    arithmetic = next((alike for alike in SAME_ARITHMETIC if any(name in (gpu or "") for name in alike)), gpu)
     keys = ("cap", "cap_accounting", "prefill_tokens", "dtype", "device")
-    return (point.model["hash"], point.data["sha256"], arithmetic, *(point.protocol[key] for key in keys))
+    return (point.model["hash"], point.data["sha256"], arithmetic(point), *(point.protocol[key] for key in keys))
 
 
 def groups(evidence: Evidence, text: str | None = None) -> dict[str, list[list[PointRecord]]]:
@@ -104,6 +101,11 @@ def named(group: Iterable[PointRecord], policies: Sequence[str] | None) -> list[
     if policies is not None:
         return [p for p in group if p.policy["name"] in policies]
     return [p for p in group if is_tried(p) and not is_lazy(p)]
+
+
+def once(points: Iterable[PointRecord]) -> list[PointRecord]:
+    """The newest of each id: quality is the same on every machine of a group, and is judged once."""
+    return list({point.id: point for point in points}.values())
 
 
 def baseline(group: Iterable[PointRecord], name: str) -> PointRecord | None:
@@ -166,7 +168,7 @@ def quality(
     """ΔPPL of the best of some policies (default: controlled ones) against a baseline is at most `limit` percent."""
 
     def judge(group: list[PointRecord]) -> Verdict | None:
-        best = _best(named(group, policies), group, baseline)
+        best = _best(once(named(group, policies)), group, baseline)
         if best is None:
             return None
         outcome = GO if best.high <= limit else NO_GO
@@ -208,8 +210,8 @@ def not_worse(
 
     def judge(group: list[PointRecord]) -> Verdict | None:
         strict = baseline(group, "strict")
-        rival = _lowest(named(group, rivals))
-        own = _lowest(named(group, policies))
+        rival = _lowest(once(named(group, rivals)))
+        own = _lowest(once(named(group, policies)))
         found = compared(own, rival) if own and rival and strict else None
         if found is None:
             return None
@@ -330,7 +332,10 @@ def tpot_ratio(
     shape: str = LADDER_SHAPE,
     otherwise: str = NO_GO,
 ) -> list[Verdict]:
-    """TPOT of a rung over another's is at most `limit`: newest timings, in turns, or of one command."""
+    """TPOT of a rung over another's is at most `limit`: newest timings of one card, in turns, or of one command.
+
+    Turns too short for an interval count only where there are no longer ones.
+    """
     of = {"model": shape, "short": True}
     own = select(evidence.bench, rung=rung, policy=policy, **of)  # type: ignore[arg-type]
     others = select(evidence.bench, rung=against, policy=against_policy, **of)  # type: ignore[arg-type]
@@ -338,15 +343,22 @@ def tpot_ratio(
     beside = [(a, b) for a in own for b in others if a.session == b.session and _alike(a, b)]
     if not turns and not beside:
         return []
-    a, b = max(turns or beside, key=lambda pair: pair[0].created)
+    owns = of_one_card([a for a, _ in turns or beside])
+    on_card = [pair for pair in turns or beside if any(pair[0] is own for own in owns)]
+    sure = [pair for pair in on_card if turns and _ratio(*pair).high is not None]
+    a, b = max(sure or on_card, key=lambda pair: pair[0].created)
     ratio, interval, high = a.steady["tpot_ms"] / b.steady["tpot_ms"], "one command, no interval", None
     if turns:
-        found = ratio_of_times(a.chunks["seconds"], b.chunks["seconds"])
+        found = _ratio(a, b)
         ratio, high, interval = found.value, found.high, f"{found}, in turns"
     outcome = GO if (ratio if high is None else high) <= limit else otherwise
     tpots = f"{a.steady['tpot_ms']:.3f} against {b.steady['tpot_ms']:.3f} ms on an {a.hardware}"
     figures = f"{ratio:.3f} × ({tpots}; {interval})"
     return [Verdict(criterion.id, a.model["name"], outcome, figures, (a.id, b.id))]
+
+
+def _ratio(a: BenchRecord, b: BenchRecord) -> Ratio:
+    return ratio_of_times(a.chunks["seconds"], b.chunks["seconds"])
 
 
 def _in_turns(records: Sequence[BenchRecord]) -> list[tuple[BenchRecord, BenchRecord]]:
@@ -362,7 +374,10 @@ def _alike(a: BenchRecord, b: BenchRecord) -> bool:
 
 @KINDS.register("tail")
 def tail(evidence: Evidence, criterion: Criterion, *, limit: float, tokens: int) -> list[Verdict]:
-    """P99 over P50 of the time between tokens is at most `limit`: fastest rung, newest timing of at least `tokens`."""
+    """P99 over P50 of the time between tokens is at most `limit`: fastest rung, newest timing of at least `tokens`.
+
+    Of a model, on one card.
+    """
     rung = fastest_rung(evidence.bench)
     found = newest([r for r in select(evidence.bench, rung=rung) if r.steady["tokens"] >= tokens])
     return _worst(
@@ -372,23 +387,27 @@ def tail(evidence: Evidence, criterion: Criterion, *, limit: float, tokens: int)
 
 @KINDS.register("floor")
 def floor(evidence: Evidence, criterion: Criterion, *, limit: float) -> list[Verdict]:
-    """TPOT over the byte floor is at most `limit`: fastest rung, strict, 2,052 slots, one stream, random shapes."""
+    """TPOT over the byte floor is at most `limit`: fastest rung, strict, 2,052 slots, one stream, random shapes.
+
+    Of a model, on one card.
+    """
     rung = fastest_rung(evidence.bench)
-    found = newest(select(evidence.bench, rung=rung, policy="strict", cap=LADDER_CAP, streams=1, short=True))
+    timed = select(evidence.bench, rung=rung, policy="strict", cap=LADDER_CAP, streams=1, short=True)
+    found = newest([r for r in timed if r.steady["tokens"] >= LEAST_TOKENS])
     return _worst(criterion, found, limit, "× the byte floor", lambda r: r.steady["over_floor"])
 
 
 def _worst(
     criterion: Criterion, found: Sequence[BenchRecord], limit: float, what: str, figure: Callable[[BenchRecord], float]
 ) -> list[Verdict]:
-    """One verdict a model, by its worst record."""
-    worst: dict[str, BenchRecord] = {}
+    """One verdict a model, by its worst record of one card."""
+    of_model: dict[str, list[BenchRecord]] = defaultdict(list)
     for record in found:
-        name = record.model["name"]
-        worst[name] = max(record, worst.get(name, record), key=figure)
+        of_model[record.model["name"]].append(record)
+    worst = {name: max(of_one_card(records), key=figure) for name, records in sorted(of_model.items())}
     return [
         Verdict(
             criterion.id, name, GO if figure(r) <= limit else NO_GO, f"{figure(r):.4f} {what} ({r.hardware})", (r.id,)
         )
-        for name, r in sorted(worst.items())
+        for name, r in worst.items()
     ]

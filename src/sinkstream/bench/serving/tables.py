@@ -7,6 +7,7 @@ from typing import Any
 from sinkstream.bench.serving.records import PARTS, ServeRecord
 from sinkstream.measure.environment import hardware
 from sinkstream.models.shapes import PREFIX
+from sinkstream.records.cards import one_card
 from sinkstream.records.headline import Headline
 from sinkstream.records.origin import machine
 from sinkstream.registry import Registry
@@ -191,12 +192,14 @@ def _timed(records: Sequence[ServeRecord]) -> list[ServeRecord]:
 
 
 @SERVE_HEADLINES.register("serve.thousand_turn_tpot_ratio")
+@one_card
 def thousand_turn_tpot_ratio(records: Sequence[ServeRecord]) -> Headline | None:
     """Median TPOT of the last 100 of 1,000 turns over the first 100, on a GPU; the larger of the models."""
     return _worst(_timed(records), "turns", lambda f: f["tpot_ms"]["ratio"])
 
 
 @SERVE_HEADLINES.register("serve.ttft_turn_1000_over_turn_10")
+@one_card
 def ttft_turn_1000_over_turn_10(records: Sequence[ServeRecord]) -> Headline | None:
     """Median TTFT of the last ten of 1,000 turns over ten turns around turn 10, on a GPU; the larger of the models."""
     return _worst(_timed(records), "turns", lambda f: f["ttft_ms"]["ratio"])
@@ -251,6 +254,7 @@ def recall_false_alarms(records: Sequence[ServeRecord]) -> Headline | None:
 
 
 @SERVE_HEADLINES.register("serve.overhead_over_engine")
+@one_card
 def overhead_over_engine(records: Sequence[ServeRecord]) -> Headline | None:
     """A token of a streamed reply over one of Engine.generate, less 1, one session, GPU; the larger of the models."""
     return _worst(_timed(records), "overhead", lambda f: f["over_engine"])

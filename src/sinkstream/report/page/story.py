@@ -11,7 +11,7 @@ from sinkstream.measure.environment import hardware
 from sinkstream.records.origin import text_and_machine
 from sinkstream.records.records import Record
 from sinkstream.records.selection import DIAGNOSED_TEXTS, has_text
-from sinkstream.report.answers import speed_table
+from sinkstream.report.answers import speed_tables
 from sinkstream.report.page import charts
 from sinkstream.report.page.groups import Group, frontier, groups_of
 from sinkstream.report.page.windows import window_pictures
@@ -263,14 +263,12 @@ def speed_section(evidence: Evidence) -> Section | None:
     )
     spec = charts.ladder(values, best.floor["ms"])
     tables = [(machine, Table(header, cells, left=2))]
-    if (by_cap := speed_table(evidence.points)) is not None:
-        tables.append((_without_quality(evidence), by_cap))
+    tables += [(_without_quality(timed[-1]), by_cap) for timed, by_cap in speed_tables(evidence.points)]
     return Section("speed", "Speed against the floor", lead, [Picture(spec, machine)], tables)
 
 
-def _without_quality(evidence: Evidence) -> str:
-    """What the points share that are timed only."""
-    point = next(p for p in reversed(evidence.points) if p.quality is None and p.speed is not None)
+def _without_quality(point: PointRecord) -> str:
+    """What the points of a card share that are timed only, of one of them."""
     machine = hardware(point.environment)
     return f"Every rule at several numbers of slots: {point.model['name']}, {point.protocol['dtype']}, {machine}"
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sinkstream.records.blocks import DIGITS, Blocks
+from sinkstream.records.cards import arithmetic
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairing import common_tokens, paired_delta, same_text_and_model
 from sinkstream.records.records import Record
@@ -85,8 +86,8 @@ class CliffShares:
 def grid(records: Sequence[Record]) -> list[CliffRun]:
     """The runs of the newest grid among complete records, ordered by positions, cap, R and growth.
 
-    A grid is what ``sinkstream cliff`` ran on one model and text, on one kind of device, in one precision and with one
-    prefill; of equal runs the newest counts. `records` are in the order in which they were made.
+    A grid is what ``sinkstream cliff`` ran on one model and text, on machines of one arithmetic, in one precision and
+    with one prefill; of equal runs the newest counts. `records` are in the order in which they were made.
     """
     complete = [r for r in records if r.status == "complete" and "cliff" in r.command[:3]]
     alike = [r for r in complete if same_text_and_model(r, complete[-1]) and _protocol(r) == _protocol(complete[-1])]
@@ -95,7 +96,7 @@ def grid(records: Sequence[Record]) -> list[CliffRun]:
 
 
 def _protocol(record: Record) -> tuple[Any, ...]:
-    return tuple(record.protocol[name] for name in ("prefill_tokens", "dtype", "device", "backend"))
+    return arithmetic(record), *(record.protocol[name] for name in ("prefill_tokens", "dtype", "device", "backend"))
 
 
 def decompose(strict: Record, inside: Record, outside: Record) -> CliffShares:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from sinkstream.records.base import StatusRecord
+from sinkstream.records.cards import by_card, cards_text
 from sinkstream.records.schema import STATUSES
 from sinkstream.show.table import EMPTY
 from sinkstream.statistics import Estimate, proportion
@@ -103,10 +104,22 @@ def accuracy_text(share: Estimate) -> str:
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
-def ttft_text(record: AnswersRecord) -> str:
-    """Median time from a question to the logits of its answer, in ms; a dash where it was not measured."""
-    ttft = record.summary.get("ttft_ms")
-    return EMPTY if ttft is None else f"{ttft:,.1f}"
+def ttft_text(records: Sequence[AnswersRecord], table: Sequence[AnswersRecord]) -> str:
+    """Median time from a question to the logits of its answer, in ms, the least and the most of some records.
+
+    With the card where the records of the `table` are of several; a dash where it was not measured.
+    """
+    timed = by_card([record for record in records if record.summary.get("ttft_ms") is not None])
+    named = len(by_card(table)) > 1
+    said = [
+        _range([record.summary["ttft_ms"] for record in some]) + (f" ({cards_text(some)})" if named else "")
+        for some in timed.values()
+    ]
+    return "; ".join(said) or EMPTY
+
+
+def _range(values: Sequence[float]) -> str:
+    return " – ".join(dict.fromkeys(f"{value:,.1f}" for value in (min(values), max(values))))
 
 
 TTFT_NOTE = (
@@ -121,12 +134,22 @@ def held_text(answers: Mapping[str, np.ndarray], where: np.ndarray) -> str:
     return f"{100 * np.nanmean(held):.0f} %" if np.isfinite(held).any() else EMPTY
 
 
-def pooled(records: Sequence[A]) -> list[A]:
-    """One record a policy: the answers of its complete records on several texts together."""
-    by_label: dict[str, list[A]] = {}
+def by_label(records: Sequence[A]) -> dict[str, list[A]]:
+    """The records of each policy, by its label."""
+    found: dict[str, list[A]] = {}
     for record in records:
-        by_label.setdefault(record.label, []).append(record)
-    return [replace(its[-1], answers=_joined([one.answers for one in its])) for its in by_label.values()]
+        found.setdefault(record.label, []).append(record)
+    return found
+
+
+def pooled(records: Sequence[A]) -> list[A]:
+    """One record a policy: the answers of its complete records on several texts together, which have no common time."""
+    return [
+        replace(its[-1], answers=_joined([one.answers for one in its]), summary=its[-1].summary | {"ttft_ms": None})
+        if len(its) > 1
+        else its[0]
+        for its in by_label(records).values()
+    ]
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

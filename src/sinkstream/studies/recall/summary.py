@@ -1,9 +1,11 @@
 """The headline figures of recall from the archive, each computed from records."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+from sinkstream.records.cards import arithmetic
 from sinkstream.records.headline import Headline
 from sinkstream.records.selection import has_model
 from sinkstream.registry import Registry
@@ -20,6 +22,7 @@ from sinkstream.studies.streameval.reply_tables import select_replies, tpot_rati
 MODEL, CAP, CHOOSER = "SmolLM2-135M", 512, "lexical"
 FAR = 16.0  # distance over cap
 MILLION = 1_000_000
+A = TypeVar("A", RecallRecord, FactsRecord)
 
 #: Key -> function of all records of a kind, oldest first, that returns a headline, or None if records are missing.
 RECALL_HEADLINES: Registry[Callable[[Sequence[RecallRecord]], Headline | None]] = Registry("headline")
@@ -48,20 +51,30 @@ def facts_share(record: FactsRecord, ratio: float, reference: FactsRecord, form:
     return share_of(right(record, ratio), right(reference, NEAR))
 
 
+def _beside_strict(runs: Sequence[A]) -> tuple[A, A] | None:
+    """The newest run with the chooser, and strict without recall in the same precision and arithmetic."""
+    found, strict = ([r for r in runs if is_chooser(r, chooser)] for chooser in (CHOOSER, None))
+    ways = [(arithmetic(r), r.protocol["dtype"]) for r in strict]
+    pairs = [
+        (run, strict[ways.index(way)]) for run in found if (way := (arithmetic(run), run.protocol["dtype"])) in ways
+    ]
+    return pairs[-1] if pairs else None
+
+
 @RECALL_HEADLINES.register("recall.passage_16x_share")
 def passage_16x_share(records: Sequence[RecallRecord]) -> Headline | None:
     """Passage recall at 16 × cap, lexical, SmolLM2, cap 512, over that of strict inside its window (0.5 ×)."""
     runs = pooled(select_recalls(records, model=MODEL, cap=CAP, pooled_at=FAR))
-    found, strict = ([r for r in runs if is_chooser(r, chooser)] for chooser in (CHOOSER, None))
-    return _headline(passage_share(found[-1], FAR, strict[-1]), found[-1].id) if found and strict else None
+    pair = _beside_strict(runs)
+    return pair and _headline(passage_share(pair[0], FAR, pair[1]), pair[0].id)
 
 
 @FACTS_HEADLINES.register("recall.facts_16x_share")
 def facts_16x_share(records: Sequence[FactsRecord]) -> Headline | None:
     """Right answers at 16 × cap, cue form, lexical, SmolLM2, cap 512, over strict's inside its window (0.5 ×)."""
     runs = facts_pooled(select_facts(records, model=MODEL, cap=CAP))
-    found, strict = ([r for r in runs if is_chooser(r, chooser)] for chooser in (CHOOSER, None))
-    return _headline(facts_share(found[-1], FAR, strict[-1]), found[-1].id) if found and strict else None
+    pair = _beside_strict(runs)
+    return pair and _headline(facts_share(pair[0], FAR, pair[1]), pair[0].id)
 
 
 @REPLY_HEADLINES.register("recall.million_token_accuracy")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sinkstream.records.cards import by_card, cards_text
 from sinkstream.records.selection import has_model
 from sinkstream.show.plots import line_formats, new_figure, save
 from sinkstream.show.table import EMPTY, Table
@@ -19,7 +20,7 @@ MIB = 2**20
 
 def reply_table(records: Sequence[ReplyRecord], title: str | None = None) -> Table:
     """One row a policy."""
-    rows = []
+    rows, several = [], len(by_card(records)) > 1
     for record in records:
         answers, cap = record.answers, record.protocol["cap"]
         edges = [0.0, *(cap * band for band in BANDS), np.inf]
@@ -28,11 +29,13 @@ def reply_table(records: Sequence[ReplyRecord], title: str | None = None) -> Tab
         everything = np.ones(len(answers["distance"]), dtype=bool)
         first, last = (record.samples[i] if record.samples else {} for i in (0, -1))
         cells = [accuracy_text(accuracy(answers)), *shares, held_text(answers, everything)]
-        rows.append([record.label, *cells, *_times(record), _bytes(first, last), _host_bytes(last)])
+        on = [cards_text([record])] if several else []
+        rows.append([record.label, *cells, *_times(record), _bytes(first, last), _host_bytes(last), *on])
     bands_named = [*(f"up to {band:g} ×" for band in BANDS), "beyond"]
     header = ["Policy", "Right answers", *bands_named, "Brought back", "TPOT first / last (ms)"]
     header += ["ratio of means; of medians", "Frames set first / last"]
-    return Table([*header, "Cache first / last (MiB)", "Archive (bytes a token)"], rows, title, [footnote(records)])
+    header += ["Cache first / last (MiB)", "Archive (bytes a token)", *(["On"] if several else [])]
+    return Table(header, rows, title, [footnote(records)])
 
 
 def tpot_ratio(record: ReplyRecord, figure: str = "mean") -> float | None:

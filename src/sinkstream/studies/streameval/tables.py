@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinkstream.records.cards import by_card, cards_text
 from sinkstream.records.selection import has_model
 from sinkstream.show.table import Table
 from sinkstream.statistics import Estimate
@@ -20,6 +21,7 @@ def distances_of(records: Sequence[StreamEvalRecord]) -> list[int]:
 def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = None) -> Table:
     """One row a policy and form, one column a distance."""
     distances, rows = distances_of(records), []
+    several = len(by_card(records)) > 1
     for record in records:
         answers, seconds = record.answers, record.summary["seconds"]
         for form in forms_of(answers):
@@ -27,10 +29,12 @@ def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = No
             cells = [accuracy_text(accuracy(answers, of_form & (answers["lines"] == lines))) for lines in distances]
             farthest = of_form & (answers["lines"] == max(distances))
             exact = accuracy_text(accuracy(answers, farthest, "exact"))
-            more = held_text(answers, farthest), ttft_text(record), f"{seconds:,.0f}"
+            more = held_text(answers, farthest), ttft_text([record], [record]), f"{seconds:,.0f}"
+            more += (cards_text([record]),) if several else ()
             rows.append([record.label, form, *cells, exact, *more])
     header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances)]
     header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "TTFT (ms)", "Seconds"]
+    header += ["On"] if several else []
     return Table(header, rows, title, [footnote(records)], left=2)
 
 
