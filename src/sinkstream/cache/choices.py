@@ -13,7 +13,7 @@ import torch
 
 from sinkstream.cache.rope import Rope
 from sinkstream.kernels.band import Band, SetColumns
-from sinkstream.kernels.chunk_entries import Entries, take_sets
+from sinkstream.kernels.chunk_entries import Entries, PinnedSlots, take_sets
 from sinkstream.kernels.pinned_sets import (
     TURN,
     Group,
@@ -158,17 +158,11 @@ class Chosen:
     layer : Layer
     found : PinnedSets
     columns : SetColumns
-    raw : Tensor, (kv_heads, pinned, head_dim), float32
-        Keys that are pinned in the end, not rotated.
-    sources : Tensor, (kv_heads, pinned), int64
-        Which they are.
     """
 
     layer: Layer
     found: PinnedSets
     columns: SetColumns
-    raw: torch.Tensor
-    sources: torch.Tensor
 
     @property
     def keys(self) -> torch.Tensor:
@@ -179,6 +173,16 @@ class Chosen:
     def values(self) -> torch.Tensor:
         """As `keys`."""
         return self.columns.values[:, -self.columns.size :]
+
+    @property
+    def sources(self) -> torch.Tensor:
+        """Which sources are pinned in the end, ``(kv_heads, pinned)``, int64."""
+        return self.found.chosen[:, -1].long()
+
+    @property
+    def raw(self) -> torch.Tensor:
+        """As `keys`, float32, not rotated."""
+        return self.layer.sources.gather(1, self.sources[..., None].expand(-1, -1, self.columns.keys.shape[2]))
 
     def received(self, band: Band, scaling: float, implementation: str | None = None) -> torch.Tensor:
         """As `window_received`."""
@@ -192,6 +196,7 @@ def choose(
     which: torch.Tensor,
     *,
     scaling: float,
+    slots: PinnedSlots | None = None,
     implementation: str | None = None,
 ) -> Chosen:
     """Choose the pinned tokens of one layer at every prune of a chunk.
@@ -206,14 +211,14 @@ def choose(
         `set_of_tokens`, on the device.
     scaling : float
         Of the scores.
+    slots : PinnedSlots or None
+        Where the tokens that are pinned in the end are written, if anywhere.
     implementation : {"auto", "triton", "torch"}, optional
         As for `pinned_sets`.
     """
     found = pinned_sets(layer, groups, scaling=scaling, implementation=implementation)
-    keys, values = take_sets(entries, found.chosen, groups.frame, implementation=implementation)
-    size, last = found.chosen.shape[2], found.chosen[:, -1].long()
-    raw = entries.sources.gather(1, last[..., None].expand(-1, -1, keys.shape[2]))
-    return Chosen(layer, found, SetColumns(keys, values, which, size), raw, last)
+    keys, values = take_sets(entries, found.chosen, groups.frame, slots=slots, implementation=implementation)
+    return Chosen(layer, found, SetColumns(keys, values, which, found.chosen.shape[2]))
 
 
 def positions_of(sources: torch.Tensor, before: torch.Tensor, first_entry: int) -> torch.Tensor:

@@ -133,7 +133,7 @@ class ChosenFrames:
         queries = query[0]
         if self.before:
             queries = torch.cat([self.observer.queries[layer][0, :, -self.before :].to(key.dtype), queries], 1)
-        held = Layer(queries.contiguous(), key[0, :, :sink], entries.window, entries.sources, self._totals(layer))
+        held = Layer(queries, entries.sinks, entries.window, entries.sources, self._totals(layer))
         chosen = choose(held, entries, frame.groups, self.which, scaling=scaling, implementation=implementation)
         self._take(layer, chosen, frame.band, query, scaling, implementation)
         sinks, window = slice(0, sink), slice(self.pinned, self.cached)

@@ -20,11 +20,21 @@ from torch.nn import functional as F
 from sinkstream.kernels.attention_prefill import turned
 from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
-from sinkstream.kernels.runtime import HALF_DTYPES, check_tensor, dot_kind, launch, triton, use_triton
+from sinkstream.kernels.runtime import (
+    HALF_DTYPES,
+    check_tensor,
+    dot_kind,
+    launch,
+    multiprocessors,
+    triton,
+    use_triton,
+)
 
 ROWS = 64  # queries of one tile, those of several query heads
 CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
+MOST_SPLITS = 16  # of the window, over programs
+PROGRAMS = 4  # of a multiprocessor, up to which the window is split: a program goes tile by tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
 
@@ -146,7 +156,7 @@ class Layer:
     Attributes
     ----------
     queries : Tensor, (query_heads, any, head_dim)
-        Rotated for the window.
+        Rotated for the window. May be strided, but for the last axis.
     sinks : Tensor, (kv_heads, sinks, head_dim)
         In the frame of pinned keys. May be strided, but for the last axis.
     window : Tensor, (kv_heads, entries, head_dim)
@@ -204,34 +214,44 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     """
     kernel = _checked(layer, groups, implementation)
     kv_heads, entries, dim = layer.window.shape
-    heads, queries, pinned = len(layer.queries), layer.queries.shape[1], len(groups.frame)
-    group, device = heads // kv_heads, layer.window.device
+    heads, pinned, device = len(layer.queries), len(groups.frame), layer.window.device
+    group = heads // kv_heads
     if not kernel:
         return pinned_sets_twin(layer, groups, scaling)
-    shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
-    common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
     sizes = groups.sizes
     most = max(16, triton.next_power_of_2(sizes.queries * group))
     tile = min(ROWS, most)
-    scale = scaling / math.log(2)
-    sums = torch.empty(kv_heads, sizes.rows, group, device=device)
+    tiles = -(-sizes.queries * group // tile)
+    splits = window_splits(sizes.groups * kv_heads * tiles, entries, multiprocessors(device))
+    shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
+    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
+    strides, scale = layer.queries.stride()[:2], scaling / math.log(2)
+    parts = torch.empty(kv_heads, sizes.rows, group, splits, device=device)
     if sizes.rows:
         launch(
-            window_sums_kernel, (sizes.groups, kv_heads, -(-sizes.queries * group // tile)), layer.queries,
-            layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
-            layer.sinks.stride(0), sizes.rows, scale, BM=tile, num_warps=4, **common,
+            window_sums_kernel, (sizes.groups, kv_heads * splits, tiles), layer.queries, layer.sinks, layer.window,
+            groups.table, groups.shift, parts, *strides, entries, layer.sinks.shape[1], layer.sinks.stride(0),
+            sizes.rows, scale, BM=tile, num_warps=4, **common,
         )  # fmt: skip
     chosen = torch.empty(kv_heads, groups.sets, pinned, dtype=torch.int32, device=device)
-    totals = torch.empty(chosen.shape, device=device)
+    totals, sums = torch.empty(chosen.shape, device=device), torch.empty(kv_heads, sizes.rows, group, device=device)
     width = pinned + sizes.leaving
     scores = torch.empty(kv_heads, width, device=device)
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
-        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, groups.sets,
-        queries, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
+        groups.frame, parts, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, *strides,
+        groups.sets, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
         BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
+
+
+def window_splits(programs: int, entries: int, processors: int) -> int:
+    """Over how many programs the window is split, beside so many programs of other queries (a power of two)."""
+    splits = 1
+    while splits < MOST_SPLITS and 2 * splits * programs <= PROGRAMS * processors and 2 * splits * TILE <= entries:
+        splits *= 2
+    return splits
 
 
 def window_received(
@@ -253,16 +273,62 @@ def window_received(
     Tensor, (kv_heads, entries), float32
         Mean over the query heads of a kv head; 0 for the entries that leave.
     """
-    (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
     if not _kernel(layer, implementation):
         return window_received_twin(layer, sums, band, scaling)
-    out = torch.empty(kv_heads, entries, device=sums.device)
-    launch(
-        window_received_kernel, (-(-entries // TILE), kv_heads), layer.queries, layer.window, sums, band.table, out,
-        queries, entries, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS,
-        BT=TILE, SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), num_warps=4, pdl=False,
-    )  # fmt: skip
+    out = torch.empty(len(layer.window), layer.window.shape[1], device=sums.device)
+    _receive(layer, sums, band, scaling, (out, out, out, 0, 0, 0), (0, 1, 0, 0), stores=False)
     return out
+
+
+def store_received(
+    layer: Layer,
+    found: PinnedSets,
+    band: Band,
+    totals: torch.Tensor,
+    *,
+    pinned_slot: int,
+    ring_slot: int,
+    scaling: float,
+    implementation: str | None = None,
+) -> None:
+    """Write what every token that stays has received to its slot; slots of others are left alone.
+
+    Parameters
+    ----------
+    layer : Layer
+        The queries are those of the chunk.
+    found : PinnedSets
+    band : Band
+        Of the chunk.
+    totals : Tensor, (rows, kv_heads, slots), float32
+        Row `band.row` is written in place. Rows and heads may be strided.
+    pinned_slot, ring_slot : int
+        Slots of the first pinned token and of the ring's first; the ring ends with the slots.
+    """
+    assert layer.totals is not None, "where attention is accumulated"
+    pinned, ring = found.totals.shape[2], totals.shape[2] - ring_slot
+    if not _kernel(layer, implementation):
+        device, (first, end) = totals.device, (band.length + int(band.first[-1]), band.length + band.tokens)
+        given = layer.totals[:, pinned:] + window_received_twin(layer, found.sums, band, scaling)
+        held = totals[band.row]
+        held[:, pinned_slot : pinned_slot + pinned] = found.totals[:, -1]
+        held[:, ring_slot + (band.start + torch.arange(first, end, device=device)) % ring] = given[:, first:end]
+        return
+    last = found.totals[:, -1]
+    where = (totals, layer.totals, last, *totals.stride()[:2], last.stride(0))
+    _receive(layer, found.sums, band, scaling, where, (pinned, ring, pinned_slot, ring_slot), stores=True)
+
+
+def _receive(layer: Layer, sums, band: Band, scaling: float, where: tuple, slots: tuple, *, stores: bool) -> None:
+    """Launch the kernel; `where` and `slots` are what it writes to."""
+    (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
+    out, before, last, out_row, out_head, last_head = where
+    launch(
+        window_received_kernel, (-(-max(entries, slots[0]) // TILE), kv_heads), layer.queries, layer.window, sums,
+        band.table, out, before, last, *layer.queries.stride()[:2], out_row, out_head, last_head, queries, entries,
+        *slots, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS, BT=TILE,
+        SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), STORES=stores, num_warps=4, pdl=False,
+    )  # fmt: skip
 
 
 def _kernel(layer: Layer, implementation: str | None) -> bool:
@@ -275,7 +341,8 @@ def _checked(layer: Layer, groups: Groups, implementation: str | None) -> bool:
     window, kv_heads = layer.window, len(layer.window)
     dtypes, device, dim = (*HALF_DTYPES, torch.float32, torch.float64), window.device, window.shape[2]
     check_tensor("window", window, (None, None, None), dtypes=dtypes, device=device)
-    check_tensor("queries", layer.queries, (None, None, dim), dtypes=(window.dtype,), device=device)
+    queries = (None, None, dim)
+    check_tensor("queries", layer.queries, queries, dtypes=(window.dtype,), device=device, contiguous=False)
     sinks = (kv_heads, None, dim)
     check_tensor("sinks", layer.sinks, sinks, dtypes=(window.dtype,), device=device, contiguous=False)
     pinned, known = len(groups.frame), (torch.float32, torch.float64)
