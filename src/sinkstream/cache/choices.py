@@ -13,6 +13,7 @@ import torch
 
 from sinkstream.cache.rope import Rope
 from sinkstream.kernels.band import Band, SetColumns
+from sinkstream.kernels.chunk_angles import angles_of
 from sinkstream.kernels.chunk_entries import Entries, PinnedSlots, take_sets
 from sinkstream.kernels.pinned_sets import (
     TURN,
@@ -121,7 +122,7 @@ def groups_on_device(
     host: Sequence[Group],
     table: torch.Tensor,
     sizes: GroupSizes,
-    places: torch.Tensor,
+    frame: torch.Tensor,
     rope: Rope,
     *,
     accumulates: bool,
@@ -134,16 +135,15 @@ def groups_on_device(
     table : Tensor, (1 + sizes.groups, FIELDS), int32
         `group_rows` of them, on the device.
     sizes : GroupSizes
-    places : Tensor, (pinned,), int64, on the device
-        Positions of the pinned tokens that change.
+    frame : Tensor, (pinned, 2, rotary_dim / 2), float32
+        As in `Groups`.
     rope : Rope
         Of the layer.
     accumulates : bool
         As in `Groups`.
     """
-    cos, sin = rope.angles(table[1:, TURN])
-    frame = torch.stack(rope.angles(places), 1)
-    return Groups(host, table, torch.stack([cos, -sin], 1), frame, sizes, accumulates)
+    shift = angles_of(table[1:, TURN], rope.frequencies(table.device), back=True)
+    return Groups(host, table, shift, frame, sizes, accumulates)
 
 
 # ---- what is chosen ----

@@ -102,7 +102,8 @@ class ChosenFrames:
         for rope in ring.rope.kinds:
             cos, sin = rope.angles(ring.first_window - ring.base + entries)
             band = Band(oldest, dropped, rope.frequencies(device), past=min(ring.seen, ALL_PINNED), length=self.length)
-            groups = groups_on_device(host, table, sizes, places, rope, accumulates=observer.accumulate)
+            in_frame = torch.stack(rope.angles(places), 1)
+            groups = groups_on_device(host, table, sizes, in_frame, rope, accumulates=observer.accumulate)
             self._frames[rope] = _Frame(band, torch.stack([cos, -sin], 1), groups)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer in the end: raw keys, values, sources, totals
 

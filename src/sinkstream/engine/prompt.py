@@ -23,6 +23,7 @@ from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
 from sinkstream.kernels.band import POSITION, TOKENS, Band, Columns, SetColumns
+from sinkstream.kernels.chunk_angles import angles_from
 from sinkstream.kernels.kept_queries import keep_queries
 from sinkstream.kernels.observed_chunk import accumulate_chunk
 from sinkstream.kernels.rotate_qkv import rotate_qkv
@@ -250,9 +251,8 @@ class Chunk:
         self.state, self.band, self.holds = state, band, holds
         self.held: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
         self.observes = state.queries is not None or "accumulated" in state.channels
-        positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
-        angle = positions.double()[:, None] * band.inv_freq
-        self.rotation = torch.stack([angle.cos(), angle.sin()], 1).mul_(rope_factor).float()
+        position = band.table[POSITION : POSITION + 1]
+        self.rotation = angles_from(position, band.rows, band.inv_freq, factor=rope_factor)
 
     def attend(
         self,

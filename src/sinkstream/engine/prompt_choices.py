@@ -26,6 +26,7 @@ from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.band import LENGTH, POSITION, Band, SetColumns
+from sinkstream.kernels.chunk_angles import angles_from
 from sinkstream.kernels.chunk_entries import PinnedSlots, read_entries
 from sinkstream.kernels.kept_queries import join_queries
 from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows, store_received
@@ -143,21 +144,23 @@ class Choices:
         with torch.inference_mode(False):
             count = rows + self._room + sizes.tokens
             self.table = torch.zeros(count, dtype=torch.int32, device=state.device)
+            places = torch.arange(state.geometry.sink, state.geometry.pinned_slots, device=state.device)
+            self._frame = torch.stack(state.spec.rope.angles(places), 1)
         self._rows, self.which = self.table[:rows].view(-1, FIELDS), self.table[rows + self._room :]
 
     def write(self, host: list[Group], drop: np.ndarray) -> None:
         """Take the groups of the coming chunk; `drop` as in `Steps`."""
         self.host, accumulates = host, "accumulated" in self.state.channels
-        which = np.pad(set_of_tokens(drop), (self._room, self.sizes.tokens - len(drop)), mode="edge")
-        rows = group_rows(host, accumulates, self.sizes.groups.groups).flatten()
-        self.state.copy_in(self.table, torch.cat([rows, torch.from_numpy(which)]))
+        which, table = set_of_tokens(drop), np.empty(len(self.table), dtype=np.int32)
+        rows = group_rows(host, accumulates, self.sizes.groups.groups).numpy().ravel()
+        table[: len(rows)], table[len(rows) :] = rows, which[-1]  # padding, and what lies between, as the last token
+        table[len(table) - self.sizes.tokens :][: len(which)] = which
+        self.state.copy_in(self.table, torch.from_numpy(table))
 
     def groups(self) -> Groups:
         """The groups as kernels read them."""
-        state, g = self.state, self.state.geometry
-        places = torch.arange(g.sink, g.pinned_slots, device=state.device)
-        adds = "accumulated" in state.channels
-        return groups_on_device(self.host, self._rows, self.sizes.groups, places, state.spec.rope, accumulates=adds)
+        rope, adds = self.state.spec.rope, "accumulated" in self.state.channels
+        return groups_on_device(self.host, self._rows, self.sizes.groups, self._frame, rope, accumulates=adds)
 
 
 class ChoosingChunk(Chunk):
@@ -187,13 +190,12 @@ class ChoosingChunk(Chunk):
         sources: torch.Tensor,
     ):
         super().__init__(span, band, rope_factor)
-        g, device, sizes = state.geometry, state.device, choices.sizes
+        g, sizes = state.geometry, choices.sizes
         self.whole, self.sizes, self.sources = state, sizes, sources
         self.accumulates, self.refreshed = "accumulated" in state.channels, slice(g.sink, g.pinned_slots)
         self.groups, self.which = choices.groups(), choices.which
-        first = band.table[POSITION] - band.table[LENGTH]
-        cos, sin = state.spec.rope.angles(first + torch.arange(sizes.entries, device=device))
-        self.back = torch.stack([cos, -sin], 1)
+        position, length = (band.table[field : field + 1] for field in (POSITION, LENGTH))
+        self.back = angles_from(position, sizes.entries, band.inv_freq, less=length, back=True)
         self.chosen: Chosen | None = None  # of the layer that is computed
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns:

@@ -11,9 +11,10 @@ ones before it, or all since the prune before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -33,8 +34,8 @@ from sinkstream.kernels.runtime import (
 ROWS = 64  # queries of one tile, those of several query heads
 CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
-MOST_SPLITS = 16  # of the window, over programs
-PROGRAMS = 4  # of a multiprocessor, up to which the window is split: a program goes tile by tile
+MOST_SPLITS = 16  # of the window
+PROGRAMS = 4  # of a multiprocessor, up to which the window is split: a program goes from tile to tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
 
@@ -96,7 +97,12 @@ class GroupSizes:
 
     def hold(self, other: "GroupSizes") -> bool:
         """Whether a chunk of other sizes can be computed in its place."""
-        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other)))
+        return (
+            self.groups >= other.groups
+            and self.queries >= other.queries
+            and self.leaving >= other.leaving
+            and self.rows >= other.rows
+        )
 
 
 @dataclass(frozen=True)
@@ -142,11 +148,11 @@ TURN = Group._fields.index("turn")
 
 def group_rows(groups: Sequence[Group], accumulates: bool, most: int) -> torch.Tensor:
     """`Groups.table` on the host, of at most so many groups."""
-    rows = torch.zeros(1 + most, FIELDS, dtype=torch.int32)
-    rows[0, :2] = torch.tensor([len(groups), len(groups) - accumulates])
+    rows = np.zeros((1 + most, FIELDS), dtype=np.int32)
+    rows[0, :2] = len(groups), len(groups) - accumulates
     if groups:
-        rows[1 : 1 + len(groups)] = torch.tensor(groups)
-    return rows
+        rows[1 : 1 + len(groups)] = groups
+    return torch.from_numpy(rows)
 
 
 @dataclass(frozen=True)
@@ -247,10 +253,10 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
 
 
 def window_splits(programs: int, entries: int, processors: int) -> int:
-    """Over how many programs the window is split, beside so many programs of other queries (a power of two)."""
+    """Over how many programs the window is split for each of so many; a power of four, so that few are compiled."""
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * programs <= PROGRAMS * processors and 2 * splits * TILE <= entries:
-        splits *= 2
+    while splits < MOST_SPLITS and 4 * splits * programs <= PROGRAMS * processors and splits * TILE < entries:
+        splits *= 4
     return splits
 
 
