@@ -298,35 +298,46 @@ class Chunk:
             self.band,
             scaling=spec.head_dim**-0.5,
             out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
+            pdl=True,
         )
         if self.holds:
             self.held.append((query.clone() if self.observes else None, key.clone(), value.clone()))
         else:
-            self.store(layer, query, key, value)
+            self.store(layer, query, key, value, pdl=True)
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns | None:
         """Pinned tokens that change within the chunk; None: all are those of the state. Arguments as in `store`."""
         return None
 
-    def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store(
+        self,
+        layer: int,
+        query: torch.Tensor | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        pdl: bool = False,
+    ) -> None:
         """Write what stays of the chunk to its slots, and what the policy reads of its queries.
 
         Parameters
         ----------
         query, key, value : Tensor, (tokens, query_heads or kv_heads, head_dim)
             Of one layer, rotated.
+        pdl : bool
+            Whether this follows attention at once.
         """
         state, g = self.state, self.state.geometry
         if query is not None:
-            self.keep(layer, query)
-        store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots)
+            self.keep(layer, query, pdl=pdl)
+        store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots, pdl=pdl)
         if query is not None:
             self.accumulate(layer, query)
 
-    def keep(self, layer: int, query: torch.Tensor) -> None:
+    def keep(self, layer: int, query: torch.Tensor, *, pdl: bool) -> None:
         """Keep the latest queries ``(tokens, query_heads, head_dim)``, where the policy reads them."""
         if self.state.queries is not None:
-            keep_queries(self.state.queries[layer], query, self.band)
+            keep_queries(self.state.queries[layer], query, self.band, pdl=pdl)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""

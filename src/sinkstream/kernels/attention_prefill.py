@@ -20,8 +20,10 @@ from sinkstream.kernels.online_softmax import rotated
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
+    await_previous,
     check_tensor,
     dot_kind,
+    has_dependent_launch,
     jit,
     launch,
     multiprocessors,
@@ -98,6 +100,7 @@ def _attention_prefill_kernel(
     With splits, `out_ptr` is a float32 buffer (batch, heads, query_rows, SPLITS, D) of sums that are not normalised,
     and `stats_ptr` one of their maxima and weights (batch, heads, query_rows, SPLITS, 2).
     """
+    await_previous(PDL)
     tokens, past = tl.load(band_ptr), tl.load(band_ptr + 1)
     start, length = tl.load(band_ptr + 2), tl.load(band_ptr + 3)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -238,6 +241,7 @@ def _combine_splits_kernel(
     D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query, query head, row of the batch): one softmax of the sums of all splits."""
+    await_previous(PDL)
     query, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = query < tl.load(band_ptr)
     place = ((row * tl.num_programs(1) + head) * query_rows + query) * SPLITS + tl.arange(0, SPLITS)
@@ -260,6 +264,7 @@ def attention_prefill(
     scaling: float,
     out: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
+    pdl: bool = False,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk of tokens: pinned keys in one frame, the band of the window in the other.
@@ -277,6 +282,8 @@ def attention_prefill(
         May be strided, but for the last axis.
     config : PrefillConfig, optional
         How the kernel is cut up; default: `default_prefill`.
+    pdl : bool
+        Whether the kernel may start before the previous one has ended; only where that is a kernel of ours.
     implementation : {"auto", "triton", "torch"}, optional
         Default: the kernel on a GPU in half precision, and otherwise the twin.
 
@@ -298,7 +305,7 @@ def attention_prefill(
         return attention_prefill_twin(query, columns, band, scaling, out)
     if config is None:
         config = default_prefill(tokens, batch * heads, dim, multiprocessors(query.device))
-    _launch(query, columns, band, scaling, out, config)
+    _launch(query, columns, band, scaling, out, config, pdl)
     return out
 
 
@@ -325,7 +332,7 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
         raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
 
-def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig) -> None:
+def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig, pdl: bool) -> None:
     batch, heads, tokens, dim = query.shape
     if query.dtype not in HALF_DTYPES:
         raise ValueError(f"query has dtype {query.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
@@ -353,12 +360,14 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
         columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634, stats, tokens, *several,
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
         BM=config.rows, BN=config.columns, STAGES=config.stages, SPLITS=splits, KIND=dot_kind(query.dtype),
-        SCALARS=SCALARS, SETS=sets is not None, num_warps=config.warps, pdl=False,
+        SCALARS=SCALARS, SETS=sets is not None, num_warps=config.warps,
+        pdl=pdl and has_dependent_launch(query.device),
     )  # fmt: skip
     if splits > 1:
         launch(
             _combine_splits_kernel, (tokens, heads, batch), sums, stats, out, band.table, tokens, *out_strides,
-            D=dim, SIZE=triton.next_power_of_2(dim), SPLITS=splits, num_warps=1, pdl=False,
+            D=dim, SIZE=triton.next_power_of_2(dim), SPLITS=splits, num_warps=1,
+            pdl=has_dependent_launch(query.device),
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from sinkstream.kernels.runtime import (
     HALF_DTYPES,
     check_tensor,
     dot_kind,
+    has_dependent_launch,
     launch,
     multiprocessors,
     triton,
@@ -200,7 +201,9 @@ class PinnedSets:
     sums: torch.Tensor
 
 
-def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation: str | None = None) -> PinnedSets:
+def pinned_sets(
+    layer: Layer, groups: Groups, *, scaling: float, pdl: bool = False, implementation: str | None = None
+) -> PinnedSets:
     """Choose the pinned tokens of every prune of a chunk, as `select` does by the attention that candidates receive.
 
     Parameters
@@ -210,6 +213,9 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
         Where it accumulates, the queries are those of the chunk, all of them.
     scaling : float
         Of the scores.
+    pdl : bool
+        Whether the first kernel may start before the previous one has ended; only where that is a kernel of ours. The
+        second one may in any case.
     implementation : {"auto", "triton", "torch"}, optional
         float32, and heads whose size is no multiple of 16, take the twin.
 
@@ -230,14 +236,14 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     tiles = -(-sizes.queries * group // tile)
     splits = window_splits(sizes.groups * kv_heads * tiles, entries, multiprocessors(device))
     shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
-    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
+    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype)}
     strides, scale = layer.queries.stride()[:2], scaling / math.log(2)
     parts = torch.empty(kv_heads, sizes.rows, group, splits, device=device)
     if sizes.rows:
         launch(
             window_sums_kernel, (sizes.groups, kv_heads * splits, tiles), layer.queries, layer.sinks, layer.window,
             groups.table, groups.shift, parts, *strides, entries, layer.sinks.shape[1], layer.sinks.stride(0),
-            sizes.rows, scale, BM=tile, num_warps=4, **common,
+            sizes.rows, scale, BM=tile, num_warps=4, pdl=pdl and has_dependent_launch(device), **common,
         )  # fmt: skip
     chosen = torch.empty(kv_heads, groups.sets, pinned, dtype=torch.int32, device=device)
     totals, sums = torch.empty(chosen.shape, device=device), torch.empty(kv_heads, sizes.rows, group, device=device)
@@ -247,7 +253,8 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
         groups.frame, parts, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, *strides,
         groups.sets, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
-        BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
+        BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8,
+        pdl=bool(sizes.rows) and has_dependent_launch(device), **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 
@@ -282,7 +289,7 @@ def window_received(
     if not _kernel(layer, implementation):
         return window_received_twin(layer, sums, band, scaling)
     out = torch.empty(len(layer.window), layer.window.shape[1], device=sums.device)
-    _receive(layer, sums, band, scaling, (out, out, out, 0, 0, 0), (0, 1, 0, 0), stores=False)
+    _receive(layer, sums, band, scaling, (out, out, out, 0, 0, 0), (0, 1, 0, 0), stores=False, pdl=False)
     return out
 
 
@@ -295,6 +302,7 @@ def store_received(
     pinned_slot: int,
     ring_slot: int,
     scaling: float,
+    pdl: bool = False,
     implementation: str | None = None,
 ) -> None:
     """Write what every token that stays has received to its slot; slots of others are left alone.
@@ -310,6 +318,8 @@ def store_received(
         Row `band.row` is written in place. Rows and heads may be strided.
     pinned_slot, ring_slot : int
         Slots of the first pinned token and of the ring's first; the ring ends with the slots.
+    pdl : bool
+        As for `pinned_sets`.
     """
     assert layer.totals is not None, "where attention is accumulated"
     pinned, ring = found.totals.shape[2], totals.shape[2] - ring_slot
@@ -322,10 +332,12 @@ def store_received(
         return
     last = found.totals[:, -1]
     where = (totals, layer.totals, last, *totals.stride()[:2], last.stride(0))
-    _receive(layer, found.sums, band, scaling, where, (pinned, ring, pinned_slot, ring_slot), stores=True)
+    _receive(layer, found.sums, band, scaling, where, (pinned, ring, pinned_slot, ring_slot), stores=True, pdl=pdl)
 
 
-def _receive(layer: Layer, sums, band: Band, scaling: float, where: tuple, slots: tuple, *, stores: bool) -> None:
+def _receive(
+    layer: Layer, sums, band: Band, scaling: float, where: tuple, slots: tuple, *, stores: bool, pdl: bool
+) -> None:
     """Launch the kernel; `where` and `slots` are what it writes to."""
     (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
     out, before, last, out_row, out_head, last_head = where
@@ -333,7 +345,8 @@ def _receive(layer: Layer, sums, band: Band, scaling: float, where: tuple, slots
         window_received_kernel, (-(-max(entries, slots[0]) // TILE), kv_heads), layer.queries, layer.window, sums,
         band.table, out, before, last, *layer.queries.stride()[:2], out_row, out_head, last_head, queries, entries,
         *slots, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS, BT=TILE,
-        SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), STORES=stores, num_warps=4, pdl=False,
+        SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), STORES=stores, num_warps=4,
+        pdl=pdl and has_dependent_launch(sums.device),
     )  # fmt: skip
 
 
