@@ -27,7 +27,7 @@ from sinkstream.kernels.pinned_sets import (
     window_received,
 )
 from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
-from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps, scored_field
 
 # most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
 # up at the prune, one after the other; what came before the chunk is known
@@ -60,9 +60,13 @@ def prunes_within(coming_drops: np.ndarray) -> np.ndarray:
 
 def tokens_across(schedule: PruneSchedule, tokens: int) -> tuple[int, int]:
     """How many of the next tokens such a chunk takes, `tokens` at the most, and how many prunes are within."""
-    policy = schedule.policy
-    prunes, most = prunes_within(schedule.plan(tokens).drop), most_prunes(policy)
-    return (tokens, len(prunes)) if len(prunes) <= most else (int(prunes[most]), most)
+    return tokens_of(schedule.policy, schedule.plan(tokens))
+
+
+def tokens_of(policy: EvictionPolicy, steps: Steps) -> tuple[int, int]:
+    """As `tokens_across`, of steps that are known."""
+    prunes, most = prunes_within(steps.drop), most_prunes(policy)
+    return (len(steps), len(prunes)) if len(prunes) <= most else (int(prunes[most]), most)
 
 
 def computed_fast(keys: torch.Tensor) -> bool:

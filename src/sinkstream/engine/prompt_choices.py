@@ -30,7 +30,7 @@ from sinkstream.kernels.chunk_angles import angles_from
 from sinkstream.kernels.chunk_entries import PinnedSlots, read_entries
 from sinkstream.kernels.kept_queries import join_queries
 from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows, store_received
-from sinkstream.policies import EvictionPolicy, PruneSchedule
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps
 
 ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
 LONGER_SIZES = (768, 1024)  # of such chunks, beside those of others: launching them takes longer than computing them
@@ -296,12 +296,20 @@ class ChoosingForward:
         """With how many prunes a chunk of so many tokens is worth it."""
         return FEWEST_PRUNES if self.short.size(tokens) is None else 1
 
-    def __call__(self, ids: torch.Tensor, stream: int) -> None:
-        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
+    def __call__(self, ids: torch.Tensor, stream: int, schedule: PruneSchedule, steps: Steps) -> None:
+        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards.
+
+        Parameters
+        ----------
+        ids : Tensor, (tokens,), int64
+        stream : int
+        schedule : PruneSchedule
+            That of the stream after them.
+        steps : Steps
+            What the policy does at each of them.
+        """
         forward, state = self.forward, self.state
         forward.rebase(stream)
-        schedule = state.schedules[stream].copy()
-        steps = schedule.advance(len(ids))
         size = self.short.size(len(ids))
         coming = Coming(state, stream, steps, None if size is None else self.short.table(size), chooses=True)
         host = self._groups(coming)

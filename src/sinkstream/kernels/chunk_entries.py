@@ -95,28 +95,28 @@ def _read_entries_kernel(
     kept_keys = keys_ptr + held_row * keys_row + head * keys_head
     kept_values = values_ptr + held_row * values_row + head * values_head
     pinned_keys = pinned_ptr + held_row * pinned_row + head * pinned_head
-    held, own = ((is_pinned | is_past) & leaves)[:, None] & wide, (is_own & leaves)[:, None] & wide
     row = (entry - length).to(tl.int64)[:, None]
-    value = tl.load(kept_values + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
-    value = tl.where(
-        own, tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0), value
-    )
-    place = (head * (pinned + leaving) + source)[:, None] * D + columns
-    tl.store(out_ptr + place, value, mask=held | own)
     past = kept_keys + slot.to(tl.int64)[:, None] * D
     mine = key_ptr + row * key_row + head * key_head
     of_past, of_own = is_past[:, None] & wide, is_own[:, None] & wide
     key = tl.load(past + columns, mask=of_past, other=0.0)
     key = tl.where(of_own, tl.load(mine + columns, mask=of_own, other=0.0), key)
     tl.store(window_ptr + (head * entries + entry)[:, None] * D + columns, key, mask=of_past | of_own)
-    angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
-    back = rotated(past, columns, held & of_past, angles, past, 0.0, D, RD, False, SIZE)
-    back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
-    raw = tl.load(pinned_keys + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
-    tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
-    is_sink = (source < pinned_slot)[:, None] & wide
-    sink = tl.load(kept_keys + source[:, None] * D + columns, mask=is_sink)
-    tl.store(sinks_ptr + (head * pinned_slot + source)[:, None] * D + columns, sink, mask=is_sink)
+    if tl.program_id(0) * TM < pinned + leaving:  # some of the tile may be chosen
+        held, own = ((is_pinned | is_past) & leaves)[:, None] & wide, (is_own & leaves)[:, None] & wide
+        value = tl.load(kept_values + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
+        new = tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0)
+        place = (head * (pinned + leaving) + source)[:, None] * D + columns
+        tl.store(out_ptr + place, tl.where(own, new, value), mask=held | own)
+        angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
+        back = rotated(past, columns, held & of_past, angles, past, 0.0, D, RD, False, SIZE)
+        back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
+        raw = tl.load(pinned_keys + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
+        tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
+    if tl.program_id(0) * TM < pinned_slot:
+        is_sink = (source < pinned_slot)[:, None] & wide
+        sink = tl.load(kept_keys + source[:, None] * D + columns, mask=is_sink)
+        tl.store(sinks_ptr + (head * pinned_slot + source)[:, None] * D + columns, sink, mask=is_sink)
     if TOTALS:
         total = total_ptr + held_row * total_row + head * total_head + slot
         given = tl.load(total, mask=is_pinned | is_past, other=0.0)

@@ -36,7 +36,7 @@ ROWS = 64  # queries of one tile, those of several query heads
 CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
 MOST_SPLITS = 16  # of the window
-PROGRAMS = 4  # of a multiprocessor, up to which the window is split: a program goes from tile to tile
+PROGRAMS = 8  # of a multiprocessor, up to which the window is split: a program goes from tile to tile
 TWIN_TILE = 256  # the same of the twin
 COLUMNS = 64  # widest column chunk
 
