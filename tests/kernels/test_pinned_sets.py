@@ -16,10 +16,9 @@ from sinkstream.kernels.pinned_sets import (
     Layer,
     group_rows,
     pinned_sets,
-    store_received,
-    window_received,
     window_splits,
 )
+from sinkstream.kernels.window_received import store_received, window_received
 
 CASES = [  # kv_heads, group, dim, rotary, sinks, pinned, past entries, latest queries (0: all), drops before tokens
     (2, 2, 32, 32, 3, 5, 30, 4, {3: 4, 9: 6, 10: 3, 17: 8}),

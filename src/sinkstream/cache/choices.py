@@ -24,9 +24,9 @@ from sinkstream.kernels.pinned_sets import (
     Layer,
     PinnedSets,
     pinned_sets,
-    window_received,
 )
 from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
+from sinkstream.kernels.window_received import window_received
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps, scored_field
 
 # most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added

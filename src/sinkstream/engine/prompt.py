@@ -251,6 +251,8 @@ class Chunk:
         self.state, self.band, self.holds = state, band, holds
         self.held: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
         self.observes = state.queries is not None or "accumulated" in state.channels
+        self.adds = "accumulated" in state.channels and not holds  # what the queries give, right behind attention
+        self._sums: torch.Tensor | None = None  # of their softmax, in the layer that is computed
         position = band.table[POSITION : POSITION + 1]
         self.rotation = angles_from(position, band.rows, band.inv_freq, factor=rope_factor)
 
@@ -292,12 +294,17 @@ class Chunk:
             value.transpose(0, 1)[None],
             self.pinned_sets(layer, query, key, value),
         )
+        if self.adds:
+            self._sums = torch.empty(
+                spec.kv_heads, query.shape[0] * query.shape[1] // spec.kv_heads, device=state.device
+            )
         attention_prefill(
             query.transpose(0, 1)[None],
             columns,
             self.band,
             scaling=spec.head_dim**-0.5,
             out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
+            sums=self._sums,
             pdl=True,
         )
         if self.holds:
@@ -350,4 +357,5 @@ class Chunk:
                 self.band,
                 pinned_slots=g.pinned_slots,
                 scaling=state.spec.head_dim**-0.5,
+                sums=self._sums,
             )

@@ -29,7 +29,8 @@ from sinkstream.kernels.band import LENGTH, POSITION, Band, SetColumns
 from sinkstream.kernels.chunk_angles import angles_from
 from sinkstream.kernels.chunk_entries import PinnedSlots, read_entries
 from sinkstream.kernels.kept_queries import join_queries
-from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows, store_received
+from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows
+from sinkstream.kernels.window_received import store_received
 from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps
 
 ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
@@ -190,6 +191,7 @@ class ChoosingChunk(Chunk):
         sources: torch.Tensor,
     ):
         super().__init__(span, band, rope_factor)
+        self.adds = False  # the choice knows more: what they give to tokens that leave
         g, sizes = state.geometry, choices.sizes
         self.whole, self.sizes, self.sources = state, sizes, sources
         self.accumulates, self.refreshed = "accumulated" in state.channels, slice(g.sink, g.pinned_slots)

@@ -305,7 +305,7 @@ def take_sets(
             _store_last(slots, keys[:, -pinned:], values[:, -pinned:], raw[:, -1], chosen[:, -1])
         return keys, values
     keys, values = window.new_empty(kv_heads, rows, dim), window.new_empty(kv_heads, rows, dim)
-    where = (keys, values, entries.sources, chosen, chosen, 0, 0, 0, 0)
+    where: tuple[torch.Tensor | int, ...] = (keys, values, entries.sources, chosen, chosen, 0, 0, 0, 0)
     if slots is not None:
         assert slots.keys.stride() == slots.values.stride(), "keys and values lie in the same order"
         assert slots.keys.stride(2) == slots.raw.stride(2) == dim, "the slots of a head are contiguous"
