@@ -7,7 +7,6 @@ so the layers are computed one after the other over the whole chunk, and in each
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -202,7 +201,6 @@ def choose(
     *,
     scaling: float,
     slots: PinnedSlots | None = None,
-    pdl: bool = False,
     implementation: str | None = None,
 ) -> Chosen:
     """Choose the pinned tokens of one layer at every prune of a chunk.
@@ -219,14 +217,11 @@ def choose(
         Of the scores.
     slots : PinnedSlots or None
         Where the tokens that are pinned in the end are written, if anywhere.
-    pdl : bool
-        As for `pinned_sets`.
     implementation : {"auto", "triton", "torch"}, optional
         As for `pinned_sets`.
     """
-    found = pinned_sets(layer, groups, scaling=scaling, pdl=pdl, implementation=implementation)
-    how: dict[str, Any] = {"pdl": True, "implementation": implementation}  # behind the kernel that chooses
-    keys, values = take_sets(entries, found.chosen, groups.frame, slots=slots, **how)
+    found = pinned_sets(layer, groups, scaling=scaling, implementation=implementation)
+    keys, values = take_sets(entries, found.chosen, groups.frame, slots=slots, implementation=implementation)
     return Chosen(layer, found, SetColumns(keys, values, which, found.chosen.shape[2]))
 
 

@@ -305,46 +305,35 @@ class Chunk:
             scaling=spec.head_dim**-0.5,
             out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
             sums=self._sums,
-            pdl=True,
         )
         if self.holds:
             self.held.append((query.clone() if self.observes else None, key.clone(), value.clone()))
         else:
-            self.store(layer, query, key, value, pdl=True)
+            self.store(layer, query, key, value)
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns | None:
         """Pinned tokens that change within the chunk; None: all are those of the state. Arguments as in `store`."""
         return None
 
-    def store(
-        self,
-        layer: int,
-        query: torch.Tensor | None,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        pdl: bool = False,
-    ) -> None:
+    def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write what stays of the chunk to its slots, and what the policy reads of its queries.
 
         Parameters
         ----------
         query, key, value : Tensor, (tokens, query_heads or kv_heads, head_dim)
             Of one layer, rotated.
-        pdl : bool
-            Whether this follows attention at once.
         """
         state, g = self.state, self.state.geometry
         if query is not None:
-            self.keep(layer, query, pdl=pdl)
-        store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots, pdl=pdl)
+            self.keep(layer, query)
+        store_window(key, value, state.keys[layer], state.values[layer], self.band, sinks=g.pinned_slots)
         if query is not None:
             self.accumulate(layer, query)
 
-    def keep(self, layer: int, query: torch.Tensor, *, pdl: bool) -> None:
+    def keep(self, layer: int, query: torch.Tensor) -> None:
         """Keep the latest queries ``(tokens, query_heads, head_dim)``, where the policy reads them."""
         if self.state.queries is not None:
-            keep_queries(self.state.queries[layer], query, self.band, pdl=pdl)
+            keep_queries(self.state.queries[layer], query, self.band)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""

@@ -219,7 +219,7 @@ class ChoosingChunk(Chunk):
         queries = query.transpose(0, 1)
         if not self.accumulates:  # queries of earlier tokens may be read; what those gave is known where it is added up
             assert state.queries is not None, "kept where attention is looked at"
-            queries = join_queries(state.queries[layer], query, self.band, pdl=True)
+            queries = join_queries(state.queries[layer], query, self.band)
         held = Layer(queries, entries.sinks, entries.window, entries.sources, entries.totals)
         slots = PinnedSlots(
             state.keys[layer, :, :, refreshed],
@@ -229,26 +229,18 @@ class ChoosingChunk(Chunk):
             self.band,
         )
         scaling = state.spec.head_dim**-0.5
-        self.chosen = choose(held, entries, self.groups, self.which, scaling=scaling, slots=slots, pdl=True)
+        self.chosen = choose(held, entries, self.groups, self.which, scaling=scaling, slots=slots)
         return self.chosen.columns
 
-    def store(
-        self,
-        layer: int,
-        query: torch.Tensor | None,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        pdl: bool = False,
-    ) -> None:
+    def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """As of any chunk; the pinned tokens are in their slots."""
-        super().store(layer, query, key, value, pdl=pdl)
+        super().store(layer, query, key, value)
         self.chosen = None  # the sets of one layer are held at a time
 
-    def keep(self, layer: int, query: torch.Tensor, *, pdl: bool) -> None:
+    def keep(self, layer: int, query: torch.Tensor) -> None:
         """Keep the latest queries, unless they were kept as the choice read those before."""
         if self.accumulates:
-            super().keep(layer, query, pdl=pdl)
+            super().keep(layer, query)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
@@ -264,7 +256,6 @@ class ChoosingChunk(Chunk):
             pinned_slot=self.refreshed.start,
             ring_slot=self.refreshed.stop,
             scaling=state.spec.head_dim**-0.5,
-            pdl=True,
         )
 
 

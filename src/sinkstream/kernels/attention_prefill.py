@@ -22,10 +22,8 @@ from sinkstream.kernels.online_softmax import rotated
 from sinkstream.kernels.runtime import (
     FLOAT_DTYPES,
     HALF_DTYPES,
-    await_previous,
     check_tensor,
     dot_kind,
-    has_dependent_launch,
     jit,
     launch,
     multiprocessors,
@@ -104,7 +102,6 @@ def _attention_prefill_kernel(
     With splits, `out_ptr` is a float32 buffer (batch, heads, query_rows, SPLITS, D) of sums that are not normalised,
     and `stats_ptr` one of their maxima and weights (batch, heads, query_rows, SPLITS, 2).
     """
-    await_previous(PDL)
     tokens, past = tl.load(band_ptr), tl.load(band_ptr + 1)
     start, length = tl.load(band_ptr + 2), tl.load(band_ptr + 3)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -248,7 +245,6 @@ def _combine_splits_kernel(
     D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query, query head, row of the batch): one softmax of the sums of all splits."""
-    await_previous(PDL)
     query, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = query < tl.load(band_ptr)
     place = ((row * tl.num_programs(1) + head) * query_rows + query) * SPLITS + tl.arange(0, SPLITS)
@@ -277,7 +273,6 @@ def attention_prefill(
     out: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
     sums: torch.Tensor | None = None,
-    pdl: bool = False,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk of tokens: pinned keys in one frame, the band of the window in the other.
@@ -298,8 +293,6 @@ def attention_prefill(
     sums : Tensor, (kv_heads, tokens * group), float32, optional
         Written, of the only row of the batch: the logarithm, base 2, of the sum of every query's softmax, the query
         heads of a kv head next to each other. Of padded tokens infinite.
-    pdl : bool
-        Whether the kernel may start before the previous one has ended; only where that is a kernel of ours.
     implementation : {"auto", "triton", "torch"}, optional
         Default: the kernel on a GPU in half precision, and otherwise the twin.
 
@@ -327,7 +320,7 @@ def attention_prefill(
         return attention_prefill_twin(query, columns, band, scaling, out, sums)
     if config is None:
         config = default_prefill(tokens, batch * heads, dim, multiprocessors(query.device))
-    _launch(query, columns, band, scaling, out, config, sums, pdl)
+    _launch(query, columns, band, scaling, out, config, sums)
     return out
 
 
@@ -354,7 +347,7 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
         raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
 
-def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig, sums, pdl: bool) -> None:
+def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig, sums) -> None:
     batch, heads, tokens, dim = query.shape
     if query.dtype not in HALF_DTYPES:
         raise ValueError(f"query has dtype {query.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
@@ -384,14 +377,13 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
         BM=config.rows, BN=config.columns, STAGES=config.stages, SPLITS=splits, KIND=dot_kind(query.dtype),
         SCALARS=SCALARS, SETS=sets is not None, SUMS=sums is not None and splits == 1, num_warps=config.warps,
-        pdl=pdl and has_dependent_launch(query.device),
+        pdl=False,
     )  # fmt: skip
     if splits > 1:
         launch(
             _combine_splits_kernel, (tokens, heads, batch), parts_of, stats, out, stats if sums is None else sums,
             band.table, tokens, *out_strides, heads // kv_heads, D=dim, SIZE=triton.next_power_of_2(dim),
-            SPLITS=splits, SUMS=sums is not None, num_warps=1,
-            pdl=has_dependent_launch(query.device),
+            SPLITS=splits, SUMS=sums is not None, num_warps=1, pdl=False,
         )  # fmt: skip
 
 

@@ -13,17 +13,7 @@ from torch.nn import functional as F
 from sinkstream.kernels.attention_prefill import turned
 from sinkstream.kernels.band import Band
 from sinkstream.kernels.online_softmax import rotated
-from sinkstream.kernels.runtime import (
-    FLOAT_DTYPES,
-    await_previous,
-    check_tensor,
-    has_dependent_launch,
-    jit,
-    launch,
-    tl,
-    triton,
-    use_triton,
-)
+from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
 ROWS = 16  # of one program
 
@@ -130,7 +120,6 @@ def _take_sets_kernel(
     RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of chosen tokens, key-value head). STORES: those of the last set go to their slots, too."""
-    await_previous(PDL)
     head = tl.program_id(1).to(tl.int64)
     row, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
     here = (row < rows)[:, None] & (columns < D)
@@ -272,7 +261,6 @@ def take_sets(
     frame: torch.Tensor,
     *,
     slots: PinnedSlots | None = None,
-    pdl: bool = False,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys, rotated to their places in the frame of pinned keys, and values of the tokens of several sets.
@@ -286,8 +274,6 @@ def take_sets(
         Cosine and sine of the places.
     slots : PinnedSlots or None
         Where the tokens of the last set are written, if anywhere.
-    pdl : bool
-        Whether the kernel may start before the previous one has ended; only where that is a kernel of ours.
     implementation : {"auto", "triton", "torch"}, optional
 
     Returns
@@ -316,8 +302,7 @@ def take_sets(
     launch(
         _take_sets_kernel, (-(-rows // ROWS), kv_heads), entries.sources, entries.values, chosen, frame.contiguous(),
         keys, values, *where, entries.sources.shape[1], rows, pinned, D=dim, RD=2 * frame.shape[2],
-        SIZE=triton.next_power_of_2(dim), TM=ROWS, STORES=slots is not None, num_warps=4,
-        pdl=pdl and has_dependent_launch(window.device),
+        SIZE=triton.next_power_of_2(dim), TM=ROWS, STORES=slots is not None, num_warps=4, pdl=False,
     )  # fmt: skip
     return keys, values
 

@@ -6,17 +6,7 @@ Nothing that is launched depends on the host, so that a CUDA graph can hold it.
 import torch
 
 from sinkstream.kernels.band import PAST, TOKENS, Band
-from sinkstream.kernels.runtime import (
-    FLOAT_DTYPES,
-    await_previous,
-    check_tensor,
-    has_dependent_launch,
-    jit,
-    launch,
-    tl,
-    triton,
-    use_triton,
-)
+from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
 ROWS = 16  # of one program
 
@@ -27,7 +17,6 @@ def _keep_queries_kernel(
     D: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, JOINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of places, the oldest query first, with JOINS then of the chunk's queries; query head)."""
-    await_previous(PDL)
     tokens, past, held = tl.load(band_ptr), tl.load(band_ptr + 1), tl.load(band_ptr + 6).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * TM + tl.arange(0, TM)
     columns = tl.arange(0, SIZE)[None, :]
@@ -48,14 +37,7 @@ def _keep_queries_kernel(
     tl.store(slot, tl.load(mine + token.to(tl.int64)[:, None] * query_row, mask=newer), mask=newer)
 
 
-def keep_queries(
-    kept: torch.Tensor,
-    queries: torch.Tensor,
-    band: Band,
-    *,
-    pdl: bool = False,
-    implementation: str | None = None,
-) -> None:
+def keep_queries(kept: torch.Tensor, queries: torch.Tensor, band: Band, *, implementation: str | None = None) -> None:
     """Keep the latest queries of a chunk.
 
     Parameters
@@ -67,8 +49,6 @@ def keep_queries(
         At their window positions; padding, if any, comes last. May be strided, but for the last axis.
     band : Band
         Of these tokens.
-    pdl : bool
-        Whether the kernel may start before the previous one has ended; only where that is a kernel of ours.
     implementation : {"auto", "triton", "torch"}, optional
 
     Raises
@@ -77,18 +57,13 @@ def keep_queries(
         Naming the argument that the op cannot serve and what is accepted.
     """
     if _checked(kept, queries, implementation):
-        _launch(kept, queries, band, None, pdl)
+        _launch(kept, queries, band, None)
     else:
         _keep_twin(kept, queries, band)
 
 
 def join_queries(
-    kept: torch.Tensor,
-    queries: torch.Tensor,
-    band: Band,
-    *,
-    pdl: bool = False,
-    implementation: str | None = None,
+    kept: torch.Tensor, queries: torch.Tensor, band: Band, *, implementation: str | None = None
 ) -> torch.Tensor:
     """As `keep_queries`; returns those kept before, the oldest first, and behind them the chunk's.
 
@@ -105,7 +80,7 @@ def join_queries(
         _keep_twin(kept, queries, band)
         return joined
     joined = queries.new_empty(queries.shape[1], kept.shape[2] + len(queries), queries.shape[2])
-    _launch(kept, queries, band, joined, pdl)
+    _launch(kept, queries, band, joined)
     return joined
 
 
@@ -121,14 +96,14 @@ def _checked(kept: torch.Tensor, queries: torch.Tensor, implementation: str | No
     return use_triton(implementation, kept) and kept.dtype in FLOAT_DTYPES
 
 
-def _launch(kept: torch.Tensor, queries: torch.Tensor, band: Band, joined: torch.Tensor | None, pdl: bool) -> None:
+def _launch(kept: torch.Tensor, queries: torch.Tensor, band: Band, joined: torch.Tensor | None) -> None:
     (rows, heads, dim), places = queries.shape, kept.shape[2]
     assert kept.stride(2) == dim, "the places of a head are contiguous"
     count = places if joined is None else places + rows
     launch(
         _keep_queries_kernel, (-(-count // ROWS), heads), kept, queries, kept if joined is None else joined,
         band.table, *kept.stride()[:2], *queries.stride()[:2], places, rows, D=dim, SIZE=triton.next_power_of_2(dim),
-        TM=ROWS, JOINS=joined is not None, num_warps=4, pdl=pdl and has_dependent_launch(kept.device),
+        TM=ROWS, JOINS=joined is not None, num_warps=4, pdl=False,
     )  # fmt: skip
 
 

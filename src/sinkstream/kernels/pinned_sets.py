@@ -24,7 +24,6 @@ from sinkstream.kernels.runtime import (
     HALF_DTYPES,
     check_tensor,
     dot_kind,
-    has_dependent_launch,
     launch,
     multiprocessors,
     triton,
@@ -199,9 +198,7 @@ class PinnedSets:
     sums: torch.Tensor
 
 
-def pinned_sets(
-    layer: Layer, groups: Groups, *, scaling: float, pdl: bool = False, implementation: str | None = None
-) -> PinnedSets:
+def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation: str | None = None) -> PinnedSets:
     """Choose the pinned tokens of every prune of a chunk, as `select` does by the attention that candidates receive.
 
     Parameters
@@ -211,9 +208,6 @@ def pinned_sets(
         Where it accumulates, the queries are those of the chunk, all of them.
     scaling : float
         Of the scores.
-    pdl : bool
-        Whether the first kernel may start before the previous one has ended; only where that is a kernel of ours. The
-        second one may in any case.
     implementation : {"auto", "triton", "torch"}, optional
         float32, and heads whose size is no multiple of 16, take the twin.
 
@@ -234,14 +228,14 @@ def pinned_sets(
     tiles = -(-sizes.queries * group // tile)
     splits = window_splits(sizes.groups * kv_heads * tiles, entries, multiprocessors(device))
     shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
-    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype)}
+    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
     strides, scale = layer.queries.stride()[:2], scaling / math.log(2)
     parts = torch.empty(kv_heads, sizes.rows, group, splits, device=device)
     if sizes.rows:
         launch(
             window_sums_kernel, (sizes.groups, kv_heads * splits, tiles), layer.queries, layer.sinks, layer.window,
             groups.table, groups.shift, parts, *strides, entries, layer.sinks.shape[1], layer.sinks.stride(0),
-            sizes.rows, scale, BM=tile, num_warps=4, pdl=pdl and has_dependent_launch(device), **common,
+            sizes.rows, scale, BM=tile, num_warps=4, **common,
         )  # fmt: skip
     chosen = torch.empty(kv_heads, groups.sets, pinned, dtype=torch.int32, device=device)
     totals, sums = torch.empty(chosen.shape, device=device), torch.empty(kv_heads, sizes.rows, group, device=device)
@@ -251,8 +245,7 @@ def pinned_sets(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
         groups.frame, parts, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, *strides,
         groups.sets, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
-        BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8,
-        pdl=bool(sizes.rows) and has_dependent_launch(device), **common,
+        BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 

@@ -2,7 +2,7 @@
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 from sinkstream.kernels.online_softmax import rotated
-from sinkstream.kernels.runtime import await_previous, jit, tl
+from sinkstream.kernels.runtime import jit, tl
 
 
 @jit
@@ -81,7 +81,6 @@ def window_sums_kernel(
 
     A tile past the queries of its group does nothing.
     """
-    await_previous(PDL)
     group, head, split = tl.program_id(0), (tl.program_id(1) // SPLITS).to(tl.int64), tl.program_id(1) % SPLITS
     fields = table_ptr + (1 + group) * FIELDS
     begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
@@ -123,7 +122,6 @@ def choose_sets_kernel(
 
     ONE: a set is no larger than a tile, so its keys are read once a prune. Sets behind the last prune are the last one.
     """
-    await_previous(PDL)
     head = tl.program_id(0).to(tl.int64)
     groups, prunes = tl.load(table_ptr), tl.load(table_ptr + 1)
     heads, keys = query_ptr + head * G * query_head, window_ptr + head * entries * D
@@ -252,7 +250,6 @@ def window_received_kernel(
     STORES: `out_ptr` holds what slots have received. Entries that stay are added to what they had before, and a tile
     of pinned tokens gets what it has in the end.
     """
-    await_previous(PDL)
     head = tl.program_id(1).to(tl.int64)
     tokens, own = tl.load(band_ptr), tl.load(band_ptr + 3)
     first, end = own + tl.load(band_ptr + SCALARS + tokens - 1), own + tokens

@@ -187,14 +187,6 @@ def prefetch_l2(pointer, first_byte, end_byte, most_bytes):
 
 
 @jit
-def await_previous(PDL: tl.constexpr):
-    """First thing in a kernel that may start before the previous one has ended; the next one may start now."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-@jit
 def prefetch_next(program, next_a, next_a_end, next_a_share, next_b, next_b_end, next_b_share):
     """Prefetch a program's share of what the next kernel reads first: the arguments of `Prefetch`."""
     share = program.to(tl.int64)

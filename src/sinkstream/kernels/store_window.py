@@ -3,17 +3,7 @@
 import torch
 
 from sinkstream.kernels.band import Band
-from sinkstream.kernels.runtime import (
-    FLOAT_DTYPES,
-    await_previous,
-    check_tensor,
-    has_dependent_launch,
-    jit,
-    launch,
-    tl,
-    triton,
-    use_triton,
-)
+from sinkstream.kernels.runtime import FLOAT_DTYPES, check_tensor, jit, launch, tl, triton, use_triton
 
 TOKENS = 16  # of one program
 
@@ -24,7 +14,6 @@ def _store_window_kernel(
     head_stride, slot_stride, sinks, ring, D: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of tokens, key-value head); what does not stay is neither read nor written."""
-    await_previous(PDL)
     tokens, past, stays, slot = (
         tl.load(band_ptr), tl.load(band_ptr + 1), tl.load(band_ptr + 4), tl.load(band_ptr + 5),
     )  # fmt: skip
@@ -48,7 +37,6 @@ def store_window(
     band: Band,
     *,
     sinks: int = 0,
-    pdl: bool = False,
     implementation: str | None = None,
 ) -> None:
     """Write keys and values of a chunk's tokens to their slots: of the stream's sinks, and from `band.stays` on.
@@ -63,8 +51,6 @@ def store_window(
         Of these tokens.
     sinks : int
         Slots in front of the ring, for the first tokens of the stream (the first `band.sinks`).
-    pdl : bool
-        Whether the kernel may start before the previous one has ended; only where that is a kernel of ours.
     implementation : {"auto", "triton", "torch"}, optional
 
     Raises
@@ -93,8 +79,7 @@ def store_window(
     launch(
         _store_window_kernel, (-(-band.rows // TOKENS), heads), key, value, keys, values, band.table, key.stride(0),
         key.stride(1), value.stride(0), value.stride(1), *keys.stride()[:3], sinks, ring, D=dim,
-        SIZE=triton.next_power_of_2(dim), TM=TOKENS, num_warps=4,
-        pdl=pdl and has_dependent_launch(key.device),
+        SIZE=triton.next_power_of_2(dim), TM=TOKENS, num_warps=4, pdl=False,
     )  # fmt: skip
 
 

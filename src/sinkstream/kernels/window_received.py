@@ -7,7 +7,7 @@ import torch
 from sinkstream.kernels.band import SCALARS, Band
 from sinkstream.kernels.pinned_sets import COLUMNS, ROWS, TILE, Layer, PinnedSets, computed_by_kernel
 from sinkstream.kernels.pinned_sets_kernels import window_received_kernel
-from sinkstream.kernels.runtime import dot_kind, has_dependent_launch, launch
+from sinkstream.kernels.runtime import dot_kind, launch
 
 TWIN_TILE = 256  # keys of one tile of the twin
 
@@ -34,7 +34,7 @@ def window_received(
     if not computed_by_kernel(layer, implementation):
         return window_received_twin(layer, sums, band, scaling)
     out = torch.empty(len(layer.window), layer.window.shape[1], device=sums.device)
-    _receive(layer, sums, band, scaling, (out, out, out, 0, 0, 0), (0, 1, 0, 0), stores=False, pdl=False)
+    _receive(layer, sums, band, scaling, (out, out, out, 0, 0, 0), (0, 1, 0, 0), stores=False)
     return out
 
 
@@ -47,7 +47,6 @@ def store_received(
     pinned_slot: int,
     ring_slot: int,
     scaling: float,
-    pdl: bool = False,
     implementation: str | None = None,
 ) -> None:
     """Write what every token that stays has received to its slot; slots of others are left alone.
@@ -63,8 +62,6 @@ def store_received(
         Row `band.row` is written in place. Rows and heads may be strided.
     pinned_slot, ring_slot : int
         Slots of the first pinned token and of the ring's first; the ring ends with the slots.
-    pdl : bool
-        As for `pinned_sets`.
     """
     assert layer.totals is not None, "where attention is accumulated"
     pinned, ring = found.totals.shape[2], totals.shape[2] - ring_slot
@@ -77,12 +74,10 @@ def store_received(
         return
     last = found.totals[:, -1]
     where = (totals, layer.totals, last, *totals.stride()[:2], last.stride(0))
-    _receive(layer, found.sums, band, scaling, where, (pinned, ring, pinned_slot, ring_slot), stores=True, pdl=pdl)
+    _receive(layer, found.sums, band, scaling, where, (pinned, ring, pinned_slot, ring_slot), stores=True)
 
 
-def _receive(
-    layer: Layer, sums, band: Band, scaling: float, where: tuple, slots: tuple, *, stores: bool, pdl: bool
-) -> None:
+def _receive(layer: Layer, sums, band: Band, scaling: float, where: tuple, slots: tuple, *, stores: bool) -> None:
     """Launch the kernel; `where` and `slots` are what it writes to."""
     (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
     out, before, last, out_row, out_head, last_head = where
@@ -90,8 +85,7 @@ def _receive(
         window_received_kernel, (-(-max(entries, slots[0]) // TILE), kv_heads), layer.queries, layer.window, sums,
         band.table, out, before, last, *layer.queries.stride()[:2], out_row, out_head, last_head, queries, entries,
         *slots, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS, BT=TILE,
-        SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), STORES=stores, num_warps=4,
-        pdl=pdl and has_dependent_launch(sums.device),
+        SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), STORES=stores, num_warps=4, pdl=False,
     )  # fmt: skip
 
 
