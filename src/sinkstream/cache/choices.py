@@ -239,4 +239,4 @@ def positions_of(sources: torch.Tensor, before: torch.Tensor, first_entry: int) 
     """
     size = sources.shape[-1]
     older = before.gather(-1, sources.clamp(max=size - 1))
-    return torch.where(sources < size, older, first_entry + sources - size)
+    return torch.where(sources < size, older, sources + (first_entry - size))
