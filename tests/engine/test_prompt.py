@@ -3,7 +3,6 @@
 import importlib
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from fake_graphs import without_gpu
@@ -14,7 +13,7 @@ from sinkstream.cache import POSITIONS, StreamingCache
 from sinkstream.engine import Engine
 from sinkstream.engine.foreseen_chunks import ForeseenChunk, ForeseenChunks
 from sinkstream.engine.graphs import GraphCaptures
-from sinkstream.engine.prompt import LatestQueries, PromptForward
+from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.prompt_choices import ChoosingChunk
 from sinkstream.engine.prompt_events import EventPrompts
 from sinkstream.engine.short_chunks import SHORT_SIZES, short_chunk_sizes
@@ -250,20 +249,6 @@ def test_what_was_foreseen_wrongly_is_seen_by_no_token(monkeypatch):
 def test_a_chunk_is_a_whole_number_of_tokens(value):
     with pytest.raises(ValueError, match=r"chunk_tokens=.* is not accepted; accepted: a whole number of at least 1"):
         engine(build("llama", layers=1), "strict", chunk_tokens=value)
-
-
-@pytest.mark.parametrize(("past", "tokens", "rows"), [(0, 3, 4), (3, 9, 16), (12, 1, 16), (40, 5, 5)])
-def test_a_chunk_keeps_the_queries_that_steps_would_keep(past, tokens, rows):
-    generator = torch.Generator().manual_seed(past)
-    kept, queries = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5, 4), (rows, 3, 4)))
-    wanted = kept.clone()
-    for i in range(tokens):
-        wanted[1, :, (past + i) % 5] = queries[i]
-    inv_freq = torch.ones(2, dtype=torch.float64)
-    first, table = np.zeros(tokens, dtype=np.int64), torch.zeros(16 + 2 * rows, dtype=torch.int32)
-    band = Band(first, None, inv_freq, past=past, length=past, row=1, table=table)
-    LatestQueries(band, 5).keep(kept, queries)
-    assert torch.equal(kept, wanted)
 
 
 CROSSING = {  # refresh by attention: queries of several prunes; staged drops and overlap; more pinned than leave

@@ -182,7 +182,7 @@ def test_queries_of_a_prompt_that_are_lost_would_show(monkeypatch):
     frames = []
     for lost in (False, True):
         if lost:
-            monkeypatch.setattr("sinkstream.engine.prompt.LatestQueries.keep", lambda *_: None)
+            monkeypatch.setattr("sinkstream.engine.prompt.keep_queries", lambda *_, **how: None)
         engine = Engine(model, **STRICT, recall="heads", **SMALL, **READING["heads"][0])
         engine.prefill(ids)
         frames.append(frames_of(engine))

@@ -64,6 +64,22 @@ def test_splits_and_padding_change_nothing(band, splits, implementation):
     assert (found[:, tokens:] == 7).all()
 
 
+@pytest.mark.parametrize(("band", "implementation"), on_implementations(BANDS[:4:2], quick=2))
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_sums_of_the_softmax_are_those_of_float64(band, splits, implementation):
+    """Of padded queries they are infinite, so that these give nothing."""
+    case, config = ChunkCase(torch.float16, **LLAMA, **band), PrefillConfig(rows=32, columns=16, splits=splits)
+    tokens, padding, kv_heads, group = len(case.first), 19, 2, 3
+    sums = torch.zeros(kv_heads, (tokens + padding) * group, device=case.query.device)
+    found = case.run_padded(implementation, padding=padding, row=2, config=config, sums=sums)
+    assert error(found[:, :tokens], case.expected()) < TOLERANCE[torch.float16]
+    by_head = sums.view(kv_heads, tokens + padding, group).transpose(1, 2).flatten(0, 1)
+    assert by_head[:, tokens:].isinf().all() and (by_head[:, tokens:] > 0).all()
+    expected = case.expected_sums()
+    assert (by_head[:, :tokens] - expected).abs().max() < 5e-3
+    assert (by_head[:, :tokens] - expected.roll(1, 1)).abs().max() > 0.1, "control: those of another query"
+
+
 @pytest.mark.parametrize(
     ("sizes", "implementation"), on_implementations([(24, 24), (96, 48), (128, 128), (64, 16), (16, 16)], quick=2)
 )

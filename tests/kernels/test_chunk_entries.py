@@ -7,7 +7,7 @@ from ops_cases import DEVICE, TOLERANCE, draw, error, on_implementations
 from ring_case import rotate
 
 from sinkstream.kernels.band import SCALARS, Band
-from sinkstream.kernels.chunk_entries import read_entries, take_sets
+from sinkstream.kernels.chunk_entries import PinnedSlots, read_entries, take_sets
 
 CASES = [  # kv_heads, dim, rotary, sinks, pinned, ring, start, length, tokens
     (2, 32, 32, 3, 5, 20, 14, 11, 9),
@@ -26,6 +26,7 @@ def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation, roo
     inv_freq = 1e3 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
     entries, leaving, row = length + tokens, (length + tokens) // 2 if room else length + tokens, 1
     buffers = draw(2, 3, kv_heads, 3, sinks + pinned + ring, dim, dtype=dtype)[:, :, :, 1]  # heads are strided
+    totals = draw(3, kv_heads, 2, sinks + pinned + ring)[:, :, 1]
     raw, qkv = draw(3, kv_heads, sinks + pinned, dim)[:, :, sinks:], draw(tokens + room, 3 * kv_heads, dim, dtype=dtype)
     key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
     angle = torch.arange(50, 50 + entries + room, device=DEVICE).double()[:, None] * inv_freq
@@ -33,12 +34,16 @@ def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation, roo
     band = band_of(tokens, row=row, start=start, length=length, rows=tokens + room)
     found = read_entries(
         *buffers, raw, key, value, angles, band, pinned_slot=sinks, ring_slot=sinks + pinned, leaving=leaving,
-        implementation=implementation,
+        totals=totals, implementation=implementation,
     )  # fmt: skip
     slots = [sinks + pinned + (start + i) % ring for i in range(length)]
     (keys, held), raw = buffers[:, row], raw[row]
     window = torch.cat([keys[:, slots], key[:tokens].transpose(0, 1)], 1)
     assert torch.equal(found.window[:, :entries], window) and found.window.shape[1] == entries + room
+    assert torch.equal(found.sinks, keys[:, :sinks])
+    received = torch.cat([totals[row][:, sinks : sinks + pinned], totals[row][:, slots]], 1)
+    assert found.totals is not None and torch.equal(found.totals[:, : pinned + length], received)
+    assert not found.totals[:, pinned + length :].any() and found.totals.shape[1] == pinned + entries + room
     values = torch.cat([held[:, slots], value[:tokens].transpose(0, 1)], 1)[:, :leaving]
     assert torch.equal(found.values, torch.cat([held[:, sinks : sinks + pinned], values], 1))
     back = [rotate(window[:, i].double(), -(50 + i), inv_freq) for i in range(leaving)]
@@ -46,7 +51,19 @@ def test_entries_and_sets_are_those_of_float64(sizes, dtype, implementation, roo
     chosen = torch.randint(pinned + leaving, (kv_heads, 3, pinned), dtype=torch.int32).to(DEVICE)
     places = torch.arange(sinks, sinks + pinned, device=DEVICE).double()[:, None] * inv_freq
     frame = torch.stack([places.cos(), places.sin()], 1).float()
-    keys, values = take_sets(found, chosen, frame, implementation=implementation)
+    taken, untouched = take_sets(found, chosen, frame, implementation=implementation), buffers.clone()
+    here, unrotated = buffers[:, :, :, sinks : sinks + pinned], torch.zeros(3, kv_heads, pinned, dim, device=DEVICE)
+    which = torch.zeros(kv_heads, pinned, dtype=torch.int64, device=DEVICE)
+    to = PinnedSlots(here[0], here[1], unrotated, which, band)
+    keys, values = take_sets(found, chosen, frame, slots=to, implementation=implementation)
+    assert torch.equal(keys, taken[0]) and torch.equal(values, taken[1])
+    assert torch.equal(here[:, row], torch.stack([keys, values])[:, :, -pinned:]), "the last set"
+    assert torch.equal(unrotated[row], torch.stack([found.sources[h][chosen[h, -1]] for h in range(kv_heads)]))
+    assert torch.equal(which, chosen[:, -1].long()) and not unrotated[[0, 2]].any()
+    changed = (buffers != untouched).flatten(-1)
+    assert changed[:, row, :, sinks : sinks + pinned].any(), "control"
+    changed[:, row, :, sinks : sinks + pinned] = False
+    assert not changed.any(), "nothing else is written"
     for head in range(kv_heads):
         flat = chosen[head].flatten().tolist()
         expected = [rotate(found.sources[head, s].double(), sinks + i % pinned, inv_freq) for i, s in enumerate(flat)]

@@ -127,7 +127,7 @@ def test_a_chunk_gives_what_its_queries_give_in_float64(sizes, turns, implementa
     totals = draw(3, kv_heads, pinned_slots + ring).abs()
     slot_of = {t: t if t < sinks else pinned_slots + (t - 4) % ring for t in range(oldest, past + tokens)}
     slot_of |= {t: t for t in range(sinks)}
-    expected = totals.double().clone()
+    expected, whole = totals.double().clone(), torch.zeros(kv_heads, group, tokens, device=DEVICE)
     for t in range(past, past + tokens):
         expected[1, :, [slot_of[t], pinned_slots + (t - 4) % ring]] = 0.0  # a sink's place in the ring is empty
     for i in range(tokens):
@@ -137,9 +137,14 @@ def test_a_chunk_gives_what_its_queries_give_in_float64(sizes, turns, implementa
             frame = rotate(own, -turn[i], inv_freq) if turns else own
             held = keys[1, head // group].double()
             scores = torch.stack([(frame if t < sinks else own) @ held[slot_of[t]] for t in seen])
+            whole[head // group, head % group, i] = (scores * dim**-0.5).logsumexp(0) / np.log(2)
             weights = (scores * dim**-0.5).softmax(0)
             expected[1, head // group, [slot_of[t] for t in seen]] += weights / group
-    accumulate_chunk(
-        queries, keys, totals, band, pinned_slots=pinned_slots, scaling=dim**-0.5, implementation=implementation
-    )
+    how = {"pinned_slots": pinned_slots, "scaling": dim**-0.5, "implementation": implementation}
+    before = totals.clone()
+    accumulate_chunk(queries, keys, totals, band, **how)
     assert error(totals, expected) < 1e-3
+    sums = torch.full((kv_heads, rows * group), torch.inf, device=DEVICE)
+    sums.view(kv_heads, rows, group)[:, :tokens] = whole.transpose(1, 2)
+    accumulate_chunk(queries, keys, before, band, **how, sums=sums)
+    assert error(before, totals) < 1e-3, "the sums are known from attention"

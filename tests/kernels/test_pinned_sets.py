@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import DEVICE, HALF, draw, error, on_implementations
+from ops_cases import DEVICE, HALF, NEEDS_TRITON, draw, error, on_implementations
 from ring_case import rotate
 from torch.nn import functional as F
 
@@ -16,8 +16,9 @@ from sinkstream.kernels.pinned_sets import (
     Layer,
     group_rows,
     pinned_sets,
-    window_received,
+    window_splits,
 )
+from sinkstream.kernels.window_received import store_received, window_received
 
 CASES = [  # kv_heads, group, dim, rotary, sinks, pinned, past entries, latest queries (0: all), drops before tokens
     (2, 2, 32, 32, 3, 5, 30, 4, {3: 4, 9: 6, 10: 3, 17: 8}),
@@ -61,6 +62,7 @@ class Case:
         parts = [queries, self.window, sources] + ([] if totals is None else [totals[..., None]])
         nan = (F.pad(part, (0, 0, 0, room), value=float("nan")) for part in parts)
         queries, window, sources, *more = (part.contiguous() for part in nan)
+        queries = queries.transpose(0, 1).contiguous().transpose(0, 1)  # strided, as a chunk's own are
         return Layer(queries, self.sinks, window, sources, more[0][..., 0].contiguous() if more else None)
 
     def groups(self, turn: int = 0, room: int = 0) -> Groups:
@@ -80,11 +82,11 @@ class Case:
         frame = self.rotation([self.first_position + i for i in range(self.pinned)])
         return Groups(host, table, shift, frame, sizes, not self.latest)
 
-    def band(self, room: int = 0) -> Band:
+    def band(self, room: int = 0, **more: int) -> Band:
         first = torch.tensor(self.oldest).numpy() - self.past
         rows = self.tokens + room
         table = torch.zeros(SCALARS + 2 * rows, dtype=torch.int32, device=DEVICE)
-        return Band(first, None, self.inv_freq, past=self.past, length=self.past, table=table)
+        return Band(first, None, self.inv_freq, past=self.past, length=self.past, table=table, **more)
 
     def pinned_keys(self, head: int, chosen: list[int]) -> torch.Tensor:
         """Rotated to their places and rounded as they are kept."""
@@ -148,6 +150,42 @@ def test_the_choices_are_those_of_float64(sizes, implementation, room):
             wanted = [received[case.pinned + i] - case.totals[head, case.pinned + i] for i in range(first, end)]
             assert error(given[first:end], torch.tensor(wanted)) < 2e-3
             assert not given[:first].any() and not given[end:].any() and len(given) == end + room
+
+
+@pytest.mark.parametrize("room", [0, 3], ids=["exact", "padded"])
+@pytest.mark.parametrize(("sizes", "implementation"), on_implementations(CASES[1:3], quick=2))
+def test_what_a_token_that_stays_has_received_is_in_its_slot(sizes, implementation, room):
+    """Of one of several streams, in a ring that wraps; nothing else is touched."""
+    case, how, row, start = Case(torch.float16, *sizes), {"implementation": implementation}, 1, 4
+    layer, groups, band = case.layer(room), case.groups(room=room), case.band(room, row=row, start=start)
+    found = pinned_sets(layer, groups, scaling=case.scaling, **how)
+    given = window_received(layer, found.sums, band, scaling=case.scaling, **how)
+    first, end, pinned = case.oldest[-1], case.past + case.tokens, case.pinned
+    ring, frame = end - first + 3, slice(case.sinks_count, case.sinks_count + pinned)
+    totals = draw(3, len(case.window), 2, frame.stop + ring)[:, :, 1]
+    wanted = totals.clone()
+    wanted[row, :, frame] = found.totals[:, -1]
+    for entry in range(first, end):
+        before = case.totals[:, pinned + entry] if entry < case.past else 0.0
+        wanted[row, :, frame.stop + (start + entry) % ring] = before + given[:, entry]
+    changed = (wanted != totals).any(1).any(0)
+    assert not changed[: frame.start].any() and int((~changed).sum()) == frame.start + 3, "control"
+    slots = {"pinned_slot": frame.start, "ring_slot": frame.stop}
+    store_received(layer, found, band, totals, scaling=case.scaling, **slots, **how)
+    assert torch.equal(totals[:, :, ~changed], wanted[:, :, ~changed])
+    assert torch.equal(totals[[0, 2]], wanted[[0, 2]]) and error(totals, wanted) < 1e-6
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("sizes", [CASES[1], pytest.param(CASES[3], marks=pytest.mark.slow)], ids=str)
+def test_the_window_is_split_over_programs_of_which_some_see_nothing(sizes, monkeypatch):
+    monkeypatch.setattr("sinkstream.kernels.pinned_sets.multiprocessors", lambda device: 132)
+    case, split = Case(torch.float16, *sizes), window_splits(12, sizes[6] + TOKENS[sizes[7]], 132)
+    assert split == 4 and window_splits(12, 9, 132) == window_splits(12, 9999, 3) == 1
+    assert window_splits(16, 2116, 132) == 16 and window_splits(320, 2116, 132) == 1
+    found = pinned_sets(case.layer(), case.groups(), scaling=case.scaling, implementation="triton")
+    for head in range(len(case.window)):
+        assert found.chosen[head].tolist() == case.expected(head)[0]
 
 
 @pytest.mark.parametrize(("latest", "implementation"), on_implementations([0, 1], quick=2))

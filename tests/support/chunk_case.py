@@ -1,5 +1,7 @@
 """A chunk of tokens on a stream that has begun, with what attention over it must give: cases of the prefill kernel."""
 
+import math
+
 import numpy as np
 import torch
 from ops_cases import DEVICE, draw
@@ -48,19 +50,26 @@ class ChunkCase:
         window = [("past", self.length + i) if i < 0 else ("own", i) for i in range(self.first[t], t + 1)]
         return pinned + window
 
+    def scores(self, t: int) -> torch.Tensor:
+        """Those of query t at positions in the cache, (batch, query_heads, visible), float64."""
+        keys = [rotate(self.keys[n][:, :, i].double(), at, self.inv_freq) for at, (n, i) in enumerate(self.visible(t))]
+        query = rotate(self.query[:, :, t].double(), len(keys) - 1, self.inv_freq)
+        groups = query.shape[1] // keys[0].shape[1]
+        return (torch.stack(keys, 2).repeat_interleave(groups, 1) * query[:, :, None]).sum(-1) * self.scaling
+
     def expected(self) -> torch.Tensor:
         """Attention at positions in the cache, (batch, tokens, query_heads, head_dim), float64."""
         groups = self.query.shape[1] // self.keys["own"].shape[1]
         out = []
         for t in range(len(self.first)):
-            seen = self.visible(t)
-            keys = [rotate(self.keys[n][:, :, i].double(), at, self.inv_freq) for at, (n, i) in enumerate(seen)]
-            keys = torch.stack(keys, 2).repeat_interleave(groups, 1)
-            values = torch.stack([self.values[n][:, :, i].double() for n, i in seen], 2).repeat_interleave(groups, 1)
-            query = rotate(self.query[:, :, t].double(), len(seen) - 1, self.inv_freq)
-            scores = (keys * query[:, :, None]).sum(-1) * self.scaling
-            out.append((scores.softmax(-1)[..., None] * values).sum(2))
+            values = torch.stack([self.values[n][:, :, i].double() for n, i in self.visible(t)], 2)
+            out.append((self.scores(t).softmax(-1)[..., None] * values.repeat_interleave(groups, 1)).sum(2))
         return torch.stack(out, 1)
+
+    def expected_sums(self) -> torch.Tensor:
+        """Logarithm, base 2, of the sum of every query's softmax in the first row, (query_heads, tokens), float64."""
+        sums = [self.scores(t)[0].logsumexp(-1) for t in range(len(self.first))]
+        return torch.stack(sums, 1) / math.log(2)
 
     def columns(self) -> Columns:
         """Keys rotated in their frames, in the dtype of the case; the ring has NaN where nothing lies."""
@@ -111,7 +120,7 @@ class ChunkCase:
             implementation=implementation,
         )  # fmt: skip
 
-    def run_padded(self, implementation: str, *, padding: int, row: int, config=None) -> torch.Tensor:
+    def run_padded(self, implementation: str, *, padding: int, row: int, config=None, sums=None) -> torch.Tensor:
         """The op on the case padded with NaN at fixed addresses, in a row of several; 7 where nothing is written."""
         query, columns = self._at(self.query.double(), self.window_at).to(self.dtype), self.columns()
 
@@ -135,5 +144,6 @@ class ChunkCase:
         query = padded(query)
         out = torch.full((len(query), rows, query.shape[1], query.shape[3]), 7, dtype=self.dtype, device=DEVICE)
         return attention_prefill(
-            query, columns, band, scaling=self.scaling, out=out, config=config, implementation=implementation
-        )
+            query, columns, band, scaling=self.scaling, out=out, config=config, sums=sums,
+            implementation=implementation,
+        )  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 
 from sinkstream.cache.rope import Rope
 from sinkstream.kernels.band import Band, SetColumns
-from sinkstream.kernels.chunk_entries import Entries, take_sets
+from sinkstream.kernels.chunk_angles import angles_of
+from sinkstream.kernels.chunk_entries import Entries, PinnedSlots, take_sets
 from sinkstream.kernels.pinned_sets import (
     TURN,
     Group,
@@ -22,10 +23,10 @@ from sinkstream.kernels.pinned_sets import (
     Layer,
     PinnedSets,
     pinned_sets,
-    window_received,
 )
 from sinkstream.kernels.runtime import HALF_DTYPES, use_triton
-from sinkstream.policies import EvictionPolicy, PruneSchedule, scored_field
+from sinkstream.kernels.window_received import window_received
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps, scored_field
 
 # most tokens of such a chunk where attention is added up: what the chunk's queries give to a token that leaves is added
 # up at the prune, one after the other; what came before the chunk is known
@@ -58,9 +59,13 @@ def prunes_within(coming_drops: np.ndarray) -> np.ndarray:
 
 def tokens_across(schedule: PruneSchedule, tokens: int) -> tuple[int, int]:
     """How many of the next tokens such a chunk takes, `tokens` at the most, and how many prunes are within."""
-    policy = schedule.policy
-    prunes, most = prunes_within(schedule.plan(tokens).drop), most_prunes(policy)
-    return (tokens, len(prunes)) if len(prunes) <= most else (int(prunes[most]), most)
+    return tokens_of(schedule.policy, schedule.plan(tokens))
+
+
+def tokens_of(policy: EvictionPolicy, steps: Steps) -> tuple[int, int]:
+    """As `tokens_across`, of steps that are known."""
+    prunes, most = prunes_within(steps.drop), most_prunes(policy)
+    return (len(steps), len(prunes)) if len(prunes) <= most else (int(prunes[most]), most)
 
 
 def computed_fast(keys: torch.Tensor) -> bool:
@@ -121,7 +126,7 @@ def groups_on_device(
     host: Sequence[Group],
     table: torch.Tensor,
     sizes: GroupSizes,
-    places: torch.Tensor,
+    frame: torch.Tensor,
     rope: Rope,
     *,
     accumulates: bool,
@@ -134,16 +139,15 @@ def groups_on_device(
     table : Tensor, (1 + sizes.groups, FIELDS), int32
         `group_rows` of them, on the device.
     sizes : GroupSizes
-    places : Tensor, (pinned,), int64, on the device
-        Positions of the pinned tokens that change.
+    frame : Tensor, (pinned, 2, rotary_dim / 2), float32
+        As in `Groups`.
     rope : Rope
         Of the layer.
     accumulates : bool
         As in `Groups`.
     """
-    cos, sin = rope.angles(table[1:, TURN])
-    frame = torch.stack(rope.angles(places), 1)
-    return Groups(host, table, torch.stack([cos, -sin], 1), frame, sizes, accumulates)
+    shift = angles_of(table[1:, TURN], rope.frequencies(table.device), back=True)
+    return Groups(host, table, shift, frame, sizes, accumulates)
 
 
 # ---- what is chosen ----
@@ -158,17 +162,11 @@ class Chosen:
     layer : Layer
     found : PinnedSets
     columns : SetColumns
-    raw : Tensor, (kv_heads, pinned, head_dim), float32
-        Keys that are pinned in the end, not rotated.
-    sources : Tensor, (kv_heads, pinned), int64
-        Which they are.
     """
 
     layer: Layer
     found: PinnedSets
     columns: SetColumns
-    raw: torch.Tensor
-    sources: torch.Tensor
 
     @property
     def keys(self) -> torch.Tensor:
@@ -179,6 +177,16 @@ class Chosen:
     def values(self) -> torch.Tensor:
         """As `keys`."""
         return self.columns.values[:, -self.columns.size :]
+
+    @property
+    def sources(self) -> torch.Tensor:
+        """Which sources are pinned in the end, ``(kv_heads, pinned)``, int64."""
+        return self.found.chosen[:, -1].long()
+
+    @property
+    def raw(self) -> torch.Tensor:
+        """As `keys`, float32, not rotated."""
+        return self.layer.sources.gather(1, self.sources[..., None].expand(-1, -1, self.columns.keys.shape[2]))
 
     def received(self, band: Band, scaling: float, implementation: str | None = None) -> torch.Tensor:
         """As `window_received`."""
@@ -192,6 +200,7 @@ def choose(
     which: torch.Tensor,
     *,
     scaling: float,
+    slots: PinnedSlots | None = None,
     implementation: str | None = None,
 ) -> Chosen:
     """Choose the pinned tokens of one layer at every prune of a chunk.
@@ -206,14 +215,14 @@ def choose(
         `set_of_tokens`, on the device.
     scaling : float
         Of the scores.
+    slots : PinnedSlots or None
+        Where the tokens that are pinned in the end are written, if anywhere.
     implementation : {"auto", "triton", "torch"}, optional
         As for `pinned_sets`.
     """
     found = pinned_sets(layer, groups, scaling=scaling, implementation=implementation)
-    keys, values = take_sets(entries, found.chosen, groups.frame, implementation=implementation)
-    size, last = found.chosen.shape[2], found.chosen[:, -1].long()
-    raw = entries.sources.gather(1, last[..., None].expand(-1, -1, keys.shape[2]))
-    return Chosen(layer, found, SetColumns(keys, values, which, size), raw, last)
+    keys, values = take_sets(entries, found.chosen, groups.frame, slots=slots, implementation=implementation)
+    return Chosen(layer, found, SetColumns(keys, values, which, found.chosen.shape[2]))
 
 
 def positions_of(sources: torch.Tensor, before: torch.Tensor, first_entry: int) -> torch.Tensor:
@@ -230,4 +239,4 @@ def positions_of(sources: torch.Tensor, before: torch.Tensor, first_entry: int) 
     """
     size = sources.shape[-1]
     older = before.gather(-1, sources.clamp(max=size - 1))
-    return torch.where(sources < size, older, first_entry + sources - size)
+    return torch.where(sources < size, older, sources + (first_entry - size))

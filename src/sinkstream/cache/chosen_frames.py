@@ -102,7 +102,8 @@ class ChosenFrames:
         for rope in ring.rope.kinds:
             cos, sin = rope.angles(ring.first_window - ring.base + entries)
             band = Band(oldest, dropped, rope.frequencies(device), past=min(ring.seen, ALL_PINNED), length=self.length)
-            groups = groups_on_device(host, table, sizes, places, rope, accumulates=observer.accumulate)
+            in_frame = torch.stack(rope.angles(places), 1)
+            groups = groups_on_device(host, table, sizes, in_frame, rope, accumulates=observer.accumulate)
             self._frames[rope] = _Frame(band, torch.stack([cos, -sin], 1), groups)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}  # of a layer in the end: raw keys, values, sources, totals
 
@@ -133,7 +134,7 @@ class ChosenFrames:
         queries = query[0]
         if self.before:
             queries = torch.cat([self.observer.queries[layer][0, :, -self.before :].to(key.dtype), queries], 1)
-        held = Layer(queries.contiguous(), key[0, :, :sink], entries.window, entries.sources, self._totals(layer))
+        held = Layer(queries, entries.sinks, entries.window, entries.sources, self._totals(layer))
         chosen = choose(held, entries, frame.groups, self.which, scaling=scaling, implementation=implementation)
         self._take(layer, chosen, frame.band, query, scaling, implementation)
         sinks, window = slice(0, sink), slice(self.pinned, self.cached)

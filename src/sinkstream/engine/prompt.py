@@ -22,7 +22,9 @@ from sinkstream.engine.span import Block, StreamSpan
 from sinkstream.engine.state import StreamState
 from sinkstream.kernels.activation import activation
 from sinkstream.kernels.attention_prefill import attention_prefill
-from sinkstream.kernels.band import PAST, POSITION, TOKENS, Band, Columns, SetColumns
+from sinkstream.kernels.band import POSITION, TOKENS, Band, Columns, SetColumns
+from sinkstream.kernels.chunk_angles import angles_from
+from sinkstream.kernels.kept_queries import keep_queries
 from sinkstream.kernels.observed_chunk import accumulate_chunk
 from sinkstream.kernels.rotate_qkv import rotate_qkv
 from sinkstream.kernels.store_window import store_window
@@ -150,35 +152,6 @@ def _added(x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return x.addmm_(a, weight.T) if bias is None else x.add_(F.linear(a, weight, bias))
 
 
-class LatestQueries:
-    """Keeps the latest queries of a chunk, each where a step would; nothing that is launched depends on the host.
-
-    Parameters
-    ----------
-    band : Band
-    places : int
-        Queries that are kept: that of token t of the stream in place ``t % places``.
-    """
-
-    def __init__(self, band: Band, places: int):
-        past, self.row = band.table[PAST], band.device_row
-        latest = past + band.table[TOKENS] - 1
-        token = latest - (latest - torch.arange(places, device=band.table.device)) % places  # the latest of every place
-        self.token, self.own = (token - past).clamp(min=0), (token >= past)[:, None]
-
-    def keep(self, kept: torch.Tensor, queries: torch.Tensor) -> None:
-        """Keep those of one layer.
-
-        Parameters
-        ----------
-        kept : Tensor, (streams, query_heads, places, head_dim)
-        queries : Tensor, (tokens, query_heads, head_dim)
-            At their window positions; padding, if any, comes last.
-        """
-        new, older = queries.index_select(0, self.token).transpose(0, 1), kept.index_select(0, self.row)[0]
-        kept.index_copy_(0, self.row, torch.where(self.own, new, older)[None])
-
-
 def past_of(seen: int, places: int) -> int:
     """Tokens of a stream before a chunk as its band counts them: up to `FAR` all; beyond, fewer at the same place.
 
@@ -277,11 +250,11 @@ class Chunk:
     def __init__(self, state: StreamSpan, band: Band, rope_factor: float, *, holds: bool = False):
         self.state, self.band, self.holds = state, band, holds
         self.held: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
-        self._latest: LatestQueries | None = None
         self.observes = state.queries is not None or "accumulated" in state.channels
-        positions = band.table[POSITION : POSITION + 1] + torch.arange(band.rows, device=state.device)
-        angle = positions.double()[:, None] * band.inv_freq
-        self.rotation = torch.stack([angle.cos(), angle.sin()], 1).mul_(rope_factor).float()
+        self.adds = "accumulated" in state.channels and not holds  # what the queries give, right behind attention
+        self._sums: torch.Tensor | None = None  # of their softmax, in the layer that is computed
+        position = band.table[POSITION : POSITION + 1]
+        self.rotation = angles_from(position, band.rows, band.inv_freq, factor=rope_factor)
 
     def attend(
         self,
@@ -321,12 +294,17 @@ class Chunk:
             value.transpose(0, 1)[None],
             self.pinned_sets(layer, query, key, value),
         )
+        if self.adds:
+            self._sums = torch.empty(
+                spec.kv_heads, query.shape[0] * query.shape[1] // spec.kv_heads, device=state.device
+            )
         attention_prefill(
             query.transpose(0, 1)[None],
             columns,
             self.band,
             scaling=spec.head_dim**-0.5,
             out=out.view(1, self.band.rows, spec.query_heads, spec.head_dim),
+            sums=self._sums,
         )
         if self.holds:
             self.held.append((query.clone() if self.observes else None, key.clone(), value.clone()))
@@ -355,9 +333,7 @@ class Chunk:
     def keep(self, layer: int, query: torch.Tensor) -> None:
         """Keep the latest queries ``(tokens, query_heads, head_dim)``, where the policy reads them."""
         if self.state.queries is not None:
-            if self._latest is None:
-                self._latest = LatestQueries(self.band, self.state.queries.shape[3])
-            self._latest.keep(self.state.queries[layer], query)
+            keep_queries(self.state.queries[layer], query, self.band)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Add what the queries ``(tokens, query_heads, head_dim)`` give to every slot, where the policy reads it."""
@@ -370,4 +346,5 @@ class Chunk:
                 self.band,
                 pinned_slots=g.pinned_slots,
                 scaling=state.spec.head_dim**-0.5,
+                sums=self._sums,
             )

@@ -25,10 +25,13 @@ from sinkstream.engine.prompt import Chunk, Coming, PromptForward
 from sinkstream.engine.short_chunks import ShortChunks
 from sinkstream.engine.span import StreamSpan
 from sinkstream.engine.state import StreamState
-from sinkstream.kernels.band import LENGTH, PAST, POSITION, SCALARS, START, TOKENS, Band, SetColumns
-from sinkstream.kernels.chunk_entries import read_entries
+from sinkstream.kernels.band import LENGTH, POSITION, Band, SetColumns
+from sinkstream.kernels.chunk_angles import angles_from
+from sinkstream.kernels.chunk_entries import PinnedSlots, read_entries
+from sinkstream.kernels.kept_queries import join_queries
 from sinkstream.kernels.pinned_sets import FIELDS, Group, Groups, GroupSizes, Layer, group_rows
-from sinkstream.policies import EvictionPolicy, PruneSchedule
+from sinkstream.kernels.window_received import store_received
+from sinkstream.policies import EvictionPolicy, PruneSchedule, Steps
 
 ALIGNED = 4  # integers; kernels are compiled once for tables that begin at such a multiple
 LONGER_SIZES = (768, 1024)  # of such chunks, beside those of others: launching them takes longer than computing them
@@ -142,21 +145,23 @@ class Choices:
         with torch.inference_mode(False):
             count = rows + self._room + sizes.tokens
             self.table = torch.zeros(count, dtype=torch.int32, device=state.device)
+            places = torch.arange(state.geometry.sink, state.geometry.pinned_slots, device=state.device)
+            self._frame = torch.stack(state.spec.rope.angles(places), 1)
         self._rows, self.which = self.table[:rows].view(-1, FIELDS), self.table[rows + self._room :]
 
     def write(self, host: list[Group], drop: np.ndarray) -> None:
         """Take the groups of the coming chunk; `drop` as in `Steps`."""
         self.host, accumulates = host, "accumulated" in self.state.channels
-        which = np.pad(set_of_tokens(drop), (self._room, self.sizes.tokens - len(drop)), mode="edge")
-        rows = group_rows(host, accumulates, self.sizes.groups.groups).flatten()
-        self.state.copy_in(self.table, torch.cat([rows, torch.from_numpy(which)]))
+        which, table = set_of_tokens(drop), np.empty(len(self.table), dtype=np.int32)
+        rows = group_rows(host, accumulates, self.sizes.groups.groups).numpy().ravel()
+        table[: len(rows)], table[len(rows) :] = rows, which[-1]  # padding, and what lies between, as the last token
+        table[len(table) - self.sizes.tokens :][: len(which)] = which
+        self.state.copy_in(self.table, torch.from_numpy(table))
 
     def groups(self) -> Groups:
         """The groups as kernels read them."""
-        state, g = self.state, self.state.geometry
-        places = torch.arange(g.sink, g.pinned_slots, device=state.device)
-        adds = "accumulated" in state.channels
-        return groups_on_device(self.host, self._rows, self.sizes.groups, places, state.spec.rope, accumulates=adds)
+        rope, adds = self.state.spec.rope, "accumulated" in self.state.channels
+        return groups_on_device(self.host, self._rows, self.sizes.groups, self._frame, rope, accumulates=adds)
 
 
 class ChoosingChunk(Chunk):
@@ -186,34 +191,22 @@ class ChoosingChunk(Chunk):
         sources: torch.Tensor,
     ):
         super().__init__(span, band, rope_factor)
-        g, device, sizes = state.geometry, state.device, choices.sizes
+        self.adds = False  # the choice knows more: what they give to tokens that leave
+        g, sizes = state.geometry, choices.sizes
         self.whole, self.sizes, self.sources = state, sizes, sources
         self.accumulates, self.refreshed = "accumulated" in state.channels, slice(g.sink, g.pinned_slots)
-        self.groups, self.which, self.row = choices.groups(), choices.which, band.device_row
-        start, length, position = (band.table[field].long() for field in (START, LENGTH, POSITION))
-        entries = torch.arange(sizes.entries, device=device)
-        self.later, self.slots = entries >= length, g.pinned_slots + (start + entries) % g.ring
-        cos, sin = state.spec.rope.angles(position - length + entries)
-        self.back = torch.stack([cos, -sin], 1)
-        # queries of earlier tokens that may be read; what those gave is known where attention is added up
-        self.older = None
-        if not self.accumulates:
-            kept = state.observed_queries
-            self.older = (band.table[PAST].long() + torch.arange(kept, device=device)) % kept  # oldest first
-        else:
-            last = length + band.table[TOKENS].long() - 1
-            entry = last - (start + last - torch.arange(g.ring, device=device)) % g.ring  # of every slot, in the end
-            first = length + band.table.index_select(0, band.table[TOKENS : TOKENS + 1] + (SCALARS - 1))
-            self.stays, self.ring = entry >= first, entry.clamp(min=0)
+        self.groups, self.which = choices.groups(), choices.which
+        position, length = (band.table[field : field + 1] for field in (POSITION, LENGTH))
+        self.back = angles_from(position, sizes.entries, band.inv_freq, less=length, back=True)
         self.chosen: Chosen | None = None  # of the layer that is computed
 
     def pinned_sets(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SetColumns:
-        """Choose the pinned tokens of one layer; arguments as in `store`."""
-        state, g = self.whole, self.whole.geometry
+        """Choose the pinned tokens of one layer, which go to the pinned slots in the end; arguments as in `store`."""
+        state, g, refreshed = self.whole, self.whole.geometry, self.refreshed
         entries = read_entries(
             state.keys[layer],
             state.values[layer],
-            state.pinned_keys[layer, :, :, self.refreshed],
+            state.pinned_keys[layer, :, :, refreshed],
             key,
             value,
             self.back,
@@ -221,52 +214,49 @@ class ChoosingChunk(Chunk):
             pinned_slot=g.sink,
             ring_slot=g.pinned_slots,
             leaving=self.sizes.leaving,
+            totals=state.channels["accumulated"][layer] if self.accumulates else None,
         )
         queries = query.transpose(0, 1)
-        if self.older is not None:
+        if not self.accumulates:  # queries of earlier tokens may be read; what those gave is known where it is added up
             assert state.queries is not None, "kept where attention is looked at"
-            queries = torch.cat([self._of_stream(state.queries[layer]).index_select(1, self.older), queries], 1)
-        sinks = self._of_stream(state.keys[layer, :, :, : g.sink])
-        held = Layer(queries.contiguous(), sinks, entries.window, entries.sources, self._totals(layer))
-        self.chosen = choose(held, entries, self.groups, self.which, scaling=state.spec.head_dim**-0.5)
-        self.sources[layer].copy_(self.chosen.sources)
+            queries = join_queries(state.queries[layer], query, self.band)
+        held = Layer(queries, entries.sinks, entries.window, entries.sources, entries.totals)
+        slots = PinnedSlots(
+            state.keys[layer, :, :, refreshed],
+            state.values[layer, :, :, refreshed],
+            state.pinned_keys[layer, :, :, refreshed],
+            self.sources[layer],
+            self.band,
+        )
+        scaling = state.spec.head_dim**-0.5
+        self.chosen = choose(held, entries, self.groups, self.which, scaling=scaling, slots=slots)
         return self.chosen.columns
 
     def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
-        """As of any chunk, and the tokens that are pinned in the end go to the pinned slots."""
+        """As of any chunk; the pinned tokens are in their slots."""
         super().store(layer, query, key, value)
-        assert self.chosen is not None, "chosen in this layer, before"
-        state = self.whole
-        for held, chosen in (
-            (state.keys, self.chosen.keys),
-            (state.values, self.chosen.values),
-            (state.pinned_keys, self.chosen.raw),
-        ):
-            held[layer, :, :, self.refreshed].index_copy_(0, self.row, chosen[None])
         self.chosen = None  # the sets of one layer are held at a time
+
+    def keep(self, layer: int, query: torch.Tensor) -> None:
+        """Keep the latest queries, unless they were kept as the choice read those before."""
+        if self.accumulates:
+            super().keep(layer, query)
 
     def accumulate(self, layer: int, query: torch.Tensor) -> None:
         """Attention received by the tokens that stay; sinks, which are no candidates, keep what they have."""
         if not self.accumulates:
             return
-        chosen, held = self.chosen, self.whole.channels["accumulated"][layer]
-        assert chosen is not None and chosen.layer.totals is not None, "chosen in this layer, before"
-        before, size = self._of_stream(held), chosen.columns.size
-        entries = chosen.layer.totals[:, size:] + chosen.received(self.band, self.whole.spec.head_dim**-0.5)
-        ring = before[:, self.refreshed.stop :].where(~self.stays, entries.index_select(1, self.ring))
-        parts = [before[:, : self.refreshed.start], chosen.found.totals[:, -1], ring]
-        held.index_copy_(0, self.row, torch.cat(parts, 1)[None])
-
-    def _totals(self, layer: int) -> torch.Tensor | None:
-        """Attention that pinned tokens, window and chunk have received, ``(kv_heads, …)``; None where none is read."""
-        if not self.accumulates:
-            return None
-        totals = self._of_stream(self.whole.channels["accumulated"][layer])
-        past = totals.index_select(1, self.slots).masked_fill(self.later, 0.0)
-        return torch.cat([totals[:, self.refreshed], past], 1)
-
-    def _of_stream(self, held: torch.Tensor) -> torch.Tensor:
-        return held.index_select(0, self.row)[0]
+        state, chosen = self.whole, self.chosen
+        assert chosen is not None, "chosen in this layer, before"
+        store_received(
+            chosen.layer,
+            chosen.found,
+            self.band,
+            state.channels["accumulated"][layer],
+            pinned_slot=self.refreshed.start,
+            ring_slot=self.refreshed.stop,
+            scaling=state.spec.head_dim**-0.5,
+        )
 
 
 class ChoosingForward:
@@ -299,12 +289,20 @@ class ChoosingForward:
         """With how many prunes a chunk of so many tokens is worth it."""
         return FEWEST_PRUNES if self.short.size(tokens) is None else 1
 
-    def __call__(self, ids: torch.Tensor, stream: int) -> None:
-        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards."""
+    def __call__(self, ids: torch.Tensor, stream: int, schedule: PruneSchedule, steps: Steps) -> None:
+        """Append token ids ``(tokens,)`` to a stream; the logits after the last are in ``state.logits`` afterwards.
+
+        Parameters
+        ----------
+        ids : Tensor, (tokens,), int64
+        stream : int
+        schedule : PruneSchedule
+            That of the stream after them.
+        steps : Steps
+            What the policy does at each of them.
+        """
         forward, state = self.forward, self.state
         forward.rebase(stream)
-        schedule = state.schedules[stream].copy()
-        steps = schedule.advance(len(ids))
         size = self.short.size(len(ids))
         coming = Coming(state, stream, steps, None if size is None else self.short.table(size), chooses=True)
         host = self._groups(coming)

@@ -12,7 +12,7 @@ window, foresee the prunes of the next chunk: as a rule all of them.
 
 import torch
 
-from sinkstream.cache.choices import tokens_across
+from sinkstream.cache.choices import tokens_of
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
 from sinkstream.engine.prompt import Coming, PromptForward
 from sinkstream.engine.prompt_choices import ChoosingForward, chooses_in_chunk
@@ -61,13 +61,17 @@ class EventPrompts:
         state, choosing = self.state, self.choosing
         if choosing is None:
             return 0
-        schedule = state.schedules[stream]
-        tokens, prunes = tokens_across(schedule, min(len(ids), choosing.tokens))
-        if not (state.counters[stream].pruned or schedule.plan(1).drop[0]):
+        ahead = state.schedules[stream].copy()
+        steps = ahead.advance(min(len(ids), choosing.tokens))
+        tokens, prunes = tokens_of(state.policy, steps)
+        if not (state.counters[stream].pruned or steps.drop[0]):
             return 0  # the first prune also fills the pinned slots
         if prunes < choosing.fewest_prunes(tokens):
             return 0
-        choosing(ids[:tokens], stream)
+        if tokens < len(steps):
+            ahead = state.schedules[stream].copy()
+            steps = ahead.advance(tokens)
+        choosing(ids[:tokens], stream, ahead, steps)
         return tokens
 
     def _until_prune(self, ids: torch.Tensor, stream: int) -> int:

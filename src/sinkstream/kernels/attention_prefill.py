@@ -11,6 +11,8 @@ puts their sums together. Everything that changes from chunk to chunk is read fr
 CUDA graph can hold the forward of a chunk of at most so many tokens.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -86,14 +88,16 @@ def _attention_prefill_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     pk_batch, pk_head, pk_row, pv_batch, pv_head, pv_row, rk_batch, rk_head, rk_row, rv_batch, rv_head, rv_row,
     out_batch, out_head, out_row, pinned_slots, ring, groups, scale, stats_ptr, query_rows, set_k_ptr, set_v_ptr,
-    set_ptr, set_head, set_size,
+    set_ptr, set_head, set_size, sum_ptr,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, RD: tl.constexpr, TURN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, KIND: tl.constexpr, SCALARS: tl.constexpr,
-    SETS: tl.constexpr, PDL: tl.constexpr,
+    SETS: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, query head, row of the batch and split); the tiles with most keys come first.
 
     With SETS every query also sees one of several sets of `set_size` pinned keys, of the only row of the batch.
+
+    With SUMS and without splits `sum_ptr` gets the logarithm of the sum of every query's softmax.
 
     With splits, `out_ptr` is a float32 buffer (batch, heads, query_rows, SPLITS, D) of sums that are not normalised,
     and `stats_ptr` one of their maxima and weights (batch, heads, query_rows, SPLITS, 2).
@@ -225,6 +229,9 @@ def _attention_prefill_kernel(
         tl.store(stats_ptr + place * 2 + 1, s, mask=here)
         s = tl.full((BM,), 1.0, tl.float32)
     else:
+        if SUMS:
+            sums = sum_ptr + (kv * query_rows + rows) * groups + head % groups
+            tl.store(sums, tl.where(here, m + tl.log2(s), float("inf")), mask=rows < query_rows)
         out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + held[:, None].to(tl.int64) * out_row
     tl.store(out + wide, (a / s[:, None]).to(out_ptr.dtype.element_ty), mask=here[:, None] & (wide < D))
     if DB > 0:
@@ -234,8 +241,8 @@ def _attention_prefill_kernel(
 
 @jit(do_not_specialize=["query_rows"])
 def _combine_splits_kernel(
-    parts_ptr, stats_ptr, out_ptr, band_ptr, query_rows, out_batch, out_head, out_row,
-    D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    parts_ptr, stats_ptr, out_ptr, sum_ptr, band_ptr, query_rows, out_batch, out_head, out_row, groups,
+    D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query, query head, row of the batch): one softmax of the sums of all splits."""
     query, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -244,9 +251,14 @@ def _combine_splits_kernel(
     columns = tl.arange(0, SIZE)[None, :]
     m = tl.load(stats_ptr + place * 2, mask=here, other=0.0)
     s = tl.load(stats_ptr + place * 2 + 1, mask=here, other=1.0)
-    weight = tl.exp2(m - tl.max(m, 0))
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - top)
     parts = tl.load(parts_ptr + place[:, None] * D + columns, mask=here & (columns < D), other=0.0)
-    found = tl.sum(parts * weight[:, None], 0) / tl.sum(s * weight, 0)
+    whole = tl.sum(s * weight, 0)
+    found = tl.sum(parts * weight[:, None], 0) / whole
+    if SUMS:
+        sums = sum_ptr + (head // groups * query_rows + query) * groups + head % groups
+        tl.store(sums, tl.where(here, top + tl.log2(whole), float("inf")))
     columns = tl.arange(0, SIZE)
     out = out_ptr + row * out_batch + head.to(tl.int64) * out_head + query.to(tl.int64) * out_row
     tl.store(out + columns, found.to(out_ptr.dtype.element_ty), mask=here & (columns < D))
@@ -260,6 +272,7 @@ def attention_prefill(
     scaling: float,
     out: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
+    sums: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk of tokens: pinned keys in one frame, the band of the window in the other.
@@ -277,6 +290,9 @@ def attention_prefill(
         May be strided, but for the last axis.
     config : PrefillConfig, optional
         How the kernel is cut up; default: `default_prefill`.
+    sums : Tensor, (kv_heads, tokens * group), float32, optional
+        Written, of the only row of the batch: the logarithm, base 2, of the sum of every query's softmax, the query
+        heads of a kv head next to each other. Of padded tokens infinite.
     implementation : {"auto", "triton", "torch"}, optional
         Default: the kernel on a GPU in half precision, and otherwise the twin.
 
@@ -291,14 +307,20 @@ def attention_prefill(
     """
     batch, heads, tokens, dim = query.shape
     _check_inputs(query, columns, band)
+    if sums is not None:
+        kv_heads = columns.keys.shape[1]
+        shape = (kv_heads, tokens * (heads // kv_heads))
+        check_tensor("sums", sums, shape, dtypes=(torch.float32,), device=query.device)
+        if batch != 1:
+            raise ValueError(f"sums of {batch} rows of a batch; accepted: 1")
     if out is None:
         out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
     check_tensor("out", out, (batch, tokens, heads, dim), dtypes=(query.dtype,), device=query.device, contiguous=False)
     if (query.dtype not in HALF_DTYPES and implementation is None) or not use_triton(implementation, query):
-        return attention_prefill_twin(query, columns, band, scaling, out)
+        return attention_prefill_twin(query, columns, band, scaling, out, sums)
     if config is None:
         config = default_prefill(tokens, batch * heads, dim, multiprocessors(query.device))
-    _launch(query, columns, band, scaling, out, config)
+    _launch(query, columns, band, scaling, out, config, sums)
     return out
 
 
@@ -325,7 +347,7 @@ def _check_inputs(query: torch.Tensor, columns: Columns, band: Band) -> None:
         raise ValueError(f"length={band.length}; accepted: 0 to {columns.past_keys.shape[2]}, the slots of the ring")
 
 
-def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig) -> None:
+def _launch(query, columns: Columns, band: Band, scaling: float, out, config: PrefillConfig, sums) -> None:
     batch, heads, tokens, dim = query.shape
     if query.dtype not in HALF_DTYPES:
         raise ValueError(f"query has dtype {query.dtype}; accepted by the kernel: {', '.join(map(str, HALF_DTYPES))}")
@@ -337,9 +359,9 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
     )  # fmt: skip
     strides = [part.stride(axis) for part in parts for axis in range(3)]
     rotation, splits = band.rotation, config.splits
-    sums = stats = out
+    parts_of = stats = out
     if splits > 1:
-        sums, stats = (
+        parts_of, stats = (
             query.new_empty((batch, heads, tokens, splits, width), dtype=torch.float32) for width in (dim, 2)
         )
     out_strides = out.stride(0), out.stride(2), out.stride(1)
@@ -349,20 +371,25 @@ def _launch(query, columns: Columns, band: Band, scaling: float, out, config: Pr
         several = (sets.keys, sets.values, sets.which, sets.keys.stride(0), sets.size)
     launch(
         _attention_prefill_kernel, (-(-tokens // config.rows), heads, batch * splits), *parts, band.table,
-        band.table if rotation is None else rotation, sums, *strides, *out_strides, columns.pinned_keys.shape[2],
+        band.table if rotation is None else rotation, parts_of, *strides, *out_strides, columns.pinned_keys.shape[2],
         columns.past_keys.shape[2], heads // kv_heads, scaling * 1.4426950408889634, stats, tokens, *several,
+        stats if sums is None else sums,
         D=dim, DA=wide, DB=rest, RD=2 if rotation is None else 2 * rotation.shape[2], TURN=rotation is not None,
         BM=config.rows, BN=config.columns, STAGES=config.stages, SPLITS=splits, KIND=dot_kind(query.dtype),
-        SCALARS=SCALARS, SETS=sets is not None, num_warps=config.warps, pdl=False,
+        SCALARS=SCALARS, SETS=sets is not None, SUMS=sums is not None and splits == 1, num_warps=config.warps,
+        pdl=False,
     )  # fmt: skip
     if splits > 1:
         launch(
-            _combine_splits_kernel, (tokens, heads, batch), sums, stats, out, band.table, tokens, *out_strides,
-            D=dim, SIZE=triton.next_power_of_2(dim), SPLITS=splits, num_warps=1, pdl=False,
+            _combine_splits_kernel, (tokens, heads, batch), parts_of, stats, out, stats if sums is None else sums,
+            band.table, tokens, *out_strides, heads // kv_heads, D=dim, SIZE=triton.next_power_of_2(dim),
+            SPLITS=splits, SUMS=sums is not None, num_warps=1, pdl=False,
         )  # fmt: skip
 
 
-def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, out: torch.Tensor) -> torch.Tensor:
+def attention_prefill_twin(
+    query, columns: Columns, band: Band, scaling: float, out: torch.Tensor, sums: torch.Tensor | None
+) -> torch.Tensor:
     """The twin of the kernel: plain PyTorch in float32 (float64 for float64 inputs), a tile of queries at a time.
 
     A tile bounds the memory: its scores with the pinned keys and with the stretch that at least one of its queries
@@ -374,6 +401,8 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
     device, size = query.device, TILE.get(query.device.type, DEFAULT_TILE)
     pinned_keys, pinned_values = (part.to(work) for part in columns.pinned(band))
     pinned_columns = torch.arange(pinned_keys.shape[2], device=device)
+    if sums is not None:
+        sums.fill_(float("inf"))
     for begin in range(0, tokens, size):
         end = min(begin + size, tokens)
         oldest = min(max(band.host_first[begin], -band.length), end)
@@ -395,6 +424,9 @@ def attention_prefill_twin(query, columns: Columns, band: Band, scaling: float, 
         grouped = (q.reshape(batch, kv_heads, -1, dim) for q in (pinned_query, window_query))
         scores = torch.cat([q @ k.mT for q, k in zip(grouped, (tile_keys, keys))], -1)
         scores = scores.view(batch, heads, end - begin, -1).masked_fill_(~seen, float("-inf"))
+        if sums is not None:
+            found = scores[0].logsumexp(-1).unflatten(0, (kv_heads, -1)).transpose(1, 2) / math.log(2)
+            sums.view(kv_heads, band.rows, -1)[:, begin:end] = found
         weights = scores.softmax(-1).view(batch, kv_heads, -1, scores.shape[-1])
         found = weights[..., :pinned] @ tile_values + weights[..., pinned:] @ values
         out[:, begin:end] = found.view(batch, heads, end - begin, dim).transpose(1, 2).to(query.dtype)

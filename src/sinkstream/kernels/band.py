@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sinkstream.kernels.chunk_angles import angles_of
 from sinkstream.kernels.runtime import check_tensor
 
 SCALARS = 16  # of a band: tokens, past, start, length, stays, slot, row, position, sinks; the others are spare
@@ -85,8 +86,7 @@ class Band:
     def rotate(self) -> None:
         """Compute `rotation`, ``(rows, 2, rotary_dim / 2)`` float32, from the table; None where no query is turned."""
         if self.turns:
-            angle = self.table[SCALARS + self.rows :].double()[:, None] * self.inv_freq
-            self.rotation = torch.stack([angle.cos(), -angle.sin()], 1).float()
+            self.rotation = angles_of(self.table[SCALARS + self.rows :], self.inv_freq, back=True)
 
     @property
     def tokens(self) -> int:

@@ -1,10 +1,11 @@
 """Keys and values of a chunk in the order that choices of pinned tokens are made in, and those of the tokens chosen.
 
 Sources are the pinned tokens before the chunk, then the window from its oldest token on, the chunk's own tokens behind;
-only so many of these as may leave within the chunk, for no other is chosen.
+only so many of these as may leave within the chunk, for no other is chosen. One kernel puts them in order, and one
+takes the sets that were chosen, of which the last goes to the pinned slots: short chunks are bound by launches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -28,19 +29,48 @@ class Entries:
     sources : Tensor, (kv_heads, pinned + leaving, head_dim), float32
         Keys of the pinned tokens and of the first entries, not rotated.
     values : Tensor, (kv_heads, pinned + leaving, head_dim)
+    sinks : Tensor, (kv_heads, sinks, head_dim)
+        Keys in the slots before those of the pinned tokens that change.
+    totals : Tensor or None, (kv_heads, pinned + entries), float32
+        What the sources had received before the chunk; 0 for its own tokens. Where it is read.
     """
 
     window: torch.Tensor
     sources: torch.Tensor
     values: torch.Tensor
+    sinks: torch.Tensor
+    totals: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PinnedSlots:
+    """Where the tokens that are pinned after a chunk go, of one layer.
+
+    Attributes
+    ----------
+    keys, values : Tensor, (rows, kv_heads, pinned, head_dim)
+        Row `band.row` is written. Rows and heads may be strided, alike in both.
+    raw : Tensor, (rows, kv_heads, pinned, head_dim), float32
+        As `keys`, not rotated.
+    sources : Tensor, (kv_heads, pinned), int64
+        Which sources they are.
+    band : Band
+        Of the chunk.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    raw: torch.Tensor
+    sources: torch.Tensor
+    band: Band
 
 
 @jit(do_not_specialize=["pinned", "entries", "leaving", "ring", "pinned_slot", "ring_slot"])
 def _read_entries_kernel(
     keys_ptr, values_ptr, pinned_ptr, key_ptr, value_ptr, angle_ptr, band_ptr, window_ptr, sources_ptr, out_ptr,
-    keys_row, keys_head, values_row, values_head, pinned_row, pinned_head, key_row, key_head, value_row, value_head,
-    pinned, entries, leaving, ring, pinned_slot, ring_slot, D: tl.constexpr, RD: tl.constexpr, SIZE: tl.constexpr,
-    TM: tl.constexpr, PDL: tl.constexpr,
+    sinks_ptr, total_ptr, before_ptr, keys_row, keys_head, values_row, values_head, pinned_row, pinned_head, key_row,
+    key_head, value_row, value_head, total_row, total_head, pinned, entries, leaving, ring, pinned_slot, ring_slot,
+    D: tl.constexpr, RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, TOTALS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of sources, key-value head)."""
     head, held_row = tl.program_id(1).to(tl.int64), tl.load(band_ptr + 6).to(tl.int64)
@@ -55,43 +85,62 @@ def _read_entries_kernel(
     kept_keys = keys_ptr + held_row * keys_row + head * keys_head
     kept_values = values_ptr + held_row * values_row + head * values_head
     pinned_keys = pinned_ptr + held_row * pinned_row + head * pinned_head
-    held, own = ((is_pinned | is_past) & leaves)[:, None] & wide, (is_own & leaves)[:, None] & wide
     row = (entry - length).to(tl.int64)[:, None]
-    value = tl.load(kept_values + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
-    value = tl.where(
-        own, tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0), value
-    )
-    place = (head * (pinned + leaving) + source)[:, None] * D + columns
-    tl.store(out_ptr + place, value, mask=held | own)
     past = kept_keys + slot.to(tl.int64)[:, None] * D
     mine = key_ptr + row * key_row + head * key_head
     of_past, of_own = is_past[:, None] & wide, is_own[:, None] & wide
     key = tl.load(past + columns, mask=of_past, other=0.0)
     key = tl.where(of_own, tl.load(mine + columns, mask=of_own, other=0.0), key)
     tl.store(window_ptr + (head * entries + entry)[:, None] * D + columns, key, mask=of_past | of_own)
-    angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
-    back = rotated(past, columns, held & of_past, angles, past, 0.0, D, RD, False, SIZE)
-    back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
-    raw = tl.load(pinned_keys + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
-    tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
+    if tl.program_id(0) * TM < pinned + leaving:  # some of the tile may be chosen
+        held, own = ((is_pinned | is_past) & leaves)[:, None] & wide, (is_own & leaves)[:, None] & wide
+        value = tl.load(kept_values + slot.to(tl.int64)[:, None] * D + columns, mask=held, other=0.0)
+        new = tl.load(value_ptr + row * value_row + head * value_head + columns, mask=own, other=0.0)
+        place = (head * (pinned + leaving) + source)[:, None] * D + columns
+        tl.store(out_ptr + place, tl.where(own, new, value), mask=held | own)
+        angles = angle_ptr + tl.minimum(tl.maximum(entry, 0), entries - 1)[:, None] * RD  # loaded without a mask
+        back = rotated(past, columns, held & of_past, angles, past, 0.0, D, RD, False, SIZE)
+        back = tl.where(own, rotated(mine, columns, own, angles, mine, 0.0, D, RD, False, SIZE), back)
+        raw = tl.load(pinned_keys + source[:, None] * D + columns, mask=is_pinned[:, None] & wide)
+        tl.store(sources_ptr + place, tl.where(is_pinned[:, None], raw, back), mask=held | own)
+    if tl.program_id(0) * TM < pinned_slot:
+        is_sink = (source < pinned_slot)[:, None] & wide
+        sink = tl.load(kept_keys + source[:, None] * D + columns, mask=is_sink)
+        tl.store(sinks_ptr + (head * pinned_slot + source)[:, None] * D + columns, sink, mask=is_sink)
+    if TOTALS:
+        total = total_ptr + held_row * total_row + head * total_head + slot
+        given = tl.load(total, mask=is_pinned | is_past, other=0.0)
+        tl.store(before_ptr + head * (pinned + entries) + source, given, mask=source < pinned + entries)
 
 
 @jit(do_not_specialize=["sources", "rows", "pinned"])
 def _take_sets_kernel(
-    source_ptr, value_ptr, chosen_ptr, frame_ptr, keys_ptr, values_ptr, sources, rows, pinned, D: tl.constexpr,
-    RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, PDL: tl.constexpr,
+    source_ptr, value_ptr, chosen_ptr, frame_ptr, keys_ptr, values_ptr, slot_keys_ptr, slot_values_ptr, raw_ptr,
+    taken_ptr, band_ptr, slot_row, slot_head, raw_row, raw_head, sources, rows, pinned, D: tl.constexpr,
+    RD: tl.constexpr, SIZE: tl.constexpr, TM: tl.constexpr, STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of chosen tokens, key-value head)."""
+    """Program (tile of chosen tokens, key-value head). STORES: those of the last set go to their slots, too."""
     head = tl.program_id(1).to(tl.int64)
     row, columns = tl.program_id(0) * TM + tl.arange(0, TM), tl.arange(0, SIZE)[None, :]
     here = (row < rows)[:, None] & (columns < D)
-    source = head * sources + tl.load(chosen_ptr + head * rows + row, mask=row < rows, other=0)
+    taken = tl.load(chosen_ptr + head * rows + row, mask=row < rows, other=0)
+    source = head * sources + taken
     angles = frame_ptr + (row % pinned)[:, None] * RD
     key = rotated(source_ptr + source[:, None] * D, columns, here, angles, source_ptr, 0.0, D, RD, False, SIZE)
     place = (head * rows + row)[:, None] * D + columns
-    tl.store(keys_ptr + place, key.to(keys_ptr.dtype.element_ty), mask=here)
+    key = key.to(keys_ptr.dtype.element_ty)
+    tl.store(keys_ptr + place, key, mask=here)
     value = tl.load(value_ptr + source[:, None] * D + columns, mask=here, other=0.0)
     tl.store(values_ptr + place, value, mask=here)
+    if STORES:
+        index, held_row = row - (rows - pinned), tl.load(band_ptr + 6).to(tl.int64)
+        last = (index >= 0)[:, None] & here
+        slot = held_row * slot_row + head * slot_head + index[:, None] * D + columns
+        tl.store(slot_keys_ptr + slot, key, mask=last)
+        tl.store(slot_values_ptr + slot, value, mask=last)
+        raw = tl.load(source_ptr + source[:, None] * D + columns, mask=last)
+        tl.store(raw_ptr + held_row * raw_row + head * raw_head + index[:, None] * D + columns, raw, mask=last)
+        tl.store(taken_ptr + head * pinned + index, taken.to(tl.int64), mask=(index >= 0) & (row < rows))
 
 
 def read_entries(
@@ -106,6 +155,7 @@ def read_entries(
     pinned_slot: int,
     ring_slot: int,
     leaving: int,
+    totals: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> Entries:
     """Put the keys and values of one stream and one layer in order.
@@ -124,9 +174,12 @@ def read_entries(
     band : Band
         Of the chunk: the row, where in the ring the oldest entry lies, and how many lie there.
     pinned_slot, ring_slot : int
-        Slots of the first pinned token and of the ring's first; the ring ends with the slots.
+        Slots of the first pinned token, which the sinks lie before, and of the ring's first; the ring ends with the
+        slots.
     leaving : int
         Entries, from the oldest on, that may be chosen.
+    totals : Tensor or None, (rows, kv_heads, slots), float32
+        Attention that every slot has received, where it is read. Rows and heads may be strided.
     implementation : {"auto", "triton", "torch"}, optional
 
     Raises
@@ -154,20 +207,31 @@ def read_entries(
         raise ValueError(
             f"{length} + {band.tokens} entries, leaving={leaving}, and {entries} angles; accepted: as many at most"
         )
+    if totals is not None:
+        known = (torch.float32, torch.float64)
+        check_tensor("totals", totals, (rows, kv_heads, slots), dtypes=known, device=keys.device, contiguous=False)
     if not use_triton(implementation, keys) or keys.dtype not in FLOAT_DTYPES:
-        return _read_entries_twin(keys, values, pinned_keys, key, value, angles, band, pinned_slot, ring_slot, leaving)
+        found = _read_entries_twin(keys, values, pinned_keys, key, value, angles, band, pinned_slot, ring_slot, leaving)
+        if totals is None:
+            return found
+        frame = slice(pinned_slot, pinned_slot + pinned)
+        return replace(found, totals=_totals_twin(totals[band.row], band, frame, ring_slot, entries))
     assert all(part.stride(2) == dim for part in (keys, values, pinned_keys)), "the slots of a head are contiguous"
     window = keys.new_empty(kv_heads, entries, dim)
     found = keys.new_empty(kv_heads, pinned + leaving, dim)
-    sources = torch.empty(found.shape, device=keys.device)
+    sources, sinks = torch.empty(found.shape, device=keys.device), keys.new_empty(kv_heads, pinned_slot, dim)
+    before = None if totals is None else totals.new_empty(kv_heads, pinned + entries)
+    count = max(pinned + entries, pinned_slot)
     launch(
-        _read_entries_kernel, (-(-(pinned + entries) // ROWS), kv_heads), keys, values, pinned_keys, key, value,
-        angles.contiguous(), band.table, window, sources, found, *keys.stride()[:2], *values.stride()[:2],
-        *pinned_keys.stride()[:2], key.stride(0), key.stride(1), value.stride(0), value.stride(1), pinned, entries,
-        leaving, ring, pinned_slot, ring_slot, D=dim, RD=2 * angles.shape[2], SIZE=triton.next_power_of_2(dim),
-        TM=ROWS, num_warps=4, pdl=False,
+        _read_entries_kernel, (-(-count // ROWS), kv_heads), keys, values, pinned_keys, key, value,
+        angles.contiguous(), band.table, window, sources, found, sinks, sources if totals is None else totals,
+        sources if before is None else before, *keys.stride()[:2], *values.stride()[:2], *pinned_keys.stride()[:2],
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        *((0, 0) if totals is None else totals.stride()[:2]), pinned, entries, leaving, ring, pinned_slot, ring_slot,
+        D=dim, RD=2 * angles.shape[2], SIZE=triton.next_power_of_2(dim), TM=ROWS, TOTALS=totals is not None,
+        num_warps=4, pdl=False,
     )  # fmt: skip
-    return Entries(window, sources, found)
+    return Entries(window, sources, found, sinks, before)
 
 
 def _read_entries_twin(keys, values, pinned_keys, key, value, angles, band: Band, pinned_slot, ring_slot, leaving):
@@ -180,11 +244,24 @@ def _read_entries_twin(keys, values, pinned_keys, key, value, angles, band: Band
     window, theirs = (F.pad(torch.cat(part, 1), room) for part in found)
     raw = turned(window[:, :leaving].float(), angles[:leaving])
     frame = values[band.row, :, pinned_slot : pinned_slot + pinned]
-    return Entries(window, torch.cat([pinned_keys[band.row], raw], 1), torch.cat([frame, theirs[:, :leaving]], 1))
+    sources, sinks = torch.cat([pinned_keys[band.row], raw], 1), keys[band.row, :, :pinned_slot]
+    return Entries(window, sources, torch.cat([frame, theirs[:, :leaving]], 1), sinks)
+
+
+def _totals_twin(held: torch.Tensor, band: Band, frame: slice, ring_slot: int, entries: int) -> torch.Tensor:
+    """The twin of the kernel for what one stream's slots ``(kv_heads, slots)`` have received."""
+    ring = max(1, held.shape[1] - ring_slot)
+    past = held.index_select(1, ring_slot + (band.start + torch.arange(band.length, device=held.device)) % ring)
+    return torch.cat([held[:, frame], F.pad(past, (0, entries - band.length))], 1)
 
 
 def take_sets(
-    entries: Entries, chosen: torch.Tensor, frame: torch.Tensor, *, implementation: str | None = None
+    entries: Entries,
+    chosen: torch.Tensor,
+    frame: torch.Tensor,
+    *,
+    slots: PinnedSlots | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys, rotated to their places in the frame of pinned keys, and values of the tokens of several sets.
 
@@ -195,6 +272,8 @@ def take_sets(
         Sources.
     frame : Tensor, (pinned, 2, rotary_dim / 2), float32
         Cosine and sine of the places.
+    slots : PinnedSlots or None
+        Where the tokens of the last set are written, if anywhere.
     implementation : {"auto", "triton", "torch"}, optional
 
     Returns
@@ -207,11 +286,29 @@ def take_sets(
     if not use_triton(implementation, window) or window.dtype not in FLOAT_DTYPES:
         index = chosen.flatten(1).long()[..., None].expand(-1, -1, dim)
         raw = entries.sources.gather(1, index).unflatten(1, (sets, pinned))
-        return turned(raw, frame).flatten(1, 2).to(window.dtype), entries.values.gather(1, index)
+        keys, values = turned(raw, frame).flatten(1, 2).to(window.dtype), entries.values.gather(1, index)
+        if slots is not None:
+            _store_last(slots, keys[:, -pinned:], values[:, -pinned:], raw[:, -1], chosen[:, -1])
+        return keys, values
     keys, values = window.new_empty(kv_heads, rows, dim), window.new_empty(kv_heads, rows, dim)
+    where: tuple[torch.Tensor | int, ...] = (keys, values, entries.sources, chosen, chosen, 0, 0, 0, 0)
+    if slots is not None:
+        assert slots.keys.stride() == slots.values.stride(), "keys and values lie in the same order"
+        assert slots.keys.stride(2) == slots.raw.stride(2) == dim, "the slots of a head are contiguous"
+        where = (
+            slots.keys, slots.values, slots.raw, slots.sources, slots.band.table, *slots.keys.stride()[:2],
+            *slots.raw.stride()[:2],
+        )  # fmt: skip
     launch(
         _take_sets_kernel, (-(-rows // ROWS), kv_heads), entries.sources, entries.values, chosen, frame.contiguous(),
-        keys, values, entries.sources.shape[1], rows, pinned, D=dim, RD=2 * frame.shape[2],
-        SIZE=triton.next_power_of_2(dim), TM=ROWS, num_warps=4, pdl=False,
+        keys, values, *where, entries.sources.shape[1], rows, pinned, D=dim, RD=2 * frame.shape[2],
+        SIZE=triton.next_power_of_2(dim), TM=ROWS, STORES=slots is not None, num_warps=4, pdl=False,
     )  # fmt: skip
     return keys, values
+
+
+def _store_last(slots: PinnedSlots, keys, values, raw, sources) -> None:
+    """The twin of the kernel for the slots."""
+    slots.sources.copy_(sources)
+    for held, new in ((slots.keys, keys), (slots.values, values), (slots.raw, raw)):
+        held.index_copy_(0, slots.band.device_row, new[None])

@@ -1,7 +1,7 @@
 """Attention that a chunk of a prompt gives to every slot, added up for the choice of pinned tokens.
 
-One kernel computes the logarithm of the sum of every query's softmax, another one what each slot receives. Nothing that
-is launched depends on the host, so that a CUDA graph can hold it.
+The logarithm of the sum of every query's softmax is that of attention, or computed by one kernel; another one computes
+what each slot receives. Nothing that is launched depends on the host, so that a CUDA graph can hold it.
 """
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
@@ -150,6 +150,7 @@ def accumulate_chunk(
     *,
     pinned_slots: int,
     scaling: float,
+    sums: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> None:
     """Add the attention of the queries of a chunk to the totals of the slots; those of new tokens begin with it.
@@ -168,6 +169,8 @@ def accumulate_chunk(
         Slots in front of the ring.
     scaling : float
         Of the scores.
+    sums : Tensor, (kv_heads, tokens * group), float32, optional
+        As `attention_prefill` has written them for these queries; default: computed here.
     implementation : {"auto", "triton", "torch"}, optional
         float32, and heads whose size is no multiple of 16, take the twin.
 
@@ -181,6 +184,8 @@ def accumulate_chunk(
     dtypes = (*HALF_DTYPES, torch.float32, torch.float64)
     check_tensor("queries", queries, (rows, None, dim), dtypes=dtypes, device=keys.device, contiguous=False)
     check_tensor("totals", totals, (len(keys), kv_heads, slots), dtypes=dtypes, device=keys.device, contiguous=False)
+    if sums is not None:
+        check_tensor("sums", sums, (kv_heads, rows * heads // kv_heads), dtypes=(torch.float32,), device=keys.device)
     if heads % kv_heads or not 0 <= pinned_slots < slots:
         raise ValueError(
             f"{heads} query heads, {kv_heads} kv heads, pinned_slots={pinned_slots}; accepted: a multiple of the kv"
@@ -191,7 +196,6 @@ def accumulate_chunk(
         return
     assert keys.stride(2) == dim and totals.stride(2) == 1, "the slots of a head are contiguous"
     turn, group = band.table if band.rotation is None else band.rotation, heads // kv_heads
-    sums = torch.empty(kv_heads, rows * group, device=keys.device)
     sizes = pinned_slots, slots - pinned_slots, rows, queries.stride(0), queries.stride(1), *keys.stride()[:2]
     common = {
         "G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "BM": ROWS, "BT": SLOTS, "SCALARS": SCALARS,
@@ -199,10 +203,12 @@ def accumulate_chunk(
         "num_warps": 4,
     }  # fmt: skip
     turns, scale = band.rotation is not None, scaling / math.log(2)
-    launch(
-        _chunk_sums_kernel, (-(-rows * group // ROWS), kv_heads), queries, keys, band.table, turn, sums, *sizes, scale,
-        TURN=turns, **common,
-    )  # fmt: skip
+    if sums is None:
+        sums = torch.empty(kv_heads, rows * group, device=keys.device)
+        launch(
+            _chunk_sums_kernel, (-(-rows * group // ROWS), kv_heads), queries, keys, band.table, turn, sums, *sizes,
+            scale, TURN=turns, **common,
+        )  # fmt: skip
     for pinned, count in ((True, pinned_slots), (False, slots - pinned_slots)):
         if count:
             launch(

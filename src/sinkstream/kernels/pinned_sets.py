@@ -11,21 +11,30 @@ ones before it, or all since the prune before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
-from sinkstream.kernels.band import SCALARS, Band
-from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_received_kernel, window_sums_kernel
-from sinkstream.kernels.runtime import HALF_DTYPES, check_tensor, dot_kind, launch, triton, use_triton
+from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_sums_kernel
+from sinkstream.kernels.runtime import (
+    HALF_DTYPES,
+    check_tensor,
+    dot_kind,
+    launch,
+    multiprocessors,
+    triton,
+    use_triton,
+)
 
 ROWS = 64  # queries of one tile, those of several query heads
 CHOOSING_ROWS = 128  # the same of the choice, which has one program a kv head
 TILE = 64  # keys of one tile
-TWIN_TILE = 256  # the same of the twin
+MOST_SPLITS = 16  # of the window
+PROGRAMS = 8  # of a multiprocessor, up to which the window is split: a program goes from tile to tile
 COLUMNS = 64  # widest column chunk
 
 
@@ -86,7 +95,12 @@ class GroupSizes:
 
     def hold(self, other: "GroupSizes") -> bool:
         """Whether a chunk of other sizes can be computed in its place."""
-        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other)))
+        return (
+            self.groups >= other.groups
+            and self.queries >= other.queries
+            and self.leaving >= other.leaving
+            and self.rows >= other.rows
+        )
 
 
 @dataclass(frozen=True)
@@ -132,11 +146,11 @@ TURN = Group._fields.index("turn")
 
 def group_rows(groups: Sequence[Group], accumulates: bool, most: int) -> torch.Tensor:
     """`Groups.table` on the host, of at most so many groups."""
-    rows = torch.zeros(1 + most, FIELDS, dtype=torch.int32)
-    rows[0, :2] = torch.tensor([len(groups), len(groups) - accumulates])
+    rows = np.zeros((1 + most, FIELDS), dtype=np.int32)
+    rows[0, :2] = len(groups), len(groups) - accumulates
     if groups:
-        rows[1 : 1 + len(groups)] = torch.tensor(groups)
-    return rows
+        rows[1 : 1 + len(groups)] = groups
+    return torch.from_numpy(rows)
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ class Layer:
     Attributes
     ----------
     queries : Tensor, (query_heads, any, head_dim)
-        Rotated for the window.
+        Rotated for the window. May be strided, but for the last axis.
     sinks : Tensor, (kv_heads, sinks, head_dim)
         In the frame of pinned keys. May be strided, but for the last axis.
     window : Tensor, (kv_heads, entries, head_dim)
@@ -204,68 +218,48 @@ def pinned_sets(layer: Layer, groups: Groups, *, scaling: float, implementation:
     """
     kernel = _checked(layer, groups, implementation)
     kv_heads, entries, dim = layer.window.shape
-    heads, queries, pinned = len(layer.queries), layer.queries.shape[1], len(groups.frame)
-    group, device = heads // kv_heads, layer.window.device
+    heads, pinned, device = len(layer.queries), len(groups.frame), layer.window.device
+    group = heads // kv_heads
     if not kernel:
         return pinned_sets_twin(layer, groups, scaling)
-    shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
-    common = {**shapes, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
     sizes = groups.sizes
     most = max(16, triton.next_power_of_2(sizes.queries * group))
     tile = min(ROWS, most)
-    scale = scaling / math.log(2)
-    sums = torch.empty(kv_heads, sizes.rows, group, device=device)
+    tiles = -(-sizes.queries * group // tile)
+    splits = window_splits(sizes.groups * kv_heads * tiles, entries, multiprocessors(device))
+    shapes = {"G": group, "D": dim, "C": min(dim & -dim, COLUMNS), "RD": 2 * groups.shift.shape[2], "BT": TILE}
+    common = {**shapes, "SPLITS": splits, "FIELDS": FIELDS, "KIND": dot_kind(layer.window.dtype), "pdl": False}
+    strides, scale = layer.queries.stride()[:2], scaling / math.log(2)
+    parts = torch.empty(kv_heads, sizes.rows, group, splits, device=device)
     if sizes.rows:
         launch(
-            window_sums_kernel, (sizes.groups, kv_heads, -(-sizes.queries * group // tile)), layer.queries,
-            layer.sinks, layer.window, groups.table, groups.shift, sums, queries, entries, layer.sinks.shape[1],
-            layer.sinks.stride(0), sizes.rows, scale, BM=tile, num_warps=4, **common,
+            window_sums_kernel, (sizes.groups, kv_heads * splits, tiles), layer.queries, layer.sinks, layer.window,
+            groups.table, groups.shift, parts, *strides, entries, layer.sinks.shape[1], layer.sinks.stride(0),
+            sizes.rows, scale, BM=tile, num_warps=4, **common,
         )  # fmt: skip
     chosen = torch.empty(kv_heads, groups.sets, pinned, dtype=torch.int32, device=device)
-    totals = torch.empty(chosen.shape, device=device)
+    totals, sums = torch.empty(chosen.shape, device=device), torch.empty(kv_heads, sizes.rows, group, device=device)
     width = pinned + sizes.leaving
     scores = torch.empty(kv_heads, width, device=device)
     launch(
         choose_sets_kernel, (kv_heads,), layer.queries, layer.window, layer.sources, groups.table, groups.shift,
-        groups.frame, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, groups.sets,
-        queries, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
+        groups.frame, parts, sums, scores if layer.totals is None else layer.totals, scores, chosen, totals, *strides,
+        groups.sets, entries, layer.sources.shape[1] - pinned, sizes.rows, pinned, width, scale,
         BM=min(CHOOSING_ROWS, most), ADDS=groups.accumulates, ONE=pinned <= TILE, num_warps=8, **common,
     )  # fmt: skip
     return PinnedSets(chosen, totals, sums)
 
 
-def window_received(
-    layer: Layer, sums: torch.Tensor, band: Band, *, scaling: float, implementation: str | None = None
-) -> torch.Tensor:
-    """What the queries of a chunk give to the window entries that stay: all of them see these from themselves on.
-
-    Parameters
-    ----------
-    layer : Layer
-        The queries are those of the chunk.
-    sums : Tensor, (kv_heads, queries, group), float32
-        As `PinnedSets.sums`.
-    band : Band
-        Of the chunk.
-
-    Returns
-    -------
-    Tensor, (kv_heads, entries), float32
-        Mean over the query heads of a kv head; 0 for the entries that leave.
-    """
-    (kv_heads, entries, dim), (heads, queries, _) = layer.window.shape, layer.queries.shape
-    if not _kernel(layer, implementation):
-        return window_received_twin(layer, sums, band, scaling)
-    out = torch.empty(kv_heads, entries, device=sums.device)
-    launch(
-        window_received_kernel, (-(-entries // TILE), kv_heads), layer.queries, layer.window, sums, band.table, out,
-        queries, entries, scaling / math.log(2), G=heads // kv_heads, D=dim, C=min(dim & -dim, COLUMNS), BM=ROWS,
-        BT=TILE, SCALARS=SCALARS, KIND=dot_kind(layer.window.dtype), num_warps=4, pdl=False,
-    )  # fmt: skip
-    return out
+def window_splits(programs: int, entries: int, processors: int) -> int:
+    """Over how many programs the window is split for each of so many; a power of four, so that few are compiled."""
+    splits = 1
+    while splits < MOST_SPLITS and 4 * splits * programs <= PROGRAMS * processors and splits * TILE < entries:
+        splits *= 4
+    return splits
 
 
-def _kernel(layer: Layer, implementation: str | None) -> bool:
+def computed_by_kernel(layer: Layer, implementation: str | None) -> bool:
+    """Whether kernels compute the choices of a layer."""
     window = layer.window
     return use_triton(implementation, window) and window.shape[2] % 16 == 0 and window.dtype in HALF_DTYPES
 
@@ -275,7 +269,8 @@ def _checked(layer: Layer, groups: Groups, implementation: str | None) -> bool:
     window, kv_heads = layer.window, len(layer.window)
     dtypes, device, dim = (*HALF_DTYPES, torch.float32, torch.float64), window.device, window.shape[2]
     check_tensor("window", window, (None, None, None), dtypes=dtypes, device=device)
-    check_tensor("queries", layer.queries, (None, None, dim), dtypes=(window.dtype,), device=device)
+    queries = (None, None, dim)
+    check_tensor("queries", layer.queries, queries, dtypes=(window.dtype,), device=device, contiguous=False)
     sinks = (kv_heads, None, dim)
     check_tensor("sinks", layer.sinks, sinks, dtypes=(window.dtype,), device=device, contiguous=False)
     pinned, known = len(groups.frame), (torch.float32, torch.float64)
@@ -293,7 +288,7 @@ def _checked(layer: Layer, groups: Groups, implementation: str | None) -> bool:
             raise ValueError("totals is None; accepted: those of the sources, where attention is accumulated")
         shape = kv_heads, pinned + window.shape[1]
         check_tensor("totals", layer.totals, shape, dtypes=known, device=device)
-    return _kernel(layer, implementation)
+    return computed_by_kernel(layer, implementation)
 
 
 # ---- twins ----
@@ -343,21 +338,6 @@ def pinned_sets_twin(layer: Layer, groups: Groups, scaling: float) -> PinnedSets
     return PinnedSets(
         torch.stack(chosen + chosen[-1:] * more, 1).int(), torch.stack(totals + totals[-1:] * more, 1), every
     )
-
-
-def window_received_twin(layer: Layer, sums: torch.Tensor, band: Band, scaling: float) -> torch.Tensor:
-    """The twin of the kernel, a tile of window entries at a time."""
-    (kv_heads, entries, _), queries = layer.window.shape, band.tokens
-    heads, first = layer.queries[:, :queries].to(sums.dtype), band.length + int(band.first[-1])
-    heads, end = heads.unflatten(0, (kv_heads, -1)), band.length + queries
-    found = [sums.new_zeros(kv_heads, first)]
-    whole = sums[:, :queries].transpose(1, 2)[..., None]
-    own = band.length + torch.arange(queries, device=sums.device)[:, None]
-    for begin in range(first, end, TWIN_TILE):
-        entry = torch.arange(begin, min(begin + TWIN_TILE, end), device=sums.device)
-        z = heads @ layer.window[:, None, begin : begin + len(entry)].to(sums.dtype).mT * (scaling / math.log(2))
-        found.append((z - whole).exp2().masked_fill(entry > own, 0.0).sum(2).mean(1))
-    return torch.cat([*found, sums.new_zeros(kv_heads, entries - end)], -1)
 
 
 def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:

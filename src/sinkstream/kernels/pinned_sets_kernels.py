@@ -6,10 +6,10 @@ from sinkstream.kernels.runtime import jit, tl
 
 
 @jit
-def _queries(ptr, start, index, row, valid, shift_ptr, back: tl.constexpr, stride, G: tl.constexpr, D: tl.constexpr,
-             C: tl.constexpr, RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+def _queries(ptr, start, index, row, valid, shift_ptr, back: tl.constexpr, head_stride, stride, G: tl.constexpr,
+             D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """Queries `start + index` of query heads `row % G` in column chunks, where they stand or turned back."""
-    place = ptr + (row % G).to(tl.int64)[:, None] * stride + (start + index)[:, None] * D
+    place = ptr + (row % G).to(tl.int64)[:, None] * head_stride + (start + index).to(tl.int64)[:, None] * stride
     columns = tl.arange(0, C)[None, :]
     chunks = ()
     for c in tl.static_range(D // C):
@@ -62,46 +62,61 @@ def _joined(z, m, s):
     return top, s * tl.exp2(m - safe) + tl.sum(tl.exp2(z - safe[:, None]), 1)
 
 
-@jit(do_not_specialize=["queries", "entries", "sinks", "rows"])
+@jit
+def _whole_sums(ptr, row, valid, SPLITS: tl.constexpr):
+    """Logarithms, base 2, of the sums of rows, put together of those of all splits."""
+    place = ptr + row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    parts = tl.load(place, mask=valid[:, None], other=0.0)
+    top = tl.max(parts, 1)
+    return top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))
+
+
+@jit(do_not_specialize=["entries", "sinks", "rows"])
 def window_sums_kernel(
-    query_ptr, sink_ptr, window_ptr, table_ptr, shift_ptr, out_ptr, queries, entries, sinks, sink_head, rows, scale,
-    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    FIELDS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    query_ptr, sink_ptr, window_ptr, table_ptr, shift_ptr, out_ptr, query_head, query_row, entries, sinks, sink_head,
+    rows, scale, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr,
+    BT: tl.constexpr, SPLITS: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, key-value head, tile of its queries); a tile past the queries of its group does nothing."""
-    group, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (group, key-value head and split, tile of its queries), the first split with the sinks.
+
+    A tile past the queries of its group does nothing.
+    """
+    group, head, split = tl.program_id(0), (tl.program_id(1) // SPLITS).to(tl.int64), tl.program_id(1) % SPLITS
     fields = table_ptr + (1 + group) * FIELDS
     begin, count, own, first = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
     used = tl.program_id(2) * BM < count * G
     row = tl.program_id(2) * BM + tl.arange(0, BM)
     here, index = row < count * G, row // G
-    stride = queries.to(tl.int64) * D
-    heads, turn = query_ptr + head * G * stride, shift_ptr + group * RD
-    frame = _queries(heads, begin, index, row, here, turn, True, stride, G, D, C, RD, KIND)
-    q = _queries(heads, begin, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+    heads, turn = query_ptr + head * G * query_head, shift_ptr + group * RD
     m, s = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
     column = tl.arange(0, BT)
-    for at in range(0, tl.where(used, sinks, 0), BT):
+    with_sinks = tl.where(used & (split == 0), sinks, 0)
+    frame = _queries(heads, begin, index, row, here & (with_sinks > 0), turn, True, query_head, query_row, G, D, C, RD,
+                     KIND)  # fmt: skip
+    for at in range(0, with_sinks, BT):
         entry = at + column
         z = _key_scores(frame, sink_ptr + head * sink_head + entry[:, None] * D, entry < sinks, scale, C, D, KIND)
         m, s = _joined(tl.where((entry < sinks)[None, :], z, -float("inf")), m, s)
+    q = _queries(heads, begin, index, row, here, turn, False, query_head, query_row, G, D, C, RD, KIND)
     last, end = own + index, tl.minimum(own + count, own + (tl.program_id(2) * BM + BM - 1) // G + 1)
-    keys = window_ptr + head * entries * D
+    keys, share = window_ptr + head * entries * D, (end - first + BT * SPLITS - 1) // (BT * SPLITS) * BT
+    first += split * share
+    end = tl.minimum(end, first + share)
     for at in range(first, tl.where(used, end, first), BT):
         entry = at + column
         z = _key_scores(q, keys + entry.to(tl.int64)[:, None] * D, entry < end, scale, C, D, KIND)
         seen = (entry < end)[None, :] & (entry[None, :] <= last[:, None])
         m, s = _joined(tl.where(seen, z, -float("inf")), m, s)
     place = (head * rows + tl.load(fields + 5)) * G + row
-    tl.store(out_ptr + place, m + tl.log2(tl.where(here, s, 1.0)), mask=here)
+    tl.store(out_ptr + place * SPLITS + split, m + tl.log2(tl.where(here, s, 1.0)), mask=here)
 
 
-@jit(do_not_specialize=["sets", "queries", "entries", "kept", "rows", "pinned", "width"])
+@jit(do_not_specialize=["sets", "entries", "kept", "rows", "pinned", "width"])
 def choose_sets_kernel(
-    query_ptr, window_ptr, source_ptr, table_ptr, shift_ptr, frame_ptr, sums_ptr, before_ptr, score_ptr, chosen_ptr,
-    totals_ptr, sets, queries, entries, kept, rows, pinned, width, scale, G: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr,
-    ADDS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    query_ptr, window_ptr, source_ptr, table_ptr, shift_ptr, frame_ptr, part_ptr, sums_ptr, before_ptr, score_ptr,
+    chosen_ptr, totals_ptr, query_head, query_row, sets, entries, kept, rows, pinned, width, scale, G: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, RD: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
+    FIELDS: tl.constexpr, KIND: tl.constexpr, ADDS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (key-value head), prune by prune; a barrier stands where threads read what others have written.
 
@@ -109,11 +124,10 @@ def choose_sets_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     groups, prunes = tl.load(table_ptr), tl.load(table_ptr + 1)
-    stride = queries.to(tl.int64) * D
-    heads, keys = query_ptr + head * G * stride, window_ptr + head * entries * D
+    heads, keys = query_ptr + head * G * query_head, window_ptr + head * entries * D
     sources = source_ptr + head * (pinned + kept) * D
     before = before_ptr + head * (pinned + entries)
-    sums, scores = sums_ptr + head * rows * G, score_ptr + head * width
+    parts, sums, scores = part_ptr + head * rows * G * SPLITS, sums_ptr + head * rows * G, score_ptr + head * width
     chosen, totals = chosen_ptr + head * sets * pinned, totals_ptr + head * sets * pinned
     column, index_in = tl.arange(0, BT), tl.arange(0, BM)
     for at in range(0, pinned, BT):
@@ -133,8 +147,8 @@ def choose_sets_kernel(
         for part in range(0, count * G, BM):
             row = part + index_in
             here, index = row < count * G, row // G
-            frame = _queries(heads, begin, index, row, here, turn, True, stride, G, D, C, RD, KIND)
-            m = tl.load(sums + place + row, mask=here, other=0.0)
+            frame = _queries(heads, begin, index, row, here, turn, True, query_head, query_row, G, D, C, RD, KIND)
+            m = _whole_sums(parts, place + row, here, SPLITS)
             s = tl.full((BM,), 1.0, tl.float32)
             z = tl.zeros((BM, BT), tl.float32)
             if ONE:
@@ -164,7 +178,7 @@ def choose_sets_kernel(
                     given += tl.where(part > 0, tl.load(scores + entry, mask=valid, other=0.0), 0.0)
                 tl.store(scores + entry, given, mask=valid)
             if not ADDS:
-                q = _queries(heads, begin, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+                q = _queries(heads, begin, index, row, here, turn, False, query_head, query_row, G, D, C, RD, KIND)
                 for at in range(0, leaving, BT):
                     entry = at + column
                     valid = entry < leaving
@@ -183,7 +197,7 @@ def choose_sets_kernel(
                     for part in range(0, (begin + count) * G, BM):
                         row = part + index_in
                         here, index = row < (begin + count) * G, row // G
-                        q = _queries(heads, 0, index, row, here, turn, False, stride, G, D, C, RD, KIND)
+                        q = _queries(heads, 0, index, row, here, turn, False, query_head, query_row, G, D, C, RD, KIND)
                         z = _key_scores(q, keys + entry.to(tl.int64)[:, None] * D, valid, scale, C, D, KIND)
                         whole = tl.load(sums + row, mask=here, other=float("inf"))
                         seen = entry[None, :] <= (own - begin + index)[:, None]
@@ -224,28 +238,42 @@ def choose_sets_kernel(
                 tl.store(totals + extra * pinned + entry, given, mask=valid)
 
 
-@jit(do_not_specialize=["queries", "entries"])
+@jit(do_not_specialize=["queries", "entries", "pinned", "ring", "pinned_slot", "ring_slot"])
 def window_received_kernel(
-    query_ptr, window_ptr, sums_ptr, band_ptr, out_ptr, queries, entries, scale, G: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, SCALARS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    query_ptr, window_ptr, sums_ptr, band_ptr, out_ptr, before_ptr, total_ptr, query_head, query_row, out_row, out_head,
+    total_head, queries, entries, pinned, ring, pinned_slot, ring_slot, scale, G: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, SCALARS: tl.constexpr, KIND: tl.constexpr,
+    STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of window entries, key-value head); the queries are the chunk's."""
+    """Program (tile of window entries, key-value head); the queries are the chunk's.
+
+    STORES: `out_ptr` holds what slots have received. Entries that stay are added to what they had before, and a tile
+    of pinned tokens gets what it has in the end.
+    """
     head = tl.program_id(1).to(tl.int64)
     tokens, own = tl.load(band_ptr), tl.load(band_ptr + 3)
     first, end = own + tl.load(band_ptr + SCALARS + tokens - 1), own + tokens
     begin = tl.program_id(0) * BT
     entry = begin + tl.arange(0, BT)
-    valid, stride = (entry >= first) & (entry < end), queries.to(tl.int64) * D
-    heads, keys = query_ptr + head * G * stride, window_ptr + (head * entries + entry)[:, None] * D
+    valid = (entry >= first) & (entry < end)
+    heads, keys = query_ptr + head * G * query_head, window_ptr + (head * entries + entry)[:, None] * D
     sums, given = sums_ptr + head * queries * G, tl.zeros((BT,), tl.float32)
     used = (begin + BT > first) & (begin < end)
     nearest = tl.maximum(begin - own, 0) * G // BM * BM
     for part in range(nearest, tl.where(used, tokens * G, nearest), BM):
         row = part + tl.arange(0, BM)
         here, index = row < tokens * G, row // G
-        q = _queries(heads, 0, index, row, here, sums, False, stride, G, D, C, 2, KIND)
+        q = _queries(heads, 0, index, row, here, sums, False, query_head, query_row, G, D, C, 2, KIND)
         z = _key_scores(q, keys, valid, scale, C, D, KIND)
         whole = tl.load(sums + row, mask=here, other=float("inf"))
         seen = entry[None, :] <= (own + index)[:, None]
         given += tl.sum(tl.where(seen, tl.exp2(z - whole[:, None]), 0.0), 0) / G
-    tl.store(out_ptr + head * entries + entry, tl.where(valid, given, 0.0), mask=entry < entries)
+    if STORES:
+        out = out_ptr + tl.load(band_ptr + 6).to(tl.int64) * out_row + head * out_head
+        slot = ring_slot + (tl.load(band_ptr + 2) + entry) % ring
+        given += tl.load(before_ptr + head * (pinned + entries) + pinned + entry, mask=valid, other=0.0)
+        tl.store(out + slot, given, mask=valid)
+        total = tl.load(total_ptr + head * total_head + entry, mask=entry < pinned)
+        tl.store(out + pinned_slot + entry, total, mask=entry < pinned)
+    else:
+        tl.store(out_ptr + head * entries + entry, tl.where(valid, given, 0.0), mask=entry < entries)
