@@ -52,7 +52,8 @@ def test_the_kernels_say_what_the_plain_step_says(family, step):
     set_implementation("triton")
     try:
         model = build(family, torch.float16, layers=1)
-        assert worst_of(model, {"sink": 2, "window": 3, "compress_every": 1}, step, 10)[0] < 0.02
+        worst, other = worst_of(model, {"sink": 1, "window": 2, "compress_every": 1}, step, 5)
+        assert worst < 0.02 and other.state.stats(0)["events"] >= 2
     finally:
         set_implementation("auto")
 

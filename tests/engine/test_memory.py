@@ -7,11 +7,13 @@ from streams import TOLERANCE, small_policy
 from tiny_model import save_model
 from torch.profiler import ProfilerActivity, profile
 
-from sinkstream.cache import StreamingCache
+from sinkstream.cache import StreamingCache, describe
 from sinkstream.cache.stream import Stream
 from sinkstream.engine import Engine, memory
 from sinkstream.engine.prompt import CHUNK_TOKENS, PromptForward
+from sinkstream.engine.reading import TILE as READ_TILE
 from sinkstream.models import load_model, resolve_dtype, weight_bytes
+from sinkstream.policies import EvictionPolicy
 
 CHUNK = 16
 
@@ -124,6 +126,23 @@ def test_the_need_of_the_streams_is_what_they_take(policy):
     e = Engine(model, streams=3, **small_policy(policy))
     need = memory.MemoryNeed.of(model, e.spec, e.policy, 3, CHUNK_TOKENS)
     assert need.streams == e.state.bytes and need.prompt > 0 and need.workspace == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "reads"), [("adaptive-entropy", True), ("refresh-uncertainty", True), ("lazy", False)]
+)
+def test_what_is_read_of_a_chunk_is_counted_in_the_pool_of_graphs_too(policy, reads):
+    """The same need with and without logits to read: the difference is three tiles of them, and twice that captured."""
+    model = build("llama")
+    policy = EvictionPolicy.build(**small_policy(policy))
+    spec = describe(model)
+
+    def prompt(captures, vocab):
+        model.get_output_embeddings().weight.data = torch.empty(vocab, 1)
+        return memory.MemoryNeed.of(model, spec, policy, 1, CHUNK_TOKENS, captures=captures).prompt
+
+    more = [prompt(captures, 2000) - prompt(captures, 1000) - 2 * 1000 * 4 for captures in (False, True)]
+    assert more == [reads * 3 * READ_TILE * 1000 * 4, reads * 2 * 3 * READ_TILE * 1000 * 4]
 
 
 def test_streams_that_cannot_fit_are_refused_before_anything_is_packed(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from types import MappingProxyType
 
 import pytest
@@ -168,7 +169,9 @@ def test_system_options_and_stats(talk, model):
     out = chat(talk, "x", "/system Be long.", "/set max_tokens 5", "one", "/stats", "/set", "/set max_tokens")
     assert alone.say("one", 5) + "\n" in out and "max_tokens" in out
     assert "max_tokens" not in talk.options
-    assert "seen" in out or "messages" in out
+    told = dict(re.findall(r"^  (\w+) +(\w+)$", out, re.MULTILINE))
+    assert (told["kept"], told["evicted"]) == ("27", "0") and int(told["pinned"]) == 12, "the new conversation's"
+    assert told.get("turns") == "1" or told["messages"] == "3", "a talk of our own counts turns, a server's messages"
 
 
 def test_mistakes_are_told_and_the_chat_goes_on(talk):

@@ -98,7 +98,8 @@ class MemoryNeed:
             largest = min(chunk, FORESEEN_TOKENS) if foresees else max(short_chunk_sizes(chunk)[-1], *sizes, 0)
             kept = 2 * largest * forwards
             workspace *= 1 + forwards
-        cached = _read_bytes(policy, spec, vocab, empty.geometry.slots)
+        read = _read_bytes(policy, spec, vocab, empty.geometry.slots)
+        cached = (2 if captures else 1) * read  # what a captured forward reads lies in the pool of the graphs
         if foresees:
             chunk = min(chunk, FORESEEN_TOKENS)
             heads = 2 * spec.kv_heads + (spec.query_heads if policy.scorer is not None else 0)

@@ -29,8 +29,8 @@ def streameval_table(records: Sequence[StreamEvalRecord], title: str | None = No
             cells = [accuracy_text(accuracy(answers, of_form & (answers["lines"] == lines))) for lines in distances]
             farthest = of_form & (answers["lines"] == max(distances))
             exact = accuracy_text(accuracy(answers, farthest, "exact"))
-            more = held_text(answers, farthest), ttft_text([record], [record]), f"{seconds:,.0f}"
-            more += (cards_text([record]),) if several else ()
+            more = [held_text(answers, farthest), ttft_text([record], [record]), f"{seconds:,.0f}"]
+            more += [cards_text([record])] if several else []
             rows.append([record.label, form, *cells, exact, *more])
     header = ["Policy", "Form", *(f"{lines:,} lines" for lines in distances)]
     header += [f"exact, {max(distances, default=0):,} lines", "Brought back", "TTFT (ms)", "Seconds"]
