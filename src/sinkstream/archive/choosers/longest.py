@@ -1,7 +1,7 @@
 """`LongestRun`: how many of the latest tokens stand in the archive in a row, carried from token to token."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
