@@ -15,11 +15,11 @@ from sinkstream.archive.choosers.base import LATEST
 from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
 from sinkstream.archive.choosers.trigrams import Trigrams
-from sinkstream.archive.kv import BLOCK
+from sinkstream.archive.kv import BLOCK, block_shape
 from sinkstream.records.files import WriteError
 
 SHAPE = (2, 3, 5)  # layers, kv heads, head dim
-BLOCK_SHAPE = (2, 2, 3, BLOCK, 5)
+BLOCK_SHAPE = block_shape(*SHAPE)
 BLOCK_BYTES = 2 * 2 * 3 * BLOCK * 5 * 4
 
 
