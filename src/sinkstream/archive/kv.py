@@ -126,8 +126,16 @@ class _Block:
     __slots__ = ("_coming", "_tensor")
 
     def __init__(self, source: torch.Tensor, transfers: _Transfers | None):
-        self._coming = None if transfers is None else transfers.leave(source)
         self._tensor = source.detach().clone() if transfers is None else None
+        self._coming: Future[torch.Tensor] | None = None
+        if transfers is not None:
+            self._coming = transfers.leave(source)
+            self._coming.add_done_callback(self._arrived)
+
+    def _arrived(self, coming: "Future[torch.Tensor]") -> None:
+        """Keep the tensor alone: a future is many small objects, which the garbage collector would walk for ever."""
+        if coming.exception() is None:  # else whoever asks for the tensor is told
+            self._tensor, self._coming = coming.result(), None
 
     @property
     def tensor(self) -> torch.Tensor:
