@@ -23,7 +23,7 @@ def phrases(tokens: int, seed: int = 0) -> list[int]:
 class Plain(LexicalIndex):
     """Looks every run up."""
 
-    def _may_run(self, query, total, needed):
+    def _may_run(self, *args):
         return True
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -11,7 +10,7 @@ import numpy as np
 
 from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Hits, Index, Query
 from sinkstream.archive.choosers.longest import ROUNDING, Find, LongestRun
-from sinkstream.archive.choosers.postings import Posting, Term, stands
+from sinkstream.archive.choosers.postings import Postings, Term, stands
 from sinkstream.archive.choosers.trigrams import Trigrams
 from sinkstream.policies.options import option
 
@@ -33,42 +32,30 @@ class LexicalIndex(Index):
 
     def __init__(self, chooser: "Lexical"):
         self.chooser = chooser
-        self.postings: dict[int, Posting] = {}
+        self.postings = Postings(chooser.block)
         self.trigrams, self._longest = Trigrams(), LongestRun(chooser.row_tokens)
         self._first: int | None = None  # tokens before this one are gone
         self._sweep: Iterator[int] = iter(())
 
     def add(self, evicted: Evicted) -> None:
         """Note where the ids are."""
-        postings, block = self.postings, self.chooser.block
         self._first = evicted.first if self._first is None else self._first
-        for index, token in enumerate(evicted.ids, evicted.first):
-            posting = postings.get(token)
-            if posting is None:
-                posting = postings[token] = Posting()
-            posting.add(index, index // block)
+        self.postings.add(evicted.first, evicted.ids)
         self.trigrams.add(evicted.first, evicted.ids)
 
     def forget(self, before: int) -> None:
         """Drop places that are gone, of a few ids for every token that has left; the next calls come to the others."""
-        gone = 0 if self._first is None else before - self._first
+        held, gone = self.postings.held, 0 if self._first is None else before - self._first
         if gone <= 0:
             return
         self._first = before
         self.trigrams.forget(before)
-        for _ in range(min(SWEPT * gone, len(self.postings))):
+        for _ in range(min(SWEPT * gone, len(held))):
             token = next(self._sweep, None)
             if token is None:
-                self._sweep = iter(list(self.postings))
-            elif token in self.postings:
-                self._trim(token, before)
-
-    def _trim(self, token: int, before: int) -> None:
-        posting = self.postings[token]
-        if posting.places[-1] < before:
-            del self.postings[token]
-        elif posting.places[0] < before:
-            posting.drop(before, self.chooser.block)
+                self._sweep = iter(list(held))
+            elif token in held:
+                self.postings.trim(token, before)
 
     def scores(self, query: Query) -> np.ndarray:
         """As `hits`; of the other blocks 0."""
@@ -87,16 +74,16 @@ class LexicalIndex(Index):
         without a gap, and common terms count too. A brief query is answered by runs alone.
         """
         chooser, total, found = self.chooser, len(blocks), list[Hits]()
-        once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
+        once, find = math.log1p((total - 0.5) / 1.5), self._find(query, total)  # idf of a term that is in one block
         if not query.asked:
             level = chooser.run_level * once
-            if self._may_run(query, total, query.least * level):
-                found.append(self._blocks(query, self._runs(query, total, query.least * level), level))
+            if self._may_run(query, total, query.least * level, find):
+                found.append(self._blocks(query, self._runs(query, query.least * level, find), level))
         if query.brief:
             return _best(found) if found else NOTHING
         most, in_row = (max(FEW_BLOCKS, share * total) for share in (chooser.rare, chooser.row_rare))
-        known = ((token, self._term(token, query, total, max(most, in_row))) for token in dict.fromkeys(query.ids))
-        terms = {token: term for token, term in known if term}
+        known = {token: find(token) for token in query.ids}
+        terms = {token: term for token, term in known.items() if term and term.blocks <= max(most, in_row)}
         level = chooser.level * once**chooser.idf_power
         numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
         found.append(Hits(numbers, score / level))
@@ -120,17 +107,24 @@ class LexicalIndex(Index):
         inside = int(goes_on.searchsorted(query.end))
         return Hits(goes_on[:inside] // self.chooser.block, score[:inside] / level)
 
-    def _may_run(self, query: Query, total: int, needed: float) -> bool:
+    def _may_run(self, query: Query, total: int, needed: float, find: Find) -> bool:
         """Whether `_runs` may find something; what the query before has shown is not looked up again."""
         if needed <= ROUNDING:  # every token would be a run
             return True
-        return self._longest.may_reach(query, total, needed, self._find(query, total), self.trigrams.has)
+        return self._longest.may_reach(query, total, needed, find, self.trigrams.has)
 
     def _find(self, query: Query, total: int) -> Find:
-        """`_term` by its id alone."""
-        return lambda token: self._term(token, query, total)
+        """The term of an id in the archive of a query, which is looked up once."""
+        term, known, first, end = self.postings.term, dict[int, Term | None](), query.first, query.end
 
-    def _runs(self, query: Query, total: int, needed: float) -> tuple[np.ndarray, np.ndarray]:
+        def find(token: int) -> Term | None:
+            if token not in known:
+                known[token] = term(token, first, end, total)
+            return known[token]
+
+        return find
+
+    def _runs(self, query: Query, needed: float, find: Find) -> tuple[np.ndarray, np.ndarray]:
         """Where the latest tokens stand without a gap: the places at which the text goes on, and the sums of idf.
 
         A run that reaches `needed` holds all of the latest terms whose idf add up to it. So the places of the rarest of
@@ -141,7 +135,7 @@ class LexicalIndex(Index):
         for i, token in enumerate(latest):
             if i > 1 and not self.trigrams.has(token, latest[i - 1], latest[i - 2]):
                 return NONE, NONE
-            term = self._term(token, query, total)
+            term = find(token)
             if term is None:
                 break
             held.append(term)
@@ -158,7 +152,7 @@ class LexicalIndex(Index):
                 return NONE, NONE
         score, going = np.full(len(goes_on), sure), np.ones(len(goes_on), dtype=bool)
         for back, token in enumerate(latest[len(held) :], len(held) + 1):
-            term = self._term(token, query, total)
+            term = find(token)
             if term is None:
                 break
             going &= stands(term, goes_on - np.int32(back))
@@ -167,27 +161,10 @@ class LexicalIndex(Index):
             score[going] += term.idf
         return goes_on, score
 
-    def _term(self, token: int, query: Query, total: int, most: float = math.inf) -> Term | None:
-        """A term of the query; None if the archive does not hold it, or it is in more than so many blocks."""
-        posting = self.postings.get(token)
-        if posting is None:
-            return None
-        places, numbers, low, high = posting.places, posting.blocks, 0, len(posting.places)
-        first, blocks = 0, len(numbers)
-        if places[0] < query.first or places[-1] >= query.end:
-            low, high = bisect_left(places, query.first), bisect_left(places, query.end)
-            if low == high:
-                return None
-            first = bisect_left(numbers, places[low] // self.chooser.block)
-            blocks = bisect_left(numbers, places[high - 1] // self.chooser.block, first) + 1 - first
-        if blocks > most:
-            return None
-        return Term(posting, low, high, first, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
-
     def _shared(self, terms: list[Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
         """Blocks that can reach `needed` by the terms that they share with the query: numbers and scores."""
         block, power = self.chooser.block, self.chooser.idf_power
-        bounds = [term.idf**power * _saturated(term.posting.most) for term in terms]
+        bounds = [term.idf**power * _saturated(term.most) for term in terms]
         order, rare = _rarest(bounds, needed)
         if not rare:
             return NONE, NONE
@@ -211,7 +188,7 @@ class LexicalIndex(Index):
     def copy(self) -> Self:
         """Places of its own."""
         other = copy.copy(self)
-        other.postings = {token: posting.copy() for token, posting in self.postings.items()}
+        other.postings = self.postings.copy()
         other.trigrams, other._longest = self.trigrams.copy(), LongestRun(self.chooser.row_tokens)
         other._sweep = iter(())
         return other

@@ -1,54 +1,29 @@
-"""Postings: where token ids stand in the archive."""
+"""`Postings`: where token ids stand in the archive, out of the garbage collector's sight."""
 
-from array import array
+import math
 from bisect import bisect_left
-from typing import NamedTuple
+from collections.abc import Sequence
+from struct import Struct
+from typing import NamedTuple, Self
 
 import numpy as np
 
+NUMBER = Struct("i")
+SIZE = NUMBER.size
 
-class Posting:
-    """Where one id stands: `places`, the numbers of the blocks that they are in, and how many are in each, ascending.
+#: places of an id, the numbers of the blocks that they are in, and how many are in each, ascending: int32 each
+Posting = tuple[bytearray, bytearray, bytearray]
 
-    No block has ever had more than `most`.
-    """
 
-    __slots__ = ("blocks", "counts", "most", "places")
-
-    def __init__(self) -> None:
-        self.places, self.blocks, self.counts = array("i"), array("i"), array("i")
-        self.most = 0
-
-    def add(self, place: int, block: int) -> None:
-        """Note a place behind all others, and the number of its block."""
-        blocks, counts = self.blocks, self.counts
-        self.places.append(place)
-        if not blocks or blocks[-1] != block:
-            blocks.append(block)
-            counts.append(0)
-        counts[-1] += 1
-        if counts[-1] > self.most:
-            self.most = counts[-1]
-
-    def drop(self, before: int, block: int) -> None:
-        """Drop the places before this one; blocks of `block` tokens."""
-        del self.places[: bisect_left(self.places, before)]
-        gone = bisect_left(self.blocks, self.places[0] // block)
-        del self.blocks[:gone], self.counts[:gone]
-        self.counts[0] = bisect_left(self.places, (self.blocks[0] + 1) * block)
-
-    def copy(self) -> "Posting":
-        """Places of its own."""
-        other = Posting()
-        other.places, other.blocks, other.counts = self.places[:], self.blocks[:], self.counts[:]
-        other.most = self.most
-        return other
+def numbers_of(held: bytearray) -> memoryview:
+    """The numbers of a part of a posting; a view, which must be gone before tokens are added."""
+    return memoryview(held).cast("i")
 
 
 class Term(NamedTuple):
     """A term of the query: places `low` to `high` of its posting, which are in `blocks` blocks from block `first` on.
 
-    `idf` is its inverse document frequency in the archive.
+    `idf` is its inverse document frequency in the archive; no block has ever had it more than `most` times.
     """
 
     posting: Posting
@@ -57,26 +32,29 @@ class Term(NamedTuple):
     first: int
     blocks: int
     idf: float
+    most: int
 
     @property
     def places(self) -> np.ndarray:
         """``(places,)``, int32, ascending; a view, which must be gone before tokens are added."""
-        return np.frombuffer(self.posting.places, dtype=np.int32)[self.low : self.high]
+        return np.frombuffer(self.posting[0], np.int32, self.high - self.low, SIZE * self.low)
 
     @property
     def numbers(self) -> np.ndarray:
         """Numbers of the blocks, ``(blocks,)``, int32, ascending; a view, as `places`."""
-        return np.frombuffer(self.posting.blocks, dtype=np.int32)[self.first : self.first + self.blocks]
+        return np.frombuffer(self.posting[1], np.int32, self.blocks, SIZE * self.first)
 
     def counts(self, block: int) -> np.ndarray:
         """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32; often a view."""
-        posting, last = self.posting, self.first + self.blocks - 1
-        counts = np.frombuffer(posting.counts, dtype=np.int32)[self.first : last + 1]
-        if self.low or self.high < len(posting.places):  # the archive holds a part of the first block, or of the last
-            behind = (posting.blocks[self.first] + 1) * block
+        counts = np.frombuffer(self.posting[2], np.int32, self.blocks, SIZE * self.first)
+        if self.low or SIZE * self.high < len(
+            self.posting[0]
+        ):  # the archive has a part of the first block, or the last
+            places, numbers = numbers_of(self.posting[0]), numbers_of(self.posting[1])
+            behind, last = (numbers[self.first] + 1) * block, numbers[self.first + self.blocks - 1]
             counts = counts.copy()
-            counts[0] = bisect_left(posting.places, behind, self.low, self.high) - self.low
-            counts[-1] = self.high - bisect_left(posting.places, posting.blocks[last] * block, self.low, self.high)
+            counts[0] = bisect_left(places, behind, self.low, self.high) - self.low
+            counts[-1] = self.high - bisect_left(places, last * block, self.low, self.high)
         return counts
 
 
@@ -84,3 +62,90 @@ def stands(term: Term, indices: np.ndarray) -> np.ndarray:
     """Whether a term stands at each index of the archive: ``(indices,)``, bool; of indices in int32."""
     places = term.places  # int32 too: the search converts neither
     return places.take(places.searchsorted(indices), mode="clip") == indices
+
+
+class Postings:
+    """Where each id stands.
+
+    A posting is bytes in a plain tuple, which Python's garbage collector does not walk: a collection of everything
+    takes a tenth of a second or more, and comes when a quarter as many objects are new as there were.
+
+    Parameters
+    ----------
+    block : int
+        Tokens of a block.
+
+    Attributes
+    ----------
+    held : dict of Posting
+        By id.
+    """
+
+    def __init__(self, block: int):
+        self.block = block
+        self.held: dict[int, Posting] = {}
+        self._most: dict[int, int] = {}  # of an id that a block has had more than once, how often at the most
+
+    def add(self, first: int, ids: Sequence[int]) -> None:
+        """Take in ids at the places from `first` on, which lie behind all others."""
+        held, block, pack, one = self.held, self.block, NUMBER.pack, NUMBER.pack(1)
+        for place, token in enumerate(ids, first):
+            number, posting = pack(place // block), held.get(token)
+            if posting is None:
+                held[token] = bytearray(pack(place)), bytearray(number), bytearray(one)
+                continue
+            places, blocks, counts = posting
+            places += pack(place)
+            if blocks[-SIZE:] != number:
+                blocks += number
+                counts += one
+                continue
+            (count,) = NUMBER.unpack(counts[-SIZE:])
+            counts[-SIZE:] = pack(count + 1)
+            if count >= self._most.get(token, 1):
+                self._most[token] = count + 1
+
+    def trim(self, token: int, before: int) -> None:
+        """Drop the places of an id before this one."""
+        posting, block = self.held[token], self.block
+        places = numbers_of(posting[0])
+        gone, left = bisect_left(places, before), len(places)
+        if gone == left:
+            del self.held[token]
+            self._most.pop(token, None)
+        elif gone:
+            first = places[gone] // block
+            blocks = bisect_left(numbers_of(posting[1]), first)
+            inside = bisect_left(places, (first + 1) * block) - gone
+            places.release()
+            for part, count in zip(posting, (gone, blocks, blocks)):
+                del part[: SIZE * count]
+            posting[2][:SIZE] = NUMBER.pack(inside)
+
+    def term(self, token: int, first: int, end: int, total: int, most: float = math.inf) -> Term | None:
+        """An id as a term of a query to the tokens ``first <= index < end``, which lie in `total` blocks.
+
+        None if it does not stand there, or in more than `most` blocks.
+        """
+        posting = self.held.get(token)
+        if posting is None:
+            return None
+        places, numbers = numbers_of(posting[0]), numbers_of(posting[1])
+        low, high, start, blocks = 0, len(places), 0, len(numbers)
+        if places[0] < first or places[-1] >= end:
+            low, high = bisect_left(places, first), bisect_left(places, end)
+            if low == high:
+                return None
+            start = bisect_left(numbers, places[low] // self.block)
+            blocks = bisect_left(numbers, places[high - 1] // self.block, start) + 1 - start
+        if blocks > most:
+            return None
+        idf = math.log1p((total - blocks + 0.5) / (blocks + 0.5))
+        return Term(posting, low, high, start, blocks, idf, self._most.get(token, 1))
+
+    def copy(self) -> Self:
+        """Places of their own."""
+        other = type(self)(self.block)
+        other.held = {token: (p[:], b[:], c[:]) for token, (p, b, c) in self.held.items()}
+        other._most = dict(self._most)
+        return other
