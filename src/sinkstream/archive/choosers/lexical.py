@@ -156,9 +156,13 @@ class LexicalIndex(Index):
             if term is None:
                 break
             going &= stands(term, goes_on - np.int32(back))
-            if not going.any():
+            longer = np.count_nonzero(going)
+            if not longer:
                 break
-            score[going] += term.idf
+            if longer == len(going):  # as a rule, and without an index
+                score += term.idf
+            else:
+                score[going] += term.idf
         return goes_on, score
 
     def _shared(self, terms: list[Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +242,7 @@ def _in_a_row(row: list[tuple[Term, int]], needed: float) -> tuple[np.ndarray, n
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
     """Those whose score is not below `needed`, but for rounding."""
     able = score >= needed - ROUNDING
-    return (numbers, score) if able.all() else (numbers[able], score[able])
+    return (numbers, score) if np.count_nonzero(able) == len(able) else (numbers[able], score[able])
 
 
 def _best(found: list[Hits]) -> Hits:
