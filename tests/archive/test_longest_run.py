@@ -23,8 +23,8 @@ def phrases(tokens: int, seed: int = 0) -> list[int]:
 class Plain(LexicalIndex):
     """Looks every run up."""
 
-    def _may_run(self, *args):
-        return True
+    def _carried_runs(self, query, total, needed, find):
+        return self._runs(query, needed, find)
 
 
 class Counting(LongestRun):

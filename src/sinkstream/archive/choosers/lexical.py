@@ -77,8 +77,9 @@ class LexicalIndex(Index):
         once, find = math.log1p((total - 0.5) / 1.5), self._find(query, total)  # idf of a term that is in one block
         if not query.asked:
             level = chooser.run_level * once
-            if self._may_run(query, total, query.least * level, find):
-                found.append(self._blocks(query, self._runs(query, query.least * level, find), level))
+            runs = self._carried_runs(query, total, query.least * level, find)
+            if len(runs[0]):
+                found.append(self._blocks(query, runs, level))
         if query.brief:
             return _best(found) if found else NOTHING
         most, in_row = (max(FEW_BLOCKS, share * total) for share in (chooser.rare, chooser.row_rare))
@@ -107,11 +108,16 @@ class LexicalIndex(Index):
         inside = int(goes_on.searchsorted(query.end))
         return Hits(goes_on[:inside] // self.chooser.block, score[:inside] / level)
 
-    def _may_run(self, query: Query, total: int, needed: float, find: Find) -> bool:
-        """Whether `_runs` may find something; what the query before has shown is not looked up again."""
+    def _carried_runs(self, query: Query, total: int, needed: float, find: Find) -> tuple[np.ndarray, np.ndarray]:
+        """As `_runs`; what the queries before have shown is not looked up again."""
         if needed <= ROUNDING:  # every token would be a run
-            return True
-        return self._longest.may_reach(query, total, needed, find, self.trigrams.has)
+            return self._runs(query, needed, find)
+        if not self._longest.may_reach(query, total, needed, find, self.trigrams.has):
+            return NONE, NONE
+        found = self._runs(query, needed, find)
+        if not len(found[0]):
+            self._longest.missed(total, needed, find)
+        return found
 
     def _find(self, query: Query, total: int) -> Find:
         """The term of an id in the archive of a query, which is looked up once."""

@@ -55,12 +55,12 @@ class LongestRun:
             Whether three ids may have stood in a row; False is sure.
         """
         self._follow(query, find, follows)
-        if not self._adds_up(total, needed):
-            return False
+        return self._adds_up(total, needed)
+
+    def missed(self, total: int, needed: float, find: Find) -> None:
+        """Take in that no run of the query that may have reached `needed` did: look up how long the longest one is."""
         if self._places is None:
             self._look_up(total, needed, find)
-            return self._adds_up(total, needed)
-        return True
 
     def _adds_up(self, total: int, needed: float) -> bool:
         bound = self._bound

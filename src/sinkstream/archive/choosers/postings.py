@@ -85,10 +85,12 @@ class Postings:
         self.block = block
         self.held: dict[int, Posting] = {}
         self._most: dict[int, int] = {}  # of an id that a block has had more than once, how often at the most
+        self._first, self._end = 0, 0  # all places that were ever held
 
     def add(self, first: int, ids: Sequence[int]) -> None:
         """Take in ids at the places from `first` on, which lie behind all others."""
         held, block, pack, one = self.held, self.block, NUMBER.pack, NUMBER.pack(1)
+        self._first, self._end = self._first if self._end else first, first + len(ids)
         for place, token in enumerate(ids, first):
             number, posting = pack(place // block), held.get(token)
             if posting is None:
@@ -130,14 +132,16 @@ class Postings:
         posting = self.held.get(token)
         if posting is None:
             return None
-        places, numbers = numbers_of(posting[0]), numbers_of(posting[1])
-        low, high, start, blocks = 0, len(places), 0, len(numbers)
-        if places[0] < first or places[-1] >= end:
-            low, high = bisect_left(places, first), bisect_left(places, end)
-            if low == high:
-                return None
-            start = bisect_left(numbers, places[low] // self.block)
-            blocks = bisect_left(numbers, places[high - 1] // self.block, start) + 1 - start
+        low, high, start, blocks = 0, len(posting[0]) // SIZE, 0, len(posting[1]) // SIZE
+        if first > self._first or end < self._end:  # else every place counts, as long as nothing was lost
+            places = numbers_of(posting[0])
+            if places[0] < first or places[-1] >= end:
+                low, high = bisect_left(places, first), bisect_left(places, end)
+                if low == high:
+                    return None
+                numbers = numbers_of(posting[1])
+                start = bisect_left(numbers, places[low] // self.block)
+                blocks = bisect_left(numbers, places[high - 1] // self.block, start) + 1 - start
         if blocks > most:
             return None
         idf = math.log1p((total - blocks + 0.5) / (blocks + 0.5))
@@ -147,5 +151,5 @@ class Postings:
         """Places of their own."""
         other = type(self)(self.block)
         other.held = {token: (p[:], b[:], c[:]) for token, (p, b, c) in self.held.items()}
-        other._most = dict(self._most)
+        other._most, other._first, other._end = dict(self._most), self._first, self._end
         return other
