@@ -15,7 +15,7 @@ from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile
 
 BLOCK = 64  # tokens that move together
-STAGED = 8  # blocks that the page-locked buffer for what comes holds from the beginning
+STAGED = 4  # blocks that the page-locked buffer for what comes holds from the beginning
 
 
 def block_shape(layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
