@@ -1,5 +1,6 @@
 """The archive alone: what goes in comes out, the oldest is lost first, and a file that fails says so."""
 
+import gc
 import json
 import os
 from collections import Counter
@@ -14,12 +15,13 @@ from sinkstream.archive import CHOOSERS, BlockFile, Evicted, Hits, KVArchive, Qu
 from sinkstream.archive.choosers.base import LATEST
 from sinkstream.archive.choosers.heads import FOLDER, Heads
 from sinkstream.archive.choosers.lexical import Lexical
+from sinkstream.archive.choosers.postings import numbers_of
 from sinkstream.archive.choosers.trigrams import Trigrams
-from sinkstream.archive.kv import BLOCK
+from sinkstream.archive.kv import BLOCK, block_shape
 from sinkstream.records.files import WriteError
 
 SHAPE = (2, 3, 5)  # layers, kv heads, head dim
-BLOCK_SHAPE = (2, 2, 3, BLOCK, 5)
+BLOCK_SHAPE = block_shape(*SHAPE)
 BLOCK_BYTES = 2 * 2 * 3 * BLOCK * 5 * 4
 
 
@@ -257,13 +259,25 @@ def test_an_index_forgets_with_its_archive():
     for first in range(0, 40_000, 50):
         index.add(Evicted(first, rng.integers(0, 200, 50).tolist()))
         index.forget(first - 5_000)
-        most = max(most, sum(len(p.places) for p in index.postings.values()))
+        most = max(most, sum(len(numbers_of(places)) for places, *_ in index.postings.held.values()))
     assert 5_000 < most < 5_050 + 2_000
-    for held in index.postings.values():
-        assert dict(zip(held.blocks, held.counts, strict=True)) == Counter(place // 16 for place in held.places)
+    for posting in index.postings.held.values():
+        places, blocks, counts = map(numbers_of, posting)
+        assert dict(zip(blocks, counts, strict=True)) == Counter(place // 16 for place in places)
     for gone in (60_000, 70_000):
         index.forget(gone)
-    assert not index.postings
+    assert not index.postings.held
+
+
+def test_the_garbage_collector_does_not_walk_the_postings():
+    """A collection of everything comes the sooner, and takes the longer, the more objects there are."""
+    index, before = Lexical().start(), len(gc.get_objects())
+    index.add(Evicted(0, np.random.default_rng(0).integers(0, 50_000, 4_000).tolist()))
+    gc.collect()
+    assert len(index.postings.held) > 3_500
+    assert not any(gc.is_tracked(posting) for posting in index.postings.held.values())
+    assert len(gc.get_objects()) < before + 500
+    assert gc.is_tracked([b"a list, for one, is walked"])
 
 
 def heads_query(keys: torch.Tensor, like: list[int], asked: bool = False) -> Query:

@@ -1,7 +1,6 @@
 """KV archive: unrotated keys and values in host memory under a budget of bytes, then in a file."""
 
 import copy
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -9,26 +8,43 @@ from itertools import groupby
 from threading import Lock
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
 from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile
 
 BLOCK = 64  # tokens that move together
+STAGED = 4  # blocks that the page-locked buffer for what comes holds from the beginning
+
+
+def block_shape(layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Of keys and values of `BLOCK` tokens; token by token, so that tokens in a row are one piece of memory."""
+    return BLOCK, 2, layers, kv_heads, head_dim
 
 
 class _Transfers:
     """Copies between the device and the host that no step waits for.
 
     Blocks leave on a side stream, into page-locked buffers that are used again; a thread copies them on, since locking
-    pages for every block would stop the device. What is read comes on another side stream.
+    pages for every block would stop the device. What is read comes on another side stream. Pages are locked, and memory
+    of the device is reserved, before the first block leaves, which is in the prompt as a rule. The host copies without
+    the threads of PyTorch: a team of them waits for its last one, which a busy host may let wait for long.
+
+    Parameters
+    ----------
+    block : Tensor
+        The first block, on the device.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._leaving, self._coming = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._free: list[torch.Tensor] = []
-        self._staging: torch.Tensor | None = None  # page-locked, flat: what comes later
+    def __init__(self, block: torch.Tensor):
+        self.device = block.device
+        self._leaving, self._coming = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        with torch.inference_mode(False):
+            self._free = [_page_locked(block) for _ in range(2)]
+            self._staging = _page_locked(block.expand(STAGED, *block.shape)).flatten(0, 1)  # what comes
+            with torch.cuda.stream(self._coming):
+                torch.empty_like(self._staging, device=self.device)  # given back at once, and kept for what comes
         self._one_at_a_time = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="archive-fetch")
@@ -36,7 +52,7 @@ class _Transfers:
     def leave(self, source: torch.Tensor) -> "Future[torch.Tensor]":
         """Copy a block to the host, once the present stream has written it."""
         with torch.inference_mode(False):
-            buffer = self._free.pop() if self._free else torch.empty_like(source, device="cpu", pin_memory=True)
+            buffer = self._free.pop() if self._free else _page_locked(source)
         self._leaving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._leaving):
             buffer.copy_(source, non_blocking=True)
@@ -47,7 +63,8 @@ class _Transfers:
 
     def _keep(self, buffer: torch.Tensor, done: torch.cuda.Event) -> torch.Tensor:
         done.synchronize()
-        kept = torch.empty(buffer.shape, dtype=buffer.dtype).copy_(buffer)
+        kept = torch.empty(buffer.shape, dtype=buffer.dtype)
+        _copy_bytes(kept, buffer)
         self._free.append(buffer)
         return kept
 
@@ -74,15 +91,17 @@ class _Transfers:
     @torch.no_grad()
     def _copy(self, parts: list["_Part"]) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
         tensors = [part.tensor for part in parts]
-        lead, tokens = tensors[0].shape, sum(t.shape[3] for t in tensors)
-        size = (*lead[:3], tokens, lead[4])
+        tokens = sum(map(len, tensors))
         with self._one_at_a_time:
-            if self._staging is None or self._staging.numel() < math.prod(size):
+            if len(self._staging) < tokens:
                 with torch.inference_mode(False):
-                    self._staging = torch.empty(math.prod(size), dtype=tensors[0].dtype, pin_memory=True)
+                    size = -(-tokens // BLOCK) * BLOCK
+                    self._staging = torch.empty(size, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
             self._coming.synchronize()  # nothing is copied out of the buffer any more
-            staged = self._staging[: math.prod(size)].view(size)
-            torch.cat(tensors, 3, out=staged)
+            staged, first = self._staging[:tokens], 0
+            for tensor in tensors:
+                _copy_bytes(staged[first : first + len(tensor)], tensor)
+                first += len(tensor)
             with torch.cuda.stream(self._coming):
                 moved = staged.to(self.device, non_blocking=True)
                 (keys, values), done = _split(moved), torch.cuda.Event()
@@ -90,14 +109,33 @@ class _Transfers:
         return keys, values, done
 
 
+def _page_locked(like: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the host from which the device copies by itself."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between contiguous tensors of the host that are alike, by one thread, which does not hold Python's lock."""
+    one, other = (tensor.view(torch.uint8).view(-1).numpy() for tensor in (target, source))
+    np.copyto(one, other)
+
+
 class _Block:
-    """Keys and values of `BLOCK` tokens, ``(2, layers, kv_heads, BLOCK, head_dim)``, on the host."""
+    """Keys and values of `BLOCK` tokens, as `block_shape`, on the host."""
 
     __slots__ = ("_coming", "_tensor")
 
     def __init__(self, source: torch.Tensor, transfers: _Transfers | None):
-        self._coming = None if transfers is None else transfers.leave(source)
         self._tensor = source.detach().clone() if transfers is None else None
+        self._coming: Future[torch.Tensor] | None = None
+        if transfers is not None:
+            self._coming = transfers.leave(source)
+            self._coming.add_done_callback(self._arrived)
+
+    def _arrived(self, coming: "Future[torch.Tensor]") -> None:
+        """Keep the tensor alone: a future is many small objects, which the garbage collector would walk for ever."""
+        if coming.exception() is None:  # else whoever asks for the tensor is told
+            self._tensor, self._coming = coming.result(), None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -123,22 +161,23 @@ class _Part(NamedTuple):
 
     @property
     def tensor(self) -> torch.Tensor:
-        """Keys and values, ``(2, layers, kv_heads, tokens, head_dim)``: as a rule a view."""
+        """Keys and values, ``(tokens, 2, layers, kv_heads, head_dim)``, contiguous: as a rule a view."""
         block = self.block.tensor if isinstance(self.block, _Block) else self.block
         first, last = self.inside[0], self.inside[-1]
         if last - first == len(self.inside) - 1:  # as a rule, and no index must be copied
-            return block[:, :, :, first : last + 1]
-        return block[:, :, :, torch.tensor(self.inside, device=block.device)]
+            return block[first : last + 1]
+        return block[torch.tensor(self.inside, device=block.device)]
 
 
 def _token_bytes(tensor: torch.Tensor) -> int:
-    """Of keys and values ``(2, layers, kv_heads, tokens, head_dim)``."""
-    return tensor.numel() * tensor.element_size() // tensor.shape[3]
+    """Of keys and values ``(tokens, …)``."""
+    return tensor.numel() * tensor.element_size() // len(tensor)
 
 
 def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys, float32, and values of ``(2, layers, kv_heads, tokens, head_dim)``, as `Archive.read` gives them."""
-    return tensor[0][:, None].float(), tensor[1][:, None]
+    """Keys, float32, and values of ``(tokens, 2, layers, kv_heads, head_dim)``, as `Archive.read` gives them."""
+    keys, values = tensor.permute(1, 2, 3, 0, 4)[:, :, None]
+    return keys.float(), values
 
 
 @ARCHIVES.register("kv")
@@ -203,12 +242,12 @@ class KVArchive(Archive):
         while done < count:
             if self._open is None:
                 with torch.inference_mode(False):
-                    self._open = values.new_empty(2, layers, heads, BLOCK, dim)
+                    self._open = values.new_empty(block_shape(layers, heads, dim))
                 self._token_bytes = _token_bytes(self._open)
             size = min(BLOCK - self._waiting, count - done)
             place, part = slice(self._waiting, self._waiting + size), slice(done, done + size)
-            self._open[0, :, :, place] = keys[:, :, part]
-            self._open[1, :, :, place] = values[:, :, part]
+            for which, entries in enumerate((keys, values)):
+                self._open[place, which] = entries[:, :, part].movedim(2, 0)
             self._waiting += size
             done += size
             if self._waiting == BLOCK:
@@ -217,7 +256,7 @@ class KVArchive(Archive):
 
     def _keep(self, block: torch.Tensor) -> None:
         if block.is_cuda and self._transfers is None:
-            self._transfers = _Transfers(block.device)
+            self._transfers = _Transfers(block)
         self._blocks.append(_Block(block.contiguous(), self._transfers if block.is_cuda else None))
         while self._blocks and len(self._blocks) * self._block_bytes > self.budget_bytes:
             if self.file is None or self.file.append(self._blocks[0].tensor):  # the file may lose its oldest for it
@@ -230,16 +269,17 @@ class KVArchive(Archive):
         """As `Archive.blocks`: ``(2, layers, kv_heads, at most BLOCK, head_dim)`` each; all but the last are full."""
         in_file = [] if self.file is None else [self.file.read(number, copy=False) for number in range(self._in_file)]
         held = in_file + [block.tensor for block in self._blocks]
-        return held if self._open is None else [*held, self._open[:, :, :, : self._waiting]]
+        held += [] if self._open is None else [self._open[: self._waiting]]
+        return [block.movedim(0, 3) for block in held]
 
     def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
         """As `Archive.refill`. Raises WriteError if the file cannot be written."""
         self.ids.extend(ids)
         self.end += len(ids)
         for block in blocks:
-            self._token_bytes = _token_bytes(block)
+            self._token_bytes = _token_bytes(block.movedim(3, 0))
             if block.shape[3] == BLOCK:
-                self._keep(block)
+                self._keep(block.movedim(3, 0))
             else:
                 self._fill(*block.to(device))
         if self.lost:

@@ -30,7 +30,7 @@ from sinkstream.archive import (
     runs,
 )
 from sinkstream.archive.choosers.base import Head
-from sinkstream.archive.kv import BLOCK
+from sinkstream.archive.kv import block_shape
 from sinkstream.archive.text import Reread
 from sinkstream.cache.frame import RecallRing
 from sinkstream.cache.query_log import QueryLog
@@ -217,7 +217,7 @@ class RecallMemory:
             return self.archive
         if settings.file is not None:
             layers, _, heads, _, dim = shape
-            file = BlockFile(settings.file, settings.file_bytes, (2, layers, heads, BLOCK, dim), dtype)
+            file = BlockFile(settings.file, settings.file_bytes, block_shape(layers, heads, dim), dtype)
         self.archive = KVArchive(first, budget_bytes=settings.bytes, file=file)
         return self.archive
 

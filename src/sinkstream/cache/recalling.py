@@ -11,7 +11,7 @@ import torch
 
 from sinkstream import compat
 from sinkstream.archive import PREFIX, BlockFile, Chooser, RecallSettings
-from sinkstream.archive.kv import BLOCK
+from sinkstream.archive.kv import block_shape
 from sinkstream.archive.settings import excluded
 from sinkstream.cache.copies import CopiedCache
 from sinkstream.cache.families import ModelSpec
@@ -237,5 +237,5 @@ def _check(settings: RecallSettings, spec: ModelSpec, policy: EvictionPolicy, po
     if wrong is not None:
         raise excluded(wrong)
     if settings.file is not None:  # what shows now need not wait until something leaves the window
-        shape = (2, len(spec.full_layers), spec.kv_heads, BLOCK, spec.head_dim)
+        shape = block_shape(len(spec.full_layers), spec.kv_heads, spec.head_dim)
         BlockFile.check(settings.file, settings.file_bytes, shape, spec.dtype)

@@ -158,7 +158,7 @@ class PruneSchedule:
             repeated = (tokens - done) // period * period if period else 0
             if repeated:
                 for part in (drop, event):
-                    part[done : done + repeated] = np.resize(part[first:done], repeated)
+                    part[done : done + repeated].reshape(-1, period)[:] = part[first:done]
                 self.seen += repeated
                 done += repeated
                 continue

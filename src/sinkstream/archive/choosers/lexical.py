@@ -2,97 +2,23 @@
 
 import copy
 import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from sinkstream.archive.choosers.base import CHOOSERS, Chooser, Evicted, Hits, Index, Query
+from sinkstream.archive.choosers.longest import ROUNDING, Find, LongestRun
+from sinkstream.archive.choosers.postings import Postings, Term, stands
 from sinkstream.archive.choosers.trigrams import Trigrams
 from sinkstream.policies.options import option
 
 SATURATION = 1.2  # of the count of a term in a block, as in BM25
 FEW_BLOCKS = 2  # a term in so few blocks is rare, however small the archive is
 SWEPT = 4  # ids whose postings are looked through for every token that leaves the archive
-ROUNDING = 1e-6  # of a sum of scores, by which a bound is not missed
 NONE = np.zeros(0, dtype=np.int32)
 NOTHING = Hits(NONE, np.zeros(0))
-
-
-class _Posting:
-    """Where one id stands: `places`, the numbers of the blocks that they are in, and how many are in each, ascending.
-
-    No block has ever had more than `most`.
-    """
-
-    __slots__ = ("blocks", "counts", "most", "places")
-
-    def __init__(self) -> None:
-        self.places, self.blocks, self.counts = array("i"), array("i"), array("i")
-        self.most = 0
-
-    def add(self, place: int, block: int) -> None:
-        """Note a place behind all others, and the number of its block."""
-        blocks, counts = self.blocks, self.counts
-        self.places.append(place)
-        if not blocks or blocks[-1] != block:
-            blocks.append(block)
-            counts.append(0)
-        counts[-1] += 1
-        if counts[-1] > self.most:
-            self.most = counts[-1]
-
-    def drop(self, before: int, block: int) -> None:
-        """Drop the places before this one; blocks of `block` tokens."""
-        del self.places[: bisect_left(self.places, before)]
-        gone = bisect_left(self.blocks, self.places[0] // block)
-        del self.blocks[:gone], self.counts[:gone]
-        self.counts[0] = bisect_left(self.places, (self.blocks[0] + 1) * block)
-
-    def copy(self) -> "_Posting":
-        """Places of its own."""
-        other = _Posting()
-        other.places, other.blocks, other.counts = self.places[:], self.blocks[:], self.counts[:]
-        other.most = self.most
-        return other
-
-
-class _Term(NamedTuple):
-    """A term of the query: places `low` to `high` of its posting, which are in `blocks` blocks from block `first` on.
-
-    `idf` is its inverse document frequency in the archive.
-    """
-
-    posting: _Posting
-    low: int
-    high: int
-    first: int
-    blocks: int
-    idf: float
-
-    @property
-    def places(self) -> np.ndarray:
-        """``(places,)``, int32, ascending; a view, which must be gone before tokens are added."""
-        return np.frombuffer(self.posting.places, dtype=np.int32)[self.low : self.high]
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """Numbers of the blocks, ``(blocks,)``, int32, ascending; a view, as `places`."""
-        return np.frombuffer(self.posting.blocks, dtype=np.int32)[self.first : self.first + self.blocks]
-
-    def counts(self, block: int) -> np.ndarray:
-        """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32; often a view."""
-        posting, last = self.posting, self.first + self.blocks - 1
-        counts = np.frombuffer(posting.counts, dtype=np.int32)[self.first : last + 1]
-        if self.low or self.high < len(posting.places):  # the archive holds a part of the first block, or of the last
-            behind = (posting.blocks[self.first] + 1) * block
-            counts = counts.copy()
-            counts[0] = bisect_left(posting.places, behind, self.low, self.high) - self.low
-            counts[-1] = self.high - bisect_left(posting.places, posting.blocks[last] * block, self.low, self.high)
-        return counts
 
 
 class LexicalIndex(Index):
@@ -106,42 +32,30 @@ class LexicalIndex(Index):
 
     def __init__(self, chooser: "Lexical"):
         self.chooser = chooser
-        self.postings: dict[int, _Posting] = {}
-        self.trigrams = Trigrams()
+        self.postings = Postings(chooser.block)
+        self.trigrams, self._longest = Trigrams(), LongestRun(chooser.row_tokens)
         self._first: int | None = None  # tokens before this one are gone
         self._sweep: Iterator[int] = iter(())
 
     def add(self, evicted: Evicted) -> None:
         """Note where the ids are."""
-        postings, block = self.postings, self.chooser.block
         self._first = evicted.first if self._first is None else self._first
-        for index, token in enumerate(evicted.ids, evicted.first):
-            posting = postings.get(token)
-            if posting is None:
-                posting = postings[token] = _Posting()
-            posting.add(index, index // block)
+        self.postings.add(evicted.first, evicted.ids)
         self.trigrams.add(evicted.first, evicted.ids)
 
     def forget(self, before: int) -> None:
         """Drop places that are gone, of a few ids for every token that has left; the next calls come to the others."""
-        gone = 0 if self._first is None else before - self._first
+        held, gone = self.postings.held, 0 if self._first is None else before - self._first
         if gone <= 0:
             return
         self._first = before
         self.trigrams.forget(before)
-        for _ in range(min(SWEPT * gone, len(self.postings))):
+        for _ in range(min(SWEPT * gone, len(held))):
             token = next(self._sweep, None)
             if token is None:
-                self._sweep = iter(list(self.postings))
-            elif token in self.postings:
-                self._trim(token, before)
-
-    def _trim(self, token: int, before: int) -> None:
-        posting = self.postings[token]
-        if posting.places[-1] < before:
-            del self.postings[token]
-        elif posting.places[0] < before:
-            posting.drop(before, self.chooser.block)
+                self._sweep = iter(list(held))
+            elif token in held:
+                self.postings.trim(token, before)
 
     def scores(self, query: Query) -> np.ndarray:
         """As `hits`; of the other blocks 0."""
@@ -159,19 +73,18 @@ class LexicalIndex(Index):
         from each other as in the query; it counts for the block in which the text would go on. A run: the same, but
         without a gap, and common terms count too. A brief query is answered by runs alone.
         """
-        able = not query.asked and self.may_hit(query.ids, query.least)
-        if query.brief and not able:
-            return NOTHING
         chooser, total, found = self.chooser, len(blocks), list[Hits]()
-        once = math.log1p((total - 0.5) / 1.5)  # idf of a term that is in one block
-        if able:
+        once, find = math.log1p((total - 0.5) / 1.5), self._find(query, total)  # idf of a term that is in one block
+        if not query.asked:
             level = chooser.run_level * once
-            found.append(self._blocks(query, self._runs(query, total, query.least * level), level))
+            runs = self._carried_runs(query, total, query.least * level, find)
+            if len(runs[0]):
+                found.append(self._blocks(query, runs, level))
         if query.brief:
-            return _best(found)
+            return _best(found) if found else NOTHING
         most, in_row = (max(FEW_BLOCKS, share * total) for share in (chooser.rare, chooser.row_rare))
-        known = ((token, self._term(token, query, total, max(most, in_row))) for token in dict.fromkeys(query.ids))
-        terms = {token: term for token, term in known if term}
+        known = {token: find(token) for token in query.ids}
+        terms = {token: term for token, term in known.items() if term and term.blocks <= max(most, in_row)}
         level = chooser.level * once**chooser.idf_power
         numbers, score = self._shared([t for t in terms.values() if t.blocks <= most], query.least * level)
         found.append(Hits(numbers, score / level))
@@ -195,18 +108,40 @@ class LexicalIndex(Index):
         inside = int(goes_on.searchsorted(query.end))
         return Hits(goes_on[:inside] // self.chooser.block, score[:inside] / level)
 
-    def _runs(self, query: Query, total: int, needed: float) -> tuple[np.ndarray, np.ndarray]:
+    def _carried_runs(self, query: Query, total: int, needed: float, find: Find) -> tuple[np.ndarray, np.ndarray]:
+        """As `_runs`; what the queries before have shown is not looked up again."""
+        if needed <= ROUNDING:  # every token would be a run
+            return self._runs(query, needed, find)
+        if not self._longest.may_reach(query, total, needed, find, self.trigrams.has):
+            return NONE, NONE
+        found = self._runs(query, needed, find)
+        if not len(found[0]):
+            self._longest.missed(total, needed, find)
+        return found
+
+    def _find(self, query: Query, total: int) -> Find:
+        """The term of an id in the archive of a query, which is looked up once."""
+        term, known, first, end = self.postings.term, dict[int, Term | None](), query.first, query.end
+
+        def find(token: int) -> Term | None:
+            if token not in known:
+                known[token] = term(token, first, end, total)
+            return known[token]
+
+        return find
+
+    def _runs(self, query: Query, needed: float, find: Find) -> tuple[np.ndarray, np.ndarray]:
         """Where the latest tokens stand without a gap: the places at which the text goes on, and the sums of idf.
 
         A run that reaches `needed` holds all of the latest terms whose idf add up to it. So the places of the rarest of
         these are looked up among those of the others.
         """
-        latest, held = query.ids[::-1][: self.chooser.row_tokens], list[_Term]()
+        latest, held = query.ids[::-1][: self.chooser.row_tokens], list[Term]()
         sure = 0.0
         for i, token in enumerate(latest):
             if i > 1 and not self.trigrams.has(token, latest[i - 1], latest[i - 2]):
                 return NONE, NONE
-            term = self._term(token, query, total)
+            term = find(token)
             if term is None:
                 break
             held.append(term)
@@ -218,41 +153,28 @@ class LexicalIndex(Index):
         fewest = sorted(range(len(held)), key=lambda i: held[i].high - held[i].low)
         goes_on = held[fewest[0]].places + np.int32(fewest[0] + 1)
         for i in fewest[1:]:
-            goes_on = goes_on[_stands(held[i], goes_on - np.int32(i + 1))]
+            goes_on = goes_on[stands(held[i], goes_on - np.int32(i + 1))]
             if not len(goes_on):
                 return NONE, NONE
         score, going = np.full(len(goes_on), sure), np.ones(len(goes_on), dtype=bool)
         for back, token in enumerate(latest[len(held) :], len(held) + 1):
-            term = self._term(token, query, total)
+            term = find(token)
             if term is None:
                 break
-            going &= _stands(term, goes_on - np.int32(back))
-            if not going.any():
+            going &= stands(term, goes_on - np.int32(back))
+            longer = np.count_nonzero(going)
+            if not longer:
                 break
-            score[going] += term.idf
+            if longer == len(going):  # as a rule, and without an index
+                score += term.idf
+            else:
+                score[going] += term.idf
         return goes_on, score
 
-    def _term(self, token: int, query: Query, total: int, most: float = math.inf) -> _Term | None:
-        """A term of the query; None if the archive does not hold it, or it is in more than so many blocks."""
-        posting = self.postings.get(token)
-        if posting is None:
-            return None
-        places, numbers, low, high = posting.places, posting.blocks, 0, len(posting.places)
-        first, blocks = 0, len(numbers)
-        if places[0] < query.first or places[-1] >= query.end:
-            low, high = bisect_left(places, query.first), bisect_left(places, query.end)
-            if low == high:
-                return None
-            first = bisect_left(numbers, places[low] // self.chooser.block)
-            blocks = bisect_left(numbers, places[high - 1] // self.chooser.block, first) + 1 - first
-        if blocks > most:
-            return None
-        return _Term(posting, low, high, first, blocks, math.log1p((total - blocks + 0.5) / (blocks + 0.5)))
-
-    def _shared(self, terms: list[_Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
+    def _shared(self, terms: list[Term], needed: float) -> tuple[np.ndarray, np.ndarray]:
         """Blocks that can reach `needed` by the terms that they share with the query: numbers and scores."""
         block, power = self.chooser.block, self.chooser.idf_power
-        bounds = [term.idf**power * _saturated(term.posting.most) for term in terms]
+        bounds = [term.idf**power * _saturated(term.most) for term in terms]
         order, rare = _rarest(bounds, needed)
         if not rare:
             return NONE, NONE
@@ -276,8 +198,9 @@ class LexicalIndex(Index):
     def copy(self) -> Self:
         """Places of its own."""
         other = copy.copy(self)
-        other.postings = {token: posting.copy() for token, posting in self.postings.items()}
-        other.trigrams, other._sweep = self.trigrams.copy(), iter(())
+        other.postings = self.postings.copy()
+        other.trigrams, other._longest = self.trigrams.copy(), LongestRun(self.chooser.row_tokens)
+        other._sweep = iter(())
         return other
 
 
@@ -298,7 +221,7 @@ def _rarest(bounds: list[float], needed: float) -> tuple[list[int], int]:
     return order, rare
 
 
-def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, np.ndarray]:
+def _in_a_row(row: list[tuple[Term, int]], needed: float) -> tuple[np.ndarray, np.ndarray]:
     """Where the text goes on, and the sum of idf there, of all places that can reach `needed`.
 
     Parameters
@@ -317,21 +240,15 @@ def _in_a_row(row: list[tuple[_Term, int]], needed: float) -> tuple[np.ndarray, 
         goes_on, score = _able(goes_on, score, needed - rest)
         if not len(goes_on):
             break
-        score += term.idf * _stands(term, goes_on - np.int32(back))
+        score += term.idf * stands(term, goes_on - np.int32(back))
         rest -= term.idf
     return _able(goes_on, score, needed)
-
-
-def _stands(term: _Term, indices: np.ndarray) -> np.ndarray:
-    """Whether a term stands at each index of the archive: ``(indices,)``, bool; of indices in int32."""
-    places = term.places  # int32 too: the search converts neither
-    return places.take(places.searchsorted(indices), mode="clip") == indices
 
 
 def _able(numbers: np.ndarray, score: np.ndarray, needed: float) -> tuple[np.ndarray, np.ndarray]:
     """Those whose score is not below `needed`, but for rounding."""
     able = score >= needed - ROUNDING
-    return (numbers, score) if able.all() else (numbers[able], score[able])
+    return (numbers, score) if np.count_nonzero(able) == len(able) else (numbers[able], score[able])
 
 
 def _best(found: list[Hits]) -> Hits:
