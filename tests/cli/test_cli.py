@@ -471,7 +471,10 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("demo --sample-every 0", "sinkstream demo: error: sample_every=0 is not accepted"),
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),
         ("report --results nosuch", "sinkstream report: error: nosuch: not a folder with records"),
-        ("report --results foreign", "sinkstream report: error: foreign/notes.json: field 'schema'"),
+        (
+            "report --results foreign",
+            "sinkstream report: error: foreign: holds no record \\(foreign/notes.json: schema None\\)",
+        ),
         ("report --docs nosuch.md --results foreign", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs binary.txt", "sinkstream report: error: binary.txt: not in UTF-8: byte 0 is invalid"),
