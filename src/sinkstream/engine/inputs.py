@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkstream.kernels.runtime import to_device
+from sinkstream.policies.options import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,8 @@ ACCEPTED = "a tensor (tokens,) or a sequence of whole numbers"
 
 def check_stream(stream: int, streams: int) -> None:
     """Refuse what is no index of `streams` streams. Raises ValueError."""
-    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < streams:
+    whole = plain(stream)
+    if isinstance(whole, bool) or not isinstance(whole, int) or not 0 <= stream < streams:
         raise ValueError(f"stream={stream!r} is not accepted; accepted: 0 to {streams - 1}")
 
 
