@@ -308,8 +308,11 @@ def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
 
 
 def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Parse ``NAME:OPTION=VALUE…,NAME…`` into (name, options) pairs."""
-    parsed = [_one_policy(part.strip()) for part in text.split(",") if part.strip()]
+    """Parse ``NAME:OPTION=VALUE…,NAME…`` into (name, options) pairs.
+
+    No policy begins with a digit: what does goes on with a value (``recall_heads=17.1,18.2``).
+    """
+    parsed = [_one_policy(part.strip()) for part in re.split(r",(?!\s*\d)", text) if part.strip()]
     if not parsed:
         raise argparse.ArgumentTypeError(f"{text!r} names no policy; accepted: {', '.join(method_names())}")
     return parsed

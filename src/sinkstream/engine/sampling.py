@@ -66,8 +66,8 @@ class Sampler:
         for f in fields(self):
             object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.logit_bias, Mapping):
-            bias = {plain(token): plain(value) for token, value in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", bias)
+            biases = {plain(token): plain(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", biases)
         number = {f.name: _is_number(getattr(self, f.name)) for f in fields(self)}
         t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
         _check("temperature", t, number["temperature"] and 0 <= t < math.inf, "a number of at least 0 (0 is greedy)")
