@@ -138,9 +138,12 @@ def _as_typed(message: str, names: Iterable[str]) -> str:
 
 
 def _named_heads(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a policy with what a file of probe-heads says in its place, since a record names no path."""
+    """Options of a policy with what a file of probe-heads says in its place, since a record names no path.
+
+    Heads have one spelling, "17.1+18.2": in a list of policies another comma would begin the next one.
+    """
     if not options.get(HEADS, "").endswith(".json"):
-        return options
+        return options | ({HEADS: options[HEADS].replace(",", "+")} if HEADS in options else {})
     try:
         found = known_heads(Path(options[HEADS]))
     except ValueError as error:
