@@ -300,6 +300,25 @@ def test_the_page_works_in_a_browser(page_file, browser):
         tab.close()
 
 
+@needs_browser
+@pytest.mark.slow
+def test_a_wide_table_is_not_cut_on_paper(tmp_path, browser):
+    """A column for each number of slots; on a screen such a table scrolls, which paper does not."""
+    folder = tmp_path / "records"
+    for cap in (64, 128, 256, 512, 1024, 2048, 4096):
+        for at in range(3):
+            PointRecord.write(make_point(at, cap=cap), folder)
+    write_page(folder, tmp_path / "page.html")
+    tab = browser.new_page(viewport={"width": 794, "height": 1123})  # A4 at 96 dots an inch
+    tab.goto((tmp_path / "page.html").as_uri())
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widest = "Math.max(...[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right))"
+    assert tab.evaluate(widest) > 794, "the control: it is too wide for the screen"
+    tab.emulate_media(media="print")
+    assert tab.evaluate(widest) <= 794
+    tab.close()
+
+
 def _hover(tab):
     """A dot says what it is."""
     dot = tab.locator("#pareto-1 .mark-symbol.role-mark path").first
