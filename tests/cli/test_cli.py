@@ -173,7 +173,7 @@ def test_heads_of_a_file_are_named_in_the_record(cli, here):
     (here / "heads.json").write_text(
         json.dumps({"heads": [[0, 1], [1, 0]], "level": 0.25, "row_level": 0.5}), encoding="utf-8"
     )
-    policy = "strict:recall=heads:recall_heads=heads.json,strict:recall=heads:recall_heads=0.1+1.0:recall_level=0.3"
+    policy = "strict:recall=heads:recall_heads=heads.json,strict:recall=heads:recall_heads=0.1,1.0:recall_level=0.3"
     assert cli(eval_line(f"--out={here}/records --recall-slots=8 --cap=40", policy=policy)).code == 0
     first, second = (record.policy["options"] for record in records_in(here / "records"))
     heads = {"recall": "heads", "recall_heads": "0.1+1.0", "recall_slots": 8}
@@ -471,7 +471,10 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("demo --sample-every 0", "sinkstream demo: error: sample_every=0 is not accepted"),
         ("env --device nosuch", "sinkstream env: error: unknown device 'nosuch'; accepted"),
         ("report --results nosuch", "sinkstream report: error: nosuch: not a folder with records"),
-        ("report --results foreign", "sinkstream report: error: foreign/notes.json: field 'schema'"),
+        (
+            "report --results foreign",
+            "sinkstream report: error: foreign: holds no record \\(foreign/notes.json: schema None\\)",
+        ),
         ("report --docs nosuch.md --results foreign", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs nosuch.md", "sinkstream report: error: nosuch.md: cannot be read"),
         ("report --check --docs binary.txt", "sinkstream report: error: binary.txt: not in UTF-8: byte 0 is invalid"),
@@ -506,6 +509,10 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("chat --url=http://127.0.0.1:1/v1 --tf32 --cap=3", "sinkstream chat: error: --tf32 changes nothing"),
         ("chat --remote-model x", "sinkstream chat: error: --remote-model x goes with --url, which is not given"),
         ("chat --temperature -1", "sinkstream chat: error: --temperature -1.0 is not accepted; accepted: a number"),
+        (
+            "probe-heads tiny --model nosuch",
+            "sinkstream probe-heads: error: MODEL tiny and --model nosuch exclude each other",
+        ),
         (
             "probe-heads tiny --out foreign",
             "sinkstream probe-heads: error: --out foreign is a folder; accepted: the path",

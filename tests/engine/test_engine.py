@@ -210,8 +210,8 @@ def test_structural_refresh_without_a_tokenizer_is_refused():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda e: e.prefill([]), "ids of shape"),
-        (lambda e: e.prefill(torch.zeros(1, 3, dtype=torch.int64)), "ids of shape"),
+        (lambda e: e.prefill([]), "ids of shape .* whole numbers, at least one$"),
+        (lambda e: e.prefill(torch.zeros(1, 3, dtype=torch.int64)), r"ids of shape .*; of a batch, one row: ids\[0\]$"),
         (lambda e: e.prefill([0.5]), "ids of shape|token ids"),
         (lambda e: e.prefill([VOCAB]), f"token ids from {VOCAB} to {VOCAB}; accepted: 0 to {VOCAB - 1}"),
         (lambda e: e.prefill([1], stream=2), "stream=2 is not accepted; accepted: 0 to 1"),

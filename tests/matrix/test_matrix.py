@@ -14,6 +14,7 @@ import pytest
 import tiny_model
 import torch
 
+import sinkstream.evaluation.runner as runner
 import sinkstream.matrix.measure as measuring
 import sinkstream.records.files as files
 from sinkstream.cli import main
@@ -151,6 +152,17 @@ def test_a_model_or_text_that_replaces_another_does_not_bear_its_name(here):
         (HEAD + '[[grid]]\npolicy = { name = "lazy", cup = 3 }\n', ("unknown key 'cup'", "max_drop")),
         (HEAD + "[[grid]]\nslak = 4\n", ("unknown key 'slak' (did you mean 'slack'?); accepted: model",)),
         ("title = 3\n" + HEAD, ("m.toml: unknown key 'title'", "defaults, grid, point")),
+        (HEAD + "[[grid]]\nseed = 1\nseed = 2", ("m.toml: not valid TOML", "at line 13, the end of the document")),
+        ("name = 5\n" + HEAD.replace('name = "trial"', ""), ("m.toml: name=5 is not accepted; accepted: a string",)),
+        (HEAD + '[[point]]\npolicy = "lazy"\nmodel = ""\n', ("model='' is not in [models]; accepted: tiny",)),
+        *(
+            (HEAD + f'[[point]]\npolicy = "{policy}"\n{name} = 0\n', (f"{name}=0 is not accepted; accepted: a whole",))
+            for policy, name in (
+                *(("strict", name) for name in ("repeats", "steady_tokens", "warmup_tokens", "block_tokens")),
+                ("recompute", "sample_every"),
+            )
+        ),
+        (HEAD + '[[point]]\npolicy = "lazy"\nseed = -1\n', ("seed=-1 is not accepted; accepted: 0 to",)),
         (HEAD + '[[grid]]\npolicy = "lezy"\n', ("policy='lezy' is not known (did you mean 'lazy'?)", "strict")),
         (HEAD + '[[grid]]\npolicy = "lazy"\ncap = [40, "x"]\n', ("cap='x' is not accepted", "a whole number")),
         (HEAD + '[[grid]]\npolicy = "lazy"\nmax_drop = true\n', ("max_drop=True is not accepted", "a whole number")),
@@ -184,6 +196,9 @@ def test_what_is_wrong_in_a_file_is_said_before_anything_runs(matrix, content, s
         ("nosuch.toml", "cannot be read: No such file"),
         ("m.toml --model big=tiny", "--model big=tiny: accepted: NAME=PLACE with NAME one of tiny"),
         ("m.toml --only 'lazy R=9'", "no point has all these words"),
+        ("m.toml --only strict --only 'lazy R=9'", "--only 'lazy R=9': no point has all these words"),
+        ("m.toml --only ' '", "--only ' ' holds no word; accepted: words of the names of points"),
+        ("m.toml --only '\"cap'", "No closing quotation; accepted: words"),
     ],
 )
 def test_what_is_wrong_in_a_command_is_said(here, capsys, arguments, said):
@@ -414,6 +429,31 @@ def test_a_full_disk_loses_nothing(matrix, monkeypatch):
     assert [point.label for point in done.points] == ["recompute"]
     went_on = matrix(content)
     assert went_on.code == 0 and [point.label for point in went_on.points] == ["recompute", "strict"]
+
+
+@pytest.mark.parametrize("where", ["folder", "library"])
+def test_a_disk_that_is_full_within_a_point_is_no_fault_of_the_point(matrix, monkeypatch, where):
+    """Its record would say "failed", and so would those of all the others; room made, they would not be measured."""
+    content = HEAD + QUALITY + BASELINES
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_room(*args, dir=None, **more):
+        if "runs" in str(dir):
+            raise full
+        return temporary(*args, dir=dir, **more)
+
+    def no_cache(*args):
+        raise full
+
+    temporary = runner.tempfile.TemporaryFile
+    with monkeypatch.context() as disk:
+        if where == "folder":
+            disk.setattr(runner.tempfile, "TemporaryFile", no_room)
+        else:
+            disk.setattr(measuring.Workbench, "_score", no_cache)
+        done = matrix(content)
+    assert done.code == 2 and "No space left on device" in done.err and done.points == []
+    assert matrix(content).code == 0
 
 
 def test_points_of_another_text_or_model_are_not_paired(matrix, here):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ if absent := [name for name in LIBRARIES if importlib.util.find_spec(name) is No
 
 from sinkstream.report.answers import speed_tables  # noqa: E402
 from sinkstream.report.page import charts  # noqa: E402
-from sinkstream.report.page.build import latex, read_evidence, write_page  # noqa: E402
+from sinkstream.report.page.build import latex, origins, read_evidence, write_page  # noqa: E402
 from sinkstream.report.page.groups import Group, frontier, groups_of  # noqa: E402
 from sinkstream.report.page.story import sections  # noqa: E402
 from sinkstream.report.page.windows import window_pictures  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 WIDTHS = {"laptop": (1366, 768), "phone": (390, 844)}
 
 
@@ -198,9 +200,33 @@ def test_the_page_is_one_file_below_three_megabytes(tmp_path):
 
 def test_latex_escapes_what_latex_reads():
     """A cell with marks of LaTeX's own comes out as text."""
-    table = Table(["a_b", "Δ %"], [["50 % & {x}", "\\"]], left=1)
+    table = Table(["a_b", "Δ %"], [["50 % & {x}", "\\"], ["[1, 2]", "≤ 3 | < 4"]], left=1)
     assert latex(table).splitlines()[2] == r"a\_b & $\Delta$ \% \\"
     assert latex(table).splitlines()[4] == r"50 \% \& \{x\} & \textbackslash{} \\"
+    bracket = latex(table).splitlines()[5]  # a line break would read the bracket behind it as its own
+    assert bracket == r"{}[1, 2] & $\leq$ 3 \textbar{} \textless{} 4 \\"
+
+
+def test_latex_of_all_records_has_no_sign_that_latex_does_not_know():
+    """Beside ASCII, letters of Latin-1 only; the control is a sign that a table has."""
+    tables = [table for section in sections(read_evidence(RESULTS)) for _, table in section.tables]
+    signs = {sign for table in tables for sign in latex(table) if ord(sign) > 126}
+    assert not {sign for sign in signs if not sign.isalpha() or ord(sign) > 255}
+    assert any(ord(sign) > 255 for table in tables for row in table.rows for cell in row for sign in cell)
+
+
+def test_the_environment_of_a_record_names_what_is_known(tmp_path):
+    """A record of another language has no release of torch, and may have no Python."""
+    for at in range(2):
+        content = make_point(at)
+        if at:
+            content["environment"] = content["environment"] | {
+                "versions": dict.fromkeys(content["environment"]["versions"])
+            }
+        PointRecord.write(content, tmp_path)
+    known, unknown = sorted((origin.title for origin in origins(read_evidence(tmp_path))), key=len, reverse=True)
+    assert "; python 3" in known and known.endswith("(1 record)")
+    assert "None" not in unknown and ", ;" not in unknown and "; ;" not in unknown and "; commit" in unknown
 
 
 def test_wrong_folders_are_refused(tmp_path, capsys):
@@ -282,6 +308,25 @@ def test_the_page_works_in_a_browser(page_file, browser):
         tab.close()
 
 
+@needs_browser
+@pytest.mark.slow
+def test_a_wide_table_is_not_cut_on_paper(tmp_path, browser):
+    """A column for each number of slots; on a screen such a table scrolls, which paper does not."""
+    folder = tmp_path / "records"
+    for cap in (64, 128, 256, 512, 1024, 2048, 4096):
+        for at in range(3):
+            PointRecord.write(make_point(at, cap=cap), folder)
+    write_page(folder, tmp_path / "page.html")
+    tab = browser.new_page(viewport={"width": 794, "height": 1123})  # A4 at 96 dots an inch
+    tab.goto((tmp_path / "page.html").as_uri())
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widest = "Math.max(...[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right))"
+    assert tab.evaluate(widest) > 794, "the control: it is too wide for the screen"
+    tab.emulate_media(media="print")
+    assert tab.evaluate(widest) <= 794
+    tab.close()
+
+
 def _hover(tab):
     """A dot says what it is."""
     dot = tab.locator("#pareto-1 .mark-symbol.role-mark path").first
@@ -327,3 +372,14 @@ def test_names_on_a_frontier_do_not_cover_each_other():
     values = [value(1.0, 5.0), value(1.1, 1.0), value(1.2, 0.9), value(1.9, 0.8), value(2.0, 9.0, front=False)]
     assert charts._apart(values, "tpot") == [values[3], values[2], values[0]], "1.1 is beside 1.2 and not better"
     assert charts._apart([], "tpot") == []
+    wide = [value(1.0, 5.0), value(1.1, 4.5) | {"low": -20.0, "high": 20.0}, value(2.0, 5.0, front=False)]
+    assert charts._apart(wide, "tpot") == [wide[1]], "the axis holds intervals, so these two are near each other"
+
+
+def test_a_name_stands_where_it_covers_fewer_points():
+    def value(x, y):
+        return {"tpot": x, "y": y}
+
+    crowd = [value(1.0, 0.0), value(1.1, 0.3), value(1.2, 0.2), value(3.0, 9.0)]
+    assert charts._fewer_below(crowd[0], crowd, "tpot"), "two stand above it"
+    assert not charts._fewer_below(crowd[1], crowd, "tpot") and not charts._fewer_below(crowd[3], crowd, "tpot")

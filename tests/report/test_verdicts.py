@@ -1,5 +1,6 @@
 """Verdicts: judged by intervals of planted differences, the same on every run, and contradicted by a changed record."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,11 @@ def test_the_page_is_the_same_on_every_run_and_a_contradicting_record_is_noticed
     assert page.read_bytes() == first, "a check writes nothing"
 
 
+OWN = '[[criterion]]\nid="a"\nstatement="b"\nsource="c"\n'
+TAIL, IMPROVES, RATIO = (OWN + f'kind="{kind}"\n' for kind in ("tail", "improves", "tpot-ratio"))
+RATIO += "limit=1\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -183,6 +189,23 @@ def test_the_page_is_the_same_on_every_run_and_a_contradicting_record_is_noticed
         ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="d"\n', "kind='d' is not known; accepted: quality"),
         ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="tail"\nlimit=1\n', "key 'tokens' is missing"),
         ('[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="finite"\nlimt=1\n', "unknown key 'limt'"),
+        ("criterion = [1]", "one or several [[criterion]]"),
+        (TAIL + 'limit="x"\ntokens=1\n', "limit='x' is not accepted; accepted: a finite number"),
+        (TAIL + "limit=true\ntokens=1\n", "limit=True is not accepted"),
+        (TAIL + "limit=nan\ntokens=1\n", "limit=nan is not accepted"),
+        (TAIL + "limit=1\ntokens=1.5\n", "tokens=1.5 is not accepted; accepted: a whole number"),
+        (IMPROVES + 'policies="slack"\n', "policies='slack' is not accepted; accepted: a list of names"),
+        (IMPROVES + "policies=[]\n", "policies=[] is not accepted; accepted: a list of names"),
+        (IMPROVES + 'policies=["slak"]\n', "policies='slak' is not known (did you mean 'slack'?); accepted: recompute"),
+        (
+            RATIO + 'rung="graf-norm"\nagainst="ring"\n',
+            "rung='graf-norm' is not known (did you mean 'graph-norm'?); accepted: hf",
+        ),
+        (
+            RATIO + 'rung="graph"\nagainst="ring"\notherwise="go"\n',
+            "otherwise='go' is not known; accepted: no-go, stop-loss",
+        ),
+        (RATIO + 'rung="hf"\nagainst="hf"\nagainst_policy="lasy R=64"\n', "against_policy='lasy R=64' is not known"),
         (2 * '[[criterion]]\nid="a"\nstatement="b"\nsource="c"\nkind="finite"\n', "the id occurs twice"),
     ],
 )
@@ -191,6 +214,23 @@ def test_wrong_criteria_are_refused(tmp_path, content, said):
     with pytest.raises(ValueError) as refused:
         read_criteria(tmp_path / "c.toml")
     assert said in str(refused.value) and "c.toml" in str(refused.value)
+
+
+@pytest.mark.parametrize("other", [None, {"schema": "somebody.else/1"}], ids=["empty", "other files"])
+def test_a_folder_without_a_record_says_nothing(tmp_path, capsys, other):
+    """Else a wrong folder would turn the ledger and the headlines into "not measured"."""
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    results.mkdir()
+    if other:
+        (results / "a.json").write_text(json.dumps(other))
+    page.write_text("verdicts")
+    verdict = ["verdict", "--results", str(results), "--criteria", str(CRITERIA), "--ledger", str(page)]
+    for command in (verdict, [*verdict, "--check"], ["report", "--results", str(results)]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "holds no record" in told and "accepted: a folder of what sinkstream's commands write" in told
+        assert not other or "a.json: schema somebody.else)" in told
+    assert page.read_text() == "verdicts" and not (results / "summary.json").exists()
 
 
 def test_headlines_of_the_evidence(tmp_path):

@@ -121,8 +121,8 @@ class BlockFile:
 
     def _damaged(self, slot: int) -> ValueError:
         return ValueError(
-            f"the archive file {str(self.path)!r} is damaged: block {slot} is not what was written; the cache cannot go"
-            " on with it. Ways out: cache.reset(), or a cache without recall_file"
+            f"the archive file {str(self.path)!r} is damaged: block {slot} is not what was written; the stream"
+            " cannot go on with it. Ways out: reset(), which makes a new file, or no recall_file"
         )
 
     def _whole(self) -> bool:

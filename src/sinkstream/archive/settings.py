@@ -173,6 +173,8 @@ class RecallSettings:
         if wrong is not None:
             raise excluded(wrong)
         most = policy.window + policy.overlap - 1
+        if most < 1:
+            raise ValueError("recall takes slots out of a window of one token; accepted: a larger cap, or fewer sinks")
         if self.slots > most:
             raise ValueError(
                 f"recall_slots={self.slots} leave nothing of a window of {policy.window + policy.overlap} tokens;"

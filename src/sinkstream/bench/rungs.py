@@ -15,6 +15,11 @@ from sinkstream.measure.timing import timed
 from sinkstream.models import LoadedModel
 
 
+def rung_names() -> list[str]:
+    """All rungs, the slowest first."""
+    return list(BACKENDS)
+
+
 def default_rung(device: torch.device) -> str:
     """The engine's last rung on a GPU, its first on a CPU."""
     return STEPS.names()[-1 if device.type == "cuda" else 0]

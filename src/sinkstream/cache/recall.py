@@ -7,6 +7,7 @@ are the window's again: it grows by the tokens that follow.
 """
 
 import copy
+import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from sinkstream.archive import (
     BlockFile,
     Evicted,
     Fetched,
+    Index,
     KVArchive,
     Query,
     RecallSettings,
@@ -98,6 +100,9 @@ class RecallMemory:
         self.settings, self.sink, self.target = settings, sink, target
         self.reread, self.borders, self.decode = reread, borders, decode
         self.index = settings.chooser.start()
+        if not isinstance(self.index, Index):
+            name = type(settings.chooser).__name__
+            raise ValueError(f"{name}.start() gave {self.index!r}; accepted: an Index, a new one for each stream")
         self.archive: Archive | None = None
         self.log = TokenLog()
         chooser = settings.chooser
@@ -316,6 +321,8 @@ class Recall(RecallMemory, RecallTimes):
         )
         hits = self.index.hits(query, query.blocks(chooser.block))
         best = hits.best
+        if math.isnan(best):  # which no gate would let through: nothing would ever come back, in silence
+            raise ValueError(f"{type(self.index).__name__} gave a score that is NaN; accepted: numbers, 0 for no hit")
         if not query.asked and not best >= gate:
             return best, []
         tokens = chosen_tokens(

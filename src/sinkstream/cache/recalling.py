@@ -20,6 +20,7 @@ from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
+from sinkstream.policies.options import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class RecallingCache(CopiedCache):
 
     @recall_ask.setter
     def recall_ask(self, tokens: int) -> None:
+        tokens = plain(tokens)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
             raise ValueError(f"recall_ask={tokens!r} is not accepted; accepted: a number of tokens, 0 for no question")
         if tokens:

@@ -115,7 +115,7 @@ class StreamingCache(RecallingCache):
         spec = describe(model)
         recall_options = {name: options.pop(name) for name in [*options] if name.startswith(PREFIX)}
         policy = _policy_of(policy, options)
-        _check_arguments(positions, rebase_at, block_tokens)
+        rebase_at, block_tokens = _checked(positions, rebase_at, block_tokens)
         check_policy(spec, policy, positions, compiled=compiled)
         check_trained(policy, spec.trained_positions, allow_untrained_positions)
         structure = None
@@ -205,7 +205,7 @@ class StreamingCache(RecallingCache):
         Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
         """
         check_ids(input_ids)
-        check_whole("chunk_tokens", chunk_tokens, 1)
+        chunk_tokens = check_whole("chunk_tokens", chunk_tokens, 1)
         mask = attention_mask
         if mask is not None:
             check_axes(mask, len(input_ids))
@@ -314,12 +314,11 @@ def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> Evicti
     return policy
 
 
-def _check_arguments(positions: str, rebase_at: int | None, block_tokens: int) -> None:
+def _checked(positions: str, rebase_at: int | None, block_tokens: int) -> tuple[int | None, int]:
     if positions not in POSITIONS:
         raise ValueError(f"positions={positions!r} is not accepted; accepted: {', '.join(POSITIONS)}")
-    if rebase_at is not None:
-        check_whole("rebase_at", rebase_at, 0)
-    check_whole("block_tokens", block_tokens, 0)
+    rebase_at = None if rebase_at is None else check_whole("rebase_at", rebase_at, 0)
+    return rebase_at, check_whole("block_tokens", block_tokens, 0)
 
 
 def check_trained(policy: EvictionPolicy, trained: int, allowed: bool) -> None:

@@ -138,9 +138,12 @@ def _as_typed(message: str, names: Iterable[str]) -> str:
 
 
 def _named_heads(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a policy with what a file of probe-heads says in its place, since a record names no path."""
+    """Options of a policy with what a file of probe-heads says in its place, since a record names no path.
+
+    Heads have one spelling, "17.1+18.2": in a list of policies another comma would begin the next one.
+    """
     if not options.get(HEADS, "").endswith(".json"):
-        return options
+        return options | ({HEADS: options[HEADS].replace(",", "+")} if HEADS in options else {})
     try:
         found = known_heads(Path(options[HEADS]))
     except ValueError as error:
@@ -308,8 +311,11 @@ def numbers(kind: type[int] | type[float]) -> Callable[[str], list]:
 
 
 def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Parse ``NAME:OPTION=VALUE…,NAME…`` into (name, options) pairs."""
-    parsed = [_one_policy(part.strip()) for part in text.split(",") if part.strip()]
+    """Parse ``NAME:OPTION=VALUE…,NAME…`` into (name, options) pairs.
+
+    No policy begins with a digit: what does goes on with a value (``recall_heads=17.1,18.2``).
+    """
+    parsed = [_one_policy(part.strip()) for part in re.split(r",(?!\s*\d)", text) if part.strip()]
     if not parsed:
         raise argparse.ArgumentTypeError(f"{text!r} names no policy; accepted: {', '.join(method_names())}")
     return parsed

@@ -17,7 +17,7 @@ TOKENS = 16_000  # of ordinary text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.usage = "sinkstream probe-heads [MODEL] [options]"
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="as --model")
+    parser.add_argument("probed", nargs="?", metavar="MODEL", help="as --model")
     options.add_model_options(parser)
     group = parser.add_argument_group("probe")
     options.add_text(group, tokens=False)
@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe, print what was found, write the file."""
-    console = wide_console()
+    console, default = wide_console(), "builtin"
+    if args.probed is not None and args.model not in (default, args.probed):
+        raise ValueError(f"MODEL {args.probed} and --model {args.model} exclude each other; give one of them")
+    args.model = args.probed or args.model
     check_file_writable(args.out)
     text = load_text(args.text)
     loaded = options.load_given_model(args)

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page, or write (or check) summary and tables."""
     # slow to import, as torch is
+    from sinkstream.records.records import check_holds_records
     from sinkstream.report.docs import generated_names, update_document
     from sinkstream.report.documents import render_tables
     from sinkstream.report.summary import summary_is_current, write_summary
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = {path: generated_names(path) for path in args.docs}  # a document that cannot be read costs no time then
     console, pairs = wide_console(), Pairs.load(args.results)
     if not args.check:
+        check_holds_records(args.results)
         summary = write_summary(args.results, pairs)
         console.print(f"{summary.path}: {len(summary.headlines)} headline figures")
         for key, why in summary.missing.items():
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for path, names in wanted.items():
         sections = {name: _table(tables, name, path) for name in names}
         stale += [f"{path}: {name}" for name in update_document(path, sections, check=args.check)]
+    if args.check:
+        check_holds_records(args.results)
     if args.check and not summary_is_current(args.results, pairs):
         stale.append(f"{args.results}: summary.json")
     path = args.results / PAIRS_FILE

@@ -20,10 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write (or check) the ledger."""
-    from sinkstream.report.ledger import counts, read_ledger  # slow to import, as torch is
+    # slow to import, as torch is
+    from sinkstream.records.records import check_holds_records
+    from sinkstream.report.ledger import counts, read_ledger
 
     console = wide_console()
     page, found = read_ledger(args.criteria, args.results)
+    check_holds_records(args.results)
     before = args.ledger.read_text(encoding="utf-8") if args.ledger.is_file() else ""
     if args.check:
         differing = [

@@ -8,6 +8,7 @@ from sinkstream.engine.log_probs import LogProbs, TopLogProbs
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.sampling import StreamSampler
 from sinkstream.kernels.layout import NO_TOKEN
+from sinkstream.policies.options import plain
 
 FORGET_AFTER = 256  # steps of which log-probabilities are kept although only the latest can be asked for
 
@@ -56,6 +57,7 @@ class StreamBatch:
         if stream in self._members:
             raise ValueError(f"stream {stream} is a member of the batch; accepted: leave({stream}) before")
         self.decoder.prompt_ids([], stream)
+        log_probs = plain(log_probs)
         LogProbs.check(log_probs, state.sampling.vocab)
         if sampler is not None:
             state.sampling.begin(stream, sampler)

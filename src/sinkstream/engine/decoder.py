@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sinkstream.cache import ModelSpec, inner_model
+from sinkstream.cache import inner_model
 from sinkstream.cache.stream import default_rebase
 from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.geometry import Geometry
@@ -26,7 +26,7 @@ from sinkstream.engine.steps import STEPS
 from sinkstream.engine.watch import ModelWatch
 from sinkstream.measure.metrics import token_nll
 from sinkstream.policies import EvictionPolicy
-from sinkstream.policies.options import check_whole
+from sinkstream.policies.options import check_whole, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,8 @@ class StreamDecoder(StreamKeeper):
         max_sink: int | None = None,
         **options: Any,
     ):
-        model = inner_model(model)
+        model, max_sink = inner_model(model), plain(max_sink)
+        streams, chunk_tokens, rebase_at = _whole(streams, chunk_tokens, rebase_at)
         self._cache = checked_cache(
             model,
             policy,
@@ -107,8 +108,7 @@ class StreamDecoder(StreamKeeper):
             **options,
         )
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
-        self.policy: EvictionPolicy = self._cache.policy
-        self.spec: ModelSpec = self._cache.spec
+        self.policy, self.spec = self._cache.policy, self._cache.spec
         self.weights: PackedWeights = pack(model)
         self.state = StreamState(
             self.spec,
@@ -295,9 +295,8 @@ def checked_cache(
     **options: Any,
 ) -> CheckedCache:
     """The empty cache with the engine's settings, after every check of the engine. Raises ValueError."""
-    step = STEPS[backend]
-    check_whole("streams", streams, 1)
-    check_whole("chunk_tokens", chunk_tokens, 1)
+    step, max_sink = STEPS[backend], plain(max_sink)
+    streams, chunk_tokens, _ = _whole(streams, chunk_tokens, 0)
     model = inner_model(model)
     check_packable(model)
     cache = cast(CheckedCache, CheckedCache.for_model(model, policy=policy, **options))
@@ -326,12 +325,20 @@ def checked_cache(
     return cache
 
 
+def _whole(streams: int, chunk_tokens: int, rebase_at: int) -> tuple[int, int, int]:
+    """The three as plain numbers. Raises ValueError as `check_whole`."""
+    given = (("streams", streams, 1), ("chunk_tokens", chunk_tokens, 1), ("rebase_at", rebase_at, 0))
+    return tuple(check_whole(*one) for one in given)  # type: ignore[return-value]
+
+
 def check_max_sink(policy: EvictionPolicy, max_sink: int | None) -> None:
     """Refuse streams of more sinks than the policy's where the policy has no place for them. Raises ValueError."""
-    if max_sink is None or max_sink == policy.sink:
+    if max_sink is None:
         return
     if isinstance(max_sink, bool) or not isinstance(max_sink, int) or max_sink < policy.sink:
         raise ValueError(f"max_sink={max_sink!r} is not accepted; accepted: a whole number from sink={policy.sink}")
+    if max_sink == policy.sink:
+        return
     if not policy.plan_known:
         raise ValueError(
             f"max_sink={max_sink} with refresh or adaptive eviction; accepted: policies that know every prune"

@@ -24,6 +24,7 @@ from sinkstream.engine.inputs import Ids, encoded
 from sinkstream.engine.memory import check_weights
 from sinkstream.models import check_dtype, load_model, resolve_device, resolve_dtype, weight_bytes
 from sinkstream.policies import EvictionPolicy
+from sinkstream.policies.options import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -190,6 +191,7 @@ class Engine(StreamDecoder):
         extra = compat.generate_arguments(frame.f_back if frame else None, model)
         given = {"synced_gpus": synced_gpus, **model_kwargs, **extra}
         streamer = streamer if streamer is not None else extra.get("streamer")
+        recall_ask = plain(recall_ask)
         with ending(streamer):
             check_custom_generate(self, model, input_ids, generation_config, given)
             mask = model_kwargs.get("attention_mask")

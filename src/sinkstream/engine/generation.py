@@ -20,6 +20,7 @@ from sinkstream.engine.log_probs import LogProbs, TopLogProbs
 from sinkstream.engine.recorder import Recorder
 from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.kernels.layout import LIKELIEST, NO_TOKEN
+from sinkstream.policies.options import plain
 
 Callback = Callable[[int, int], bool | None]
 
@@ -271,6 +272,7 @@ def _generate(
     recall_ask: int,
     sampler: Sampler,
 ) -> dict[int, Generation]:
+    seed, max_new_tokens, log_probs, recall_ask = map(plain, (seed, max_new_tokens, log_probs, recall_ask))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r} is not accepted; accepted: a whole number")
     sampler.check_vocab(decoder.state.sampling.vocab)

@@ -8,6 +8,7 @@ import torch
 from sinkstream.engine.counts import StreamCounts
 from sinkstream.engine.span import Block, StreamSpan, block_of
 from sinkstream.policies import EvictionPolicy
+from sinkstream.policies.options import plain
 
 
 class HeldStreams(StreamCounts):
@@ -28,14 +29,15 @@ class HeldStreams(StreamCounts):
     def policy_of(self, sink: int | None) -> EvictionPolicy:
         """The policy of a stream with `sink` sinks; None: as many as the state's policy has. Raises ValueError."""
         least, most = self.policy.sink, self.geometry.sink
-        if sink is None or sink == least:
+        sink = plain(sink)
+        if sink is None:
             return self.policy
         if isinstance(sink, bool) or not isinstance(sink, int) or not least <= sink <= most:
             raise ValueError(
                 f"sink={sink!r} is not accepted for a stream of this engine; accepted: {least} to {most} (its policy's"
                 " sink, and max_sink)"
             )
-        return self.policy.with_sink(sink)
+        return self.policy if sink == least else self.policy.with_sink(sink)
 
     def check_goes_on(self, stream: int) -> None:
         """Raise ValueError unless a stream can go on without a token: it has begun, and its logits are known."""

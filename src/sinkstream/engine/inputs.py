@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkstream.kernels.runtime import to_device
+from sinkstream.policies.options import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,8 @@ ACCEPTED = "a tensor (tokens,) or a sequence of whole numbers"
 
 def check_stream(stream: int, streams: int) -> None:
     """Refuse what is no index of `streams` streams. Raises ValueError."""
-    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < streams:
+    whole = plain(stream)
+    if isinstance(whole, bool) or not isinstance(whole, int) or not 0 <= stream < streams:
         raise ValueError(f"stream={stream!r} is not accepted; accepted: 0 to {streams - 1}")
 
 
@@ -49,7 +51,11 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         except (TypeError, ValueError, RuntimeError) as error:  # of texts, of lists of several lengths, of huge numbers
             raise ValueError(f"ids are {type(ids).__name__} of other things; accepted: {ACCEPTED}") from error
     if ids.ndim != 1 or (not len(ids) and not empty) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers")
+        least = "" if empty else ", at least one"
+        row = "; of a batch, one row: ids[0]" if ids.ndim == 2 else ""
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers{least}{row}"
+        )
     if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
         raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
     ids = ids.to(torch.int64)

@@ -16,6 +16,7 @@ from sinkstream.kernels.layout import DRAWN, LIKELIEST
 from sinkstream.kernels.runtime import to_device
 from sinkstream.kernels.sample import Draws, SampleBuffers, SampleKernels
 from sinkstream.kernels.sample_table import PLAIN, PROMPT, RACE, THRESHOLD, SampleTable
+from sinkstream.policies.options import plain
 
 GREEDY_TEMPERATURE = 0.0
 # of a temperature of 1e-7, which only ties tell from a lower one: keys of logits up to 8,192 then stay below 2^61,
@@ -62,6 +63,11 @@ class Sampler:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+        if isinstance(self.logit_bias, Mapping):
+            biases = {plain(token): plain(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", biases)
         number = {f.name: _is_number(getattr(self, f.name)) for f in fields(self)}
         t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
         _check("temperature", t, number["temperature"] and 0 <= t < math.inf, "a number of at least 0 (0 is greedy)")

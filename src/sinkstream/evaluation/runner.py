@@ -23,6 +23,10 @@ from sinkstream.show.progress import hide_ended, say, shown, tell_ended, token_p
 Report = Callable[[int, int], None]  # called with (done, of how many)
 
 
+class FolderError(ValueError):
+    """A folder cannot be written to: the disk is full, or there is no permission."""
+
+
 R = TypeVar("R", bound=StatusRecord)
 
 
@@ -136,7 +140,7 @@ def _rescue(save: Callable[[Path], Path]) -> str:
 
 
 def check_writable(out: Path, *, keep: bool = True) -> None:
-    """Raise ValueError if `out` cannot be written to: fail before hours of work, not after them.
+    """Raise FolderError if `out` cannot be written to: fail before hours of work, not after them.
 
     Folders that are missing are made, and removed again unless they are to be kept.
     """
@@ -148,7 +152,7 @@ def check_writable(out: Path, *, keep: bool = True) -> None:
             probe.write(os.urandom(1 << 16))
             probe.flush()
     except OSError as error:
-        raise ValueError(
+        raise FolderError(
             f"--out {out}: cannot be written: {error.strerror}; accepted: a folder with room, or one that can be made"
         ) from error
     finally:

@@ -98,6 +98,9 @@ def read_matrix(
     """
     content = read_toml(path)
     _check_names(content, TABLES, str(path))
+    for key in ("name", "description"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"{path}: {key}={content[key]!r} is not accepted; accepted: a string")
     origins = {
         "model": _origins(content, "model", path, models),
         "text": _origins(content, "text", path, texts),
@@ -185,7 +188,9 @@ def _name_of(place: str) -> str:
 
 
 def _named(origins: Mapping[str, Origin], values: Mapping[str, Any], kind: str, where: str) -> Origin:
-    name = values.get(kind) or (next(iter(origins)) if len(origins) == 1 else None)
+    name = values.get(kind)
+    if name is None and len(origins) == 1:
+        return next(iter(origins.values()))
     if name is None or name not in origins:
         raise ValueError(f"{where}: {kind}={name!r} is not in [{kind}s]; accepted: {', '.join(origins)}")
     return origins[name]

@@ -1,5 +1,6 @@
 """Measuring one point: quality by the code of ``sinkstream eval``, speed by that of ``sinkstream bench``."""
 
+import errno
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from sinkstream.bench.settings import Protocol
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.record import numeric_protocol
-from sinkstream.evaluation.runner import Request
+from sinkstream.evaluation.runner import FolderError, Request
 from sinkstream.matrix.point import Origin, Point
 from sinkstream.matrix.record import LATENCY
 from sinkstream.measure.bandwidth import Bandwidth, memory_bandwidth
@@ -36,6 +37,7 @@ from sinkstream.studies.diagnosis.spikes import event_positions
 RUNS = "runs"  # folder, below that of the points, of what they are made of
 LEAST_PROMPT = 4096  # random ids that prompts are cut from, as in ``sinkstream bench``
 LEAST_EVENTS = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PointFailed(RuntimeError):
@@ -75,8 +77,8 @@ class Workbench:
     def measure(self, point: Point, baselines: Mapping[str, Point | None]) -> dict[str, Any]:
         """The content of a point's record, failed points included.
 
-        Raises KeyboardInterrupt after Ctrl-C, WriteError if a run cannot be written (the point is not to blame), and
-        DeviceLost if nothing else can be measured in this process.
+        Raises KeyboardInterrupt after Ctrl-C, WriteError if a run cannot be written or the disk is full (the point is
+        not to blame), and DeviceLost if nothing else can be measured in this process.
         """
         here = environment(resolve_device(point.device))
         parts: dict[str, Any] = dict.fromkeys(("quality", "speed", "spike"))
@@ -97,7 +99,11 @@ class Workbench:
             raise
         except PointFailed as error:
             reason = str(error)
+        except FolderError as error:
+            raise WriteError(None, str(error)) from error
         except Exception as error:  # of a model, a kernel, a driver: the other points are still measured
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise WriteError(error.errno, f"{point.name}: {error}") from error
             first_line = next(iter(str(error).strip().splitlines()), "")
             reason = f"{type(error).__name__}: {first_line}".rstrip(": ")
             if not device_works(point.device):

@@ -12,9 +12,10 @@ from sinkstream.data.text import TEXTS
 from sinkstream.evaluation.backends import BACKENDS, EngineBackend
 from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, RunSettings
 from sinkstream.measure.timing import WARMUP_TOKENS
-from sinkstream.models import resolve_device, resolve_dtype, source_name
+from sinkstream.models import check_seed, resolve_device, resolve_dtype, source_name
 from sinkstream.models.checkpoint import weight_files
 from sinkstream.models.hashing import sha256_of_files, sha256_of_json
+from sinkstream.policies.options import check_whole
 from sinkstream.records.plain import scrub_paths
 
 CONFIGURATION = 1  # version of what the id is the hash of
@@ -58,8 +59,8 @@ class Speed:
     repeats: int = 1  # measurements; the figure is their median
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} is not accepted; accepted: a whole number of at least 1")
+        for name, least in (("repeats", 1), ("steady_tokens", 2), ("warmup_tokens", 1)):
+            check_whole(name, getattr(self, name), least)
         Protocol(self.steady_tokens, self.warmup_tokens)
 
     def rung(self, method: str, device: str) -> str:
@@ -85,6 +86,7 @@ class Point:
     def __post_init__(self) -> None:
         if not self.scored and self.speed is None:
             raise ValueError("quality_backend and speed_backend are both none: the point measures nothing")
+        check_seed(self.seed)
         self.settings.policy()
         if self.speed and self.speed.backend != AUTO:
             baseline = BACKENDS[self.speed.backend].baseline
@@ -168,13 +170,14 @@ def make_point(model: Origin, text: Origin, values: dict[str, Any], device: str 
     """
     place = resolve_device(device)
     precision = str(resolve_dtype(values.get("dtype") or dtype, place)).removeprefix("torch.")
+    given = {name: value for name, value in values.items() if value is not None}
     names = ("cap", "cap_accounting", "positions", "allow_untrained_positions", "prefill", "evaluate")
-    run: dict[str, Any] = {name: values[name] for name in names if values.get(name) is not None}
+    run: dict[str, Any] = {name: given[name] for name in names if name in given}
     method = values["policy"]["name"]
     if method == "recompute":
-        run["sample_every"] = values.get("sample_every") or 1
+        run["sample_every"] = given.get("sample_every", 1)
     scoring = values.get("quality_backend", "hf")
-    block_tokens = values.get("block_tokens") or BLOCK_TOKENS.get(place.type, RunSettings.block_tokens)
+    block_tokens = given.get("block_tokens", BLOCK_TOKENS.get(place.type, RunSettings.block_tokens))
     settings = RunSettings(
         method,
         options=values["policy"]["options"],
@@ -182,10 +185,10 @@ def make_point(model: Origin, text: Origin, values: dict[str, Any], device: str 
         block_tokens=block_tokens,
         **({"evaluate": "blocks"} | run),
     )
-    timed = {name: values[name] for name in ("steady_tokens", "warmup_tokens", "repeats") if values.get(name)}
+    timed = {name: given[name] for name in ("steady_tokens", "warmup_tokens", "repeats") if name in given}
     backend = values.get("speed_backend", AUTO)
     speed = None if backend == NONE else Speed(backend, **timed)
-    return Point(model, text, settings, scoring != NONE, speed, str(place), precision, values.get("seed") or 0)
+    return Point(model, text, settings, scoring != NONE, speed, str(place), precision, given.get("seed", 0))
 
 
 @lru_cache(maxsize=64)

@@ -39,20 +39,30 @@ def selected(matrix: Matrix, only: Sequence[str]) -> list[Point]:
 
     Words are quoted as in a shell: ``"cap 128" lazy`` are two.
 
-    Raises ValueError if no point does, and for a model or text of theirs that has no place.
+    Raises ValueError if one of `only` holds no word or selects no point, and for a model or text of theirs that has no
+    place.
     """
-    try:
-        wanted = [shlex.split(words.lower()) for words in only]
-    except ValueError as error:
-        raise ValueError(f"--only {' '.join(only)}: {error}") from error
+    wanted = [_words(one) for one in only]
+    for one, words in zip(only, wanted):
+        if not any(_has(point, words) for point in matrix.points):
+            shown, rest = "; ".join(p.name for p in matrix.points[:5]), " …" if len(matrix.points) > 5 else ""
+            raise ValueError(f"--only {one!r}: no point has all these words; points are: {shown}{rest}")
     points = [p for p in matrix.points if not wanted or any(_has(p, words) for words in wanted)]
-    if not points:
-        names = "; ".join(p.name for p in matrix.points[:5])
-        raise ValueError(f"--only {' '.join(only)!r}: no point has all these words; points are: {names} …")
     for point in points:
         point.model.check_given()
         point.text.check_given()
     return points
+
+
+def _words(text: str) -> list[str]:
+    """The words of one ``--only``. Raises ValueError: no word, or a quotation that does not end."""
+    try:
+        words = shlex.split(text.lower())
+    except ValueError as error:
+        raise ValueError(f"--only {text!r}: {error}; accepted: words, those with blanks in quotation marks") from error
+    if not words:
+        raise ValueError(f"--only {text!r} holds no word; accepted: words of the names of points, or an id")
+    return words
 
 
 def _has(point: Point, words: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """Where models come from: one `load_model` for published checkpoints, GGUF files, random shapes and a built-in one."""
 
 from sinkstream.models.known import KnownModel, known_model
-from sinkstream.models.load import load_model, source_name
+from sinkstream.models.load import check_seed, load_model, source_name
 from sinkstream.models.loaded import MODEL_SOURCES, LoadedModel
 from sinkstream.models.placement import check_dtype, resolve_device, resolve_dtype
 from sinkstream.models.shapes import SHAPES, shape_config, shape_sizes
@@ -13,6 +13,7 @@ __all__ = [
     "KnownModel",
     "LoadedModel",
     "check_dtype",
+    "check_seed",
     "known_model",
     "load_model",
     "resolve_device",

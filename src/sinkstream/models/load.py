@@ -60,7 +60,12 @@ def load_model(
         dtype that is not a floating-point one, a seed out of range.
     """
     check_dtype(dtype)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed={seed} is not accepted; accepted: 0 to {LARGEST_SEED}")
+    check_seed(seed)
     request = LoadRequest(dtype, torch.device(device), attn_implementation, seed)
     return MODEL_SOURCES[source_name(spec)](spec, request)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless torch's generators take the seed."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed={seed} is not accepted; accepted: 0 to {LARGEST_SEED}")

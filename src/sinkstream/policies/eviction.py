@@ -99,7 +99,7 @@ class EvictionPolicy:
 
     @classmethod
     def _for_cap(cls, cap: int, cap_accounting: str, parts: dict[str, Any]) -> "EvictionPolicy":
-        check_whole("cap", cap, 1)
+        cap = check_whole("cap", cap, 1)
         smallest = cls(window=1, **parts)
         growth = CAP_ACCOUNTING[cap_accounting](smallest.growth)
         window = cap - (smallest.sink + smallest.refresh + smallest.overlap + growth)

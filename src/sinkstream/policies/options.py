@@ -7,6 +7,8 @@ import math
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 
 def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, choices=None):
     """A dataclass field that documents and bounds one option.
@@ -49,7 +51,7 @@ def option_fields(cls: type) -> list[Field]:
 
 
 def check_options(instance: Any, prefix: str = "") -> None:
-    """Check every declared option of a dataclass instance against its type, bounds and choices.
+    """Check every declared option of a dataclass instance against its type, bounds and choices; store plain numbers.
 
     Parameters
     ----------
@@ -62,16 +64,16 @@ def check_options(instance: Any, prefix: str = "") -> None:
         Naming the option, the value and what is accepted.
     """
     for f in option_fields(type(instance)):
-        check_option(f, getattr(instance, f.name), prefix)
+        object.__setattr__(instance, f.name, check_option(f, getattr(instance, f.name), prefix))
 
 
-def check_option(f: Field, value: Any, prefix: str = "") -> None:
-    """Check the value of one declared option; as `check_options`."""
-    spec, name = OptionSpec.of(f), prefix + f.name
+def check_option(f: Field, value: Any, prefix: str = "") -> Any:
+    """Check the value of one declared option, as `check_options`; returns it, `plain`."""
+    spec, name, value = OptionSpec.of(f), prefix + f.name, plain(value)
     if value is None:
         if f.default is not None:
             raise ValueError(f"{name} must be given; accepted: {_accepted(f, spec)}")
-        return
+        return value
     right_type = isinstance(value, spec.type) or (spec.type is float and isinstance(value, int))
     if not right_type or (isinstance(value, bool) and spec.type is not bool):
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
@@ -80,12 +82,23 @@ def check_option(f: Field, value: Any, prefix: str = "") -> None:
     outside = outside or (isinstance(value, float) and not math.isfinite(value))
     if outside or (spec.choices is not None and value not in spec.choices):
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {_accepted(f, spec)}")
+    return value
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless an argument is a whole number of at least so much."""
+def plain(value: Any) -> Any:
+    """The int or float of a numpy scalar; anything else, a bool of numpy among it, as it is.
+
+    Numbers of a configuration often come out of an array. As a numpy scalar of a few bits a cap would overflow.
+    """
+    return value.item() if isinstance(value, np.integer | np.floating) else value
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Raise ValueError unless an argument is a whole number of at least so much; returns it, `plain`."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is not accepted; accepted: a whole number of at least {least}")
+    return value
 
 
 def _accepted(f: Field, spec: OptionSpec) -> str:

@@ -10,11 +10,13 @@ from sinkstream.records.files import write_atomically
 
 
 def read_json(path: Path) -> Any:
-    """Content of a record's file. Raises ValueError, naming the file, if it is missing or no JSON."""
+    """Content of a record's file. Raises ValueError, naming the file, if it is missing, cannot be read or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such record") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
 

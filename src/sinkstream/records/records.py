@@ -22,11 +22,12 @@ from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.files import write_atomically
 from sinkstream.records.json_files import family_of, write_json
-from sinkstream.records.pairs import Pairs
+from sinkstream.records.pairs import PAIRS_FILE, Pairs
 from sinkstream.records.schema import ARRAYS, NOT_NULL, REQUIRED, SCHEMA, STATUSES, check_arrays
 
 #: JSON files beside records that are no records.
 SUMMARY_FILE = "summary.json"
+FAMILY = "sinkstream."  # how the schema of a record begins, of whatever kind
 
 BLOCKED = ("index", "nll", "kv_length")  # the arrays that block sums are of
 
@@ -153,6 +154,20 @@ def load_records(source: Path | str | Iterable[Path | str], pairs: Pairs | None 
         for path in sorted(filter(_may_be_record, entry.rglob("*.json"))) if entry.is_dir() else [entry]:
             records[path.resolve()] = load_record(path, pairs)
     return sorted(records.values(), key=lambda record: (record.created, record.id))
+
+
+def check_holds_records(folder: Path) -> None:
+    """Raise ValueError unless there is a folder with a record of any kind below it.
+
+    Without one every figure would be missing and every criterion not measured, as if nobody had measured anything.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder with records")
+    paths = [path for path in sorted(folder.rglob("*.json")) if path.name not in (SUMMARY_FILE, PAIRS_FILE)]
+    families = {path: family_of(path) for path in paths}
+    if not any(family and family.startswith(FAMILY) for family in families.values()):
+        other = next((f" ({path}: schema {family})" for path, family in families.items()), "")
+        raise ValueError(f"{folder}: holds no record{other}; accepted: a folder of what sinkstream's commands write")
 
 
 def _may_be_record(path: Path) -> bool:

@@ -14,11 +14,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         found = sorted(file.name for file in path.glob("*.toml"))
         raise ValueError(f"{path} is a folder; accepted: a TOML file ({', '.join(found) or 'this folder has none'})")
+    text = ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not in UTF-8: byte {error.start} is invalid") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+        last = f"at line {text.count(chr(10), 0, len(text.rstrip())) + 1}, the end of the document"
+        raise ValueError(f"{path}: not valid TOML: {str(error).replace('at end of document', last)}") from error

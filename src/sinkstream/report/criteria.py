@@ -1,19 +1,30 @@
 """Criteria: what is to be judged, read from a TOML file, and the kinds of judgement."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sinkstream.bench.record import BenchRecord
+from sinkstream.bench.rungs import rung_names
+from sinkstream.matrix.file import BASELINE_NAMES
 from sinkstream.matrix.record import PointRecord, load_points
+from sinkstream.policies import PRESETS
 from sinkstream.records.cards import card
 from sinkstream.records.toml_files import read_toml
-from sinkstream.registry import Registry
+from sinkstream.registry import Registry, did_you_mean
 
 GO, NO_GO, STOP_LOSS, NOT_MEASURED = OUTCOMES = ("go", "no-go", "stop-loss", "not measured")
 OWN = ("id", "statement", "source", "kind")
+POLICIES = tuple(dict.fromkeys((*BASELINE_NAMES, *PRESETS)))
+#: Key of a criterion -> the names that its values, or the first words of its labels ("lazy R=64"), may have.
+NAMES: dict[str, Sequence[str]] = {
+    **dict.fromkeys(("policies", "rivals", "baseline", "policy", "against_policy"), POLICIES),
+    **dict.fromkeys(("rung", "against"), rung_names()),
+    "otherwise": (NO_GO, STOP_LOSS),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Criterion:
         return found or [Verdict(self.id, "", NOT_MEASURED, "no record")]
 
     def check(self, where: str) -> None:
-        """Raise ValueError, naming key and value, unless the kind exists and takes the parameters."""
+        """Raise ValueError, naming key and value, unless the kind exists and takes the parameters and their values."""
         parameters = inspect.signature(KINDS[self.kind]).parameters.values()
         accepted = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         for name in self.parameters:
@@ -78,6 +89,25 @@ class Criterion:
         for name, parameter in accepted.items():
             if parameter.default is inspect.Parameter.empty and name not in self.parameters:
                 raise ValueError(f"{where}: key {name!r} is missing")
+            if name in self.parameters:
+                _check_value(name, self.parameters[name], parameter.annotation, where)
+
+
+def _check_value(name: str, value: Any, annotation: Any, where: str) -> None:
+    """Raise ValueError unless a value is of the type of the parameter, and what it names exists."""
+    several = "list" in str(annotation)
+    kind = str if several else annotation
+    words = {float: "a finite number", int: "a whole number", str: "a list of names" if several else "a string"}[kind]
+    values = value if several and isinstance(value, list) else [] if several else [value]
+    right = (int, float) if kind is float else kind
+    fits = [isinstance(one, right) and not isinstance(one, bool) for one in values]
+    if not fits or not all(fits) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{where}: {name}={value!r} is not accepted; accepted: {words}")
+    accepted = NAMES.get(name)
+    unknown = next((one for one in values if accepted and str(one).partition(" ")[0] not in accepted), None)
+    if accepted and unknown is not None:
+        meant = did_you_mean(unknown, accepted)
+        raise ValueError(f"{where}: {name}={unknown!r} is not known{meant}; accepted: {', '.join(accepted)}")
 
 
 def read_criteria(path: Path) -> list[Criterion]:
@@ -88,7 +118,8 @@ def read_criteria(path: Path) -> list[Criterion]:
     """
     content = read_toml(path)
     tables = content.get("criterion")
-    if set(content) != {"criterion"} or not isinstance(tables, list) or not tables:
+    tables_alone = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+    if set(content) != {"criterion"} or not tables_alone or not tables:
         raise ValueError(f"{path}: accepted: one or several [[criterion]] and nothing else")
     found: dict[str, Criterion] = {}
     for number, table in enumerate(tables, 1):

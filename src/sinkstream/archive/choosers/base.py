@@ -122,9 +122,16 @@ class Index(ABC):
         Raises
         ------
         ValueError
-            If there is not one score for each block.
+            If there is not one score, a number, for each block.
         """
-        scores = np.asarray(self.scores(query), dtype=np.float64)
+        given = self.scores(query)
+        try:
+            plain = given.detach().double().cpu() if isinstance(given, torch.Tensor) else given
+            scores = np.asarray(plain, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self).__name__} gave scores that are no numbers ({error}); accepted: ({len(blocks)},) numbers"
+            ) from error
         if scores.shape != (len(blocks),):
             raise ValueError(
                 f"{type(self).__name__} gave scores of shape {scores.shape}; accepted: ({len(blocks)},), one for each"

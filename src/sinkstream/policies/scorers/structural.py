@@ -23,6 +23,8 @@ def structural_weights(tokenizer) -> torch.Tensor:
     -------
     Tensor, (vocab,), float32
     """
+    if not (hasattr(tokenizer, "batch_decode") and hasattr(tokenizer, "__len__")):
+        raise ValueError(f"tokenizer={tokenizer!r} is not accepted; accepted: a tokenizer of transformers, or None")
     pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return torch.tensor([_weight(piece) for piece in pieces], dtype=torch.float32)
 

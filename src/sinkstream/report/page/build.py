@@ -203,18 +203,21 @@ def origins(evidence: Evidence) -> list[Origin]:
         info = record.environment
         versions = info["versions"]
         commit = (info["git"]["commit"] or "unknown")[:10] + (" with changes" if info["git"]["dirty"] else "")
-        releases = [f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if versions.get(name)]
+        names = ("python", "torch", "transformers", "triton")
+        releases = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
         driver = f", driver {info['gpu']['driver']}" if info["gpu"]["driver"] else ""
-        title = f"{hardware(info)}{driver}; python {versions['python']}, {', '.join(releases)}; commit {commit}"
+        title = "; ".join(filter(None, (f"{hardware(info)}{driver}", releases, f"commit {commit}")))
         groups.setdefault((title,), []).append(" ".join(record.command))
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return [Origin(f"{key[0]} ({len(commands)} records)", list(dict.fromkeys(commands))) for key, commands in ordered]
+    numbers = {key: f"{len(commands)} record{'s' if len(commands) > 1 else ''}" for key, commands in ordered}
+    return [Origin(f"{key[0]} ({numbers[key]})", list(dict.fromkeys(commands))) for key, commands in ordered]
 
 
 def latex(table: Table) -> str:
     r"""A table for a paper, with booktabs' rules."""
     columns = "l" * table.left + "r" * (len(table.header) - table.left)
     rows = [" & ".join(map(_escaped, row)) + r" \\" for row in table.rows]
+    rows = [f"{{}}{row}" if row[:1] in ("[", "*") else row for row in rows]  # which the line break before would read
     head = " & ".join(map(_escaped, table.header)) + r" \\"
     body = "\n".join([r"\toprule", head, r"\midrule", *rows, r"\bottomrule"])
     return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}"
@@ -223,5 +226,7 @@ def latex(table: Table) -> str:
 def _escaped(cell: str) -> str:
     marks = {c: rf"\{c}" for c in "&%$#_{}"}
     marks |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$"}
-    marks |= {"×": r"$\times$", "–": "--", "−": "$-$"}
+    marks |= {"×": r"$\times$", "÷": r"$\div$", "≤": r"$\leq$", "≥": r"$\geq$", "±": r"$\pm$", "§": r"\S{}"}
+    marks |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"\textperiodcentered{}"}
+    marks |= {"…": r"\ldots{}", "–": "--", "—": "---", "−": "$-$", "\n": " "}
     return "".join(marks.get(c, c) for c in cell)

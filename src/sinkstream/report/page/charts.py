@@ -24,6 +24,7 @@ KINDS = {  # first word of a policy's name -> kind and colour
 #: asked for: it would press all others into one corner.
 FAR_LOSS, FAR_TIME = 8.0, 3.0
 NAME_WIDTH, NAME_HEIGHT = 0.4, 0.06  # what a name of a point covers, as shares of the chart
+FIGURE_PX = 45  # what the figure behind the longest bar takes
 PER_TOKEN, TOTAL = "time per token, ms", "time for the whole text, s"
 
 
@@ -77,17 +78,33 @@ def pareto_values(group: Group, *, by_time: bool = True) -> list[dict[str, Any]]
         known = [value for value in values if value[x] is not None]
         for value, best in zip(known, frontier([v[x] for v in known], [v["y"] for v in known])):
             value[f"front_{x}"] = bool(best)
-        for value in _apart([value for value in known if not value["outlier"]], x):
-            value[f"named_{x}"] = True
+        shown = [value for value in known if not value["outlier"]]
+        for value in _apart(shown, x):
+            value[f"named_{x}"] = "below" if _fewer_below(value, shown, x) else "above"
     return values
+
+
+def _fewer_below(value: dict[str, Any], shown: Sequence[dict[str, Any]], x: str) -> bool:
+    """Whether a name below its point, towards the middle of the chart, covers fewer points than one above it."""
+    width, height = _name_size(shown, x)
+    least, most = (end(v[x] for v in shown) for end in (min, max))
+    inwards = 1 if value[x] <= (least + most) / 2 else -1
+    beside = [v["y"] - value["y"] for v in shown if v is not value and 0 <= inwards * (v[x] - value[x]) < width]
+    return sum(-2 * height < up < 0 for up in beside) < sum(0 <= up < 2 * height for up in beside)
+
+
+def _name_size(values: Sequence[dict[str, Any]], x: str) -> tuple[float, float]:
+    """What a name covers, in the units of both axes; the upright one holds the intervals too."""
+    ends = [end for v in values for end in (v["y"], v.get("low"), v.get("high")) if end is not None]
+    across = max(v[x] for v in values) - min(v[x] for v in values)
+    return NAME_WIDTH * across, NAME_HEIGHT * (max(ends) - min(ends))
 
 
 def _apart(values: Sequence[dict[str, Any]], x: str) -> list[dict[str, Any]]:
     """Those of the frontier, the best first, whose names do not cover each other."""
     if not values:
         return []
-    near = {x: NAME_WIDTH, "y": NAME_HEIGHT}
-    near = {of: share * (max(v[of] for v in values) - min(v[of] for v in values)) for of, share in near.items()}
+    near = dict(zip((x, "y"), _name_size(values, x)))
     named: list[dict[str, Any]] = []
     for value in sorted((v for v in values if v[f"front_{x}"]), key=lambda v: v["y"]):
         if not any(all(abs(value[of] - other[of]) < most for of, most in near.items()) for other in named):
@@ -191,11 +208,6 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     line = chart.transform_filter("datum.front").mark_line(interpolate="step-after", color=GREY, strokeDash=[5, 4])
     bars = chart.mark_rule(strokeWidth=2, opacity=0.45).encode(x=across, y="low:Q", y2="high:Q", color=colour)
     dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
-    half = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter("datum.named")
-    middle = "datum.least + 0.5 * (datum.most - datum.least)"
-    style = {"dy": -9, "fontSize": 12, "clip": True}
-    left = half.transform_filter(f"datum.x <= {middle}").mark_text(align="left", dx=9, **style)
-    right = half.transform_filter(f"datum.x > {middle}").mark_text(align="right", dx=-9, **style)
     zero = level(chart).mark_rule(color="#111827", strokeWidth=1).encode(y=alt.datum(0))
     remembered = any(value["memory"] is not None for value in values)
     layered = alt.layer(
@@ -203,8 +215,7 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
         line.encode(x=across, y=up, order="x:Q"),
         bars,
         dots.encode(x=across, y=up, color=colour, tooltip=tooltip(alt, memory=remembered)),
-        left.encode(x=across, y=up, text="label:N"),
-        right.encode(x=across, y=up, text="label:N"),
+        *(text.encode(x=across, y=up, text="label:N") for text in point_names(alt, chart, "named")),
     )
     return _finished(layered.add_params(*params).properties(title=title), height=340)
 
@@ -217,6 +228,24 @@ def level(chart: Any) -> Any:
 def legend_columns(alt: Any) -> Any:
     """One column on a narrow page."""
     return alt.expr("containerSize()[0] < 500 ? 1 : 3")
+
+
+def point_names(alt: Any, chart: Any, field: str) -> list[Any]:
+    """The names of the points of `chart` whose `field` is true or "above", or "below": above or below the point.
+
+    A name goes towards the middle of the chart. On a narrow page a long one ends with an ellipsis; the frame would cut
+    it in the middle of a letter.
+    """
+    named = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter(f"datum.{field}")
+    middle = "datum.least + 0.5 * (datum.most - datum.least)"
+    style = {"fontSize": 12, "clip": True, "limit": alt.expr("containerSize()[0] < 500 ? 85 : 320")}
+    below = f"datum.{field} == 'below'"
+    sides = (("<=", "left", 9), (">", "right", -9))
+    return [
+        named.transform_filter(f"{which} && datum.x {beyond} {middle}").mark_text(align=align, dx=dx, dy=dy, **style)
+        for which, dy in ((f"!({below})", -9), (below, 13))
+        for beyond, align, dx in sides
+    ]
 
 
 def row_names(alt: Any) -> Any:
@@ -254,7 +283,9 @@ def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
         alt.Tooltip("over:Q", title="times the floor", format=".2f"),
         alt.Tooltip("record:N", title="record"),
     ]
-    across = alt.X("ms:Q", title="ms a token")
+    longest = max(value["ms"] for value in values)
+    most = alt.expr(f"{longest} * width / max(1, width - {FIGURE_PX})")
+    across = alt.X("ms:Q", title="ms a token", scale=alt.Scale(domainMax=most))
     bars = chart.mark_bar(color=BLUE, height=15).encode(y=rows, x=across, tooltip=tips)
     text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
         y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")
@@ -304,8 +335,9 @@ def recall_pareto(values: Sequence[dict[str, Any]], x_title: str, y_title: str) 
     tips = [alt.Tooltip("label:N", title="policy"), alt.Tooltip("x:Q", title=x_title, format=".2f")]
     tips.append(alt.Tooltip("text:N", title=y_title))
     dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
-    named = best.mark_text(align="left", dx=9, dy=-9, fontSize=12, clip=True).encode(x=across, y=up, text="label:N")
-    return _finished(alt.layer(line, bars, dots.encode(x=across, y=up, color=colour, tooltip=tips), named), height=300)
+    names_shown = [text.encode(x=across, y=up, text="label:N") for text in point_names(alt, chart, "front")]
+    shown = dots.encode(x=across, y=up, color=colour, tooltip=tips)
+    return _finished(alt.layer(line, bars, shown, *names_shown), height=300)
 
 
 def _finished(chart: Any, height: int) -> dict[str, Any]:

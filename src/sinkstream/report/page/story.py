@@ -370,7 +370,10 @@ def choice_section(evidence: Evidence) -> Section | None:
         point = group.points[0]
         key = (point.model["hash"], point.data["sha256"], group.slots)
         largest[key] = max(largest.get(key, group), group, key=lambda one: len(one.points))
-    for group in largest.values():
+    places = list(dict.fromkeys(key[:2] for key in largest))
+    for _, group in sorted(
+        largest.items(), key=lambda one: (places.index(one[0][:2]), one[1].points[0].protocol["cap"])
+    ):
         values = [v for v in charts.pareto_values(group) if not v["outlier"]]
         candidates = [v for v in values if not v["kind"].startswith(("recompute", "full", "no sinks"))]
         if not candidates:
