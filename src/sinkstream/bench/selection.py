@@ -12,7 +12,7 @@ from sinkstream.records.cards import of_one_card
 LADDER_SHAPE = PREFIX + "pythia-2.8b"
 SHAPES = [PREFIX + name for name in PUBLISHED]
 LEAST_TOKENS = 500  # steady tokens of a figure of the ladder
-LONG_TOKENS = 5000  # from here on a record is about tails or drift, not a row of the ladder
+LONG_TOKENS = 6000  # with more a record is about tails or drift, not a row of the ladder
 
 
 def select(
