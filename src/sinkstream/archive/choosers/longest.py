@@ -35,9 +35,8 @@ class LongestRun:
         self._latest: list[int] = []  # its latest ids, the newest first
         self._bound = 0
         self._places: np.ndarray | None = None  # where the text goes on behind every run of the longest ones
-        self._rarity: list[
-            float
-        ] = []  # of the tokens within the bound, the newest first: an idf is at most log(1 + blocks) less it
+        # of the tokens within the bound, the newest first: an idf is at most log(1 + blocks) less it
+        self._rarity: list[float] = []
 
     def may_reach(
         self, query: Query, total: int, needed: float, find: Find, follows: Callable[[int, int, int], bool]

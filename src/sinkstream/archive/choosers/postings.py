@@ -47,9 +47,8 @@ class Term(NamedTuple):
     def counts(self, block: int) -> np.ndarray:
         """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32; often a view."""
         counts = np.frombuffer(self.posting[2], np.int32, self.blocks, SIZE * self.first)
-        if self.low or SIZE * self.high < len(
-            self.posting[0]
-        ):  # the archive has a part of the first block, or the last
+        # where the archive has a part of the first block, or of the last
+        if self.low or SIZE * self.high < len(self.posting[0]):
             places, numbers = numbers_of(self.posting[0]), numbers_of(self.posting[1])
             behind, last = (numbers[self.first] + 1) * block, numbers[self.first + self.blocks - 1]
             counts = counts.copy()
