@@ -12,7 +12,7 @@ from sinkstream.matrix.record import load_points
 from sinkstream.report.criteria import KINDS, OUTCOMES, Evidence, read_criteria
 from sinkstream.report.ledger import counts, judge_all, read_ledger
 from sinkstream.report.summary import write_summary
-from sinkstream.report.verdicts import conditions, groups, once, timed_beside
+from sinkstream.report.verdicts import conditions, groups, once, time_over, timed_beside
 
 CRITERIA = Path(__file__).resolve().parents[2] / "experiments" / "criteria.toml"
 
@@ -271,3 +271,17 @@ def test_every_kind_is_used_and_says_what_it_does():
     criteria = read_criteria(CRITERIA)
     assert {c.kind for c in criteria} == set(KINDS)
     assert all(KINDS.summary(kind) for kind in KINDS)
+
+
+def test_times_are_compared_between_the_points_that_were_timed_most_often(tmp_path):
+    """A newer single timing, with a stop in it, does not take the place of three."""
+    strict, lazy = (
+        point("strict-512"),
+        point("lazy-512", "lazy", tpot=1.01, label="lazy R=64", repeats=(1.0, 1.01, 1.02)),
+    )
+    disturbed = point("lazy-512", "lazy", tpot=3.0, label="lazy R=64") | {"created": "2026-03-01T00:00:00+00:00"}
+    points = [*load_points(write(tmp_path / "1", strict, lazy)), *load_points(write(tmp_path / "2", disturbed))]
+    stricts, lazies = ([p for p in points if p.label == label] for label in ("strict", "lazy R=64"))
+    assert time_over(lazies, stricts) == pytest.approx(1.01)
+    assert time_over([p for p in lazies if p.tpot_ms == 3.0], stricts) == pytest.approx(3.0), "the control"
+    assert time_over([], stricts) is None

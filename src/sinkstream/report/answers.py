@@ -7,7 +7,7 @@ from sinkstream.matrix.record import PointRecord
 from sinkstream.records.cards import by_card
 from sinkstream.records.selection import DIAGNOSED_TEXTS
 from sinkstream.report.criteria import Evidence
-from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, timed_beside
+from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, time_over, timed_beside
 from sinkstream.show.table import EMPTY, NONE_YET, Table, with_interval
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.tables import recall_curve
@@ -147,9 +147,8 @@ def _lazy(by_text: dict[str, list[_Group]]) -> str:
     for group in (group for of_text in by_text.values() for group in of_text):
         lazy = baseline(group.points, LAZY)
         found += group.compared([lazy] if lazy is not None else [])
-        beside = [p for p in timed_beside(lazy, group.points) if p.label == "strict"] if lazy is not None else []
-        if lazy is not None and lazy.tpot_ms and beside and beside[-1].tpot_ms:
-            ratios.append(lazy.tpot_ms / beside[-1].tpot_ms)
+        ratio = time_over(_labelled(group.points, LAZY), _labelled(group.points, "strict"))
+        ratios += [] if ratio is None else [ratio]
     if not found:
         return ""
     deltas = sorted(one.delta.delta_percent or 0.0 for one in found)
@@ -160,6 +159,10 @@ def _lazy(by_text: dict[str, list[_Group]]) -> str:
     )
     times = f"; time of a token {min(ratios):.3f} to {max(ratios):.3f} × that of strict" if ratios else ""
     return f"{said}{times}."
+
+
+def _labelled(points: Iterable[PointRecord], label: str) -> list[PointRecord]:
+    return [p for p in points if p.label == label]
 
 
 def _snapkv(of_text: list[_Group], rivals: Sequence[Comparison]) -> str:

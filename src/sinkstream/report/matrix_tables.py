@@ -17,6 +17,7 @@ from sinkstream.report.verdicts import (
     is_lazy,
     is_tried,
     named,
+    time_over,
     timed_beside,
 )
 from sinkstream.show.table import EMPTY, NONE_YET, Table
@@ -100,7 +101,7 @@ def _row(group: list[PointRecord]) -> list[str] | None:
     others = [p for p in named(group, None) if not p.policy["name"].startswith("refresh")]
     others += [p for p in group if is_lazy(p)]
     refreshes = [p for p in named(group, None) if p.policy["name"].startswith("refresh")]
-    ratio = _time_over_strict(lazy, [p for p in group if p.label == "strict"]) if lazy else None
+    ratio = time_over([p for p in group if p.label == "lazy R=64"], [p for p in group if p.label == "strict"])
     best = [_best(others, strict), _best(refreshes, strict)]
     used = [strict, recomputed and recomputed.other, lazy, *(found and found.point for found in best)]
     ids = dict.fromkeys(f"`{point.id}`" for point in used if point is not None)
