@@ -13,6 +13,7 @@ from record_factory import make_arrays, make_record
 
 from sinkstream.cli import main
 from sinkstream.matrix.record import PointRecord, load_points, point_delta
+from sinkstream.records.blocks import Blocks
 from sinkstream.show.table import Table
 from sinkstream.studies.recall.record import RecallRecord
 
@@ -86,6 +87,44 @@ def test_groups_are_by_what_a_pareto_shares(tmp_path):
     assert far == {"window-only"}, "a picture without times hides no slow point"
     fastest, best = min(values.values(), key=lambda v: v["tpot"]), min(values.values(), key=lambda v: v["y"])
     assert fastest["front_tpot"] and best["front_tpot"] and not values["adaptive-entropy"]["front_tpot"]
+
+
+def test_a_point_is_paired_with_the_recompute_that_scored_its_tokens(tmp_path):
+    """Two matrices score recompute at every 2nd and at every 4th token; a policy of each is paired with its own."""
+    wanted = {}
+    for every, at in ((2, 1), (4, 3)):
+        base, tried = make_point(0) | {"id": f"base-{every}"}, make_point(at)
+        arrays = [make_arrays(1280, seed=7 + row, shift=PLAN[row][3]) for row in (0, at)]
+        chosen = np.arange(1280) % every == 0
+        own, sampled = (
+            Blocks.of(a["index"], np.where(chosen, a["nll"], np.nan), a["kv_length"]).record() for a in arrays
+        )
+        base["quality"] = base["quality"] | {"sample_every": every, "blocks": own}
+        tried["quality"] = tried["quality"] | {"sampled": {"every": every, "blocks": sampled}}
+        wanted[tried["policy"]["label"]] = 100 * np.expm1((arrays[1]["nll"] - arrays[0]["nll"])[chosen].mean())
+        for content in (base, tried):
+            PointRecord.write(content, tmp_path)
+    (group,) = groups_of(load_points(tmp_path))
+    dots = group.dots()
+    assert dots[0].delta is None and {dot.point.label for dot in dots[1:]} == wanted.keys()
+    for dot in dots[1:]:
+        assert dot.y == pytest.approx(wanted[dot.point.label], abs=1e-3)
+    alone = Group(tuple(p for p in group.points if p.quality["sample_every"] != 4))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        alone.dots()
+
+
+def test_every_picture_is_valid_vega_lite(tmp_path):
+    """Against the schema, which the page itself does not check; the control is a specification that is none."""
+    import altair as alt
+    from jsonschema import ValidationError
+
+    pictures = [p for section in sections(read_evidence(write_points(tmp_path))) for p in section.pictures]
+    for picture in pictures:
+        alt.LayerChart.from_dict(picture.spec)
+    assert len(pictures) >= 4
+    with pytest.raises(ValidationError):
+        alt.LayerChart.from_dict(pictures[0].spec | {"layer": 7})
 
 
 def test_a_choice_pairs_the_fastest_rule_with_the_one_that_loses_least(tmp_path):

@@ -348,4 +348,4 @@ def _finished(chart: Any, height: int) -> dict[str, Any]:
     configured = configured.configure_axis(
         gridColor="#e5e7eb", labelFontSize=12, titleFontSize=13, titleFontWeight="normal"
     )
-    return configured.configure_legend(labelFontSize=12).to_dict()
+    return configured.configure_legend(labelFontSize=12).to_dict(validate=False)  # half of the time; a test does it

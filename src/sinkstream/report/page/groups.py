@@ -10,6 +10,7 @@ from sinkstream.matrix.record import PointRecord, point_delta
 from sinkstream.measure.environment import hardware
 from sinkstream.records.selection import has_text
 from sinkstream.report.evidence import CAP
+from sinkstream.report.verdicts import against
 from sinkstream.statistics import PairedDelta
 
 #: What the points of one Pareto must share: words for a message, and the fact of a point.
@@ -95,25 +96,32 @@ class Group:
         raise ValueError(f"{self.title}: no point to measure against; accepted: one of {', '.join(BASELINES)}")
 
     def dots(self) -> list[Dot]:
-        """All points with quality, the baseline first."""
-        base = self.baseline
-        scored = [p for p in self.points if p.blocks is not None]
-        return [
-            Dot(p, None if p is base else point_delta(p, base)) for p in sorted(scored, key=lambda p: p is not base)
-        ]
+        """All points with quality, the baseline first.
+
+        Two matrices may hold the same baseline, scored at every fourth token in one and at every 16th in the other: a
+        point is paired with the one with which it has the most tokens in common. Raises ValueError if with none.
+        """
+        base, label = self.baseline, self.baseline.label
+        bases = [p for p in self.points if p.label == label and p.blocks is not None]
+        others = [p for p in self.points if p.label != label and p.blocks is not None]
+        pairs = [(p, against([p], bases, label)) for p in others]
+        return [Dot(base, None), *(Dot(p, pair.delta if pair else point_delta(p, base)) for p, pair in pairs)]
 
 
 def groups_of(points: Sequence[PointRecord]) -> list[Group]:
-    """The complete points, grouped by what a Pareto must share, where quality was measured; the newest of each label.
+    """The complete points, grouped by what a Pareto must share, where quality was measured.
+
+    Of points of one label the newest counts, of a baseline the newest that was scored at every so many tokens.
 
     The largest model comes first, of it the cap of the headline figures, and PG19 before other texts; the newest of
     groups that differ in their machine or commit alone.
     """
-    found: dict[tuple, dict[str, PointRecord]] = {}
+    found: dict[tuple, dict[Any, PointRecord]] = {}
     for point in points:
         if point.status == "complete":
             key = tuple(fact(point) for fact in SHARED.values())
-            found.setdefault(key, {})[point.label] = point
+            every = point.quality["sample_every"] if point.quality else None
+            found.setdefault(key, {})[point.label, every] = point
     groups = [Group(tuple(labelled.values())) for labelled in found.values()]
     scored = [[p for p in g.points if p.blocks is not None] for g in groups]
     with_base = [
