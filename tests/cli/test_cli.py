@@ -517,6 +517,11 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
             "probe-heads tiny --out foreign",
             "sinkstream probe-heads: error: --out foreign is a folder; accepted: the path",
         ),
+        (
+            "probe-heads tiny --text text.txt",
+            "sinkstream probe-heads: error: --text text.txt: text 'text' is too short: it has 1200 tokens, 16000 were"
+            " asked for; accepted: a text of at least 16,000 tokens",
+        ),
         ("probe-heads tiny --out text.txt/x.json", "sinkstream probe-heads: error: --out text.txt: cannot be written"),
         (
             "recall --cap 64 --forms cue",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sinkstream.cli import options
 from sinkstream.cli.show import wide_console
-from sinkstream.data import load_text, tokenize
+from sinkstream.data import ShortTextError, load_text, tokenize
 from sinkstream.evaluation.probe_heads import probe_heads
 from sinkstream.evaluation.runner import check_file_writable
 from sinkstream.records.files import write_atomically
@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
     check_file_writable(args.out)
     text = load_text(args.text)
     loaded = options.load_given_model(args)
-    ids = tokenize(text, loaded.tokenizer, TOKENS).ids.tolist()
+    try:
+        ids = tokenize(text, loaded.tokenizer, TOKENS).ids.tolist()
+    except ShortTextError as error:
+        accepted = f"a text of at least {TOKENS:,} tokens"
+        raise ValueError(f"--text {args.text}: {error.reason}; accepted: {accepted}") from None
     with console.status("probing") as status:
         found = probe_heads(
             loaded, ids, args.seed, lambda done, total: status.update(f"probing: {done:,} of {total:,} tokens")
