@@ -7,7 +7,7 @@ from sinkstream.matrix.record import PointRecord
 from sinkstream.records.cards import by_card
 from sinkstream.records.selection import DIAGNOSED_TEXTS
 from sinkstream.report.criteria import Evidence
-from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, time_over, timed_beside
+from sinkstream.report.verdicts import Compared, baseline, compared, groups, named, time_over
 from sinkstream.show.table import EMPTY, NONE_YET, Table, with_interval
 from sinkstream.studies.recall.record import RecallRecord
 from sinkstream.studies.recall.tables import recall_curve
@@ -242,9 +242,8 @@ def _kind(point: PointRecord) -> str:
 def _time(point: PointRecord | None, strict: PointRecord | None) -> str:
     if point is None or point.tpot_ms is None:
         return EMPTY
-    same = timed_beside(point, [strict]) if strict is not None else []
-    ratio = f" ({point.tpot_ms / same[0].tpot_ms:.2f})" if same and same[0].tpot_ms else ""
-    return f"{point.tpot_ms:.3f}{ratio}"
+    ratio = time_over([point], [strict] if strict is not None else [])
+    return f"{point.tpot_ms:.3f}" + ("" if ratio is None else f" ({ratio:.2f})")
 
 
 def _memory(point: PointRecord | None) -> str:

@@ -75,7 +75,7 @@ def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compar
     caps = sorted({c.point.protocol["cap"] for c in found})
     shown = " – ".join(f"{cap:,}" for cap in sorted({caps[0], caps[-1]}))
     shown += "" if kind == "peak" else ", growth outside"
-    times = [_time_over_strict(c.point, [c.other]) for c in found]
+    times = [time_over([c.point], [c.other]) for c in found]
     ratios = sorted(ratio for ratio in times if ratio is not None)
     speed = f"{ratios[0]:.3f} – {ratios[-1]:.3f}" if ratios else EMPTY
     ends = [pick(found, key=lambda c: c.delta.delta_percent or 0.0) for pick in (min, max)]
@@ -83,12 +83,6 @@ def _sweep(experiment: str, model: str, text: str, kind: str, found: list[Compar
     named_ends = [f"{c.point.label}{place}: {_delta(c)}" for c, place in zip(ends, places)]
     on = cards_text([c.point for c in found])
     return [experiment, model, text, shown, on, str(len(found)), *named_ends, speed]
-
-
-def _time_over_strict(point: PointRecord, strict_points: Iterable[PointRecord]) -> float | None:
-    """Against the newest of some points of strict streaming that was timed with the same code."""
-    strict = next(reversed(timed_beside(point, strict_points)), None)
-    return point.tpot_ms / strict.tpot_ms if point.tpot_ms and strict and strict.tpot_ms else None
 
 
 def _row(group: list[PointRecord]) -> list[str] | None:
