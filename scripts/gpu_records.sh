@@ -125,17 +125,30 @@ tests() { PYTHON=$python make test-gpu ARGS="$(side_by_side 8)" 2>&1 | tee "$out
 SANITIZED='triton and (agree or rings or every_way or combined or negative or cursor or risks or frames_and_dtypes or
  beside_a_linear or stays_is and 50- or any_width and 2049 or any_width_and_count and 3-1025 or added_up and 3- or
  float64 and way6 or float64 and sizes4 or schedules and staged or splits and 8-band7 or bands and band11 or
- head_sizes and sizes6 or 520-65-dtype0-1- or 200-38-True-swiglu-1- or 200-520-dtype0-1-) or norms_of_rows and 1100 or
- products and 3-200 or activations and 48 or against_float64 and 9-72 or twin_draws and (together or tiles or options3) or
- full_width and 8.0-50257 or choices and sizes5 or own_set and 2-triton'
-sanitizer() {  # every kernel, few shapes: each is compiled and watched
-  local tool
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --target-processes all "$python" -m pytest -q $(side_by_side 3) -m 'not slow' \
-      -k "${SANITIZED//$'\n'/}" tests/kernels 2>&1 | tail -n 20 >"$out/$tool.txt" &
+ head_sizes and sizes6 or 520-65-dtype0-1- or 200-38-True-swiglu-1- or 200-520-dtype0-1- or test_activation and dtype0 or
+ test_add_norm and 520-True-dtype0 or test_rotate_qkv and dtype0 or choices and sizes5 or own_set and 2-triton or
+ keeps_the_queries and sizes5 or angles_of_positions or entries_and_sets and sizes5 or has_received and sizes3 or
+ chunk_gives and sizes4 or slots_agree and sink-triton) or norms_of_rows and 1100 or products and 3-200 or
+ activations and 48 or inputs_that_stay and 2-256 or against_float64 and 9-72 or twin_draws and narrow or functions_are_those'
+sanitizer() {  # every kernel, few shapes; all kernels are compiled first, and each file of tests is a process of its own
+  local tool file processes kernels=()
+  "$python" -m pytest --collect-only -q -m 'not slow' -k "${SANITIZED//$'\n'/}" tests/kernels >"$out/chosen.txt"
+  for file in tests/kernels/test_*.py; do
+    [[ $file == *test_config.py || $file == *test_runtime.py ]] && continue
+    kernels+=("$file")
+    grep -q "^$file:" "$out/chosen.txt" || { echo "no test of $file is chosen by SANITIZED in $0" >&2; return 2; }
   done
-  wait
-  tail -n 5 "$out/memcheck.txt" "$out/racecheck.txt"
+  "$python" -m pytest -q $(side_by_side 8) -m 'not slow' -k "${SANITIZED//$'\n'/}" tests/kernels >"$out/compiled.txt" 2>&1
+  for tool in memcheck racecheck; do
+    processes=()
+    for file in "${kernels[@]}"; do
+      compute-sanitizer --tool $tool "$python" -m pytest -v -m 'not slow' -k "${SANITIZED//$'\n'/}" "$file" \
+        >"$out/$tool-$(basename "$file" .py).txt" 2>&1 &
+      processes+=($!)
+    done
+    wait "${processes[@]}"
+  done
+  grep -H 'SUMMARY\|passed\|failed' "$out"/memcheck-*.txt "$out"/racecheck-*.txt
 }
 
 mkdir -p "$out"
