@@ -91,13 +91,18 @@ def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str |
         above.plot([s["token"] for s in record.samples], [s["device_mb"] for s in record.samples],
                    label=record.label, **style)  # fmt: skip
         timed = [w for w in record.windows if w["mean"] is not None]
-        below.plot([w["first"] for w in timed], [w["mean"] for w in timed], marker="o", **style)
+        at = [w["first"] for w in timed]
+        below.plot(at, [w["mean"] for w in timed], marker="o", **style)
+        below.plot(at, [w["p50"] for w in timed], marker="x", linestyle="none", color=style["color"])
     above.set_ylabel("held on the device (MB)")
-    below.set_ylabel("time a token (ms)")
+    below.set_ylabel("time a token (ms): ● mean, × median")
     for axis in (above, below):
         axis.set_ylim(bottom=0)
     below.set_xlabel("token of the reply")
-    above.set_title(title or f"{records[0].model['name']}, one reply of {records[0].data['tokens']:,} tokens")
+    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    above.set_title(
+        title or f"{records[0].model['name']}, one reply of {records[0].data['tokens']:,} tokens", loc="left"
+    )
     figure.legend(loc="outside right upper", frameon=False, handlelength=4)
     return save(figure, path)
 
