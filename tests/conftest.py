@@ -1,5 +1,6 @@
 """What every test shares: offline, seeded, interruptible, one thread a worker; without CUDA kernels are interpreted."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -56,6 +57,7 @@ def pytest_collection_finish() -> None:
     from sinkstream.measure.memory import old_objects_aside
 
     _ASIDE.enter_context(old_objects_aside())
+    gc.set_threshold(7_000)  # ten times the default: a tenth of the collections, each of what imports have made since
 
 
 def pytest_unconfigure() -> None:
