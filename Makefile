@@ -89,14 +89,14 @@ test-newest:  ## run them with the newest releases of today, unpinned, in an env
 	@.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal $(RELEASE_TESTS) $(ARGS)
 
 test-install:  ## install the package alone, unpinned, as a user does, and run the README's examples with it
-	@"$(PYTHON)" -m venv --clear .venv-install
+	@"$(PYTHON)" -m venv --clear .venv-install  # its few processes import a part of what pip would compile
 	@mkdir -p .venv-install/source/src  # a copy: setuptools packs what earlier builds left, and writes beside the sources
 	@cp -R pyproject.toml README.md LICENSE .venv-install/source
 	@cp -R src/sinkstream .venv-install/source/src
-	@.venv-install/bin/python $(PIP_OPTIONS) "$(TORCH)" .venv-install/source
+	@.venv-install/bin/python $(PIP_OPTIONS) --no-compile "$(TORCH)" .venv-install/source
 	@.venv-install/bin/python -I scripts/check_install.py README.md
-	@.venv-install/bin/python $(PIP_OPTIONS) '.venv-install/source[demo]'
-	@.venv-install/bin/python $(PIP_OPTIONS) --no-deps "$(SMALL_MODEL)"
+	@.venv-install/bin/python $(PIP_OPTIONS) --no-compile '.venv-install/source[demo]'
+	@.venv-install/bin/python $(PIP_OPTIONS) --no-compile --no-deps "$(SMALL_MODEL)"
 	@.venv-install/bin/python -I scripts/check_install.py README.md --builtin
 
 lint: $(READY)  ## check style and format

@@ -65,20 +65,20 @@ class CopyingCache(StreamingCache):
 @pytest.mark.parametrize(
     "policy",
     [
-        {"cap": 900},
-        {"cap": 900, "compress_every": 64, "refresh": 16, "scorer": "uniform"},
-        {"cap": 900, "adaptive": "entropy"},
+        {"cap": 450},
+        {"cap": 450, "compress_every": 64, "refresh": 16, "scorer": "uniform"},
+        {"cap": 450, "adaptive": "entropy"},
     ],
 )
 def test_a_prompt_takes_little_beside_the_ring(policy):
     """A copy of the cache would be a whole one more. What attention itself takes is the machine's: it cancels."""
     e = deep_engine(policy)
-    fresh = peak_bytes(lambda: e.prefill(token_ids(950)))
+    fresh = peak_bytes(lambda: e.prefill(token_ids(500)))
     begun = peak_bytes(lambda: e.prefill(token_ids(40)))
     one = kv_bytes(e)
     e.close()
     cache = CopyingCache.for_model(e.model, **policy)
-    copying = peak_bytes(lambda: cache.prefill(e.model, token_ids(950)[None], CHUNK))
+    copying = peak_bytes(lambda: cache.prefill(e.model, token_ids(500)[None], CHUNK))
     assert max(fresh, begun) + 0.9 * one < copying
     assert max(fresh, begun) < 0.8 * one, "fused attention takes 0.3, unfused attention 0.4"
 

@@ -18,7 +18,14 @@ import pytest
 import torch
 
 from sinkstream.measure.environment import environment, format_environment, git_revision, tf32_switches
-from sinkstream.measure.memory import OWN, PeakMemory, free_unused, held_mb, old_objects_aside
+from sinkstream.measure.memory import (
+    OWN,
+    PeakMemory,
+    free_unused,
+    held_mb,
+    old_objects_aside,
+    set_old_objects_aside,
+)
 from sinkstream.measure.metrics import summarise
 from sinkstream.measure.timing import distribution, latency_summary, timed
 from sinkstream.records.files import WriteError, write_atomically
@@ -121,7 +128,25 @@ def test_memory_of_this_process_is_in_mb():
     assert 1 < held < total and 1 < memory.peak_mb < total, "bytes or GB would be outside"
 
 
-def test_the_garbage_collector_passes_over_old_objects_and_frees_new_ones():
+@pytest.fixture
+def nothing_aside(monkeypatch):
+    """As in a process of its own; afterwards what the session had set aside is so again."""
+    monkeypatch.setattr("sinkstream.measure.memory._contexts_open", 0)
+    gc.unfreeze()
+    yield
+    set_old_objects_aside()
+
+
+def test_one_that_sets_old_objects_aside_within_another_undoes_nothing(nothing_aside):
+    with old_objects_aside():
+        outside = gc.get_freeze_count()
+        with old_objects_aside():
+            assert gc.get_freeze_count() == outside
+        assert gc.get_freeze_count() == outside > 1_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_garbage_collector_passes_over_old_objects_and_frees_new_ones(nothing_aside):
     class Ring:
         def __init__(self):
             self.me = self

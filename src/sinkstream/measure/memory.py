@@ -21,6 +21,7 @@ import torch
 BYTES_PER_MB = 2**20
 OWN = "cuda_allocated_alone"  # kind of a peak that holds nothing of what ran in the process before
 SAMPLING_SECONDS = 0.05
+_contexts_open = 0  # of `old_objects_aside`
 
 
 def held_mb(device: torch.device | str) -> float:
@@ -67,12 +68,22 @@ def set_old_objects_aside() -> None:
 
 @contextmanager
 def old_objects_aside() -> Iterator[None]:
-    """Context manager: `set_old_objects_aside` for its body."""
-    set_old_objects_aside()
+    """Context manager: `set_old_objects_aside` for its body.
+
+    Inside another one it only collects: `gc.unfreeze` at its end would undo what the outer one did.
+    """
+    global _contexts_open
+    if _contexts_open:
+        gc.collect()
+    else:
+        set_old_objects_aside()
+    _contexts_open += 1
     try:
         yield
     finally:
-        gc.unfreeze()
+        _contexts_open -= 1
+        if not _contexts_open:
+            gc.unfreeze()
 
 
 class PeakMemory:

@@ -155,7 +155,7 @@ def original_positions(visible: torch.Tensor) -> torch.Tensor:
 POSITIONS = {"cache": cache_positions, "original": original_positions}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run(
     network: Network,
     ids: torch.Tensor,

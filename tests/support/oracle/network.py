@@ -43,6 +43,7 @@ class Network:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.windows = windows(config)
         self.rotations = [rotation_of_layer(config, i) for i in range(self.layers)]
+        self.eps = next(getattr(config, name) for name in EPSILONS if hasattr(config, name))
         self.scale = 1 / math.sqrt(self.head_dim)
         if self.kind in ("gemma2", "gemma3_text"):
             self.scale = config.query_pre_attn_scalar**-0.5
@@ -67,10 +68,9 @@ class Network:
         weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
         if weight is None:
             return x
-        eps = next(getattr(self.config, n) for n in EPSILONS if hasattr(self.config, n))
         if self.kind in MEAN_FREE:
             x = x - x.mean(-1, keepdim=True)
-        x = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        x = x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         x = x * (weight + 1 if self.kind in AROUND_ONE else weight)
         return x if bias is None else x + bias
 
@@ -106,6 +106,8 @@ class Network:
         if self.kind in ("olmo2", "olmo3"):
             return self._norm(x, name + "_norm").unflatten(1, (-1, self.head_dim))
         x = self._norm(x.unflatten(1, (-1, self.head_dim)), name + "_norm")
+        if f"{name}_layernorm.norms.0.weight" not in self.weights:
+            return x
         return torch.stack([self._norm(head, f"{name}_layernorm.norms.{i}") for i, head in enumerate(x.unbind(1))], 1)
 
     def _falcon(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

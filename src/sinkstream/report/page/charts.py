@@ -1,6 +1,7 @@
 """The charts of the page: Vega-Lite specifications made by Altair, with their data inside."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import inf
 from statistics import median
 from typing import Any
@@ -176,10 +177,29 @@ def tooltip(alt: Any, *, memory: bool) -> list[Any]:
 
 def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = None) -> dict[str, Any]:
     """ΔPPL against time, or against the field `x`; with the frontier and every interval."""
-    alt = library()
     names, shades = colours(values)
-    params, chart = [], alt.Chart(alt.Data(values=[_slim(value) for value in values]))
-    if any(value["outlier"] for value in values):
+    spec = _pareto(
+        tuple(names),
+        tuple(shades),
+        baseline,
+        x,
+        far=any(value["outlier"] for value in values),
+        remembered=any(value["memory"] is not None for value in values),
+    )
+    return spec | {"data": library().Data(values=[_slim(value) for value in values]).to_dict(validate=False)}
+
+
+@lru_cache(maxsize=256)
+def _pareto(
+    names: tuple[str, ...], shades: tuple[str, ...], baseline: str, x: str | None, *, far: bool, remembered: bool
+) -> dict[str, Any]:
+    """The chart of `pareto` without its data, which Altair takes its time to make: most groups have the same one.
+
+    `names`, `shades`: the legend. `far`: whether a point is off the chart. `remembered`: whether memory is known.
+    """
+    alt = library()
+    params, chart = [], alt.Chart(alt.Data(values=[]))
+    if far:
         shown = alt.param("controls", value=False, bind=alt.binding_checkbox(name="show those that are far off "))
         params.append(shown)
         chart = chart.transform_filter("controls || !datum.outlier")
@@ -202,14 +222,13 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
     colour = alt.Color(
         "kind:N",
         title=None,
-        scale=alt.Scale(domain=names, range=shades),
+        scale=alt.Scale(domain=list(names), range=list(shades)),
         legend=alt.Legend(orient="top", columns=legend_columns(alt), symbolOpacity=1),
     )
     line = chart.transform_filter("datum.front").mark_line(interpolate="step-after", color=GREY, strokeDash=[5, 4])
     bars = chart.mark_rule(strokeWidth=2, opacity=0.45).encode(x=across, y="low:Q", y2="high:Q", color=colour)
     dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
     zero = level(chart).mark_rule(color="#111827", strokeWidth=1).encode(y=alt.datum(0))
-    remembered = any(value["memory"] is not None for value in values)
     layered = alt.layer(
         zero,
         line.encode(x=across, y=up, order="x:Q"),
