@@ -66,7 +66,7 @@ class StreamRecall:
 
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
-        if self.memory.settings.lag:
+        if self.memory.settings.lag and self.memory.question is None:  # a question never lags
             self._choose_late()
             self.memory.arrive(self, self.schedule)
             self._waiting = self.counters.seen, self.counters.first_window
@@ -102,11 +102,13 @@ class StreamRecall:
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if they are not in the window, or the chooser has read them."""
-        if tokens > (most := self.counters.window):  # a schedule takes recalled tokens for window tokens
+        counters = self.counters
+        most = counters.window if counters.pruned else counters.seen  # a schedule takes recalled tokens for window tokens
+        if tokens > most:
             raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
         self._learn()
         self.memory.rewind(tokens)
-        self._leaving.cut(self.counters.seen - tokens)
+        self._leaving.cut(max(counters.seen - tokens, self.state.policy.sink))  # sinks are never copied
 
     def rebasing(self) -> None:
         """Let no query that recall reads be rounded once more."""
