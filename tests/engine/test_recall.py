@@ -157,6 +157,45 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
             asked(Engine(model, **STRICT))
 
 
+@pytest.mark.parametrize("lag", [0, 3])
+def test_a_question_that_is_not_fed_again_chooses_before_the_next_step_however_late_frames_are(lag):
+    model, ids = build("llama", layers=2), token_ids(200, seed=5)
+    question, options = ids[60:70], {"recall": "lexical", **SMALL, **WORDS, "recall_lag": lag}
+    cache, engine = StreamingCache.for_model(model, **STRICT, **options), Engine(model, **STRICT, **options)
+    cache.prefill(model, ids[None])
+    cache.ask(model, question[None], replay=False)
+    engine.prefill(ids)
+    engine.ask(question, replay=False)
+    for token in ids[:6]:
+        wanted = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
+        assert worst(engine.step([int(token)])[0], wanted) < 2e-5
+    assert engine.recall_events == cache.recall_events
+    assert [(e.token, e.cause) for e in engine.recall_events if e.cause == "question"] == [(210, "question")]
+
+
+def test_the_first_choice_after_a_prune_comes_in_time_wherever_a_prompt_ends():
+    model, ids = build("llama", layers=2), token_ids(130)
+    options = {"sink": 4, "window": 20, "compress_every": 30, "recall": "recent", **SMALL, "recall_empty_every": 8}
+    for first in range(54, 62):  # the first tokens leave before token 53; there is a choice before token 56
+        cache, engine = (kind(model, **options) for kind in (StreamingCache.for_model, Engine))
+        for part in (ids[:first], ids[first:]):
+            wanted = cache.prefill(model, part[None])[0]
+            assert worst(engine.prefill(part), wanted) < 2e-5, first
+        assert engine.recall_events == cache.recall_events and engine.recall_events[0].token == 56
+
+
+def test_a_question_at_the_beginning_of_a_stream_is_fed_twice_although_it_becomes_sinks():
+    model, ids = build("llama", layers=2), repetitive(240)
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8, "recall_row_level": 0.185}
+    for tokens in (1, 3, 6):
+        cache, engine = StreamingCache.for_model(model, **STRICT, **options), Engine(model, **STRICT, **options)
+        wanted = cache.ask(model, ids[None, :tokens])[0]
+        assert worst(engine.ask(ids[:tokens]), wanted) < 2e-5
+        wanted = cache.prefill(model, ids[None, tokens:])[0]
+        assert worst(engine.prefill(ids[tokens:]), wanted) < 2e-5
+        assert frames_of(engine) == frames_of(cache) and engine.stats()["archived"] == cache.stats()["archived"]
+
+
 @pytest.mark.parametrize(("chooser", "backend"), [("heads", "kernels"), ("mean-key", "ring")])  # union: both parts
 def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser, backend):
     model, ids = build("llama"), repetitive()

@@ -142,6 +142,8 @@ class StreamRecall:
     def _forward_size(self, rest: int) -> int:
         """How many of the coming tokens to append at once; what leaves on the way has been copied then."""
         counters, schedule = self.counters, self.schedule
+        if counters.pruned and self.memory.archive is None:
+            self._archive()  # or nothing would seem to have left, and no choice to come until the next prune
         size = min(rest, self.prompts[0].chunk_tokens, self.memory.room(schedule))
         left = schedule.plan(size).drop.cumsum()
         size = max(1, int(left.searchsorted(counters.window, side="right")))  # what leaves lies in the ring now
