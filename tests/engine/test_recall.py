@@ -253,6 +253,20 @@ def test_taken_back_tokens_and_turns():
     wanted = feed(model, cache, ids[None, 100:200])[0]
     assert worst(stepped(engine, ids[100:200]), wanted) < 2e-5
     assert any(span.turn == 1 for event in engine.recall_events for span in event.spans)
+    for _ in range(2):
+        engine.begin_turn()
+        engine.begin_turn(3)
+        engine.prefill(ids[:5])
+        engine.rewind(5)
+    engine.begin_turn(7)
+    assert engine.recall.memory.turns == [80, 207], "a turn whose tokens are taken back is none, and none counts twice"
+    cache.begin_turn(7)
+    for recalled in (engine, cache):
+        recalled.begin_turn(7)
+        with pytest.raises(ValueError, match="a turn that begins at token 202 comes after one at token 207"):
+            recalled.begin_turn(2)
+        with pytest.raises(ValueError, match="ahead='soon' is not accepted"):
+            recalled.begin_turn("soon")
     engine = Engine(model, **STRICT, recall="lexical", **SMALL)
     engine.prefill(ids[:100])
     engine.ask(ids[:9])  # the chooser has read the window, which competes

@@ -205,6 +205,11 @@ class StreamingCache(RecallingCache):
         Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
         """
         check_ids(input_ids)
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(
+                f"model={type(model).__name__} is not accepted; accepted: the model that the cache was made for, or its"
+                " wrapper"
+            )
         chunk_tokens = check_whole("chunk_tokens", chunk_tokens, 1)
         mask = attention_mask
         if mask is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -208,6 +208,8 @@ class StreamDecoder(StreamKeeper):
         Tensor, (len(streams), vocab), float32
             Logits after these tokens.
         """
+        if streams is not None and not isinstance(streams, Iterable):
+            raise ValueError(f"streams={streams!r} is not accepted; accepted: a sequence of streams, or None for all")
         which = list(range(self.state.streams)) if streams is None else list(streams)
         if len(set(which)) < len(which) or not which:
             raise ValueError(f"streams={which} is not accepted; accepted: at least one stream, each once")

@@ -103,7 +103,7 @@ class StreamRecall:
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if they are not in the window, or the chooser has read them."""
         counters = self.counters
-        most = counters.window if counters.pruned else counters.seen  # a schedule takes recalled tokens for window tokens
+        most = counters.window if counters.pruned else counters.seen  # recalled tokens are none of the window's
         if tokens > most:
             raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
         self._learn()
