@@ -97,8 +97,8 @@ class StreamBatch:
         """
         active = self.members if streams is None else sorted(streams) if isinstance(streams, Collection) else []
         if not active or not self._members.keys() >= set(active) or len(set(active)) < len(active):
-            given = active or streams
-            raise ValueError(f"streams={given} is not accepted; accepted: members of the batch, {self.members}, each once")
+            accepted = f"members of the batch, {self.members}, each once"
+            raise ValueError(f"streams={active or streams} is not accepted; accepted: {accepted}")
         if self._recorder is None:
             self._recorder = self._open.enter_context(self.decoder.state.recording(looks=True, keeps=False))
         self.decoder.state.wake(active)
