@@ -3,6 +3,9 @@
 Also: streams that share the weights and nothing else, positions that are rebased, and inputs that are refused.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from oracle.models import ENGINE, VOCAB, build, token_ids
@@ -200,6 +203,12 @@ def test_wrong_options_are_refused_by_name(change, words):
             policy={"sink": 4, "window": 20} | {k: v for k, v in change.items() if k in ("window", "windw")},
             **{k: v for k, v in change.items() if k not in ("window", "windw")},
         )
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_would_write_to_the_same_buffers_and_is_refused(copied):
+    with pytest.raises(ValueError, match=r"an engine cannot be copied or pickled; accepted: engine\.snapshot"):
+        copied(engine())
 
 
 def test_structural_refresh_without_a_tokenizer_is_refused():
