@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,8 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path, monkeypatch):
         highest = max(max(line.get_ydata()) for line in axis.lines)
         assert axis.get_ylim()[1] > 1.05 * highest, "the highest marker is whole"
     assert figures[0].axes[1].xaxis.get_major_formatter()(20_000, 0) == "20,000"
+    cut_short = SimpleNamespace(label="strict", samples=[], windows=[{"first": 1, "mean": None}])
+    assert draw_reply([cut_short], tmp_path / "cut.png", title="cut short").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
