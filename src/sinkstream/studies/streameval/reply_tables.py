@@ -96,7 +96,7 @@ def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str |
     below.set_ylabel("time a token (ms)")
     for axis in (above, below):
         top = max((max(line.get_ydata()) for line in axis.lines if len(line.get_ydata())), default=0)
-        axis.set_ylim(0, 1.08 * top or None)  # the highest marker whole; nothing was timed in a reply that was cut short
+        axis.set_ylim(0, 1.08 * top or None)  # the highest marker whole; a reply cut short has none
         axis.xaxis.set_major_formatter("{x:,.0f}")
     below.set_xlabel("token of the reply")
     above.set_title(title or f"{records[0].model['name']}, one reply of {records[0].data['tokens']:,} tokens")
