@@ -102,13 +102,10 @@ class StreamRecall:
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if they are not in the window, or the chooser has read them."""
-        counters = self.counters
-        most = counters.window if counters.pruned else counters.seen  # recalled tokens are none of the window's
-        if tokens > most:
-            raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
+        _check_in_window(self.counters, tokens)
         self._learn()
         self.memory.rewind(tokens)
-        self._leaving.cut(max(counters.seen - tokens, self.state.policy.sink))  # sinks are never copied
+        self._leaving.cut(max(self.counters.seen - tokens, self.state.policy.sink))  # sinks are never copied
 
     def rebasing(self) -> None:
         """Let no query that recall reads be rounded once more."""
@@ -168,8 +165,7 @@ class StreamRecall:
     @staticmethod
     def watching(memory: Recall, state: StreamState) -> Recall:
         """The same memory; a chooser that reads queries reads those of the state from now on."""
-        chooser = memory.settings.chooser
-        if chooser.heads:
+        if (chooser := memory.settings.chooser).heads:
             memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
         return memory
 
@@ -277,6 +273,13 @@ class StreamRecall:
         counters.geometry = g if count else g.bare
         counters.recalled, self.shift = count, shift
         counters.first_window += drop
+
+
+def _check_in_window(counters: Counters, tokens: int) -> None:
+    """Raise ValueError unless so many tokens can be taken back; to a schedule recalled ones are of the window."""
+    most = counters.window if counters.pruned else counters.seen
+    if tokens > most:
+        raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
 
 
 def recall_slots(cache: CheckedCache) -> int:
