@@ -38,6 +38,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` import only files that hold such tests: others need packages that a GPU machine may not have."""
+    if config.option.markexpr.strip() != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return True if "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `FAST`; skip, visibly, the tests marked `gpu` where torch sees no CUDA device."""

@@ -71,6 +71,14 @@ def test_what_a_chooser_must_not_do_is_said_by_name(kind, index, words):
         fed(kind, index)
 
 
+@pytest.mark.parametrize(("name", "value"), [("block", 0), ("block", 2.5), ("query_tokens", -1), ("alarms", -1)])
+def test_numbers_that_an_own_chooser_sets_anew_are_checked(name, value):
+    own = type("Own", (Own,), {name: value})().begins_with(Given(lambda n: [2.0] * n))
+    object.__setattr__(own, name, value)
+    with pytest.raises(ValueError, match=rf"Own\.{name}={value} is not accepted; accepted: a whole number of at least"):
+        StreamingCache.for_model(build("llama"), **STRICT, recall=own)
+
+
 @pytest.mark.parametrize("make", [list, np.asarray, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16)])
 def test_scores_may_be_a_list_an_array_or_a_tensor(make):
     assert fed("cache", Given(lambda n: make([2.0] * n))) == fed("cache", Given(lambda n: np.full(n, 2.0))) > 0

@@ -187,6 +187,17 @@ def test_recall_brings_a_passage_back_that_strict_forgets():
     assert worst(nlls["strict"][250:], nlls["oracle"][250:]) > 1e-2
 
 
+@pytest.mark.parametrize(("name", "late"), [("oracle", 0), ("late-oracle", 5)])
+def test_an_oracle_goes_along_a_passage_that_does_not_fit_its_slots(name, late):
+    model, ids = build("llama", layers=2), token_ids(330)
+    told = {"recall_told": [(250, 314, 100, 164)], "recall_slots": 24, "recall_block": 8}
+    cache = StreamingCache.for_model(model, sink=4, window=76, recall=name, **told)
+    cache.prefill(model, ids[None, :250])
+    for t in range(250, 314):
+        model(ids[None, t : t + 1], past_key_values=cache)
+        assert t < 256 + late or t - 150 in cache.stream.recall.frame, "the token that the next one repeats"
+
+
 def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
     model, ids = build("llama"), token_ids(TOKENS, seed=5)
     question, more = ids[120:130].clone(), token_ids(20, seed=8)

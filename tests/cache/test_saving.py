@@ -229,6 +229,28 @@ def test_what_is_truncated_or_no_stream_is_refused(tmp_path):
         StreamingCache.load(model, path)
 
 
+@pytest.mark.parametrize("path", [None, 5, b"stream", "", "a\0b", build])
+def test_what_is_no_path_is_refused_by_name(path):
+    model = build("llama", layers=2)
+    for call in (lambda: fed(model, "lazy", 60).save(path), lambda: StreamingCache.load(model, path)):
+        with pytest.raises(ValueError, match=r"path=.* is not accepted; accepted: a str or a Path of a file"):
+            call()
+
+
+def test_swapped_arguments_are_named(tmp_path):
+    model, path = build("llama", layers=2), tmp_path / "stream.safetensors"
+    cache = fed(model, "lazy", 60)
+    cache.save(path)
+    with pytest.raises(ValueError, match="path=LlamaForCausalLM is not accepted; accepted: a str or a Path of a file"):
+        StreamingCache.load(path, model)
+    with pytest.raises(ValueError, match="there is no file 'x"):
+        StreamingCache.load(model, "x" * 5_000)
+    with pytest.raises(ValueError, match="model=str is not accepted; accepted: the model that the cache was made for"):
+        cache.prefill("model", ids[:, 60:63])
+    with pytest.raises(ValueError, match=r"attention_mask is int; accepted: none, or a tensor \(batch, tokens\)"):
+        cache.prefill(model, ids[:, 60:63], attention_mask=1)
+
+
 def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
     model, path = build("llama", layers=2), tmp_path / "folder" / "stream.safetensors"
     cache = fed(model, "lazy", 60)

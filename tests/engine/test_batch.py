@@ -173,8 +173,9 @@ def test_log_probs_are_told_to_those_that_ask():
     assert found[0][0] == pytest.approx(whole.log_probs[-1], abs=1e-4)
     batch.leave(2)
     batch.step()
-    with pytest.raises(KeyError):
-        batch.latest_log_probs(2, 0)
+    for stream in (0, 2):
+        with pytest.raises(ValueError, match=rf"stream={stream} has no log-probabilities; accepted, .*, \[1\]"):
+            batch.latest_log_probs(stream, 0)
 
 
 def test_a_stream_beside_others_costs_no_step_of_theirs():
@@ -184,6 +185,17 @@ def test_a_stream_beside_others_costs_no_step_of_theirs():
     ]  # fmt: skip
     found = [block_of(active, streams)[:2] for active, streams in (([4], 5), ([3, 4], 5), ([2, 6], 7))]
     assert found == [(4, 1), (0, 5), (0, 7)]
+
+
+def test_a_batch_that_was_dropped_leaves_no_way_to_draw():
+    e, written = engine("lazy"), []
+    for options in ({}, {"temperature": 3.0}, {}):
+        e.reset()
+        e.prefill(token_ids(20))
+        batch = StreamBatch(e)
+        batch.join(0, sampler(1, **options) if options else None)
+        written.append([batch.step()[0] for _ in range(20)])  # and nothing leaves
+    assert written[0] == written[2] != written[1]
 
 
 def test_what_joins_must_fit():
@@ -202,8 +214,13 @@ def test_what_joins_must_fit():
     batch.join(0)
     with pytest.raises(ValueError, match="stream 0 is a member"):
         batch.join(0)
-    with pytest.raises(ValueError, match="accepted: members of the batch"):
-        batch.step([1])
+    for streams in ([1], [0, 0], 0):
+        with pytest.raises(ValueError, match=r"accepted: members of the batch, \[0\], each once"):
+            batch.step(streams)
+    assert e.stats(stream=0)["seen"] == 5
+    e.join(token_ids(5))
+    with pytest.raises(ValueError, match="sampler=Sampler is not accepted; accepted: a StreamSampler"):
+        batch.join(1, Sampler(temperature=1.0))
     for options, message in (
         ({"max_sink": 3}, "max_sink=3 is not accepted; accepted: a whole number from sink=4"),
         ({"max_sink": 24}, "sink=24 leaves no window"),

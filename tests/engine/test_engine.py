@@ -3,6 +3,9 @@
 Also: streams that share the weights and nothing else, positions that are rebased, and inputs that are refused.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from oracle.models import ENGINE, VOCAB, build, token_ids
@@ -202,6 +205,12 @@ def test_wrong_options_are_refused_by_name(change, words):
         )
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_would_write_to_the_same_buffers_and_is_refused(copied):
+    with pytest.raises(ValueError, match=r"an engine cannot be copied or pickled; accepted: engine\.snapshot"):
+        copied(engine())
+
+
 def test_structural_refresh_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match="give tokenizer=TOKENIZER"):
         Engine(build("llama"), **small_policy("refresh-structural"))
@@ -217,6 +226,11 @@ def test_structural_refresh_without_a_tokenizer_is_refused():
         (lambda e: e.prefill([1], stream=2), "stream=2 is not accepted; accepted: 0 to 1"),
         (lambda e: e.step([1]), "1 tokens for 2 streams"),
         (lambda e: e.step([1, 2], streams=[0, 0]), "each once"),
+        (lambda e: e.step([1], streams=1), "streams=1 is not accepted; accepted: a sequence of streams"),
+        (lambda e: e.rewind(1.5), "tokens=1.5 is not accepted; accepted: a whole number"),
+        (lambda e: e.begin_turn(0.5), "ahead=0.5 is not accepted; accepted: a whole number"),
+        (lambda e: e.snapshot(e.model), "path=GPTNeoXForCausalLM is not accepted; accepted: a str or a Path"),
+        (lambda e: e.restore(5), "path=5 is not accepted"),
         (lambda e: e.score([-1]), "token ids from -1"),
     ],
 )

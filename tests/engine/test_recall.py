@@ -157,6 +157,45 @@ def test_questions_and_what_is_written_after_them_are_those_of_the_drop_in():
             asked(Engine(model, **STRICT))
 
 
+@pytest.mark.parametrize("lag", [0, 3])
+def test_a_question_that_is_not_fed_again_chooses_before_the_next_step_however_late_frames_are(lag):
+    model, ids = build("llama", layers=2), token_ids(200, seed=5)
+    question, options = ids[60:70], {"recall": "lexical", **SMALL, **WORDS, "recall_lag": lag}
+    cache, engine = StreamingCache.for_model(model, **STRICT, **options), Engine(model, **STRICT, **options)
+    cache.prefill(model, ids[None])
+    cache.ask(model, question[None], replay=False)
+    engine.prefill(ids)
+    engine.ask(question, replay=False)
+    for token in ids[:6]:
+        wanted = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
+        assert worst(engine.step([int(token)])[0], wanted) < 2e-5
+    assert engine.recall_events == cache.recall_events
+    assert [(e.token, e.cause) for e in engine.recall_events if e.cause == "question"] == [(210, "question")]
+
+
+def test_the_first_choice_after_a_prune_comes_in_time_wherever_a_prompt_ends():
+    model, ids = build("llama", layers=2), token_ids(130)
+    options = {"sink": 4, "window": 20, "compress_every": 30, "recall": "recent", **SMALL, "recall_empty_every": 8}
+    for first in range(54, 62):  # the first tokens leave before token 53; there is a choice before token 56
+        cache, engine = (kind(model, **options) for kind in (StreamingCache.for_model, Engine))
+        for part in (ids[:first], ids[first:]):
+            wanted = cache.prefill(model, part[None])[0]
+            assert worst(engine.prefill(part), wanted) < 2e-5, first
+        assert engine.recall_events == cache.recall_events and engine.recall_events[0].token == 56
+
+
+def test_a_question_at_the_beginning_of_a_stream_is_fed_twice_although_it_becomes_sinks():
+    model, ids = build("llama", layers=2), repetitive(240)
+    options = {"recall": "heads", **SMALL, "recall_heads": "1.1", "recall_query_tokens": 8, "recall_row_level": 0.185}
+    for tokens in (1, 3, 6):
+        cache, engine = StreamingCache.for_model(model, **STRICT, **options), Engine(model, **STRICT, **options)
+        wanted = cache.ask(model, ids[None, :tokens])[0]
+        assert worst(engine.ask(ids[:tokens]), wanted) < 2e-5
+        wanted = cache.prefill(model, ids[None, tokens:])[0]
+        assert worst(engine.prefill(ids[tokens:]), wanted) < 2e-5
+        assert frames_of(engine) == frames_of(cache) and engine.stats()["archived"] == cache.stats()["archived"]
+
+
 @pytest.mark.parametrize(("chooser", "backend"), [("heads", "kernels"), ("mean-key", "ring")])  # union: both parts
 def test_choosers_that_read_keys_and_queries_agree_with_brute_force(chooser, backend):
     model, ids = build("llama"), repetitive()
@@ -214,6 +253,20 @@ def test_taken_back_tokens_and_turns():
     wanted = feed(model, cache, ids[None, 100:200])[0]
     assert worst(stepped(engine, ids[100:200]), wanted) < 2e-5
     assert any(span.turn == 1 for event in engine.recall_events for span in event.spans)
+    for _ in range(2):
+        engine.begin_turn()
+        engine.begin_turn(3)
+        engine.prefill(ids[:5])
+        engine.rewind(5)
+    engine.begin_turn(7)
+    assert engine.recall.memory.turns == [80, 207], "a turn whose tokens are taken back is none, and none counts twice"
+    cache.begin_turn(7)
+    for recalled in (engine, cache):
+        recalled.begin_turn(7)
+        with pytest.raises(ValueError, match="a turn that begins at token 202 comes after one at token 207"):
+            recalled.begin_turn(2)
+        with pytest.raises(ValueError, match="ahead='soon' is not accepted"):
+            recalled.begin_turn("soon")
     engine = Engine(model, **STRICT, recall="lexical", **SMALL)
     engine.prefill(ids[:100])
     engine.ask(ids[:9])  # the chooser has read the window, which competes

@@ -240,11 +240,46 @@ def test_the_rehearsal_of_a_capture_changes_nothing(backend):
         {"logit_bias": {3: math.inf}},
         {"logit_bias": {3: None}},
         {"top_k": 5},
+        {"temperature": 10**400},
+        {"presence_penalty": 10**400},
+        {"frequency_penalty": 1e39},  # infinity in float32: 0 times it is no number, and token 0 was drawn
+        {"frequency_penalty": -1e39},
+        {"repetition_penalty": 1e-50},
+        {"repetition_penalty": 1e39},
+        {"logit_bias": {3: 1e39}},
+        {"logit_bias": {3: -(10**400)}},
     ],
 )
 def test_wrong_options_are_refused_by_name(options):
     with pytest.raises(ValueError, match=list(options)[-1]):
         Sampler(**options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("largest", "wins"),
+    [
+        ({"frequency_penalty": 1e30}, False),
+        ({"frequency_penalty": -1e30}, True),
+        ({"presence_penalty": -1e30, "frequency_penalty": -1e30}, True),
+        ({"logit_bias": {7: 1e30}, "repetition_penalty": 1e-6}, True),
+        ({"logit_bias": {7: torch.finfo(torch.float32).min}, "repetition_penalty": 1e6}, False),
+    ],
+)
+def test_the_largest_options_leave_numbers_to_draw_from(largest, wins, temperature):
+    e = Engine(build("llama"), **small_policy("lazy"))
+    first = {"logit_bias": {7: 60.0}} if "logit_bias" not in largest else {}
+    tokens = e.generate([7, 7], max_new_tokens=12, stop_tokens=(), temperature=temperature, **first | largest).tokens
+    assert tokens.count(7) == (12 if wins else int(bool(first))), tokens
+    assert wins or len(set(tokens)) > 3, tokens
+
+
+def test_more_likeliest_tokens_than_there_are_keep_all():
+    e, written = Engine(build("llama"), **small_policy("lazy")), []
+    for top_k in (97, 10**30):
+        e.reset()
+        written.append(e.generate([1], max_new_tokens=9, stop_tokens=(), temperature=1.0, top_k=top_k).tokens)
+    assert written[0] == written[1]
 
 
 def test_a_bias_of_no_token_and_a_wrong_seed_are_refused_before_anything_is_fed():

@@ -278,6 +278,12 @@ def test_finished_points_are_never_measured_again(matrix, monkeypatch):
     assert "2 points (2 complete)" in matrix(content, "--dry-run").out
 
 
+def test_one_point_is_no_points(matrix):
+    content = HEAD + QUALITY + BASELINES
+    assert "\n1 point (1 open);" in "\n" + matrix(content, "--dry-run --only recompute").out
+    assert "1 of 1 point to measure" in matrix(content, "--only recompute").out
+
+
 LONG = 1200  # more than the 1,024 positions that the tiny model was trained on
 
 

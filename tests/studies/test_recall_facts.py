@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from sinkstream.studies.recall.tables import (
     share_of,
 )
 from sinkstream.studies.recall.tables import pooled as pooled_passages
+from sinkstream.studies.streameval import reply_tables
 from sinkstream.studies.streameval.reply import FIRST_WINDOW, WINDOW, ReplyBatch, ReplyDesign, ReplyRecord
 from sinkstream.studies.streameval.reply_tables import draw_reply, reply_table, tpot_ratio
 
@@ -268,7 +270,7 @@ def test_no_line_of_a_reply_touches_another_or_a_timed_window(seed, facts):
     assert all(again - first >= 64 for first, again in design.places(40))
 
 
-def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
+def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path, monkeypatch):
     loaded, tokenizer = tiny_model.loaded(), tiny_model.tokenizer()
     design = ReplyDesign(20_000, 64, facts=4)
     reply = design.write(text_of(5_000), tokenizer)
@@ -289,7 +291,15 @@ def test_a_reply_is_timed_and_its_memory_is_flat(tmp_path):
     assert records[1].samples[-1]["archived"] > 19_000 and records[0].samples[-1]["archived"] is None
     table = reply_table(records, "T")
     assert len(table.rows) == 2 and len(table.rows[0]) == len(table.header)
+    figures, save = [], reply_tables.save
+    monkeypatch.setattr(reply_tables, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     assert draw_reply(records, tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    for axis in figures[0].axes:
+        highest = max(max(line.get_ydata()) for line in axis.lines)
+        assert axis.get_ylim()[1] > 1.05 * highest, "the highest marker is whole"
+    assert figures[0].axes[1].xaxis.get_major_formatter()(20_000, 0) == "20,000"
+    cut_short = SimpleNamespace(label="strict", samples=[], windows=[{"first": 1, "mean": None}])
+    assert draw_reply([cut_short], tmp_path / "cut.png", title="cut short").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, Self
 from sinkstream.archive.base import ARCHIVES
 from sinkstream.archive.choosers import CHOOSERS, Chooser
 from sinkstream.policies import EvictionPolicy
-from sinkstream.policies.options import check_option, check_options, option, option_fields
+from sinkstream.policies.options import check_option, check_options, check_whole, option, option_fields
 from sinkstream.policies.triggers import Turns
 from sinkstream.registry import did_you_mean
 
@@ -74,6 +74,7 @@ class RecallSettings:
 
     def __post_init__(self):
         check_options(self, PREFIX)
+        self._check_chooser()
         if self.file is not None and self.archive != "kv":
             raise ValueError(f"recall_file goes with recall_archive='kv', not with {self.archive!r}")
         if self.behind and self.archive != "text":
@@ -87,6 +88,12 @@ class RecallSettings:
                 f"recall_empty_every={self.empty_every} is not accepted; accepted: a divisor of recall_every="
                 f"{self.every}"
             )
+
+    def _check_chooser(self) -> None:
+        """Raise ValueError unless numbers that a chooser of the user's own may set anew are what they must be."""
+        name = type(self.chooser).__name__
+        for what, least in (("block", 1), ("query_tokens", 1), ("alarms", 0)):
+            check_whole(f"{name}.{what}", getattr(self.chooser, what), least)
 
     def record(self) -> dict[str, Any]:
         """What was said, as JSON has it: ``recall``, the name of the chooser, and settings and options by name."""

@@ -59,7 +59,9 @@ def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
 
 
 def check_axes(mask: torch.Tensor, batch: int | None = None) -> None:
-    """Raise ValueError unless a mask has two axes, and as many rows as the batch."""
+    """Raise ValueError unless a mask is a tensor of two axes, and has as many rows as the batch."""
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attention_mask is {type(mask).__name__}; accepted: none, or a tensor (batch, tokens)")
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask of {mask.ndim} dimensions is not supported; accepted: none, or (batch, tokens) with 0 for"

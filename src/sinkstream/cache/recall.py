@@ -195,8 +195,16 @@ class RecallMemory:
             self.queries.rewind(tokens)
 
     def begin_turn(self, index: int) -> None:
-        """A turn begins at this token."""
-        self.turns.append(index)
+        """A turn begins at this token. Raises ValueError if a later one is known."""
+        latest = self.turns[-1] if self.turns else -1
+        if index < latest:
+            raise ValueError(f"a turn that begins at token {index} comes after one at token {latest}")
+        if index > latest:
+            self.turns.append(index)
+
+    def forget_turns(self) -> None:
+        """Forget the turns that have not begun: their tokens were taken back."""
+        del self.turns[bisect_left(self.turns, self.log.end) :]
 
     def take(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Tokens from `first` on leave the window; see `cache.ring.Leaving`."""

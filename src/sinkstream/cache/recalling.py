@@ -20,7 +20,7 @@ from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
 from sinkstream.policies import EvictionPolicy, structural_weights
-from sinkstream.policies.options import plain
+from sinkstream.policies.options import check_whole, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ class RecallingCache(CopiedCache):
 
     def begin_turn(self, ahead: int = 0) -> None:
         """Say that a turn of the conversation begins `ahead` tokens after the next one. Raises ValueError."""
-        self.stream.begin_turn(ahead)
+        self.stream.begin_turn(check_whole("ahead", ahead, 0))
 
     def announce(self, input_ids: torch.Tensor) -> None:
         """Say that the tokens ``(1, tokens)`` come next, so that they can be fed in longer chunks; `prefill` does so.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -266,12 +267,30 @@ def check_tensors(
 # ---- writing and reading ----
 
 
+def checked_path(path: str | Path) -> Path:
+    """The path that a caller gave. Raises ValueError if it is none: swapped arguments are the usual reason."""
+    named = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if isinstance(named, str) and named and "\0" not in named:
+        return Path(named)
+    shown = repr(path) if isinstance(path, str | bytes | int | None) else type(path).__name__
+    raise ValueError(f"path={shown} is not accepted; accepted: a str or a Path of a file")
+
+
 def write_stream(path: str | Path, saved: SavedStream) -> Path:
-    """Write a file, atomically; an older one is replaced. Raises WriteError, and then the older one is as it was."""
+    """Write a file, atomically; an older one is replaced.
+
+    Raises
+    ------
+    ValueError
+        If `path` is no path.
+    WriteError
+        If the file cannot be written; the older one is as it was.
+    """
+    path = checked_path(path)
     size = sum(t.numel() * t.dtype.itemsize for t in saved.tensors.values())
     with replaced_file(path, size) as file:
         _write_stream(file, saved)
-    return Path(path)
+    return path
 
 
 def stream_bytes(saved: SavedStream) -> bytes:
@@ -297,9 +316,9 @@ def read_stream(path: str | Path) -> SavedStream:
     Raises
     ------
     ValueError
-        If there is no such file, or the file is no stream, of another format, truncated or damaged.
+        If `path` is no path, there is no such file, or the file is no stream, of another format, truncated or damaged.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(checked_path(path)):
         raise ValueError(f"there is no file {str(path)!r}")
     try:
         file = safe_open(str(path), "pt")

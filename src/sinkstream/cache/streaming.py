@@ -204,7 +204,7 @@ class StreamingCache(RecallingCache):
 
         Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
         """
-        check_ids(input_ids)
+        _check_prompt(model, input_ids)
         chunk_tokens = check_whole("chunk_tokens", chunk_tokens, 1)
         mask = attention_mask
         if mask is not None:
@@ -302,6 +302,16 @@ def _speculating(stream: Stream | None) -> Iterator[None]:
         yield
     finally:
         stream.speculative = before
+
+
+def _check_prompt(model: Any, input_ids: Any) -> None:
+    """Raise ValueError, also for a model and ids that were swapped."""
+    check_ids(input_ids)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model={type(model).__name__} is not accepted; accepted: the model that the cache was made for, or its"
+            " wrapper"
+        )
 
 
 def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> EvictionPolicy:

@@ -1,6 +1,6 @@
 """`StreamBatch`: continuous batching. Streams that write together join and leave between two steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 
 from sinkstream.engine.decoder import StreamDecoder
@@ -59,8 +59,13 @@ class StreamBatch:
         self.decoder.prompt_ids([], stream)
         log_probs = plain(log_probs)
         LogProbs.check(log_probs, state.sampling.vocab)
-        if sampler is not None:
+        if sampler is None:
+            state.sampling.end(stream)  # of a batch that was dropped while the stream was its member
+        elif isinstance(sampler, StreamSampler):
             state.sampling.begin(stream, sampler)
+        else:
+            name = type(sampler).__name__
+            raise ValueError(f"sampler={name} is not accepted; accepted: a StreamSampler(Sampler(…), seed), or None")
         self._members[stream] = log_probs
 
     def leave(self, stream: int) -> None:
@@ -90,9 +95,10 @@ class StreamBatch:
             The token of each stream, which is in the stream already; None where a logit was no number, so that there
             was nothing to draw from (see `generation.refuse_logits`).
         """
-        active = self.members if streams is None else sorted(streams)
-        if not active or not self._members.keys() >= set(active):
-            raise ValueError(f"streams={active} is not accepted; accepted: members of the batch, {self.members}")
+        active = self.members if streams is None else sorted(streams) if isinstance(streams, Collection) else []
+        if not active or not self._members.keys() >= set(active) or len(set(active)) < len(active):
+            accepted = f"members of the batch, {self.members}, each once"
+            raise ValueError(f"streams={active or streams} is not accepted; accepted: {accepted}")
         if self._recorder is None:
             self._recorder = self._open.enter_context(self.decoder.state.recording(looks=True, keeps=False))
         self.decoder.state.wake(active)
@@ -106,10 +112,20 @@ class StreamBatch:
     def latest_log_probs(self, stream: int, token: int) -> tuple[float, TopLogProbs]:
         """Log-probability of a token at the place of the latest step, and those of the likeliest ones with their ids.
 
-        Only for streams that take part in that step and were joined with ``log_probs``.
+        Only for streams that take part in that step.
+
+        Raises
+        ------
+        ValueError
+            If the stream is no member that has joined with ``log_probs``, or there was no step since.
         """
-        count = self._members[stream]
-        assert self._log_probs is not None and count is not None, "log-probabilities were not asked for"
+        count = self._members.get(stream)
+        if self._log_probs is None or count is None:
+            known = [s for s, asked in sorted(self._members.items()) if asked is not None]
+            raise ValueError(
+                f"stream={stream!r} has no log-probabilities; accepted, after a step: members that were joined with"
+                f" log_probs=N, {known}"
+            )
         value, top = self._log_probs.latest(stream, token)
         return value, top[:count]
 

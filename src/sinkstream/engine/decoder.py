@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -208,7 +208,7 @@ class StreamDecoder(StreamKeeper):
         Tensor, (len(streams), vocab), float32
             Logits after these tokens.
         """
-        which = list(range(self.state.streams)) if streams is None else list(streams)
+        which = _which(streams, self.state.streams)
         if len(set(which)) < len(which) or not which:
             raise ValueError(f"streams={which} is not accepted; accepted: at least one stream, each once")
         for stream in which:
@@ -282,6 +282,12 @@ class StreamDecoder(StreamKeeper):
         if not len(ids):
             self.state.check_goes_on(stream)
         return ids
+
+
+def _which(streams: Sequence[int] | None, count: int) -> list[int]:
+    if streams is not None and not isinstance(streams, Iterable):
+        raise ValueError(f"streams={streams!r} is not accepted; accepted: a sequence of streams, or None for all")
+    return list(range(count) if streams is None else streams)
 
 
 def checked_cache(

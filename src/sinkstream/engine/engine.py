@@ -156,6 +156,18 @@ class Engine(StreamDecoder):
         """Raise TypeError: `generate(custom_generate=engine)` would pass over an object that cannot be called."""
         raise TypeError("an engine is no function; accepted: custom_generate=engine.custom_generate, engine.generate")
 
+    def __copy__(self) -> NoReturn:
+        """Refused: two engines would write to the same buffers."""
+        raise _not_copied()
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        """Refused: captured graphs write to the buffers of this engine."""
+        raise _not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: a pickle would hold the model."""
+        raise _not_copied()
+
     def custom_generate(
         self,
         model: PreTrainedModel,
@@ -199,3 +211,10 @@ class Engine(StreamDecoder):
             return run_custom_generate(
                 self, input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, recall_ask
             )
+
+
+def _not_copied() -> ValueError:
+    return ValueError(
+        "an engine cannot be copied or pickled; accepted: engine.snapshot(path, stream=…) and another engine's"
+        " restore(path), or dump() and undump(data)"
+    )

@@ -16,6 +16,7 @@ from sinkstream.engine.sampling import Sampler
 from sinkstream.engine.steps import StepFunction
 from sinkstream.engine.watch import WatchedModel
 from sinkstream.policies import Step
+from sinkstream.policies.options import check_whole
 
 
 class StreamKeeper(WatchedModel):
@@ -64,9 +65,10 @@ class StreamKeeper(WatchedModel):
         Raises
         ------
         ValueError
-            If a later turn has been announced already.
+            If `ahead` is no whole number from 0, or a later turn has been announced already.
         """
         self._check_stream(stream)
+        ahead = check_whole("ahead", ahead, 0)
         self.state.settle()
         schedule = self.state.schedules[stream]
         schedule.begin_turn(schedule.seen + ahead)
@@ -75,6 +77,8 @@ class StreamKeeper(WatchedModel):
 
     def rewind(self, tokens: int, *, stream: int = 0) -> None:
         """Take back the latest tokens of a stream; feed at least one token before anything is generated.
+
+        A turn that began with the first of them, or later, is forgotten.
 
         The stream is then what it was before these tokens, but for what was evicted meanwhile: evicted tokens stay so.
 
@@ -85,7 +89,10 @@ class StreamKeeper(WatchedModel):
             read them; nothing is taken back then.
         """
         self._check_stream(stream)
+        tokens = check_whole("tokens", tokens, 0)
         self.state.rewind(tokens, stream)
+        if tokens and self.recall is not None:
+            self.recall.memory.forget_turns()
 
     # ---- keeping ----
 

@@ -66,7 +66,7 @@ class StreamRecall:
 
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
-        if self.memory.settings.lag:
+        if self.memory.settings.lag and self.memory.question is None:  # a question never lags
             self._choose_late()
             self.memory.arrive(self, self.schedule)
             self._waiting = self.counters.seen, self.counters.first_window
@@ -102,11 +102,10 @@ class StreamRecall:
 
     def rewind(self, tokens: int) -> None:
         """Forget the latest tokens. Raises ValueError if they are not in the window, or the chooser has read them."""
-        if tokens > (most := self.counters.window):  # a schedule takes recalled tokens for window tokens
-            raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
+        _check_in_window(self.counters, tokens)
         self._learn()
         self.memory.rewind(tokens)
-        self._leaving.cut(self.counters.seen - tokens)
+        self._leaving.cut(max(self.counters.seen - tokens, self.state.policy.sink))  # sinks are never copied
 
     def rebasing(self) -> None:
         """Let no query that recall reads be rounded once more."""
@@ -140,6 +139,8 @@ class StreamRecall:
     def _forward_size(self, rest: int) -> int:
         """How many of the coming tokens to append at once; what leaves on the way has been copied then."""
         counters, schedule = self.counters, self.schedule
+        if counters.pruned and self.memory.archive is None:
+            self._archive()  # or nothing would seem to have left, and no choice to come until the next prune
         size = min(rest, self.prompts[0].chunk_tokens, self.memory.room(schedule))
         left = schedule.plan(size).drop.cumsum()
         size = max(1, int(left.searchsorted(counters.window, side="right")))  # what leaves lies in the ring now
@@ -164,8 +165,7 @@ class StreamRecall:
     @staticmethod
     def watching(memory: Recall, state: StreamState) -> Recall:
         """The same memory; a chooser that reads queries reads those of the state from now on."""
-        chooser = memory.settings.chooser
-        if chooser.heads:
+        if (chooser := memory.settings.chooser).heads:
             memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
         return memory
 
@@ -273,6 +273,13 @@ class StreamRecall:
         counters.geometry = g if count else g.bare
         counters.recalled, self.shift = count, shift
         counters.first_window += drop
+
+
+def _check_in_window(counters: Counters, tokens: int) -> None:
+    """Raise ValueError unless so many tokens can be taken back; to a schedule recalled ones are of the window."""
+    most = counters.window if counters.pruned else counters.seen
+    if tokens > most:
+        raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
 
 
 def recall_slots(cache: CheckedCache) -> int:

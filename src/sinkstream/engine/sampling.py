@@ -22,6 +22,9 @@ GREEDY_TEMPERATURE = 0.0
 # of a temperature of 1e-7, which only ties tell from a lower one: keys of logits up to 8,192 then stay below 2^61,
 # where kernels and twins cut them, so that all would be alike
 LARGEST_SCALE = 2.0**48
+# of a step's float32: whatever a step multiplies, divides and adds up stays finite, and 0 times a penalty is no NaN
+LARGEST, LARGEST_RATIO = 1e30, 1e6
+LARGEST_TOP_K = 1 << 30  # more tokens than any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,23 @@ class Sampler:
         if isinstance(self.logit_bias, Mapping):
             biases = {plain(token): plain(value) for token, value in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", biases)
-        number = {f.name: _is_number(getattr(self, f.name)) for f in fields(self)}
         t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
-        _check("temperature", t, number["temperature"] and 0 <= t < math.inf, "a number of at least 0 (0 is greedy)")
+        _check("temperature", t, _within(t, 0, LARGEST), f"a number from 0 (greedy) to {LARGEST:g}")
         _check("top_k", self.top_k, self.top_k is None or _is_whole(self.top_k, 1), "a whole number of at least 1")
-        _check("top_p", p, p is None or (number["top_p"] and 0 < p <= 1), "a number above 0, at most 1")
-        _check("min_p", m, m is None or (number["min_p"] and 0 <= m <= 1), "a number from 0 to 1")
-        _check("repetition_penalty", r, number["repetition_penalty"] and 0 < r < math.inf, "a number above 0")
+        _check("top_p", p, p is None or (_within(p, 0, 1) and p > 0), "a number above 0, at most 1")
+        _check("min_p", m, m is None or _within(m, 0, 1), "a number from 0 to 1")
+        within = _within(r, 1 / LARGEST_RATIO, LARGEST_RATIO)
+        _check("repetition_penalty", r, within, f"a number from {1 / LARGEST_RATIO:g} to {LARGEST_RATIO:g}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _check(name, value, number[name] and math.isfinite(value), "a finite number")
+            _check(name, value, _within(value, -LARGEST, LARGEST), f"a number from {-LARGEST:g} to {LARGEST:g}")
         _check("logit_bias", self.logit_bias, isinstance(self.logit_bias, Mapping), "numbers by token id")
+        lowest = torch.finfo(torch.float32).min
         for token, bias in self.logit_bias.items():
             _check("logit_bias", {token: bias}, _is_whole(token, 0), "token ids, whole numbers from 0")
-            right = _is_number(bias) and bias < math.inf
-            _check("logit_bias", {token: bias}, right, "a finite number or minus infinity for each token id")
+            within = _within(bias, lowest, LARGEST) or bias == -math.inf
+            accepted = f"a number from {lowest:.2g} to {LARGEST:g}, or minus infinity, for each token id"
+            _check("logit_bias", {token: bias}, within, accepted)
         if self.greedy and any(o is not None for o in (self.top_k, self.top_p, self.min_p)):
             raise ValueError("top_k, top_p and min_p change nothing at temperature=0; give a temperature above 0")
 
@@ -138,8 +143,9 @@ class Sampler:
         scale = 0.0 if self.greedy else min(ONE / math.log(2) / self.temperature, LARGEST_SCALE)
         kind = PLAIN if self.greedy else THRESHOLD if self.kernels.tops else RACE
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        top_k = min(self.top_k or 0, LARGEST_TOP_K)
         lowest = min(LIMIT, int(-math.log2(self.min_p) * ONE)) if self.min_p else LIMIT
-        table.fill(stream, [scale, self.top_p or 1.0, *penalties], [kind, self.top_k or 0, lowest, _signed(seed)])
+        table.fill(stream, [scale, self.top_p or 1.0, *penalties], [kind, top_k, lowest, _signed(seed)])
         if self.kernels.tables and table.counts is not None and table.bias is not None:
             if prompt is not None:
                 table.counts[stream, prompt] = PROMPT
@@ -241,8 +247,8 @@ def _signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+def _within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_whole(value: Any, least: int) -> bool:

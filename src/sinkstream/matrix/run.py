@@ -18,7 +18,7 @@ from sinkstream.matrix.measure import DeviceLost, Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.record import PointRecord
 from sinkstream.models import KnownModel, known_model
-from sinkstream.show.progress import say
+from sinkstream.show.progress import counted, say
 
 STATES = ("open", "failed", "complete")
 #: Measures points in any order: yields (point, content of its record, seconds) as they end.
@@ -97,7 +97,8 @@ def dry_run(matrix: Matrix, points: Sequence[Point], out: Path, console: Console
     left = sum(remaining.estimates[p.id] for p in unmeasured if p.id not in refused)
     parts = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
     fail = f", {len(refused)} will fail" if refused else ""
-    say(console, f"{len(points)} points ({parts}{fail}); about {in_words(left)} for the open ones, by formula")
+    many = counted(len(points), "point")
+    say(console, f"{many} ({parts}{fail}); about {in_words(left)} for the open ones, by formula")
     return refused
 
 
@@ -136,7 +137,7 @@ def run_points(
     remaining, done = Remaining(todo), len(points) - len(todo)
     if todo:
         left = f"about {in_words(remaining.seconds)} by formula"
-        say(console, f"{len(todo)} of {len(points)} points to measure, {left}; records: {out}")
+        say(console, f"{len(todo)} of {counted(len(points), 'point')} to measure, {left}; records: {out}")
     for point, content, seconds in measure(todo):
         with uninterrupted():
             save_or_rescue(partial(PointRecord.write, content), out)

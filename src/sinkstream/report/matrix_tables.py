@@ -20,6 +20,7 @@ from sinkstream.report.verdicts import (
     time_over,
     timed_beside,
 )
+from sinkstream.show.progress import counted
 from sinkstream.show.table import EMPTY, NONE_YET, Table
 
 HEADER = (
@@ -37,7 +38,7 @@ def render_matrix(points: Sequence[PointRecord]) -> dict[str, str]:
     rows = [row for model in groups(Evidence(points, [], [])).values() for group in model if (row := _row(group))]
     if not rows:
         return {"matrix-answers": NONE_YET, "matrix-sweeps": NONE_YET, "matrix-speed": _speed(points)}
-    head = f"{len(points)} points; {machine(points)}"
+    head = f"{counted(len(points), 'point')}; {machine(points)}"
     return {
         "matrix-answers": f"{head}\n\n{Table(HEADER, rows, left=2).markdown()}",
         "matrix-sweeps": Table(SWEEP_HEADER, _sweeps(points), left=3).markdown(),

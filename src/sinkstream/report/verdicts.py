@@ -15,6 +15,7 @@ from sinkstream.measure.environment import hardware
 from sinkstream.records.cards import arithmetic, of_one_card
 from sinkstream.records.selection import has_text
 from sinkstream.report.criteria import GO, KINDS, NO_GO, STOP_LOSS, Criterion, Evidence, Verdict
+from sinkstream.show.progress import counted
 from sinkstream.statistics import PairedDelta
 from sinkstream.statistics.comparison import Ratio, ratio_of_times
 
@@ -326,7 +327,7 @@ def same_attention(evidence: Evidence, criterion: Criterion) -> list[Verdict]:
         return []
     used = sorted({str(p.model["attn_implementation"]) for p in scored})
     outcome = GO if set(used) <= {"sdpa", "eager"} else STOP_LOSS
-    return [Verdict(criterion.id, "", outcome, f"{len(scored)} points: {', '.join(used)}", (scored[-1].id,))]
+    return [Verdict(criterion.id, "", outcome, f"{counted(len(scored), 'point')}: {', '.join(used)}", (scored[-1].id,))]
 
 
 # ---- speed ----

@@ -265,7 +265,8 @@ class RemoteTalk(Talk):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TalkError(f"{name!r} cannot be loaded: {error}") from None
         self._messages, self.system, self.last, self.context = messages, system, None, None
-        return f"{name!r}: {len(self._messages)} messages"
+        count = len(messages)
+        return f"{name!r}: {count} message{'' if count == 1 else 's'}"
 
     def stats(self) -> dict[str, Any]:
         return {"messages": len(self._messages), "model": self.model, **(self.context or {})}

@@ -18,13 +18,18 @@ class OracleIndex(Index):
         self.chooser = chooser
 
     def scores(self, query: Query) -> np.ndarray:
-        """2 for the blocks that hold a token which is wanted now, or before the next choice, 0 for all others."""
+        """At least 2 for the blocks that hold a token which is wanted now, or before the next choice, 0 for all others.
+
+        Above 2, up to 3, for those to come, the next one first: slots that are too few for all hold what comes now.
+        """
         chooser, blocks = self.chooser, query.blocks(self.chooser.block)
         found = np.zeros(len(blocks))
         for begin, end, first, last in chooser.told or ():
             if chooser.wanted(begin, end, query):
                 low, high = first // chooser.block, (last - 1) // chooser.block + 1
-                found[max(0, low - blocks.start) : max(0, high - blocks.start)] = 2.0
+                held = np.arange(max(low, blocks.start), min(high, blocks.stop))
+                ahead = held - (first + max(0, query.now - begin)) // chooser.block
+                found[held - blocks.start] = np.where(ahead >= 0, 2.0 + 1.0 / (1.0 + np.abs(ahead)), 2.0)
         return found
 
     def copy(self) -> "OracleIndex":

@@ -97,7 +97,9 @@ def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str |
     above.set_ylabel("held on the device (MB)")
     below.set_ylabel("time a token (ms): ● mean, × median")
     for axis in (above, below):
-        axis.set_ylim(bottom=0)
+        top = max((max(line.get_ydata()) for line in axis.lines if len(line.get_ydata())), default=0)
+        axis.set_ylim(0, 1.08 * top or None)  # the highest marker whole; a reply cut short has none
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     below.set_xlabel("token of the reply")
     below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     above.set_title(
