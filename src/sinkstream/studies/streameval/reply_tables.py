@@ -101,7 +101,6 @@ def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str |
         axis.set_ylim(0, 1.08 * top or None)  # the highest marker whole; a reply cut short has none
         axis.xaxis.set_major_formatter("{x:,.0f}")
     below.set_xlabel("token of the reply")
-    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     above.set_title(
         title or f"{records[0].model['name']}, one reply of {records[0].data['tokens']:,} tokens", loc="left"
     )
