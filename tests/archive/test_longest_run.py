@@ -1,9 +1,12 @@
-"""The longest run that is carried from token to token: the same hits as if every run were looked up anew."""
+"""What a lexical index carries from query to query, and what it looks at in one go: the hits are the same."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sinkstream.archive import Evicted, Query
+from sinkstream.archive.choosers import lexical
 from sinkstream.archive.choosers.lexical import Lexical, LexicalIndex
 from sinkstream.archive.choosers.longest import LongestRun
 
@@ -110,3 +113,81 @@ def test_a_copy_goes_on_by_itself():
         asked = Query(now=now, ids=ids[now - 5_032 : now - 5_000], asked=False, first=5_000, end=now - 30, least=0.6)
         found, wanted = (one.hits(asked, asked.blocks(4)) for one in (index, plain))
         assert np.array_equal(found.blocks, wanted.blocks) and np.array_equal(found.scores, wanted.scores)
+
+
+class Rehearsed(Plain):
+    """Is asked before every full query what the token before would ask."""
+
+    rehearsed = 0
+
+    def hits(self, query, blocks):
+        if not query.brief and not self.rehearsed:
+            self.rehearsed = 1
+            self.prepare(replace(query, now=query.now - 1, ids=query.ids[:-1]))
+            self.rehearsed = 0
+        return super().hits(query, blocks)
+
+
+@pytest.mark.parametrize("held", [None, 700])
+def test_a_rehearsal_changes_no_hit(held):
+    index, plain, full = Rehearsed(Lexical(**LEVELS)), Plain(Lexical(**LEVELS)), 0
+    for found, wanted, _, brief in stream(index, plain, seed=2, held=held):
+        assert np.array_equal(found.blocks, wanted.blocks) and np.array_equal(found.scores, wanted.scores)
+        full += not brief and len(found.blocks) > 0
+    assert full > 50
+
+
+def test_a_rehearsal_leaves_the_last_term_to_look_up():
+    index, looked = Lexical(**LEVELS).start(), list[int]()
+    index.add(Evicted(0, phrases(400)))
+    term = index.postings.term
+    index.postings.term = lambda token, *more: looked.append(token) or term(token, *more)  # type: ignore[method-assign]
+    query = Query(now=500, ids=[*range(31), 150], asked=False, first=0, end=400)
+    index.prepare(replace(query, now=499, ids=query.ids[:-1]))
+    assert sorted(looked) == list(range(31))
+    index.hits(query, query.blocks(4))
+    assert looked[31:] == [150], "the others are known"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_terms_are_looked_up_anew_once_their_postings_were_cut(keeps):
+    """The control keeps them: their places lie elsewhere then."""
+    ids = phrases(2_000)
+    index, anew = (Lexical(**LEVELS, rare=0.5).start() for _ in range(2))
+    for one in (index, anew):
+        one.add(Evicted(0, ids))
+    query = Query(now=2_040, ids=ids[1_940:1_972], asked=True, first=1_500, end=2_000)
+    before, known = index.hits(query, query.blocks(4)), index._known
+    for one in (index, anew):
+        one.forget(1_500)
+    index._known = known if keeps else index._known
+    wanted = anew.hits(query, query.blocks(4))
+    assert len(wanted.blocks) > 20 and np.array_equal(before.blocks, wanted.blocks)
+    try:
+        found = index.hits(query, query.blocks(4))
+        same = np.array_equal(found.blocks, wanted.blocks) and np.array_equal(found.scores, wanted.scores)
+    except (ValueError, IndexError):  # there are not so many places any more
+        same = False
+    assert same == (not keeps)
+
+
+def test_hits_are_the_same_however_many_terms_are_looked_at_in_one_go(monkeypatch):
+    """All terms at once and every run by itself, or as few terms and as few runs as possible that way."""
+    few, found, counts = lexical._few_runs, list[list](), list[int]()
+
+    def counted(*args):
+        counts[-1] += 1
+        return few(*args)
+
+    monkeypatch.setattr(lexical, "_few_runs", counted)
+    for most in (0, 1_000_000):
+        monkeypatch.setattr(lexical, "JOINED", most)
+        monkeypatch.setattr(lexical, "SINGLY", most)
+        counts.append(0)
+        index, plain = Lexical(**LEVELS).start(), Plain(Lexical(**LEVELS))
+        found.append([hits for hits, *_ in stream(index, plain, seed=3, held=700)])
+    assert counts[0] == 0 and counts[1] > 100
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one.blocks, other.blocks)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=1e-12)
+    assert sum(len(hits.blocks) > 0 for hits in found[0]) > 200

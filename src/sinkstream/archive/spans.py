@@ -67,12 +67,10 @@ def chosen_tokens(
             break
         hit = range(number * block, (number + 1) * block)
         span = _span(hit, block, border, whole)
-        new = [t for t in range(max(span.start, held.start), min(span.stop, held.stop)) if t not in taken]
-        own = [t for t in new if t in hit]
+        new = set(range(max(span.start, held.start), min(span.stop, held.stop))) - taken
         if len(new) > budget - len(taken):  # the hit itself before its neighbours, those nearest to it first
-            rest = sorted((t for t in new if t not in hit), key=lambda t: _distance(t, hit))
-            new = (own + rest)[: budget - len(taken)]
-        taken.update(new)
+            new = set(sorted(new, key=lambda t: (_distance(t, hit), t))[: budget - len(taken)])
+        taken |= new
     return sorted(taken)
 
 
@@ -86,7 +84,8 @@ def _span(hit: range, block: int, border: Callable[[int], bool], whole: bool) ->
 
 
 def _distance(token: int, hit: range) -> int:
-    return max(hit.start - token, token - hit.stop + 1)
+    """Of a token to the hit; 0 within it."""
+    return max(0, hit.start - token, token - hit.stop + 1)
 
 
 def runs(tokens: list[int]) -> list[tuple[int, int]]:

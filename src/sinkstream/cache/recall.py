@@ -298,6 +298,17 @@ class Recall(RecallMemory, RecallTimes):
             self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device, behind))
             self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
 
+    def prepare(self, now: int) -> None:
+        """Do what a choice before token `now` needs, but for the latest token, which is not known yet.
+
+        Only while something stands in the frame: then an engine's host waits several steps for that token.
+        """
+        archive, chooser = self.archive, self.settings.chooser
+        if self.frame and chooser.foresees and archive is not None and len(archive) and self.log.end == now - 1:
+            ids = self.log.read(now - 1 - chooser.query_tokens, now - 1)
+            first, end, least = archive.first, archive.end, self.gate(now)
+            self.index.prepare(Query(now=now - 1, ids=ids, asked=False, first=first, end=end, least=least))
+
     def _behind(self, now: int) -> list[int]:
         """Ids of the latest tokens of the window before token `now`, behind which a text archive reads."""
         archive, count = self.archive, self.settings.behind

@@ -44,7 +44,7 @@ class StreamRecall:
     """
 
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
-        self.state, self.prompts, self.memory = state, prompts, self.watching(recall.empty(), state)
+        self.state, self.prompts, self.memory = state, prompts, watching(recall.empty(), state)
         keeps = ARCHIVES[recall.settings.archive].keeps_entries or bool(recall.settings.chooser.heads)
         self._leaving = Leaving(state, state.policy.sink, keeps)
         self._ids = StepIds(state)
@@ -115,7 +115,7 @@ class StreamRecall:
     def forget(self) -> None:
         """Begin a new stream with an empty archive."""
         self.memory.close()
-        self.memory = self.watching(self.memory.empty(), self.state)
+        self.memory = watching(self.memory.empty(), self.state)
         self._leaving.restart(self.state.policy.sink)
         self._ids.forget()
         self._waiting = None
@@ -162,13 +162,6 @@ class StreamRecall:
         if isinstance(memory.queries, RingQueries):
             memory.queries.first = self.counters.seen
 
-    @staticmethod
-    def watching(memory: Recall, state: StreamState) -> Recall:
-        """The same memory; a chooser that reads queries reads those of the state from now on."""
-        if (chooser := memory.settings.chooser).heads:
-            memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
-        return memory
-
     # ---- what leaves ----
 
     def _choose(self) -> None:
@@ -178,6 +171,8 @@ class StreamRecall:
         if self.counters.pruned and self.memory.chooses:  # before, nothing can come back, and no token need be known
             if not self.memory.brief(self.counters.seen):  # what is known already need not wait for the latest token
                 self._archive(min(self.counters.first_window, self.memory.log.end))
+                self._learn_until(self.counters.seen - 1)
+                self.memory.prepare(self.counters.seen)
             self._learn()
             if self.memory.quiet(self.counters.seen, self.counters.first_window):
                 return
@@ -280,6 +275,14 @@ def _check_in_window(counters: Counters, tokens: int) -> None:
     most = counters.window if counters.pruned else counters.seen
     if tokens > most:
         raise ValueError(f"tokens={tokens} cannot be taken back; accepted: 0 to {most}, which are in the window")
+
+
+def watching(memory: Recall, state: StreamState) -> Recall:
+    """The same memory; a chooser that reads queries reads those of the state from now on."""
+    chooser = memory.settings.chooser
+    if chooser.heads:
+        memory.queries = RingQueries(state, chooser.heads, chooser.query_tokens)
+    return memory
 
 
 def recall_slots(cache: CheckedCache) -> int:

@@ -20,7 +20,7 @@ from sinkstream.cache.stream_file import (
     write_stream,
 )
 from sinkstream.engine.geometry import Counters
-from sinkstream.engine.recalling import StreamRecall
+from sinkstream.engine.recalling import StreamRecall, watching
 from sinkstream.engine.refresh import copy_sinks, latest_queries, pinned_tokens, window_slots, write_pinned
 from sinkstream.engine.state import StreamState
 from sinkstream.policies import EvictionPolicy
@@ -190,7 +190,7 @@ def fill_stream(
     memory, shift = None, 0
     if recall is not None and c.rows:
         memory = recall.memory.beside() if recall.memory.archive is not None else recall.memory.empty()
-        memory = recall.watching(memory, state)
+        memory = watching(memory, state)
         shift = fill_recall(memory, saved, path, state.spec, state.device)
         schedule.hold(c.kept)  # what a prune that is due has dropped already is in the archive
     state.clear(stream, sink=policy.sink)

@@ -149,6 +149,12 @@ class Index(ABC):
         """
         return True
 
+    def prepare(self, query: Query) -> None:  # noqa: B027
+        """Do what the next query will need: this one is of the token before its own, and asks the same archive.
+
+        The host has time for that until the last id of the next query is known.
+        """
+
     def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
         """Keys ``(tokens, head_dim)`` of the tokens from `first` on, as `add` took them, for the file of a stream."""
         return {}

@@ -39,22 +39,47 @@ class Term(NamedTuple):
         """``(places,)``, int32, ascending; a view, which must be gone before tokens are added."""
         return np.frombuffer(self.posting[0], np.int32, self.high - self.low, SIZE * self.low)
 
+    def stands_at(self, index: int) -> bool:
+        """Whether one of the places is this one."""
+        places = numbers_of(self.posting[0])
+        at = bisect_left(places, index, self.low, self.high)
+        return at < self.high and places[at] == index
+
     @property
     def numbers(self) -> np.ndarray:
         """Numbers of the blocks, ``(blocks,)``, int32, ascending; a view, as `places`."""
         return np.frombuffer(self.posting[1], np.int32, self.blocks, SIZE * self.first)
 
     def counts(self, block: int) -> np.ndarray:
-        """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32; often a view."""
-        counts = np.frombuffer(self.posting[2], np.int32, self.blocks, SIZE * self.first)
+        """How many of the places are in each of the blocks of so many tokens: ``(blocks,)``, int32."""
+        return np.frombuffer(self.count_bytes(block), np.int32)
+
+    def count_bytes(self, block: int) -> bytearray:
+        """As `counts`, in bytes; a copy."""
+        counts = self.posting[2][SIZE * self.first : SIZE * (self.first + self.blocks)]
         # where the archive has a part of the first block, or of the last
         if self.low or SIZE * self.high < len(self.posting[0]):
             places, numbers = numbers_of(self.posting[0]), numbers_of(self.posting[1])
             behind, last = (numbers[self.first] + 1) * block, numbers[self.first + self.blocks - 1]
-            counts = counts.copy()
-            counts[0] = bisect_left(places, behind, self.low, self.high) - self.low
-            counts[-1] = self.high - bisect_left(places, last * block, self.low, self.high)
+            counts[:SIZE] = NUMBER.pack(bisect_left(places, behind, self.low, self.high) - self.low)
+            counts[-SIZE:] = NUMBER.pack(self.high - bisect_left(places, last * block, self.low, self.high))
         return counts
+
+
+def joined_places(terms: Sequence[Term]) -> np.ndarray:
+    """The places of one term after the other, int32; a copy."""
+    return np.frombuffer(b"".join([t.posting[0][SIZE * t.low : SIZE * t.high] for t in terms]), np.int32)
+
+
+def joined_numbers(terms: Sequence[Term]) -> np.ndarray:
+    """The numbers of the blocks of one term after the other, int32; a copy."""
+    parts = [t.posting[1][SIZE * t.first : SIZE * (t.first + t.blocks)] for t in terms]
+    return np.frombuffer(b"".join(parts), np.int32)
+
+
+def joined_counts(terms: Sequence[Term], block: int) -> np.ndarray:
+    """How many of the places are in each of these blocks, as `Term.counts`."""
+    return np.frombuffer(b"".join([t.count_bytes(block) for t in terms]), np.int32)
 
 
 def stands(term: Term, indices: np.ndarray) -> np.ndarray:
