@@ -48,6 +48,7 @@ class _Transfers:
         self._one_at_a_time = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="archive-fetch")
+        self._fetching.submit(self._coming.synchronize).result()  # so that no frame waits for the thread's beginning
 
     def leave(self, source: torch.Tensor) -> "Future[torch.Tensor]":
         """Copy a block to the host, once the present stream has written it."""

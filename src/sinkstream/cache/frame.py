@@ -5,6 +5,7 @@ from typing import Protocol, Self
 
 import torch
 
+from sinkstream.archive import Fetched
 from sinkstream.cache.ahead import KeysAhead
 from sinkstream.cache.buffers import RingBuffers
 from sinkstream.cache.pinned import SLOT_AXIS, Refreshed, frame_phases, unrotated, write_rotated
@@ -32,9 +33,7 @@ class RecallRing(Protocol):
     @property
     def pinned(self) -> int: ...
 
-    def recall(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, *, drop: int = 0, shift: int = 0
-    ) -> None: ...
+    def recall(self, fetched: Fetched, positions: torch.Tensor, *, drop: int = 0, shift: int = 0) -> None: ...
 
 
 class FramedRing(RingBuffers):
@@ -89,16 +88,14 @@ class FramedRing(RingBuffers):
         """Tokens appended since the beginning of the stream."""
         return self.first_window + self.live - self.pinned
 
-    def recall(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, *, drop: int = 0, shift: int = 0
-    ) -> None:
+    def recall(self, fetched: Fetched, positions: torch.Tensor, *, drop: int = 0, shift: int = 0) -> None:
         """Put tokens that left the window into the pinned frame behind the sinks, in place of those that are there.
 
         Parameters
         ----------
-        keys : Tensor, (layers, batch, kv_heads, recalled, head_dim), float32
-            Not rotated.
-        values : Tensor, the same shape, in the dtype of the cache
+        fetched : callable
+            Waits for their keys ``(layers, batch, kv_heads, recalled, head_dim)``, float32, not rotated, and values,
+            the same shape, in the dtype of the cache.
         positions : Tensor, (1, 1, 1, recalled), int64, on the host
             Their indices in the stream, ascending.
         drop : int
@@ -107,6 +104,7 @@ class FramedRing(RingBuffers):
             How far in front of their place behind the sinks they stand in the frame.
         """
         assert self.first_window > 0, "tokens come back once tokens have left"
+        keys, values = fetched()
         self._tell_leaving(drop)
         self.first_window += drop
         window = self.live - self.pinned - drop

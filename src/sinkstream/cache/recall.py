@@ -287,7 +287,7 @@ class Recall(RecallMemory, RecallTimes):
             event = RecallEvent(now + lag, cause, score, self._spans(tokens))
             self.coming = Coming.of(archive, tokens, behind, event, device)
         else:  # what the device needs comes first: the texts of the spans are decoded while it works
-            self._set_frame(ring, schedule, tokens, partial(archive.read, tokens, device, behind))
+            self._set_frame(ring, schedule, tokens, archive.fetch(tokens, device, behind))
             self.events.append(RecallEvent(now, cause, score, self._spans(tokens)))
 
     def prepare(self, now: int) -> None:
@@ -365,17 +365,13 @@ class Recall(RecallMemory, RecallTimes):
         window = ring.live - ring.pinned
         limit = max(ring.live, self.target)
         drop = max(0, self.sink + len(tokens) + window - limit)
-        if tokens:
-            keys, values = fetched()
-        else:
-            keys, values = (t[..., :0, :] for t in (ring.pinned_keys, ring.pinned_values))
         cached = self.sink + len(tokens) + window - drop
         shift = 0
         if self.settings.distance:
             latest = self.sink + len(tokens) - 1  # position of the nearest recalled token behind the sinks
             shift = max(0, min(cached, self.target) - 1 - self.settings.distance - latest)
         positions = torch.tensor(tokens, dtype=torch.int64).view(1, 1, 1, -1)
-        ring.recall(keys, values, positions, drop=drop, shift=shift)
+        ring.recall(fetched if tokens else partial(_nothing, ring), positions, drop=drop, shift=shift)
         schedule.hold(ring.live)
         self.frame, self.recalls = tokens, self.recalls + bool(tokens)
 
@@ -389,6 +385,11 @@ class Recall(RecallMemory, RecallTimes):
             ids = archive.ids
             spans = [replace(s, text=self.decode(ids[s.first - archive.first : s.end - archive.first])) for s in spans]
         return tuple(spans)
+
+
+def _nothing(ring: RecallRing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of no token."""
+    return ring.pinned_keys[..., :0, :], ring.pinned_values[..., :0, :]
 
 
 def one_row(batch: int) -> ValueError:

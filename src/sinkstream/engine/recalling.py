@@ -3,15 +3,16 @@
 Keys and values are copied out of the ring before a step writes over them, many at once; a step waits for no copy.
 At every choice the host reads the latest token ids, as soon as the step that appends the last of them has begun: the
 choice and the fetch overlap with that step. What comes back is written to slots of its own between two steps, and the
-next plan says how many of these are read.
+next plan, which is made while a thread fetches, says how many of these are read.
 """
 
 import torch
 
-from sinkstream.archive import ARCHIVES
-from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
+from sinkstream.archive import ARCHIVES, Fetched
+from sinkstream.cache.pinned import SLOT_AXIS
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.checked_cache import CheckedCache
+from sinkstream.engine.frame_slots import FrameSlots
 from sinkstream.engine.geometry import Counters
 from sinkstream.engine.leaving import Leaving
 from sinkstream.engine.prompt import PromptForward
@@ -39,8 +40,8 @@ class StreamRecall:
     ----------
     memory : Recall
         Of the present stream.
-    shift : int
-        How far in front of their place behind the sinks the recalled tokens stand.
+    slots : FrameSlots
+        Of the recalled tokens.
     """
 
     def __init__(self, state: StreamState, recall: Recall, prompts: tuple[PromptForward, PromptForward]):
@@ -49,7 +50,7 @@ class StreamRecall:
         self._leaving = Leaving(state, state.policy.sink, keeps)
         self._ids = StepIds(state)
         self._waiting: tuple[int, int] | None = None  # a choice before this token comes late: what had left by then
-        self.shift = 0
+        self.slots = FrameSlots(state, self._leaving)
         state.between_steps.append(self)
 
     @property
@@ -66,6 +67,7 @@ class StreamRecall:
 
     def before_step(self) -> None:
         """Choose if it is time, and copy what the step would write over."""
+        self.slots.write()  # what could not be fetched for the step before is not seen by this one either
         if self.memory.settings.lag:
             self._choose_late()
             self.memory.arrive(self, self.schedule)
@@ -93,8 +95,9 @@ class StreamRecall:
             self._leaving.copy(min(end + COPIED - 1, self.counters.seen))
 
     def planned(self) -> None:
-        """The rows of the plan have no token ids yet."""
+        """The rows of the plan have no token ids yet; what has come back is written before the first of its steps."""
         self._ids.planned()
+        self.slots.write()
 
     def keep(self) -> None:
         """Copy the token ids of a plan that will be discarded."""
@@ -110,6 +113,7 @@ class StreamRecall:
 
     def rebasing(self) -> None:
         """Let no query that recall reads be rounded once more."""
+        self.slots.write()
         if isinstance(self.memory.queries, RingQueries):
             self.memory.queries.hold()
 
@@ -120,6 +124,7 @@ class StreamRecall:
         self._leaving.restart(self.state.policy.sink)
         self._ids.forget()
         self._waiting = None
+        self.slots.forget()
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, stream: int) -> None:
@@ -129,6 +134,7 @@ class StreamRecall:
         self.memory.announce(known)
         while done < len(known):
             self._choose()
+            self.slots.write()
             size = self._forward_size(len(known) - done)
             part = slice(done, done + size)
             prompts = self.prompts[bool(self.counters.recalled)]
@@ -150,6 +156,7 @@ class StreamRecall:
         """Put all that has left the window into the archive, and give the memory; waits for the device."""
         self._learn()
         self._archive()
+        self.slots.write()
         return self.memory
 
     def go_on(self, memory: Recall) -> None:
@@ -158,6 +165,7 @@ class StreamRecall:
         self._leaving.restart(self.state.policy.sink if memory.archive is None else memory.archive.end)
         self._ids.forget()
         self._waiting = None
+        self.slots.forget()
         if isinstance(memory.queries, RingQueries):
             memory.queries.first = self.counters.seen
 
@@ -249,24 +257,15 @@ class StreamRecall:
         """Sinks and recalled tokens."""
         return self.counters.pinned
 
-    def recall(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, *, drop: int = 0, shift: int = 0
-    ) -> None:
-        """As `cache.frame.FramedRing.recall`."""
-        state, counters = self.state, self.counters
-        state.settle()  # the plan is that of another frame
-        self._leaving.copy(counters.first_window + drop)
-        sink, count, g = counters.sink, keys.shape[SLOT_AXIS], state.geometry
-        if count and not counters.recalled:
-            for part in (state.keys, state.values):
-                part[..., :sink, :] = part[..., g.framed : g.framed + sink, :]
-        if count:
-            slots, phases = slice(sink, sink + count), self._leaving.turned_back(sink + shift, count).conj()
-            write_rotated(state.spec.rope, state.keys[..., slots, :], keys, phases)
-            state.values[..., slots, :] = values
-        counters.geometry = g if count else g.bare
-        counters.recalled, self.shift = count, shift
-        counters.first_window += drop
+    def recall(self, fetched: Fetched, positions: torch.Tensor, *, drop: int = 0, shift: int = 0) -> None:
+        """As `cache.frame.FramedRing.recall`; keys and values are written once the plan is made."""
+        if not ARCHIVES[self.memory.settings.archive].keeps_entries:
+            entries = fetched()  # a forward, which no thread does meanwhile
+            fetched = lambda: entries  # noqa: E731
+        self.state.settle()  # the plan is that of another frame
+        self._leaving.copy(self.counters.first_window + drop)
+        self.slots.put(fetched, positions.shape[SLOT_AXIS], shift)
+        self.counters.first_window += drop
 
 
 def watching(memory: Recall, state: StreamState) -> Recall:

@@ -142,7 +142,7 @@ def stream_record(
     )
     more = dict[str, torch.Tensor]()
     if recall is not None:
-        saved.recall, more = recall_record(recall.catch_up(), begun=counters.seen > 0, shift=recall.shift)
+        saved.recall, more = recall_record(recall.catch_up(), begun=counters.seen > 0, shift=recall.slots.shift)
     if not counters.seen:
         return saved
     counters = _as_pruned(state, stream)
@@ -250,7 +250,7 @@ def _with_recalled(
     """Unrotated keys and positions of the sinks, and of the recalled tokens behind them."""
     sink, frame = keys.shape[SLOT_AXIS], recall.memory.frame
     rotated = recall.state.keys[..., sink : sink + len(frame), :]
-    keys = torch.cat([keys, unrotated(recall.state.spec.rope, rotated, sink + recall.shift)], SLOT_AXIS)
+    keys = torch.cat([keys, unrotated(recall.state.spec.rope, rotated, sink + recall.slots.shift)], SLOT_AXIS)
     tokens = torch.tensor(frame, dtype=torch.int64, device=positions.device).view(1, 1, 1, -1)
     return keys, torch.cat([positions, tokens], SLOT_AXIS)
 
@@ -259,7 +259,8 @@ def _set_frame(recall: StreamRecall, saved: SavedStream, recalled: slice, shift:
     """Put the recalled tokens of a file, which are those entries of it, into the frame."""
     device = recall.keys.device
     keys, values = (saved.tensors[name][..., recalled, :].to(device) for name in ("pinned_keys", "values"))
-    recall.recall(keys, values, saved.tensors["pinned_positions"][..., recalled].to(device), shift=shift)
+    recall.recall(lambda: (keys, values), saved.tensors["pinned_positions"][..., recalled], shift=shift)
+    recall.slots.write()
     if saved.frame == "fixed":  # rotated already: bit for bit
         recall.keys[..., recalled, :] = saved.tensors["keys"][..., recalled, :].to(device)
 
