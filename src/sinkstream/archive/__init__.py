@@ -1,4 +1,4 @@
-"""The archive: what left the window, and who says what of it comes back."""
+"""The archive of evicted tokens, and the choosers that say which of them come back."""
 
 from sinkstream.archive.base import ARCHIVES, Archive, Fetched
 from sinkstream.archive.block_file import BlockFile

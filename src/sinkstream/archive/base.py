@@ -19,7 +19,7 @@ Fetched = Callable[[], tuple[torch.Tensor, torch.Tensor]]  # keys and values, on
 
 
 class Archive(ABC):
-    """Tokens ``first <= index < end`` of a stream; the oldest leave first when it is full.
+    """Tokens ``first <= index < end`` of a stream; a full archive drops its oldest tokens.
 
     Attributes
     ----------
@@ -46,16 +46,16 @@ class Archive(ABC):
 
     @property
     def file_bytes(self) -> int:
-        """What lies in a file, in bytes."""
+        """Size in the file, in bytes."""
         return 0
 
     @abstractmethod
     def first_after(self, tokens: int) -> int:
-        """What `first` is once so many more tokens have been taken in, in whatever pieces."""
+        """`first` after `tokens` more tokens have been appended, in pieces of any size."""
 
     @abstractmethod
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in the tokens that follow the latest one.
+        """Archive the tokens that follow the latest one.
 
         Parameters
         ----------
@@ -68,7 +68,7 @@ class Archive(ABC):
     def read(
         self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens of the stream, ascending, as `append` took them.
+        """Keys and values of tokens, by their ascending indices in the stream, as `append` took them.
 
         Parameters
         ----------
@@ -82,11 +82,11 @@ class Archive(ABC):
         """
 
     def fetch_bytes(self, tokens: int) -> int:
-        """Bytes that so many tokens take on their way to the device."""
+        """Bytes that a fetch of `tokens` tokens copies to the device."""
         return 0
 
     def fetch(self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()) -> Fetched:
-        """Begin to read, and give what waits for it and gives what `read` does; the archive may lose them meanwhile."""
+        """Start to read; the returned function waits and gives what `read` does. The archive may lose them then."""
         read = self.read(indices, device, behind)
         return lambda: read
 
@@ -99,7 +99,7 @@ class Archive(ABC):
 
     @abstractmethod
     def refill(self, ids: Sequence[int], blocks: Sequence[torch.Tensor], device: torch.device) -> None:
-        """Let an empty archive go on with ids and `blocks` of another one.
+        """Fill an empty archive with the ids and `blocks` of another one.
 
         Parameters
         ----------
@@ -114,12 +114,12 @@ class Archive(ABC):
 
     @abstractmethod
     def fork(self, file: str | None = None) -> Self:
-        """The same tokens, to go on independently.
+        """An independent archive of the same tokens.
 
         Parameters
         ----------
         file : str or None
-            Where this archive has a file: the name of the other one's, which gets a copy of what is in it.
+            Where this archive has a file: the name of the copy's file, which gets the same contents.
 
         Raises
         ------
@@ -130,7 +130,7 @@ class Archive(ABC):
         """
 
     def close(self) -> None:  # noqa: B027  (memory goes by itself)
-        """Give back what is not memory."""
+        """Release files."""
 
     def stats(self) -> dict[str, int]:
         """Tokens held, bytes in memory and in a file, tokens lost because the archive was full."""

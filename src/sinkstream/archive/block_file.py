@@ -1,4 +1,4 @@
-"""Blocks of one shape in a memory-mapped file of a fixed size; when it is full the oldest is overwritten."""
+"""Blocks of one shape in a memory-mapped file of a fixed size; a full file overwrites its oldest block."""
 
 import errno
 import math
@@ -16,7 +16,7 @@ from sinkstream.records.files import WriteError
 
 
 class BlockFile:
-    """The oldest blocks of an archive, in a file that is made now, at its full size, and deleted by `close`.
+    """The oldest blocks of an archive, in a file that the constructor makes at its full size and `close` deletes.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class BlockFile:
 
     @property
     def slots(self) -> int:
-        """How many blocks it holds."""
+        """Number of blocks that fit the file."""
         return len(self._map)
 
     def append(self, block: torch.Tensor) -> bool:

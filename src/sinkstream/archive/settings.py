@@ -1,4 +1,4 @@
-"""What a user says of recall: a chooser, its slots, when it chooses, where recalled tokens stand, and the archive."""
+"""The options of recall: chooser, slots, times of choice, positions of recalled tokens, and archive."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -34,7 +34,7 @@ class RecallSettings:
     every: int = option(8, "tokens between two choices", minimum=1)
     empty_every: int = option(
         None,
-        "the same while nothing is recalled, a divisor of it; default: 1 with a chooser that foresees, else as often",
+        "the same while nothing is recalled, a divisor of it; default: 1 if the chooser foresees, else recall_every",
         minimum=1,
     )
     gate: float = option(
@@ -52,12 +52,12 @@ class RecallSettings:
     )
     step_bytes: int = option(
         STEP_BYTES,
-        "bytes of the archive that one step may wait for: a larger frame of the gate is set a token later for each"
-        " further so many",
+        "bytes of the archive that one step may wait for: a larger frame of the gate is set later, one token for"
+        " every further recall_step_bytes",
         minimum=1,
     )
-    hold: int = option(16, "tokens that recalled tokens stay after the gate was last open", minimum=0)
-    hold_asked: int = option(256, "tokens that what was recalled for a question stays", minimum=0)
+    hold: int = option(16, "tokens for which recalled tokens stay after the gate was last open", minimum=0)
+    hold_asked: int = option(256, "tokens for which recalled tokens stay after a question", minimum=0)
     share: float = option(
         0.6, "a question brings blocks back from this share of its best score on", minimum=0.0, maximum=1.0
     )
@@ -66,10 +66,12 @@ class RecallSettings:
     )
     archive: str = option("kv", "what is kept of evicted tokens", choices=ARCHIVES.names)
     behind: int = option(
-        0, "latest tokens of the window that a text archive reads again in front of what comes back", minimum=0
+        0, "latest tokens of the window that a text archive reads in front of recalled ones", minimum=0
     )
     bytes: int = option(BUDGET_BYTES, "host memory of the archive", minimum=1)
-    file: str | None = option(None, "file for what does not fit the host memory; made, and deleted in the end")
+    file: str | None = option(
+        None, "file for what does not fit the host memory; made by the stream, and deleted with it"
+    )
     file_bytes: int = option(BUDGET_BYTES, "size of the file", minimum=1)
 
     def __post_init__(self):
@@ -90,13 +92,13 @@ class RecallSettings:
             )
 
     def _check_chooser(self) -> None:
-        """Raise ValueError unless numbers that a chooser of the user's own may set anew are what they must be."""
+        """Raise ValueError unless the class attributes that a user's chooser may override are whole numbers."""
         name = type(self.chooser).__name__
         for what, least in (("block", 1), ("query_tokens", 1), ("alarms", 0)):
             check_whole(f"{name}.{what}", getattr(self.chooser, what), least)
 
     def record(self) -> dict[str, Any]:
-        """What was said, as JSON has it: ``recall``, the name of the chooser, and settings and options by name."""
+        """The settings as JSON: the name of the chooser under ``recall``, settings and options by name."""
         names = {cls: name for name, cls in CHOOSERS.items()}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "chooser"}
         options = {f.name: getattr(self.chooser, f.name) for f in fields(self.chooser)}
@@ -105,7 +107,7 @@ class RecallSettings:
         return {"recall": name, "heads": list(self.chooser.heads)} | plain | own
 
     def beside(self) -> Self:
-        """The settings of a stream that lives beside one with these: its file has a number behind the name."""
+        """The settings of another stream beside this one: a number is appended to the name of its file."""
         if self.file is None:
             return self
         base = re.sub(r"\.fork[0-9]+$", "", self.file)
@@ -143,7 +145,7 @@ class RecallSettings:
 
     @classmethod
     def check(cls, recall: "str | Chooser", policy: EvictionPolicy, **options: Any) -> None:
-        """Raise ValueError, as `build` and `check_policy` do, for what shows without the model."""
+        """Raise ValueError, as `build` and `check_policy` do, for everything that can be checked without the model."""
         mine, given = cls._parted(recall, options)
         given.pop("heads", None)  # who knows the model says which it has
         chooser = CHOOSERS[recall](**given) if isinstance(recall, str) else recall

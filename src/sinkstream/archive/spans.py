@@ -1,4 +1,4 @@
-"""Spans: what comes back of the blocks that a chooser scores best: the hit, its neighbours, cut at borders."""
+"""Spans: the tokens that come back for the best blocks of a chooser: block and neighbours, cut at borders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def _distance(token: int, hit: range) -> int:
 
 
 def runs(tokens: list[int]) -> list[tuple[int, int]]:
-    """Runs ``(first, end)`` of tokens in a row, of ascending tokens."""
+    """Runs ``(first, end)`` of consecutive tokens in an ascending sequence."""
     found: list[tuple[int, int]] = []
     for token in tokens:
         if found and found[-1][1] == token:

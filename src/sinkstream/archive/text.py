@@ -1,4 +1,4 @@
-"""Text archive: token ids alone, read through the model again when they are wanted."""
+"""Text archive: token ids, whose keys and values a forward computes again when they come back."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,11 +18,10 @@ Reread = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 
 @ARCHIVES.register("text")
 class TextArchive(Archive):
-    """Token ids, 4 bytes each: what is wanted is read through the model again, behind the sinks.
+    """Token ids, 4 bytes each; tokens that come back are read through the model again, behind the sinks.
 
-    The keys and values are those of the wanted tokens in each other's company, behind a part of the present text if
-    that is asked for, not those that left. So they cost a forward of as many tokens as are read, and differ from those
-    of the KV archive.
+    The forward sees the sinks, a part of the present text if asked for, and the tokens that come back, but not the text
+    around them when they left. So keys and values differ from those of the KV archive, and cost a forward.
 
     Parameters
     ----------
@@ -53,7 +52,7 @@ class TextArchive(Archive):
         return self.first + -(-over // lost_at_once) * lost_at_once
 
     def append(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """As `Archive.append`; keys and values are let go."""
+        """As `Archive.append`; keys and values are ignored."""
         self.ids.extend(ids)
         self.end += len(ids)
         self._lose(self.first_after(0) - self.first)
@@ -65,7 +64,7 @@ class TextArchive(Archive):
         return self.fetch(indices, device, behind)()
 
     def fetch(self, indices: Sequence[int], device: torch.device, behind: Sequence[int] = ()) -> Fetched:
-        """As `Archive.fetch`; the forward takes place when it is waited for."""
+        """As `Archive.fetch`; the function that it returns runs the forward."""
         self._check_held(indices)
         front = [*self.sinks, *behind]
         return partial(self._read, front, [self.ids[index - self.first] for index in indices])

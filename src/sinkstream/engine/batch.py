@@ -1,4 +1,4 @@
-"""`StreamBatch`: continuous batching. Streams that write together join and leave between two steps."""
+"""`StreamBatch`: continuous batching. Streams that generate together join and leave between two steps."""
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -14,10 +14,10 @@ FORGET_AFTER = 256  # steps of which log-probabilities are kept although only th
 
 
 class StreamBatch:
-    """Streams of one decoder that write together.
+    """Streams of one decoder that generate together.
 
-    A stream writes the tokens that it would write alone, whatever joins or leaves beside it. Nothing is captured anew
-    when one does, but for the first step of a block of streams or of a kind of draw.
+    A stream generates the tokens that it would generate alone, whatever joins or leaves beside it. A CUDA graph is
+    captured at the first step of a block of streams or of a kind of draw only.
 
     Parameters
     ----------
@@ -39,14 +39,14 @@ class StreamBatch:
         return sorted(self._members)
 
     def join(self, stream: int, sampler: StreamSampler | None = None, *, log_probs: int | None = None) -> None:
-        """Let a stream that holds tokens write from the next step on.
+        """Let a stream that holds tokens generate from the next step on.
 
         Parameters
         ----------
         sampler : StreamSampler or None
             How it draws; None: the likeliest token.
         log_probs : int or None
-            Of how many of the likeliest tokens `latest_log_probs` tells; None: of none.
+            Number of likeliest tokens that `latest_log_probs` returns; None: no log-probabilities.
 
         Raises
         ------
@@ -69,7 +69,7 @@ class StreamBatch:
         self._members[stream] = log_probs
 
     def leave(self, stream: int) -> None:
-        """Let a stream write no more; it keeps its tokens, and others go on."""
+        """Take a stream out of the batch; it keeps its tokens."""
         if stream in self._members:
             del self._members[stream]
             self.decoder.state.sampling.end(stream)
@@ -80,7 +80,7 @@ class StreamBatch:
     def step(
         self, streams: Sequence[int] | None = None, meanwhile: Callable[[], None] | None = None
     ) -> dict[int, int | None]:
-        """Let streams write one token each.
+        """Generate one token in each stream.
 
         Parameters
         ----------
@@ -92,8 +92,8 @@ class StreamBatch:
         Returns
         -------
         dict of int or None by int
-            The token of each stream, which is in the stream already; None where a logit was no number, so that there
-            was nothing to draw from (see `generation.refuse_logits`).
+            The token of each stream, appended already; None where a logit was not a number, so that nothing could be
+            drawn (see `generation.refuse_logits`).
         """
         active = self.members if streams is None else sorted(streams) if isinstance(streams, Collection) else []
         if not active or not self._members.keys() >= set(active) or len(set(active)) < len(active):

@@ -1,4 +1,4 @@
-"""Capturing beforehand: every CUDA graph that steps and prompts would else capture when they first need it."""
+"""Capture in advance the CUDA graphs that steps and prompts would otherwise capture at their first use."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -42,7 +42,7 @@ class StreamDecoder(StreamKeeper):
     policy : EvictionPolicy or None
         Or give its options: ``sink``, ``window`` or ``cap``, ``compress_every`` … (see `EvictionPolicy.build`).
     backend : str
-        Name in `STEPS`: how a step is done.
+        Name in `STEPS`: how a step is computed.
     streams : int
         How many streams are held; each has its own ring.
     positions : {"cache", "original"}
@@ -57,10 +57,10 @@ class StreamDecoder(StreamKeeper):
         Most tokens of a prompt that go through the model at once.
     max_sink : int or None
         Most sinks that `join` may give a stream, which then has as much less window; default: the policy's. Goes with
-        policies whose plan is known.
+        policies whose prunes are known beforehand.
     recall : str, Chooser or None
-        Who says which tokens that left the window come back, as in `StreamingCache.for_model`, with the same options
-        ``recall_slots``, ``recall_every`` … One stream, and a policy whose plan is known.
+        The chooser of evicted tokens that come back, as in `StreamingCache.for_model`, with the same options
+        ``recall_slots``, ``recall_every`` … Needs one stream, and a policy whose prunes are known beforehand.
 
     Raises
     ------
@@ -162,14 +162,14 @@ class StreamDecoder(StreamKeeper):
         return self.state.logits[stream].clone()
 
     def join(self, ids: Ids, *, stream: int | None = None, sink: int | None = None) -> int:
-        """Let a stream begin between two steps of others, which go on as if it were not there.
+        """Start a stream between two steps of the others, which are not affected.
 
         Parameters
         ----------
         ids : Tensor, (tokens,), int64, or sequence of int
             Its prompt, which is fed alone.
         stream : int or None
-            Default: the first one that holds no token. It is returned.
+            Default: the first one that holds no token. Its number is returned.
         sink : int or None
             Its sinks, up to ``max_sink``; default: the policy's.
 
@@ -300,7 +300,7 @@ def checked_cache(
     max_sink: int | None = None,
     **options: Any,
 ) -> CheckedCache:
-    """The empty cache with the engine's settings, after every check of the engine. Raises ValueError."""
+    """An empty cache with the engine's settings, after all checks of the engine. Raises ValueError."""
     step, max_sink = STEPS[backend], plain(max_sink)
     streams, chunk_tokens, _ = _whole(streams, chunk_tokens, 0)
     model = inner_model(model)

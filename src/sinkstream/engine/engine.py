@@ -91,7 +91,7 @@ class Engine(StreamDecoder):
         Parameters
         ----------
         ids : Tensor (tokens,), sequence of int or str
-            New tokens only; empty to go on with a stream that has begun. Text needs a tokenizer.
+            New tokens only; empty to continue a stream that has begun. Text needs a tokenizer.
         max_new_tokens : int
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias
             See `Sampler`; the default is greedy.
@@ -100,16 +100,16 @@ class Engine(StreamDecoder):
         stop_tokens : sequence of int or None
             Token ids that end it; default: the model's end-of-text tokens; () for none.
         callback : callable or None
-            Called with (token, stream) after each token; a true answer ends the stream.
+            Called with (token, stream) after each token; a true return value ends the stream.
         streamer : BaseStreamer or None
-            As in transformers' generate(): is given the prompt, then each token; `TextIteratorStreamer` and others
-            make text of them as it comes (the stop string included).
+            As in transformers' generate(): receives the prompt, then each token; `TextIteratorStreamer` and others
+            decode them as they arrive (the stop string included).
         seed : int, default=0
-            Of the draws. A token drawn is a function of the seed, its position in the stream and the logits.
+            Seed of the draws. A drawn token is a function of the seed, its position in the stream and the logits.
         log_probs : int or None
             Also return the log-probability of each token and of this many likeliest ones, at most 20; 0: of the token.
         recall_ask : int, default=0
-            How many tokens at the end of the prompt are a question, as `ask` takes one.
+            Tokens at the end of the prompt that are a question for recall, as in `ask`.
 
         Raises
         ------
@@ -119,19 +119,19 @@ class Engine(StreamDecoder):
         return generate(self, {stream: ids}, max_new_tokens, **more)[stream]
 
     def ask(self, ids: Ids | str, *, stream: int = 0, replay: bool = True) -> torch.Tensor:
-        """Feed a question at the end of a turn; what comes back is chosen by the question alone, without a gate.
+        """Feed a question at the end of a turn; recall chooses by the question alone, without a gate.
 
         Parameters
         ----------
         ids : Tensor (tokens,), sequence of int or str
             New tokens only; at least one. Text needs a tokenizer.
         replay : bool
-            Whether the question itself is computed with the tokens that come back. If not, only what follows is.
+            Whether the question itself sees the tokens that come back. If not, only later tokens see them.
 
         Returns
         -------
         Tensor, (vocab,), float32
-            Logits after the question; ``generate([], …)`` goes on from there.
+            Logits after the question; ``generate([], …)`` continues from there.
 
         Raises
         ------
@@ -182,11 +182,11 @@ class Engine(StreamDecoder):
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Decode for transformers: ``model.generate(**inputs, custom_generate=engine.custom_generate)``.
 
-        Each row of the batch, without its pads, becomes a stream of its own, from stream 0 on; these streams start
-        over. Logits processors and stopping criteria are those that generate() has made from its options, and the
-        caller's own. Greedy output is that of generate() with a `StreamingCache` of the same policy; the last token is
-        in the stream as well. With recall, ``model.generate(…, recall_ask=TOKENS)`` says how many tokens at the end of
-        the prompt are a question, as `ask` takes one.
+        Row i of the batch, without its pads, goes to stream i, which is reset first. Logits processors and stopping
+        criteria are those that generate() has made from its options, and the caller's own. Greedy output is that of
+        generate() with a `StreamingCache` of the same policy; the last token is in the stream as well. With recall,
+        ``model.generate(…, recall_ask=TOKENS)`` says how many tokens at the end of the prompt are a question, as in
+        `ask`.
 
         Returns
         -------
@@ -197,7 +197,7 @@ class Engine(StreamDecoder):
         ------
         ValueError
             Naming what the engine cannot do: beams, an assistant, a cache, embeddings or positions of the
-            caller's own, more rows than streams, another model. The streams are as they were then.
+            caller's own, more rows than streams, another model. The streams are unchanged then.
         """
         frame = inspect.currentframe()
         extra = compat.generate_arguments(frame.f_back if frame else None, model)

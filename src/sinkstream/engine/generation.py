@@ -27,7 +27,7 @@ Callback = Callable[[int, int], bool | None]
 
 @dataclass
 class Generation:
-    """What one stream wrote.
+    """What one stream generated.
 
     Attributes
     ----------
@@ -120,7 +120,7 @@ class Writer(ABC):
 
 @torch.no_grad()
 def write(decoder: StreamDecoder, writer: Writer, streams: Sequence[int], max_new_tokens: int) -> None:
-    """Let streams write, stepped together; those that end are idle from then on. Every drawn token is appended."""
+    """Step streams together until each has ended; ended streams are idle. Every drawn token is appended."""
     for _ in steps(decoder, writer, streams, max_new_tokens):
         pass
 
@@ -227,7 +227,7 @@ def generate(
     recall_ask: int = 0,
     **sampling: Any,
 ) -> dict[int, Generation]:
-    """Feed each stream its prompt and let all of them write, stepped together.
+    """Feed each stream its prompt, and generate in all of them, stepped together.
 
     Parameters
     ----------

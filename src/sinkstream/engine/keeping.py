@@ -1,4 +1,4 @@
-"""What is done to the streams of a decoder between their steps: turns, snapshots, counts."""
+"""What happens to streams between decode steps: captures, turns, snapshots, counts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from sinkstream.policies.options import check_whole
 
 
 class StreamKeeper(WatchedModel):
-    """The part of `StreamDecoder` that decodes nothing."""
+    """The part of `StreamDecoder` beside decoding."""
 
     weights: PackedWeights
     recall: StreamRecall | None
@@ -34,14 +34,14 @@ class StreamKeeper(WatchedModel):
     ) -> None:
         """Capture now every CUDA graph of steps that take the likeliest token, and of chunks of prompts.
 
-        Without it a graph is captured when it is first needed, and that step or prompt waits for it. Streams that hold
-        tokens do not notice. Nothing happens with backends that capture nothing.
+        Otherwise a graph is captured when it is first needed, and that step or prompt waits. Streams that hold tokens
+        are not affected. Does nothing with backends that capture nothing.
 
         Parameters
         ----------
         samplers : sequence of Sampler
-            Whose draws are captured too. Which options they have matters, and not their values: streams that draw
-            together need all of theirs.
+            Samplers whose draws are captured too. Which options are set matters, not their values. Streams that draw
+            together need the options of all.
         told : callable
             ``told(done, total)`` after each piece of the work.
 
@@ -60,7 +60,7 @@ class StreamKeeper(WatchedModel):
     # ---- turns of a conversation ----
 
     def begin_turn(self, ahead: int = 0, *, stream: int = 0) -> None:
-        """Say that a turn begins `ahead` tokens after the next one, for ``evict="turns"`` and recall.
+        """Announce that a turn begins `ahead` tokens after the next one, for ``evict="turns"`` and recall.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class StreamKeeper(WatchedModel):
 
         A turn that began with the first of them, or later, is forgotten.
 
-        The stream is then what it was before these tokens, but for what was evicted meanwhile: evicted tokens stay so.
+        The stream is then as before these tokens, except that tokens evicted meanwhile stay evicted.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class StreamKeeper(WatchedModel):
         self.state.clear(stream, sink=sink)
 
     def leave(self, stream: int) -> None:
-        """Forget one stream, so that another one may join in its place; the others go on."""
+        """Forget one stream, so that another one may join in its place; the others are not affected."""
         self.reset(stream=stream)
 
     def close(self) -> None:

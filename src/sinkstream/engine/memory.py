@@ -62,7 +62,7 @@ class MemoryNeed:
         recall_queries: int = 0,
         reread_tokens: int = 0,
     ) -> MemoryNeed:
-        """What `streams` streams of a model take under a policy, with prompts in chunks of `chunk_tokens`.
+        """The need of `streams` streams of a model under a policy, with prompts in chunks of `chunk_tokens`.
 
         Parameters
         ----------

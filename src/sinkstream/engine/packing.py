@@ -1,4 +1,4 @@
-"""Packed weights: the rows that one kernel reads, in one piece.
+"""Packed weights: the rows that one kernel reads, in one contiguous tensor.
 
 Packing goes layer by layer. The module's parameters become views of the packed storage, so that the transformers
 forward (which prefills) and the decode step share one copy, and at most one layer is ever held twice. A packed model

@@ -1,8 +1,8 @@
 """Chunks of a prompt that cross prunes at which pinned tokens are chosen, straight into the static ring.
 
-What is chosen, and among what, is that of `cache.choices`. Launching the kernels of a short chunk one by one takes
-longer than the kernels themselves, so short ones are padded and captured, as others are: which prunes they cross, and
-where, is read from a second table beside that of the band.
+`cache.choices` defines candidates and choice. Launching the kernels of a short chunk one by one takes longer than the
+kernels themselves, so short chunks are padded and captured, as in `short_chunks`. The kernels read which prunes a chunk
+crosses, and where, from a second table beside that of the band.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ FEWEST_PRUNES = 2  # of such a chunk that is not captured; with fewer, cut at th
 
 
 def chooses_in_chunk(state: StreamState) -> bool:
-    """Whether pinned tokens can be chosen in a chunk: the policy looks at attention alone, at positions in the cache.
+    """Whether pinned tokens can be chosen in a chunk: the scorer reads attention alone, at positions in the cache.
 
     Pinned tokens at their original positions may stand any number of positions before the chunk.
     """

@@ -1,13 +1,13 @@
-"""Prompts under policies that look: where the next prune comes, or what stays pinned at it, is not known beforehand.
+"""Prompts under policies that observe: the next prune, or its pinned tokens, are not known beforehand.
 
-A scorer must be asked at every prune. Where it looks at attention alone, a chunk crosses the prunes, and what stays
-pinned is chosen in each layer (`prompt_choices`); otherwise a chunk ends before the next prune, and what stays pinned
-is chosen between two chunks.
+A scorer chooses the pinned tokens at every prune. A scorer that reads attention alone chooses in each layer, so a chunk
+crosses the prunes (`prompt_choices`). Under other scorers a chunk ends before the next prune, and the choice is made
+between two chunks.
 
-When an adaptive trigger prunes depends on the logits of the tokens before, so a chunk is computed under foreseen
-prunes, and nothing of it is written. Its own risks then say which prunes there are: every token up to the first one
-that was foreseen wrongly has seen what it should, and is kept. The risks of the others, which saw almost the right
-window, foresee the prunes of the next chunk: as a rule all of them.
+The prunes of an adaptive trigger depend on the logits of earlier tokens. So a chunk is computed under foreseen prunes,
+without writing to the ring. The risks of the chunk then say where the prunes are. Tokens up to the first wrongly
+foreseen prune have seen the right window, and are kept. The others saw almost the right window: their risks foresee
+the prunes of the next chunk, as a rule all of them.
 """
 
 import torch
@@ -24,7 +24,7 @@ FEWEST = {"cpu": 256}
 
 
 class EventPrompts:
-    """Feeds prompts to the streams of one state, under a policy whose prunes are decided on the way.
+    """Feeds prompts to the streams of one state, under a policy whose prunes or pinned tokens depend on the prompt.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """`StreamRecall`: recall in the one stream of an engine; `cache.recall` says what comes back, and when.
 
-Keys and values are copied out of the ring before a step writes over them, many at once; a step waits for no copy.
-At every choice the host reads the latest token ids, as soon as the step that appends the last of them has begun: the
-choice and the fetch overlap with that step. What comes back is written to slots of its own between two steps, and the
-next plan says how many of these are read.
+Keys and values are copied out of the ring before a step overwrites them, many at once; no step waits for a copy. At
+every choice the host reads the latest token ids as soon as the step that appends the last of them has begun, so choice
+and fetch overlap with that step. Recalled entries are written to slots of their own between two steps. The next rows of
+the step table say how many of these slots are read.
 """
 
 import torch
@@ -24,7 +24,7 @@ COPIED = 64  # tokens that are copied out of the ring at once, where the window 
 
 
 class StreamRecall:
-    """What leaves the ring, and what of it stands in the frame. To `Recall` it is a soft ring.
+    """Moves entries from the ring to the archive and back into the frame. To `Recall` it is a soft ring.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class StreamRecall:
     recall : Recall
         Empty.
     prompts : pair of PromptForward
-        While nothing is recalled, and while something is.
+        The forward with an empty frame, and the forward with a filled one.
 
     Attributes
     ----------

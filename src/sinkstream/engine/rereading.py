@@ -1,4 +1,4 @@
-"""`PackedReader`: a text that is read through the packed weights again, in a ring of its own."""
+"""`PackedReader`: keys and values of archived text, by a forward of the packed weights in a ring of its own."""
 
 from collections.abc import Sequence
 

@@ -93,7 +93,7 @@ class Sampler:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Sampler":
-        """The sampler with these options. Raises ValueError also for a name that is no option."""
+        """The sampler with these options. Raises ValueError for an unknown option, too."""
         unknown = sorted(set(options) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}; accepted: {', '.join(cls.__dataclass_fields__)}")

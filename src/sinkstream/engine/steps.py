@@ -1,4 +1,4 @@
-"""The engine backends, the rungs of the benchmark's ladder: several implementations of one decode step.
+"""The engine backends, which are rungs of the benchmark too: several implementations of one decode step.
 
 Every backend reads and writes the same `StreamState`, so that backends can be exchanged and compared.
 """
@@ -174,7 +174,7 @@ class GraphLinearStep(GraphedDecode):
 
 @STEPS.register("fused-ops")
 class FusedOpsStep(GraphedDecode):
-    """As `fused`, with a launch for every op of a layer where `fused` has one persistent kernel for all layers."""
+    """As `fused`, without the persistent kernel: every op of a layer is a launch."""
 
     kind = ablations.OpsDecode
 

@@ -1,4 +1,4 @@
-"""Whether a model is still the one that an engine was made for, asked once a call, and its weights taken anew.
+"""Checks once per call that the model is unchanged since the engine was made, and takes changed weights at a reset.
 
 The decode step reads the memory that the weights had when the engine was made. A weight that is replaced
 (``load_state_dict(assign=True)``, ``parameter.data = …``) lies elsewhere; one that is written in place is read by the

@@ -226,9 +226,9 @@ class PersistentNeoxConfig(KernelConfig):
     warps, per_sm : int
         Warps of a program, programs a multiprocessor.
     rows, out_rows : int
-        Weight rows of one tile of queries, keys, values and the up-projection, and of the output, and
+        Weight rows of one tile: of queries, keys, values and the up-projection; of the output (powers of two).
     slots : int
-        slots of one tile of attention (powers of two, slots at least 16); a program has as many tiles as it needs.
+        Slots of one tile of attention (a power of two, at least 16); a program has as many tiles as it needs.
     lead : int
         How far ahead a program prefetches to L2 what it reads: 1 to 4 of the four items of a layer (rows of queries,
         keys and values; rows of the up-projection; slots; rows of the output), or 0 for nothing.

@@ -1,4 +1,4 @@
-"""The contract of a chooser: tokens that left the window go into its index; a query gives one score a block."""
+"""The contract of a chooser: evicted tokens go into its index; a query gives one score per block."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Head = tuple[int, int]  # (layer, kv head)
 
 @dataclass(frozen=True)
 class Evicted:
-    """Tokens in a row that have left the window.
+    """Consecutive tokens that have left the window.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Evicted:
 
 @dataclass(frozen=True)
 class Query:
-    """What is looked for.
+    """What a choice searches for.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Query:
     ids : sequence of int
         The latest tokens, or those of the question.
     asked : bool
-        Whether `ids` is a question: then somebody wants the best blocks whatever their score.
+        Whether `ids` is a question: the best blocks then come back whatever their score.
     first, end : int
         The archive holds the tokens ``first <= index < end``.
     queries : dict of Tensor, (tokens, query heads of the kv head, head_dim), float32
@@ -55,7 +55,7 @@ class Query:
     scaling : float
         Of attention scores.
     least : float
-        Nobody asks what is below this score: an index need not tell such blocks apart.
+        Scores below this one are not used: an index need not distinguish such blocks.
     brief : bool
         The choice is one of many while nothing is recalled: an index may leave out what takes long.
     """
@@ -98,7 +98,7 @@ class Index(ABC):
     """What a chooser remembers of one stream."""
 
     def add(self, evicted: Evicted) -> None:  # noqa: B027  (some choosers remember nothing)
-        """Take in tokens that have left the window; each comes once, in order."""
+        """Index tokens that have left the window; each is passed once, in order."""
 
     def forget(self, before: int) -> None:  # noqa: B027
         """Tokens before this index have left the archive."""
@@ -108,11 +108,11 @@ class Index(ABC):
         """One score for each block of ``query.blocks(block)``: ``(blocks,)``, float64.
 
         1 is the level that 1 % of the queries of ordinary text reach: the gate opens at 1. A block of 0 or less is not
-        brought back. Of a block below ``query.least`` the score may be any number below it.
+        brought back. The score of a block below ``query.least`` may be any number below ``query.least``.
         """
 
     def hits(self, query: Query, blocks: range) -> Hits:
-        """As `scores`, without blocks of score 0; an index that looks at few of the blocks overrides this.
+        """As `scores`, without blocks of score 0; an index that scores few of the blocks overrides this.
 
         Parameters
         ----------
@@ -140,7 +140,7 @@ class Index(ABC):
         return Hits(np.arange(blocks.start, blocks.stop), scores)
 
     def may_hit(self, latest: Sequence[int], least: float) -> bool:
-        """Whether a brief query may find a block of at least this score; False is sure, and must take no time.
+        """Whether a brief query may find a block of at least this score. False must be certain, and the answer cheap.
 
         Parameters
         ----------
@@ -150,9 +150,9 @@ class Index(ABC):
         return True
 
     def prepare(self, query: Query) -> None:  # noqa: B027
-        """Do what the next query will need: this one is of the token before its own, and asks the same archive.
+        """Warm up for the next query, which has one token more than `query` and the same archive.
 
-        The host has time for that until the last id of the next query is known.
+        Called while the host waits for the last id of the next query.
         """
 
     def head_keys(self, first: int) -> Mapping[Head, torch.Tensor]:
@@ -160,27 +160,27 @@ class Index(ABC):
         return {}
 
     def copy(self) -> Self:
-        """The same memory, to go on independently."""
+        """An independent copy."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Chooser(ABC):
-    """Says which blocks of the archive are wanted. Subclasses are frozen dataclasses of their options.
+    """Scores the blocks of the archive. Subclasses are frozen dataclasses of their options.
 
     Attributes
     ----------
     block : int
         Tokens of a block: block b is the tokens b * block to (b + 1) * block - 1 of the stream.
     query_tokens : int
-        How many of the latest tokens a query is made of, where there is no question.
+        Latest tokens in a query that is no question.
     foresees : bool
-        The index reads ids alone, takes tokens before they have left the window, and its scores look at tokens before
-        ``query.end`` only. Then a prompt is fed in long chunks, up to the next choice that changes something.
+        The index reads ids alone, accepts tokens before they have left the window, and scores only tokens before
+        ``query.end``. Then a prompt is fed in long chunks, up to the next choice that changes something.
     heads : tuple of (layer, kv_head)
         Whose unrotated keys and queries the index must be given.
     alarms : int
-        False alarms per 1,000 tokens from which on the gate rises, unless a user says otherwise; 0: it never rises.
+        Default of ``recall_alarms``: false alarms per 1,000 tokens from which on the gate rises; 0: never.
     """
 
     foresees: ClassVar[bool] = False
@@ -188,7 +188,7 @@ class Chooser(ABC):
     alarms: ClassVar[int] = 0
 
     block: int = option(16, "tokens of a block of the archive", minimum=1)
-    query_tokens: int = option(32, "latest tokens that a query is made of", minimum=1)
+    query_tokens: int = option(32, "latest tokens in a query", minimum=1)
 
     def __post_init__(self):
         check_options(self)
@@ -199,7 +199,7 @@ class Chooser(ABC):
         return cls(**options)
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
-        """The chooser beside a tokenizer, or None; a chooser that reads text overrides this, and may refuse None."""
+        """The chooser for a tokenizer, or for None; a chooser that reads text overrides this, and may refuse None."""
         return self
 
     def check(self, model: Any) -> None:
