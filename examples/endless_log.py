@@ -3,7 +3,7 @@
     tail -f server.log | python examples/endless_log.py
     python examples/endless_log.py --cap 512 < server.log
 
-Surprise is the mean NLL of a line's tokens given the lines before, in nats a token. The second column is its running
+Surprise is the mean NLL of a line's tokens given the lines before, in nats per token. The second column is its running
 mean; a line far above the running mean is marked with an asterisk. With --digest LINES, a digest follows after so many
 lines each: their mean surprise and the three most surprising ones.
 """
@@ -34,11 +34,11 @@ def read(
 
 
 def digest(latest: list[tuple[float, str]]) -> str:
-    """What the latest lines were like: surprise in nats a token, and text."""
+    """What the latest lines were like: surprise in nats per token, and text."""
     mean = sum(surprise for surprise, _ in latest) / len(latest)
     most = sorted(latest, reverse=True)[:3]
     rows = [f"#   {surprise:6.2f} {text}" for surprise, text in most]
-    return "\n".join([f"# {len(latest)} lines, {mean:.2f} nats a token; the most surprising:", *rows])
+    return "\n".join([f"# {len(latest)} lines, {mean:.2f} nats per token; the most surprising:", *rows])
 
 
 def main() -> None:

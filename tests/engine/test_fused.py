@@ -25,7 +25,7 @@ from sinkstream.kernels.plans import PERSISTENT_LLAMA_PLANS, PERSISTENT_NEOX_PLA
 from sinkstream.policies import EvictionPolicy
 
 GPU = torch.device("cuda")
-HALF_TOLERANCE = 0.02  # nats a token, on average: two orders of rounding in float16
+HALF_TOLERANCE = 0.02  # nats per token, on average: two orders of rounding in float16
 ONE_KERNEL = [  # policies under which one kernel may serve all layers
     pytest.param({"policy": "lazy"}, id="lazy"),
     pytest.param({"policy": "refresh-uniform"}, id="refresh"),

@@ -27,7 +27,7 @@ from sinkstream.policies.options import option_fields
 from sinkstream.statistics import paired_delta_ppl
 
 TOKENS, CAP = 176, 40
-TOLERANCE = 1e-5  # nats a token
+TOLERANCE = 1e-5  # nats per token
 SIZES = {"compress_every": 8, "refresh": 5, "overlap": 4, "max_drop": 3, "slack": 6}
 ADAPTIVE = {"adaptive_min": 2, "adaptive_every": 4, "adaptive_max": 8}
 POLICIES = [name for name in method_names() if name not in BASELINES]

@@ -208,7 +208,7 @@ def test_points_that_are_timed_only_have_a_table_and_no_pareto(tmp_path):
     ((timed, table),) = speed_tables(found)
     assert timed == found
     assert table.header[1:] == [
-        *("ms a token (÷ strict), 128 slots", "ms a token (÷ strict), 512 slots", "peak MB, 128", "peak MB, 512")
+        *("ms per token (÷ strict), 128 slots", "ms per token (÷ strict), 512 slots", "peak MB, 128", "peak MB, 512")
     ]
     assert list(table.rows[2]) == ["lazy R=64", "2.141 (1.00)", "2.141 (1.00)", "6,007", "6,007"]
     assert sections(read_evidence(tmp_path)) == [], "no picture of quality"

@@ -20,7 +20,7 @@ CAP, TOKENS = 512, 1280
 
 
 def measured(*, shift: float, seed: int = 0, scored: bool = True) -> Measured:
-    """A rival whose loss is the text's, moved by `shift` nats a token."""
+    """A rival whose loss is the text's, moved by `shift` nats per token."""
     arrays = make_arrays(TOKENS, seed=seed, shift=shift)
     return Measured(
         index=arrays["index"].tolist(),

@@ -31,7 +31,7 @@ def point(
     commit: str | None = None,
     strict: str | None = None,
 ) -> dict:
-    """A point record whose NLL is that of the text, moved by `shift` nats a token.
+    """A point record whose NLL is that of the text, moved by `shift` nats per token.
 
     `every`: of the sampled tokens, for pairs with a sampled baseline; `strict`: name of the linked strict point.
     """

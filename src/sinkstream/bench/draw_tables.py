@@ -24,7 +24,7 @@ def draw_table(records: Sequence[DrawRecord], title: str | None = None) -> Table
         for r in records
         for draw in r.draws
     ]
-    return Table(HEADER, rows, title, ["ms a token of Engine.generate(); the ways take turns, median of each"], 3)
+    return Table(HEADER, rows, title, ["ms per token of Engine.generate(); the ways take turns, median of each"], 3)
 
 
 def render_draws(results: Path) -> dict[str, str]:

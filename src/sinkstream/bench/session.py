@@ -252,7 +252,7 @@ def _write(record: dict[str, Any], folder: Path) -> Path:
 
 def _paces(records: list[BenchRecord]) -> list[str]:
     """Milliseconds a token of the configurations of a group, in words."""
-    return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms a token"]
+    return [" / ".join(f"{record.steady['tpot_ms']:,.2f}" for record in records) + " ms per token"]
 
 
 def _pace_line(bar: Progress, description: str) -> Callable[[int, int], None]:

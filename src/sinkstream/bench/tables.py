@@ -92,8 +92,8 @@ def speed_table(records: Sequence[BenchRecord], title: str) -> Table:
     first = records[0]
     ceiling = f"{first.ceiling['kind']} {first.ceiling['copy_gbs']:,.1f} GB/s"
     caption = (
-        f"{first.hardware}, {first.protocol['dtype']}; floor: bytes a step must read at the speed of the {ceiling};"
-        " TPOT: wall time over tokens, host included; P50, P99: between two tokens"
+        f"{first.hardware}, {first.protocol['dtype']}; floor: bytes that a step must read, at the speed of the"
+        f" {ceiling}; TPOT: wall time over tokens, host included; P50, P99: between two tokens"
     )
     return Table.of(records, TERMINAL, title=f"{title}: decode speed", notes=[caption], left=2)
 
@@ -269,7 +269,7 @@ def shapes_table(records: Sequence[BenchRecord]) -> str:
     found = select(records, policy="strict", cap=2052, streams=1, rung=fastest_rung(records), short=True)
     found = newest([r for r in found if r.steady["tokens"] >= LEAST_TOKENS])
     ordered = sorted(found, key=lambda r: SHAPES.index(r.model["name"]) if r.model["name"] in SHAPES else len(SHAPES))
-    weights: Column = ("GB a step", lambda r: f"{r.floor['bytes'] / 1e9:.3f}")
+    weights: Column = ("GB per step", lambda r: f"{r.floor['bytes'] / 1e9:.3f}")
     return _document_table(ordered, [SHAPE, RUNG, weights, *SPEED, *FLOOR])
 
 

@@ -13,7 +13,7 @@ from sinkstream.models import resolve_dtype
 from sinkstream.models.size import weight_bytes
 
 UNKNOWN_TOKENS, UNKNOWN_BYTES = 20_000, 3e8
-# by kind of device: seconds of a forward besides its arithmetic, operations and bytes a second, seconds of a set-up
+# by kind of device: seconds of a forward besides its arithmetic, operations and bytes per second, seconds of a set-up
 FORWARD_SEC = {"cpu": 0.02, "cuda": 0.015}
 OPERATIONS = {"cpu": 4e10, "cuda": 6e13}
 BYTES = {"cpu": 1e10, "cuda": 2e12}

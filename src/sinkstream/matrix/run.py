@@ -172,5 +172,5 @@ def _outcome(content: dict[str, Any]) -> str:
     quality, speed = content["quality"], content["speed"]
     ppl = quality and quality["summary"]["ppl"]
     figures = [f"PPL {ppl:,.3f}"] if ppl is not None else []
-    figures += [f"{speed['tpot_ms']:,.3f} ms a token ({speed['backend']})"] if speed else []
+    figures += [f"{speed['tpot_ms']:,.3f} ms per token ({speed['backend']})"] if speed else []
     return ", ".join(figures)

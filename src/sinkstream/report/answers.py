@@ -229,7 +229,7 @@ def _speed_table(timed: Sequence[PointRecord]) -> Table:
     for kind in dict.fromkeys(_kind(point) for point in timed):
         of_kind = [newest.get((kind, cap)) for cap in caps]
         rows.append([kind, *(_time(p, strict[cap]) for p, cap in zip(of_kind, caps)), *map(_memory, of_kind)])
-    header = [*(f"ms a token (÷ strict), {cap:,} slots" for cap in caps), *(f"peak MB, {cap:,}" for cap in caps)]
+    header = [*(f"ms per token (÷ strict), {cap:,} slots" for cap in caps), *(f"peak MB, {cap:,}" for cap in caps)]
     return Table(["policy", *header], rows)
 
 

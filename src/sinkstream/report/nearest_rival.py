@@ -1,4 +1,4 @@
-"""The engine's time a token over that of the fastest other way to decode on the same GPU."""
+"""The engine's time per token over that of the fastest other way to decode on the same GPU."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

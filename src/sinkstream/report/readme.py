@@ -107,7 +107,9 @@ def readme_speed(records: Sequence[BenchRecord]) -> str:
         f" process with {REPORTED_ENGINE_MS:.2f} ms of the engine: {REPORTED_STATIC_MS / REPORTED_ENGINE_MS:.2f} × as"
         f" long. The committed record has {static:.2f} ms."
     )
-    table = Table(["way of decoding", "ms a token", "÷ floor", "× the engine"], rows, notes=[note] if reported else [])
+    table = Table(
+        ["way of decoding", "ms per token", "÷ floor", "× the engine"], rows, notes=[note] if reported else []
+    )
     return f"{origin}\n\n{table.markdown()}"
 
 

@@ -101,7 +101,7 @@ class ForgottenTurn:
         return np.frombuffer(b64decode(self.data), dtype="<i4").tolist()
 
     def __len__(self) -> int:
-        return len(self.data) * 3 // 16  # four bytes a token, four characters for three bytes
+        return len(self.data) * 3 // 16  # four bytes per token, four characters for three bytes
 
 
 @dataclass

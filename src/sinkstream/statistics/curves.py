@@ -31,7 +31,7 @@ class EventCurve:
     low: np.ndarray
     high: np.ndarray
     events: np.ndarray  # (lags,) int: events that each lag averages over
-    level: Estimate  # mean difference over the negative lags, in nats a token
+    level: Estimate  # mean difference over the negative lags, in nats per token
     # largest excess over the level in the first `AFTER` lags, in nats. The largest of noisy figures is too large on
     # average; the interval comes from a band that holds all lags at once, so it stays honest
     peak: Estimate

@@ -14,7 +14,7 @@ CONFIDENCE, POWER = 0.95, 0.8  # of `Resolution.tokens_needed`
 class Resolution:
     """A mean paired difference against its noise."""
 
-    mean: float  # mean difference, nats a token
+    mean: float  # mean difference, nats per token
     # long-run standard deviation a token: the variance of the mean of n tokens is noise² / n, correlation included
     noise: float
     n_tokens: int

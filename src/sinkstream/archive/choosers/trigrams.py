@@ -1,4 +1,4 @@
-"""`Trigrams`: whether three ids have ever stood in a row, in one to five bytes a token."""
+"""`Trigrams`: whether three ids have ever stood in a row, in one to five bytes per token."""
 
 import copy
 from collections.abc import Sequence

@@ -163,7 +163,7 @@ def tooltip(alt: Any, *, memory: bool) -> list[Any]:
         alt.Tooltip("y:Q", title="ΔPPL %", format="+.3f"),
         alt.Tooltip("interval:N", title="95 % interval"),
         alt.Tooltip("ppl:Q", title="perplexity", format=".3f"),
-        alt.Tooltip("tpot:Q", title="ms a token", format=".4f"),
+        alt.Tooltip("tpot:Q", title="ms per token", format=".4f"),
         alt.Tooltip("p50:Q", title="P50 ms", format=".4f"),
         alt.Tooltip("p90:Q", title="P90 ms", format=".4f"),
         alt.Tooltip("p99:Q", title="P99 ms", format=".4f"),
@@ -298,13 +298,13 @@ def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
     rows = alt.Y("label:N", sort=order, title=None, axis=row_names(alt))
     tips = [
         alt.Tooltip("label:N", title="way"),
-        alt.Tooltip("ms:Q", title="ms a token", format=".3f"),
+        alt.Tooltip("ms:Q", title="ms per token", format=".3f"),
         alt.Tooltip("over:Q", title="times the floor", format=".2f"),
         alt.Tooltip("record:N", title="record"),
     ]
     longest = max(value["ms"] for value in values)
     most = alt.expr(f"{longest} * width / max(1, width - {FIGURE_PX})")
-    across = alt.X("ms:Q", title="ms a token", scale=alt.Scale(domainMax=most))
+    across = alt.X("ms:Q", title="ms per token", scale=alt.Scale(domainMax=most))
     bars = chart.mark_bar(color=BLUE, height=15).encode(y=rows, x=across, tooltip=tips)
     text = chart.mark_text(align="left", dx=4, fontSize=12).encode(
         y=rows, x="ms:Q", text=alt.Text("ms:Q", format=".2f")

@@ -98,7 +98,17 @@ def _noise(group: Group) -> str:
 
 def point_table(group: Group) -> Table:
     """Every figure of a group's points."""
-    header = ["policy", "PPL", "ΔPPL % [95 %]", "ms a token", "P50", "P90", "P99", "times the floor", "peak memory, MB"]
+    header = [
+        "policy",
+        "PPL",
+        "ΔPPL % [95 %]",
+        "ms per token",
+        "P50",
+        "P90",
+        "P99",
+        "times the floor",
+        "peak memory, MB",
+    ]
     rows = []
     for dot in group.dots():
         point, speed = dot.point, dot.point.speed
@@ -239,7 +249,7 @@ def speed_section(evidence: Evidence) -> Section | None:
         for r in rows
     ]
     best = rows[0]
-    header = ["way", "policy", "ms a token", "P50", "P90", "P99", "times the floor", "GB/s"]
+    header = ["way", "policy", "ms per token", "P50", "P90", "P99", "times the floor", "GB/s"]
     cells = [
         [
             *(r.rung["name"], r.policy["label"], f"{r.steady['tpot_ms']:.3f}"),
@@ -257,7 +267,7 @@ def speed_section(evidence: Evidence) -> Section | None:
         " dropped; cut: keys are cut and rotated anew; recompute), fused is the engine, the others are steps towards it"
     )
     lead = (
-        f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms a token:"
+        f"In the session that timed all of them the fastest way took {best.steady['tpot_ms']:.2f} ms per token:"
         f" {best.steady['over_floor']:.2f} times the time of a copy of the bytes that one step must read. Nothing"
         " that reads all weights once a token can be faster than that."
     )
@@ -311,7 +321,7 @@ def _recall_pictures(records: dict[str, RecallRecord]) -> list[tuple[dict[str, A
         for label, curve in curves.items()
         for p in curve
     ]
-    x_title, y_title = "distance of the passage, in windows", "recall, nats a token"
+    x_title, y_title = "distance of the passage, in windows", "recall, nats per token"
     spec = charts.lines(values, "ratio", "y", log=True, x_title=x_title, y_title=y_title)
     back = [
         {
@@ -330,7 +340,7 @@ def _recall_pictures(records: dict[str, RecallRecord]) -> list[tuple[dict[str, A
     back = [value | {"front": bool(best)} for value, best in zip(back, front)]
     found = [(spec, "bars are 95 % intervals")]
     if len(back) > 1:
-        pareto = charts.recall_pareto(back, "perplexity", "recall one window back, nats a token")
+        pareto = charts.recall_pareto(back, "perplexity", "recall one window back, nats per token")
         said = "up and left are better; the dashed line joins what nothing beats on both"
         found.append((pareto, said + (f". Off the chart: {off}" if off else "")))
     return found

@@ -35,7 +35,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """Parts of the mean paired difference, in nats a token."""
+    """Parts of the mean paired difference, in nats per token."""
 
     total: Estimate  # mean of NLL(policy) − NLL(strict); log of the ratio of perplexities
     parts: dict[str, Estimate]  # by the names of `PARTS`; the values that are not None add up to the total

@@ -146,7 +146,7 @@ def _attribution(record: Record, controls: Controls, events: np.ndarray, bootstr
 
 
 def _long_run(difference: np.ndarray, index: np.ndarray, events: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Lasting error, in nats a token.
+    """Lasting error, in nats per token.
 
     `outside_events`: mean difference of the tokens outside all windows after events; `growth`: mean of the second half
     of the text minus mean of the first half.

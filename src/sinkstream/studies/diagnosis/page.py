@@ -124,7 +124,7 @@ def _lengths(entry: Entry) -> str:
         ["visible KV min / mean / max (tokens)", figures_text(kv, ("min", "mean", "max"), 1)],
         ["share above the trained length", past],
         ["drop size mean / P50 / P90 / P99 / max (tokens)", sizes],
-        [f"events above {extreme['threshold_nats']} nats a token, per 1,000 tokens", f"{rate:.2f}"],
+        [f"events above {extreme['threshold_nats']} nats per token, per 1,000 tokens", f"{rate:.2f}"],
         ["mean difference after an event: P99 / max (nats)", figures_text(extreme["mean_nats"], ("p99", "max"), 3)],
     ]
     return Table(["Drift", "figure"], rows).html()

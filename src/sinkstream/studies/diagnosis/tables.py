@@ -74,7 +74,7 @@ COLUMNS: list[Column] = [
     ("Verdict", lambda entry: entry["verdict"]["outcome"]),
 ]
 
-#: The attribution: parts in 100 × nats a token, and their share of the whole where that is not zero by its interval.
+#: The attribution: parts in 100 × nats per token, and their share of the whole where that is not zero by its interval.
 PART_COLUMNS: list[Column] = [
     ("100 × nats per token", lambda entry: entry["label"]),
     ("all of it", lambda entry: interval(entry["attribution"]["total"], 2, scale=100)),

@@ -89,7 +89,7 @@ def million_token_accuracy(records: Sequence[ReplyRecord]) -> Headline | None:
 
 @REPLY_HEADLINES.register("recall.million_token_tpot_ratio")
 def million_token_tpot_ratio(records: Sequence[ReplyRecord]) -> Headline | None:
-    """Mean time a token at the end of a reply of a million tokens over that after 4,096, lexical, SmolLM2."""
+    """Mean time per token at the end of a reply of a million tokens over that after 4,096, lexical, SmolLM2."""
     found = _millions(records)
     ratio = tpot_ratio(found[-1]) if found else None
     return None if ratio is None else Headline(ratio, found[-1].id)

@@ -17,7 +17,7 @@ from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.schema import REQUIRED as RUN_REQUIRED
 
-#: Largest accepted difference, in nats a token, between the rival's and our own NLL of a prompt that neither evicts
+#: Largest accepted difference, in nats per token, between the rival's and our own NLL of a prompt that neither evicts
 #: from, by dtype: it shows that both run the same model on the same tokens. Quantised kernels differ the most.
 PROMPT_TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05, "quantised": 0.05}
 
@@ -106,8 +106,8 @@ def check_same_prompt(rival_nll: float, own_nll: float, kind: str) -> None:
     accepted = PROMPT_TOLERANCE[kind]
     if not abs(rival_nll - own_nll) <= accepted:
         raise ValueError(
-            f"the rival's NLL of the prompt is {rival_nll:.4f} nats a token and ours is {own_nll:.4f}: another model or"
-            f" other tokens; accepted for {kind}: a difference of at most {accepted:g}"
+            f"the rival's NLL of the prompt is {rival_nll:.4f} nats per token and ours is {own_nll:.4f}: another model"
+            f" or other tokens; accepted for {kind}: a difference of at most {accepted:g}"
         )
 
 

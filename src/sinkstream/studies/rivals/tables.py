@@ -19,10 +19,10 @@ RIVAL_HEADLINES: Registry[Callable[[Sequence[Comparison]], Headline | None]] = R
 MODEL, CAP = "SmolLM2-135M", 512
 HEADER = ["way", "positions", "peak slots", "PPL", f"ΔPPL of `{CONTROL}` against it, % [95 %]", "peak memory (MB)"]
 CPU_HEADER = [
-    *("way", "computes in", "tokens", "load average", "ms a token, mean", "P50", "P90", "P99"),
+    *("way", "computes in", "tokens", "load average", "ms per token, mean", "P50", "P90", "P99"),
     "peak memory (MB)",
 ]
-SPEED_HEADER = ["way", "ms a token, mean", "P50", "P90", "P99", "peak memory (MB)"]
+SPEED_HEADER = ["way", "ms per token, mean", "P50", "P90", "P99", "peak memory (MB)"]
 
 
 def render_rivals(records: Sequence[Record], rivals: Sequence[RivalRecord]) -> dict[str, str]:

@@ -34,12 +34,12 @@ def reply_table(records: Sequence[ReplyRecord], title: str | None = None) -> Tab
     bands_named = [*(f"up to {band:g} ×" for band in BANDS), "beyond"]
     header = ["Policy", "Right answers", *bands_named, "Brought back", "TPOT first / last (ms)"]
     header += ["ratio of means; of medians", "Frames set first / last"]
-    header += ["Cache first / last (MiB)", "Archive (bytes a token)", *(["On"] if several else [])]
+    header += ["Cache first / last (MiB)", "Archive (bytes per token)", *(["On"] if several else [])]
     return Table(header, rows, title, [footnote(records)])
 
 
 def tpot_ratio(record: ReplyRecord, figure: str = "mean") -> float | None:
-    """Mean time a token in the last timed window over that in the first, or the median ("p50"); None without both."""
+    """Mean time per token in the last timed window over that in the first, or the median ("p50"); None without both."""
     windows = [window[figure] for window in record.windows]
     return windows[-1] / windows[0] if len(windows) > 1 and None not in (windows[0], windows[-1]) else None
 
@@ -80,7 +80,7 @@ def footnote(records: Sequence[ReplyRecord]) -> str:
 
 
 def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str | None = None) -> Path:
-    """Draw the memory held on the device and the time a token along the reply; writes a PNG atomically.
+    """Draw the memory held on the device and the time per token along the reply; writes a PNG atomically.
 
     Raises ValueError: no records. Raises ImportError: matplotlib is not installed.
     """
@@ -95,7 +95,7 @@ def draw_reply(records: Sequence[ReplyRecord], path: Path | str, *, title: str |
         below.plot(at, [w["mean"] for w in timed], marker="o", **style)
         below.plot(at, [w["p50"] for w in timed], marker="x", linestyle="none", color=style["color"])
     above.set_ylabel("held on the device (MB)")
-    below.set_ylabel("time a token (ms): ● mean, × median")
+    below.set_ylabel("time per token (ms): ● mean, × median")
     for axis in (above, below):
         top = max((max(line.get_ydata()) for line in axis.lines if len(line.get_ydata())), default=0)
         axis.set_ylim(0, 1.08 * top or None)  # the highest marker whole; a reply cut short has none
