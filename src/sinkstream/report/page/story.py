@@ -98,17 +98,8 @@ def _noise(group: Group) -> str:
 
 def point_table(group: Group) -> Table:
     """Every figure of a group's points."""
-    header = [
-        "policy",
-        "PPL",
-        "ΔPPL % [95 %]",
-        "ms per token",
-        "P50",
-        "P90",
-        "P99",
-        "times the floor",
-        "peak memory, MB",
-    ]
+    header = ["policy", "PPL", "ΔPPL % [95 %]", "ms per token", "P50", "P90", "P99"]
+    header += ["times the floor", "peak memory, MB"]
     rows = []
     for dot in group.dots():
         point, speed = dot.point, dot.point.speed
