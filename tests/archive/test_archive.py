@@ -193,6 +193,33 @@ def test_a_hit_comes_with_its_neighbours():
     assert spans_of(scores, budget=24, held=range(18, 50)) == [(18, 28), (44, 50)]
 
 
+def test_hits_that_bring_nothing_leave_the_slots_to_others():
+    """Of a question also blocks of the window have scores; and what a neighbour has brought is taken once."""
+    scores = np.full(40, 2.0)
+    scores[3] = 1.5
+    scores[[0, 1, 2, *range(4, 10)]] = 0.0
+    hits = Hits(np.arange(40), scores)  # block 3 of the archive, and 30 blocks of the window, which outrank it
+    border = frozenset().__contains__
+    assert chosen_tokens(hits, 4, held=range(0, 32), budget=12, least=1.0, border=border, whole=True) == list(
+        range(8, 20)
+    )
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        block, budget, first = (int(draw.integers(1, high)) for high in (6, 16, 30))
+        held = range(first, first + int(draw.integers(1, 60)))
+        numbers = np.arange(held.start // block, -(-(held.stop + int(draw.integers(0, 90))) // block))
+        scores = draw.integers(0, 5, len(numbers)) / 4
+        best, expected = sorted(zip(scores.tolist(), numbers.tolist(), strict=True), reverse=True), set()
+        for _, number in [hit for hit in best if hit[0] >= 0.5]:
+            hit = range(number * block, (number + 1) * block)
+            new = {t for t in held if hit[0] - block <= t <= hit[-1] + block} - expected
+            expected |= set(sorted(new, key=lambda t: (max(0, hit[0] - t, t - hit[-1]), t))[: budget - len(expected)])
+        found = chosen_tokens(
+            Hits(numbers, scores), block, held=held, budget=budget, least=0.5, border=border, whole=False
+        )
+        assert found == sorted(expected), seed
+
+
 def test_spans_are_cut_where_sentences_begin():
     scores = np.zeros(20)
     scores[5] = 3.0  # tokens 20 to 23

@@ -27,7 +27,7 @@ from sinkstream.bench.selection import pairs, rival
 from sinkstream.bench.session import BenchSession
 from sinkstream.bench.settings import BenchConfig, Floor, Protocol, kv_token_bytes
 from sinkstream.bench.summary import SPEED_HEADLINES
-from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines
+from sinkstream.bench.tables import BENCH_TABLES, NONE_YET, render_bench, slope_lines, speed_table
 from sinkstream.cli import main
 from sinkstream.data import random_tokens
 from sinkstream.engine import Engine
@@ -798,6 +798,9 @@ def test_the_command_prints_the_ceiling_and_the_tables_and_writes_records(bench,
     records = BenchRecord.below(tmp_path / "out")
     assert len(records) == 12 and {r.session for r in records} == {records[0].session}
     assert records[0].rung["name"] == "hf", "transformers first: it must not see packed weights"
+    resumed = [replace(records[0], ceiling=records[0].ceiling | {"copy_gbs": 8.25}), *records[1:]]
+    for table, copied in ((records, "10.0"), (resumed, "8.2 – 10.0")):
+        assert f"at the speed of the host memcpy {copied} GB/s;" in speed_table(table, "").notes[0], "of each command"
     assert all(r.hardware.startswith("CPU (") and r.protocol["text"] == "builtin" for r in records)
     assert (
         bench("--model tiny --cap 16 --tokens 5 --warmup 1 --policy strict --ladder --out out").out.count("refused: ")

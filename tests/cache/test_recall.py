@@ -229,6 +229,23 @@ def test_a_question_is_chosen_by_itself_and_computed_with_what_comes_back():
         assert worst(torch.cat(logits).double(), wanted) < 2e-4
 
 
+@pytest.mark.parametrize("kind", [StreamingCache.for_model, Engine])
+def test_the_latest_tokens_that_left_come_back_for_a_question_too(kind):
+    """A chooser that does not look at the question: the tokens of the window do not compete."""
+    model, ids = build("llama", layers=2), token_ids(56)
+    for chooser in ("recent", "random"):
+        recalled = kind(model, **STRICT, recall=chooser, **SMALL | {"recall_gate": 9.0, "recall_block": 2})
+        if kind is Engine:
+            recalled.prefill(ids)
+            recalled.ask(ids[:3])
+        else:
+            recalled.prefill(model, ids[None])
+            recalled.ask(model, ids[None, :3])
+        [(token, back)] = frames_of(recalled)
+        assert token == 56 and back and set(back) <= set(range(4, 12)), "tokens 12 to 55 are in the window"
+        assert chooser == "random" or back == list(range(4, 12))
+
+
 @pytest.mark.parametrize("archive", ["kv", "text"])
 @pytest.mark.parametrize("kind", [StreamingCache.for_model, Engine])
 def test_without_a_tokenizer_whole_blocks_come_back_and_events_have_no_text(kind, archive):

@@ -372,14 +372,20 @@ def _hover(tab):
     assert "95 % interval" in tip.inner_text() and "P99" in tip.inner_text()
 
 
+# of the leftmost word, the title of the axis, in its picture
+_LEFT = """svg => Math.min(...[...svg.querySelectorAll("text")].map(one => one.getBoundingClientRect().left))
+    - svg.getBoundingClientRect().left"""
+
+
 def _switch(tab):
     """The other axis changes its title, and those that are far off come when asked for."""
     figure = tab.locator("#pareto-1")
     dots = figure.locator(".mark-symbol.role-mark path")
-    before = dots.count()
+    before, margin = dots.count(), figure.locator("svg").evaluate(_LEFT)
     figure.locator("input[type=checkbox]").check()
     tab.wait_for_timeout(500)
     assert dots.count() == before + 2
+    assert abs(figure.locator("svg").evaluate(_LEFT) - margin) < 1, "labels of another width leave no title outside"
     figure.locator("input[type=radio]").nth(1).check()
     tab.wait_for_timeout(500)
     assert "time for the whole text" in figure.locator("svg").text_content()

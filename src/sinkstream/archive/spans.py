@@ -59,10 +59,11 @@ def chosen_tokens(
         goes on wants what comes next.
     """
     taken: set[int] = set()
-    wanted = (hits.scores > 0) & (hits.scores >= least)
+    near = (hits.blocks >= held.start // block - 1) & (hits.blocks * block <= held.stop - 1 + block)
+    wanted = near & (hits.scores > 0) & (hits.scores >= least)
     numbers, scores = hits.blocks[wanted], hits.scores[wanted]
     order = numbers[np.lexsort((-numbers, -scores))]
-    for number in order[: budget + 1].tolist():
+    for number in order[: 2 * budget + 2].tolist():  # as many bring a token, or are taken already
         if len(taken) >= budget:
             break
         hit = range(number * block, (number + 1) * block)

@@ -90,10 +90,9 @@ TERMINAL = [RUNG, POLICY, CAP, STREAMS, SEEN, *SPEED, *FLOOR, READY]
 def speed_table(records: Sequence[BenchRecord], title: str) -> Table:
     """One row a record."""
     first = records[0]
-    ceiling = f"{first.ceiling['kind']} {first.ceiling['copy_gbs']:,.1f} GB/s"
     caption = (
         f"{first.hardware}, {first.protocol['dtype']}; floor: bytes that a step must read, at the speed of the"
-        f" {ceiling}; TPOT: wall time over tokens, host included; P50, P99: between two tokens"
+        f" {_ceiling(records, digits=1)}; TPOT: wall time over tokens, host included; P50, P99: between two tokens"
     )
     return Table.of(records, TERMINAL, title=f"{title}: decode speed", notes=[caption], left=2)
 
@@ -183,9 +182,14 @@ def _document_table(records: Sequence[BenchRecord], columns: Sequence[Column], a
 
 def _origin(records: Sequence[BenchRecord]) -> str:
     """One line on what a table was measured with, the ceiling in it."""
-    copies = sorted({round(r.ceiling["copy_gbs"]) for r in records})
-    copied = f"{copies[0]:,}" + (f" – {copies[-1]:,}" if len(copies) > 1 else "")
-    return machine(records, f"{records[0].ceiling['kind']} {copied} GB/s")
+    return machine(records, _ceiling(records, digits=0))
+
+
+def _ceiling(records: Sequence[BenchRecord], digits: int) -> str:
+    """The copy that floors are of, from the slowest to the fastest: each command measures its own."""
+    copies = sorted({round(r.ceiling["copy_gbs"], digits) for r in records})
+    copied = " – ".join(f"{rate:,.{digits}f}" for rate in sorted({copies[0], copies[-1]}))
+    return f"{records[0].ceiling['kind']} {copied} GB/s"
 
 
 @BENCH_TABLES.register("headline-speed")

@@ -320,7 +320,7 @@ class Recall(RecallMemory, RecallTimes):
         archive, chooser, settings = self.archive, self.settings.chooser, self.settings
         assert archive is not None, "something has left"
         end, gate = archive.end, self.gate(now)
-        if asked is not None and chooser.foresees:  # what is in the window competes, and comes back to nowhere
+        if asked is not None and chooser.foresees and chooser.window_competes:  # its tokens come back to nowhere
             end = now
             self._index_until(end)
         ids: Sequence[int] = self.log.read(now - chooser.query_tokens, now)

@@ -49,7 +49,8 @@ class Query:
     asked : bool
         Whether `ids` is a question: the best blocks then come back whatever their score.
     first, end : int
-        The archive holds the tokens ``first <= index < end``.
+        The tokens ``first <= index < end`` are scored: those of the archive, and of a question those of the window
+        where it competes.
     queries : dict of Tensor, (tokens, query heads of the kv head, head_dim), float32
         Unrotated queries of `ids`, or of the last of them, at the heads that the chooser asked for.
     scaling : float
@@ -177,6 +178,9 @@ class Chooser(ABC):
     foresees : bool
         The index reads ids alone, accepts tokens before they have left the window, and scores only tokens before
         ``query.end``. Then a prompt is fed in long chunks, up to the next choice that changes something.
+    window_competes : bool
+        Of a chooser that foresees: blocks of the window are scored for a question too, and those that win bring nothing
+        back. False for a chooser that ignores the question: it would bring back less, or nothing.
     heads : tuple of (layer, kv_head)
         Whose unrotated keys and queries the index must be given.
     alarms : int
@@ -184,6 +188,7 @@ class Chooser(ABC):
     """
 
     foresees: ClassVar[bool] = False
+    window_competes: ClassVar[bool] = True
     heads: ClassVar[tuple[Head, ...]] = ()
     alarms: ClassVar[int] = 0
 

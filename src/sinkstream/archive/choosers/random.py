@@ -34,6 +34,7 @@ class Random(Chooser):
     """
 
     foresees: ClassVar[bool] = True
+    window_competes: ClassVar[bool] = False
 
     seed: int = option(0, "seed of the draws", minimum=0)
 

@@ -32,6 +32,7 @@ class Recent(Chooser):
     """
 
     foresees: ClassVar[bool] = True
+    window_competes: ClassVar[bool] = False
 
     def start(self) -> RecentIndex:
         """Nothing to remember."""

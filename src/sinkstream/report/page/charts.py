@@ -360,8 +360,9 @@ def recall_pareto(values: Sequence[dict[str, Any]], x_title: str, y_title: str) 
 
 
 def _finished(chart: Any, height: int) -> dict[str, Any]:
-    """The specification, as wide as its place on the page."""
-    styled = chart.properties(width="container", height=height, background="transparent")
+    """The specification, as wide as its place on the page, laid out anew when other points are shown."""
+    sized = {"type": "fit-x", "contains": "padding", "resize": True}  # else titles stay where narrower labels put them
+    styled = chart.properties(width="container", height=height, background="transparent", autosize=sized)
     font = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
     configured = styled.configure(font=font).configure_view(stroke=None)
     configured = configured.configure_axis(
