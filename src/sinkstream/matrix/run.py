@@ -18,7 +18,8 @@ from sinkstream.matrix.measure import DeviceLost, Workbench
 from sinkstream.matrix.point import Point
 from sinkstream.matrix.record import PointRecord
 from sinkstream.models import KnownModel, known_model
-from sinkstream.show.progress import counted, say
+from sinkstream.show.progress import say
+from sinkstream.show.table import counted
 
 STATES = ("open", "failed", "complete")
 #: Measures points in any order: yields (point, content of its record, seconds) as they end.

@@ -20,8 +20,7 @@ from sinkstream.report.verdicts import (
     time_over,
     timed_beside,
 )
-from sinkstream.show.progress import counted
-from sinkstream.show.table import EMPTY, NONE_YET, Table
+from sinkstream.show.table import EMPTY, NONE_YET, Table, counted
 
 HEADER = (
     *("model", "text", "cap", "PPL strict", "strict against recompute", "lazy R=64 against strict"),

@@ -15,7 +15,7 @@ from sinkstream.measure.environment import hardware
 from sinkstream.records.cards import arithmetic, of_one_card
 from sinkstream.records.selection import has_text
 from sinkstream.report.criteria import GO, KINDS, NO_GO, STOP_LOSS, Criterion, Evidence, Verdict
-from sinkstream.show.progress import counted
+from sinkstream.show.table import counted
 from sinkstream.statistics import PairedDelta
 from sinkstream.statistics.comparison import Ratio, ratio_of_times
 

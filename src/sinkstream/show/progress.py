@@ -37,11 +37,6 @@ def shown(progress: Progress, description: str) -> Callable[[int, int], None]:
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things for people: "1 point", "2 points"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line as it is, above the bars of a progress display if there are any."""
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -65,6 +65,11 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things for people: "1 point", "2 points"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def figures_text(figures: Mapping[str, float | None], names: Sequence[str], digits: int) -> str:
     """Several figures as "1.2 / 3.4": a dash in place of a missing figure, one dash if all are missing."""
     if all(figures[name] is None for name in names):
