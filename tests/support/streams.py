@@ -16,9 +16,8 @@ from sinkstream.cache.ahead import KeysAhead
 from sinkstream.compat import with_cache
 from sinkstream.policies import PRESETS, SCORERS, Candidates, EvictionPolicy, Scorer
 
-TOLERANCE = (
-    1e-5  # nats per token, float32 against the float64 oracle: 80 epsilons; stock models take 8 (test_oracle.py)
-)
+# nats per token, float32 against the float64 oracle: 80 epsilons; stock models take 8 (test_oracle.py)
+TOLERANCE = 1e-5
 CLEAR = 1e-6  # relative; by how much a decision must be clear, some ten times what float32 takes of it
 UNCLEAR = "rounding decides here, so machines may differ: give the test another text"
 SMALL = {  # preset options, shrunk so that 300 tokens bring many prunes

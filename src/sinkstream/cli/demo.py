@@ -100,7 +100,7 @@ def plan_message(speed: Speed, plan: Plan, cap: int) -> str:
     """The speed, what was chosen and what that leaves out, in one line."""
     size, whole = plan.size, Size()
     pieces = (
-        f"{1e3 * speed.step:.0f} ms per step, {speed.block:.2f} s a block, {speed.window:.2f} s a recomputed window"
+        f"{1e3 * speed.step:.0f} ms per step, {speed.block:.2f} s per block, {speed.window:.2f} s per recomputed window"
     )
     fits = "which fits" if plan.fits else "the least there is, which does not fit"
     seconds = f"about {sum(plan.expected):.0f} s, {fits} --seconds {plan.seconds:g}"
