@@ -11,7 +11,7 @@ from typing import Any
 from sinkstream.models import LoadedModel
 from sinkstream.serve import health, metrics
 from sinkstream.serve.conversation import Conversations
-from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
+from sinkstream.serve.errors import INTERNAL, APIError, busy, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.heartbeats import Heartbeats
@@ -19,7 +19,7 @@ from sinkstream.serve.lanes import make_lanes
 from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
-from sinkstream.serve.scheduler import Job, Scheduler, Work
+from sinkstream.serve.scheduler import RETRY_SECONDS, Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.spill import Spill
@@ -227,7 +227,7 @@ class Service:
             raise APIError(409, "the session holds no whole turn that could be taken back", code="nothing_to_undo")
         lane = self.residence.acquire(session, wait=True)
         if lane is None:
-            raise APIError(409, "all memory for sessions is in use by requests", code="session_busy")
+            raise busy("all memory for sessions is in use by requests", RETRY_SECONDS)
         try:
             turn = session.turns[-1]
             self.planner.rewind(session, lane, turn)
