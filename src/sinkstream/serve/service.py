@@ -238,7 +238,7 @@ class Service:
     def delete(self, session: Session) -> dict:
         """Delete a session and its files."""
         self.planner.forget(session)
-        return {"id": session.id, "object": "session", "deleted": True}
+        return deleted(session.id)
 
     def view(self, session: Session) -> dict[str, Any]:
         """What the owner of a session is told."""
@@ -297,6 +297,11 @@ def check_model(service: Service, name: str) -> None:
     """Refuse another model's name. Raises APIError 404."""
     if name != model_name(service.loaded):
         raise not_found("model", name)
+
+
+def deleted(session_id: str) -> dict:
+    """What the client of a session that is deleted is told."""
+    return {"id": session_id, "object": "session", "deleted": True}
 
 
 def _logged(call: Call, emit: Emit) -> Emit:
