@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.json_files import parse_json
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.sharing import Claims
@@ -157,7 +158,7 @@ class SessionFiles:
     def _header(self, key: str) -> dict[str, Any]:
         """The JSON of a session. Raises an exception of `DAMAGE` where it is not what was written."""
         assert self.folder is not None, "what was written has a folder"
-        header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+        header = parse_json((self.folder / f"{key}.json").read_text(encoding="utf-8"))
         known = _record_sha256(header["session"])
         if header.get("session_sha256", known) != known:  # files of before 2026-11-27, 16:00 UTC have none
             raise ValueError(key)
