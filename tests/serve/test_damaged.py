@@ -105,3 +105,25 @@ def test_a_record_without_a_checksum_is_read(tmp_path):
     path.write_text(json.dumps(header))
     assert files.read(session.id)[0] == session and [one.id for one in files.sessions()] == [session.id]
     assert not files.damaged(session.id)
+
+
+def test_what_a_killed_server_left_half_written_is_deleted(tmp_path):
+    files, session, damaged = SessionFiles(tmp_path, 10**9), Session("me"), Session("me")
+    for one in (session, damaged):
+        files.write(one, b"data")
+    files.write(session, b"copy", "saved_me_name")
+    kept = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / f"{damaged.id}.json").write_text("{")
+    leftovers = (
+        f".{session.id}.json.x3f.tmp",  # while the JSON was written
+        ".saved_me_name.0123456789abcdef.safetensors.x3f.tmp",  # while the stream was
+        f"{session.id}.0123456789abcdef.safetensors",  # between the two, for a session that had files
+        "sess_new.0123456789abcdef.safetensors",  # and for one that had none
+    )
+    for name in (*leftovers, "mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    again = SessionFiles(tmp_path, 10**9)
+    assert {path.name for path in tmp_path.iterdir()} == kept | {*leftovers, "mine.tmp"}, "another server may be there"
+    again.lock()
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"mine.tmp", ".lock"}
+    assert again.read(session.id)[1] == b"data" and again.read("saved_me_name")[1] == b"copy"

@@ -76,7 +76,10 @@ class SessionFiles:
         self.sizes = {path.stem: size for path, size in self._streams().items()}
 
     def lock(self) -> None:
-        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it."""
+        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it.
+
+        What a server that was killed has left half-written there is deleted.
+        """
         if self.folder is None:
             return
         self._lock = FileLock(self.folder / ".lock", timeout=0)
@@ -86,6 +89,22 @@ class SessionFiles:
             raise ValueError(
                 f"the sessions of {self.folder} are in use by another server; accepted: another --spill FOLDER"
             ) from None
+        self._delete_leftovers(self.folder)
+
+    def _delete_leftovers(self, folder: Path) -> None:
+        """Delete temporary files, and streams that no JSON names: it would have been written after them."""
+        named: dict[str, str | None] = {}  # by session; None: its JSON is damaged, and may name any
+        for path in folder.glob("*.json"):
+            named[path.stem] = None
+            with suppress(*DAMAGE):
+                named[path.stem] = self._header(path.stem)["stream"]
+        for path in folder.glob("*.*.safetensors"):
+            key = path.name.split(".")[0]
+            if key not in named or named[key] not in (None, path.name):
+                path.unlink(missing_ok=True)
+        for path in (*folder.glob(".sess_*.tmp"), *folder.glob(".saved_*.tmp")):
+            path.unlink(missing_ok=True)
+        self.sizes = {path.stem: size for path, size in self._streams().items()}
 
     @property
     def total(self) -> int:
