@@ -135,6 +135,8 @@ def test_loader_refuses_null_where_the_origin_would_be_lost(written, field):
         ({"tokens_file": {"name": "two.npz", "sha256": "0"}, "blocks": None}, "can not be read"),
         ({"tokens_file": {"name": "one.npz", "sha256": "0"}}, "'tokens_file.sha256' is 0"),
         ({"summary": []}, "'summary' must be an object"),
+        ({"arguments": {"temperature": float("nan")}}, "not a JSON file: NaN is no number of JSON"),
+        ({"arguments": {"temperature": float("-inf")}}, "not a JSON file: -Infinity is no number of JSON"),
         ({"blocks": {"tokens": 4}}, "required field 'blocks.first' is missing"),
         ({"blocks": []}, "field 'blocks' must be an object"),
         (

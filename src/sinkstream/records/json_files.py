@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sinkstream.records.files import write_atomically
 
@@ -22,11 +22,15 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, also where values are nested deeper than Python's stack is."""
+    """The value of a JSON text. Raises ValueError, also for NaN, and for values nested deeper than Python's stack."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def as_text(content: Mapping[str, Any]) -> str:
