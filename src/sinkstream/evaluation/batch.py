@@ -45,7 +45,7 @@ class Batch:
                 "--interleave and --resume exclude each other: interleaved runs are timed beside each other"
             )
         for one in settings:
-            check_run(self.loaded, len(self.stream), one)
+            check_run(self.loaded, self.stream.ids, one)
         if self.interleave:
             common_prefill(settings, len(self.stream))
         runner = Runner(self.request, _save, load_record, self.loaded.model.device, _perplexities)

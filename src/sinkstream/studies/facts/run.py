@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
-from sinkstream.evaluation.run import check_run
+from sinkstream.evaluation.run import check_ids, check_run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
@@ -72,8 +72,9 @@ class ExamBatch(Generic[R]):
             )
         exam, limit = self.paper.exam, self.loaded.trained_positions
         if settings.method == "full" and limit is not None and not settings.allow_untrained_positions:
+            check_ids(self.loaded, exam.ids)
             return exam.stretches(limit)
-        check_run(self.loaded, len(exam.ids), told(settings, exam.questions))
+        check_run(self.loaded, exam.ids, told(settings, exam.questions))
         return [exam]
 
     def sit(self, exam: Exam, settings: RunSettings) -> Asking:
