@@ -488,7 +488,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("bench --cap 0", "sinkstream bench: error: --cap 0 is not accepted; accepted: whole numbers of at least 1"),
         ("bench --streams 2,0", "sinkstream bench: error: --streams 2,0 is not accepted; accepted: whole numbers"),
         ("bench --prefill ''", "sinkstream bench: error: --prefill '' is not accepted; accepted: whole numbers"),
-        ("bench --text nosuch.txt", "sinkstream bench: error: text file 'nosuch.txt' does not exist"),
+        ("bench --model builtin --text nosuch.txt", "sinkstream bench: error: text file 'nosuch.txt' does not exist"),
         ("serve --replicas 2", "sinkstream serve: error: --replicas 2 goes with --ray, which is not given"),
         ("serve --no-spill --spill x", "sinkstream serve: error: --spill x and --no-spill exclude each other"),
         (

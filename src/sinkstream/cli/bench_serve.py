@@ -12,9 +12,11 @@ from sinkstream.bench.serving.session import ServingSession
 from sinkstream.bench.serving.tables import recall_table, serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend
+from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
-from sinkstream.models import load_model
+from sinkstream.models import load_model, resolve_device
 from sinkstream.records.plain import new_record_id
+from sinkstream.serve import ServeSettings
 from sinkstream.show.progress import say
 
 OF_SERVER = ("--turns", "--reply", "--pinned", "--soak-seconds", "--soak-users", "--soak-compare", "--talks")
@@ -75,6 +77,12 @@ def check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and given < value:
             raise ValueError(f"--{name.replace('_', '-')} {given} with --serve; accepted: at least {value}")
+    ServeSettings(cap=args.cap[0], pinned=args.pinned, recall="none")
+    BACKENDS[_backend(args)].check_device(resolve_device(args.device))
+
+
+def _backend(args: argparse.Namespace) -> str:
+    return (args.backend or [default_backend(args.device)])[0]
 
 
 def measure(
@@ -82,7 +90,7 @@ def measure(
 ) -> int:
     """Measure every model; print the tables, write the records."""
     check_writable(args.out)
-    backend = (args.backend or [default_backend(args.device)])[0]
+    backend = _backend(args)
     load = Load(
         args.turns,
         args.reply,

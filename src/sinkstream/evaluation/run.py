@@ -141,13 +141,18 @@ def run_interleaved(
 def common_prefill(settings: list[RunSettings], tokens: int) -> int:
     """The prefill length that interleaved runs share; ValueError if these settings cannot take turns."""
     lengths = {one.prefill_tokens(tokens) for one in settings}
+    check_turns(settings, len(lengths))
+    return lengths.pop()
+
+
+def check_turns(settings: list[RunSettings], prefill_lengths: int = 1) -> None:
+    """Raise ValueError if settings, with so many prefill lengths, cannot take turns token by token."""
     unfit = [one for one in settings if one.evaluate != "steps" or one.repeats > 1 or one.timed_tokens is not None]
-    if len(lengths) > 1 or unfit:
+    if prefill_lengths > 1 or unfit:
         raise ValueError(
             "interleaved runs are timed token by token to the end and have one prefill length; accepted: evaluate=steps"
             " without repeats and timed_tokens, and the same prefill"
         )
-    return lengths.pop()
 
 
 def check_run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings) -> None:

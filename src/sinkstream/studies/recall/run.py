@@ -172,6 +172,15 @@ class RecallStreams:
         return trials
 
 
+def check_recalling(settings: RunSettings) -> None:
+    """Raise ValueError if a method has no cache of its own to recall from."""
+    if settings.method == "recompute":
+        raise ValueError(
+            "policy 'recompute' forwards its whole window for every token and keeps nothing else: inside the"
+            " window it recalls what the full cache does; accepted: full, or an eviction policy"
+        )
+
+
 @dataclass
 class RecallBatch:
     """Several policies over one model and one pair of streams."""
@@ -196,11 +205,7 @@ class RecallBatch:
         return runner.run(jobs, console)
 
     def _trials(self, settings: RunSettings) -> list[Trial]:
-        if settings.method == "recompute":
-            raise ValueError(
-                "policy 'recompute' forwards its whole window for every token and keeps nothing else: inside the"
-                " window it recalls what the full cache does; accepted: full, or an eviction policy"
-            )
+        check_recalling(settings)
         if settings.method == "full":
             limit = None if settings.allow_untrained_positions else self.loaded.trained_positions
             return self.streams.excerpts(limit)
