@@ -4,8 +4,12 @@ import re
 
 import pytest
 
+from sinkstream.bench.estimate import long_run
+from sinkstream.bench.settings import BenchConfig, Protocol
 from sinkstream.cli import bench as bench_command
 from sinkstream.cli import bench_serve, main, options
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.measure.bandwidth import Bandwidth
 
 BENCH = "bench --device cpu --shape pythia-14m"
 RANDOM = "--model random:pythia-14m"
@@ -86,3 +90,40 @@ LOADS, TIMES = ("a model was loaded", "something was timed")  # where a command 
 def test_what_is_right_goes_on(line, ends, idle):
     with pytest.raises(pytest.fail.Exception, match=ends):
         main(line.split())
+
+
+# ---- how long it will take ----
+
+CEILING = Bandwidth("host memcpy", 10.0, 12.0, 1 << 20)
+STRICT = BenchConfig("ring", RunSettings("strict", 64))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "configs", "words"),
+    [
+        (
+            Protocol(tokens=536, warmup=64),
+            [STRICT],
+            "each of 600 tokens reads 11.0 GB .* 1.10 s .* least 11 min,",
+        ),
+        (Protocol(tokens=536, warmup=64), [STRICT] * 2, "each of 1,200 tokens .* at least 22 min"),
+        (Protocol(tokens=536, warmup=64, seconds=49.6), [STRICT], "at least 2 min"),
+        (Protocol(tokens=48, warmup=2), [STRICT], None),
+    ],
+)
+def test_a_long_benchmark_says_how_long_it_takes(protocol, configs, words):
+    told = long_run("m", 11 * 10**9, CEILING, protocol, configs)
+    assert told is None if words is None else re.search(rf"^m: .*{words}", told), told
+    assert long_run("m", None, CEILING, protocol, configs) is None
+
+
+def test_the_benchmark_says_it_before_a_model_is_loaded(idle, monkeypatch, capsys):
+    monkeypatch.setattr(bench_command, "memory_bandwidth", lambda device: CEILING)
+    monkeypatch.setattr("sinkstream.bench.estimate.free_bytes", lambda device: 10**12)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        main(["bench", "--device", "cpu", "--dtype", "float32", "--shape", "pythia-2.8b"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"random:pythia-2.8b: each of 1,328 tokens reads 11.1 GB of weights.*a smaller --shape", said)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        main(BENCH.split())
+    assert "each of" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sinkstream.bench.draw_tables import draw_table
 from sinkstream.bench.draws import DrawSession
-from sinkstream.bench.estimate import check_fits
+from sinkstream.bench.estimate import check_fits, long_run
 from sinkstream.bench.generate import GenerateSession
 from sinkstream.bench.generate_records import generate_table
 from sinkstream.bench.late import LateSession
@@ -45,6 +45,7 @@ from sinkstream.models import (
     resolve_dtype,
     shape_config,
     source_name,
+    weight_bytes,
 )
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.plain import new_record_id
@@ -134,13 +135,17 @@ def run(args: argparse.Namespace) -> int:
         return MODES[mode](args, models, given)
     console, device, dtype = _prepared(args)
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
-    _served(args, rungs, device)
+    configs = _served(args, rungs, device)
     slots = min(args.cap) * (min(args.streams) + 1) if args.ladder else _largest_turn(args)
     for model in models:
         check_fits(model, dtype, device, slots)
     check_writable(args.out)
     ceiling = memory_bandwidth(device)
     say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
+    for model in models:
+        line = long_run(model, weight_bytes(model, dtype), ceiling, protocol, configs)
+        if line is not None:
+            say(console, line)
     name, outcomes = new_record_id("bench"), []
     for model in models:
         load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
