@@ -28,11 +28,10 @@ import sinkstream.records.files as files_module
 import sinkstream.report.documents as documents
 from sinkstream import __version__
 from sinkstream.cli import COMMANDS, build_parser, main
-from sinkstream.cli.options import policy_option_specs
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.evaluation.settings import method_names
 from sinkstream.models import SHAPES
-from sinkstream.policies import SCORERS
+from sinkstream.policies import SCORERS, option_specs
 from sinkstream.records.records import Record, load_records, write_record
 
 TOKENS, CAP = 180, 48
@@ -818,8 +817,8 @@ def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
     assert all(named(name, text) and summary[:20] in text for name, summary in COMMANDS.items())
     text = help_text(cli, "eval")
     wanted = [*method_names(), *SCORERS, "--policy", "--cap"]
-    wanted += ["--" + spec.name.replace("_", "-") for spec in policy_option_specs()]
-    wanted += [choice for spec in policy_option_specs() for choice in spec.choices or []]
+    wanted += ["--" + spec.name.replace("_", "-") for spec in option_specs()]
+    wanted += [choice for spec in option_specs() for choice in spec.choices or []]
     assert not [word for word in wanted if not named(word, text)]
     assert not named("nosuch", text) and not named("refresh-last", text)
     assert (

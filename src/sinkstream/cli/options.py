@@ -20,18 +20,12 @@ from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_d
 from sinkstream.models.placement import DTYPES
 from sinkstream.models.shapes import PREFIX as RANDOM_MODEL
 from sinkstream.models.shapes import shape_config
-from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
+from sinkstream.policies import CAP_ACCOUNTING, SCORERS, option_specs
 from sinkstream.policies.options import OptionSpec, option_fields
 from sinkstream.registry import did_you_mean
 
 RANDOM_TEXT = "random"
 HEADS = PREFIX + "heads"
-
-
-def policy_option_specs() -> Iterator[OptionSpec]:
-    """Every policy option once: geometry, then triggers, then scorers."""
-    for cls in (EvictionPolicy, *(c for _, c in TRIGGERS.items()), *(c for _, c in SCORERS.items())):
-        yield from (OptionSpec.of(f) for f in option_fields(cls))
 
 
 def recall_option_specs() -> Iterator[OptionSpec]:
@@ -83,7 +77,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str],
     group.add_argument(
         "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
     )
-    for spec in policy_option_specs():
+    for spec in option_specs():
         _add_flag(group, spec)
 
 
@@ -101,7 +95,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: OptionSpec) -> None:
 
 def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     """The policy options that were given."""
-    names = [spec.name for spec in policy_option_specs()]
+    names = [spec.name for spec in option_specs()]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
@@ -282,10 +276,11 @@ def load_model_and_text(
     tokens = text.default_tokens if args.tokens is None and text is not None else args.tokens
     if tokens is None and text is None:
         raise ValueError("--text random has no length of its own; give --tokens N")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens={tokens} is not accepted; accepted: a whole number of at least 1")
-    for one in settings if tokens is not None else ():
-        one.prefill_tokens(tokens)
+    if tokens is not None:
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens} is not accepted; accepted: a whole number of at least 1")
+        for one in settings:
+            one.prefill_tokens(tokens)
     check_writable(args.out, keep=False)
     loaded = load_given_model(args)
     if text is not None:
@@ -351,7 +346,7 @@ def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
-    specs = (*policy_option_specs(), *recall_option_specs())
+    specs = (*option_specs(), *recall_option_specs())
     types = {spec.name: spec.type for spec in specs} | {"scorer": str, "recall": str}
     name, *given = text.split(":")
     if name not in method_names():
