@@ -20,7 +20,7 @@ from sinkstream.bench.prompt_tables import append_table, prompt_table
 from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
-from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
+from sinkstream.bench.settings import CAP, LEAST_PROMPT, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.snapshot_records import snapshot_table
 from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
@@ -55,7 +55,6 @@ from sinkstream.show.table import Table
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"
 REPEATS, PROMPT_CAPS = "repeats", 4  # a text; its prompt, in caps
-LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
