@@ -1,6 +1,7 @@
 """What can be refused without a model is refused before one is loaded, and before anything is timed."""
 
 import re
+import sys
 
 import pytest
 
@@ -71,6 +72,17 @@ def test_a_command_is_refused_before_any_work(line, message, idle, capsys):
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err.strip())
     assert [path.name for path in idle.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_packages_of_a_server_that_are_missing_are_told_before_any_work(idle, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(f"{BENCH} --cap 128 --serve turns".split()) != 0
+    assert "needs uvicorn: pip install 'sinkstream[serve]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("sinkstream.bench.serving.soak.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(bench_serve, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(f"{BENCH} --cap 128 --serve turns,soak".split()) != 0
+    assert "needs locust" in capsys.readouterr().err
 
 
 LOADS, TIMES = ("a model was loaded", "something was timed")  # where a command that is not refused ends

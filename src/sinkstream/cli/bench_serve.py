@@ -9,6 +9,7 @@ from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import PARTS
 from sinkstream.bench.serving.served import Load
 from sinkstream.bench.serving.session import ServingSession
+from sinkstream.bench.serving.soak import check_locust
 from sinkstream.bench.serving.tables import recall_table, serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend
@@ -60,7 +61,16 @@ def check_unused(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError if options do not go together."""
+    """Raise ValueError if options do not go together, and ImportError if packages of a server are missing."""
+    try:
+        import httpx2  # noqa: F401  (of the clients)
+        import uvicorn  # noqa: F401
+
+        import sinkstream.serve.app  # noqa: F401
+    except ImportError as error:
+        raise ImportError(INSTALL.format(error.name)) from None
+    if "soak" in args.serve:
+        check_locust()
     if len(args.cap) > 1:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
     least = {
@@ -109,10 +119,7 @@ def measure(
         )
         untrained = args.allow_untrained_positions or loaded.source == "random"
         session = ServingSession(loaded, backend, load, options.request(args), name, untrained)
-        try:
-            records = session.run(args.serve, console)
-        except ModuleNotFoundError as error:
-            raise ImportError(INSTALL.format(error.name)) from None
+        records = session.run(args.serve, console)
         for table in (serve_table, sessions_table, recall_table):
             if table(records).rows:
                 console.print(table(records, f"{loaded.name}: a server"))
