@@ -38,7 +38,7 @@ def main() -> int:
         for name in args.rivals:
             record = recall_of(RIVALS[name], streams, folder, loaded, args)
             path = RivalRecallRecord.write(record, args.out)
-            print(f"{name}: {record['status']}: {record['status_reason'] or ''}{path}", flush=True)
+            print(": ".join(filter(None, (name, record["status"], record["status_reason"], str(path)))), flush=True)
     return 0
 
 
