@@ -91,9 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-spill", action="store_true", help="write no session to disk")
     group = parser.add_argument_group("Ray Serve")
     add_ray_option(group, "serve with replicas on the Ray cluster at ADDRESS, which share the --spill folder")
-    group.add_argument("--replicas", type=int, help="with --ray: default: one for each GPU, or 1")
-    group.add_argument("--gpus-per-replica", type=float, help="with --ray: default: 1 on a GPU, else 0")
-    group.add_argument("--cpus-per-replica", type=float, help="with --ray: fractions allowed (default: 1)")
+    group.add_argument("--replicas", type=int, help="with --ray: replicas (default: one for each GPU, or 1)")
+    group.add_argument(
+        "--gpus-per-replica", type=float, help="with --ray: fractions share a GPU (default: 1 on a GPU, else 0)"
+    )
+    group.add_argument("--cpus-per-replica", type=float, help="with --ray: fractions share a CPU (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
