@@ -1,5 +1,6 @@
 """Pinned tokens of every prune inside a chunk, against float64 with every query, key and prune one by one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,9 @@ class Case:
         nan = (F.pad(part, (0, 0, 0, room), value=float("nan")) for part in parts)
         queries, window, sources, *more = (part.contiguous() for part in nan)
         queries = queries.transpose(0, 1).contiguous().transpose(0, 1)  # strided, as a chunk's own are
-        return Layer(queries, self.sinks, window, sources, more[0][..., 0].contiguous() if more else None)
+        totals = more[0][..., 0].contiguous() if more else None
+        values = sources.to(self.dtype)  # which no choice reads
+        return Layer(window, sources, values, self.sinks, totals, queries=queries)
 
     def groups(self, turn: int = 0, room: int = 0) -> Groups:
         """With kernels that are launched for `room` groups, queries and entries more than the chunk has."""
@@ -250,7 +253,7 @@ def test_mistakes_are_named():
     case = Case(torch.float16, *CASES[1])
     layer, groups = case.layer(), case.groups()
     with pytest.raises(ValueError, match="totals is None"):
-        pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.sources), groups, scaling=1.0)
+        pinned_sets(replace(layer, totals=None), groups, scaling=1.0)
     for sources in (layer.sources[:, :-1].contiguous(), torch.cat([layer.sources] * 9, 1)):
         with pytest.raises(ValueError, match="sources; accepted: 149 to 205, the pinned"):
-            pinned_sets(Layer(layer.queries, layer.sinks, layer.window, sources), groups, scaling=1.0)
+            pinned_sets(replace(layer, sources=sources), groups, scaling=1.0)
