@@ -1,6 +1,7 @@
 """The documents hold: links lead somewhere, `make` targets exist, nothing names a path of the author's machine."""
 
 import re
+import shlex
 import textwrap
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ import processes
 import pytest
 from arrows import ARROWS
 
-from sinkstream.cli import main
+from sinkstream.cli import build_parser, main
 from sinkstream.compat import NEWEST_TESTED, OLDEST_TESTED
 from sinkstream.models.gguf_file import BUILTIN_INSTALL
 from sinkstream.records.selection import DIAGNOSED_MODELS, DIAGNOSED_TEXTS
@@ -52,6 +53,24 @@ def unknown_targets(text: str) -> set[str]:
     return set(MAKE_TARGET.findall(text)) - set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
 
 
+def commands(text: str) -> list[list[str]]:
+    """The words of every ``sinkstream`` command in the code blocks of a page."""
+    lines = text.replace("\\\n", " ").splitlines()
+    typed = [line.strip() for line in lines if re.match(r"(?: {4})?sinkstream ", line)]
+    return [shlex.split(line.removesuffix(" &"), comments=True)[1:] for line in typed]
+
+
+def unknown_commands(text: str) -> list[str]:
+    """The commands of `text` that the command line does not take."""
+    wrong = []
+    for words in commands(text):
+        try:
+            build_parser().parse_args(words)
+        except SystemExit as end:
+            wrong += [] if end.code in (0, None) else [shlex.join(words)]
+    return wrong
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_document_holds(document):
     text = document.read_text(encoding="utf-8")
@@ -59,6 +78,13 @@ def test_document_holds(document):
     assert not dead_links(document, text)
     assert not dead_anchors(document, text)
     assert not unknown_targets(text)
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d.name not in ("LOG.md", "CHANGELOG.md")], ids=lambda p: p.name
+)
+def test_the_command_line_takes_the_commands_of_a_document(document, capsys):
+    assert not unknown_commands(document.read_text(encoding="utf-8")), capsys.readouterr().err
 
 
 def test_the_readme_leads_to_every_document():
@@ -142,6 +168,7 @@ def test_faults_are_seen():
     assert dead_links(ROOT / "README.md", "[a](docs/no_such_page.md#x)") and not dead_links(ROOT / "x", "[a](LICENSE)")
     assert dead_anchors(ROOT / "README.md", "[a](docs/cache.md#no-such-heading)") == ["no-such-heading"]
     assert not dead_anchors(ROOT / "README.md", "[a](docs/cache.md#what-is-accepted)")
+    assert unknown_commands("    sinkstream eval --capp 3 # x\n") and not unknown_commands("a sinkstream runs\n")
     assert unknown_targets("`make coffee`") == {"coffee"} and not unknown_targets("make test\nthey make sense")
 
 

@@ -24,7 +24,7 @@ import openai
 from jobs import HERE, gguf_file
 
 from sinkstream.bench.serving.restart import Server
-from sinkstream.cli import options
+from sinkstream.cli import HelpFormatter, options
 from sinkstream.evaluation.record import numeric_protocol
 from sinkstream.measure.environment import environment, utc_now
 from sinkstream.models import LoadedModel
@@ -62,12 +62,14 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     options.add_model_options(parser)
     parser.add_argument("--cap", type=int, default=1024, help="context of a server, in tokens")
-    parser.add_argument("--turns", type=int, default=50)
-    parser.add_argument("--max-tokens", type=int, default=24, help="of the reply to a turn")
-    parser.add_argument("--servers", type=options.names_of(SERVERS, "server"), default=list(SERVERS))
+    parser.add_argument("--turns", type=int, default=50, help="turns of the chat")
+    parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of the reply to a turn")
+    parser.add_argument(
+        "--servers", type=options.names_of(SERVERS, "server"), default=list(SERVERS), help="names, comma-separated"
+    )
     parser.add_argument("--environments", type=Path, default=Path(".rivals"), help="folder of environments.py")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a server")
     parser.add_argument("--out", type=Path, default=Path("results/rivals"), help="folder of the records")

@@ -39,7 +39,7 @@ class Context:
         options.n_threads = options.n_threads_batch = threads
         self.context = llama_cpp.LlamaContext(self.model, options, verbose=False)
         if self.context.n_ctx != cap:
-            raise ValueError(f"llama.cpp makes a context of {self.context.n_ctx} tokens of a cap of {cap}")
+            raise ValueError(f"cap={cap} is not accepted: llama.cpp makes a context of {self.context.n_ctx} tokens")
         self.batch = llama_cpp.LlamaBatch(n_tokens=cap, embd=0, n_seq_max=1)
         self.past = 0
 

@@ -14,7 +14,7 @@ import numpy as np
 from catalogue import RIVALS, Rival
 from jobs import add_options, interpreter, job_of, measure, origin, weights
 
-from sinkstream.cli import options
+from sinkstream.cli import HelpFormatter, options
 from sinkstream.data import TokenStream, load_text, tokenize
 from sinkstream.models import LoadedModel
 from sinkstream.records.plain import new_record_id
@@ -38,18 +38,20 @@ def main() -> int:
         for name in args.rivals:
             record = recall_of(RIVALS[name], streams, folder, loaded, args)
             path = RivalRecallRecord.write(record, args.out)
-            print(f"{name}: {record['status']}: {record['status_reason'] or ''}{path}", flush=True)
+            print(": ".join(filter(None, (name, record["status"], record["status_reason"], str(path)))), flush=True)
     return 0
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add_options(parser)
     options.add_text(parser)
-    parser.add_argument("--distances", type=options.numbers(float), default=list(RATIOS), help="multiples of the cap")
-    parser.add_argument("--passages", type=int, default=PASSAGES, help="at each distance")
-    parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS)
+    parser.add_argument(
+        "--distances", type=options.numbers(float), default=list(RATIOS), help="in multiples of the cap"
+    )
+    parser.add_argument("--passages", type=int, default=PASSAGES, help="passages at each distance")
+    parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS, help="tokens of a passage")
     return parser.parse_args()
 
 

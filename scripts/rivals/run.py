@@ -12,7 +12,7 @@ import argparse
 from catalogue import RIVALS
 from jobs import add_options, interpreter, job_of, measure, origin, weights
 
-from sinkstream.cli import options
+from sinkstream.cli import HelpFormatter, options
 from sinkstream.records.plain import new_record_id
 from sinkstream.studies.rivals.record import Measured, RivalRecord, not_measured
 
@@ -49,7 +49,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add_options(parser)
     options.add_text(parser, random=True)
     parser.add_argument("--timed-tokens", type=int, default=192, help="tokens timed one by one before blocks")

@@ -907,7 +907,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(ben
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_made(bench, monkeypatch):
-    monkeypatch.setattr(command, "free_bytes", lambda device: 10e9)
+    monkeypatch.setattr("sinkstream.bench.estimate.free_bytes", lambda device: 10e9)
     monkeypatch.setattr(command, "load_model", lambda *a, **k: pytest.fail("nothing may be loaded"))
     done = bench("--shape pythia-6.9b")
     told = "takes 27.43 GB of weights and 8.61 GB of keys and values, and 10.00 GB are free on cpu"

@@ -65,7 +65,7 @@ def test_turns_with_and_without_a_prune_are_fed_before_one_is_timed(tmp_path, mo
             super().prefill(ids, **options)
             fed.append((len(ids), self.stats()["evicted"] > evicted))
 
-    def mark(self, call):
+    def mark(self, call, repeats=None):
         marks.append(len(fed))
         call()
         return 1.0

@@ -28,11 +28,10 @@ import sinkstream.records.files as files_module
 import sinkstream.report.documents as documents
 from sinkstream import __version__
 from sinkstream.cli import COMMANDS, build_parser, main
-from sinkstream.cli.options import policy_option_specs
 from sinkstream.cli.show import PIPE_WIDTH
 from sinkstream.evaluation.settings import method_names
 from sinkstream.models import SHAPES
-from sinkstream.policies import SCORERS
+from sinkstream.policies import SCORERS, option_specs
 from sinkstream.records.records import Record, load_records, write_record
 
 TOKENS, CAP = 180, 48
@@ -488,7 +487,7 @@ def test_a_broken_record_stops_resuming_before_anything_runs(cli, here):
         ("bench --cap 0", "sinkstream bench: error: --cap 0 is not accepted; accepted: whole numbers of at least 1"),
         ("bench --streams 2,0", "sinkstream bench: error: --streams 2,0 is not accepted; accepted: whole numbers"),
         ("bench --prefill ''", "sinkstream bench: error: --prefill '' is not accepted; accepted: whole numbers"),
-        ("bench --text nosuch.txt", "sinkstream bench: error: text file 'nosuch.txt' does not exist"),
+        ("bench --model builtin --text nosuch.txt", "sinkstream bench: error: text file 'nosuch.txt' does not exist"),
         ("serve --replicas 2", "sinkstream serve: error: --replicas 2 goes with --ray, which is not given"),
         ("serve --no-spill --spill x", "sinkstream serve: error: --spill x and --no-spill exclude each other"),
         (
@@ -818,8 +817,8 @@ def test_help_names_everything_that_is_registered(cli, monkeypatch, columns):
     assert all(named(name, text) and summary[:20] in text for name, summary in COMMANDS.items())
     text = help_text(cli, "eval")
     wanted = [*method_names(), *SCORERS, "--policy", "--cap"]
-    wanted += ["--" + spec.name.replace("_", "-") for spec in policy_option_specs()]
-    wanted += [choice for spec in policy_option_specs() for choice in spec.choices or []]
+    wanted += ["--" + spec.name.replace("_", "-") for spec in option_specs()]
+    wanted += [choice for spec in option_specs() for choice in spec.choices or []]
     assert not [word for word in wanted if not named(word, text)]
     assert not named("nosuch", text) and not named("refresh-last", text)
     assert (

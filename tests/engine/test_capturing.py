@@ -12,6 +12,7 @@ from sinkstream.engine import Engine
 from sinkstream.engine.batch import StreamBatch
 from sinkstream.engine.capturing import blocks_of, chunks_of
 from sinkstream.engine.foreseen_chunks import ForeseenChunks
+from sinkstream.engine.graphs import GraphCaptures
 from sinkstream.engine.sampling import Sampler, StreamSampler
 from sinkstream.engine.short_chunks import ShortChunks
 
@@ -117,3 +118,19 @@ def test_on_a_gpu_nothing_is_captured_after_it():
         assert written(e, samplers) == written(lazily, samplers)
     assert e.captures.count == count > lazily.captures.count
     assert torch.equal(e.state.logits, lazily.state.logits)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_runs_on_the_stream_of_captures():
+    """A few kernels on a second stream would make later steps slower for good; what ran wrote what a capture would."""
+    ran, x = [], torch.zeros(4, device="cuda")
+
+    def run():
+        x.add_(1)
+        ran.append((torch.cuda.current_stream() == present, torch.cuda.is_current_stream_capturing()))
+
+    present = torch.cuda.current_stream()
+    graph = GraphCaptures(x.device)(run, name="one addition", warmups=2)
+    assert ran == [(True, False), (True, False), (False, True)] and x.tolist() == [2.0] * 4
+    graph.replay()
+    assert x.tolist() == [3.0] * 4

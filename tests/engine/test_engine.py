@@ -222,7 +222,10 @@ def test_structural_refresh_without_a_tokenizer_is_refused():
         (lambda e: e.prefill([]), "ids of shape .* whole numbers, at least one$"),
         (lambda e: e.prefill(torch.zeros(1, 3, dtype=torch.int64)), r"ids of shape .*; of a batch, one row: ids\[0\]$"),
         (lambda e: e.prefill([0.5]), "ids of shape|token ids"),
-        (lambda e: e.prefill([VOCAB]), f"token ids from {VOCAB} to {VOCAB}; accepted: 0 to {VOCAB - 1}"),
+        (
+            lambda e: e.prefill([VOCAB]),
+            f"token id {VOCAB} at position 0 is .* of {VOCAB} tokens; accepted: 0 to {VOCAB - 1}$",
+        ),
         (lambda e: e.prefill([1], stream=2), "stream=2 is not accepted; accepted: 0 to 1"),
         (lambda e: e.step([1]), "1 tokens for 2 streams"),
         (lambda e: e.step([1, 2], streams=[0, 0]), "each once"),
@@ -231,7 +234,7 @@ def test_structural_refresh_without_a_tokenizer_is_refused():
         (lambda e: e.begin_turn(0.5), "ahead=0.5 is not accepted; accepted: a whole number"),
         (lambda e: e.snapshot(e.model), "path=GPTNeoXForCausalLM is not accepted; accepted: a str or a Path"),
         (lambda e: e.restore(5), "path=5 is not accepted"),
-        (lambda e: e.score([-1]), "token ids from -1"),
+        (lambda e: e.score([-1]), "token id -1 at position 0"),
     ],
 )
 def test_wrong_calls_are_refused(call, words):

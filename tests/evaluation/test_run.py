@@ -454,12 +454,12 @@ def test_settings_that_are_accepted():
 
 @pytest.mark.parametrize("method", method_names())
 def test_a_text_that_leaves_nothing_to_decode_is_refused(method, healthy):
-    for check in (check_run, lambda loaded, tokens, settings: run(loaded, text_ids(tokens), settings)):
+    for check in (check_run, run):
         with pytest.raises(
             ValueError, match=rf"has {CAP + 1} tokens and {CAP} .*; accepted: at least {CAP + 2} tokens"
         ):
-            check(healthy, CAP + 1, settings_of(method))
-    check_run(healthy, CAP + 2, settings_of(method))
+            check(healthy, text_ids(CAP + 1), settings_of(method))
+    check_run(healthy, text_ids(CAP + 2), settings_of(method))
     assert hooks_of(healthy.model) == 0
 
 
@@ -467,14 +467,14 @@ def test_a_text_that_leaves_nothing_to_decode_is_refused(method, healthy):
 def test_more_positions_than_the_model_was_trained_on_are_refused(method, healthy):
     trained = healthy.trained_positions
     fits, tokens = (trained, trained) if method == "full" else (trained, 2 * trained)
-    check_run(healthy, tokens, settings_of(method, cap=fits, prefill=8))
+    check_run(healthy, text_ids(tokens), settings_of(method, cap=fits, prefill=8))
     too_much = (trained, trained + 2) if method == "full" else (trained + 1, 2 * trained)
     settings = settings_of(method, cap=too_much[0], prefill=8)
     with pytest.raises(ValueError, match=rf"{trained}.*trained on.*accepted.*untrained.positions|trained on {trained}"):
-        check_run(healthy, too_much[1], settings)
+        check_run(healthy, text_ids(too_much[1]), settings)
     with pytest.raises(ValueError, match=r"trained on"):
         run(healthy, text_ids(too_much[1]), settings)
-    check_run(healthy, too_much[1], dataclasses.replace(settings, allow_untrained_positions=True))
+    check_run(healthy, text_ids(too_much[1]), dataclasses.replace(settings, allow_untrained_positions=True))
 
 
 @pytest.mark.parametrize(
@@ -566,11 +566,11 @@ def test_the_engine_ends_where_the_numbers_end(poisoned):
 @pytest.mark.parametrize(("method", "backend"), list(zip(BASELINES, ("ring", "fused"))))
 def test_baselines_are_refused_by_the_engine(method, backend, healthy):
     settings = settings_of(method, backend=backend)
-    for check in (check_run, lambda loaded, tokens, settings: run(loaded, text_ids(tokens), settings)):
+    for check in (check_run, run):
         with pytest.raises(
             ValueError, match=f"policy '{method}' is a baseline, which --backend {backend} does not run"
         ):
-            check(healthy, TOKENS, settings)
+            check(healthy, text_ids(), settings)
 
 
 def test_a_rung_of_one_baseline_runs_that_baseline_only(healthy):
@@ -578,7 +578,7 @@ def test_a_rung_of_one_baseline_runs_that_baseline_only(healthy):
     found = run(healthy, text_ids(), settings_of("full", evaluate="blocks", backend="hf-full"))
     assert np.array_equal(wanted.arrays["nll"], found.arrays["nll"])
     with pytest.raises(ValueError, match="runs the baseline 'full' only, and not 'strict'; accepted: --backend hf"):
-        check_run(healthy, TOKENS, settings_of("strict", backend="hf-full"))
+        check_run(healthy, text_ids(), settings_of("strict", backend="hf-full"))
     with pytest.raises(ValueError, match="which only the benchmark times"):
         run(healthy, text_ids(), settings_of("full", backend="hf-static"))
 
@@ -586,12 +586,12 @@ def test_a_rung_of_one_baseline_runs_that_baseline_only(healthy):
 def test_checking_for_the_engine_builds_no_engine(healthy, monkeypatch):
     hooks = hooks_of(healthy.model)
     monkeypatch.setattr("sinkstream.engine.decoder.pack", lambda model: pytest.fail("packed"))
-    check_run(healthy, TOKENS, settings_of("refresh-structural", backend="ring"))
+    check_run(healthy, text_ids(), settings_of("refresh-structural", backend="ring"))
     with pytest.raises(ValueError, match="trained on"):
-        check_run(healthy, 4 * TOKENS, settings_of("strict", cap=2000, prefill=8, backend="ring"))
+        check_run(healthy, text_ids(4 * TOKENS), settings_of("strict", cap=2000, prefill=8, backend="ring"))
     assert hooks_of(healthy.model) == hooks
     with pytest.raises(ValueError, match="captures a CUDA graph"):
-        check_run(healthy, TOKENS, settings_of("strict", backend="fused"))
+        check_run(healthy, text_ids(), settings_of("strict", backend="fused"))
     assert hooks_of(healthy.model) == hooks
 
 

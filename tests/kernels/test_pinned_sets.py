@@ -1,5 +1,8 @@
 """Pinned tokens of every prune inside a chunk, against float64 with every query, key and prune one by one."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ops_cases import DEVICE, HALF, NEEDS_TRITON, draw, error, on_implementations
@@ -31,7 +34,7 @@ TURN = 7  # positions by which the first group's queries are turned back; each p
 
 
 class Case:
-    """One layer in the course of a chunk, drawn before rotation; `chosen` and `received` are what float64 says."""
+    """One layer in the course of a chunk, drawn before rotation; what float64 says of it is computed on the host."""
 
     def __init__(self, dtype, kv_heads, group, dim, rotary, sinks, pinned, past, latest, drops):
         self.dtype, self.group, self.pinned, self.drops, self.latest = dtype, group, pinned, drops, latest
@@ -63,7 +66,9 @@ class Case:
         nan = (F.pad(part, (0, 0, 0, room), value=float("nan")) for part in parts)
         queries, window, sources, *more = (part.contiguous() for part in nan)
         queries = queries.transpose(0, 1).contiguous().transpose(0, 1)  # strided, as a chunk's own are
-        return Layer(queries, self.sinks, window, sources, more[0][..., 0].contiguous() if more else None)
+        totals = more[0][..., 0].contiguous() if more else None
+        values = sources.to(self.dtype)  # which no choice reads
+        return Layer(window, sources, values, self.sinks, totals, queries=queries)
 
     def groups(self, turn: int = 0, room: int = 0) -> Groups:
         """With kernels that are launched for `room` groups, queries and entries more than the chunk has."""
@@ -90,8 +95,8 @@ class Case:
 
     def pinned_keys(self, head: int, chosen: list[int]) -> torch.Tensor:
         """Rotated to their places and rounded as they are kept."""
-        raw = self.sources[head, chosen].double()
-        keys = [rotate(key, self.first_position + i, self.inv_freq) for i, key in enumerate(raw)]
+        raw, inv_freq = self.drawn.sources[head, chosen], self.inv_freq.cpu()
+        keys = [rotate(key, self.first_position + i, inv_freq) for i, key in enumerate(raw)]
         return torch.stack(keys).to(self.dtype).double()
 
     def weights(self, head: int, chosen: list[int], token: int, at: int) -> dict:
@@ -100,17 +105,19 @@ class Case:
         entries = range(oldest, self.past + token + 1)
         names = [("sink", i) for i in range(self.sinks_count)] + [("source", i) for i in chosen]
         names += [("source", self.pinned + i) for i in entries]
-        frame = torch.cat([self.sinks[head].double(), self.pinned_keys(head, chosen)])
+        frame, inv_freq = torch.cat([self.drawn.sinks[head], self.pinned_keys(head, chosen)]), self.inv_freq.cpu()
+        window = self.drawn.window[head, oldest : self.past + token + 1]
         for g in range(self.group):
-            query = self.queries[head * self.group + g, self.latest + token].double()
-            back = rotate(query, -turn, self.inv_freq)
-            scores = torch.cat([frame @ back, self.window[head, oldest : self.past + token + 1].double() @ query])
+            query = self.drawn.queries[head * self.group + g, self.latest + token]
+            scores = torch.cat([frame @ rotate(query, -turn, inv_freq), window @ query])
             for name, weight in zip(names, (scores * self.scaling).softmax(0).tolist()):
                 given[name] = given.get(name, 0.0) + weight / self.group
         return given
 
     def expected(self, head: int) -> tuple[list[list[int]], dict[int, float]]:
         """Sources after each prune, and what every source has received in the end, where attention is added up."""
+        parts = {"queries": self.queries, "sinks": self.sinks, "window": self.window, "sources": self.sources}
+        self.drawn = SimpleNamespace(**{name: part.cpu().double() for name, part in parts.items()})
         chosen, sets = list(range(self.pinned)), [list(range(self.pinned))]
         received = dict(enumerate(self.totals[head].tolist()))
         for t in range(self.tokens):
@@ -246,7 +253,7 @@ def test_mistakes_are_named():
     case = Case(torch.float16, *CASES[1])
     layer, groups = case.layer(), case.groups()
     with pytest.raises(ValueError, match="totals is None"):
-        pinned_sets(Layer(layer.queries, layer.sinks, layer.window, layer.sources), groups, scaling=1.0)
+        pinned_sets(replace(layer, totals=None), groups, scaling=1.0)
     for sources in (layer.sources[:, :-1].contiguous(), torch.cat([layer.sources] * 9, 1)):
         with pytest.raises(ValueError, match="sources; accepted: 149 to 205, the pinned"):
-            pinned_sets(Layer(layer.queries, layer.sinks, layer.window, sources), groups, scaling=1.0)
+            pinned_sets(replace(layer, sources=sources), groups, scaling=1.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sinkstream.cli.options import add_policy_options, policy_option_specs, policy_options
+from sinkstream.cli.options import add_policy_options, policy_options
 from sinkstream.policies import (
     CAP_ACCOUNTING,
     PRESETS,
@@ -17,6 +17,7 @@ from sinkstream.policies import (
     Scorer,
     Trigger,
     option_names,
+    option_specs,
     preset_options,
 )
 from sinkstream.policies.options import option
@@ -158,7 +159,7 @@ def even_trigger():
 
 def test_a_new_trigger_and_scorer_need_no_other_change(even_trigger):
     assert {"even", "even_signal", "stride"} <= option_names() and "spare" not in option_names()
-    specs = {spec.name: spec for spec in policy_option_specs()}
+    specs = {spec.name: spec for spec in option_specs()}
     assert specs["even"].type is int and specs["stride"].default == 16
     assert specs["even_signal"].choices == SIGNALS.names()
     parser = argparse.ArgumentParser()

@@ -29,7 +29,7 @@ def test_planted_differences_are_counted_and_named(tmp_path):
     assert "elsewhere the clearest are refresh-key-norm R=64 (SmolLM2-135M, 512 slots, -" in choice
     assert "PG19: perplexity is lower by its 95 % interval in 0 of 2 trials. WikiText:" in beaten
     assert "in 1 of 3 trials, most clearly with refresh-key-norm R=64 (SmolLM2-135M, 512 slots): -" in beaten
-    assert "2 pairs of model, text and slots: perplexity +" in lazy and "time of a token 1.000 to 1.000 ×" in lazy
+    assert "2 pairs of model, text and slots: perplexity +" in lazy and "time per token 1.000 to 1.000 ×" in lazy
     assert "strict has the lower perplexity by its interval in 1, the higher in 0; at worst -1." in snapkv
 
 

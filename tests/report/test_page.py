@@ -290,6 +290,29 @@ def test_wrong_folders_are_refused(tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+def _layers_with(spec: dict, *fields: str) -> int:
+    encodings = [layer.get("encoding", {}).values() for layer in spec["layer"]]
+    named = [{one.get("field") for one in encoding if isinstance(one, dict)} for encoding in encodings]  # tips: a list
+    return sum(found >= set(fields) for found in named)
+
+
+def test_no_layer_is_without_points():
+    """Vega warns of an axis of a layer without points: names are one layer, intervals none where there is none."""
+    value = {"label": "a", "kind": "strict", "line": "a", "x": 1, "y": 2.0, "text": "2", "front": True}
+    known = value | {"low": 1.0, "high": 3.0}
+    makers = {
+        "lines": lambda v: charts.lines([v], "x", "y"),
+        "whiskers": lambda v: charts.whiskers([v], "title"),
+        "recall": lambda v: charts.recall_pareto([v], "x", "y"),
+    }
+    for name, make in makers.items():
+        bare, with_interval = make(value), make(known)
+        assert (_layers_with(bare, "low", "high"), _layers_with(with_interval, "low")) == (0, 1), name
+    marks = [layer["mark"] for layer in charts.recall_pareto([value], "x", "y")["layer"]]
+    names = [mark for mark in marks if mark["type"] == "text"]
+    assert len(names) == 1 and set(names[0]["align"]) == set(names[0]["dy"]) == {"expr"}
+
+
 # ---- in a real browser ----
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -326,7 +349,10 @@ def test_the_page_works_in_a_browser(page_file, browser):
         tab = browser.new_page(viewport={"width": width, "height": height})
         errors = []
         tab.on(
-            "console", lambda message, errors=errors: errors.append(message.text) if message.type == "error" else None
+            "console",
+            lambda message, errors=errors: (
+                errors.append(message.text) if message.type in ("error", "warning") else None
+            ),
         )
         tab.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
         tab.on(

@@ -165,8 +165,8 @@ def test_an_address_that_does_not_answer_is_said_in_seconds(tmp_path, capsys):
     [
         (["--replicas", "0"], "--replicas 0 is not accepted"),
         (["--gpus-per-replica", "1.5"], "--gpus-per-replica 1.5 is not accepted"),
-        (["--no-spill"], "accepted: a --spill folder"),
-        (["--write", "idle"], "write='idle'"),
+        (["--no-spill"], "spill=None is not accepted"),
+        (["--write", "idle"], "write='idle' is not accepted"),
         (["--device", "cuda:1"], "--device cuda:1 with --ray is not accepted"),
     ],
 )

@@ -115,10 +115,11 @@ def test_a_session_in_use_elsewhere_is_not_given_up(tmp_path):
 
 
 def test_what_shared_sessions_need_is_refused_without_it(tmp_path):
-    with pytest.raises(ValueError, match="accepted: a --spill folder and --write turn"):
+    with pytest.raises(ValueError, match=r"^spill=None is not accepted.*accepted: a --spill folder$"):
         ServeSettings(shared=True)
-    with pytest.raises(ValueError, match="write='idle'"):
+    with pytest.raises(ValueError, match=r"^write='idle' is not accepted.*accepted: --write turn$"):
         ServeSettings(shared=True, spill=tmp_path, write="idle")
+    assert ServeSettings(shared=True, spill=tmp_path).shared
 
 
 def test_figures_are_those_of_all_servers_by_name(two, model, tmp_path, monkeypatch):

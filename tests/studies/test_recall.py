@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import sinkstream.evaluation.run as run_module
 import sinkstream.studies.recall.run as recall_module
 from sinkstream.cli import main
 from sinkstream.cli.show import PIPE_WIDTH
@@ -33,6 +34,7 @@ from sinkstream.studies.recall.tables import draw_recall, recall_curve, recall_t
 
 CAP, SINK, SIZE = 100, 4, 16
 WINDOW = CAP - SINK
+VOCABULARY = 10_000  # tokens that the copying model knows
 SURE = 0.9  # what the copying model gives to the token that it copies
 DESIGN = RecallDesign(CAP, (0.25, WINDOW / CAP, (WINDOW + 1) / CAP, 2.0, 4.0), passages=8, passage_tokens=SIZE)
 
@@ -60,12 +62,12 @@ class CopyDecoder(ModuleDecoder):
         return self._steps
 
     def score(self, ids, targets):
-        vocabulary, nll, steps = 10_000, [], []
+        nll, steps = [], []
         for token, target in zip(ids.tolist(), targets.tolist()):
             steps.append(self._append(token))
             now = len(self.seen) - 1
             followers = [self.seen[j + 1] for j in range(now) if self.seen[j] == token and self._sees(j + 1, steps[-1])]
-            uniform = 1 / vocabulary
+            uniform = 1 / VOCABULARY
             chance = uniform if not followers else SURE * (followers[-1] == target) + (1 - SURE) * uniform
             nll.append(-math.log(chance))
         self._steps = steps
@@ -79,13 +81,14 @@ class CopyDecoder(ModuleDecoder):
         return index < self.sink or index >= len(self.seen) - (step.visible - self.sink)
 
 
-GAIN = math.log(SURE + (1 - SURE) / 10_000) + math.log(10_000)  # of a token that is copied
+GAIN = math.log(SURE + (1 - SURE) / VOCABULARY) + math.log(VOCABULARY)  # of a token that is copied
 
 
 @pytest.fixture
 def batch(tmp_path, monkeypatch):
     """Run policies with the copying model over `DESIGN`'s streams."""
     monkeypatch.setattr(HfBackend, "open", lambda self: CopyDecoder(self.loaded.model, self.settings))
+    monkeypatch.setattr(run_module, "vocabulary_size", lambda model: VOCABULARY)
     return RecallBatch(tiny_model.loaded(), DESIGN.streams(text_of), Request(tmp_path, {}, ["sinkstream", "recall"], 0))
 
 
@@ -259,6 +262,7 @@ def test_documents_have_a_table_with_or_without_records(tmp_path):
     out = tmp_path / "recall"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HfBackend, "open", lambda self: CopyDecoder(self.loaded.model, self.settings))
+        patch.setattr(run_module, "vocabulary_size", lambda model: VOCABULARY)
         batch = RecallBatch(loaded, design.streams(text_of), Request(out, {}, ["sinkstream", "recall"], 0))
         batch.run([RunSettings(name, 512, evaluate="blocks") for name in ("strict", "full")], Console(quiet=True))
     table = render_tables(tmp_path)["recall-neox-sink-512"]

@@ -50,26 +50,32 @@ class ChunkCase:
         window = [("past", self.length + i) if i < 0 else ("own", i) for i in range(self.first[t], t + 1)]
         return pinned + window
 
-    def scores(self, t: int) -> torch.Tensor:
+    def on_host(self) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Query, keys and values in float64 on the host, whose many small operations a device would take long for."""
+        keys, values = ({n: part.cpu().double() for n, part in parts.items()} for parts in (self.keys, self.values))
+        return self.query.cpu().double(), keys, values
+
+    def scores(self, t: int, query: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Those of query t at positions in the cache, (batch, query_heads, visible), float64."""
-        keys = [rotate(self.keys[n][:, :, i].double(), at, self.inv_freq) for at, (n, i) in enumerate(self.visible(t))]
-        query = rotate(self.query[:, :, t].double(), len(keys) - 1, self.inv_freq)
+        inv_freq = self.inv_freq.cpu()
+        keys = [rotate(parts[n][:, :, i], at, inv_freq) for at, (n, i) in enumerate(self.visible(t))]
+        query = rotate(query[:, :, t], len(keys) - 1, inv_freq)
         groups = query.shape[1] // keys[0].shape[1]
         return (torch.stack(keys, 2).repeat_interleave(groups, 1) * query[:, :, None]).sum(-1) * self.scaling
 
     def expected(self) -> torch.Tensor:
         """Attention at positions in the cache, (batch, tokens, query_heads, head_dim), float64."""
-        groups = self.query.shape[1] // self.keys["own"].shape[1]
-        out = []
+        groups, (query, keys, values), out = self.query.shape[1] // self.keys["own"].shape[1], self.on_host(), []
         for t in range(len(self.first)):
-            values = torch.stack([self.values[n][:, :, i].double() for n, i in self.visible(t)], 2)
-            out.append((self.scores(t).softmax(-1)[..., None] * values.repeat_interleave(groups, 1)).sum(2))
-        return torch.stack(out, 1)
+            seen = torch.stack([values[n][:, :, i] for n, i in self.visible(t)], 2).repeat_interleave(groups, 1)
+            out.append((self.scores(t, query, keys).softmax(-1)[..., None] * seen).sum(2))
+        return torch.stack(out, 1).to(DEVICE)
 
     def expected_sums(self) -> torch.Tensor:
         """Logarithm, base 2, of the sum of every query's softmax in the first row, (query_heads, tokens), float64."""
-        sums = [self.scores(t)[0].logsumexp(-1) for t in range(len(self.first))]
-        return torch.stack(sums, 1) / math.log(2)
+        query, keys, _ = self.on_host()
+        sums = [self.scores(t, query, keys)[0].logsumexp(-1) for t in range(len(self.first))]
+        return torch.stack(sums, 1).to(DEVICE) / math.log(2)
 
     def columns(self) -> Columns:
         """Keys rotated in their frames, in the dtype of the case; the ring has NaN where nothing lies."""

@@ -48,7 +48,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "kernels/test_activation.py": ("mistakes",),
     "kernels/test_add_norm.py": ("mistakes",),
     "kernels/test_attention_decode.py": ("mistakes", "default_configuration"),
-    "kernels/test_attention_prefill.py": ("twin", "mistakes", "floor", "short_chunks_split"),
+    "kernels/test_attention_prefill.py": ("twin", "mistakes", "short_chunks_split"),
     "kernels/test_begin_step.py": ("mistakes",),
     "kernels/test_config.py": (),
     "kernels/test_fixed_point.py": ("float64", "halve", "published"),

@@ -144,12 +144,14 @@ class RecallSettings:
         return cls(chooser.with_tokenizer(tokenizer), **{"slots": max(1, peak // 4)} | mine)
 
     @classmethod
-    def check(cls, recall: "str | Chooser", policy: EvictionPolicy, **options: Any) -> None:
-        """Raise ValueError, as `build` and `check_policy` do, for everything that can be checked without the model."""
+    def check(cls, recall: "str | Chooser", policy: EvictionPolicy, **options: Any) -> Self:
+        """The settings as far as they are known without the model. Raises ValueError as `build` and `check_policy`."""
         mine, given = cls._parted(recall, options)
         given.pop("heads", None)  # who knows the model says which it has
         chooser = CHOOSERS[recall](**given) if isinstance(recall, str) else recall
-        cls(chooser, **{"slots": max(1, policy.peak // 4)} | mine).check_policy(policy)
+        settings = cls(chooser, **{"slots": max(1, policy.peak // 4)} | mine)
+        settings.check_policy(policy)
+        return settings
 
     @classmethod
     def _parted(cls, recall: "str | Chooser", options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

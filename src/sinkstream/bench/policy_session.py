@@ -15,6 +15,7 @@ from rich.console import Console
 from sinkstream.data import TokenStream
 from sinkstream.engine import Engine
 from sinkstream.evaluation.record import find_complete, numeric_protocol, provenance, work_identity
+from sinkstream.evaluation.run import check_ids
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
@@ -69,8 +70,9 @@ class PolicySession(ABC, Generic[R]):
             engine.close()
 
     def run(self, runs: Sequence[RunSettings], console: Console) -> list[R]:
-        """Time all policies; one record each. Raises as `check` and `Runner.run`."""
+        """Time all policies; one record each. Raises as `check`, `check_ids` and `Runner.run`."""
         self.check(runs)
+        check_ids(self.loaded, self.text.ids)
         jobs = [Job(f"{self.work}, {r.label()}", partial(self._measure, r), partial(self._finished, r)) for r in runs]
         runner = Runner(self.request, self.record_class.write, self.record_class.read, self.loaded.model.device)
         return runner.run(jobs, console)

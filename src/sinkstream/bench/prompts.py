@@ -34,6 +34,7 @@ APPEND_TOKENS = 50
 REPEATS = 5
 REPEAT_SECONDS = 3.0  # of one length in one way: no repeat begins after so many, and there is at least one
 STEPS_TIMED = 64
+TURNS_TIMED = 32  # their prunes come again after 32 turns of 50 tokens where one token in 64 brings a prune
 WARM_TURNS = 8  # before turns are timed: one that crosses a prune and one that crosses none are compiled and captured
 
 DEFINITIONS = {
@@ -167,7 +168,7 @@ class PromptSession(PolicySession[PromptRecord]):
         step = self._median(steps) / STEPS_TIMED
         for _ in range(WARM_TURNS + engine.policy.growth // APPEND_TOKENS):
             engine.prefill(turn)
-        turns = self._median(partial(engine.prefill, turn))
+        turns = self._median(partial(engine.prefill, turn), TURNS_TIMED)
         return {"tokens": len(turn), "ms": turns, "step_ms": step, "over_step": turns / step}
 
     @property
@@ -175,12 +176,13 @@ class PromptSession(PolicySession[PromptRecord]):
         """How many medians a record takes: every length in every way, and the appended turn."""
         return (len(PROMPT_TIMES) - (not self.drop_in)) * len(self.lengths) + 1
 
-    def _median(self, call: Callable[[], object]) -> float:
+    def _median(self, call: Callable[[], object], repeats: int | None = None) -> float:
         """Median milliseconds of a call, after one that compiles and captures and is not counted."""
+        repeats = self.repeats if repeats is None else repeats
         device = self.loaded.model.device
         call()
         times: list[float] = []
-        while not times or (len(times) < self.repeats and sum(times) < self.repeat_seconds):
+        while not times or (len(times) < repeats and sum(times) < self.repeat_seconds):
             times.append(timed(call, device=device)[1])
         return 1e3 * statistics.median(times)
 
@@ -203,6 +205,7 @@ class PromptSession(PolicySession[PromptRecord]):
                 "backend": self.backend,
                 "lengths": list(self.lengths),
                 "append_tokens": APPEND_TOKENS,
+                "append_repeats": TURNS_TIMED,
                 "repeats": self.repeats,
                 "repeat_seconds": self.repeat_seconds,
                 "text": self.text.name,

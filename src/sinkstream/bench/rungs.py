@@ -52,8 +52,6 @@ def check_rung(loaded: LoadedModel, config: BenchConfig) -> None:
     """Raise ValueError if the rung does not serve the device, the model or the configuration."""
     rung = BACKENDS[config.rung]
     rung.check_device(loaded.model.device)
-    if config.streams > 1 and not rung.takes_streams:
-        raise ValueError(f"rung {config.rung!r} runs one stream; accepted: --streams 1, or a rung of the engine")
     rung(loaded, config.run, config.streams).check()
 
 

@@ -28,6 +28,7 @@ from sinkstream.compat import attention_implementation
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.backends import BACKENDS, EngineBackend, StaticBackend
 from sinkstream.evaluation.record import numeric_protocol, provenance, work_identity
+from sinkstream.evaluation.run import check_ids
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.measure.bandwidth import Bandwidth
 from sinkstream.measure.memory import PeakMemory, free_bytes, free_unused
@@ -71,10 +72,11 @@ class BenchSession:
     def run(self, groups: Sequence[Sequence[BenchConfig]], console: Console) -> Outcome:
         """Time all groups; the configurations of a group take turns.
 
-        Raises ValueError if a rung refuses a configuration and the session is not lenient, or as `Runner.run`; nothing
-        has run then. Raises WriteError as `Runner.run`.
+        Raises ValueError if the text has tokens that the model does not know, if a rung refuses a configuration and
+        the session is not lenient, or as `Runner.run`; nothing has run then. Raises WriteError as `Runner.run`.
         """
         outcome = Outcome()
+        check_ids(self.loaded, self.text.ids)
         jobs = [
             Job(_names(group), partial(self._measure, group, outcome), partial(self._finished, group))
             for group in groups

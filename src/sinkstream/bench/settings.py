@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STEADY_TOKENS = 600
 CAP = 2052
+LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 BLOCK_TOKENS = 50_000
 SHORTEST_CHUNK = 50  # tokens; 12 of them in the default length, enough for an interval
 MOST_CHUNKS = 4000

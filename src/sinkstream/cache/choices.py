@@ -14,7 +14,7 @@ import torch
 from sinkstream.cache.rope import Rope
 from sinkstream.kernels.band import Band, SetColumns
 from sinkstream.kernels.chunk_angles import angles_of
-from sinkstream.kernels.chunk_entries import Entries, PinnedSlots, take_sets
+from sinkstream.kernels.chunk_entries import PinnedSlots, take_sets
 from sinkstream.kernels.pinned_sets import (
     TURN,
     Group,
@@ -195,7 +195,6 @@ class Chosen:
 
 def choose(
     layer: Layer,
-    entries: Entries,
     groups: Groups,
     which: torch.Tensor,
     *,
@@ -208,8 +207,6 @@ def choose(
     Parameters
     ----------
     layer : Layer
-    entries : Entries
-        Window and sources of the layer, with the values.
     groups : Groups
     which : Tensor, (tokens,), int32
         `set_of_tokens`, on the device.
@@ -221,7 +218,7 @@ def choose(
         As for `pinned_sets`.
     """
     found = pinned_sets(layer, groups, scaling=scaling, implementation=implementation)
-    keys, values = take_sets(entries, found.chosen, groups.frame, slots=slots, implementation=implementation)
+    keys, values = take_sets(layer, found.chosen, groups.frame, slots=slots, implementation=implementation)
     return Chosen(layer, found, SetColumns(keys, values, which, found.chosen.shape[2]))
 
 

@@ -4,7 +4,7 @@ As `TwoFrames`, but which tokens are pinned changes on the way: each layer choos
 before its queries attend (`cache.choices`). What is pinned in the end is taken over once the forward has returned.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -134,8 +134,8 @@ class ChosenFrames:
         queries = query[0]
         if self.before:
             queries = torch.cat([self.observer.queries[layer][0, :, -self.before :].to(key.dtype), queries], 1)
-        held = Layer(queries, entries.sinks, entries.window, entries.sources, self._totals(layer))
-        chosen = choose(held, entries, frame.groups, self.which, scaling=scaling, implementation=implementation)
+        held = Layer.of(replace(entries, totals=self._totals(layer)), queries)
+        chosen = choose(held, frame.groups, self.which, scaling=scaling, implementation=implementation)
         self._take(layer, chosen, frame.band, query, scaling, implementation)
         sinks, window = slice(0, sink), slice(self.pinned, self.cached)
         keys, values = ([part[:, :, which] for which in (sinks, window, own)] for part in (key, value))

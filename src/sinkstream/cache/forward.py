@@ -114,7 +114,7 @@ class PendingForward:
         """
         spec = self.stream.spec
         if not self._layers_written or keys.dtype is not spec.dtype or keys.get_device() != self._device:
-            check_entries(spec, keys, self.ring.keys.device)
+            check_entries(spec, keys, self.ring.keys.device, layer if self._layers_written else 0)
         self._layers_written += 1
         row = spec.streaming_rows.get(layer)
         if row is None:
@@ -228,9 +228,14 @@ def attention_mask(spec: ModelSpec, visible: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(visible, dtype=spec.dtype).masked_fill_(~visible, lowest)
 
 
-def check_entries(spec: ModelSpec, keys: torch.Tensor, device: torch.device) -> None:
-    """Raise ValueError if the model's dtype or device is not that of the buffers."""
+def check_entries(spec: ModelSpec, keys: torch.Tensor, device: torch.device, layer: int = 0) -> None:
+    """Raise ValueError if a layer's dtype or device is not that of the buffers; `layer`: 0, or one behind another."""
     if keys.dtype != spec.dtype and not torch.is_autocast_enabled(keys.device.type):
+        if layer:
+            raise ValueError(
+                f"layer {layer} makes keys of {keys.dtype}, and the layers before it {spec.dtype}; accepted: keys and"
+                " values of one dtype in all layers"
+            )
         raise ValueError(
             f"the model's dtype was changed from {spec.dtype} to {keys.dtype} after the cache was made;"
             " change it back, or make the cache again"

@@ -19,6 +19,7 @@ from sinkstream.cache.padding import check_ids
 from sinkstream.cache.recall import Recall, RecallEvent, one_row
 from sinkstream.cache.reread import reader
 from sinkstream.cache.stream import rewind
+from sinkstream.cache.vocabulary import check_vocabulary, vocabulary_size
 from sinkstream.policies import EvictionPolicy, structural_weights
 from sinkstream.policies.options import check_whole, plain
 
@@ -99,6 +100,7 @@ class RecallingCache(CopiedCache):
         """
         recall = self._recall()
         check_ids(question_ids, "question_ids")
+        check_vocabulary(question_ids, vocabulary_size(self.spec.decoder), "question_ids")
         if replay:
             check_replay(recall.settings, self.policy)
             left = self._choose_by(model, question_ids)

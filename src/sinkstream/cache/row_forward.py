@@ -156,7 +156,7 @@ class RowsForward:
         ValueError
             If the model's dtype or device is not that of the buffers.
         """
-        check_entries(self.stream.spec, keys, self.stream.keys.device)
+        check_entries(self.stream.spec, keys, self.stream.keys.device, layer if self._layers_written else 0)
         self._layers_written += 1
         for new, given in zip(self._new, (keys.detach(), values.detach())):
             if not self._covered:

@@ -27,6 +27,7 @@ from sinkstream.cache.row_forward import RowsForward, begun, parted
 from sinkstream.cache.rows import CHUNK as ROWS_CHUNK
 from sinkstream.cache.rows import Rows
 from sinkstream.cache.stream import Stream
+from sinkstream.cache.vocabulary import check_vocabulary, vocabulary_size
 from sinkstream.cache.wrappers import inner_model, is_compiled
 from sinkstream.compat import with_cache
 from sinkstream.policies import EvictionPolicy, Step, structural_weights
@@ -118,18 +119,12 @@ class StreamingCache(RecallingCache):
         rebase_at, block_tokens = _checked(positions, rebase_at, block_tokens)
         check_policy(spec, policy, positions, compiled=compiled)
         check_trained(policy, spec.trained_positions, allow_untrained_positions)
-        structure = None
-        if "structure" in policy.needs:
-            if tokenizer is None:
-                raise ValueError("scorer='structural' reads the text of tokens; give tokenizer=TOKENIZER")
-            weights = structural_weights(tokenizer)  # models pad their vocabulary past the tokenizer's
-            structure = pad(weights, (0, max(0, model.config.vocab_size - len(weights))))
         stream = cls.stream_class(
             spec,
             policy,
             positions=positions,
             rebase_at=rebase_at,
-            structure=structure,
+            structure=_structure(tokenizer, model) if "structure" in policy.needs else None,
             block_tokens=block_tokens,
             recalling=recall_of(recall, recall_options, model, spec, policy, positions, tokenizer, compiled),
         )
@@ -202,17 +197,19 @@ class StreamingCache(RecallingCache):
         Tensor, (batch, vocab)
             Logits after the last token, in the dtype of the model; without meaning for a row that has none.
 
-        Raises ValueError if ids, mask or chunk size are not accepted, or the batch is not that of the stream.
+        Raises ValueError if ids, mask or chunk size are not accepted, a token is not in the vocabulary, or the batch is
+        not that of the stream; nothing has been fed then.
         """
         _check_prompt(model, input_ids)
         chunk_tokens = check_whole("chunk_tokens", chunk_tokens, 1)
-        mask = attention_mask
+        mask, pads = attention_mask, 0
         if mask is not None:
             check_axes(mask, len(input_ids))
             pads = input_ids.shape[1] - max(own_tokens(mask, input_ids.shape[1], self.row_seen))  # of every row
             input_ids, mask = input_ids[:, pads:], mask[:, pads:]
         if mask is not None or isinstance(self.stream, Rows):
             chunk_tokens = min(chunk_tokens, ROWS_CHUNK)
+        check_vocabulary(input_ids, vocabulary_size(self.spec.decoder), first=pads)
         self.announce(input_ids)
         fed, taken = 0, 0
         with _speculating(self.stream if mask is None and len(input_ids) == 1 else None):
@@ -229,16 +226,19 @@ class StreamingCache(RecallingCache):
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Feed a prompt as `prefill` does, but for its last chunk, ``(batch, at least 1)``, which is returned."""
+        size = vocabulary_size(self.spec.decoder)
         if attention_mask is not None or isinstance(self.stream, Rows) or not self.policy.plan_known:
+            check_vocabulary(input_ids[:, -1:], size, first=input_ids.shape[1] - 1)
             mask = None if attention_mask is None else attention_mask[:, :-1]
             self.prefill(model, input_ids[:, :-1], attention_mask=mask)
             return input_ids[:, -1:]
+        check_vocabulary(input_ids, size)
         self.announce(input_ids)
-        for size in self.chunks(input_ids.shape[1]):
-            if size == input_ids.shape[1]:
+        for tokens in self.chunks(input_ids.shape[1]):
+            if tokens == input_ids.shape[1]:
                 break
-            model(input_ids[:, :size], **with_cache(model, self), logits_to_keep=1)
-            input_ids = input_ids[:, size:]
+            model(input_ids[:, :tokens], **with_cache(model, self), logits_to_keep=1)
+            input_ids = input_ids[:, tokens:]
         return input_ids
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
@@ -312,6 +312,14 @@ def _check_prompt(model: Any, input_ids: Any) -> None:
             f"model={type(model).__name__} is not accepted; accepted: the model that the cache was made for, or its"
             " wrapper"
         )
+
+
+def _structure(tokenizer: Any, model: PreTrainedModel) -> torch.Tensor:
+    """The structural weight of every token id, (vocab,). Raises ValueError without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("scorer='structural' reads the text of tokens; give tokenizer=TOKENIZER")
+    weights = structural_weights(tokenizer)  # models pad their vocabulary past the tokenizer's
+    return pad(weights, (0, max(0, model.config.vocab_size - len(weights))))
 
 
 def _policy_of(policy: EvictionPolicy | None, options: dict[str, Any]) -> EvictionPolicy:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sinkstream.bench.draw_tables import draw_table
 from sinkstream.bench.draws import DrawSession
+from sinkstream.bench.estimate import check_fits, long_run
 from sinkstream.bench.generate import GenerateSession
 from sinkstream.bench.generate_records import generate_table
 from sinkstream.bench.late import LateSession
@@ -19,7 +20,7 @@ from sinkstream.bench.prompt_tables import append_table, prompt_table
 from sinkstream.bench.prompts import PromptSession
 from sinkstream.bench.rungs import default_rung, rung_runs
 from sinkstream.bench.session import BenchSession, Outcome
-from sinkstream.bench.settings import CAP, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
+from sinkstream.bench.settings import CAP, LEAST_PROMPT, STEADY_TOKENS, WARMUP_TOKENS, BenchConfig, Protocol
 from sinkstream.bench.snapshot_records import snapshot_table
 from sinkstream.bench.snapshots import SnapshotSession
 from sinkstream.bench.tables import profile_table, ratio_table, slope_lines, speed_table
@@ -27,13 +28,13 @@ from sinkstream.cli import EXIT_FAILED, EXIT_INTERRUPTED, bench_serve, options
 from sinkstream.cli.options import RANDOM_TEXT
 from sinkstream.cli.show import wide_console
 from sinkstream.data import Text, TokenStream, load_text, random_tokens, repeating_tokens, tokenize
+from sinkstream.data.tokens import PASSAGE
 from sinkstream.engine import STEPS
 from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
 from sinkstream.evaluation.settings import BASELINES, RunSettings
 from sinkstream.measure.bandwidth import memory_bandwidth
 from sinkstream.measure.matmul import matmul_rate
-from sinkstream.measure.memory import free_bytes
 from sinkstream.measure.numerics import set_numerics
 from sinkstream.measure.timing import timed
 from sinkstream.models import (
@@ -43,8 +44,8 @@ from sinkstream.models import (
     resolve_device,
     resolve_dtype,
     shape_config,
-    shape_sizes,
     source_name,
+    weight_bytes,
 )
 from sinkstream.models.shapes import PREFIX
 from sinkstream.records.plain import new_record_id
@@ -54,7 +55,6 @@ from sinkstream.show.table import Table
 SHAPE = "pythia-2.8b"
 POLICIES = "strict,lazy:compress_every=64"
 REPEATS, PROMPT_CAPS = "repeats", 4  # a text; its prompt, in caps
-LEAST_PROMPT = 4096  # random ids that prompts are cut from; repeated beyond
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +134,17 @@ def run(args: argparse.Namespace) -> int:
         return MODES[mode](args, models, given)
     console, device, dtype = _prepared(args)
     rungs = BACKENDS.names() if args.ladder else args.backend or [default_rung(device)]
-    for rung in () if args.ladder else rungs:
-        BACKENDS[rung].check_device(device)
+    configs = _served(args, rungs, device)
     slots = min(args.cap) * (min(args.streams) + 1) if args.ladder else _largest_turn(args)
     for model in models:
         check_fits(model, dtype, device, slots)
     check_writable(args.out)
     ceiling = memory_bandwidth(device)
     say(console, f"{'GPU' if device.type == 'cuda' else 'CPU'}: {ceiling}")
+    for model in models:
+        line = long_run(model, weight_bytes(model, dtype), ceiling, protocol, configs)
+        if line is not None:
+            say(console, line)
     name, outcomes = new_record_id("bench"), []
     for model in models:
         load = partial(load_model, model, dtype=dtype, device=device, seed=args.seed)
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         session = BenchSession(
             loaded, text, protocol, ceiling, seconds, options.request(args), name, lenient=args.ladder
         )
-        outcomes.append(session.run(_groups(args, loaded, rungs), console))
+        outcomes.append(session.run(_groups(args, rungs, untrained=loaded.source == "random"), console))
         show_outcome(outcomes[-1], console, loaded.name)
         del loaded, session
         if outcomes[-1].interrupted:
@@ -281,7 +284,9 @@ def _time_policies(
     for model in models:
         loaded = load_model(model, dtype=dtype, device=device, seed=args.seed, attn_implementation=args.attention)
         session = begin(loaded, _text(args, loaded, given), name)
-        records = session.run([run for cap in args.cap for run in _policies(args, cap, loaded)], console)
+        records = session.run(
+            [run for cap in args.cap for run in _policies(args, cap, loaded.source == "random")], console
+        )
         for title, table in tables.items():
             console.print(table(records, f"{loaded.name}: {title}"))
         del loaded, session
@@ -307,23 +312,6 @@ def show_outcome(outcome: Outcome, console: Console, title: str) -> None:
             say(console, f"{what}: {word}: {why}", style)
 
 
-def check_fits(model: str, dtype: torch.dtype, device: torch.device, slots: int) -> None:
-    """Raise ValueError if a random shape and that many cached tokens cannot fit; nothing is allocated.
-
-    Other models pass: the size of their weights is known when they are loaded, and their caches are checked then.
-    """
-    if source_name(model) != "random":
-        return
-    weights, cached = (count * dtype.itemsize for count in shape_sizes(model.removeprefix(PREFIX)))
-    free = free_bytes(device)
-    if weights + slots * cached > free:
-        raise ValueError(
-            f"{model} in {str(dtype).removeprefix('torch.')} takes {weights / 1e9:.2f} GB of weights and"
-            f" {slots * cached / 1e9:.2f} GB of keys and values, and {free / 1e9:.2f} GB are free on {device};"
-            " accepted: a smaller shape, --cap or --streams, fewer policies, or a --dtype of fewer bytes"
-        )
-
-
 def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol, Text | None]:
     """The models, the protocol and the text that is given, once all that needs no model is found to be right."""
     if args.shape and args.model:
@@ -343,8 +331,12 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], Protocol, Text | None
         )
     for name in ("streams", "cap"):
         _check_least(args, name, 1)
-    # read once, as a pipe can be, and before a model is loaded
-    given = None if args.text in (None, RANDOM_TEXT, REPEATS) else load_text(args.text)
+    reads = args.text not in (None, RANDOM_TEXT, REPEATS)
+    for model in models if reads else ():
+        options.check_tokenizer(model, f"for --text {args.text}")
+    given = load_text(args.text) if reads else None  # once, as a pipe can be, and before a model is loaded
+    if args.text == REPEATS:
+        _check_repeats(args)
     for cap in args.cap:
         options.policy_settings(args, cap=cap)
     forced, caps = args.text is not None, PROMPT_CAPS if args.text == REPEATS else 1
@@ -389,20 +381,34 @@ def _check_least(args: argparse.Namespace, name: str, least: int) -> None:
         raise ValueError(f"--{name} {given} is not accepted; accepted: whole numbers of at least {least}")
 
 
-def _groups(args: argparse.Namespace, loaded: LoadedModel, rungs: list[str]) -> list[list[BenchConfig]]:
+def _groups(args: argparse.Namespace, rungs: list[str], *, untrained: bool) -> list[list[BenchConfig]]:
     """Configurations that take turns, in the order of the ladder: the transformers rungs see an unpacked model."""
     groups = []
     for name in sorted(set(rungs), key=BACKENDS.names().index):
         for cap in args.cap:
-            runs = rung_runs(name, _policies(args, cap, loaded))
+            runs = rung_runs(name, _policies(args, cap, untrained))
             groups += [[BenchConfig(name, run, streams) for run in runs] for streams in args.streams]
     return groups
 
 
-def _policies(args: argparse.Namespace, cap: int, loaded: LoadedModel) -> list[RunSettings]:
-    """Every ``--policy`` at one cap; random weights were trained on no positions at all."""
-    untrained = args.allow_untrained_positions or loaded.source == "random"
-    return options.policy_settings(args, cap=cap, allow_untrained_positions=untrained)
+def _served(args: argparse.Namespace, rungs: list[str], device: torch.device) -> list[BenchConfig]:
+    """What no rung refuses whatever the model; without ``--ladder`` ValueError is raised for the first refusal."""
+    served = []
+    for config in (config for group in _groups(args, rungs, untrained=True) for config in group):
+        try:
+            BACKENDS[config.rung].check_device(device)
+            BACKENDS[config.rung].check_settings(config.run, config.streams)
+            served.append(config)
+        except ValueError as error:
+            if not args.ladder:
+                raise ValueError(f"{config.label}: {error}") from None
+    return served
+
+
+def _policies(args: argparse.Namespace, cap: int, untrained: bool) -> list[RunSettings]:
+    """Every ``--policy`` at one cap; random weights (`untrained`) were trained on no positions at all."""
+    allowed = args.allow_untrained_positions or untrained
+    return options.policy_settings(args, cap=cap, allow_untrained_positions=allowed)
 
 
 def _largest_turn(args: argparse.Namespace) -> int:
@@ -414,11 +420,24 @@ def _text(args: argparse.Namespace, loaded: LoadedModel, given: Text | None) -> 
     """What is fed: the text that is given, or random ids for prompts."""
     if args.text == REPEATS:
         tokens = PROMPT_CAPS * max(args.cap) + args.warmup + args.tokens
-        back = max(args.cap) * 3 // 2  # half a cap after it has left the cache
-        return repeating_tokens(loaded.model.config.vocab_size, tokens, back=back, seed=args.seed)
+        return repeating_tokens(loaded.model.config.vocab_size, tokens, back=_back(args), seed=args.seed)
     if given is None:
         return random_tokens(loaded.model.config.vocab_size, max(LEAST_PROMPT, *args.cap), args.seed)
     return tokenize(given, loaded.tokenizer)
+
+
+def _check_repeats(args: argparse.Namespace) -> None:
+    """Raise ValueError unless a passage fits between its two places."""
+    if _back(args) < PASSAGE:
+        raise ValueError(
+            f"--text repeats with --cap {max(args.cap)}: passages of {PASSAGE} tokens do not fit; accepted: a --cap of"
+            f" at least {-(-2 * PASSAGE // 3)}"
+        )
+
+
+def _back(args: argparse.Namespace) -> int:
+    """After how many tokens a passage of ``--text repeats`` comes again: half a cap after it has left the cache."""
+    return max(args.cap) * 3 // 2
 
 
 def _exit_code(outcomes: list[Outcome]) -> int:

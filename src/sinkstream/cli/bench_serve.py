@@ -9,12 +9,15 @@ from sinkstream.bench.serving.hosting import with_tokenizer
 from sinkstream.bench.serving.records import PARTS
 from sinkstream.bench.serving.served import Load
 from sinkstream.bench.serving.session import ServingSession
+from sinkstream.bench.serving.soak import check_locust
 from sinkstream.bench.serving.tables import recall_table, serve_table, sessions_table
 from sinkstream.cli import options
 from sinkstream.cli.serve import INSTALL, default_backend
+from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.evaluation.runner import check_writable
-from sinkstream.models import load_model
+from sinkstream.models import load_model, resolve_device
 from sinkstream.records.plain import new_record_id
+from sinkstream.serve import ServeSettings
 from sinkstream.show.progress import say
 
 OF_SERVER = ("--turns", "--reply", "--pinned", "--soak-seconds", "--soak-users", "--soak-compare", "--talks")
@@ -58,7 +61,16 @@ def check_unused(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError if options do not go together."""
+    """Raise ValueError if options do not go together, and ImportError if packages of a server are missing."""
+    try:
+        import httpx2  # noqa: F401  (of the clients)
+        import uvicorn  # noqa: F401
+
+        import sinkstream.serve.app  # noqa: F401
+    except ImportError as error:
+        raise ImportError(INSTALL.format(error.name)) from None
+    if "soak" in args.serve:
+        check_locust()
     if len(args.cap) > 1:
         raise ValueError(f"--cap {','.join(map(str, args.cap))} with --serve; accepted: one number of slots")
     least = {
@@ -75,6 +87,12 @@ def check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and given < value:
             raise ValueError(f"--{name.replace('_', '-')} {given} with --serve; accepted: at least {value}")
+    ServeSettings(cap=args.cap[0], pinned=args.pinned, recall="none")
+    BACKENDS[_backend(args)].check_device(resolve_device(args.device))
+
+
+def _backend(args: argparse.Namespace) -> str:
+    return (args.backend or [default_backend(args.device)])[0]
 
 
 def measure(
@@ -82,7 +100,7 @@ def measure(
 ) -> int:
     """Measure every model; print the tables, write the records."""
     check_writable(args.out)
-    backend = (args.backend or [default_backend(args.device)])[0]
+    backend = _backend(args)
     load = Load(
         args.turns,
         args.reply,
@@ -101,10 +119,7 @@ def measure(
         )
         untrained = args.allow_untrained_positions or loaded.source == "random"
         session = ServingSession(loaded, backend, load, options.request(args), name, untrained)
-        try:
-            records = session.run(args.serve, console)
-        except ModuleNotFoundError as error:
-            raise ImportError(INSTALL.format(error.name)) from None
+        records = session.run(args.serve, console)
         for table in (serve_table, sessions_table, recall_table):
             if table(records).rows:
                 console.print(table(records, f"{loaded.name}: a server"))

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "timed_tokens": args.timed_tokens or None,
     }
     policies = options.policy_settings(args, evaluate="steps" if args.timed_tokens else "blocks", **protocol)
-    loaded, stream = options.load_model_and_text(args)
+    loaded, stream = options.load_model_and_text(args, policies)
     settings = diagnosis_settings(
         policies,
         tokens=len(stream),

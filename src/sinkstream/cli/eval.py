@@ -4,7 +4,7 @@ import argparse
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_runs, wide_console
-from sinkstream.evaluation.batch import Batch
+from sinkstream.evaluation.batch import Batch, check_interleaved
 from sinkstream.evaluation.settings import EVALUATE
 
 
@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     names = ("backend", "prefill", "evaluate", "timed_tokens", "sample_every", "repeats")
     protocol = {name: getattr(args, name) for name in names}
     settings = options.policy_settings(args, block_tokens=options.block_tokens(args), **protocol)
+    options.check_backends(args, settings)
+    if args.interleave:
+        check_interleaved(settings, args.resume)
     console = wide_console()
-    loaded, stream = options.load_model_and_text(args, random=True)
+    loaded, stream = options.load_model_and_text(args, settings, random=True)
     records = Batch(loaded, stream, options.request(args), args.interleave).run(settings, console)
     return show_runs(records, console, args.out, f"{loaded.name} over {stream.name}, {len(stream)} tokens")

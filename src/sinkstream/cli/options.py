@@ -13,23 +13,19 @@ from sinkstream.cache import POSITIONS
 from sinkstream.cli import NUMBERS, read_number
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
-from sinkstream.evaluation.runner import Request
+from sinkstream.evaluation.runner import Request, check_writable
 from sinkstream.evaluation.settings import BASELINES, BLOCK_TOKENS, FIXED, RunSettings, method_names, method_summary
 from sinkstream.measure.numerics import set_numerics
-from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype
+from sinkstream.models import LoadedModel, load_model, resolve_device, resolve_dtype, source_name
 from sinkstream.models.placement import DTYPES
-from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
+from sinkstream.models.shapes import PREFIX as RANDOM_MODEL
+from sinkstream.models.shapes import shape_config
+from sinkstream.policies import CAP_ACCOUNTING, SCORERS, option_specs
 from sinkstream.policies.options import OptionSpec, option_fields
 from sinkstream.registry import did_you_mean
 
 RANDOM_TEXT = "random"
 HEADS = PREFIX + "heads"
-
-
-def policy_option_specs() -> Iterator[OptionSpec]:
-    """Every policy option once: geometry, then triggers, then scorers."""
-    for cls in (EvictionPolicy, *(c for _, c in TRIGGERS.items()), *(c for _, c in SCORERS.items())):
-        yield from (OptionSpec.of(f) for f in option_fields(cls))
 
 
 def recall_option_specs() -> Iterator[OptionSpec]:
@@ -81,7 +77,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, caps: Callable[[str],
     group.add_argument(
         "--allow-untrained-positions", action="store_true", help="accept a cap above the model's trained positions"
     )
-    for spec in policy_option_specs():
+    for spec in option_specs():
         _add_flag(group, spec)
 
 
@@ -99,7 +95,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: OptionSpec) -> None:
 
 def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     """The policy options that were given."""
-    names = [spec.name for spec in policy_option_specs()]
+    names = [spec.name for spec in option_specs()]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return given | ({"scorer": args.scorer} if args.scorer else {})
 
@@ -237,6 +233,21 @@ def block_tokens(args: argparse.Namespace) -> int:
     return args.block_tokens
 
 
+def check_backends(args: argparse.Namespace, settings: Sequence[RunSettings]) -> None:
+    """Raise ValueError if the backend of one of the runs does not serve the run or the device; no model is needed."""
+    device = resolve_device(args.device)
+    for one in settings:
+        BACKENDS[one.backend].check_device(device)
+        BACKENDS[one.backend].check_settings(one)
+
+
+def check_tokenizer(model: str, what: str) -> None:
+    """Raise ValueError if `model` names random weights, which have no tokenizer; `what` says for what."""
+    if source_name(model) == "random":
+        shape_config(model.removeprefix(RANDOM_MODEL))
+        raise ValueError(f"{model} has no tokenizer {what}; accepted: a model with one")
+
+
 def load_given_model(args: argparse.Namespace) -> LoadedModel:
     """Set the numeric switches and load the model named by the options of `add_model_options`."""
     device = resolve_device(args.device)
@@ -250,17 +261,30 @@ def load_given_model(args: argparse.Namespace) -> LoadedModel:
     )
 
 
-def load_model_and_text(args: argparse.Namespace, *, random: bool = False) -> tuple[LoadedModel, TokenStream]:
+def load_model_and_text(
+    args: argparse.Namespace, settings: Sequence[RunSettings] = (), *, random: bool = False
+) -> tuple[LoadedModel, TokenStream]:
     """The given model, and the given text in its tokens; with `random`, random tokens are accepted as a text.
 
-    The text is read first: a wrong one costs no time then.
+    Before the model is loaded, the text is read, and ValueError raised for whatever does not depend on the model: a
+    folder that cannot be written to, `settings` that leave nothing to decode of so many tokens.
     """
-    text = None if random and args.text == RANDOM_TEXT else load_text(args.text)
+    drawn = random and args.text == RANDOM_TEXT
+    if not drawn:
+        check_tokenizer(args.model, f"for --text {args.text}")
+    text = None if drawn else load_text(args.text)
+    tokens = text.default_tokens if args.tokens is None and text is not None else args.tokens
+    if tokens is None and text is None:
+        raise ValueError("--text random has no length of its own; give --tokens N")
+    if tokens is not None:
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens} is not accepted; accepted: a whole number of at least 1")
+        for one in settings:
+            one.prefill_tokens(tokens)
+    check_writable(args.out, keep=False)
     loaded = load_given_model(args)
     if text is not None:
         return loaded, tokenize(text, loaded.tokenizer, args.tokens)
-    if args.tokens is None:
-        raise ValueError("--text random has no length of its own; give --tokens N")
     return loaded, random_tokens(loaded.model.config.vocab_size, args.tokens, args.seed)
 
 
@@ -322,7 +346,7 @@ def _policies(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _one_policy(text: str) -> tuple[str, dict[str, Any]]:
-    specs = (*policy_option_specs(), *recall_option_specs())
+    specs = (*option_specs(), *recall_option_specs())
     types = {spec.name: spec.type for spec in specs} | {"scorer": str, "recall": str}
     name, *given = text.split(":")
     if name not in method_names():

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"MODEL {args.probed} and --model {args.model} exclude each other; give one of them")
     args.model = args.probed or args.model
     check_file_writable(args.out)
+    options.check_tokenizer(args.model, "for a text")
     text = load_text(args.text)
     loaded = options.load_given_model(args)
     try:

@@ -1,17 +1,20 @@
 """``sinkstream recall``."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.studies.facts.run import ExamBatch
+from sinkstream.evaluation.runner import check_writable
+from sinkstream.evaluation.settings import RunSettings
+from sinkstream.studies.facts.run import ExamBatch, check_answering
 from sinkstream.studies.facts.statements import FORMS
 from sinkstream.studies.recall.facts import FactsDesign, FactsRecord
 from sinkstream.studies.recall.facts_tables import draw_facts, facts_table
 from sinkstream.studies.recall.record import RecallRecord
-from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign
+from sinkstream.studies.recall.run import PASSAGE_TOKENS, PASSAGES, RATIOS, RecallBatch, RecallDesign, check_recalling
 from sinkstream.studies.recall.tables import chooser_table, curve_table, draw_recall, has_recall, recall_table
 
 OF_PASSAGES, OF_FACTS = ("--passages", "--passage-tokens"), ("--forms",)  # options
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _passages(args: argparse.Namespace) -> int:
     design = RecallDesign(args.cap, tuple(args.distances), args.passages, args.passage_tokens, args.seed)
-    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    settings = _settings(args, check_recalling)
     console, texts = wide_console(), [load_text(name) for name in args.text]
     loaded = options.load_given_model(args)
     streams = [design.streams(partial(tokenize, text, loaded.tokenizer)) for text in texts]
@@ -87,7 +90,7 @@ def _passages(args: argparse.Namespace) -> int:
 
 def _facts(args: argparse.Namespace) -> int:
     design = FactsDesign(args.cap, tuple(args.distances), args.facts, tuple(args.forms), args.seed)
-    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    settings = _settings(args, check_answering)
     console, texts = wide_console(), [load_text(name) for name in args.text]
     loaded = options.load_given_model(args)
     tokenizer = loaded.tokenizer
@@ -102,6 +105,16 @@ def _facts(args: argparse.Namespace) -> int:
     measured = [r for r in records if len(r.answers["ratio"])]
     title = f"{loaded.name}, facts in {_names(texts)}, {sum(len(its.stream) for its in streams):,} tokens"
     return show_batch(records, measured, console, args.out, title, facts_table, draw_facts, FACTS_PICTURE)
+
+
+def _settings(args: argparse.Namespace, check: Callable[[RunSettings], None]) -> list[RunSettings]:
+    """Settings of every policy, after everything is checked that needs neither the texts nor the model."""
+    settings = options.policy_settings(args, evaluate="blocks", block_tokens=options.block_tokens(args))
+    for one in settings:
+        check(one)
+    options.check_tokenizer(args.model, "for texts")
+    check_writable(args.out, keep=False)
+    return settings
 
 
 def _names(texts: list) -> str:

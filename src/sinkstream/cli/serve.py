@@ -9,8 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinkstream.cli.options import add_model_options, add_ray_option, check_with_ray, load_given_model, refuse_options
+from sinkstream.cli.options import (
+    add_model_options,
+    add_ray_option,
+    check_tokenizer,
+    check_with_ray,
+    load_given_model,
+    refuse_options,
+)
 from sinkstream.engine.steps import STEPS
+from sinkstream.evaluation.backends import BACKENDS
 from sinkstream.measure.memory import old_objects_aside
 from sinkstream.models import resolve_device
 from sinkstream.models.gguf_file import cache_dir
@@ -55,8 +63,10 @@ def make_service(args: argparse.Namespace, spill: Path | None, *, durable: bool 
     """The service that the options of `add_model_options` and `add_serve_settings` ask for, and `more` settings."""
     check_recall(args)
     settings = ServeSettings.of(vars(args) | {"spill": spill} | more)
-    loaded = load_given_model(args)
     backend = args.backend or default_backend(args.device)
+    BACKENDS[backend].check_device(resolve_device(args.device))
+    check_tokenizer(args.model, "to read and write text with")
+    loaded = load_given_model(args)
     return Service(
         loaded,
         settings,
@@ -81,9 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-spill", action="store_true", help="write no session to disk")
     group = parser.add_argument_group("Ray Serve")
     add_ray_option(group, "serve with replicas on the Ray cluster at ADDRESS, which share the --spill folder")
-    group.add_argument("--replicas", type=int, help="with --ray: default: one for each GPU, or 1")
-    group.add_argument("--gpus-per-replica", type=float, help="with --ray: default: 1 on a GPU, else 0")
-    group.add_argument("--cpus-per-replica", type=float, help="with --ray: fractions allowed (default: 1)")
+    group.add_argument("--replicas", type=int, help="with --ray: replicas (default: one for each GPU, or 1)")
+    group.add_argument(
+        "--gpus-per-replica", type=float, help="with --ray: fractions share a GPU (default: 1 on a GPU, else 0)"
+    )
+    group.add_argument("--cpus-per-replica", type=float, help="with --ray: fractions share a CPU (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

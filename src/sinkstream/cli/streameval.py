@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from sinkstream.cli import options
 from sinkstream.cli.show import show_batch, wide_console
 from sinkstream.data import load_text, tokenize
-from sinkstream.evaluation.backends import check_method
+from sinkstream.evaluation.runner import check_writable
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
-from sinkstream.studies.facts.run import ExamBatch
+from sinkstream.studies.facts.run import ExamBatch, check_answering
 from sinkstream.studies.streameval.design import (
     DISTANCES,
     EVERY,
@@ -101,14 +101,21 @@ def _reply(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> list[RunSettings]:
-    """Settings of every policy; beside policies that an engine runs, a baseline is run by the model itself."""
+    """Settings of every policy, after everything is checked that needs no model.
+
+    Beside policies that an engine runs, a baseline is run by the model itself.
+    """
     settings = options.policy_settings(
         args, evaluate="blocks", block_tokens=options.block_tokens(args), backend=args.backend
     )
-    if len(settings) == 1:
-        check_method(settings[0].method, args.backend)
-        return settings
-    return [replace(one, backend="hf") if one.method in options.BASELINES else one for one in settings]
+    if len(settings) > 1:
+        settings = [replace(one, backend="hf") if one.method in options.BASELINES else one for one in settings]
+    options.check_backends(args, settings)
+    for one in settings:
+        check_answering(one)
+    options.check_tokenizer(args.model, "to write facts with")
+    check_writable(args.out, keep=False)
+    return settings
 
 
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from sinkstream.cache import inner_model
 from sinkstream.cache.stream import default_rebase
 from sinkstream.engine.checked_cache import CheckedCache
 from sinkstream.engine.geometry import Geometry
-from sinkstream.engine.inputs import Ids, encoded, token_ids
+from sinkstream.engine.inputs import Ids, check_step, encoded, token_ids
 from sinkstream.engine.keeping import StreamKeeper
 from sinkstream.engine.memory import check_engine
 from sinkstream.engine.packing import PackedWeights, check_layers, check_packable, pack
@@ -135,7 +135,7 @@ class StreamDecoder(StreamKeeper):
     # ---- feeding ----
 
     @torch.no_grad()
-    def prefill(self, ids: Ids, *, stream: int = 0) -> torch.Tensor:
+    def prefill(self, ids: Ids, *, stream: int = 0, checked: bool = False) -> torch.Tensor:
         """Append a text of any length to a stream, chunk by chunk, evicting on the way.
 
         An interrupt or an error clears the stream; other streams are unchanged.
@@ -144,13 +144,15 @@ class StreamDecoder(StreamKeeper):
         ----------
         ids : Tensor, (tokens,), int64, or sequence of int
             New tokens only; at least one.
+        checked : bool
+            Whether the ids are a tensor on the device that has been checked: the host does not wait for them then.
 
         Returns
         -------
         Tensor, (vocab,), float32
             Logits after the last token.
         """
-        ids = self._ids(ids, stream)
+        ids = cast(torch.Tensor, ids) if checked else self._ids(ids, stream)
         self.check_model()
         self.state.settle()
         try:
@@ -183,14 +185,14 @@ class StreamDecoder(StreamKeeper):
             stream = next((s for s in range(self.state.streams) if s not in taken), None)
             if stream is None:
                 raise ValueError(f"all {self.state.streams} streams hold tokens; accepted: leave(stream) of one before")
-        ids = self._ids(ids, stream)
+        checked = self._ids(ids, stream)
         if stream in taken:
             seen = self.state.counters[stream].seen
             raise ValueError(
                 f"stream {stream} holds {seen} tokens; accepted: a stream without tokens, or leave({stream})"
             )
         self.reset(stream=stream, sink=sink)
-        self.prefill(ids, stream=stream)
+        self.prefill(checked, stream=stream, checked=True)
         return stream
 
     @torch.no_grad()
@@ -200,6 +202,7 @@ class StreamDecoder(StreamKeeper):
         Parameters
         ----------
         tokens : Tensor, (len(streams),), int64, or sequence of int
+            Their values are not checked where they lie on a GPU: no step waits for one.
         streams : sequence of int or None
             Which streams take part, each once; default: all of them. The others are unchanged.
 
@@ -209,11 +212,9 @@ class StreamDecoder(StreamKeeper):
             Logits after these tokens.
         """
         which = _which(streams, self.state.streams)
-        if len(set(which)) < len(which) or not which:
-            raise ValueError(f"streams={which} is not accepted; accepted: at least one stream, each once")
         for stream in which:
             self._check_stream(stream)
-        tokens = self._ids(tokens, which[0])
+        tokens = self._ids(tokens, which[0], between_steps=True)
         if len(tokens) != len(which):
             raise ValueError(f"{len(tokens)} tokens for {len(which)} streams; accepted: one token a stream")
         if len(which) == self.state.streams and streams is None:
@@ -224,14 +225,16 @@ class StreamDecoder(StreamKeeper):
         return self.state.logits[index]
 
     def advance(self, tokens: torch.Tensor | None, streams: Sequence[int]) -> None:
-        """Append ``tokens[s]`` to each stream s of `streams`, unchecked; the logits are in ``state.logits`` afterwards.
+        """Append ``tokens[s]`` to each stream s of `streams`; the logits are in ``state.logits`` afterwards.
 
         Parameters
         ----------
         tokens : Tensor or None, (all streams,), int64, on the device
-            Token ids, not checked. A negative one means the likeliest token of the stream's logits; None means that of
-            all streams, and one such step after another launches nothing between two replays of a graph.
+            Token ids, not checked on a GPU. A negative one means the likeliest token of the stream's logits; None means
+            that of all streams, and one such step after another launches nothing between two replays of a graph.
         """
+        if tokens is not None and tokens.device.type == "cpu":
+            check_step(tokens, streams, self.weights.embedding.shape[0])
         self._ready(streams)
         self.state.choose(tokens)
         with self.state.step(streams):
@@ -266,17 +269,14 @@ class StreamDecoder(StreamKeeper):
 
     # ---- checks ----
 
-    def _ids(self, ids: Ids, stream: int, *, empty: bool = False) -> torch.Tensor:
+    def _ids(self, ids: Ids, stream: int, **how: bool) -> torch.Tensor:
         self._check_stream(stream)
-        return token_ids(ids, self.weights.embedding.shape[0], self.state.device, empty=empty)
+        return token_ids(ids, self.weights.embedding.shape[0], self.state.device, **how)
 
     def prompt_ids(self, prompt: Ids | str, stream: int) -> torch.Tensor:
         """Token ids, ``(tokens,)`` int64 on the device, of a prompt for a stream; text needs the tokenizer.
 
-        Raises
-        ------
-        ValueError
-            Also for an empty prompt of a stream that has not begun.
+        Raises ValueError also for an empty prompt of a stream that has not begun.
         """
         ids = self._ids(encoded(prompt, self.tokenizer), stream, empty=True)
         if not len(ids):
@@ -285,9 +285,13 @@ class StreamDecoder(StreamKeeper):
 
 
 def _which(streams: Sequence[int] | None, count: int) -> list[int]:
+    """The streams of a step, of so many; all of them by default. Raises ValueError."""
     if streams is not None and not isinstance(streams, Iterable):
         raise ValueError(f"streams={streams!r} is not accepted; accepted: a sequence of streams, or None for all")
-    return list(range(count) if streams is None else streams)
+    which = list(range(count) if streams is None else streams)
+    if len(set(which)) < len(which) or not which:
+        raise ValueError(f"streams={which} is not accepted; accepted: at least one stream, each once")
+    return which
 
 
 def checked_cache(

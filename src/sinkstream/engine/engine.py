@@ -142,7 +142,7 @@ class Engine(StreamDecoder):
         check_question(self, len(question), len(question))
         if replay or self.recall is None:
             return feed(self, question, stream, len(question))
-        logits = self.prefill(question, stream=stream)
+        logits = self.prefill(question, stream=stream, checked=True)
         self.recall.memory.ask(question.tolist())
         return logits
 

@@ -336,14 +336,14 @@ def check_question(decoder: StreamDecoder, recall_ask: int, tokens: int) -> None
 
 @torch.no_grad()
 def feed(decoder: StreamDecoder, ids: torch.Tensor, stream: int, recall_ask: int = 0) -> torch.Tensor:
-    """As `StreamDecoder.prefill`; the last `recall_ask` tokens are a question, by which alone recall chooses."""
+    """As `StreamDecoder.prefill`, of checked ids; by the last `recall_ask` of them alone recall chooses."""
     if not recall_ask or decoder.recall is None:
-        return decoder.prefill(ids, stream=stream)
+        return decoder.prefill(ids, stream=stream, checked=True)
     if recall_ask < len(ids):
-        decoder.prefill(ids[: len(ids) - recall_ask], stream=stream)
+        decoder.prefill(ids[: len(ids) - recall_ask], stream=stream, checked=True)
     question, memory = ids[len(ids) - recall_ask :], decoder.recall.memory
     if memory.queries is not None:  # the question is fed, and the latest of it taken back
-        decoder.prefill(question, stream=stream)
+        decoder.prefill(question, stream=stream, checked=True)
     memory.ask(question.tolist())
     if memory.queries is not None:
         counters = decoder.state.counters[stream]
@@ -351,7 +351,7 @@ def feed(decoder: StreamDecoder, ids: torch.Tensor, stream: int, recall_ask: int
         again = min(len(question), max(1, held // 2))
         decoder.state.rewind(again, stream)
         question = question[len(question) - again :]
-    return decoder.prefill(question, stream=stream)
+    return decoder.prefill(question, stream=stream, checked=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinkstream.cache.vocabulary import check_vocabulary
 from sinkstream.kernels.runtime import to_device
 from sinkstream.policies.options import plain
 
@@ -24,8 +25,10 @@ def check_stream(stream: int, streams: int) -> None:
         raise ValueError(f"stream={stream!r} is not accepted; accepted: 0 to {streams - 1}")
 
 
-def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False) -> torch.Tensor:
-    """Token ids as ``(tokens,)`` int64 on the device; values are checked where that costs no waiting for the device.
+def token_ids(
+    ids: Ids, vocab: int, device: torch.device, *, empty: bool = False, between_steps: bool = False
+) -> torch.Tensor:
+    """Token ids as ``(tokens,)`` int64 on the device, checked; for ids on a GPU the host waits for their range.
 
     Parameters
     ----------
@@ -34,11 +37,13 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         Token ids are below it.
     empty : bool
         Whether no token at all is accepted.
+    between_steps : bool
+        Whether the host must not wait: the values of ids on a GPU are not checked then.
 
     Raises
     ------
     ValueError
-        Naming shape, dtype or range and what is accepted.
+        Naming shape, dtype, or the first token that is not in the vocabulary, and what is accepted.
     """
     if isinstance(ids, (str, bytes, Mapping)) or not hasattr(ids, "__len__"):
         what = "; of what a tokenizer returns, its input_ids" if isinstance(ids, Mapping) else ""
@@ -56,10 +61,23 @@ def token_ids(ids: Ids, vocab: int, device: torch.device, *, empty: bool = False
         raise ValueError(
             f"ids of shape {tuple(ids.shape)} and {ids.dtype}; accepted: (tokens,) whole numbers{least}{row}"
         )
-    if on_host and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise ValueError(f"token ids from {int(ids.min())} to {int(ids.max())}; accepted: 0 to {vocab - 1}")
     ids = ids.to(torch.int64)
+    if on_host or not between_steps:
+        check_vocabulary(ids, vocab, "ids")
     return to_device(ids, device) if own else ids.to(device)
+
+
+def check_step(tokens: torch.Tensor, streams: Sequence[int], vocab: int) -> None:
+    """Raise ValueError if a token ``tokens[s]`` of one of the streams is not in the vocabulary; others may be none."""
+    if int(tokens.max()) < vocab:
+        return
+    for stream in streams:
+        token = int(tokens[stream])
+        if token >= vocab:
+            raise ValueError(
+                f"token id {token} for stream {stream} is not in the vocabulary of {vocab} tokens; accepted: 0 to"
+                f" {vocab - 1}, or a negative one for the likeliest"
+            )
 
 
 def encoded(prompt: Ids | str, tokenizer: Any) -> Ids:

@@ -220,7 +220,6 @@ class ChoosingChunk(Chunk):
         if not self.accumulates:  # queries of earlier tokens may be read; what those gave is known where it is added up
             assert state.queries is not None, "kept where attention is looked at"
             queries = join_queries(state.queries[layer], query, self.band)
-        held = Layer(queries, entries.sinks, entries.window, entries.sources, entries.totals)
         slots = PinnedSlots(
             state.keys[layer, :, :, refreshed],
             state.values[layer, :, :, refreshed],
@@ -229,7 +228,7 @@ class ChoosingChunk(Chunk):
             self.band,
         )
         scaling = state.spec.head_dim**-0.5
-        self.chosen = choose(held, entries, self.groups, self.which, scaling=scaling, slots=slots)
+        self.chosen = choose(Layer.of(entries, queries), self.groups, self.which, scaling=scaling, slots=slots)
         return self.chosen.columns
 
     def store(self, layer: int, query: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ the step table say how many of these slots are read.
 
 import torch
 
-from sinkstream.archive import ARCHIVES
+from sinkstream.archive import ARCHIVES, RecallSettings
 from sinkstream.cache.pinned import SLOT_AXIS, write_rotated
 from sinkstream.cache.recall import Recall, RecallEvent
 from sinkstream.engine.checked_cache import CheckedCache
@@ -18,7 +18,7 @@ from sinkstream.engine.prompt import PromptForward
 from sinkstream.engine.recall_queries import RingQueries
 from sinkstream.engine.state import StreamState
 from sinkstream.engine.step_ids import StepIds
-from sinkstream.policies import PruneSchedule
+from sinkstream.policies import EvictionPolicy, PruneSchedule
 
 COPIED = 64  # tokens that are copied out of the ring at once, where the window has so many
 
@@ -309,16 +309,21 @@ def check_recall(cache: CheckedCache, streams: int, max_sink: int | None) -> Non
     recall = cache.stream.recalling
     if recall is None:
         return
-    if streams != 1:
-        raise ValueError(f"recall with streams={streams} is not served by the engine; accepted: streams=1")
+    check_recall_settings(recall.settings, cache.policy, streams)
     if max_sink is not None:
         raise ValueError(f"recall and max_sink={max_sink} exclude each other; give one of them")
-    if recall.settings.lag and recall.settings.chooser.heads:
+
+
+def check_recall_settings(settings: RecallSettings, policy: EvictionPolicy, streams: int) -> None:
+    """Raise ValueError, by name, for recall that the engine does not serve, whatever the model."""
+    if streams != 1:
+        raise ValueError(f"recall with streams={streams} is not served by the engine; accepted: streams=1")
+    if settings.lag and settings.chooser.heads:
         raise ValueError(
-            f"recall_lag={recall.settings.lag} with {type(recall.settings.chooser).__name__}, a chooser that reads"
+            f"recall_lag={settings.lag} with {type(settings.chooser).__name__}, a chooser that reads"
             " queries, is not served by the engine; accepted: recall_lag=0"
         )
-    if not cache.policy.plan_known:
+    if not policy.plan_known:
         raise ValueError(
             "recall with adaptive eviction is not served by the engine; accepted: policies that know every prune"
             " beforehand (strict, lazy, overlap, max_drop, slack), or StreamingCache.for_model(model, recall=CHOOSER,"

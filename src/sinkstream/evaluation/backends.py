@@ -10,6 +10,7 @@ import torch
 
 from sinkstream.cache.streaming import check_trained
 from sinkstream.engine import STEPS, Engine, GraphedStep
+from sinkstream.engine.recalling import check_recall_settings
 from sinkstream.evaluation.cut import CutDecoder
 from sinkstream.evaluation.decoders import Decoder, EngineDecoder, FullDecoder, RecomputeDecoder, StreamingDecoder
 from sinkstream.evaluation.settings import BASELINES, RunSettings
@@ -44,7 +45,18 @@ class Backend(ABC):
     def check_device(cls, device: torch.device) -> None:
         """Raise ValueError if the backend does not run on `device`, whatever the model."""
         if cls.needs_gpu and device.type != "cuda":
-            raise ValueError(f"this rung compiles or captures for a GPU and the device is {device}; accepted: cuda")
+            raise ValueError(f"this backend compiles or captures for a GPU and the device is {device}; accepted: cuda")
+
+    @classmethod
+    def check_settings(cls, settings: RunSettings, streams: int = 1) -> None:
+        """Raise ValueError if the backend does not run settings with so many streams, whatever model and device."""
+        if streams > 1 and not cls.takes_streams:
+            raise ValueError("this backend runs one stream; accepted: --streams 1, or a backend of the engine")
+        if cls.baseline not in (None, settings.method):
+            raise ValueError(
+                f"this backend runs the baseline {cls.baseline!r} only, and not {settings.method!r};"
+                " accepted: --backend hf"
+            )
 
 
 class HfBackend(Backend):
@@ -52,11 +64,7 @@ class HfBackend(Backend):
 
     def open(self) -> Decoder:
         loaded, settings = self.loaded, self.settings
-        if self.baseline not in (None, settings.method):
-            raise ValueError(
-                f"this backend runs the baseline {self.baseline!r} only, and not {settings.method!r};"
-                " accepted: --backend hf"
-            )
+        self.check_settings(settings, self.streams)
         check_positions(settings, loaded.trained_positions, loaded.name)
         if settings.method == "full":
             return FullDecoder(loaded.model, settings)
@@ -83,9 +91,14 @@ class RecomputeSdpaBackend(HfBackend):
 class CutBackend(HfBackend):
     """transformers' DynamicCache, cut and re-rotated at every prune: streaming as published, without the soft ring."""
 
-    def open(self) -> Decoder:
-        if self.settings.recall:
+    @classmethod
+    def check_settings(cls, settings: RunSettings, streams: int = 1) -> None:
+        super().check_settings(settings, streams)
+        if settings.recall:
             raise ValueError("cut and re-rotate has no recall; accepted: --backend hf, or one of the engine's")
+
+    def open(self) -> Decoder:
+        self.check_settings(self.settings, self.streams)
         check_positions(self.settings, self.loaded.trained_positions, self.loaded.name)
         return CutDecoder(self.loaded.model, self.settings)
 
@@ -119,7 +132,8 @@ class StaticBackend(HfBackend):
         )
 
     def check(self) -> None:
-        """Nothing beyond the device: generate() serves every model."""
+        """Nothing beyond the settings: generate() serves every model."""
+        self.check_settings(self.settings, self.streams)
 
 
 class EngineBackend(Backend):
@@ -128,12 +142,19 @@ class EngineBackend(Backend):
     step: ClassVar[str]
     takes_streams = evaluates = True
 
+    @classmethod
+    def check_settings(cls, settings: RunSettings, streams: int = 1) -> None:
+        check_method(settings.method, cls.step)
+        recall = settings.recall_settings()
+        if recall is not None:
+            check_recall_settings(recall, settings.eviction_policy, streams)
+
     def open(self) -> Decoder:
-        check_method(self.settings.method, self.step)
+        self.check_settings(self.settings, self.streams)
         return EngineDecoder(self.loaded.model, self.settings, **self._options())
 
     def check(self) -> None:
-        check_method(self.settings.method, self.step)
+        self.check_settings(self.settings, self.streams)
         Engine.check(self.loaded.model, **self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import build_record, find_complete, run_identity
-from sinkstream.evaluation.run import RunResult, check_run, common_prefill, run, run_interleaved
+from sinkstream.evaluation.run import RunResult, check_run, check_turns, common_prefill, run, run_interleaved
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
@@ -40,12 +40,10 @@ class Batch:
         Raises ValueError if one of the settings, the model and the text do not fit together, or as `Runner.run`;
         nothing has run then. Raises WriteError as `Runner.run`.
         """
-        if self.interleave and self.request.resume:
-            raise ValueError(
-                "--interleave and --resume exclude each other: interleaved runs are timed beside each other"
-            )
+        if self.interleave:
+            check_interleaved(settings, self.request.resume)
         for one in settings:
-            check_run(self.loaded, len(self.stream), one)
+            check_run(self.loaded, self.stream.ids, one)
         if self.interleave:
             common_prefill(settings, len(self.stream))
         runner = Runner(self.request, _save, load_record, self.loaded.model.device, _perplexities)
@@ -71,6 +69,13 @@ class Batch:
 
     def _record(self, settings: RunSettings, result: RunResult) -> Content:
         return build_record(result, self.loaded, self.stream, settings, self.request), result
+
+
+def check_interleaved(settings: list[RunSettings], resume: bool) -> None:
+    """Raise ValueError if settings cannot be run in turn, token by token, whatever model and text."""
+    if resume:
+        raise ValueError("--interleave and --resume exclude each other: interleaved runs are timed beside each other")
+    check_turns(settings)
 
 
 def _save(content: Content, folder: Path) -> Path:

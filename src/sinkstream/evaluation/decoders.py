@@ -264,7 +264,7 @@ class EngineDecoder(Decoder):
         return self.engine.weights.step_bytes
 
     def prefill(self, ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
-        logits = self.engine.prefill(ids, stream=stream)[None]
+        logits = self.engine.prefill(ids, stream=stream, checked=True)[None]
         self._watch()
         return logits
 

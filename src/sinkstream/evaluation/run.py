@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sinkstream.cache.vocabulary import check_vocabulary, vocabulary_size
 from sinkstream.evaluation.backends import BACKENDS, check_positions, open_decoder
 from sinkstream.evaluation.decoders import Decoder, Frames, ModuleDecoder, RecomputeDecoder
 from sinkstream.evaluation.settings import RunSettings
@@ -73,7 +74,7 @@ def run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings, progress:
     `progress` is called with the number of decoded tokens and their total. Raises ValueError, before anything runs, if
     settings, model and text do not fit together.
     """
-    _check_length(loaded, settings, len(ids))
+    _check_text(loaded, settings, ids)
     device = loaded.model.device
     ids = ids.to(device)
     attempts = [Attempt(loaded, ids, settings) for _ in range(settings.repeats)]
@@ -110,7 +111,7 @@ def run_interleaved(
     """
     first = common_prefill(settings, len(ids))
     for one in settings:
-        _check_length(loaded, one, len(ids))
+        _check_text(loaded, one, ids)
     ids = ids.to(loaded.model.device)
     attempts = [Attempt(loaded, ids, one) for one in settings]
 
@@ -140,18 +141,23 @@ def run_interleaved(
 def common_prefill(settings: list[RunSettings], tokens: int) -> int:
     """The prefill length that interleaved runs share; ValueError if these settings cannot take turns."""
     lengths = {one.prefill_tokens(tokens) for one in settings}
+    check_turns(settings, len(lengths))
+    return lengths.pop()
+
+
+def check_turns(settings: list[RunSettings], prefill_lengths: int = 1) -> None:
+    """Raise ValueError if settings, with so many prefill lengths, cannot take turns token by token."""
     unfit = [one for one in settings if one.evaluate != "steps" or one.repeats > 1 or one.timed_tokens is not None]
-    if len(lengths) > 1 or unfit:
+    if prefill_lengths > 1 or unfit:
         raise ValueError(
             "interleaved runs are timed token by token to the end and have one prefill length; accepted: evaluate=steps"
             " without repeats and timed_tokens, and the same prefill"
         )
-    return lengths.pop()
 
 
-def check_run(loaded: LoadedModel, tokens: int, settings: RunSettings) -> None:
-    """Raise ValueError, as `run` would, if settings, model and a text of that many tokens do not fit together."""
-    _check_length(loaded, settings, tokens)
+def check_run(loaded: LoadedModel, ids: torch.Tensor, settings: RunSettings) -> None:
+    """Raise ValueError, as `run` would, if settings, model and a text (tokens,) do not fit together."""
+    _check_text(loaded, settings, ids)
     BACKENDS[settings.backend](loaded, settings).check()
 
 
@@ -287,7 +293,13 @@ def _shifted(progress: Progress, offset: int, total: int) -> Callable[[int], Non
     return lambda done: progress(offset + done, total)
 
 
-def _check_length(loaded: LoadedModel, settings: RunSettings, tokens: int) -> None:
-    """Raise ValueError if a text of that many tokens is too short to decode, or positions lie past the trained ones."""
-    settings.prefill_tokens(tokens)
-    check_positions(settings, loaded.trained_positions, loaded.name, tokens)
+def check_ids(loaded: LoadedModel, ids: torch.Tensor) -> None:
+    """Raise ValueError if a text (tokens,) has a token that the model does not know."""
+    check_vocabulary(ids, vocabulary_size(loaded.model), "the text")
+
+
+def _check_text(loaded: LoadedModel, settings: RunSettings, ids: torch.Tensor) -> None:
+    """Raise ValueError if a text is too short to decode, positions lie past the trained ones, or as `check_ids`."""
+    settings.prefill_tokens(len(ids))
+    check_positions(settings, loaded.trained_positions, loaded.name, len(ids))
+    check_ids(loaded, ids)

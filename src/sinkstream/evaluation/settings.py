@@ -84,7 +84,7 @@ class RunSettings:
         if self.warmup_tokens < 0:
             raise ValueError(f"warmup_tokens={self.warmup_tokens} is not accepted; accepted: 0 or more")
         self._check_fixed_options()
-        self._check_recall()
+        self.recall_settings()
         self.policy()
 
     @property
@@ -121,6 +121,17 @@ class RunSettings:
             self._check_window_fits(policy)
             return policy
         return EvictionPolicy.build(cap=self.cap, cap_accounting=self.cap_accounting, **merged)
+
+    def recall_settings(self) -> RecallSettings | None:
+        """What recall is asked for, as far as it is known without the model. Raises ValueError for what cannot be."""
+        if not self.recall:
+            return None
+        if self.recall.get("recall") is None:
+            raise ValueError(f"{next(iter(self.recall))} goes with recall=CHOOSER, which is not given")
+        if self.method in BASELINES:
+            raise ValueError(f"policy {self.method!r} has no recall; accepted: an eviction policy")
+        options = {name.removeprefix(PREFIX): value for name, value in self.recall.items() if name != "recall"}
+        return RecallSettings.check(self.recall["recall"], self.eviction_policy, **options)
 
     def label(self) -> str:
         """Short name for tables: the method and the options that tell it from its namesakes."""
@@ -162,16 +173,6 @@ class RunSettings:
                     f"{name}={self.options[name]} makes another policy of {self.method!r}, which means {name}={value};"
                     " accepted: another --policy, or the option for one policy only, as in lazy:compress_every=64"
                 )
-
-    def _check_recall(self) -> None:
-        if not self.recall:
-            return
-        if self.recall.get("recall") is None:
-            raise ValueError(f"{next(iter(self.recall))} goes with recall=CHOOSER, which is not given")
-        if self.method in BASELINES:
-            raise ValueError(f"policy {self.method!r} has no recall; accepted: an eviction policy")
-        options = {name.removeprefix(PREFIX): value for name, value in self.recall.items() if name != "recall"}
-        RecallSettings.check(self.recall["recall"], self.eviction_policy, **options)
 
     def _check_window_fits(self, policy: EvictionPolicy) -> None:
         counted = policy.target + CAP_ACCOUNTING[self.cap_accounting](policy.growth)

@@ -13,7 +13,6 @@ CUDA graph can hold the forward of a chunk of at most so many tokens.
 
 import math
 
-import numpy as np
 import torch
 
 from sinkstream.kernels.band import SCALARS, Band, Columns
@@ -439,9 +438,3 @@ def turned(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     cos, sin = rotation.to(x.dtype).unbind(1)
     one, other = x[..., :half], x[..., half : 2 * half]
     return torch.cat([one * cos - other * sin, other * cos + one * sin, x[..., 2 * half :]], -1)
-
-
-def attention_flops(band: Band, heads: int, head_dim: int, pinned: int) -> int:
-    """Floating-point operations that the visible scores and their weighted values need: the kernel's floor."""
-    visible = int((np.arange(band.tokens) + 1 - band.first).sum()) + pinned * band.tokens
-    return 4 * heads * head_dim * visible

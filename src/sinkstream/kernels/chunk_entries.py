@@ -20,7 +20,7 @@ ROWS = 16  # of one program
 
 @dataclass(frozen=True)
 class Entries:
-    """Of one layer.
+    """What one layer holds of a stream while a chunk is computed.
 
     Attributes
     ----------

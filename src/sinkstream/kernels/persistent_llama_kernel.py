@@ -8,7 +8,16 @@ the phases are, is `persistent_llama`.
 
 # ruff: noqa: RUF005, SIM102 - Triton compiles sums of tuples, not starred ones; constants are tested on their own
 from sinkstream.kernels.chunks import load_row_chunks
-from sinkstream.kernels.persistent_parts import addresses, arrive, combine, pointer, products, rows_of, wait_for
+from sinkstream.kernels.persistent_parts import (
+    addresses,
+    arrive,
+    combine,
+    pointer,
+    products,
+    rows_of,
+    share_of_attention,
+    wait_for,
+)
 from sinkstream.kernels.runtime import jit, prefetch_l2, tl
 
 
@@ -140,17 +149,9 @@ def persistent_llama_kernel(
     n_o: tl.constexpr = (H + BO - 1) // BO
     n_middle: tl.constexpr = (M + BG - 1) // BG
     n_down: tl.constexpr = (H + BD - 1) // BD
-    slot, pinned = tl.load(scalar_ptr), tl.load(scalar_ptr + 3)
-    first, length = tl.load(scalar_ptr + 4), tl.load(scalar_ptr + 5)
-    attends = pid < QH * S
-    head = tl.minimum(pid // S, QH - 1)
-    split = pid % S
-    in_ring = split < ring_programs
-    first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
-    offset, extent = tl.where(in_ring, pinned_slots, 0), tl.where(in_ring, ring, pinned_slots)
-    own = (head // GROUP).to(tl.int64) * stride * D  # the head's keys in a layer
-    start = (split - tl.where(in_ring, 0, ring_programs)) * per
-    end = tl.where(attends, tl.minimum(start + per, extent), 0)
+    slot, attends, head, split, in_ring, first, length, offset, extent, own, start, end = share_of_attention(
+        scalar_ptr, pid, pinned_slots, ring, per, ring_programs, stride, QH, GROUP, D, S
+    )
     fetch_start = (own + (offset + start) * D) * 2
     fetch_size = tl.where(attends & (head % GROUP == 0), tl.maximum(end - start, 0), 0) * (D * 2)
     at = addresses(table_ptr + first_layer * 8, 8)

@@ -9,7 +9,16 @@ result while attention is combined. The host's side, which says how rows and slo
 
 # ruff: noqa: RUF005, SIM102 - Triton compiles sums of tuples, not starred ones; constants are tested on their own
 from sinkstream.kernels.chunks import activated, load_row_chunks
-from sinkstream.kernels.persistent_parts import addresses, arrive, combine, pointer, products, rows_of, wait_for
+from sinkstream.kernels.persistent_parts import (
+    addresses,
+    arrive,
+    combine,
+    pointer,
+    products,
+    rows_of,
+    share_of_attention,
+    wait_for,
+)
 from sinkstream.kernels.runtime import jit, prefetch_l2, prefetch_next, tl
 
 
@@ -232,17 +241,9 @@ def persistent_neox_kernel(
     q_first, u_first, o_first = pid * RQ, pid * RU, pid * RO
     q_end, u_end = tl.minimum(q_first + RQ, QKV), tl.minimum(u_first + RU, M)
     o_end = tl.minimum(o_first + RO, H)
-    slot, pinned = tl.load(scalar_ptr), tl.load(scalar_ptr + 3)
-    first, length = tl.load(scalar_ptr + 4), tl.load(scalar_ptr + 5)
-    attends = pid < QH * S
-    head = tl.minimum(pid // S, QH - 1)
-    split = pid % S
-    in_ring = split < ring_programs
-    first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
-    offset, extent = tl.where(in_ring, pinned_slots, 0), tl.where(in_ring, ring, pinned_slots)
-    own = head.to(tl.int64) * stride * D  # the head's keys in a layer
-    start = (split - tl.where(in_ring, 0, ring_programs)) * per
-    end = tl.where(attends, tl.minimum(start + per, extent), 0)
+    slot, attends, head, split, in_ring, first, length, offset, extent, own, start, end = share_of_attention(
+        scalar_ptr, pid, pinned_slots, ring, per, ring_programs, stride, QH, 1, D, S
+    )
     fetch_start = (own + (offset + start) * D) * 2
     fetch_size = tl.maximum(end - start, 0) * (D * 2)
     window_cos, window_sin = _rotation(rope_ptr, D, C)

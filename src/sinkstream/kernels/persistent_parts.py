@@ -1,4 +1,4 @@
-"""What the persistent kernels share: barriers, addresses, products along rows, and the end of attention."""
+"""What the persistent kernels share: barriers, addresses, products along rows, and parts of attention."""
 
 # ruff: noqa: RUF005 - Triton compiles sums of tuples, not starred ones
 from sinkstream.kernels.runtime import jit, tl
@@ -90,6 +90,31 @@ def products(weights, xs, tile: tl.constexpr = 0):
     for c in tl.static_range(1, len(xs)):
         acc += weights[first + c].to(tl.float32) * xs[c].to(tl.float32)
     return tl.sum(acc, 1)
+
+
+@jit
+def share_of_attention(
+    scalar_ptr, pid, pinned_slots, ring, per, ring_programs, stride, QH: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """A program's part of attention: one head and one split of its slots, the ring's splits before the pinned ones.
+
+    Returns the slot of the new token; whether the program has a part, head and split; whether the split is one of the
+    ring; first slot and length of what is visible, in these slots; where these begin and how many there are; where the
+    head's keys begin in a layer; and the share start .. end - 1 of the slots, an empty one without a part.
+    """
+    slot, pinned = tl.load(scalar_ptr), tl.load(scalar_ptr + 3)
+    first, length = tl.load(scalar_ptr + 4), tl.load(scalar_ptr + 5)
+    attends = pid < QH * S
+    head = tl.minimum(pid // S, QH - 1)
+    split = pid % S
+    in_ring = split < ring_programs
+    first, length = tl.where(in_ring, first, 0), tl.where(in_ring, length, pinned)
+    offset, extent = tl.where(in_ring, pinned_slots, 0), tl.where(in_ring, ring, pinned_slots)
+    own = (head // GROUP).to(tl.int64) * stride * D
+    start = (split - tl.where(in_ring, 0, ring_programs)) * per
+    end = tl.where(attends, tl.minimum(start + per, extent), 0)
+    return slot, attends, head, split, in_ring, first, length, offset, extent, own, start, end
 
 
 @jit

@@ -11,7 +11,7 @@ ones before it, or all since the prune before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from sinkstream.kernels.attention_prefill import turned
+from sinkstream.kernels.chunk_entries import Entries
 from sinkstream.kernels.pinned_sets_kernels import choose_sets_kernel, window_sums_kernel
 from sinkstream.kernels.runtime import (
     HALF_DTYPES,
@@ -154,28 +155,21 @@ def group_rows(groups: Sequence[Group], accumulates: bool, most: int) -> torch.T
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one layer holds of a stream while a chunk is computed.
+class Layer(Entries):
+    """What the choice of one layer reads: its entries, sources of the window as many as leave or more, and queries.
 
     Attributes
     ----------
     queries : Tensor, (query_heads, any, head_dim)
         Rotated for the window. May be strided, but for the last axis.
-    sinks : Tensor, (kv_heads, sinks, head_dim)
-        In the frame of pinned keys. May be strided, but for the last axis.
-    window : Tensor, (kv_heads, entries, head_dim)
-        Rotated for the window.
-    sources : Tensor, (kv_heads, pinned + any, head_dim), float32
-        The first of the same, not rotated, behind the pinned tokens: as many as leave.
-    totals : Tensor or None, (kv_heads, pinned + entries), float32
-        Attention that the sources received before the chunk, where it accumulates.
     """
 
-    queries: torch.Tensor
-    sinks: torch.Tensor
-    window: torch.Tensor
-    sources: torch.Tensor
-    totals: torch.Tensor | None = None
+    queries: torch.Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, entries: Entries, queries: torch.Tensor) -> "Layer":
+        """Entries with their queries."""
+        return cls(**vars(entries), queries=queries)
 
 
 @dataclass(frozen=True)

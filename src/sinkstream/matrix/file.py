@@ -10,8 +10,7 @@ from sinkstream.evaluation.backends import BACKENDS, evaluation_backends
 from sinkstream.evaluation.settings import BASELINES, EVALUATE, method_names
 from sinkstream.matrix.point import AUTO, NONE, Origin, Point, make_point
 from sinkstream.models.placement import DTYPES
-from sinkstream.policies import CAP_ACCOUNTING, SCORERS, TRIGGERS, EvictionPolicy
-from sinkstream.policies.options import OptionSpec, option_fields
+from sinkstream.policies import CAP_ACCOUNTING, option_specs
 from sinkstream.records.toml_files import read_toml
 from sinkstream.registry import did_you_mean
 
@@ -42,10 +41,8 @@ BASELINE_NAMES = ("recompute", "strict", "full")
 
 
 def policy_keys() -> dict[str, type]:
-    """Every policy option and its type: geometry, triggers, scorers."""
-    classes = (EvictionPolicy, *(c for _, c in TRIGGERS.items()), *(c for _, c in SCORERS.items()))
-    specs = [OptionSpec.of(f) for cls in classes for f in option_fields(cls)]
-    return {spec.name: spec.type for spec in specs} | {"scorer": str}
+    """Every policy option and its type."""
+    return {spec.name: spec.type for spec in option_specs()} | {"scorer": str}
 
 
 @dataclass(frozen=True)
@@ -206,12 +203,9 @@ def _tables(content: Mapping[str, Any], defaults: Any, path: Path) -> Iterator[t
             raise ValueError(f"{path}: [{kind}] is not accepted; accepted: [[{kind}]]")
         for number, table in enumerate(tables, 1):
             where = f"{path}: [[{kind}]] {number}"
+            own = _checked(table, options, where, several=several)
             lists = {name: [value] for name, value in checked.items()}
-            lists |= (
-                _checked(table, options, where, several=several)
-                if several
-                else {name: [value] for name, value in _checked(table, options, where, several=False).items()}
-            )
+            lists |= own if several else {name: [value] for name, value in own.items()}
             for chosen in itertools.product(*lists.values()):
                 yield where, _with_policy(dict(zip(lists, chosen)), options, where)
 

@@ -4,7 +4,7 @@ import errno
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sinkstream.bench.record import BenchRecord
 from sinkstream.bench.session import BenchSession
-from sinkstream.bench.settings import Protocol
+from sinkstream.bench.settings import LEAST_PROMPT, Protocol
 from sinkstream.data import TokenStream, load_text, random_tokens, tokenize
 from sinkstream.evaluation.batch import Batch
 from sinkstream.evaluation.record import numeric_protocol
@@ -35,7 +35,6 @@ from sinkstream.statistics import event_curve, suitable_block_tokens
 from sinkstream.studies.diagnosis.spikes import event_positions
 
 RUNS = "runs"  # folder, below that of the points, of what they are made of
-LEAST_PROMPT = 4096  # random ids that prompts are cut from, as in ``sinkstream bench``
 LEAST_EVENTS = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -73,6 +72,7 @@ class Workbench:
         self._key: tuple[Any, ...] | None = None
         self._loaded: tuple[LoadedModel, float] | None = None
         self._streams: dict[Origin, TokenStream] = {}
+        self._ceilings: dict[str, Bandwidth] = {}
 
     def measure(self, point: Point, baselines: Mapping[str, Point | None]) -> dict[str, Any]:
         """The content of a point's record, failed points included.
@@ -138,10 +138,6 @@ class Workbench:
             else:
                 self._streams[text] = tokenize(load_text(text.spec), loaded.tokenizer, text.tokens)
         return self._streams[text]
-
-    @cached_property
-    def _ceilings(self) -> dict[str, Bandwidth]:
-        return {}
 
     def _ceiling(self, device: str) -> Bandwidth:
         if device not in self._ceilings:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sinkstream.evaluation.backends import check_positions
+from sinkstream.evaluation.backends import BACKENDS, check_positions
 from sinkstream.evaluation.runner import check_writable, save_or_rescue, uninterrupted
 from sinkstream.matrix.estimate import Remaining, in_words
 from sinkstream.matrix.file import Matrix
@@ -106,17 +106,19 @@ def dry_run(matrix: Matrix, points: Sequence[Point], out: Path, console: Console
 def refusal(point: Point, known: Callable[[str], KnownModel | None] = known_model) -> str | None:
     """Why a point would fail before its first token, as far as `known` says it of the model; None: nothing is known.
 
-    What is checked: that there is a model, and its trained positions.
+    What is checked: that there is a model, its trained positions, and whether a backend runs the policy.
     """
     try:
         model, tokens = known(point.model.spec), point.text.tokens
         if model is None:
             return None
         if point.scored:
+            BACKENDS[point.settings.backend].check_settings(point.settings)
             check_positions(point.settings, model.trained_positions, model.name, tokens)
         if point.speed:
-            timed = point.bench_config(untrained=model.source == "random").run
-            check_positions(timed, model.trained_positions, model.name)
+            config = point.bench_config(untrained=model.source == "random")
+            BACKENDS[config.rung].check_settings(config.run)
+            check_positions(config.run, model.trained_positions, model.name)
     except ValueError as error:
         return str(error)
     return None

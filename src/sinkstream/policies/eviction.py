@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sinkstream.policies.options import check_options, check_whole, option, option_fields
+from sinkstream.policies.options import OptionSpec, check_options, check_whole, option, option_fields
 from sinkstream.policies.scorers import SCORERS, Scorer
 from sinkstream.policies.triggers import TRIGGERS, Lazy, Trigger, Turns
 from sinkstream.registry import Registry, did_you_mean
@@ -182,12 +182,15 @@ def _name_of(scorer: Scorer) -> str:
     )
 
 
+def option_specs() -> list[OptionSpec]:
+    """Every declared option of a policy, once: geometry, then triggers, then scorers."""
+    classes = (EvictionPolicy, *(cls for registry in (TRIGGERS, SCORERS) for _, cls in registry.items()))
+    return [OptionSpec.of(f) for cls in classes for f in option_fields(cls)]
+
+
 def option_names() -> set[str]:
     """Every flat option that `EvictionPolicy.build` takes, besides cap and cap_accounting."""
-    names = {f.name for f in option_fields(EvictionPolicy)} | {"scorer"}
-    for registry in (TRIGGERS, SCORERS):
-        names |= {f.name for _, cls in registry.items() for f in option_fields(cls)}
-    return names
+    return {spec.name for spec in option_specs()} | {"scorer"}
 
 
 def _scorers() -> str:

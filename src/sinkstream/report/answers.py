@@ -73,7 +73,7 @@ def answers(
             lambda: _beaten(by_text),
         ),
         ("Does any policy remember a passage that has left the window?", lambda: _remembered(recalls)),
-        ("Is it worth to drop rarely, many tokens at once (lazy)?", lambda: _lazy(by_text)),
+        ("Is it worth dropping rarely, many tokens at once (lazy)?", lambda: _lazy(by_text)),
         ("Is strict as good as SnapKV-class methods on PG19?", lambda: _snapkv(by_text.get("PG19", []), rivals)),
     ]
     return [Answer(question, said) for question, say in parts if (said := say())]
@@ -157,7 +157,7 @@ def _lazy(by_text: dict[str, list[_Group]]) -> str:
         f"{LAZY} against strict, {len(found)} pairs of model, text and slots: perplexity {deltas[0]:+.2f} to"
         f" {deltas[-1]:+.2f} %, lower by its interval in {below}"
     )
-    times = f"; time of a token {min(ratios):.3f} to {max(ratios):.3f} × that of strict" if ratios else ""
+    times = f"; time per token {min(ratios):.3f} to {max(ratios):.3f} × that of strict" if ratios else ""
     return f"{said}{times}."
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sinkstream.policies.options import check_options, option
 
 DEFAULT_MAX_TOKENS = 1024
+SHARED = "replicas (--ray) find their sessions in files, which are written after every turn"
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,10 @@ class ServeSettings:
                 f"max_tokens={self.max_tokens} with max_tokens_limit={self.max_tokens_limit} is not accepted: a request"
                 f" that does not say would be refused; accepted: max_tokens of at most {self.max_tokens_limit}"
             )
-        if self.shared and (self.spill is None or self.write != "turn"):
-            raise ValueError(
-                f"servers that share their sessions find them in files: spill={self.spill} and write={self.write!r} are"
-                " not accepted; accepted: a --spill folder and --write turn"
-            )
+        if self.shared and self.spill is None:
+            raise ValueError(f"spill={self.spill} is not accepted: {SHARED}; accepted: a --spill folder")
+        if self.shared and self.write != "turn":
+            raise ValueError(f"write={self.write!r} is not accepted: {SHARED}; accepted: --write turn")
 
     @property
     def most_pinned(self) -> int:

@@ -11,14 +11,14 @@ from sinkstream.serve.talk import OPTIONS, Talk, TalkError
 
 BAR_WIDTH = 40
 HELP: dict[str, str] = {
-    "/help": "show this",
-    "/stats": "what the conversation holds",
+    "/help": "show the commands",
+    "/stats": "show what the conversation holds",
     "/system TEXT": "begin anew with another system prompt, which stays pinned",
-    "/pin TEXT": "add a text to the system prompt, where it is never forgotten",
+    "/pin TEXT": "add a text to the system prompt, where it is never evicted",
     "/undo": "take back the last turn",
-    "/regen": "write the last reply anew",
-    "/save NAME": "keep the conversation",
-    "/load NAME": "go on with one that was kept",
+    "/regen": "write the last reply anew, with another seed; a greedy one comes out the same",
+    "/save NAME": "save the conversation",
+    "/load NAME": "continue a saved conversation",
     "/reset": "begin anew",
     "/set NAME VALUE": f"set an option: {', '.join(OPTIONS)}; without VALUE its default",
     "/quit": "end (so does Ctrl-D); Ctrl-C ends a reply",

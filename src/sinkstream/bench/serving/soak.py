@@ -24,6 +24,12 @@ REFUSED = ("malformed", "oversize")
 Event = dict[str, Any]
 
 
+def check_locust() -> None:
+    """Raise ImportError if the load generator of a soak is missing."""
+    if importlib.util.find_spec("locust") is None:
+        raise ImportError(INSTALL)
+
+
 def generate(
     address: str, model: str, cap: int, users: int, seconds: float, folder: Path, tick: Callable[[], None]
 ) -> list[list[Event]]:
@@ -36,8 +42,7 @@ def generate(
     OSError
         If it fails.
     """
-    if importlib.util.find_spec("locust") is None:
-        raise ImportError(INSTALL)
+    check_locust()
     given = {"SOAK_FOLDER": str(folder), "SOAK_MODEL": model, "SOAK_CAP": str(cap)}
     command = [sys.executable, "-m", "locust", "-f", str(USERS), "--headless", "--host", address, "--only-summary"]
     command += ["-u", str(users), "-r", str(users), "-t", f"{int(seconds)}s", "-s", str(GRACE_SECONDS)]

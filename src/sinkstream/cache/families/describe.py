@@ -15,6 +15,7 @@ from sinkstream.cache.attention import SINKSTREAM_SDPA
 from sinkstream.cache.families.base import FAMILY, FULL, SLIDING, Family
 from sinkstream.cache.families.spec import ModelSpec, SlidingLayers
 from sinkstream.cache.families.unserved import UNSERVED
+from sinkstream.cache.families.weights import check_weights
 from sinkstream.cache.rope import Rope
 from sinkstream.compat import attention_implementation
 
@@ -38,7 +39,7 @@ def describe(model: PreTrainedModel) -> ModelSpec:
         raise ValueError(f"model={type(model).__name__} is not accepted; accepted: a transformers model")
     family = _family(config)
     family.check(config)
-    attention = _checked_attention(config, family)
+    attention, dtype = _checked_attention(config, family), check_weights(model)
     decoder: PreTrainedModel = model.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None:
@@ -53,7 +54,7 @@ def describe(model: PreTrainedModel) -> ModelSpec:
     ropes = {kind: _rope_parameters(config, kind) for kind in kinds}
     lengths = [length for rope in ropes.values() if (length := _bounded_length(config, rope)) is not None]
     names = {kind: _buffer(rotary, kind, bounded=bool(lengths)) for kind in kinds}
-    frequencies = {name: getattr(rotary, name).detach().to("cpu", torch.float64) for name in names.values()}
+    frequencies = {name: _values(rotary, name) for name in names.values()}
     rotated = family.rotated(config)
     slides = None
     if hybrid:
@@ -69,7 +70,7 @@ def describe(model: PreTrainedModel) -> ModelSpec:
         trained_positions=config.max_position_embeddings,
         rope=_stacked(frequencies[names[kinds[0]]], [rotated[i] for i in streaming]),
         attention=attention,
-        dtype=model.dtype,
+        dtype=dtype,
         decoder=decoder,
         sliding=slides,
         every_window=every_window,
@@ -114,6 +115,17 @@ def _buffer(rotary: nn.Module, kind: str, *, bounded: bool) -> str:
     """
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
     return f"{prefix}original_inv_freq" if bounded else f"{prefix}inv_freq"
+
+
+def _values(rotary: nn.Module, name: str) -> torch.Tensor:
+    """Frequencies of the rotary module, ``(rotary_dim / 2,)`` float64, on the CPU. Raises ValueError without values."""
+    buffer: torch.Tensor = getattr(rotary, name)
+    if buffer.is_meta:
+        raise ValueError(
+            f"the buffer {name} of the model's rotary module lies on meta, so it has no values; accepted: a model that"
+            " is loaded, with buffers that are not offloaded"
+        )
+    return buffer.detach().to("cpu", torch.float64)
 
 
 def _stacked(frequencies: torch.Tensor, rotated: list[bool]) -> Rope:

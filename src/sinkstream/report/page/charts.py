@@ -185,17 +185,26 @@ def pareto(values: Sequence[dict[str, Any]], baseline: str, *, x: str | None = N
         x,
         far=any(value["outlier"] for value in values),
         remembered=any(value["memory"] is not None for value in values),
+        intervals=has_intervals(values),
     )
     return spec | {"data": library().Data(values=[_slim(value) for value in values]).to_dict(validate=False)}
 
 
 @lru_cache(maxsize=256)
 def _pareto(
-    names: tuple[str, ...], shades: tuple[str, ...], baseline: str, x: str | None, *, far: bool, remembered: bool
+    names: tuple[str, ...],
+    shades: tuple[str, ...],
+    baseline: str,
+    x: str | None,
+    *,
+    far: bool,
+    remembered: bool,
+    intervals: bool,
 ) -> dict[str, Any]:
     """The chart of `pareto` without its data, which Altair takes its time to make: most groups have the same one.
 
-    `names`, `shades`: the legend. `far`: whether a point is off the chart. `remembered`: whether memory is known.
+    `names`, `shades`: the legend. `far`: whether a point is off the chart. `remembered`, `intervals`: whether memory,
+    and an interval of any point, are known.
     """
     alt = library()
     params, chart = [], alt.Chart(alt.Data(values=[]))
@@ -232,9 +241,9 @@ def _pareto(
     layered = alt.layer(
         zero,
         line.encode(x=across, y=up, order="x:Q"),
-        bars,
+        *([bars] if intervals else []),
         dots.encode(x=across, y=up, color=colour, tooltip=tooltip(alt, memory=remembered)),
-        *(text.encode(x=across, y=up, text="label:N") for text in point_names(alt, chart, "named")),
+        point_names(alt, chart, "named").encode(x=across, y=up, text="label:N"),
     )
     return _finished(layered.add_params(*params).properties(title=title), height=340)
 
@@ -249,22 +258,27 @@ def legend_columns(alt: Any) -> Any:
     return alt.expr("containerSize()[0] < 500 ? 1 : 3")
 
 
-def point_names(alt: Any, chart: Any, field: str) -> list[Any]:
+def point_names(alt: Any, chart: Any, field: str) -> Any:
     """The names of the points of `chart` whose `field` is true or "above", or "below": above or below the point.
 
     A name goes towards the middle of the chart. On a narrow page a long one ends with an ellipsis; the frame would cut
-    it in the middle of a letter.
+    it in the middle of a letter. All are one layer: the axes of a layer without points have no extent.
     """
     named = chart.transform_joinaggregate(least="min(x)", most="max(x)").transform_filter(f"datum.{field}")
-    middle = "datum.least + 0.5 * (datum.most - datum.least)"
-    style = {"fontSize": 12, "clip": True, "limit": alt.expr("containerSize()[0] < 500 ? 85 : 320")}
-    below = f"datum.{field} == 'below'"
-    sides = (("<=", "left", 9), (">", "right", -9))
-    return [
-        named.transform_filter(f"{which} && datum.x {beyond} {middle}").mark_text(align=align, dx=dx, dy=dy, **style)
-        for which, dy in ((f"!({below})", -9), (below, 13))
-        for beyond, align, dx in sides
-    ]
+    leftwards = "datum.x > datum.least + 0.5 * (datum.most - datum.least)"
+    return named.mark_text(
+        align=alt.expr(f"{leftwards} ? 'right' : 'left'"),
+        dx=alt.expr(f"{leftwards} ? -9 : 9"),
+        dy=alt.expr(f"datum.{field} == 'below' ? 13 : -9"),
+        fontSize=12,
+        clip=True,
+        limit=alt.expr("containerSize()[0] < 500 ? 85 : 320"),
+    )
+
+
+def has_intervals(values: Sequence[dict[str, Any]]) -> bool:
+    """Whether there is an interval to draw: the axes of a layer without one have no extent."""
+    return any(value.get("low") is not None for value in values)
 
 
 def row_names(alt: Any) -> Any:
@@ -287,7 +301,8 @@ def whiskers(values: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
         y=rows, x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=8)), x2="high:Q", color=colour
     )
     dots = chart.mark_circle(size=90, opacity=1).encode(y=rows, x=across, color=colour, tooltip=tips)
-    return _finished(alt.layer(zero, bars, dots), height=max(90, 24 * len(values)))
+    layers = [zero, bars, dots] if has_intervals(values) else [zero, dots]
+    return _finished(alt.layer(*layers), height=max(90, 24 * len(values)))
 
 
 def ladder(values: Sequence[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
@@ -336,7 +351,7 @@ def lines(
     band = chart.mark_rule(strokeWidth=3, opacity=0.35).encode(x=across, y="low:Q", y2="high:Q", color=colour)
     up = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
     line = chart.mark_line(point=True).encode(x=across, y=up, color=colour, tooltip=tips)
-    return _finished(alt.layer(band, line), height=280)
+    return _finished(alt.layer(*([band] if has_intervals(values) else []), line), height=280)
 
 
 def recall_pareto(values: Sequence[dict[str, Any]], x_title: str, y_title: str) -> dict[str, Any]:
@@ -354,9 +369,9 @@ def recall_pareto(values: Sequence[dict[str, Any]], x_title: str, y_title: str) 
     tips = [alt.Tooltip("label:N", title="policy"), alt.Tooltip("x:Q", title=x_title, format=".2f")]
     tips.append(alt.Tooltip("text:N", title=y_title))
     dots = chart.mark_circle(size=110, opacity=1, stroke="white", strokeWidth=1)
-    names_shown = [text.encode(x=across, y=up, text="label:N") for text in point_names(alt, chart, "front")]
+    names_shown = point_names(alt, chart, "front").encode(x=across, y=up, text="label:N")
     shown = dots.encode(x=across, y=up, color=colour, tooltip=tips)
-    return _finished(alt.layer(line, bars, shown, *names_shown), height=300)
+    return _finished(alt.layer(line, *([bars] if has_intervals(values) else []), shown, names_shown), height=300)
 
 
 def _finished(chart: Any, height: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sinkstream.studies.diagnosis.plots import draw_attribution, draw_policy
 from sinkstream.studies.diagnosis.record import Diagnosis, build_diagnosis
 from sinkstream.studies.diagnosis.tokens import write_event_table, write_token_table
 
+NOT_STRICT = ("overlap", "refresh", "max_drop", "slack", "adaptive")  # options that make another policy of strict
 TABLES, PICTURES, PAGE = "tables", "pictures", "diagnosis.html"
 
 #: Strict runs at these fractions of the cap tell how NLL depends on the visible length (R = cap/16 … cap/2).
@@ -158,15 +159,11 @@ def _newest(records: Sequence[Record]) -> Record | None:
 
 
 def _is_strict(record: Record) -> bool:
-    return record.policy["name"] == "strict" and not any(
-        record.policy["options"].get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive")
-    )
+    return record.policy["name"] == "strict" and not any(record.policy["options"].get(name) for name in NOT_STRICT)
 
 
 def _is_the_control(settings: RunSettings) -> bool:
-    return settings.method == "strict" and not any(
-        settings.options.get(name) for name in ("overlap", "refresh", "max_drop", "slack", "adaptive", "window")
-    )
+    return settings.method == "strict" and not any(settings.options.get(name) for name in (*NOT_STRICT, "window"))
 
 
 def _check(settings: RunSettings, tokens: int) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sinkstream.data import TokenStream
 from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
-from sinkstream.evaluation.run import check_run
+from sinkstream.evaluation.run import check_ids, check_run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.measure.memory import PeakMemory
@@ -40,6 +40,15 @@ class Paper(Protocol):
         """The columns of a record that are the study's own."""
 
 
+def check_answering(settings: RunSettings) -> None:
+    """Raise ValueError if a method has no cache of its own to answer from."""
+    if settings.method == "recompute":
+        raise ValueError(
+            "policy 'recompute' forwards its whole window for every token and keeps nothing else: it answers what"
+            " the full cache of a window answers; accepted: full, or an eviction policy"
+        )
+
+
 @dataclass
 class ExamBatch(Generic[R]):
     """Several policies over one model and one stream."""
@@ -65,15 +74,12 @@ class ExamBatch(Generic[R]):
         return runner.run(jobs, console)
 
     def _exams(self, settings: RunSettings) -> list[Exam]:
-        if settings.method == "recompute":
-            raise ValueError(
-                "policy 'recompute' forwards its whole window for every token and keeps nothing else: it answers what"
-                " the full cache of a window answers; accepted: full, or an eviction policy"
-            )
+        check_answering(settings)
         exam, limit = self.paper.exam, self.loaded.trained_positions
         if settings.method == "full" and limit is not None and not settings.allow_untrained_positions:
+            check_ids(self.loaded, exam.ids)
             return exam.stretches(limit)
-        check_run(self.loaded, len(exam.ids), told(settings, exam.questions))
+        check_run(self.loaded, exam.ids, told(settings, exam.questions))
         return [exam]
 
     def sit(self, exam: Exam, settings: RunSettings) -> Asking:

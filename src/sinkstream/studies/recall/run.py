@@ -27,7 +27,7 @@ from rich.console import Console
 from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.decoders import Frames
 from sinkstream.evaluation.record import find_complete, provenance, run_identity, run_protocol
-from sinkstream.evaluation.run import RunResult, check_run, run
+from sinkstream.evaluation.run import RunResult, check_ids, check_run, run
 from sinkstream.evaluation.runner import Job, Report, Request, Runner
 from sinkstream.evaluation.settings import RunSettings
 from sinkstream.models import LoadedModel
@@ -172,6 +172,15 @@ class RecallStreams:
         return trials
 
 
+def check_recalling(settings: RunSettings) -> None:
+    """Raise ValueError if a method has no cache of its own to recall from."""
+    if settings.method == "recompute":
+        raise ValueError(
+            "policy 'recompute' forwards its whole window for every token and keeps nothing else: inside the"
+            " window it recalls what the full cache does; accepted: full, or an eviction policy"
+        )
+
+
 @dataclass
 class RecallBatch:
     """Several policies over one model and one pair of streams."""
@@ -186,6 +195,7 @@ class RecallBatch:
         Raises ValueError if a policy, the model and the streams do not fit together, or as `Runner.run`; nothing has
         run then. Raises WriteError as `Runner.run`.
         """
+        check_ids(self.loaded, self.streams.control.ids)
         trials = [self._trials(one) for one in settings]
         jobs = [
             Job(one.label(), partial(self._measure, one, paired), partial(self._find, one))
@@ -195,15 +205,11 @@ class RecallBatch:
         return runner.run(jobs, console)
 
     def _trials(self, settings: RunSettings) -> list[Trial]:
-        if settings.method == "recompute":
-            raise ValueError(
-                "policy 'recompute' forwards its whole window for every token and keeps nothing else: inside the"
-                " window it recalls what the full cache does; accepted: full, or an eviction policy"
-            )
+        check_recalling(settings)
         if settings.method == "full":
             limit = None if settings.allow_untrained_positions else self.loaded.trained_positions
             return self.streams.excerpts(limit)
-        check_run(self.loaded, len(self.streams.repeated), with_told(settings, []))
+        check_run(self.loaded, self.streams.repeated.ids, with_told(settings, []))
         return self.streams.whole()
 
     def _measure(self, settings: RunSettings, trials: list[Trial], report: Report) -> list[Callable]:

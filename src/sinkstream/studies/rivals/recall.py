@@ -9,10 +9,10 @@ import numpy as np
 from sinkstream.measure.environment import hardware
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.selection import has_model
-from sinkstream.show.table import EMPTY, NONE_YET, Table
+from sinkstream.show.table import NONE_YET, Table
 from sinkstream.studies.recall.record import RecallRecord, check_passages, read_passages
 from sinkstream.studies.recall.tables import display_name, gains_text, ratios_of
-from sinkstream.studies.rivals.record import REQUIRED
+from sinkstream.studies.rivals.record import REQUIRED, failed_row
 
 MODEL, CAP = "SmolLM2-135M", 512
 _REQUIRED: dict[str, Any] = {name: part for name, part in REQUIRED.items() if name not in ("summary", "blocks")}
@@ -64,12 +64,9 @@ def _table(streams: tuple[str, str, str], rivals: Sequence[RivalRecallRecord], o
     for run in sorted(own.values(), key=lambda r: r.policy["name"] != "full"):
         label = "full cache" if run.policy["name"] == "full" else f"**sinkstream** `{display_name(run)}`"
         rows.append([label, *_new(run), *gains_text(run, ratios)])
-    rows += [
-        [r.rival["label"], f"cannot run: {r.status_reason}", *[EMPTY] * len(ratios)]
-        for r in newest.values()
-        if r.status == "failed"
-    ]
     header = ["way", "NLL when new", *(f"{ratio:g} ×" for ratio in ratios)]
+    failed = [r for r in newest.values() if r.status == "failed"]
+    rows += [failed_row(r.rival["label"], r.status_reason, header) for r in failed]
     first = complete[0]
     of = f"{first.model['name']}, {first.data['name']}, {first.data['tokens']:,} tokens,"
     layout = (

@@ -4,7 +4,7 @@ A rival runs in an environment of its own, which has no sinkstream. What it meas
 versions of a record are those of the rival's environment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from sinkstream.measure.timing import WARMUP_TOKENS, latency_summary
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
 from sinkstream.records.schema import REQUIRED as RUN_REQUIRED
+from sinkstream.show.table import EMPTY
 
 #: Largest accepted difference, in nats per token, between the rival's and our own NLL of a prompt that neither evicts
 #: from, by dtype: it shows that both run the same model on the same tokens. Quantised kernels differ the most.
@@ -90,6 +91,11 @@ class Measured:
             return None
         found = Blocks.of(np.array(self.index), nll, np.array(self.kv_length))
         return None if found is None else found.record()
+
+
+def failed_row(label: str, reason: str | None, header: Sequence[str]) -> list[str]:
+    """The row of a rival that cannot run, in a table with such a header."""
+    return [label, f"cannot run: {reason}", *[EMPTY] * (len(header) - 2)]
 
 
 def not_measured() -> dict[str, Any]:

@@ -7,9 +7,9 @@ from sinkstream.records.headline import Headline
 from sinkstream.records.records import Record
 from sinkstream.records.selection import has_model, has_text
 from sinkstream.registry import Registry
-from sinkstream.show.table import EMPTY, NONE_YET, Table, with_interval
+from sinkstream.show.table import EMPTY, NONE_YET, Table, counted, with_interval
 from sinkstream.studies.rivals.compare import CONTROL, Comparison, comparisons, delta
-from sinkstream.studies.rivals.record import RivalRecord
+from sinkstream.studies.rivals.record import RivalRecord, failed_row
 
 #: Generated tables of the documents: name -> function of all comparisons, oldest first.
 RIVAL_TABLES: Registry[Callable[[Sequence[Comparison]], str]] = Registry("table of rivals")
@@ -54,11 +54,7 @@ def quality_table(comparison: Comparison) -> Table:
     rows = [_rival_row(rival, comparison) for rival in scored[:1]]
     rows += [_own_row(run) for run in ours]
     rows += [_rival_row(rival, comparison) for rival in scored[1:]]
-    rows += [
-        [rival.label, f"cannot run: {rival.status_reason}", *[EMPTY] * (len(HEADER) - 2)]
-        for rival in comparison.rivals
-        if rival.status == "failed"
-    ]
+    rows += [failed_row(r.label, r.status_reason, HEADER) for r in comparison.rivals if r.status == "failed"]
     return Table(HEADER, rows, left=2)
 
 
@@ -139,11 +135,8 @@ def speed_tables(rivals: Sequence[RivalRecord]) -> str:
             ]
             for rival in timed
         ]
-        rows += [
-            [r.label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(SPEED_HEADER) - 2)]
-            for r in labelled.values()
-            if r.status == "failed"
-        ]
+        failed = [r for r in labelled.values() if r.status == "failed"]
+        rows += [failed_row(r.label, r.status_reason, SPEED_HEADER) for r in failed]
         if timed:
             parts.append(f"{model}, {dtype}, {cap:,} slots, {machine}.\n\n{Table(SPEED_HEADER, rows).markdown()}")
     return "\n\n".join(parts) or NONE_YET
@@ -170,9 +163,9 @@ def cpu_speed_table(records: Sequence[Record], rivals: Sequence[RivalRecord]) ->
         if timed and _is_timed(run) and comparable(run) == comparable(last):
             shown[f"**sinkstream** `{run.label}`, {_backend(run)}"] = run
     rows = [_cpu_row(*entry) for entry in sorted(shown.items(), key=lambda entry: _median(entry[1]))]
-    rows += [[label, f"cannot run: {r.status_reason}", *[EMPTY] * (len(CPU_HEADER) - 2)] for label, r in failed.items()]
+    rows += [failed_row(label, r.status_reason, CPU_HEADER) for label, r in failed.items()]
     cores = last.environment["cpu"]["cores_usable"]
-    threads = f"{_threads(last)} thread{'s' * (_threads(last) > 1)} of {cores} cores"
+    threads = f"{counted(_threads(last), 'thread')} of {cores} cores"
     said = f"{last.model['name']}, {last.protocol['cap']:,} slots, {threads}, {hardware(last.environment)}."
     return f"{said}\n\n{Table(CPU_HEADER, rows, left=2).markdown()}"
 
