@@ -258,13 +258,17 @@ def test_nothing_in_the_timed_loop_waits_for_the_device(session, monkeypatch, ru
 # ---- interrupt and resume ----
 
 
-def interrupt_after(monkeypatch, turns: int) -> None:
+class Killed(BaseException):
+    """Nothing that runs may catch it: the process is gone."""
+
+
+def interrupt_after(monkeypatch, turns: int, by: type[BaseException] = KeyboardInterrupt) -> None:
     turn, count = decoding.ActiveRun.turn, [0]
 
     def stopping(self, tokens):
         count[0] += 1
         if count[0] > turns:
-            raise KeyboardInterrupt
+            raise by
         turn(self, tokens)
 
     monkeypatch.setattr(decoding.ActiveRun, "turn", stopping)
@@ -293,6 +297,46 @@ def test_an_interrupted_run_goes_on_where_its_last_block_ended(session, tmp_path
     assert again == resumed, "a complete record is taken as it is"
     (other,) = session(**how | {"tokens": 150}, resume=True).run([configs()], console()).records
     assert other.id != resumed.id, "another protocol is another run"
+
+
+def test_a_run_that_was_killed_goes_on_where_its_last_block_ended(session, tmp_path, monkeypatch):
+    """It has a checkpoint and no record, not even a partial one."""
+    how = {"tokens": 250, "teacher_forced": True, "block_tokens": 100}
+    (whole,) = session(**how).run([configs()], console()).records
+    whole.path.unlink()
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 3, Killed)
+        with pytest.raises(Killed):
+            session(**how).run([configs()], console())
+    (progress,) = tmp_path.glob("*.progress.npz")
+    assert not list(tmp_path.glob("*.json"))
+    (other,) = session(**how | {"tokens": 150}, resume=True).run([configs()], console()).records
+    (anew,) = session(**how).run([configs("ring", "lazy")], console()).records
+    assert not progress.name.startswith((other.id, anew.id)), "control: another run, and one that does not resume"
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 3)  # 100 of 250 tokens are done; these are all that is left
+        (resumed,) = session(**how, resume=True).run([configs()], console()).records
+    assert resumed.status == "complete" and progress.name.startswith(resumed.id)
+    nll = [[b["mean_nll"] for b in record.blocks] for record in (resumed, whole)]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-6)
+    assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob("*.safetensors")), "nothing is left over"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-40], lambda data: b"", lambda data: data[:90] + b"damage" + data[96:]]
+)
+def test_a_damaged_checkpoint_is_told_by_its_name(session, tmp_path, monkeypatch, change):
+    how = {"tokens": 250, "block_tokens": 100}
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 3)
+        session(**how).run([configs()], console())
+    (progress,) = tmp_path.glob("*.progress.npz")
+    progress.write_bytes(change(progress.read_bytes()))
+    with pytest.raises(ValueError, match=r"progress\.npz: damaged, so that the run cannot be resumed"):
+        session(**how, resume=True).run([configs()], console())
+    progress.unlink()
+    (record,) = session(**how, resume=True).run([configs()], console()).records
+    assert record.status == "complete", "control"
 
 
 def test_an_interrupted_turn_keeps_what_all_have(session, monkeypatch):

@@ -286,6 +286,31 @@ def test_embeddings_will_do_unless_the_scorer_reads_tokens(policy, allowed):
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_embeddings_of_a_conversation_go_past_what_was_seen():
+    model, ids = build("llama"), prompt_of(60)
+    embedded, expected = (
+        model.get_input_embeddings()(ids).detach(),
+        generate(model, ids, make_cache(model, small_policy("lazy"))),
+    )
+    cache = make_cache(model, small_policy("lazy"))
+    cache.prefill(model, ids[:, :40])
+    for new in (10, 20, 40):
+        for columns in (new, 40 + new):
+            with pytest.raises(ValueError, match=rf"inputs_embeds of {new} tokens, and the cache has seen 40: none is"):
+                generate(
+                    model, None, cache, inputs_embeds=embedded[:, :new], attention_mask=torch.ones(1, columns).long()
+                )
+    assert torch.equal(generate(model, None, cache, inputs_embeds=embedded), expected[:, 60:]), "control"
+
+
+def test_embeddings_are_not_told_to_come_in_chunks_of_ids():
+    model = build("llama")
+    embedded = model.get_input_embeddings()(prompt_of(900)).detach()
+    cache = make_cache(model, small_policy("strict"))
+    with pytest.raises(ValueError, match=r"900 tokens .*embeddings are fed in calls of at most cache.max_chunk_tokens"):
+        generate(model, None, cache, inputs_embeds=embedded)
+
+
 def test_the_constructor_says_who_makes_a_cache():
     model = build("llama")
     for call in (lambda: StreamingCache(), lambda: StreamingCache(model, cap=20), lambda: StreamingCache(model)):

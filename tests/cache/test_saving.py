@@ -1,5 +1,7 @@
 """A cache in a file: it goes on bit for bit in another cache, and in an engine; what does not fit is refused."""
 
+import random
+
 import pytest
 import torch
 from oracle.models import build, token_ids
@@ -214,6 +216,33 @@ def test_what_is_damaged_is_refused(change, words, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         StreamingCache.load(model, path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["lazy", "adaptive-entropy"])
+def test_a_digit_of_the_header_that_changes_is_noticed(policy, tmp_path):
+    """Among them what nothing else contradicts: counts of a trigger, a sum of risks, the dtype of a tensor."""
+    model, path = build("llama", layers=2), tmp_path / "stream.safetensors"
+    engine = Engine(model, **small_policy(policy))
+    fed(model, policy, 60).save(path)
+    whole, draw = path.read_bytes(), random.Random(3)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    digits = [i for i in range(8, end) if whole[i : i + 1].isdigit()]
+    for place in draw.sample(digits, 60):
+        path.write_bytes(whole[:place] + b"%d" % ((whole[place] - 47) % 10) + whole[place + 1 :])
+        for load in (lambda: StreamingCache.load(model, path), lambda: engine.restore(path)):
+            with pytest.raises(ValueError, match=r"damaged|truncated|has format|was saved"):
+                load()
+    path.write_bytes(whole)
+    assert StreamingCache.load(model, path).seen_tokens == 60, "control"
+
+
+def test_a_file_without_a_checksum_of_its_header_is_read(tmp_path):
+    """Files had none before."""
+    model, path = build("llama", layers=2), tmp_path / "stream.safetensors"
+    cache = fed(model, "lazy", 60)
+    cache.save(path)
+    rewrite(path)
+    assert torch.equal(feed(model, StreamingCache.load(model, path), ids[:, 60:]), feed(model, cache, ids[:, 60:]))
 
 
 def test_what_is_truncated_or_no_stream_is_refused(tmp_path):

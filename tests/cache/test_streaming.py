@@ -253,6 +253,33 @@ def test_no_graph_grows_along_with_the_stream_outside_no_grad():
     assert_close(torch.cat(logits, 1).detach(), stream(model, "refresh-window-attention", ids))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", [{"cap": 100}, {"cap": 20}])
+def test_a_backward_through_a_cache_is_refused(attention, policy):
+    """With eager attention it would run, and leave out all that comes by keys and values."""
+    model, ids = build("llama", attn_implementation=attention), token_ids(30)[None]
+    cache = StreamingCache.for_model(model, **policy)
+    loss = model(ids, labels=ids, **with_cache(model, cache)).loss
+    with pytest.raises(ValueError, match=r"backward\(\) through a StreamingCache.*use_cache=False"):
+        loss.backward()
+    out = model.model(ids[:, :1], output_hidden_states=True, **with_cache(model, cache))
+    with pytest.raises(ValueError, match="through a StreamingCache"):
+        out.hidden_states[1].sum().backward()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.norm() > 0, "control"
+
+
+def test_what_is_trained_behind_the_decoder_has_its_gradient():
+    model, ids = build("llama"), token_ids(30)[None]
+    model.model.requires_grad_(False)
+    gradients = []
+    for given in ({"use_cache": False}, with_cache(model, StreamingCache.for_model(model, cap=100))):
+        model(ids, labels=ids, **given).loss.backward()
+        gradients.append(model.lm_head.weight.grad)
+        model.lm_head.weight.grad = None
+    assert_close(*gradients)
+
+
 @pytest.mark.parametrize("policy", STATEFUL)
 def test_inference_mode_may_come_and_go(policy):
     model, ids = build("llama"), token_ids(120)[None]

@@ -206,6 +206,10 @@ REFUSED = {
     "beams": ({"num_beams": 2}, "beam search: .*accepted: greedy decoding and sampling"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation: "),
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search: "),
+    "a mask to be added": (
+        lambda ids: {"attention_mask": torch.zeros(ids.shape).index_fill(1, torch.tensor([0]), -1e9)},
+        "attention_mask holds -1000000000.0",
+    ),
     "pads alone": (lambda ids: {"attention_mask": torch.zeros_like(ids)}, "a row of pads alone"),
     "positions": (lambda ids: {"position_ids": torch.arange(3, 3 + ids.shape[1])[None]}, "position_ids of the caller"),
     "rows": (lambda ids: {"num_return_sequences": 3}, "3 rows: .*accepted: at most 2, the engine's streams"),

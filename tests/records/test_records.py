@@ -135,6 +135,14 @@ def test_loader_refuses_null_where_the_origin_would_be_lost(written, field):
         ({"tokens_file": {"name": "two.npz", "sha256": "0"}, "blocks": None}, "can not be read"),
         ({"tokens_file": {"name": "one.npz", "sha256": "0"}}, "'tokens_file.sha256' is 0"),
         ({"summary": []}, "'summary' must be an object"),
+        ({"arguments": {"temperature": float("nan")}}, "not a JSON file: NaN is no number of JSON"),
+        ({"arguments": {"temperature": float("-inf")}}, "not a JSON file: -Infinity is no number of JSON"),
+        ({"blocks": {"tokens": 4}}, "required field 'blocks.first' is missing"),
+        ({"blocks": []}, "field 'blocks' must be an object"),
+        (
+            {"blocks": {"tokens": 4, "first": 0, "last": 3, "nll": 1.0, "scored": None}},
+            "field 'blocks.nll' must be a list, got float",
+        ),
     ],
 )
 def test_loader_names_what_is_wrong(written, change, message):
@@ -143,7 +151,7 @@ def test_loader_names_what_is_wrong(written, change, message):
         load_record(written)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\x01", "[" * 100_000], ids=range(5))
 def test_loader_refuses_other_files(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match=r"bad\.json"):

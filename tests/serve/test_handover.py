@@ -14,8 +14,10 @@ from sinkstream.serve.planning import Call
 from sinkstream.serve.post import Post
 from sinkstream.serve.service import CANCELLED
 from sinkstream.serve.sse import sse
+from sinkstream.serve.token_texts import TokenText
 from sinkstream.serve.tools import tool_format
 
+Z = TokenText("z", b"z")
 HERMES = "{{ tools }} <tool_call>"
 
 
@@ -71,7 +73,7 @@ def heard(monkeypatch, told, *, whole: bool = False) -> tuple[list[list], int, i
 
 ROUNDS = [
     [Started("s"), TextPiece(0, "a"), TextPiece(0, "b"), TextPiece(1, "x")],
-    [TextPiece(1, "y"), TextPiece(1, "z", (TokenLogprob("z", -1.0),)), Ended(1, "stop")],
+    [TextPiece(1, "y"), TextPiece(1, "z", (TokenLogprob(Z, -1.0),)), Ended(1, "stop")],
     [Failed(CANCELLED)],
 ]
 
@@ -80,7 +82,7 @@ def test_a_round_wakes_the_loop_once_for_all_requests(monkeypatch):
     found, wakes, cancelled = heard(monkeypatch, ROUNDS)
     expected = [
         [Started("s"), TextPiece(0, "ab"), TextPiece(1, "x")],
-        [TextPiece(1, "yz", (TokenLogprob("z", -1.0),)), Ended(1, "stop")],
+        [TextPiece(1, "yz", (TokenLogprob(Z, -1.0),)), Ended(1, "stop")],
         [Failed(CANCELLED)],
     ]
     assert found == [expected, expected]
@@ -129,7 +131,7 @@ def test_events_of_text_are_what_json_would_write(kind, text):
         (0, ()),
         (0, ()),
         (1, ()),
-        (0, (TokenLogprob("t", -0.5, (("t", -0.5),)),)),
+        (0, (TokenLogprob(Z, -0.5, ((Z, -0.5),)),)),
         (0, ()),
         (1, ()),
     ):

@@ -141,6 +141,22 @@ def test_a_turn_can_be_taken_back(model, tmp_path):
         assert say(client, session, "one") == Alone(model).say("one")
 
 
+def test_a_turn_is_taken_back_later_where_all_memory_is_in_use(model, tmp_path):
+    """The session itself is not in use: 429, which clients ask again, and not 409."""
+    with served(make_service(model, resident=1, max_tokens=900, spill=tmp_path)) as address:
+        client = client_of(address)
+        session = opened(client)
+        say(client, session, TEXTS[0])
+        given = {"model": client.models.list().data[0].id, "stream": True, "max_tokens": 900}
+        stream = client.chat.completions.create(messages=[user(TEXTS[1])], **given)
+        next(iter(stream))
+        with pytest.raises(APIStatusError) as caught:
+            client.post(f"/sessions/{session}/undo", cast_to=object)
+        error, wait = caught.value, caught.value.response.headers.get("retry-after")
+        assert (error.status_code, error.code, wait) == (429, "server_busy", "5")
+        stream.close()
+
+
 def test_messages_can_be_appended_without_a_reply(model):
     with served(make_service(model)) as address:
         client, alone = client_of(address), Alone(model)

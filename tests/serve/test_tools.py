@@ -81,6 +81,39 @@ def test_arguments_reach_the_template_as_an_object():
     assert sent('{"day": 3}') == {"day": 3} and sent("3") == "3" and sent("no json") == "no json"
 
 
+def test_arguments_that_no_template_can_take_stay_a_text(client):
+    """Nested deeper than Python's stack, or than a session's file can be; half of a surrogate pair."""
+    for arguments in ("[" * 100_000, '{"a":' * 600 + "1" + "}" * 600, '{"a": "\\ud800"}', '{"\\udc00": 1}', "9" * 9000):
+        call = {"id": "c", "type": "function", "function": {"name": "rain", "arguments": arguments}}
+        plain = ChatMessage(role="assistant", tool_calls=[call]).plain()["tool_calls"][0]["function"]["arguments"]
+        assert plain == arguments
+    Planned.said = ["dry"]
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [call | {"function": {"name": "rain", "arguments": "["}}],
+    }
+    messages = [user("wet?"), called, {"role": "tool", "tool_call_id": "c", "content": "no"}, user("so?")]
+    assert ask(client, messages).choices[0].message.content == "dry", "control"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "f", "arguments": ' + "[" * 5000, '{"name": "f", "arguments": {"a": "\\ud800"}}']
+)
+def test_a_reply_that_no_parser_or_template_can_take_is_no_call(text):
+    message = {"role": "assistant", "content": f"<tool_call>{text}</tool_call>"}
+    assert with_calls(message, Tagged(), "resp_x") == message
+
+
+def test_tools_that_are_nested_without_end_are_refused(client):
+    schema: dict = {}
+    for _ in range(150):
+        schema = {"items": schema}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with pytest.raises(BadRequestError, match="tools is nested deeper than 100 levels; accepted: less"):
+        ask(client, [user("x")], tools=tools)
+
+
 # ---- a conversation ----
 
 

@@ -179,7 +179,10 @@ class BenchSession:
         long = runs[0].protocol.tokens > self.block_tokens
         engine = issubclass(BACKENDS[runs[0].config.rung], EngineBackend)
         single = len(runs) == 1 and runs[0].config.streams == 1 and not runs[0].config.run.recall
-        return Checkpoint(self.request.out, runs[0].id) if long and engine and single else None
+        return self._checkpoint_of(runs[0].config, runs[0].id) if long and engine and single else None
+
+    def _checkpoint_of(self, config: BenchConfig, record_id: str) -> Checkpoint:
+        return Checkpoint(self.request.out, record_id, self._identity(config))
 
     # ---- records ----
 
@@ -232,9 +235,12 @@ class BenchSession:
         return [next(r for r in records if r.protocol["turn"] == turn) for records in complete]
 
     def _begun(self, config: BenchConfig) -> str | None:
-        """The id of an interrupted record that can be resumed."""
+        """The id of an interrupted record that can be resumed, or of a run that was killed before it had one."""
+        if not self.request.resume:
+            return None
         begun = [r.id for r in self._earlier(config) if r.status == "partial"]
-        return next((i for i in reversed(begun) if Checkpoint(self.request.out, i).samples() is not None), None)
+        begun = Checkpoint.begun(self.request.out, self._identity(config)) + begun
+        return next((i for i in reversed(begun) if self._checkpoint_of(config, i).samples() is not None), None)
 
 
 def _names(group: Sequence[BenchConfig]) -> str:
@@ -248,7 +254,7 @@ def _write(record: dict[str, Any], folder: Path) -> Path:
     """Write a record; delete the checkpoint if the run is complete."""
     path = BenchRecord.write(record, folder)
     if record["status"] == "complete":
-        Checkpoint(folder, record["id"]).remove()
+        Checkpoint(folder, record["id"], record["arguments"]["identity"]).remove()
     return path
 
 

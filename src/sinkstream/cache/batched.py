@@ -8,7 +8,7 @@ import torch
 from sinkstream import compat
 from sinkstream.cache.append_only import AppendOnlyCache
 from sinkstream.cache.conversation import check_beginning, unseen
-from sinkstream.cache.padding import check_axes, check_ids, default_positions
+from sinkstream.cache.padding import check_axes, check_ids, check_zeros_and_ones, default_positions
 from sinkstream.cache.rows import Rows, selected
 from sinkstream.cache.stream import Stream
 
@@ -92,6 +92,7 @@ class BatchedCache(AppendOnlyCache):
             if attention_mask.shape != input_ids.shape:
                 told = tuple(attention_mask.shape)
                 raise ValueError(f"attention_mask of shape {told}; accepted: {batch, tokens}, that of the ids")
+            check_zeros_and_ones(attention_mask)
             mask[:, self.seen_tokens :] = attention_mask
         for row, seen in enumerate(self.row_seen):
             mask[row, : self.seen_tokens - seen] = 0
@@ -161,11 +162,12 @@ class BatchedCache(AppendOnlyCache):
             check_axes(mask, len(input_ids))
         if new is None:
             return input_ids, None, {}
-        if mask is None or bool((mask != 0).all()):
+        if mask is None or bool((mask == 1).all()):
             if len(set(self.row_seen)) <= 1:
                 self.check_conversation(input_ids)
                 return input_ids, new, {}
             mask = torch.ones_like(input_ids)
+        check_zeros_and_ones(mask)
         ids, new_mask = self.unseen(input_ids, mask)
         if positions is not None and not bool(((positions == default_positions(mask)) | (mask == 0)).all()):
             raise ValueError("position_ids of the caller's own are not supported; give none")

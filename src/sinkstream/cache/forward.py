@@ -5,6 +5,7 @@ written behind those that count. A forward that raises is dropped, and the strea
 """
 
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -275,10 +276,30 @@ def check_forward(stream: Stream, batch: int, tokens: int, input_ids: torch.Tens
     if stream.recall is not None and input_ids is not None:
         stream.recall.check_coming(input_ids[0])
     if tokens > 1 and tokens > stream.max_chunk_tokens():
+        way = "feed them with cache.prefill(model, input_ids), or ask for the last logits only (logits_to_keep=1)"
+        if input_ids is None:
+            way = "embeddings are fed in calls of at most cache.max_chunk_tokens() tokens each, model(inputs_embeds=…)"
         raise ValueError(
-            f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now;"
-            " feed them with cache.prefill(model, input_ids), or ask for the last logits only (logits_to_keep=1)"
+            f"{tokens} tokens in one call, but this cache takes at most {stream.max_chunk_tokens()} now; {way}"
         )
+
+
+def refuse_gradients(output: Any) -> None:
+    """Let a backward through what the decoder has returned raise ValueError: the graph is cut at keys and values."""
+    if not torch.is_grad_enabled():
+        return
+    last = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    layers = getattr(output, "hidden_states", None) or ()
+    for states in (last, *layers[1:]):  # the first are the embeddings, before any layer
+        if states.requires_grad:
+            states.register_hook(_refuse_backward)
+
+
+def _refuse_backward(gradient: torch.Tensor) -> NoReturn:
+    raise ValueError(
+        "backward() through a StreamingCache, which keeps keys and values without how they came about, would give wrong"
+        " gradients; accepted: a forward without a cache (use_cache=False)"
+    )
 
 
 def _crossing(stream: Stream, ring: SoftRing, steps: Steps) -> PinnedCopies | TwoFrames | ChosenFrames | None:

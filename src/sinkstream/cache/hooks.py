@@ -24,8 +24,9 @@ from transformers import Cache
 from sinkstream import compat
 from sinkstream.cache.attention import SINKSTREAM_SDPA, release_attention, running, switch_attention
 from sinkstream.cache.families import ModelSpec
+from sinkstream.cache.forward import refuse_gradients
 from sinkstream.cache.hooked import HOOKED, Hooked, hooked_of
-from sinkstream.cache.padding import call_tokens
+from sinkstream.cache.padding import call_tokens, check_embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -274,7 +275,8 @@ def _prepare(self, input_ids, next_sequence_length=None, *args, inputs_embeds=No
     if cache is not None and input_ids is not None:
         if not kwargs.get("is_first_iteration"):
             kwargs |= cache.next_step(compat.sampling_loop(sys._getframe(1)))
-        elif inputs_embeds is not None:  # nothing to compare
+        elif inputs_embeds is not None:
+            check_embedded(inputs_embeds, cache.seen_tokens)
             cache.ended = ()
         else:
             input_ids, next_sequence_length, more = cache.begin_prompt(input_ids, next_sequence_length, kwargs)
@@ -335,6 +337,7 @@ def _after_decoder(module, args, kwargs=None, output=None):
     if output is None:
         cache.abort_forward()
     else:
+        refuse_gradients(output)
         cache.end_decoder()
 
 

@@ -15,6 +15,16 @@ def check_ids(ids: Any, name: str = "input_ids", *, empty: bool = False) -> None
         raise ValueError(f"{name} of {ids.dtype}; accepted: whole numbers, int64 or int32")
 
 
+def check_embedded(embeddings: torch.Tensor, seen: int) -> None:
+    """Raise ValueError unless the embeddings ``(batch, tokens, hidden)`` given to generate() go past what was seen."""
+    if embeddings.shape[1] <= seen:
+        raise ValueError(
+            f"inputs_embeds of {embeddings.shape[1]} tokens, and the cache has seen {seen}: none is new; accepted by"
+            f" generate(): those of the whole conversation, the {seen} tokens seen and at least one new one. New tokens"
+            " alone are fed with model(inputs_embeds=…) and the cache"
+        )
+
+
 def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
     """How many of a forward's columns are tokens of each row; the columns before them are pads.
 
@@ -32,6 +42,7 @@ def own_tokens(mask: torch.Tensor, tokens: int, seen: list[int]) -> list[int]:
         If the mask has another shape or says something else.
     """
     check_axes(mask)
+    check_zeros_and_ones(mask)
     if mask.shape[1] < tokens:
         raise ValueError(
             f"attention_mask of {mask.shape[1]} columns for {tokens} tokens; accepted: at least one a token"
@@ -71,6 +82,16 @@ def check_axes(mask: torch.Tensor, batch: int | None = None) -> None:
         raise ValueError(f"attention_mask of {len(mask)} rows for a batch of {batch}; accepted: a row for each")
 
 
+def check_zeros_and_ones(mask: torch.Tensor) -> None:
+    """Raise ValueError for a mask of other numbers, of which nobody knows what they mean: -inf hides, and is not 0."""
+    other = (mask != 0) & (mask != 1)
+    if bool(other.any()):
+        raise ValueError(
+            f"attention_mask holds {mask[other][0].item()}; accepted: 0 for a pad and 1 for a token. A mask that is"
+            " added to attention scores (0 and -inf) becomes one with (mask == 0).long()"
+        )
+
+
 def are_positions(positions: torch.Tensor, seen: list[int], own: list[int], tokens: int) -> bool:
     """Whether position ids ``(batch or 1, tokens)`` are the indices of each row's tokens, whatever they are for pads.
 
@@ -105,12 +126,13 @@ def call_tokens(named: dict[str, Any], seen: list[int], batch: int, tokens: int)
     mask, positions, own = named.get("attention_mask"), named.get("position_ids"), None
     if mask is not None:
         check_axes(mask, batch)
-        if not bool((mask != 0).all()):
+        if not bool((mask == 1).all()):
             own = own_tokens(mask, tokens, seen)
     if positions is not None and not are_positions(positions, seen, own or [tokens] * batch, tokens):
         first = seen[0]
         raise ValueError(
             f"position_ids of the caller's own are not supported: the next {tokens} tokens take {first} to"
-            f" {first + tokens - 1}; give no position_ids"
+            f" {first + tokens - 1}; give no position_ids. generate() makes them of attention_mask, which needs as many"
+            " columns as the conversation has tokens"
         )
     return None if own == [tokens] * batch else own

@@ -2,7 +2,7 @@
 
 What is cached lies in stream order: pinned entries first, the window behind them, oldest first. So a stream goes on in
 a soft ring or in a static one, at any token. The header says which model, policy and positions the stream belongs to;
-every tensor has a checksum there.
+every tensor has a checksum there, and the header has one beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = 2
+HEADER_CHECKSUM = "checksum"  # in the metadata; files of before 2026-11-27, 15:00 UTC have none
 PLACE_OF_ARCHIVE = ("bytes", "file", "file_bytes")  # settings of recall that a loaded stream has anew
 NOT_SAID = {"behind": 0, "alarms": 0}  # settings of recall that files did not always say
 OF_MACHINE = (*PLACE_OF_ARCHIVE, "step_bytes")  # settings of recall that a loaded stream may have otherwise
@@ -304,10 +306,19 @@ def _write_stream(file: BinaryIO, saved: SavedStream) -> None:
     header = {f.name: getattr(saved, f.name) for f in fields(saved) if f.name != "tensors"}
     header |= {"format": FORMAT, "sinkstream": __version__, "counts": asdict(saved.counts)}
 
-    def metadata(checksums: Mapping[str, int]) -> dict[str, str]:
-        return {"sinkstream": json.dumps(header | {"checksums": checksums})}
+    tensors = {name: t for name, t in saved.tensors.items() if t.numel()}
 
-    write_tensors(file, {name: t for name, t in saved.tensors.items() if t.numel()}, metadata)
+    def metadata(checksums: Mapping[str, int]) -> dict[str, str]:
+        text = json.dumps(header | {"checksums": checksums})
+        return {"sinkstream": text, HEADER_CHECKSUM: _header_checksum(text, tensors)}
+
+    write_tensors(file, tensors, metadata)
+
+
+def _header_checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of what a file says about its stream and about the kinds of its tensors; 8 hexadecimal digits."""
+    kinds = [(name, str(tensors[name].dtype), tuple(tensors[name].shape)) for name in sorted(tensors)]
+    return f"{zlib.crc32((text + repr(kinds)).encode()):08x}"
 
 
 def read_stream(path: str | Path) -> SavedStream:
@@ -344,6 +355,9 @@ def _saved_stream(
     metadata: Mapping[str, str] | None, read_tensors: Callable[[], dict[str, torch.Tensor]], path: str | Path
 ) -> SavedStream:
     header, tensors = _header(metadata, path), read_tensors()
+    assert metadata is not None, "it has a header"
+    if metadata.get(HEADER_CHECKSUM, known := _header_checksum(metadata["sinkstream"], tensors)) != known:
+        raise ValueError(f"{str(path)!r} is damaged: its header is not what was written")
     checksums = header["checksums"]
     for name in sorted(checksums.keys() | tensors.keys()):
         if name not in tensors or checksums.get(name) != checksum(tensors[name]):

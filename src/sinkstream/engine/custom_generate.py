@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from sinkstream import compat
-from sinkstream.cache.padding import default_positions
+from sinkstream.cache.padding import check_zeros_and_ones, default_positions
 from sinkstream.engine.decoder import StreamDecoder
 from sinkstream.engine.generation import Writer, feed, write
 from sinkstream.engine.recorder import CopyInFlight
@@ -148,6 +148,7 @@ def check(
         mask = torch.ones_like(input_ids)
     if mask.shape != input_ids.shape or not bool((mask != 0).any(1).all()):
         _refuse("an attention_mask of another shape or a row of pads alone", "(batch, tokens) with 0 for pads")
+    check_zeros_and_ones(mask)
     if positions is not None:
         fits = positions.shape[-1] == tokens
         if not fits or not bool(((positions == default_positions(mask)) | (mask == 0)).all()):

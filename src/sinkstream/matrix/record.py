@@ -9,7 +9,7 @@ from typing import Any
 from sinkstream.measure.memory import OWN
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.blocks import Blocks
-from sinkstream.records.schema import REQUIRED
+from sinkstream.records.schema import REQUIRED, check_keys
 from sinkstream.statistics import PairedDelta, delta_of_blocks
 
 LATENCY = ("p50", "p90", "p99", "max")
@@ -61,6 +61,11 @@ class PointRecord(StatusRecord):
             for key, nested in required.items() if found is not None else ():
                 if key not in found or any(one not in found[key] for one in nested or ()):
                     raise ValueError(f"{where}: required field '{part}.{key}' is missing or incomplete")
+        quality = content["quality"] or {}
+        Blocks.check(quality.get("blocks"), where, "quality.blocks.")
+        if quality.get("sampled") is not None:
+            check_keys(quality["sampled"], {"every": None, "blocks": {}}, where, "quality.sampled.")
+            Blocks.check(quality["sampled"]["blocks"], where, "quality.sampled.blocks.")
         if content["status"] == "complete" and None in (content["model"]["hash"], content["data"]["sha256"]):
             raise ValueError(f"{where}: a complete point must state model.hash and data.sha256")
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from sinkstream.records.schema import check_keys
 from sinkstream.statistics import block_sums, suitable_block_tokens
 
+_REQUIRED = dict.fromkeys(("tokens", "first", "last", "nll", "scored"))
 DIGITS = 5  # decimals of a sum in nats; a figure of a table has at most four
 
 
@@ -39,6 +41,17 @@ class Blocks:
         kv = np.zeros(sums.size, dtype=np.int64)
         np.maximum.at(kv, (np.asarray(index) - first) // tokens, kv_length)
         return cls(tokens, first, last, sums, counts, bool(counts.sum() == last - first + 1), kv)
+
+    @staticmethod
+    def check(content: Any, where: str, prefix: str = "blocks.") -> None:
+        """Raise ValueError, naming `where` and the field, unless `content` is what `record` gives; None is accepted."""
+        if content is None:
+            return
+        check_keys(content, _REQUIRED, where, prefix)
+        for name in ("nll", "scored", "kv"):
+            listed = content.get(name)
+            if not (isinstance(listed, list) or (listed is None and name != "nll")):
+                raise ValueError(f"{where}: field '{prefix}{name}' must be a list, got {type(listed).__name__}")
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Blocks":

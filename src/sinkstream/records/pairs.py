@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkstream.records.json_files import as_text, check_schema, read_json
+from sinkstream.records.schema import check_keys
 
 if TYPE_CHECKING:
     from sinkstream.records.records import Record
@@ -31,6 +32,9 @@ class Pairs:
             return cls()
         content = read_json(path)
         check_schema(content, SCHEMA, "pairs", str(path))
+        check_keys(content, {"figures": {}}, str(path))
+        for name, kept in content["figures"].items():
+            check_keys(kept, {}, str(path), f"figures.{name}.")
         return cls(content["figures"])
 
     def figure(self, name: str, runs: Sequence["Record"], compute: Callable[[], Any]) -> Any:

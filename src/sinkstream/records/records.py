@@ -47,6 +47,10 @@ class Record(StatusRecord):
     pairs: Pairs = field(default_factory=Pairs, compare=False, repr=False)
 
     @classmethod
+    def check_own(cls, content: Mapping[str, Any], where: str) -> None:
+        Blocks.check(content.get("blocks"), where)
+
+    @classmethod
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         return super().values(content) | {"block_sums": content.get("blocks")}
 

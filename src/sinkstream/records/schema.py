@@ -1,6 +1,6 @@
 """What a run record must contain: the keys, those that may not be null, and the per-token arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,15 @@ REQUIRED: dict[str, Any] = {
         "drop_size": {**_DISTRIBUTION, "max": None},
     },
     "tokens_file": dict.fromkeys(("name", "sha256")),
+}
+
+#: Required keys of records of studies: what their tables read, whatever the study.
+STUDY_REQUIRED: dict[str, Any] = {
+    **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments")),
+    "environment": REQUIRED["environment"],
+    "model": REQUIRED["model"],
+    "data": dict.fromkeys(("name", "sha256", "source", "tokens")),
+    "policy": dict.fromkeys(("name", "label", "options")),
 }
 
 #: Fields that may not be null: without them a figure has no origin.
@@ -108,6 +117,11 @@ def check_arrays(arrays: Mapping[str, Any], where: str) -> dict[str, np.ndarray]
     if np.any(np.diff(typed["index"]) <= 0):
         raise ValueError(f"{where}: per-token array 'index' must increase strictly")
     return typed
+
+
+def with_keys(required: Mapping[str, Any], **more: Iterable[str]) -> dict[str, Any]:
+    """Required keys, and `more` of them in parts that are objects, by name of the part."""
+    return {**required, **{part: {**required[part], **dict.fromkeys(keys)} for part, keys in more.items()}}
 
 
 def check_keys(content: Any, required: Mapping[str, Any], where: str, prefix: str = "") -> None:

@@ -16,6 +16,7 @@ from sinkstream.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from sinkstream.serve.service import Service, check_model, model_name
 from sinkstream.serve.sessions import new_id
 from sinkstream.serve.sse import EventStream, encoded, sse
+from sinkstream.serve.token_texts import TokenText
 from sinkstream.serve.tool_choice import tools_of, with_choice
 from sinkstream.serve.tools import CallFilter, ToolFormat, told, with_calls
 
@@ -59,6 +60,8 @@ async def completions(body: CompletionRequest, request: Request, who: Owner, ser
     if body.best_of not in (None, body.n or 1):
         raise invalid(f"best_of={body.best_of} is not served; accepted: n", "best_of", "unsupported_value")
     prompts = [tuple(p) if isinstance(p, list) else p for p in _prompts(body.prompt)]
+    if len(prompts) > service.settings.queue:
+        raise invalid(f"{len(prompts)} prompts in one request; accepted: at most {service.settings.queue}", "prompt")
     if body.session_id is not None and len(prompts) > 1:
         raise invalid(f"{len(prompts)} prompts for one session; accepted: 1", "prompt")
     if any(isinstance(p, tuple) and p and max(p) >= service.vocab for p in prompts):
@@ -175,30 +178,11 @@ class Text(Shape):
 
     name, chunk_name = "text_completion", "text_completion"
 
-    def __init__(self, response: str, model: str):
-        super().__init__(response, model)
-        self._offsets: dict[int, int] = {}
-
     def choice(self, end: Ended, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         return self.piece(end.index, text, logprobs, end.reason)
 
     def piece(self, index: int, text: str, logprobs: Iterable[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": reason}
-
-    def _logprobs(self, index: int, entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
-        entries = list(entries)
-        if not entries:
-            return None
-        offsets = []
-        for entry in entries:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(entry.text)
-        return {
-            "tokens": [e.text for e in entries],
-            "token_logprobs": [_finite(e.logprob) for e in entries],
-            "top_logprobs": [{text: _finite(value) for text, value in e.top} for e in entries],
-            "text_offset": offsets,
-        }
+        return {"index": index, "text": text, "logprobs": _text_logprobs(list(logprobs)), "finish_reason": reason}
 
 
 def usage_of(done: list[Done]) -> dict[str, Any]:
@@ -250,11 +234,22 @@ async def _stream(shape: Shape, listener: Listener, include_usage: bool) -> Asyn
     yield told + b"data: [DONE]\n\n"
 
 
-def _chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
-    def one(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+def _text_logprobs(entries: list[TokenLogprob]) -> dict[str, Any] | None:
+    if not entries:
+        return None
+    return {
+        "tokens": [e.token.name for e in entries],
+        "token_logprobs": [_finite(e.logprob) for e in entries],
+        "top_logprobs": [{token.name: _finite(value) for token, value in e.top} for e in entries],
+        "text_offset": [e.offset for e in entries],
+    }
 
-    found = [one(e.text, e.logprob) | {"top_logprobs": [one(*pair) for pair in e.top]} for e in entries]
+
+def _chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+    def one(token: TokenText, logprob: float) -> dict[str, Any]:
+        return {"token": token.text, "logprob": _finite(logprob), "bytes": list(token.data)}
+
+    found = [one(e.token, e.logprob) | {"top_logprobs": [one(*pair) for pair in e.top]} for e in entries]
     return {"content": found, "refusal": None} if found else None
 
 

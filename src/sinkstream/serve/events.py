@@ -5,15 +5,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkstream.serve.errors import APIError
+from sinkstream.serve.token_texts import TokenText
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token and the likeliest ones in its place: (text, log probability in nats), the model's own."""
+    """One token and the likeliest ones in its place, with log probabilities in nats, the model's own.
 
-    text: str
+    Attributes
+    ----------
+    offset : int
+        Characters of the reply before the token.
+    """
+
+    token: TokenText
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[TokenText, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Started:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """New text of one choice, with the tokens that came since the last piece, if they were asked for."""
+    """New text of one choice, with the tokens whose text is complete with it, if they were asked for."""
 
     index: int
     text: str

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sinkstream.records.files import WriteError, write_atomically
+from sinkstream.records.json_files import parse_json
 from sinkstream.serve.errors import APIError
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.sharing import Claims
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised where a file is not what was written
+SESSION_KEY = re.compile(r"sess_[A-Za-z0-9_-]{1,64}")
 Stamp = tuple[int, int, int]  # inode, time and size of a file: a file that was replaced has another one
 
 
@@ -73,7 +76,10 @@ class SessionFiles:
         self.sizes = {path.stem: size for path, size in self._streams().items()}
 
     def lock(self) -> None:
-        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it."""
+        """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it.
+
+        What a server that was killed has left half-written there is deleted.
+        """
         if self.folder is None:
             return
         self._lock = FileLock(self.folder / ".lock", timeout=0)
@@ -83,6 +89,22 @@ class SessionFiles:
             raise ValueError(
                 f"the sessions of {self.folder} are in use by another server; accepted: another --spill FOLDER"
             ) from None
+        self._delete_leftovers(self.folder)
+
+    def _delete_leftovers(self, folder: Path) -> None:
+        """Delete temporary files, and streams that no JSON names: it would have been written after them."""
+        named: dict[str, str | None] = {}  # by session; None: its JSON is damaged, and may name any
+        for path in folder.glob("*.json"):
+            named[path.stem] = None
+            with suppress(*DAMAGE):
+                named[path.stem] = self._header(path.stem)["stream"]
+        for path in folder.glob("*.*.safetensors"):
+            key = path.name.split(".")[0]
+            if key not in named or named[key] not in (None, path.name):
+                path.unlink(missing_ok=True)
+        for path in (*folder.glob(".sess_*.tmp"), *folder.glob(".saved_*.tmp")):
+            path.unlink(missing_ok=True)
+        self.sizes = {path.stem: size for path, size in self._streams().items()}
 
     @property
     def total(self) -> int:
@@ -104,9 +126,10 @@ class SessionFiles:
     def store(self, key: str, record: dict[str, Any], data: bytes) -> None:
         """Write the files of a session, given its record; from any thread. Raises SpillFull if the disk refuses."""
         assert self.folder is not None, "room was checked"
-        digest = hashlib.sha256(data).hexdigest()
+        digest = _sha256(data)
         stream = self.folder / f"{key}.{digest[:16]}.safetensors"
         header = {"format": FORMAT, "sha256": digest, "stream": stream.name, "session": record}
+        header["session_sha256"] = _record_sha256(record)
         try:
             write_atomically(stream, data)
             write_atomically(self.folder / f"{key}.json", json.dumps(header))
@@ -123,10 +146,10 @@ class SessionFiles:
         """A session and the bytes of its stream. Raises APIError 409 if they are not what was written."""
         assert self.folder is not None, "what was written has a folder"
         try:
-            header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            header = self._header(key)
             data = (self.folder / header["stream"]).read_bytes()
             session = Session.of(header["session"])
-            whole = header["format"] == FORMAT and header["sha256"] == hashlib.sha256(data).hexdigest()
+            whole = header["format"] == FORMAT and header["sha256"] == _sha256(data)
         except DAMAGE:
             raise damaged(key) from None
         if not whole:
@@ -137,11 +160,28 @@ class SessionFiles:
         """All sessions that were spilled, saved copies left out; damaged files are left where they are."""
         found = []
         for path in sorted(self.folder.glob("sess_*.json")) if self.folder else []:
-            try:
-                found.append(Session.of(json.loads(path.read_text(encoding="utf-8"))["session"]))
-            except DAMAGE:
-                continue
+            with suppress(*DAMAGE):
+                found.append(Session.of(self._header(path.stem)["session"]))
         return found
+
+    def damaged(self, key: str) -> bool:
+        """Whether there is a session of this id whose JSON is not what was written."""
+        if self.folder is None or not SESSION_KEY.fullmatch(key) or not (self.folder / f"{key}.json").is_file():
+            return False
+        try:
+            Session.of(self._header(key)["session"])
+        except DAMAGE:
+            return True
+        return False
+
+    def _header(self, key: str) -> dict[str, Any]:
+        """The JSON of a session. Raises an exception of `DAMAGE` where it is not what was written."""
+        assert self.folder is not None, "what was written has a folder"
+        header = parse_json((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+        known = _record_sha256(header["session"])
+        if header.get("session_sha256", known) != known:  # files of before 2026-11-27, 16:00 UTC have none
+            raise ValueError(key)
+        return header
 
     def delete(self, key: str) -> None:
         """Delete a session's files, if there are any."""
@@ -186,7 +226,7 @@ class SessionFiles:
                 continue
             self._stamps[key] = stamp
             with suppress(*DAMAGE):
-                header = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+                header = self._header(key)
                 self.sizes[key] = (self.folder / header["stream"]).stat().st_size
                 written += [Session.of(header["session"])] if key.startswith("sess_") else []
         return written, [key for key in gone if key.startswith("sess_")]
@@ -199,6 +239,14 @@ class SessionFiles:
             for path in self.folder.glob("*.*.safetensors")
             if path.with_suffix("").with_suffix(".json").exists()
         }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _record_sha256(record: dict[str, Any]) -> str:
+    return _sha256(json.dumps(record, sort_keys=True).encode())
 
 
 def _stamp(stat: os.stat_result) -> Stamp:

@@ -1,9 +1,10 @@
 """Which session a request belongs to, and what of it is new: found, taken back, and turned into text to feed."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sinkstream.serve.errors import busy, invalid
+from sinkstream.serve.errors import APIError, busy, invalid
 from sinkstream.serve.files import SpillFull
 from sinkstream.serve.lanes import LEAST_SINK, Lane
 from sinkstream.serve.pinning import Pinning
@@ -14,6 +15,17 @@ from sinkstream.serve.sessions import ForgottenTurn, Session, Turn, digests_of, 
 from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.store import SessionStore
 from sinkstream.serve.template import ChatTemplate, Message, Piece
+
+log = logging.getLogger(__name__)
+LOST = ("session_damaged", "session_pins_too_much")  # a stream that this server cannot go on with
+
+
+class LostSession(Exception):
+    """The stream of a session that was found by what its client has sent is lost."""
+
+    def __init__(self, session: Session, error: APIError):
+        super().__init__(error.message)
+        self.session, self.error = session, error
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,16 @@ class Planner:
             return self._plan_prompt(call)
         if call.pin:
             return self._plan_pin(call)
+        while True:
+            try:
+                return self._plan_chat(call, branch)
+            except LostSession as lost:
+                log.warning("%s; its client sends the whole conversation, which begins anew", lost.error.message)
+                if not self.store.claimed(lost.session):
+                    return None
+                self.forget(lost.session)
+
+    def _plan_chat(self, call: Call, branch: list[tuple[Session, Turn]]) -> Plan | None:
         messages, replies = list(call.messages), call.reply is not None
         digests = digests_of(messages, call.tools)
         session, turn = branch[0] if branch else self._find(call, digests)
@@ -137,7 +159,12 @@ class Planner:
             session, turn = branch[0]
         if session is None or session.sink is None:
             return self._plan_opening(call, session, messages)
-        lane = self.residence.acquire(session)
+        try:
+            lane = self.residence.acquire(session)
+        except APIError as error:
+            if error.code in LOST and call.session is None and call.previous is None:
+                raise LostSession(session, error) from None
+            raise
         if lane is None:
             return None
         try:

@@ -10,6 +10,7 @@ from sinkstream.serve.events import Emit, Ended, TextPiece, TokenLogprob
 from sinkstream.serve.lanes import Lane
 from sinkstream.serve.scheduler import STEP, Work
 from sinkstream.serve.text import TextStream
+from sinkstream.serve.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Reply:
         self.kept: list[int] = []
         self._written: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._told = 0  # of them
+        self._texts = TokenTexts(tokenizer)
 
     @property
     def tokens(self) -> int:
@@ -115,14 +118,19 @@ class Reply:
         self._written.append(token)
         if self.options.logprobs is not None:
             value, top = self.lane.log_probs(token)
-            pairs = tuple((self._piece(one), log_prob) for one, log_prob in top)
-            self._logprobs.append(TokenLogprob(self._piece(token), value, pairs))
+            pairs = tuple((self._texts[one], log_prob) for one, log_prob in top)
+            self._logprobs.append(TokenLogprob(self._texts[token], value, pairs, self.text.length))
         self._send(self.text.push(token))
 
     def _send(self, piece: str, *, rest: bool = False) -> None:
-        if piece or (rest and self._logprobs):
-            self.emit(TextPiece(self.index, piece, tuple(self._logprobs)))
-            self._logprobs.clear()
+        logprobs = self._untold(rest) if self._logprobs else ()
+        if piece or (rest and logprobs):
+            self._told += len(logprobs)
+            self.emit(TextPiece(self.index, piece, logprobs))
 
-    def _piece(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _untold(self, rest: bool) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens whose text is a part of what was sent; at the end, of all that have written the text."""
+        end = self.text.tokens_sent()
+        if rest:
+            end = self.text.tokens_within() - (self._written[-1] in self.ends)
+        return tuple(self._logprobs[self._told : end])

@@ -1,10 +1,10 @@
 """What requests may hold: the fields of OpenAI's API that are served, and those that change nothing."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from sinkstream.serve.json_values import check_value
 from sinkstream.serve.tools import plain_calls
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -12,40 +12,24 @@ Token = Annotated[int, Field(ge=0)]
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are refused by name, and texts that are no Unicode: JSON can write half a pair."""
+    """A body whose unknown fields are refused by name, and so are texts that are no Unicode, and endless nesting.
+
+    JSON can write half of a surrogate pair, and values in values without end.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def check_texts(cls, data: Any) -> Any:
-        """Raise ValueError for a surrogate alone, of which a tokenizer makes nothing."""
+    def check_fields(cls, data: Any) -> Any:
+        """Raise ValueError, naming the field, as `check_value`."""
         if isinstance(data, dict):
             for field, value in data.items():
-                if not all(map(_is_unicode, _texts(value))):
-                    raise ValueError(f"{field} holds half of a surrogate pair; accepted: Unicode text")
+                try:
+                    check_value(value)
+                except ValueError as error:
+                    raise ValueError(f"{field} {error}") from None
         return data
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value of JSON, names of fields too."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class ErrorDetail(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any
 from sinkstream.models import LoadedModel
 from sinkstream.serve import health, metrics
 from sinkstream.serve.conversation import Conversations
-from sinkstream.serve.errors import INTERNAL, APIError, invalid, not_found
+from sinkstream.serve.errors import INTERNAL, APIError, busy, invalid, not_found
 from sinkstream.serve.events import Done, Emit, Event, Failed
 from sinkstream.serve.files import SessionFiles, SpillFull
 from sinkstream.serve.heartbeats import Heartbeats
@@ -19,7 +19,7 @@ from sinkstream.serve.lanes import make_lanes
 from sinkstream.serve.planning import Call, Planner
 from sinkstream.serve.post import Post
 from sinkstream.serve.residence import Residence
-from sinkstream.serve.scheduler import Job, Scheduler, Work
+from sinkstream.serve.scheduler import RETRY_SECONDS, Job, Scheduler, Work
 from sinkstream.serve.sessions import Session
 from sinkstream.serve.settings import ServeSettings
 from sinkstream.serve.spill import Spill
@@ -227,7 +227,7 @@ class Service:
             raise APIError(409, "the session holds no whole turn that could be taken back", code="nothing_to_undo")
         lane = self.residence.acquire(session, wait=True)
         if lane is None:
-            raise APIError(409, "all memory for sessions is in use by requests", code="session_busy")
+            raise busy("all memory for sessions is in use by requests", RETRY_SECONDS)
         try:
             turn = session.turns[-1]
             self.planner.rewind(session, lane, turn)
@@ -238,7 +238,7 @@ class Service:
     def delete(self, session: Session) -> dict:
         """Delete a session and its files."""
         self.planner.forget(session)
-        return {"id": session.id, "object": "session", "deleted": True}
+        return deleted(session.id)
 
     def view(self, session: Session) -> dict[str, Any]:
         """What the owner of a session is told."""
@@ -297,6 +297,11 @@ def check_model(service: Service, name: str) -> None:
     """Refuse another model's name. Raises APIError 404."""
     if name != model_name(service.loaded):
         raise not_found("model", name)
+
+
+def deleted(session_id: str) -> dict:
+    """What the client of a session that is deleted is told."""
+    return {"id": session_id, "object": "session", "deleted": True}
 
 
 def _logged(call: Call, emit: Emit) -> Emit:

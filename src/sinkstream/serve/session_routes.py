@@ -11,7 +11,7 @@ from sinkstream.serve.http import Owner, Served
 from sinkstream.serve.listen import Listener
 from sinkstream.serve.planning import Call
 from sinkstream.serve.schemas import AppendRequest, NameRequest, PinRequest, SessionRequest
-from sinkstream.serve.service import Service
+from sinkstream.serve.service import Service, deleted
 from sinkstream.serve.template import SYSTEM_ROLES
 from sinkstream.serve.tool_choice import tools_of
 
@@ -99,7 +99,11 @@ async def save(session_id: str, body: NameRequest, who: Owner, service: Served) 
 
 @router.delete("/{session_id}")
 async def delete(session_id: str, who: Owner, service: Served) -> dict[str, Any]:
-    """Delete a session and its files."""
+    """Delete a session and its files; also damaged ones, of which nothing but the id is known."""
+    files = service.store.spill.files
+    if session_id not in service.store.sessions and files.damaged(session_id):
+        await asyncio.wrap_future(service.scheduler.call(lambda: files.delete(session_id)))
+        return deleted(session_id)
     return await asyncio.wrap_future(service.with_session(who, session_id, service.delete))
 
 

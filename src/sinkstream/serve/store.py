@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sinkstream.serve.errors import APIError, busy, invalid, not_found
+from sinkstream.serve.files import damaged
 from sinkstream.serve.residence import RETRY_SECONDS
 from sinkstream.serve.sessions import Session, Turn
 from sinkstream.serve.spill import Spill
@@ -44,9 +45,11 @@ class SessionStore:
             self.sessions.pop(session_id, None)
 
     def get(self, owner: str, session_id: str) -> Session:
-        """A session of this owner. Raises APIError 404 for any other id."""
+        """A session of this owner. Raises APIError 404 for any other id, and 409 where its file is damaged."""
         self.sync()
         session = self.sessions.get(session_id)
+        if session is None and self.spill.files.damaged(session_id):  # whose it was is not known; the id is a secret
+            raise damaged(session_id)
         if session is None or session.owner != owner:
             raise not_found("session", session_id)
         return session

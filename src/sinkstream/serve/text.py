@@ -30,7 +30,8 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._lengths: list[int] = []  # of the text after each token
         self._sent: list[str] = []
-        self._length = 0  # of all of the text
+        self._length = self._sent_length = 0  # of all of the text, and of what was sent
+        self._complete = 0  # tokens, from the first on, whose text was sent
         self._tail = ""  # its end, which has not been sent
         self.stopped = False
 
@@ -38,6 +39,11 @@ class TextStream:
     def text(self) -> str:
         """Everything up to the stop string."""
         return "".join(self._sent) + self._tail
+
+    @property
+    def length(self) -> int:
+        """Characters that have come so far, up to the stop string."""
+        return self._length
 
     def push(self, token: int) -> str:
         """Take a token; returns the text that can be sent now, often empty."""
@@ -59,7 +65,21 @@ class TextStream:
         if not self.stopped:
             return len(self._lengths)
         past = (i for i, length in enumerate(self._lengths[:-1]) if length > self._length)
-        return next(past, len(self._lengths) - 1)  # the last token has ended the stop string
+        return self._whole(next(past, len(self._lengths) - 1))  # the last token has ended the stop string
+
+    def tokens_sent(self) -> int:
+        """How many tokens, from the first on, wrote nothing but what was sent."""
+        end = self._complete
+        while end < len(self._lengths) and self._lengths[end] <= self._sent_length:
+            end += 1
+        self._complete = max(self._complete, self._whole(end))
+        return self._complete
+
+    def _whole(self, tokens: int) -> int:
+        """So many tokens, less the last ones without a text of their own: they begin a character of the next token."""
+        while tokens and self._lengths[tokens - 1] == (self._lengths[tokens - 2] if tokens > 1 else 0):
+            tokens -= 1
+        return tokens
 
     def _look(self) -> None:
         """Cut the text at the first stop string: none begins in what was sent, since its beginning is held back."""
@@ -82,4 +102,5 @@ class TextStream:
         piece, self._tail = self._tail[:end], self._tail[end:]
         if piece:
             self._sent.append(piece)
+            self._sent_length += len(piece)
         return piece

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from sinkstream.registry import Registry
+from sinkstream.serve.json_values import parsed
 from sinkstream.serve.template import Message
 
 Calls = list[tuple[str, dict[str, Any]]]  # name and arguments
@@ -150,14 +151,14 @@ def plain_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _plain(function: dict[str, Any]) -> dict[str, Any]:
     try:
-        given = json.loads(function.get("arguments", ""))
+        given = parsed(function.get("arguments", ""))
     except (TypeError, ValueError):
         return function
     return function | {"arguments": given} if isinstance(given, dict) else function
 
 
 def _call(text: str, arguments: str) -> tuple[str, dict[str, Any]]:
-    found = json.loads(text)
+    found = parsed(text)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         raise ValueError("no call")
     given = found.get(arguments, {})

@@ -23,6 +23,7 @@ from sinkstream.records.cards import arithmetic
 from sinkstream.records.headline import Headline
 from sinkstream.records.pairing import common_tokens, paired_delta, same_text_and_model
 from sinkstream.records.records import Record
+from sinkstream.records.schema import check_keys
 from sinkstream.records.selection import has_model
 from sinkstream.show.plots import COLOURS, new_figure, save
 from sinkstream.show.table import EMPTY, Table, plus_minus
@@ -53,8 +54,10 @@ class CliffRun:
 
     @classmethod
     def of(cls, record: Record) -> "CliffRun":
-        """Read a record of a strict or lazy run."""
+        """Read a record of a strict or lazy run. Raises ValueError, naming the field, if it does not say enough."""
         options, protocol = record.policy["options"], record.protocol
+        check_keys(options, dict.fromkeys(("compress_every", "positions")), str(record.path), "policy.options.")
+        check_keys(protocol, dict.fromkeys(("cap_accounting",)), str(record.path), "protocol.")
         stride = options["compress_every"]
         accounting = protocol["cap_accounting"] if stride > 1 else "peak"
         return cls(record, options["positions"], protocol["cap"], stride, accounting)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sinkstream.records.base import StatusRecord
 from sinkstream.records.cards import by_card, cards_text
-from sinkstream.records.schema import STATUSES
+from sinkstream.records.schema import STATUSES, STUDY_REQUIRED
 from sinkstream.show.table import EMPTY
 from sinkstream.statistics import Estimate, proportion
 from sinkstream.studies.facts.asking import Answer
@@ -36,8 +36,7 @@ def answer_columns(answers: Sequence[Answer], **more: Sequence[Any]) -> dict[str
 
 
 _REQUIRED = {
-    **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments", "environment")),
-    **dict.fromkeys(("model", "data", "policy")),
+    **STUDY_REQUIRED,
     "protocol": dict.fromkeys(("device", "dtype", "cap", "forms", "seed")),
     "summary": dict.fromkeys(("tokens", "seconds", "peak_memory_mb", "peak_memory_kind")),
     "answers": None,

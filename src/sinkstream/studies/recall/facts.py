@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sinkstream.data import ShortTextError, TokenStream
+from sinkstream.records.schema import with_keys
 from sinkstream.studies.facts.asking import Answer, Exam, Question
 from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.statements import FORMS, SOURCES, Fact, FactTokenizer, TokenizedFact
@@ -32,6 +33,7 @@ class FactsRecord(AnswersRecord):
     """What one policy answers of facts in a text; `ratio`: distance over cap."""
 
     SCHEMA, KIND, OWN = "sinkstream.facts/1", "facts", {"ratio": np.float64}
+    REQUIRED = with_keys(AnswersRecord.REQUIRED, protocol=("facts",))
 
 
 @dataclass(frozen=True)

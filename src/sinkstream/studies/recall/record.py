@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sinkstream.records.base import StatusRecord
-from sinkstream.records.schema import STATUSES
+from sinkstream.records.schema import STATUSES, STUDY_REQUIRED, check_keys
 
 DIGITS = 4  # decimals of a gain in nats
 
@@ -52,9 +52,12 @@ LATER_COLUMNS: dict[str, tuple[type[np.number], Callable[[ScoredPassage], Any]]]
 }
 EDGES = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # token indices in a passage between which the curve has means
 _REQUIRED = {
-    **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments", "environment")),
-    **dict.fromkeys(("model", "data", "policy", "protocol", "summary", "passages")),
+    **STUDY_REQUIRED,
+    "protocol": dict.fromkeys(("device", "dtype", "cap", "seed", "passages", "passage_tokens", "ratios")),
+    "summary": dict.fromkeys(("ppl",)),
+    "passages": None,
 }
+_CURVE = dict.fromkeys(("edges", "gains"))
 
 
 def passage_columns(passages: Sequence[ScoredPassage]) -> dict[str, list[float]]:
@@ -103,6 +106,8 @@ class RecallRecord(StatusRecord):
     @classmethod
     def check_own(cls, content: Mapping[str, Any], where: str) -> None:
         check_passages(content, where)
+        if content.get("curve") is not None:
+            check_keys(content["curve"], _CURVE, where, "curve.")
 
     @classmethod
     def values(cls, content: Mapping[str, Any]) -> dict[str, Any]:

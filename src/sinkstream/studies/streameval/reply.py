@@ -9,7 +9,7 @@ is read at regular distances. No statement, question or answer lies in a timed w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from sinkstream.data import ShortTextError, TokenStream
 from sinkstream.evaluation.decoders import Decoder
 from sinkstream.measure.memory import held_mb, old_objects_aside
 from sinkstream.measure.timing import TokenClock, distribution
+from sinkstream.records.schema import check_keys, with_keys
 from sinkstream.studies.facts.asking import Answer, Asking, Exam, Question, Report
 from sinkstream.studies.facts.record import AnswersRecord
 from sinkstream.studies.facts.run import ExamBatch
@@ -34,6 +35,10 @@ FACTS = 64
 FIRST_WINDOW, WINDOW, WINDOW_SHARE = 4_096, 512, 1 / 256
 SAMPLES = 64  # readings of memory, evenly over the reply
 ARCHIVE_COUNTS = ("archived", "archive_bytes", "archive_file_bytes", "archive_lost")
+LISTED = {  # what each entry of a list in the summary of a record holds
+    "windows": dict.fromkeys(("first", "tokens", "mean", "p50")),
+    "samples": dict.fromkeys(("token", "device_mb", "cache_bytes", *ARCHIVE_COUNTS[:3])),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class ReplyRecord(AnswersRecord):
     """What one policy answers in one endless reply; the summary has the timed windows and the readings of memory."""
 
     SCHEMA, KIND, OWN = "sinkstream.reply/1", "reply", {}
+    REQUIRED = with_keys(AnswersRecord.REQUIRED, summary=tuple(LISTED))
+
+    @classmethod
+    def check_own(cls, content: Mapping[str, Any], where: str) -> None:
+        super().check_own(content, where)
+        for name, required in LISTED.items():
+            for i, one in enumerate(content["summary"][name]):
+                check_keys(one, required, where, f"summary.{name}.{i}.")
 
     @property
     def windows(self) -> list[dict[str, Any]]:
