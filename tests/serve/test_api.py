@@ -140,6 +140,7 @@ def test_tokens_health_and_metrics(client, address):
     assert tokens["count"] == len("<u>hi\n<a>") == len(tokens["tokens"])
     assert post(address, "/tokenize", {"text": "abc"}).json()["count"] == 3
     assert httpx.get(address + "/health").json()["status"] == "ok"
+    assert httpx.head(address + "/health").status_code == 200, "some load balancers ask so"
     text = httpx.get(address + "/metrics", headers={"Authorization": f"Bearer {KEYS[0]}"}).text
     assert 'sinkstream_tokens_total{kind="completion"}' in text and "sinkstream_ttft_seconds_bucket" in text
 

@@ -48,7 +48,7 @@ STUDY_REQUIRED: dict[str, Any] = {
     **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments")),
     "environment": REQUIRED["environment"],
     "model": REQUIRED["model"],
-    "data": dict.fromkeys(("name", "sha256", "source", "tokens")),
+    "data": dict.fromkeys(("name", "sha256", "tokens")),
     "policy": dict.fromkeys(("name", "label", "options")),
 }
 

@@ -68,6 +68,7 @@ def _add_plain_routes(app: FastAPI) -> None:
         """A page to talk, which asks nobody but this server."""
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=HealthBody, responses={503: {"model": HealthBody, "description": "not healthy"}})
     def health(service: Served, require: Literal["any", "all"] = "any") -> Response:
         """Whether requests are answered: by a replica, or, where all are required, by as many as there should be."""
