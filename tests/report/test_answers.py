@@ -42,9 +42,9 @@ def test_what_is_left_of_a_passage_behind_the_window(tmp_path):
     """The best policy keeps 0.3 of 3 nats; recall keeps the least of its distances; the full cache does not count."""
 
     def record(label, policy, gains, **options):
-        content = make_record(label, policy, cap=512)
-        content["policy"]["label"], content["policy"]["options"] = label, {"recall": None, **options}
         ratios = [0.5, 2.0, 4.0]
+        content = make_record(label, policy, cap=512, ratios=ratios, passages=1, passage_tokens=64)
+        content["policy"]["label"], content["policy"]["options"] = label, {"recall": None, **options}
         content["passages"] = {
             **{"ratio": ratios, "distance": [256, 1024, 2048], "first": [0] * 3, "second": [9] * 3},
             **{"nll_unseen": [4.0] * 3, "nll_again": [4.0 - gain for gain in gains]},

@@ -169,8 +169,9 @@ def test_recall_on_different_streams_is_in_different_pictures(tmp_path):
     """Perplexities of two texts, and passages of two texts, share no axis."""
     columns = {"ratio": [0.5, 1.0], "distance": [256, 512], "first": [0, 9], "second": [256, 521]}
     columns |= {"nll_unseen": [4.0, 4.0], "nll_again": [1.0, 3.0]}
+    layout = {"ratios": [0.5, 1.0], "passages": 1, "passage_tokens": 64}
     for label, text in (("strict", "a"), ("lazy", "a"), ("strict", "b"), ("slack", "b"), ("overlap", "c")):
-        content = make_record(f"{label}-{text}", label, cap=512)
+        content = make_record(f"{label}-{text}", label, cap=512, **layout)
         content["data"], content["policy"]["label"] = content["data"] | {"sha256": text, "name": text}, label
         content["protocol"]["control_sha256"], content["passages"] = text, columns
         RecallRecord.write({name: part for name, part in content.items() if name != "tokens_file"}, tmp_path)

@@ -41,7 +41,7 @@ def rival(name: str, method: str, found: Measured | None, created: str = "2026-0
     kept = ("id", "command", "arguments", "environment", "model")
     return {
         **{key: own[key] for key in kept},
-        "data": own["data"] | {"source": "file"},
+        "data": own["data"],
         "created": created,
         "status": "complete" if found else "failed",
         "status_reason": None if found else "KeyError: 'cache_position'",

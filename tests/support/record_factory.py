@@ -56,7 +56,7 @@ def make_record(
             **{"name": model, "source": model, "hash": f"hash of {model}", "n_params": 134_515_008},
             **{"family": "llama", "trained_positions": 8192},
         },
-        "data": {"name": text, "sha256": f"hash of {text}", "tokens": 20_000},
+        "data": {"name": text, "sha256": f"hash of {text}", "source": "file", "tokens": 20_000},
         "policy": {"name": policy, "options": options or {}},
         "protocol": {
             **{"backend": "hf", "dtype": "float32", "device": "cpu", "tf32": False, "seed": 0, "cap": 256},

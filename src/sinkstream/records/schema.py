@@ -24,7 +24,7 @@ REQUIRED: dict[str, Any] = {
         "tf32": dict.fromkeys(("matmul", "cudnn")),
     },
     "model": dict.fromkeys(("name", "source", "hash", "n_params", "family", "trained_positions")),
-    "data": dict.fromkeys(("name", "sha256", "tokens")),
+    "data": dict.fromkeys(("name", "sha256", "source", "tokens")),
     "policy": dict.fromkeys(("name", "options")),
     "protocol": dict.fromkeys(
         (
@@ -48,7 +48,7 @@ STUDY_REQUIRED: dict[str, Any] = {
     **dict.fromkeys(("schema", "id", "status", "status_reason", "created", "command", "arguments")),
     "environment": REQUIRED["environment"],
     "model": REQUIRED["model"],
-    "data": dict.fromkeys(("name", "sha256", "tokens")),
+    "data": dict.fromkeys(("name", "sha256", "source", "tokens")),
     "policy": dict.fromkeys(("name", "label", "options")),
 }
 
