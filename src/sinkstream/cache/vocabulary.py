@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+from sinkstream.cache.wrappers import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many token ids a model, or its decoder, embeds; adapters around the embedding do not matter."""
-    embedding: Any = model.get_input_embeddings()
-    while isinstance(getattr(embedding, "base_layer", None), nn.Module):
-        embedding = embedding.base_layer
+    embedding = plain(model.get_input_embeddings())
     return getattr(embedding, "num_embeddings", None) or model.config.vocab_size
 
 

@@ -42,6 +42,18 @@ def inner_model(model: Any) -> PreTrainedModel:
     return found
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module wraps a projection or an embedding in an adapter, as the layers of PEFT do."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def plain(module: nn.Module) -> Any:
+    """The module that holds the weights: `module`, or what adapters have been put around."""
+    while is_adapter(module):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
+
+
 def _inside(wrapper: Any) -> nn.Module | None:
     """What one wrapper holds; None for what is no known wrapper."""
     if not isinstance(wrapper, nn.Module):

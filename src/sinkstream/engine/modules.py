@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrize import is_parametrized
 
+from sinkstream.cache.wrappers import is_adapter
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -59,18 +61,6 @@ class Part:
         """Path and class, for messages."""
         kind = type(self.module)
         return f"{self.path or 'the model'} ({kind.__name__} of {kind.__module__})"
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a module wraps a projection or an embedding in an adapter, as the layers of PEFT do."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module)
-
-
-def plain(module: nn.Module) -> Any:
-    """The module that holds the weights: `module`, or what adapters have been put around."""
-    while is_adapter(module):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
 
 
 def parts(model: PreTrainedModel) -> Iterator[Part]:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from sinkstream.cache import ModelSpec
-from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, is_adapter, parts, plain
+from sinkstream.cache.wrappers import is_adapter, plain
+from sinkstream.engine.modules import ACTIVATIONS, NEOX, check_modules, parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

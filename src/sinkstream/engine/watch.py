@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from sinkstream.cache.stream_file import fingerprint
+from sinkstream.cache.wrappers import is_adapter
 from sinkstream.engine.checked_cache import CheckedCache
-from sinkstream.engine.modules import GLOBAL_HOOKS, Part, is_adapter, parts
+from sinkstream.engine.modules import GLOBAL_HOOKS, Part, parts
 from sinkstream.engine.packing import PackedWeights, check_packable, sum_biases
 from sinkstream.engine.state import StreamState
 

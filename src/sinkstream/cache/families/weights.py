@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sinkstream.cache.wrappers import is_adapter
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -56,7 +58,7 @@ def _plain_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, 
             if parameter is not None and type(parameter.data) is torch.Tensor:
                 yield path + name, parameter
     for name, child in module._modules.items():
-        if child is not None and not _is_adapter_part(module, name):
+        if child is not None and not (is_adapter(module) and name != "base_layer"):
             yield from _plain_parameters(child, f"{path}{name}.")
 
 
@@ -65,11 +67,6 @@ def _is_prepared(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks.values()
     ours = "sinkstream."
     return "forward" in vars(module) or any(not str(getattr(hook, "__module__", "")).startswith(ours) for hook in hooks)
-
-
-def _is_adapter_part(module: nn.Module, name: str) -> bool:
-    """Whether a child is what an adapter adds to the module it wraps, in a dtype of its own."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module) and name != "base_layer"
 
 
 def _owner(name: str) -> str:
