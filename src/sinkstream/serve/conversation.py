@@ -18,6 +18,7 @@ from sinkstream.serve.reply import Reply
 from sinkstream.serve.scheduler import WAITING, Work
 from sinkstream.serve.sessions import Session, Turn, digest_of, last_turn
 from sinkstream.serve.template import Message
+from sinkstream.serve.token_texts import TokenTexts
 from sinkstream.serve.tools import ToolFormat, with_calls
 
 TOLD = 80  # characters of a turn's user message, where the turn is told to have come back
@@ -40,6 +41,7 @@ class Conversations:
         self.loaded, self.planner, self.tools, self.post = loaded, planner, tools, post
         self.template, self.settings, self.residence = planner.template, planner.settings, planner.residence
         self.prefill_tokens = prefill_tokens(loaded.model)
+        self.texts = TokenTexts(loaded.tokenizer)
         end = getattr(loaded.tokenizer, "eos_token_id", None)
         self.ends = frozenset([*end_tokens(loaded.model), *([] if end is None else [end])])
 
@@ -96,7 +98,7 @@ class Conversations:
             if index < options.choices - 1:
                 lane.undump(start)
             prompt = torch.tensor(fed, dtype=torch.int64)  # on the host: a copy to a device would wait for the forward
-            reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.ends, emit)
+            reply = Reply(lane, prompt, options, index, self.loaded.tokenizer, self.texts, self.ends, emit)
             if call.begins:
                 emit(TextPiece(index, call.begins))
             try:
@@ -106,7 +108,7 @@ class Conversations:
             except BaseException:
                 if index:  # choice 0, with which the session goes on, has not begun: it stays empty
                     lane.undump(start)
-                    empty = Reply(lane, prompt, options, 0, self.loaded.tokenizer, self.ends, emit)
+                    empty = Reply(lane, prompt, options, 0, self.loaded.tokenizer, self.texts, self.ends, emit)
                     self._note_reply(call, session, lane, empty)
                 raise
             finally:  # a reply whose client has gone stays as far as it was written

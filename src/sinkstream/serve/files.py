@@ -73,7 +73,7 @@ class SessionFiles:
                 ) from None
         self.claims = Claims(folder if self.shared else None)
         self._stamps: dict[str, Stamp] = {}  # of the JSON files as this server has read or written them
-        self.sizes = {path.stem: size for path, size in self._streams().items()}
+        self.sizes = self._sizes()
 
     def lock(self) -> None:
         """Keep other servers from the folder as long as this process lives. Raises ValueError if one has it.
@@ -104,7 +104,7 @@ class SessionFiles:
                 path.unlink(missing_ok=True)
         for path in (*folder.glob(".sess_*.tmp"), *folder.glob(".saved_*.tmp")):
             path.unlink(missing_ok=True)
-        self.sizes = {path.stem: size for path, size in self._streams().items()}
+        self.sizes = self._sizes()
 
     @property
     def total(self) -> int:
@@ -231,12 +231,12 @@ class SessionFiles:
                 written += [Session.of(header["session"])] if key.startswith("sess_") else []
         return written, [key for key in gone if key.startswith("sess_")]
 
-    def _streams(self) -> dict[Path, int]:
-        if self.folder is None:
-            return {}
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the streams that lie in the folder beside their JSON, by session."""
+        found = [] if self.folder is None else self.folder.glob("*.*.safetensors")
         return {
-            path.with_suffix("").with_suffix(".json"): path.stat().st_size
-            for path in self.folder.glob("*.*.safetensors")
+            path.with_suffix("").stem: path.stat().st_size
+            for path in found
             if path.with_suffix("").with_suffix(".json").exists()
         }
 

@@ -47,6 +47,8 @@ class Reply:
         Its stream has been fed.
     prompt : Tensor, (tokens,), int64
         Tokens that a repetition penalty counts as seen.
+    texts : TokenTexts
+        Of the tokenizer, for log-probabilities; shared by all replies.
     ends : frozenset of int
         The model's end tokens.
 
@@ -66,17 +68,18 @@ class Reply:
         options: ReplyOptions,
         index: int,
         tokenizer: Any,
+        texts: TokenTexts,
         ends: frozenset[int],
         emit: Emit,
     ):
         self.lane, self.prompt, self.options, self.index = lane, prompt, options, index
-        self.tokenizer, self.ends, self.emit = tokenizer, frozenset() if options.ignore_end else ends, emit
+        self.tokenizer, self._texts = tokenizer, texts
+        self.ends, self.emit = frozenset() if options.ignore_end else ends, emit
         self.text = TextStream(tokenizer, options.stop, self.ends)
         self.kept: list[int] = []
         self._written: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._told = 0  # of them
-        self._texts = TokenTexts(tokenizer)
 
     @property
     def tokens(self) -> int:
