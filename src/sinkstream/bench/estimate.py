@@ -46,7 +46,7 @@ def long_run(
     for config in configs:
         its = fitted(protocol, config)
         steady = its.tokens * token_sec
-        seconds += its.warmup * token_sec + min(steady, steady if its.seconds is None else its.seconds)
+        seconds += its.warmup * token_sec + (steady if its.seconds is None else min(steady, its.seconds))
         tokens += its.warmup + its.tokens
     if seconds < WORTH_SAYING_SEC:
         return None

@@ -14,7 +14,7 @@ class GraphCaptures:
 
     The graphs share a pool of memory and the stream on which they are captured, since no two of them run at the same
     time. Warm-ups run on the present stream, and nothing ever runs on the stream of captures: a handful of kernels that
-    ran on a second stream make later replays slower for the rest of the process (H100: 0.16 µs a kernel boundary).
+    ran on a second stream make later replays slower for the rest of the process (H100: 0.16 µs for each kernel).
 
     Parameters
     ----------
